@@ -1,0 +1,287 @@
+//! The request in flight: its head, body, variables and phase. What `ngx.*` reads and the proxy drives.
+//!
+//! An Exchange lives on one worker and comes from that worker's pool: `reset` empties it and keeps its memory.
+//! It owns the client's side of the connection while the request runs, so nothing here is shared or locked.
+//! It knows no Lua: a VM keeps the request's `ctx` table under `lua.slot`.
+
+pub mod body;
+pub mod headers;
+pub mod vars;
+
+use std::{
+    any::Any,
+    net::SocketAddr,
+    rc::Rc,
+    sync::Arc,
+    task::{Context, Poll},
+    time::{Duration, Instant, SystemTime},
+};
+
+use smallvec::SmallVec;
+
+pub use body::{Chunk, RequestBody};
+pub use headers::Headers;
+pub use vars::Var;
+
+use crate::{
+    error::Result,
+    model::{self, Object},
+    store::Snapshot,
+};
+
+/// Everything about one request.
+pub struct Exchange {
+    /// `$connection`-independent serial of the request in this worker; also seeds `$request_id`.
+    pub serial: u64,
+    pub conn: Rc<Connection>,
+    /// The client's side. `None` only while no request runs, and in requests made for tests.
+    pub client: Option<Box<dyn Client>>,
+    pub started: Instant,
+    pub started_at: SystemTime,
+    pub phase: Phase,
+
+    pub request: Request,
+    pub body: RequestBody,
+    pub response: Response,
+    /// What Lua has printed and nobody has sent yet (`ngx.print`, `return code, body`).
+    pub printed: Vec<u8>,
+    /// The response body's chunk that a body filter works on (`ngx.arg[1]`, `ngx.arg[2]`).
+    pub chunk: Chunk,
+
+    /// The configuration that this request keeps to its end.
+    pub snapshot: Arc<Snapshot>,
+    pub matched: Option<Matched>,
+    /// Set by an auth plugin through `lua`: `(consumer, credential)`.
+    pub consumer: Option<Arc<Object<model::Consumer>>>,
+    pub credential: Option<Arc<Object<model::Credential>>>,
+    pub upstream: UpstreamState,
+
+    /// Variables that were set by name and belong to no module: `set $x`, `ctx.var.x = …`. Few, so a list.
+    pub custom_vars: Vec<(Box<str>, Vec<u8>)>,
+    pub lua: LuaState,
+    /// Bytes sent to the client, head included (`$bytes_sent`), and of the body (`$body_bytes_sent`).
+    pub bytes_sent: u64,
+    pub body_bytes_sent: u64,
+}
+
+/// Where the request stands. The plugin phases of plugin-develop.md, plus the gateway's own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(u8)]
+pub enum Phase {
+    Init = 0,
+    Ssl,
+    Rewrite,
+    Access,
+    BeforeProxy,
+    Balancer,
+    /// A function or `ngx.say` answers.
+    Content,
+    HeaderFilter,
+    BodyFilter,
+    DelayedBodyFilter,
+    Log,
+    Timer,
+}
+
+/// What stays the same for all requests of a client's connection.
+#[derive(Debug)]
+pub struct Connection {
+    /// Unique in the process: `$connection`.
+    pub serial: u64,
+    /// The client, after PROXY protocol.
+    pub peer: SocketAddr,
+    pub local: SocketAddr,
+    pub tls: Option<TlsInfo>,
+    /// The other end of the socket when PROXY protocol changed `peer`.
+    pub proxy: Option<SocketAddr>,
+}
+
+#[derive(Debug)]
+pub struct TlsInfo {
+    pub sni: Option<Box<str>>,
+    /// `TLSv1.3`
+    pub protocol: &'static str,
+    /// `TLS_AES_256_GCM_SHA384`
+    pub cipher: Box<str>,
+    pub session_reused: bool,
+    /// DER of the client's certificate.
+    pub client_cert: Option<Box<[u8]>>,
+    /// `NONE`, `SUCCESS` or `FAILED:reason`: `$ssl_client_verify`.
+    pub client_verify: Box<str>,
+}
+
+/// The request's head. Vectors instead of strings: the network does not promise UTF-8.
+#[derive(Debug, Default)]
+pub struct Request {
+    pub method: Vec<u8>,
+    pub version: Version,
+    /// The request-target as it came: `$request_uri`.
+    pub target: Vec<u8>,
+    /// The path: decoded, dots and slashes merged: `$uri`.
+    pub path: Vec<u8>,
+    /// The query, undecoded, without `?`: `$args`.
+    pub args: Vec<u8>,
+    /// Lower case, without port: `$host`.
+    pub host: Vec<u8>,
+    pub headers: Headers,
+    /// Bytes of the head as received (`$request_length` counts them and the body).
+    pub head_len: u64,
+    /// Requests on this connection so far, this one included.
+    pub nth: u64,
+    /// An address that replaced the peer's (real-ip).
+    pub real_ip: Option<SocketAddr>,
+    pub keep_alive: bool,
+    /// `Expect: 100-continue` that nobody has answered yet.
+    pub expects_continue: bool,
+    /// The protocol that an `Upgrade` asks for.
+    pub upgrade: bool,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Version {
+    Http10,
+    #[default]
+    Http11,
+    Http2,
+}
+
+/// The response's head as the filters see it.
+#[derive(Debug, Default)]
+pub struct Response {
+    /// 0 until something decides it.
+    pub status: u16,
+    /// The upstream's or `ngx.status_line`'s text; empty: the standard one.
+    pub reason: Vec<u8>,
+    /// Without hop-by-hop fields. `Content-Length` stands here as a field: filters may remove it.
+    pub headers: Headers,
+    pub source: Source,
+    /// The head is on its way: `ngx.headers_sent`.
+    pub head_sent: bool,
+    /// The body's last byte was handed to the client.
+    pub ended: bool,
+}
+
+/// Who made the response (`core.response.get_response_source`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Source {
+    /// moongate or a plugin in it.
+    #[default]
+    Gateway,
+    Upstream,
+}
+
+/// What the router found.
+#[derive(Clone, Debug)]
+pub struct Matched {
+    pub route: Arc<Object<model::Route>>,
+    pub service: Option<Arc<Object<model::Service>>>,
+    /// The host and path patterns that matched (`curr_req_matched._host`, `._path`).
+    pub host_pattern: Option<Box<str>>,
+    pub path_pattern: Box<str>,
+    /// `:name` and `*name` captures.
+    pub params: SmallVec<[(Box<str>, Box<str>); 2]>,
+}
+
+/// How the upstream is to be spoken to, and what came of it.
+#[derive(Default)]
+pub struct UpstreamState {
+    /// Chosen by a plugin (traffic-split, `upstream.set`): wins over the route's.
+    pub chosen: Option<Arc<model::Upstream>>,
+    /// What the request is sent to: resolved by the proxy before `before_proxy`.
+    pub conf: Option<Arc<model::Upstream>>,
+    /// `$upstream_uri`; empty: the client's target as it came.
+    pub uri: Vec<u8>,
+    /// `$upstream_host`: empty until `pass_host` or a plugin decides.
+    pub host: Vec<u8>,
+    /// `$upstream_scheme`: empty: the upstream's.
+    pub scheme: Vec<u8>,
+    /// A plugin's own method for the upstream (proxy-rewrite's `method`).
+    pub method: Vec<u8>,
+    /// Node picked by Lua (`balancer.set_current_peer`): wins over the balancer, for one try.
+    pub peer: Option<(Box<str>, u16)>,
+    pub tries: SmallVec<[Try; 1]>,
+    /// Response bytes may be withheld in the gateway (`proxy_buffering`); off: each read is sent at once.
+    pub buffering: bool,
+    /// Fields as the upstream sent them (`$upstream_http_*`), kept only when something asks: see `vars`.
+    pub headers: Headers,
+}
+
+/// One attempt at a node: an element of `$upstream_addr`, `$upstream_status` and their like.
+#[derive(Clone, Debug)]
+pub struct Try {
+    pub addr: SocketAddr,
+    /// Index into the upstream's nodes.
+    pub node: usize,
+    /// 0 until a status line came; 502 or 504 for one that failed, as in nginx.
+    pub status: u16,
+    pub connect_time: Option<Duration>,
+    pub header_time: Option<Duration>,
+    pub response_time: Option<Duration>,
+    pub bytes_sent: u64,
+    pub bytes_received: u64,
+    pub reused: bool,
+}
+
+/// What the VM of this worker keeps for the request.
+#[derive(Default)]
+pub struct LuaState {
+    /// Index of the `ctx` table; `None` until a phase enters Lua.
+    pub slot: Option<u32>,
+    /// The VM generation and the plan that the request runs on: owned by `plugin::run`, opaque here.
+    pub run: Option<Rc<dyn Any>>,
+}
+
+/// The client's side of one request: where the body comes from and the response goes. HTTP/1 and HTTP/2
+/// implement it; the proxy and Lua drive it.
+///
+/// All waits are poll functions, so that one task can watch both directions.
+pub trait Client {
+    /// The next piece of the request body; `Ready(Ok(0))` is its end. Appends to `into`, at most `max` bytes.
+    /// Sends `100 Continue` first when the client waits for it.
+    fn poll_read_body(&mut self, cx: &mut Context<'_>, into: &mut Vec<u8>, max: usize) -> Poll<Result<usize>>;
+
+    /// Queues the head. Adds the framing that the protocol and `length` need, `Date`, and `Connection`.
+    fn start(&mut self, request: &Request, response: &Response, length: BodyLength) -> Result<()>;
+
+    /// Queues an interim `1xx` head.
+    fn interim(&mut self, status: u16, headers: &Headers) -> Result<()>;
+
+    /// Takes some of `data`, at once when it fits the buffer. How many bytes of it were taken.
+    fn poll_write(&mut self, cx: &mut Context<'_>, data: &[u8]) -> Poll<Result<usize>>;
+
+    /// Everything queued has been given to the kernel.
+    fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<()>>;
+
+    /// Ends the body (the last chunk, END_STREAM) and flushes.
+    fn poll_finish(&mut self, cx: &mut Context<'_>) -> Poll<Result<()>>;
+
+    /// Ready when the client has gone away. Never consumes bytes of a next request.
+    fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<()>;
+
+    /// Cuts the connection (HTTP/1) or resets the stream: what a truncated response needs.
+    fn abort(&mut self);
+
+    /// Takes the connection for a tunnel (WebSocket) after a 101.
+    fn as_any(&mut self) -> &mut dyn Any;
+}
+
+/// How long the response body is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BodyLength {
+    /// HEAD, 204, 304: the head may claim a length, no byte follows.
+    None,
+    Known(u64),
+    Unknown,
+}
+
+impl Exchange {
+    /// The address that the request is taken to come from: `$remote_addr`.
+    pub fn remote(&self) -> SocketAddr {
+        self.request.real_ip.unwrap_or(self.conn.peer)
+    }
+
+    /// The try that is under way or was the last.
+    pub fn last_try(&mut self) -> Option<&mut Try> {
+        self.upstream.tries.last_mut()
+    }
+}

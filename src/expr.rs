@@ -1,0 +1,5 @@
+//! `vars` expressions.
+
+/// A compiled expression.
+#[derive(Debug)]
+pub struct Expr;

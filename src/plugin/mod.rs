@@ -1,0 +1,22 @@
+//! Plugins: which exist (`registry`), which run for a request (`plan`), and running them (`run`).
+
+pub mod output;
+pub mod plan;
+pub mod registry;
+pub mod run;
+
+use crate::exchange::Phase;
+
+/// A set of phases.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PhaseMask(pub u16);
+
+impl PhaseMask {
+    pub fn has(self, phase: Phase) -> bool {
+        self.0 & (1 << phase as u16) != 0
+    }
+
+    pub fn add(&mut self, phase: Phase) {
+        self.0 |= 1 << phase as u16;
+    }
+}

@@ -1,0 +1,1 @@
+//! Sends a response made or filtered by plugins.

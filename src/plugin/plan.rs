@@ -1,0 +1,1 @@
+//! One list of plugins per phase, computed ahead.

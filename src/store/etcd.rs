@@ -1,0 +1,1 @@
+//! etcd as a store: APISIX's layout under its prefix.

@@ -1,0 +1,1 @@
+//! conf/apisix.yaml as a store: read only.

@@ -1,0 +1,86 @@
+//! Where configuration lives and how it reaches the workers.
+//!
+//! A `Store` reads and writes resources as JSON texts by key; three exist: embedded (redb), etcd, file. A store's changes go
+//! through `pipeline` (parse, validate, skip what is invalid) into a new `Snapshot`, which `Published` hands to
+//! every worker. Only this module knows where config came from.
+
+pub mod embedded;
+pub mod etcd;
+pub mod file;
+pub mod pipeline;
+pub mod published;
+pub mod snapshot;
+
+use std::{future::Future, pin::Pin, sync::Arc};
+
+pub use pipeline::Pipeline;
+pub use published::Published;
+pub use snapshot::Snapshot;
+
+use crate::error::Result;
+
+pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+/// A stored text. `key` is relative to the prefix: `/routes/1`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    pub key: Arc<str>,
+    pub value: Arc<str>,
+    pub create_revision: i64,
+    pub mod_revision: i64,
+}
+
+/// What must hold for a write to happen; else the write fails with `Kind::Conflict`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Condition {
+    Always,
+    /// The key's `mod_revision`; 0: the key must not exist.
+    Unmodified(i64),
+}
+
+/// A done write.
+#[derive(Clone, Debug)]
+pub struct Written {
+    pub entry: Entry,
+    /// What stood there before.
+    pub previous: Option<Entry>,
+    /// The store's revision after the write: `Published::reached` waits for it.
+    pub revision: i64,
+}
+
+/// Reads and writes of the Admin API. A write that was answered survives SIGKILL.
+pub trait Store: Send + Sync + 'static {
+    /// `embedded`, `etcd` or `file`: for messages.
+    fn name(&self) -> &'static str;
+
+    fn get<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<Entry>>>;
+
+    /// Entries whose key starts with `prefix` (`/routes/`), in key order, and the store's revision.
+    fn list<'a>(&'a self, prefix: &'a str) -> BoxFuture<'a, Result<(Vec<Entry>, i64)>>;
+
+    /// `ttl_secs`: the entry disappears after so many seconds.
+    fn put<'a>(&'a self, key: &'a str, value: String, on: Condition, ttl_secs: Option<u64>)
+    -> BoxFuture<'a, Result<Written>>;
+
+    /// The entry that was deleted (its `mod_revision` before) and the store's revision after; `None` when there was none.
+    fn delete<'a>(&'a self, key: &'a str, on: Condition) -> BoxFuture<'a, Result<Option<(Entry, i64)>>>;
+
+    /// Feeds `changes` until the process ends: first everything, then each change as it happens. Reconnects and
+    /// reloads by itself; never returns because a peer is down.
+    fn watch(self: Arc<Self>, changes: ChangeSink) -> BoxFuture<'static, ()>;
+}
+
+/// What a store tells the pipeline.
+#[derive(Debug)]
+pub enum Change {
+    /// Everything at this revision: replaces what was known.
+    All { entries: Vec<Entry>, revision: i64 },
+    /// Changes that became visible together.
+    Some { changes: Vec<(Arc<str>, Option<Entry>)>, revision: i64 },
+    /// The store cannot be reached, since when it is so and why; the last good config goes on.
+    Lost { reason: String },
+    /// It can again.
+    Found,
+}
+
+pub type ChangeSink = tokio::sync::mpsc::Sender<Change>;
