@@ -112,7 +112,9 @@ impl Headers {
         for (name, value) in fields {
             self.fields.push(Field { name: span(name), value: span(value) });
         }
-        debug_assert!(self.fields.iter().all(|f| (f.value.at + f.value.len) as usize <= self.bytes.len() || f.value.len == 0));
+        debug_assert!(
+            self.fields.iter().all(|f| (f.value.at + f.value.len) as usize <= self.bytes.len() || f.value.len == 0)
+        );
     }
 
     fn remove_from(&mut self, start: usize, name: &[u8]) -> bool {

@@ -46,7 +46,10 @@ pub struct Node {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Balance {
     RoundRobin,
-    Chash { on: HashOn, key: Box<str> },
+    Chash {
+        on: HashOn,
+        key: Box<str>,
+    },
     Ewma,
     LeastConn,
     /// The name of a balancer module of the user's own.

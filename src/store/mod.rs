@@ -59,8 +59,13 @@ pub trait Store: Send + Sync + 'static {
     fn list<'a>(&'a self, prefix: &'a str) -> BoxFuture<'a, Result<(Vec<Entry>, i64)>>;
 
     /// `ttl_secs`: the entry disappears after so many seconds.
-    fn put<'a>(&'a self, key: &'a str, value: String, on: Condition, ttl_secs: Option<u64>)
-    -> BoxFuture<'a, Result<Written>>;
+    fn put<'a>(
+        &'a self,
+        key: &'a str,
+        value: String,
+        on: Condition,
+        ttl_secs: Option<u64>,
+    ) -> BoxFuture<'a, Result<Written>>;
 
     /// The entry that was deleted (its `mod_revision` before) and the store's revision after; `None` when there was none.
     fn delete<'a>(&'a self, key: &'a str, on: Condition) -> BoxFuture<'a, Result<Option<(Entry, i64)>>>;
