@@ -6,6 +6,7 @@
 
 pub mod body;
 pub mod headers;
+mod random;
 pub mod vars;
 
 use std::{
@@ -31,8 +32,10 @@ use crate::{
 
 /// Everything about one request.
 pub struct Exchange {
-    /// `$connection`-independent serial of the request in this worker; also seeds `$request_id`.
+    /// `$connection`-independent serial of the request in this worker.
     pub serial: u64,
+    /// `$request_id` before it is written in hex.
+    pub id: [u8; 16],
     pub conn: Rc<Connection>,
     /// The client's side. `None` only while no request runs, and in requests made for tests.
     pub client: Option<Box<dyn Client>>,
@@ -274,7 +277,115 @@ pub enum BodyLength {
     Unknown,
 }
 
+/// A pooled exchange keeps its buffers up to this size: enough for nearly all heads, and a thousand idle
+/// exchanges cannot hold a gigabyte after a burst of large bodies.
+const KEPT_BYTES: usize = 16 * 1024;
+
+fn reuse(buffer: &mut Vec<u8>) {
+    buffer.clear();
+    if buffer.capacity() > KEPT_BYTES {
+        buffer.shrink_to(KEPT_BYTES);
+    }
+}
+
+impl Request {
+    fn reset(&mut self) {
+        for buffer in [&mut self.method, &mut self.target, &mut self.path, &mut self.args, &mut self.host] {
+            reuse(buffer);
+        }
+        self.version = Version::default();
+        self.headers.clear();
+        self.head_len = 0;
+        self.nth = 0;
+        self.real_ip = None;
+        self.keep_alive = false;
+        self.expects_continue = false;
+        self.upgrade = false;
+    }
+}
+
+impl Response {
+    fn reset(&mut self) {
+        self.status = 0;
+        self.reason.clear();
+        self.headers.clear();
+        self.source = Source::Gateway;
+        self.head_sent = false;
+        self.ended = false;
+    }
+}
+
+impl UpstreamState {
+    fn reset(&mut self) {
+        self.chosen = None;
+        self.conf = None;
+        for buffer in [&mut self.uri, &mut self.host, &mut self.scheme, &mut self.method] {
+            buffer.clear();
+        }
+        self.peer = None;
+        self.tries.clear();
+        self.buffering = true;
+        self.headers.clear();
+    }
+}
+
 impl Exchange {
+    /// An empty exchange; `begin` makes it a request's.
+    pub fn new(conn: Rc<Connection>, snapshot: Arc<Snapshot>) -> Self {
+        Exchange {
+            serial: 0,
+            id: [0; 16],
+            conn,
+            client: None,
+            started: Instant::now(),
+            started_at: SystemTime::now(),
+            phase: Phase::Init,
+            request: Request::default(),
+            body: RequestBody::None,
+            response: Response::default(),
+            printed: Vec::new(),
+            chunk: Chunk::default(),
+            snapshot,
+            matched: None,
+            consumer: None,
+            credential: None,
+            upstream: UpstreamState::default(),
+            custom_vars: Vec::new(),
+            lua: LuaState::default(),
+            bytes_sent: 0,
+            body_bytes_sent: 0,
+        }
+    }
+
+    /// Stamps an empty exchange with what every request gets: its times, serial and id.
+    pub fn begin(&mut self) {
+        self.started = Instant::now();
+        self.started_at = SystemTime::now();
+        (self.serial, self.id) = random::request_id();
+        self.phase = Phase::Init;
+    }
+
+    /// Forgets the request and keeps the memory, up to `KEPT_BYTES` per buffer. `conn` and `snapshot` stay as they
+    /// are: the pool's owner replaces them when they are no longer the ones to use.
+    pub fn reset(&mut self) {
+        self.client = None;
+        self.phase = Phase::Init;
+        self.request.reset();
+        self.body = RequestBody::None;
+        self.response.reset();
+        reuse(&mut self.printed);
+        reuse(&mut self.chunk.data);
+        self.chunk.eof = false;
+        self.matched = None;
+        self.consumer = None;
+        self.credential = None;
+        self.upstream.reset();
+        self.custom_vars.clear();
+        self.lua = LuaState::default();
+        self.bytes_sent = 0;
+        self.body_bytes_sent = 0;
+    }
+
     /// The address that the request is taken to come from: `$remote_addr`.
     pub fn remote(&self) -> SocketAddr {
         self.request.real_ip.unwrap_or(self.conn.peer)
