@@ -40,8 +40,8 @@ fn seed() -> [u64; 4] {
         // Without the system's generator the ids must still differ between threads and starts.
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         bytes[..16].copy_from_slice(&now.as_nanos().to_ne_bytes());
-        bytes[16..24]
-            .copy_from_slice(&(std::ptr::from_ref(&bytes) as u64 ^ u64::from(std::process::id())).to_ne_bytes());
+        let here = std::ptr::from_ref(&now) as u64 ^ u64::from(std::process::id());
+        bytes[16..24].copy_from_slice(&here.to_ne_bytes());
     }
     let mut words = [0; 4];
     for (word, bytes) in words.iter_mut().zip(bytes.chunks_exact(8)) {
