@@ -1,1 +1,21 @@
-//! lua
+//! The Lua VMs: making one, calling into it, what it may call back, and the bounds it runs in.
+//!
+//! A VM belongs to one thread. `api` is the table of functions that scripts see, `sched` drives coroutines and their
+//! waits, `fast` holds what LuaJIT reaches through FFI, `limits` stops what runs away. This module owns no logic of
+//! the gateway: it binds what `exchange`, `shdict`, `store` and the others do.
+
+pub mod api;
+pub mod convert;
+pub mod fast;
+pub mod limits;
+pub mod sched;
+pub mod vm;
+
+pub use api::{Api, Phases, Raise, Stack, Wait};
+pub use sched::{Op, Value, Values};
+pub use vm::{Vm, VmConfig};
+
+use crate::error::Result;
+
+/// Everything that fills the API table, in order. An area adds its `register` here.
+pub const REGISTRARS: &[fn(&mut Api) -> Result<()>] = &[fast::register, sched::register];

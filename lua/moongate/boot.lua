@@ -1,0 +1,139 @@
+--- The first chunk of every VM: coroutines that pass host waits outwards, the loader of packed modules, what
+--- OpenResty's LuaJIT has and stock LuaJIT lacks.
+--
+-- For those who write Lua on top of this:
+--
+-- * `require("moongate.native")` is the table of host functions (docs/lua-api.md lists them): `native.<area>.<name>`
+--   are functions, `native.fast.<name>` C function pointers of LuaJIT's FFI. Pass FFI functions plain strings and
+--   numbers; they neither raise nor yield.
+-- * `require("moongate.request")` keeps the tables of the request that runs: `ctx()` is the plugins' `ctx`
+--   (`api_ctx`), `ngx_ctx()` is `ngx.ctx`; both nil or fresh outside of a request.
+-- * Modules are looked up in `package.preload`, on the user's path (`apisix.extra_lua_path`, <prefix>/plugins,
+--   <prefix>/lua), then among the packed ones (`lua/**`; `plugins/x.lua` is `apisix.plugins.x`).
+-- * `ctx` is a table per request: `ctx.var` (read and write variables, also `http_*`, `arg_*`, `cookie_*`), and, on
+--   demand, `ctx.matched_route`, `ctx.matched_upstream`, `ctx.service`, `ctx.route_id`, `ctx.route_name`,
+--   `ctx.service_id`, `ctx.service_name`, `ctx.conf_type`, `ctx.conf_id`, `ctx.conf_version`, `ctx.consumer`,
+--   `ctx.consumer_name`, `ctx.consumer_group_id`, `ctx.consumer_ver`, `ctx.credential_id`, `ctx.curr_req_matched`.
+--   A plugin may set any field; `ctx.upstream_id` and `ctx.upstream_conf` set in rewrite or access choose the upstream.
+-- * A yield passes pcall, xpcall, metamethods and iterators, not string.gsub callbacks, table.sort or require.
+
+local native = ...
+
+package.loaded["moongate.native"] = native
+
+local ffi = require("ffi")
+local getmetatable, ipairs, next, pairs, select, setmetatable, tostring, type =
+    getmetatable, ipairs, next, pairs, select, setmetatable, tostring, type
+
+-- FFI functions: Rust gives {address, signature}; the cast happens once, here.
+for name, pair in pairs(native.fast) do
+    local signature = pair[2]:gsub("%(", "(*)(", 1)
+    native.fast[name] = ffi.cast(signature, pair[1])
+end
+
+-- What OpenResty's LuaJIT has built in.
+local function preload(name, module)
+    package.preload[name] = function() return module end
+end
+
+local new_tab, clear_tab = require("table.new"), require("table.clear")
+table.new, table.clear = new_tab, clear_tab
+
+function table.nkeys(t)
+    local n = 0
+    for _ in next, t do n = n + 1 end
+    return n
+end
+
+function table.isempty(t)
+    return next(t) == nil
+end
+
+function table.isarray(t)
+    local n = 0
+    for key in next, t do
+        if type(key) ~= "number" or key <= 0 or key % 1 ~= 0 then return false end
+        n = n + 1
+    end
+    return true
+end
+
+function table.clone(t)
+    local copy = {}
+    for key, value in next, t do copy[key] = value end
+    return copy
+end
+
+for _, name in ipairs({ "nkeys", "isempty", "isarray", "clone" }) do
+    preload("table." .. name, table[name])
+end
+
+-- thread.exdata(value) stores one value for the running coroutine; resty.core keeps the request there.
+local exdata = setmetatable({}, { __mode = "k" })
+local raw_running = coroutine.running
+preload("thread.exdata", function(...)
+    local key = raw_running() or exdata
+    if select("#", ...) == 0 then return exdata[key] end
+    exdata[key] = ...
+end)
+
+-- User coroutines. A host function that waits yields the marker; each resumer hands that on to its own resumer, until
+-- the driver has it, and passes the results back in.
+local marker = native.marker
+local raw_create, raw_resume, raw_yield, raw_status =
+    coroutine.create, coroutine.resume, coroutine.yield, coroutine.status
+
+local pass
+
+local function pass_on(co, ...)
+    return pass(co, raw_resume(co, ...))
+end
+
+function pass(co, ok, first, ...)
+    if ok and first == marker and raw_status(co) == "suspended" then
+        return pass_on(co, raw_yield(marker))
+    end
+    return ok, first, ...
+end
+
+function coroutine.resume(co, ...)
+    return pass(co, raw_resume(co, ...))
+end
+
+local function unwrap(ok, ...)
+    if ok then return ... end
+    error((...), 0)
+end
+
+function coroutine.wrap(f)
+    local co = raw_create(f)
+    return function(...)
+        return unwrap(pass(co, raw_resume(co, ...)))
+    end
+end
+
+-- The loader of packed modules, after the user's own path.
+local prefix = native.prefix
+local own = ""
+if prefix ~= "" then
+    own = prefix .. "/plugins/?.lua;" .. prefix .. "/lua/?.lua;" .. prefix .. "/lua/?/init.lua;"
+end
+if native.purpose == "functions" then
+    package.path, package.cpath = "", ""
+else
+    package.path = native.lua_path .. ";" .. own .. package.path
+    package.cpath = native.lua_cpath .. ";" .. package.cpath
+end
+
+local packed = native.packed
+
+local function packed_searcher(name)
+    local chunk = packed(name)
+    return chunk or "\n\tno packed module '" .. name .. "'"
+end
+
+table.insert(package.loaders, 3, packed_searcher)
+
+if native.packed("moongate.ngx") then
+    require("moongate.ngx")
+end

@@ -1,0 +1,36 @@
+--- The tables of the request that runs.
+--
+-- A request has a slot in this VM from the first phase that enters Lua to the end of its log phase; the tables of
+-- one that ended are cleared and used again.
+
+local fast = require("moongate.native").fast
+local slot = fast.slot
+
+local _M = {}
+
+local ctxs, ngx_ctxs = {}, {}
+
+--- The plugins' `ctx`; nil outside of a request.
+function _M.ctx()
+    return ctxs[slot()]
+end
+
+--- `ngx.ctx`: a table of the request, made when first asked for.
+function _M.ngx_ctx()
+    local at = slot()
+    local t = ngx_ctxs[at]
+    if not t then
+        t = { api_ctx = ctxs[at] }
+        ngx_ctxs[at] = t
+    end
+    return t
+end
+
+--- `ngx.ctx = t`
+function _M.set_ngx_ctx(t)
+    ngx_ctxs[slot()] = t
+end
+
+_M.ctxs, _M.ngx_ctxs = ctxs, ngx_ctxs
+
+return _M

@@ -1,0 +1,1 @@
+//! Stops what runs away.
