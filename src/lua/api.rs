@@ -35,8 +35,7 @@ impl Phases {
     pub const BALANCER: Phases = Phases::of(Phase::Balancer);
     pub const CONTENT: Phases = Phases::of(Phase::Content);
     pub const HEADER_FILTER: Phases = Phases::of(Phase::HeaderFilter);
-    pub const BODY_FILTER: Phases =
-        Phases(Phases::of(Phase::BodyFilter).0 | Phases::of(Phase::DelayedBodyFilter).0);
+    pub const BODY_FILTER: Phases = Phases(Phases::of(Phase::BodyFilter).0 | Phases::of(Phase::DelayedBodyFilter).0);
     pub const LOG: Phases = Phases::of(Phase::Log);
     pub const TIMER: Phases = Phases::of(Phase::Timer);
     pub const ANY: Phases = Phases(u16::MAX);
@@ -143,25 +142,13 @@ impl<'lua> Api<'lua> {
     }
 
     /// A raw C function. `f` must capture nothing.
-    pub fn func<F: HostFn>(
-        &mut self,
-        name: &'static str,
-        phases: Phases,
-        doc: &'static str,
-        _f: F,
-    ) -> Result<()> {
+    pub fn func<F: HostFn>(&mut self, name: &'static str, phases: Phases, doc: &'static str, _f: F) -> Result<()> {
         const { assert!(size_of::<F>() == 0, "a host function captures nothing") };
         self.c_function(name, phases, How::Func, doc, call_host::<F>)
     }
 
     /// A function that may park the coroutine. `f` must capture nothing.
-    pub fn wait<F: HostWait>(
-        &mut self,
-        name: &'static str,
-        phases: Phases,
-        doc: &'static str,
-        _f: F,
-    ) -> Result<()> {
+    pub fn wait<F: HostWait>(&mut self, name: &'static str, phases: Phases, doc: &'static str, _f: F) -> Result<()> {
         const { assert!(size_of::<F>() == 0, "a host function captures nothing") };
         self.c_function(name, phases, How::Wait, doc, wait_host::<F>)
     }
@@ -215,9 +202,8 @@ impl<'lua> Api<'lua> {
     ) -> Result<()> {
         let text = self.lua.create_string(name).map_err(script)?;
         // SAFETY: pushes one closure over the two arguments on the stack; exec_raw protects the call.
-        let function: mlua::Function = unsafe {
-            self.lua.exec_raw((phases.0, text), |l| ffi::lua_pushcclosure(l, f, 2)).map_err(script)?
-        };
+        let function: mlua::Function =
+            unsafe { self.lua.exec_raw((phases.0, text), |l| ffi::lua_pushcclosure(l, f, 2)).map_err(script)? };
         self.put(name, mlua::Value::Function(function))?;
         self.entries.push(Entry { name: name.into(), phases, how, doc });
         Ok(())

@@ -74,9 +74,7 @@ fn read(stack: &Stack, i: c_int, depth: usize) -> Result<Value, Raise> {
         ffi::LUA_TNIL | ffi::LUA_TLIGHTUSERDATA => Ok(Value::Null),
         ffi::LUA_TBOOLEAN => Ok(Value::Bool(stack.boolean(i))),
         ffi::LUA_TNUMBER => Ok(number(stack.number(i).unwrap_or(0.0))),
-        ffi::LUA_TSTRING => {
-            Ok(Value::String(String::from_utf8_lossy(stack.bytes(i).unwrap_or_default()).into_owned()))
-        }
+        ffi::LUA_TSTRING => Ok(Value::String(String::from_utf8_lossy(stack.bytes(i).unwrap_or_default()).into_owned())),
         ffi::LUA_TTABLE => read_table(stack, i, depth),
         _ => Err(format!("Cannot serialise {}: type not supported", stack.kind_name(i)).into()),
     }

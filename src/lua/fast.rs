@@ -69,11 +69,11 @@ pub fn guard<R>(on_panic: R, body: impl FnOnce() -> R) -> R {
     }
 }
 
-/// Declares `extern "C"` functions for FFI: `export! { fn name(a: *const u8, n: usize) -> c_int, -1 { … } }`, where
+/// Declares `extern "C"` functions for FFI: `export! { fn name(a: *const u8, n: usize) -> c_int, -1 => { … } }`, where
 /// the expression after the return type is what a panic returns.
 #[macro_export]
 macro_rules! export {
-    ($($(#[$meta:meta])* fn $name:ident($($arg:ident: $ty:ty),* $(,)?) -> $ret:ty, $on_panic:expr $body:block)*) => {$(
+    ($($(#[$meta:meta])* fn $name:ident($($arg:ident: $ty:ty),* $(,)?) -> $ret:ty, $on_panic:expr => $body:block)*) => {$(
         $(#[$meta])*
         pub(crate) extern "C" fn $name($($arg: $ty),*) -> $ret {
             $crate::lua::fast::guard($on_panic, move || $body)
@@ -93,17 +93,23 @@ pub unsafe fn bytes<'a>(p: *const u8, len: usize) -> &'a [u8] {
 
 export! {
     /// Index of the request's tables in the VM; 0 without a request.
-    fn mg_slot() -> c_int, 0 {
+    fn mg_slot() -> c_int, 0 => {
         exchange().and_then(|x| x.lua.slot).map_or(0, |s| s as c_int)
     }
 
     /// `Phase as int`; `Init` outside of a request.
-    fn mg_phase() -> c_int, 0 {
+    fn mg_phase() -> c_int, 0 => {
         phase() as c_int
     }
 }
 
 pub fn register(api: &mut Api) -> Result<()> {
-    api.fast("slot", "int (void)", Phases::ANY, "index of the request's tables; 0: no request", mg_slot as *const c_void)?;
+    api.fast(
+        "slot",
+        "int (void)",
+        Phases::ANY,
+        "index of the request's tables; 0: no request",
+        mg_slot as *const c_void,
+    )?;
     api.fast("phase", "int (void)", Phases::ANY, "number of the phase that runs", mg_phase as *const c_void)
 }

@@ -9,7 +9,6 @@ use std::{
     ffi::{c_int, c_void},
     future::Future,
     pin::Pin,
-    rc::Rc,
     task::{Context, Poll},
     time::Duration,
 };
@@ -17,11 +16,7 @@ use std::{
 use mlua::ffi;
 use smallvec::SmallVec;
 
-use super::{
-    api::{Api, Phases, Raise, Stack, Wait},
-    fast,
-    vm::Vm,
-};
+use super::api::{Api, Phases, Raise, Stack, Wait};
 use crate::{error::Result, exchange::Exchange};
 
 /// What an operation gives back to the coroutine: the results of the function that waited.
