@@ -47,3 +47,20 @@ pub struct Timeouts {
 /// The methods that a route's schema allows, as bits.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MethodSet(pub u16);
+
+/// In the order of their bits.
+const METHODS: [&str; 10] = ["GET", "POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS", "CONNECT", "TRACE", "PURGE"];
+
+impl MethodSet {
+    /// Adds a method; says whether it is one that a route may name.
+    pub fn insert(&mut self, method: &str) -> bool {
+        let bit = METHODS.iter().position(|m| *m == method);
+        self.0 |= bit.map_or(0, |bit| 1 << bit);
+        bit.is_some()
+    }
+
+    /// Whether a request of that method is allowed. The empty set allows all.
+    pub fn allows(self, method: &[u8]) -> bool {
+        self.0 == 0 || METHODS.iter().position(|m| m.as_bytes() == method).is_some_and(|bit| self.0 & (1 << bit) != 0)
+    }
+}

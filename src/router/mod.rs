@@ -1,8 +1,35 @@
 //! Finds the route of a request. Pure, immutable, incremental: a clone with a changed route shares all else.
+//!
+//! The index is a hash map of exact paths and a radix tree of prefixes, per host (`radixtree_host_uri`) or for all hosts.
+//! An exact path wins over any prefix, a longer prefix over a shorter one, and priority decides among the routes of
+//! one path. A route whose conditions refuse a request lets the next candidate try. With hosts in the index, an exact
+//! host comes before a wildcard, the longer wildcard before the shorter one, and routes without a host come last.
 
-use std::sync::Arc;
+mod pattern;
+mod radix;
+mod rule;
+#[cfg(test)]
+mod tests;
 
-use crate::model::{Object, Route};
+use std::{
+    fmt,
+    hash::{BuildHasher, BuildHasherDefault, Hasher},
+    sync::Arc,
+};
+
+use hashbrown::DefaultHashBuilder;
+use imbl::GenericHashMap;
+use smallvec::SmallVec;
+
+use self::{
+    pattern::{Captures, Shape},
+    radix::Radix,
+    rule::{Rule, Rules},
+};
+use crate::{
+    expr::Expr,
+    model::{Id, Object, Route},
+};
 
 /// `apisix.router.http`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -13,12 +40,7 @@ pub enum RouterKind {
     RadixtreeUriWithParameter,
 }
 
-#[derive(Clone, Default)]
-pub struct Router {
-    pub kind: RouterKind,
-}
-
-/// What the router asks of a request. `var` and `filter` are called only for routes that need them.
+/// What the router asks of a request. `vars` and `filter` are called only for routes that need them.
 pub trait Facts {
     /// Lower case, without port.
     fn host(&self) -> &[u8];
@@ -27,6 +49,340 @@ pub trait Facts {
     fn remote(&self) -> std::net::IpAddr;
     /// A variable's value, for `vars`.
     fn var(&self, name: &str) -> Option<std::borrow::Cow<'_, [u8]>>;
+    /// Whether the route's `vars` hold.
+    fn vars(&self, vars: &Expr) -> bool;
     /// Runs the route's `filter_func`.
     fn filter(&self, route: &Arc<Object<Route>>) -> bool;
+}
+
+/// A match. Cheap to make and to keep: a reference count, and the captures when the uri has parameters.
+#[derive(Clone)]
+pub struct Found {
+    rule: Arc<Rule>,
+    host: Option<u32>,
+    /// `:name` and `*name` captures.
+    pub params: Captures,
+}
+
+impl Found {
+    pub fn route(&self) -> &Arc<Object<Route>> {
+        &self.rule.route
+    }
+
+    /// The route's uri that matched, as written: `curr_req_matched._path`.
+    pub fn path_pattern(&self) -> &str {
+        self.rule.uri()
+    }
+
+    /// The host that matched, in lower case: `curr_req_matched._host`.
+    pub fn host_pattern(&self) -> Option<&str> {
+        self.host.map(|at| &*self.rule.hosts()[at as usize])
+    }
+}
+
+impl fmt::Debug for Found {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "route {} by {:?} {}", self.route().id, self.host_pattern(), self.path_pattern())
+    }
+}
+
+type Map<K, V, S> = GenericHashMap<K, V, S, imbl::shared_ptr::DefaultSharedPtr>;
+
+#[derive(Clone, Default)]
+pub struct Router {
+    pub kind: RouterKind,
+    /// Rules of exact paths, by a hash of path and scope. Rules that share a hash by accident share a list.
+    exact: Map<u64, Rules, BuildHasherDefault<Hashed>>,
+    hash: DefaultHashBuilder,
+    /// Rules without a host, and all rules when the kind does not index hosts.
+    any: Scope,
+    hosts: Map<Arc<[u8]>, Arc<Scope>, DefaultHashBuilder>,
+    /// By what follows the star, last byte first: `*.foo.com` is `moc.oof.`.
+    wildcards: Radix<Arc<Scope>>,
+    /// Grows with each scope; 0 is `any`.
+    last_scope: u32,
+    placed: Map<Id, Placed, DefaultHashBuilder>,
+}
+
+/// What belongs to one host.
+#[derive(Clone, Default)]
+struct Scope {
+    number: u32,
+    /// How many rules there are, exact ones included.
+    rules: usize,
+    prefixes: Radix<Rules>,
+}
+
+/// How a route went in, so that it can be taken out again.
+#[derive(Clone)]
+struct Placed {
+    route: Arc<Object<Route>>,
+    service_hosts: Option<Arc<[Box<str>]>>,
+}
+
+/// Where a rule goes.
+enum Place<'a> {
+    Any,
+    Host(&'a str),
+    Wildcard(&'a str),
+}
+
+/// Candidates on the way down a tree; few paths have more prefixes than this.
+type Chain<'a, T> = SmallVec<[&'a T; 16]>;
+
+impl Router {
+    pub fn new(kind: RouterKind) -> Self {
+        Router { kind, ..Self::default() }
+    }
+
+    /// How many routes can be found.
+    pub fn len(&self) -> usize {
+        self.placed.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.placed.is_empty()
+    }
+
+    /// Puts a route in, in place of the one of that id. `service_hosts` are those of its service, if it has one: a route
+    /// without hosts takes them.
+    pub fn insert(&mut self, route: Arc<Object<Route>>, service_hosts: &[Box<str>]) {
+        self.remove(&route.id);
+        if !route.value.enabled {
+            return;
+        }
+        let inherits = route.value.hosts.is_empty() && !service_hosts.is_empty();
+        let service_hosts = inherits.then(|| service_hosts.iter().map(|h| h.to_ascii_lowercase().into()).collect());
+        let placed = Placed { route, service_hosts };
+        for rule in self.rules_of(&placed) {
+            self.add(rule);
+        }
+        self.placed.insert(placed.route.id.clone(), placed);
+    }
+
+    /// Takes a route out; says whether there was one.
+    pub fn remove(&mut self, id: &str) -> bool {
+        let Some(placed) = self.placed.remove(id) else { return false };
+        for rule in self.rules_of(&placed) {
+            self.take_out(rule);
+        }
+        true
+    }
+
+    pub fn find(&self, facts: &impl Facts) -> Option<Found> {
+        let path = facts.path();
+        let hash = self.hash.hash_one(path);
+        if self.kind == RouterKind::RadixtreeHostUri {
+            if let Some(found) = self.find_by_host(hash, path, facts) {
+                return Some(found);
+            }
+        }
+        self.find_in(&self.any, hash, path, facts)
+    }
+
+    fn find_by_host(&self, hash: u64, path: &[u8], facts: &impl Facts) -> Option<Found> {
+        let host = facts.host();
+        if let Some(scope) = self.hosts.get(host) {
+            if let Some(found) = self.find_in(scope, hash, path, facts) {
+                return Some(found);
+            }
+        }
+        if self.wildcards.is_empty() {
+            return None;
+        }
+        let reversed: SmallVec<[u8; 64]> = host.iter().rev().copied().collect();
+        let mut scopes = Chain::new();
+        self.wildcards.visit_prefixes(&reversed, |scope| scopes.push(scope));
+        scopes.iter().rev().find_map(|scope| self.find_in(scope, hash, path, facts))
+    }
+
+    fn find_in(&self, scope: &Scope, hash: u64, path: &[u8], facts: &impl Facts) -> Option<Found> {
+        let exact = self.exact.get(&scope.key(hash)).and_then(|rules| {
+            rules.find_map(|rule| match rule.uri().as_bytes() == path && rule.scope == scope.number {
+                true => self.accept(rule, path, facts),
+                false => None,
+            })
+        });
+        if exact.is_some() || scope.prefixes.is_empty() {
+            return exact;
+        }
+        let mut prefixes = Chain::new();
+        scope.prefixes.visit_prefixes(path, |rules| prefixes.push(rules));
+        prefixes.iter().rev().find_map(|rules| rules.find_map(|rule| self.accept(rule, path, facts)))
+    }
+
+    /// The rest of a rule's conditions, its place in the index apart.
+    fn accept(&self, rule: &Arc<Rule>, path: &[u8], facts: &impl Facts) -> Option<Found> {
+        let host = match rule.host {
+            None if !rule.hosts().is_empty() => Some(rule.host_matching(facts.host())?),
+            stands_under => stands_under,
+        };
+        let params = rule.captures(path)?;
+        rule.allows(facts).then(|| Found { rule: rule.clone(), host, params })
+    }
+
+    fn rules_of(&self, placed: &Placed) -> SmallVec<[Rule; 1]> {
+        let mut rules = SmallVec::new();
+        let by_host = self.kind == RouterKind::RadixtreeHostUri;
+        let params = self.kind == RouterKind::RadixtreeUriWithParameter;
+        let conditional = rule::is_conditional(&placed.route.value);
+        for (at, uri) in placed.route.value.uris.iter().enumerate() {
+            let rule = |host: Option<u32>| Rule {
+                route: placed.route.clone(),
+                service_hosts: placed.service_hosts.clone(),
+                uri: at as u32,
+                host,
+                scope: 0,
+                conditional,
+                shape: Shape::of(uri, params),
+            };
+            let plain = rule(None);
+            match plain.hosts().len() {
+                hosts if by_host && hosts > 0 => rules.extend((0..hosts as u32).map(|host| rule(Some(host)))),
+                _ => rules.push(plain),
+            }
+        }
+        rules
+    }
+
+    fn add(&mut self, mut rule: Rule) {
+        let scope = match place(&rule) {
+            Place::Any => &mut self.any,
+            Place::Host(host) => {
+                let scope = self.hosts.entry(host.as_bytes().into()).or_insert_with(Default::default);
+                numbered(scope, &mut self.last_scope)
+            }
+            Place::Wildcard(suffix) => {
+                let key: SmallVec<[u8; 64]> = suffix.bytes().rev().collect();
+                numbered(self.wildcards.slot(&key).get_or_insert_default(), &mut self.last_scope)
+            }
+        };
+        rule.scope = scope.number;
+        scope.rules += 1;
+        match rule.shape {
+            Shape::Exact => {
+                let key = scope.key(self.hash.hash_one(rule.uri().as_bytes()));
+                match self.exact.get_mut(&key) {
+                    Some(rules) => rules.add(Arc::new(rule)),
+                    None => {
+                        self.exact.insert(key, Rules::One(Arc::new(rule)));
+                    }
+                }
+            }
+            _ => {
+                let fixed = rule.shape.fixed(rule.uri()).to_owned();
+                Rules::add_to(scope.prefixes.slot(fixed.as_bytes()), Arc::new(rule));
+            }
+        }
+    }
+
+    /// The reverse of `add`. A scope that this leaves empty goes.
+    fn take_out(&mut self, mut rule: Rule) {
+        match place(&rule) {
+            Place::Any => {
+                let exact = self.any.take_out(&mut rule);
+                self.take_out_exact(exact, &rule);
+            }
+            Place::Host(host) => {
+                let host: SmallVec<[u8; 64]> = host.bytes().collect();
+                let Some(scope) = self.hosts.get_mut(&host[..]) else { return };
+                let scope = Arc::make_mut(scope);
+                let exact = scope.take_out(&mut rule);
+                if scope.rules == 0 {
+                    self.hosts.remove(&host[..]);
+                }
+                self.take_out_exact(exact, &rule);
+            }
+            Place::Wildcard(suffix) => {
+                let key: SmallVec<[u8; 64]> = suffix.bytes().rev().collect();
+                let mut exact = None;
+                self.wildcards.change(&key, |slot| {
+                    let Some(scope) = slot.as_mut().map(Arc::make_mut) else { return };
+                    exact = scope.take_out(&mut rule);
+                    if scope.rules == 0 {
+                        *slot = None;
+                    }
+                });
+                self.take_out_exact(exact, &rule);
+            }
+        }
+    }
+
+    fn take_out_exact(&mut self, scope: Option<ExactIn>, rule: &Rule) {
+        let Some(ExactIn(number)) = scope else { return };
+        let key = scope_key(number, self.hash.hash_one(rule.uri().as_bytes()));
+        let emptied = self.exact.get_mut(&key).is_some_and(|rules| rules.remove(rule));
+        if emptied {
+            self.exact.remove(&key);
+        }
+    }
+}
+
+/// The rule that was taken out of this scope stands in the map of exact paths.
+struct ExactIn(u32);
+
+impl Scope {
+    fn key(&self, path_hash: u64) -> u64 {
+        scope_key(self.number, path_hash)
+    }
+
+    fn take_out(&mut self, rule: &mut Rule) -> Option<ExactIn> {
+        rule.scope = self.number;
+        self.rules -= 1;
+        if let Shape::Exact = rule.shape {
+            return Some(ExactIn(self.number));
+        }
+        let fixed = rule.shape.fixed(rule.uri());
+        self.prefixes.change(fixed.as_bytes(), |slot| {
+            if slot.as_mut().is_some_and(|rules| rules.remove(rule)) {
+                *slot = None;
+            }
+        });
+        None
+    }
+}
+
+/// Spreads one path's hash over the scopes that have the path.
+fn scope_key(number: u32, path_hash: u64) -> u64 {
+    path_hash ^ u64::from(number).wrapping_mul(0x9E37_79B9_7F4A_7C15)
+}
+
+fn place(rule: &Rule) -> Place<'_> {
+    match rule.host {
+        None => Place::Any,
+        Some(at) => {
+            let host = &*rule.hosts()[at as usize];
+            host.strip_prefix('*').map_or(Place::Host(host), Place::Wildcard)
+        }
+    }
+}
+
+/// Gives a scope that was just made its number.
+fn numbered<'a>(scope: &'a mut Arc<Scope>, last: &mut u32) -> &'a mut Scope {
+    let scope = Arc::make_mut(scope);
+    if scope.number == 0 {
+        *last += 1;
+        scope.number = *last;
+    }
+    scope
+}
+
+/// Hashes what is a hash.
+#[derive(Default)]
+struct Hashed(u64);
+
+impl Hasher for Hashed {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.0 = self.0.rotate_left(8) ^ u64::from(*byte);
+        }
+    }
+
+    fn write_u64(&mut self, n: u64) {
+        self.0 = n;
+    }
 }

@@ -1,0 +1,243 @@
+//! What a uri says: a path, a prefix, or a pattern with `:name` and `*name`.
+
+use smallvec::SmallVec;
+
+/// Steps that one match of a pattern may take. Several `*` in a row multiply their choices, and the path comes from the
+/// network; no pattern that means something needs more.
+const MAX_STEPS: u32 = 4096;
+
+/// The name under which a `*` without a name captures.
+const UNNAMED: &str = ":ext";
+
+/// What stands in the path under each name.
+pub(super) type Captures = SmallVec<[(Box<str>, Box<str>); 2]>;
+
+pub(super) enum Shape {
+    Exact,
+    /// The uri without its last byte, a star, is what the path must start with.
+    Prefix,
+    /// The path starts with the first `fixed` bytes of the uri and goes on as the pattern says.
+    Pattern {
+        fixed: u32,
+        pattern: Box<Pattern>,
+    },
+}
+
+/// What follows the fixed part.
+pub(super) struct Pattern {
+    pieces: Box<[Piece]>,
+}
+
+enum Piece {
+    Text(Box<[u8]>),
+    /// `:name`: a segment, not empty.
+    Segment(Box<str>),
+    /// `*name`: anything, slashes too, as much as possible.
+    Rest(Box<str>),
+}
+
+impl Shape {
+    /// `params`: whether `:name` is a parameter. Both marks count only where a segment starts, and a star at the end.
+    pub fn of(uri: &str, params: bool) -> Shape {
+        let marks = Marks { uri, at: 0, params };
+        let Some(first) = marks.clone().next() else {
+            return if uri.ends_with('*') { Shape::Prefix } else { Shape::Exact };
+        };
+        let ends_there = first + 1 == uri.len() && uri.ends_with('*');
+        if ends_there {
+            return Shape::Prefix;
+        }
+        let pattern = Box::new(Pattern { pieces: pieces(&uri[first..], params) });
+        Shape::Pattern { fixed: first as u32, pattern }
+    }
+
+    /// The part of the uri that a path must start with, or be.
+    pub fn fixed<'a>(&self, uri: &'a str) -> &'a str {
+        match self {
+            Shape::Exact => uri,
+            Shape::Prefix => &uri[..uri.len() - 1],
+            Shape::Pattern { fixed, .. } => &uri[..*fixed as usize],
+        }
+    }
+}
+
+/// Where segments start with a mark.
+#[derive(Clone)]
+struct Marks<'a> {
+    uri: &'a str,
+    at: usize,
+    params: bool,
+}
+
+impl Iterator for Marks<'_> {
+    type Item = usize;
+
+    fn next(&mut self) -> Option<usize> {
+        let bytes = self.uri.as_bytes();
+        while self.at < bytes.len() {
+            let at = self.at;
+            self.at += 1;
+            let starts_segment = at == 0 || bytes[at - 1] == b'/';
+            if starts_segment && (bytes[at] == b'*' || (self.params && bytes[at] == b':')) {
+                return Some(at);
+            }
+        }
+        None
+    }
+}
+
+/// The pieces of what starts with a mark.
+fn pieces(text: &str, params: bool) -> Box<[Piece]> {
+    let mut pieces = Vec::new();
+    let mut done = 0;
+    for mark in (Marks { uri: text, at: 0, params }) {
+        if mark > done {
+            pieces.push(Piece::Text(text.as_bytes()[done..mark].into()));
+        }
+        done = text[mark..].find('/').map_or(text.len(), |slash| mark + slash);
+        let name = &text[mark + 1..done];
+        pieces.push(match (text.as_bytes()[mark], name) {
+            (b'*', "") => Piece::Rest(UNNAMED.into()),
+            (b'*', name) => Piece::Rest(name.into()),
+            (_, name) => Piece::Segment(name.into()),
+        });
+    }
+    match text[done..].strip_suffix('*') {
+        Some(last) => {
+            pieces.push(Piece::Text(last.as_bytes().into()));
+            pieces.push(Piece::Rest(UNNAMED.into()));
+        }
+        None if done < text.len() => pieces.push(Piece::Text(text.as_bytes()[done..].into())),
+        None => {}
+    }
+    pieces.into()
+}
+
+/// A piece's name and where its capture lies.
+type Spans<'a> = SmallVec<[(&'a str, usize, usize); 4]>;
+
+impl Pattern {
+    pub fn captures(&self, path: &[u8]) -> Option<Captures> {
+        let mut spans = Spans::new();
+        let mut steps = MAX_STEPS;
+        if !matches(&self.pieces, path, 0, &mut spans, &mut steps) {
+            return None;
+        }
+        let text = |from: usize, to: usize| String::from_utf8_lossy(&path[from..to]).into_owned().into_boxed_str();
+        Some(spans.iter().map(|(name, from, to)| (Box::from(*name), text(*from, *to))).collect())
+    }
+}
+
+fn matches<'a>(mut pieces: &'a [Piece], path: &[u8], mut at: usize, spans: &mut Spans<'a>, steps: &mut u32) -> bool {
+    while let Some((piece, after)) = pieces.split_first() {
+        if *steps == 0 {
+            return false;
+        }
+        *steps -= 1;
+        match piece {
+            Piece::Text(text) if path[at..].starts_with(text) => at += text.len(),
+            Piece::Text(_) => return false,
+            Piece::Segment(name) => {
+                let end = memchr::memchr(b'/', &path[at..]).map_or(path.len(), |slash| at + slash);
+                if end == at {
+                    return false;
+                }
+                spans.push((name, at, end));
+                at = end;
+            }
+            Piece::Rest(name) => return matches_rest(name, after, path, at, spans, steps),
+        }
+        pieces = after;
+    }
+    at == path.len()
+}
+
+/// Gives the star all that is left, and less and less until what follows it fits. That starts with a slash.
+fn matches_rest<'a>(
+    name: &'a str,
+    after: &'a [Piece],
+    path: &[u8],
+    at: usize,
+    spans: &mut Spans<'a>,
+    steps: &mut u32,
+) -> bool {
+    let mut end = path.len();
+    let known = spans.len();
+    while *steps > 0 {
+        *steps -= 1;
+        spans.push((name, at, end));
+        if matches(after, path, end, spans, steps) {
+            return true;
+        }
+        spans.truncate(known);
+        match memchr::memrchr(b'/', &path[at..end]) {
+            Some(slash) => end = at + slash,
+            None => return false,
+        }
+    }
+    false
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The captures as `name=value,…`; `-` for no match.
+    fn try_match(uri: &str, path: &str) -> String {
+        let shape = Shape::of(uri, true);
+        let fixed = shape.fixed(uri);
+        let captures = match &shape {
+            Shape::Exact => (path == uri).then(Captures::new),
+            Shape::Prefix => path.starts_with(fixed).then(Captures::new),
+            Shape::Pattern { pattern, .. } => {
+                path.strip_prefix(fixed).and_then(|rest| pattern.captures(rest.as_bytes()))
+            }
+        };
+        match captures {
+            None => "-".into(),
+            Some(all) => all.iter().map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>().join(","),
+        }
+    }
+
+    #[test]
+    fn patterns_capture() {
+        let cases = [
+            ("/a", "/a", ""),
+            ("/a", "/ab", "-"),
+            ("/a*", "/ab", ""),
+            ("/a/*", "/a/", ""),
+            ("/a/*", "/a", "-"),
+            ("/name/:name/bar", "/name/json/bar", "name=json"),
+            ("/name/:name/bar", "/name//bar", "-"),
+            ("/name/:name/bar", "/name/json/", "-"),
+            ("/name/:name/bar", "/name/json/bar/x", "-"),
+            ("/:name/foo", "/json/foo", "name=json"),
+            ("/:name/foo", "/json/bbb/foo", "-"),
+            ("/blog/:name", "/blog/a%2Fb", "name=a%2Fb"),
+            ("/u/:user/*action", "/u/jo/get/all", "user=jo,action=get/all"),
+            ("/u/:user/*action", "/u/jo/", "user=jo,action="),
+            ("/u/:user/*", "/u/jo/x", "user=jo,:ext=x"),
+            ("/u/:user/x*", "/u/jo/xyz", "user=jo,:ext=yz"),
+            ("/*all/end", "/a/b/end", "all=a/b"),
+            ("/*all/end", "/a/end/b", "-"),
+            ("/*a/x/*b", "/1/x/2/x/3", "a=1/x/2,b=3"),
+            ("/file:list", "/file:list", ""),
+            ("/file:list", "/file:x", "-"),
+        ];
+        for (uri, path, expected) in cases {
+            assert_eq!(try_match(uri, path), expected, "{uri} against {path}");
+        }
+    }
+
+    #[test]
+    fn a_colon_is_text_without_parameters() {
+        assert!(matches!(Shape::of("/do/:x", false), Shape::Exact));
+        assert!(matches!(Shape::of("/do/*/x", false), Shape::Pattern { fixed: 4, .. }));
+    }
+
+    #[test]
+    fn many_stars_end_soon() {
+        let path = "/a".repeat(2000);
+        assert_eq!(try_match("/*a/a/*b/a/*c/a/*d/a/*e/b", &path), "-");
+    }
+}

@@ -1,0 +1,145 @@
+//! One uri of one route under one host: what a lookup ends at. And lists of them, in the order to try.
+
+use std::{cmp::Ordering, net::IpAddr, sync::Arc};
+
+use imbl::Vector;
+use smallvec::SmallVec;
+
+use super::{Facts, pattern::Captures, pattern::Shape};
+use crate::model::{Object, Route};
+
+/// A uri of a route, compiled.
+pub(super) struct Rule {
+    pub route: Arc<Object<Route>>,
+    /// The service's hosts, for a route that has none of its own.
+    pub service_hosts: Option<Arc<[Box<str>]>>,
+    /// Index into the route's `uris`.
+    pub uri: u32,
+    /// The host that the rule stands under. Index into `hosts()`.
+    pub host: Option<u32>,
+    /// Number of the `Scope` that the rule stands in.
+    pub scope: u32,
+    /// Whether a request of that path needs a further look at the route.
+    pub conditional: bool,
+    pub shape: Shape,
+}
+
+impl Rule {
+    pub fn uri(&self) -> &str {
+        &self.route.value.uris[self.uri as usize]
+    }
+
+    pub fn hosts(&self) -> &[Box<str>] {
+        self.service_hosts.as_deref().unwrap_or(&self.route.value.hosts)
+    }
+
+    /// Whether the request is the rule's, apart from its path. Cheap conditions first.
+    pub fn allows(&self, facts: &impl Facts) -> bool {
+        if !self.conditional {
+            return true;
+        }
+        let route = &self.route.value;
+        route.methods.allows(facts.method())
+            && remote_allowed(route, || facts.remote())
+            && route.vars.as_ref().is_none_or(|vars| facts.vars(vars))
+            && (route.filter_func.is_none() || facts.filter(&self.route))
+    }
+
+    /// The index of the host pattern that `host` matches; for a rule that stands under no host but has some.
+    pub fn host_matching(&self, host: &[u8]) -> Option<u32> {
+        let matches = |pattern: &str| match pattern.strip_prefix('*') {
+            Some(suffix) => host.ends_with(suffix.as_bytes()),
+            None => host == pattern.as_bytes(),
+        };
+        self.hosts().iter().position(|p| matches(p)).map(|at| at as u32)
+    }
+
+    /// Whether `path`, whose fixed part is known to match, matches as a whole.
+    pub fn captures(&self, path: &[u8]) -> Option<Captures> {
+        match &self.shape {
+            Shape::Exact | Shape::Prefix => Some(SmallVec::new()),
+            Shape::Pattern { fixed, pattern } => pattern.captures(path.get(*fixed as usize..)?),
+        }
+    }
+
+    /// Priority decides; then the longer uri, then who was there first.
+    fn order(&self, other: &Rule) -> Ordering {
+        let (a, b) = (&self.route, &other.route);
+        (b.value.priority.cmp(&a.value.priority))
+            .then_with(|| other.uri().len().cmp(&self.uri().len()))
+            .then_with(|| a.create_revision.cmp(&b.create_revision))
+            // Ids are mostly numbers: 2 comes before 10.
+            .then_with(|| a.id.len().cmp(&b.id.len()))
+            .then_with(|| a.id.cmp(&b.id))
+            .then_with(|| (self.uri, self.host).cmp(&(other.uri, other.host)))
+            .then_with(|| self.scope.cmp(&other.scope))
+    }
+}
+
+/// A route needs more than path and host.
+pub(super) fn is_conditional(route: &Route) -> bool {
+    route.methods != Default::default()
+        || !route.remote_addrs.is_empty()
+        || route.vars.is_some()
+        || route.filter_func.is_some()
+}
+
+fn remote_allowed(route: &Route, remote: impl FnOnce() -> IpAddr) -> bool {
+    if route.remote_addrs.is_empty() {
+        return true;
+    }
+    let remote = remote().to_canonical();
+    route.remote_addrs.iter().any(|net| net.contains(&remote))
+}
+
+/// The rules that one place of the index leads to, in the order to try. Nearly always one.
+#[derive(Clone)]
+pub(super) enum Rules {
+    One(Arc<Rule>),
+    /// Persistent: ten thousand routes of one uri change as cheaply as two.
+    Many(Arc<Vector<Arc<Rule>>>),
+}
+
+impl Rules {
+    pub fn add_to(slot: &mut Option<Rules>, rule: Arc<Rule>) {
+        match slot {
+            None => *slot = Some(Rules::One(rule)),
+            Some(rules) => rules.add(rule),
+        }
+    }
+
+    pub fn add(&mut self, rule: Arc<Rule>) {
+        if let Rules::One(first) = self {
+            *self = Rules::Many(Arc::new(Vector::unit(first.clone())));
+        }
+        if let Rules::Many(list) = self {
+            let list = Arc::make_mut(list);
+            let at = list.binary_search_by(|r| r.order(&rule)).unwrap_or_else(|at| at);
+            list.insert(at, rule);
+        }
+    }
+
+    /// Takes out the rule that is equal to `rule` in order. Says whether that leaves none.
+    pub fn remove(&mut self, rule: &Rule) -> bool {
+        match self {
+            Rules::One(only) => only.order(rule).is_eq(),
+            Rules::Many(list) => {
+                let Ok(at) = list.binary_search_by(|r| r.order(rule)) else { return false };
+                let list = Arc::make_mut(list);
+                list.remove(at);
+                match (list.len(), list.front()) {
+                    (1, Some(last)) => *self = Rules::One(last.clone()),
+                    _ => return list.is_empty(),
+                }
+                false
+            }
+        }
+    }
+
+    pub fn find_map<'a, R>(&'a self, mut look: impl FnMut(&'a Arc<Rule>) -> Option<R>) -> Option<R> {
+        match self {
+            Rules::One(rule) => look(rule),
+            Rules::Many(list) => list.iter().find_map(look),
+        }
+    }
+}
