@@ -7,6 +7,7 @@
 pub mod api;
 pub mod convert;
 pub mod fast;
+pub mod host;
 pub mod limits;
 pub mod sched;
 pub mod vm;
@@ -18,4 +19,4 @@ pub use vm::{Vm, VmConfig};
 use crate::error::Result;
 
 /// Everything that fills the API table, in order. An area adds its `register` here.
-pub const REGISTRARS: &[fn(&mut Api) -> Result<()>] = &[fast::register, sched::register];
+pub const REGISTRARS: &[fn(&mut Api) -> Result<()>] = &[fast::register, sched::register, host::register];

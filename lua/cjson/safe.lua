@@ -1,0 +1,3 @@
+--- JSON: `encode` and `decode` return nil and the error.
+
+return require("moongate.native").cjson.new_safe()
