@@ -12,8 +12,8 @@ use std::{
     sync::{Mutex, MutexGuard, OnceLock, PoisonError, RwLock},
 };
 
-pub use shard::Value;
 use shard::Shard;
+pub use shard::Value;
 
 /// Milliseconds on whatever clock the caller uses; only differences matter.
 pub type Millis = u64;
@@ -419,7 +419,8 @@ mod tests {
         for k in ["a", "b", "c"] {
             set(&d, k, text("v"), if k == "b" { 5 } else { 0 }, 1).unwrap();
         }
-        let keys = |max, now| d.keys(max, now).iter().map(|k| String::from_utf8_lossy(k).into_owned()).collect::<Vec<_>>();
+        let keys =
+            |max, now| d.keys(max, now).iter().map(|k| String::from_utf8_lossy(k).into_owned()).collect::<Vec<_>>();
         assert_eq!(keys(0, 1), ["c", "b", "a"]);
         assert_eq!(keys(2, 1), ["c", "b"]);
         assert_eq!(keys(0, 6), ["c", "a"]);
@@ -460,7 +461,9 @@ mod tests {
 
     #[test]
     fn sizes_are_read_as_nginx_does() {
-        for (text, size) in [("10m", Some(10 << 20)), ("512k", Some(512 << 10)), ("1g", Some(1 << 30)), ("7", Some(7)), ("x", None)] {
+        for (text, size) in
+            [("10m", Some(10 << 20)), ("512k", Some(512 << 10)), ("1g", Some(1 << 30)), ("7", Some(7)), ("x", None)]
+        {
             assert_eq!(parse_size(text), size, "{text}");
         }
     }

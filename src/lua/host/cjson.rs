@@ -703,7 +703,10 @@ impl Decoder<'_> {
         if !self.set.decode_invalid && (odd || self.breaks_json()) {
             return Token::Bad("invalid number");
         }
-        if !odd && self.peek() != b'+' && let Some(n) = self.plain_number() {
+        if !odd
+            && self.peek() != b'+'
+            && let Some(n) = self.plain_number()
+        {
             return Token::Number(n);
         }
         self.odd_number()
@@ -882,10 +885,7 @@ impl Decoder<'_> {
         if self.depth <= self.set.decode_depth && self.s.reserve(4).is_ok() {
             return Ok(());
         }
-        Err(Raise::from(format!(
-            "Found too many nested data structures ({}) at character {}",
-            self.depth, self.at
-        )))
+        Err(Raise::from(format!("Found too many nested data structures ({}) at character {}", self.depth, self.at)))
     }
 
     fn object(&mut self) -> Result<(), Raise> {
@@ -988,20 +988,23 @@ mod tests {
             ("cjson.decode('[1 2]')", "Expected comma or array end but found T_NUMBER at character 4"),
             ("cjson.decode('{\"a\":1 \"b\"}')", "Expected comma or object end but found T_STRING at character 8"),
             ("cjson.decode('{} x')", "Expected the end but found invalid token at character 4"),
-            ("cjson.decode('[ \"bad escape \\\\q code\" ]')", "Expected value but found invalid escape code at character 15"),
+            (
+                "cjson.decode('[ \"bad escape \\\\q code\" ]')",
+                "Expected value but found invalid escape code at character 15",
+            ),
             ("cjson.decode('\"abc')", "Expected value but found unexpected end of string at character 5"),
             ("cjson.decode('\"a\\0b\"')", "Expected value but found unexpected end of string at character 3"),
             ("cjson.decode('[\"\\\\udc00\"]')", "Expected value but found invalid unicode escape code at character 3"),
             ("cjson.decode('[1e]')", "Expected comma or array end but found invalid token at character 3"),
             ("cjson.decode('-')", "Expected value but found invalid number at character 1"),
             ("cjson.decode('\\0a')", "JSON parser does not support UTF-16 or UTF-32"),
-            (
-                "cjson.decode(string.rep('[', 1001))",
-                "Found too many nested data structures (1001) at character 1001",
-            ),
+            ("cjson.decode(string.rep('[', 1001))", "Found too many nested data structures (1001) at character 1001"),
         ] {
             fails(&format!("local cjson = require 'cjson' local _ = {lua}"), error);
-            fails(&format!("local cjson = require 'cjson.safe' local _, e = {lua} if e then error(e, 0) end return _"), error);
+            fails(
+                &format!("local cjson = require 'cjson.safe' local _, e = {lua} if e then error(e, 0) end return _"),
+                error,
+            );
         }
     }
 
@@ -1016,7 +1019,8 @@ mod tests {
             ("012", "v == 12"),
             ("{\"a\":{\"b\":[{}]}}", "next(v.a.b[1]) == nil"),
         ] {
-            let chunk = format!("local cjson = require 'cjson' local v = cjson.decode([==[{json}]==]) return tostring({lua})");
+            let chunk =
+                format!("local cjson = require 'cjson' local v = cjson.decode([==[{json}]==]) return tostring({lua})");
             check(&chunk, "true");
         }
     }
