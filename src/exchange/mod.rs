@@ -5,6 +5,8 @@
 //! It knows no Lua: a VM keeps the request's `ctx` table under `lua.slot`.
 
 pub mod body;
+pub mod deadline;
+pub mod framing;
 pub mod headers;
 mod random;
 pub mod vars;
@@ -263,6 +265,16 @@ pub trait Client {
 
     /// Cuts the connection (HTTP/1) or resets the stream: what a truncated response needs.
     fn abort(&mut self);
+
+    /// Bytes given to the kernel for this response, heads and framing included (`$bytes_sent`).
+    fn bytes_sent(&self) -> u64 {
+        0
+    }
+
+    /// Bytes of the request body as received, framing included (`$request_length` adds the head's).
+    fn body_received(&self) -> u64 {
+        0
+    }
 
     /// Takes the connection for a tunnel (WebSocket) after a 101.
     fn as_any(&mut self) -> &mut dyn Any;

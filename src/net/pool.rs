@@ -1,0 +1,96 @@
+//! Exchanges and buffers that wait for their next use, so that a request allocates nothing once a worker is warm.
+
+use std::{
+    cell::{Cell, RefCell},
+    net::{Ipv4Addr, SocketAddr},
+    rc::Rc,
+    sync::Arc,
+};
+
+use crate::{
+    exchange::{Connection, Exchange},
+    store::Snapshot,
+};
+
+/// Exchanges kept for reuse per worker: as many as are in flight on a busy one; each keeps tens of kilobytes at most.
+const KEPT_EXCHANGES: usize = 256;
+
+/// A worker's idle exchanges.
+pub struct ExchangePool {
+    // Boxed, because a box is what requests pass around.
+    #[allow(clippy::vec_box)]
+    idle: RefCell<Vec<Box<Exchange>>>,
+    /// What idle exchanges hold, so that they keep no old configuration or connection alive.
+    no_snapshot: Arc<Snapshot>,
+    no_connection: Rc<Connection>,
+}
+
+impl ExchangePool {
+    pub fn new() -> Self {
+        let nowhere = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
+        ExchangePool {
+            idle: RefCell::default(),
+            no_snapshot: Arc::default(),
+            no_connection: Rc::new(Connection { serial: 0, peer: nowhere, local: nowhere, tls: None, proxy: None }),
+        }
+    }
+
+    /// An exchange for a request of `conn` that starts now.
+    pub fn take(&self, conn: &Rc<Connection>) -> Box<Exchange> {
+        let mut x = match self.idle.borrow_mut().pop() {
+            Some(x) => x,
+            None => Box::new(Exchange::new(self.no_connection.clone(), self.no_snapshot.clone())),
+        };
+        x.conn = conn.clone();
+        x.begin();
+        x
+    }
+
+    /// Takes an exchange back whose request is over.
+    pub fn put(&self, mut x: Box<Exchange>) {
+        x.reset();
+        x.conn = self.no_connection.clone();
+        x.snapshot = self.no_snapshot.clone();
+        let mut idle = self.idle.borrow_mut();
+        if idle.len() < KEPT_EXCHANGES {
+            idle.push(x);
+        }
+    }
+}
+
+impl Default for ExchangePool {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// A buffer's first size: a head and a small body.
+pub(super) const BUFFER_SIZE: usize = 16 * 1024;
+/// Buffers kept per worker. Connections hold one only while bytes wait in it.
+const KEPT_BUFFERS: usize = 64;
+/// A buffer that grew past this is freed instead.
+const KEPT_BUFFER_SIZE: usize = 64 * 1024;
+
+thread_local! {
+    static BUFFERS: Cell<Vec<Vec<u8>>> = const { Cell::new(Vec::new()) };
+}
+
+/// An empty buffer of at least `BUFFER_SIZE`.
+pub(super) fn take_buffer() -> Vec<u8> {
+    let mut idle = BUFFERS.take();
+    let buffer = idle.pop();
+    BUFFERS.set(idle);
+    buffer.unwrap_or_else(|| Vec::with_capacity(BUFFER_SIZE))
+}
+
+pub(super) fn put_buffer(mut buffer: Vec<u8>) {
+    if !(BUFFER_SIZE..=KEPT_BUFFER_SIZE).contains(&buffer.capacity()) {
+        return;
+    }
+    buffer.clear();
+    let mut idle = BUFFERS.take();
+    if idle.len() < KEPT_BUFFERS {
+        idle.push(buffer);
+    }
+    BUFFERS.set(idle);
+}

@@ -1,0 +1,40 @@
+//! The bounds and time limits of client connections, with nginx's names and defaults.
+
+use std::time::Duration;
+
+use crate::exchange::framing::HeadLimits;
+
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// `large_client_header_buffers`: the longest line, and all of them together.
+    pub head: HeadLimits,
+    /// `client_header_timeout`: for the whole head.
+    pub header_timeout: Duration,
+    /// `client_body_timeout`: between two reads of the body.
+    pub body_timeout: Duration,
+    /// `send_timeout`: between two writes of the response.
+    pub send_timeout: Duration,
+    /// `keepalive_timeout`: without a request. Zero: no keep-alive.
+    pub keepalive_timeout: Duration,
+    /// `keepalive_requests`: then the connection is closed.
+    pub keepalive_requests: u64,
+    /// `client_max_body_size`; 0: no bound.
+    pub max_body: u64,
+    /// HTTP/2 with prior knowledge on listeners without TLS.
+    pub http2: bool,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Settings {
+            head: HeadLimits { line: 8 * 1024, total: 32 * 1024 },
+            header_timeout: Duration::from_secs(60),
+            body_timeout: Duration::from_secs(60),
+            send_timeout: Duration::from_secs(10),
+            keepalive_timeout: Duration::from_secs(60),
+            keepalive_requests: 1000,
+            max_body: 0,
+            http2: true,
+        }
+    }
+}
