@@ -123,10 +123,7 @@ async fn tick() {
             let now = Some(Instant::now());
             t.now = now;
             due.extend(
-                t.slots
-                    .iter_mut()
-                    .filter(|(_, s)| s.at.is_some() && s.at <= now)
-                    .filter_map(|(_, s)| s.waker.take()),
+                t.slots.iter_mut().filter(|(_, s)| s.at.is_some() && s.at <= now).filter_map(|(_, s)| s.waker.take()),
             );
             t.ticking = !t.slots.is_empty();
             t.ticking

@@ -117,20 +117,7 @@ static TOKEN: [bool; 256] = {
         table[b] = (b as u8).is_ascii_alphanumeric()
             || matches!(
                 b as u8,
-                b'!' | b'#'
-                    | b'$'
-                    | b'%'
-                    | b'&'
-                    | b'\''
-                    | b'*'
-                    | b'+'
-                    | b'-'
-                    | b'.'
-                    | b'^'
-                    | b'_'
-                    | b'`'
-                    | b'|'
-                    | b'~'
+                b'!' | b'#' | b'$' | b'%' | b'&' | b'\'' | b'*' | b'+' | b'-' | b'.' | b'^' | b'_' | b'`' | b'|' | b'~'
             );
         b += 1;
     }
@@ -441,7 +428,8 @@ mod tests {
 
     #[test]
     fn encodes_sizes() {
-        for (len, text) in [(1, "1\r\n"), (16, "10\r\n"), (0xabcdef, "abcdef\r\n"), (u64::MAX, "ffffffffffffffff\r\n")] {
+        for (len, text) in [(1, "1\r\n"), (16, "10\r\n"), (0xabcdef, "abcdef\r\n"), (u64::MAX, "ffffffffffffffff\r\n")]
+        {
             let mut out = Vec::new();
             write_chunk_size(len, &mut out);
             assert_eq!(out, text.as_bytes());

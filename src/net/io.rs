@@ -43,12 +43,7 @@ impl Io {
     }
 
     /// Appends what there is to `into`, at most `max` bytes and never past its capacity. `Ready(Ok(0))` is the end.
-    pub fn poll_read_into(
-        &mut self,
-        cx: &mut Context<'_>,
-        into: &mut Vec<u8>,
-        max: usize,
-    ) -> Poll<io::Result<usize>> {
+    pub fn poll_read_into(&mut self, cx: &mut Context<'_>, into: &mut Vec<u8>, max: usize) -> Poll<io::Result<usize>> {
         let spare = into.spare_capacity_mut();
         let room = spare.len().min(max);
         let mut buf = ReadBuf::uninit(&mut spare[..room]);
