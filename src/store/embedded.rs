@@ -1,1 +1,503 @@
-//! The embedded store: one redb file.
+//! The embedded store: one redb file, one writer thread.
+//!
+//! Writes that arrive together share one transaction (group commit) and are answered after it is on the disk.
+//! Reads see the last commit. A watcher that falls behind gets the newest version of what changed, never an
+//! older one, and never holds a writer up.
+
+use std::{
+    collections::HashMap,
+    mem,
+    path::Path,
+    sync::{
+        Arc, Mutex, PoisonError,
+        mpsc::{Receiver, RecvTimeoutError, Sender, channel},
+    },
+    thread,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot};
+
+use super::{BoxFuture, Change, ChangeSink, Condition, Entry, Store, Written, disk::Disk};
+use crate::error::{Error, Kind, Result};
+
+/// Writes that may wait for the writer. More wait in their callers.
+const MAX_QUEUED: usize = 1024;
+/// Writes in one transaction. Enough that fsync is no longer what limits a burst.
+const MAX_GROUP: usize = 256;
+/// Keys that a watcher may lag behind. Past it the watcher reads everything again instead.
+const MAX_PENDING: usize = 65_536;
+/// Before a watcher that cannot read the file tries again.
+const REREAD_DELAY: Duration = Duration::from_secs(1);
+
+pub struct Embedded {
+    disk: Arc<Disk>,
+    writer: Sender<Request>,
+    slots: Arc<Semaphore>,
+    feeds: Arc<Feeds>,
+}
+
+struct Request {
+    op: Op,
+    answer: oneshot::Sender<Result<Done>>,
+    /// The request's place in the queue.
+    _slot: OwnedSemaphorePermit,
+}
+
+enum Op {
+    Put { key: Arc<str>, value: Arc<str>, on: Condition, ttl_secs: Option<u64> },
+    Delete { key: Arc<str>, on: Condition },
+}
+
+enum Done {
+    Put(Written),
+    Deleted(Option<(Entry, i64)>),
+}
+
+impl Embedded {
+    /// Opens the file, or creates it empty, and starts its writer.
+    pub fn open(path: &Path) -> Result<Arc<Self>> {
+        let disk = Arc::new(Disk::open(path)?);
+        let feeds = Arc::new(Feeds::default());
+        let (writer, inbox) = channel();
+        let mut thread = Writer { disk: disk.clone(), inbox, feeds: feeds.clone() };
+        thread::Builder::new().name("store-writer".to_owned()).spawn(move || thread.run())?;
+        Ok(Arc::new(Embedded { disk, writer, slots: Arc::new(Semaphore::new(MAX_QUEUED)), feeds }))
+    }
+
+    async fn write(&self, op: Op) -> Result<Done> {
+        let slot = self.slots.clone().acquire_owned().await.map_err(|_| writer_gone())?;
+        let (answer, done) = oneshot::channel();
+        self.writer.send(Request { op, answer, _slot: slot }).map_err(|_| writer_gone())?;
+        done.await.map_err(|_| writer_gone())?
+    }
+
+    /// Everything, then changes until there are too many; false when nobody listens any more.
+    async fn feed(&self, feed: &Feed, sink: &ChangeSink) -> bool {
+        let disk = self.disk.clone();
+        match tokio::task::spawn_blocking(move || disk.list("/")).await {
+            Ok(Ok((entries, revision))) => {
+                if sink.send(Change::All { entries, revision }).await.is_err() {
+                    return false;
+                }
+            }
+            failed => {
+                let reason = match failed {
+                    Ok(Err(e)) => e.to_string(),
+                    _ => "the reader failed".to_owned(),
+                };
+                if sink.send(Change::Lost { reason }).await.is_err() {
+                    return false;
+                }
+                tokio::time::sleep(REREAD_DELAY).await;
+                return true;
+            }
+        }
+        loop {
+            tokio::select! {
+                () = feed.ready.notified() => {}
+                () = sink.closed() => return false,
+            }
+            let pending = feed.take();
+            if pending.overflow {
+                return true;
+            }
+            if pending.changes.is_empty() {
+                continue;
+            }
+            let changes = pending.changes.into_iter().collect();
+            if sink.send(Change::Some { changes, revision: pending.revision }).await.is_err() {
+                return false;
+            }
+        }
+    }
+}
+
+impl Store for Embedded {
+    fn name(&self) -> &'static str {
+        "embedded"
+    }
+
+    // A point read is a few pages from the cache of redb or of the kernel: quicker than a thread's wake-up.
+    fn get<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<Entry>>> {
+        Box::pin(async move { self.disk.get(key) })
+    }
+
+    fn list<'a>(&'a self, prefix: &'a str) -> BoxFuture<'a, Result<(Vec<Entry>, i64)>> {
+        let (disk, prefix) = (self.disk.clone(), prefix.to_owned());
+        Box::pin(async move {
+            let read = tokio::task::spawn_blocking(move || disk.list(&prefix)).await;
+            read.map_err(|e| Error::internal(Kind::Other).cause(e).context("list"))?
+        })
+    }
+
+    fn put<'a>(
+        &'a self,
+        key: &'a str,
+        value: String,
+        on: Condition,
+        ttl_secs: Option<u64>,
+    ) -> BoxFuture<'a, Result<Written>> {
+        Box::pin(async move {
+            match self.write(Op::Put { key: key.into(), value: value.into(), on, ttl_secs }).await? {
+                Done::Put(written) => Ok(written),
+                Done::Deleted(_) => Err(writer_gone()),
+            }
+        })
+    }
+
+    fn delete<'a>(&'a self, key: &'a str, on: Condition) -> BoxFuture<'a, Result<Option<(Entry, i64)>>> {
+        Box::pin(async move {
+            match self.write(Op::Delete { key: key.into(), on }).await? {
+                Done::Deleted(deleted) => Ok(deleted),
+                Done::Put(_) => Err(writer_gone()),
+            }
+        })
+    }
+
+    fn watch(self: Arc<Self>, changes: ChangeSink) -> BoxFuture<'static, ()> {
+        Box::pin(async move {
+            // Registered before everything is read, so that no commit falls between; one that falls into both is
+            // the same version twice.
+            let feed = self.feeds.register();
+            while self.feed(&feed, &changes).await {}
+        })
+    }
+}
+
+fn writer_gone() -> Error {
+    Error::internal(Kind::Unavailable).context("the store's writer has stopped")
+}
+
+struct Writer {
+    disk: Arc<Disk>,
+    inbox: Receiver<Request>,
+    feeds: Arc<Feeds>,
+}
+
+impl Writer {
+    /// Until the store is dropped.
+    fn run(&mut self) {
+        let mut next_expiry = self.next_expiry();
+        while let Some(group) = self.next_group(next_expiry) {
+            self.commit(group);
+            next_expiry = self.next_expiry();
+        }
+    }
+
+    fn next_expiry(&self) -> Option<u64> {
+        self.disk.next_expiry().unwrap_or_else(|e| {
+            tracing::error!("{e}");
+            None
+        })
+    }
+
+    /// What is queued, once something is; an empty group when an entry expires first.
+    fn next_group(&self, next_expiry: Option<u64>) -> Option<Vec<Request>> {
+        let first = match next_expiry {
+            None => self.inbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            Some(at) => self.inbox.recv_timeout(Duration::from_millis(at.saturating_sub(now_ms()))),
+        };
+        let mut group = match first {
+            Ok(request) => vec![request],
+            Err(RecvTimeoutError::Timeout) => Vec::new(),
+            Err(RecvTimeoutError::Disconnected) => return None,
+        };
+        group.extend(self.inbox.try_iter().take(MAX_GROUP));
+        Some(group)
+    }
+
+    fn commit(&self, group: Vec<Request>) {
+        let mut changes = Vec::new();
+        let committed = self.disk.write(|draft| {
+            let before = draft.revision()?;
+            let mut tx = Tx { draft, revision: before, changes: &mut changes };
+            tx.expire(now_ms())?;
+            let answers = group.iter().map(|r| tx.run(&r.op)).collect::<Result<Vec<_>, _>>()?;
+            let revision = tx.revision;
+            if revision != before {
+                draft.set_revision(revision)?;
+            }
+            Ok((answers, revision))
+        });
+        match committed {
+            Ok((answers, revision)) => {
+                self.feeds.push(&changes, revision);
+                for (request, answer) in group.into_iter().zip(answers) {
+                    let _ = request.answer.send(answer);
+                }
+            }
+            Err(e) => {
+                tracing::error!("{} writes lost: {e}", group.len());
+                let reason = e.to_string();
+                for request in group {
+                    let refused = Error::config(Kind::Io).context(reason.clone());
+                    let _ = request.answer.send(Err(refused));
+                }
+            }
+        }
+    }
+}
+
+/// One group's transaction: each write gets its own revision and sees the ones before it.
+struct Tx<'a, 't> {
+    draft: &'a mut super::disk::Draft<'t>,
+    revision: i64,
+    changes: &'a mut Vec<(Arc<str>, Option<Entry>)>,
+}
+
+impl Tx<'_, '_> {
+    /// The outer error is the disk's and ends the group; the inner one is the write's own.
+    fn run(&mut self, op: &Op) -> Result<Result<Done>, redb::Error> {
+        match op {
+            Op::Put { key, value, on, ttl_secs } => self.put(key, value, *on, *ttl_secs),
+            Op::Delete { key, on } => self.delete(key, *on),
+        }
+    }
+
+    fn put(
+        &mut self,
+        key: &Arc<str>,
+        value: &Arc<str>,
+        on: Condition,
+        ttl_secs: Option<u64>,
+    ) -> Result<Result<Done>, redb::Error> {
+        let previous = self.draft.get(key)?;
+        if let Err(conflict) = check(key, on, previous.as_ref()) {
+            return Ok(Err(conflict));
+        }
+        self.revision += 1;
+        let revision = self.revision;
+        let entry = Entry {
+            key: key.clone(),
+            value: value.clone(),
+            create_revision: previous.as_ref().map_or(revision, |p| p.create_revision),
+            mod_revision: revision,
+        };
+        let expires_ms = ttl_secs.map_or(0, |s| now_ms().saturating_add(s.saturating_mul(1000)));
+        self.draft.put(&entry, expires_ms)?;
+        self.changes.push((key.clone(), Some(entry.clone())));
+        Ok(Ok(Done::Put(Written { entry, previous, revision })))
+    }
+
+    fn delete(&mut self, key: &Arc<str>, on: Condition) -> Result<Result<Done>, redb::Error> {
+        let previous = self.draft.get(key)?;
+        if let Err(conflict) = check(key, on, previous.as_ref()) {
+            return Ok(Err(conflict));
+        }
+        let Some(previous) = previous else { return Ok(Ok(Done::Deleted(None))) };
+        self.revision += 1;
+        self.draft.remove(key)?;
+        self.changes.push((key.clone(), None));
+        Ok(Ok(Done::Deleted(Some((previous, self.revision)))))
+    }
+
+    fn expire(&mut self, now_ms: u64) -> Result<(), redb::Error> {
+        while let Some(key) = self.draft.expired(now_ms)? {
+            self.revision += 1;
+            self.draft.remove(&key)?;
+            self.changes.push((key, None));
+        }
+        Ok(())
+    }
+}
+
+fn check(key: &str, on: Condition, previous: Option<&Entry>) -> Result<()> {
+    let found = previous.map_or(0, |p| p.mod_revision);
+    match on {
+        Condition::Unmodified(expected) if expected != found => {
+            Err(Error::client(Kind::Conflict).context(format!("{key} has been modified (revision {found})")))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn now_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64)
+}
+
+/// The watchers.
+#[derive(Default)]
+struct Feeds(Mutex<Vec<Arc<Feed>>>);
+
+impl Feeds {
+    fn register(&self) -> Arc<Feed> {
+        let feed = Arc::<Feed>::default();
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(feed.clone());
+        feed
+    }
+
+    fn push(&self, changes: &[(Arc<str>, Option<Entry>)], revision: i64) {
+        if changes.is_empty() {
+            return;
+        }
+        let mut feeds = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        // Ours is the only reference to a feed whose watcher has ended.
+        feeds.retain(|feed| Arc::strong_count(feed) > 1);
+        for feed in feeds.iter() {
+            feed.push(changes, revision);
+        }
+    }
+}
+
+/// What one watcher has not been told yet: the newest version of each key that changed.
+#[derive(Default)]
+struct Feed {
+    pending: Mutex<Pending>,
+    ready: Notify,
+}
+
+#[derive(Default)]
+struct Pending {
+    changes: HashMap<Arc<str>, Option<Entry>>,
+    revision: i64,
+    overflow: bool,
+}
+
+impl Feed {
+    fn push(&self, changes: &[(Arc<str>, Option<Entry>)], revision: i64) {
+        let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
+        pending.revision = revision;
+        if !pending.overflow {
+            pending.changes.extend(changes.iter().cloned());
+            if pending.changes.len() > MAX_PENDING {
+                pending.overflow = true;
+                pending.changes = HashMap::new();
+            }
+        }
+        drop(pending);
+        self.ready.notify_one();
+    }
+
+    fn take(&self) -> Pending {
+        mem::take(&mut *self.pending.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use tokio::sync::mpsc;
+
+    use super::*;
+
+    fn store() -> (tempfile::TempDir, Arc<Embedded>) {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Embedded::open(&dir.path().join("data/moongate.redb")).unwrap();
+        (dir, store)
+    }
+
+    #[tokio::test]
+    async fn revisions_count_writes_and_conditions_hold() {
+        let (_dir, s) = store();
+        let a = s.put("/routes/1", "a".into(), Condition::Unmodified(0), None).await.unwrap();
+        assert_eq!((a.entry.create_revision, a.entry.mod_revision, a.revision), (1, 1, 1));
+        assert!(a.previous.is_none());
+        let conflict = s.put("/routes/1", "b".into(), Condition::Unmodified(0), None).await.unwrap_err();
+        assert_eq!(conflict.kind(), Kind::Conflict);
+        let b = s.put("/routes/1", "b".into(), Condition::Unmodified(1), None).await.unwrap();
+        assert_eq!((b.entry.create_revision, b.entry.mod_revision), (1, 2));
+        assert_eq!(&*b.previous.unwrap().value, "a");
+        s.put("/services/1", "s".into(), Condition::Always, None).await.unwrap();
+        let (routes, revision) = s.list("/routes/").await.unwrap();
+        assert_eq!((routes.len(), revision), (1, 3));
+        assert_eq!(s.delete("/routes/1", Condition::Unmodified(1)).await.unwrap_err().kind(), Kind::Conflict);
+        let (gone, revision) = s.delete("/routes/1", Condition::Always).await.unwrap().unwrap();
+        assert_eq!((gone.mod_revision, revision), (2, 4));
+        assert!(s.delete("/routes/1", Condition::Always).await.unwrap().is_none());
+        assert!(s.get("/routes/1").await.unwrap().is_none());
+    }
+
+    #[tokio::test]
+    async fn what_was_written_is_there_after_reopening_and_a_second_opener_is_told_why_not() {
+        let (dir, s) = store();
+        let path = dir.path().join("data/moongate.redb");
+        s.put("/routes/1", "a".into(), Condition::Always, None).await.unwrap();
+        let refused = Embedded::open(&path).err().unwrap();
+        assert!(refused.to_string().contains("in use by another process"), "{refused}");
+        let disk = Arc::downgrade(&s.disk);
+        drop(s);
+        while disk.strong_count() > 0 {
+            tokio::task::yield_now().await;
+        }
+        let s = Embedded::open(&path).unwrap();
+        assert_eq!(&*s.get("/routes/1").await.unwrap().unwrap().value, "a");
+        let next = s.put("/routes/2", "b".into(), Condition::Always, None).await.unwrap();
+        assert_eq!(next.revision, 2);
+    }
+
+    #[test]
+    fn a_damaged_file_says_what_to_do() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("moongate.redb");
+        for junk in [b"not a database".to_vec(), vec![0; 8192], vec![0xff; 100_000]] {
+            fs::write(&path, &junk).unwrap();
+            let refused = Embedded::open(&path).err().unwrap();
+            assert!(refused.to_string().contains("move it away"), "{refused}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_watcher_sees_everything_then_each_change_and_a_slow_one_only_the_newest() {
+        let (_dir, s) = store();
+        s.put("/routes/1", "a".into(), Condition::Always, None).await.unwrap();
+        let (tx, mut rx) = mpsc::channel(1);
+        let watch = tokio::spawn(s.clone().watch(tx));
+        let Some(Change::All { entries, revision }) = rx.recv().await else { panic!("no All") };
+        assert_eq!((entries.len(), revision), (1, 1));
+        for i in 0..500 {
+            s.put("/routes/1", i.to_string(), Condition::Always, None).await.unwrap();
+        }
+        s.delete("/routes/1", Condition::Always).await.unwrap();
+        let (mut last, mut seen, mut messages) = (Some(String::new()), 0, 0);
+        while seen < 502 {
+            let Some(Change::Some { changes, revision }) = rx.recv().await else { panic!("no Some") };
+            assert!(revision > seen);
+            seen = revision;
+            messages += 1;
+            last = changes.last().and_then(|(_, e)| e.as_ref().map(|e| e.value.to_string()));
+        }
+        assert_eq!(last, None);
+        assert!(messages < 500, "coalesced");
+        drop(rx);
+        watch.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn an_entry_with_a_ttl_disappears_and_one_put_again_without_does_not() {
+        let (_dir, s) = store();
+        let (tx, mut rx) = mpsc::channel(8);
+        tokio::spawn(s.clone().watch(tx));
+        s.put("/routes/stays", "a".into(), Condition::Always, Some(1)).await.unwrap();
+        s.put("/routes/goes", "a".into(), Condition::Always, Some(1)).await.unwrap();
+        s.put("/routes/stays", "b".into(), Condition::Always, None).await.unwrap();
+        loop {
+            match rx.recv().await.unwrap() {
+                Change::Some { changes, .. } if changes.iter().any(|(k, e)| &**k == "/routes/goes" && e.is_none()) => {
+                    break;
+                }
+                _ => {}
+            }
+        }
+        assert!(s.get("/routes/goes").await.unwrap().is_none());
+        assert!(s.get("/routes/stays").await.unwrap().is_some());
+    }
+
+    #[tokio::test]
+    async fn concurrent_writes_each_get_their_own_revision() {
+        let (_dir, s) = store();
+        let writes = (0..300).map(|i| {
+            let s = s.clone();
+            tokio::spawn(async move {
+                s.put(&format!("/routes/{i}"), "x".into(), Condition::Always, None).await.unwrap().revision
+            })
+        });
+        let mut revisions = Vec::new();
+        for w in writes.collect::<Vec<_>>() {
+            revisions.push(w.await.unwrap());
+        }
+        revisions.sort_unstable();
+        assert_eq!(revisions, (1..=300).collect::<Vec<_>>());
+    }
+}

@@ -4,18 +4,24 @@
 //! through `pipeline` (parse, validate, skip what is invalid) into a new `Snapshot`, which `Published` hands to
 //! every worker. Only this module knows where config came from.
 
+pub mod builder;
+mod disk;
 pub mod embedded;
 pub mod etcd;
 pub mod file;
+mod last_good;
 pub mod pipeline;
 pub mod published;
 pub mod snapshot;
+pub mod source;
 
 use std::{future::Future, pin::Pin, sync::Arc};
 
-pub use pipeline::Pipeline;
+pub use builder::{Item, Parser, PluginChecker, PluginSchema, Refusal};
+pub use pipeline::{Handle, Pipeline, Setup, Started, start};
 pub use published::Published;
 pub use snapshot::Snapshot;
+pub use source::{SourceState, SourceStatus};
 
 use crate::error::Result;
 
@@ -70,6 +76,11 @@ pub trait Store: Send + Sync + 'static {
     /// The entry that was deleted (its `mod_revision` before) and the store's revision after; `None` when there was none.
     fn delete<'a>(&'a self, key: &'a str, on: Condition) -> BoxFuture<'a, Result<Option<(Entry, i64)>>>;
 
+    /// Which source this is (`etcd http://a:2379 /apisix`), for a store whose last good state is kept on disk beside it.
+    fn identity(&self) -> Option<String> {
+        None
+    }
+
     /// Feeds `changes` until the process ends: first everything, then each change as it happens. Reconnects and
     /// reloads by itself; never returns because a peer is down.
     fn watch(self: Arc<Self>, changes: ChangeSink) -> BoxFuture<'static, ()>;
@@ -86,6 +97,11 @@ pub enum Change {
     Lost { reason: String },
     /// It can again.
     Found,
+    /// Something that is no object is wrong with the source (`conf/apisix.yaml` does not parse), or is no longer.
+    Refused { key: Arc<str>, message: Option<String> },
 }
+
+/// Stands for a value that is not text: refused with a message that says so.
+pub(crate) const NOT_UTF8: &str = "\u{FFFF}not UTF-8";
 
 pub type ChangeSink = tokio::sync::mpsc::Sender<Change>;

@@ -1,0 +1,701 @@
+//! The snapshot under construction: applies what a store says to the tables, the router and the indexes.
+//!
+//! Pure but for the log. A change costs what it changes. An object that is refused is remembered and shown as an
+//! error, and the last valid version of it goes on serving; when plugins are loaded anew it is tried again.
+
+use std::{
+    collections::{BTreeSet, HashMap, HashSet, hash_map::RandomState},
+    hash::BuildHasher,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+    thread,
+};
+
+use super::{Entry, NOT_UTF8, Snapshot, snapshot::ConfigError};
+use crate::{
+    error::Result,
+    model::{
+        Consumer, ConsumerGroup, Credential, Function, GlobalRule, Id, Kind, Object, PluginConfig, PluginMetadata,
+        PluginSource, Plugins, Route, Service, Ssl, Upstream, consumer::AuthKey, next_uid,
+    },
+    router::{Router, RouterKind},
+};
+
+/// Fewer objects than this are parsed where they are: threads would cost more than they save.
+const PARALLEL_FROM: usize = 512;
+/// Remembered verdicts on plugin confs. A hundred thousand routes seldom have more distinct ones.
+const MAX_CHECKED: usize = 65_536;
+/// Refused objects that get their own log line in one change; the errors list has all of them.
+const MAX_LOGGED: usize = 100;
+/// The key of the list of plugins.
+const PLUGINS: &str = "/plugins";
+
+/// A valid object, ready to be served.
+#[derive(Clone, Debug)]
+pub enum Item {
+    Route(Arc<Object<Route>>),
+    Service(Arc<Object<Service>>),
+    Upstream(Arc<Object<Arc<Upstream>>>),
+    Consumer(Arc<Object<Consumer>>),
+    Credential(Arc<Object<Credential>>),
+    ConsumerGroup(Arc<Object<ConsumerGroup>>),
+    PluginConfig(Arc<Object<PluginConfig>>),
+    GlobalRule(Arc<Object<GlobalRule>>),
+    PluginMetadata(Arc<Object<PluginMetadata>>),
+    Ssl(Arc<Object<Ssl>>),
+    Function(Arc<Object<Function>>),
+    PluginSource(Arc<Object<PluginSource>>),
+    Other(Kind, Arc<Object<()>>),
+}
+
+impl Item {
+    /// The plugins in it and the schema that their confs follow.
+    fn plugins(&self) -> Option<(&Plugins, PluginSchema)> {
+        match self {
+            Item::Route(o) => Some((&o.value.plugins, PluginSchema::Plugin)),
+            Item::Service(o) => Some((&o.value.plugins, PluginSchema::Plugin)),
+            Item::ConsumerGroup(o) => Some((&o.value.plugins, PluginSchema::Plugin)),
+            Item::PluginConfig(o) => Some((&o.value.plugins, PluginSchema::Plugin)),
+            Item::GlobalRule(o) => Some((&o.value.plugins, PluginSchema::Plugin)),
+            Item::Consumer(o) => Some((&o.value.plugins, PluginSchema::Consumer)),
+            Item::Credential(o) => Some((&o.value.plugins, PluginSchema::Consumer)),
+            _ => None,
+        }
+    }
+}
+
+/// Makes an `Item` of a stored text, or says what is wrong with it. Called on several threads at once.
+pub type Parser = Arc<dyn Fn(Kind, &str, &Entry) -> Result<Item> + Send + Sync>;
+
+/// Which of a plugin's schemas a conf is checked against.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum PluginSchema {
+    Plugin,
+    /// A consumer's or a credential's: plugins that know no consumer schema use their own.
+    Consumer,
+    Metadata,
+}
+
+/// Why a plugin conf is refused.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// No such plugin is loaded.
+    Unknown,
+    Invalid(String),
+}
+
+/// Asks the plugins themselves: their `check_schema`. Lives on the thread of the pipeline.
+pub trait PluginChecker {
+    fn check(&self, plugin: &str, conf: &str, schema: PluginSchema) -> std::result::Result<(), Refusal>;
+
+    /// Loads the plugins anew: `snapshot.plugin_sources`, `snapshot.plugin_names` and the files may have changed.
+    fn reload(&self, snapshot: &Snapshot);
+}
+
+/// What a batch changed, for the last good state.
+#[derive(Debug)]
+pub enum Journal {
+    /// Everything that is valid; keys in `keep` stay as they are in the journal.
+    Replace { entries: Vec<Entry>, keep: HashSet<Arc<str>>, revision: i64 },
+    Changes { changes: Vec<(Arc<str>, Option<Entry>)>, revision: i64 },
+}
+
+pub struct Builder {
+    next: Snapshot,
+    parser: Parser,
+    checker: Option<Box<dyn PluginChecker>>,
+    /// An object that uses an unknown plugin is refused; else it serves without that plugin.
+    strict_plugins: bool,
+    checked: HashMap<u128, std::result::Result<(), Refusal>>,
+    seeds: [RandomState; 2],
+    /// The texts that were refused, newest version each.
+    rejected: HashMap<Arc<str>, Entry>,
+    routes_of_service: HashMap<Id, HashSet<Id>>,
+    /// Auth keys that more than one consumer or credential claims, with all who do: the oldest has it.
+    contested: HashMap<AuthKey, BTreeSet<Claim>>,
+    dirty: bool,
+    plugins_changed: bool,
+    /// `mod_revision` and text of the list of plugins.
+    plugin_list: Option<Entry>,
+}
+
+/// Who claims an auth key; the smallest wins, so that all nodes agree.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Claim {
+    create_revision: i64,
+    consumer: Id,
+    credential: Option<Id>,
+}
+
+impl Builder {
+    pub fn new(
+        parser: Parser,
+        checker: Option<Box<dyn PluginChecker>>,
+        router: RouterKind,
+        strict_plugins: bool,
+    ) -> Self {
+        let next = Snapshot { router: Router::new(router), plugins_generation: 1, ..Snapshot::default() };
+        Builder {
+            next,
+            parser,
+            checker,
+            strict_plugins,
+            checked: HashMap::new(),
+            seeds: [RandomState::new(), RandomState::new()],
+            rejected: HashMap::new(),
+            routes_of_service: HashMap::new(),
+            contested: HashMap::new(),
+            dirty: true,
+            plugins_changed: false,
+            plugin_list: None,
+        }
+    }
+
+    pub fn plugins_generation(&self) -> u64 {
+        self.next.plugins_generation
+    }
+
+    pub fn routes(&self) -> usize {
+        self.next.routes.len()
+    }
+
+    /// The next snapshot, if it differs from the one taken before.
+    pub fn take(&mut self) -> Option<Snapshot> {
+        if !std::mem::take(&mut self.dirty) {
+            return None;
+        }
+        self.next.version += 1;
+        Some(self.next.clone())
+    }
+
+    /// Takes `entries` for everything there is. What did not change keeps its `Arc` and uid.
+    pub fn replace(&mut self, entries: Vec<Entry>, revision: i64) -> Journal {
+        self.remove_absent(&entries);
+        let changed = entries.iter().filter(|e| !self.knows(e)).cloned().collect();
+        self.apply(changed);
+        self.set_revision(revision);
+        let keep: HashSet<Arc<str>> = self.rejected.keys().cloned().collect();
+        let entries = entries.into_iter().filter(|e| is_kept(&e.key) && !keep.contains(&e.key)).collect();
+        Journal::Replace { entries, keep, revision }
+    }
+
+    pub fn change(&mut self, changes: Vec<(Arc<str>, Option<Entry>)>, revision: i64) -> Journal {
+        let mut changed = Vec::new();
+        let mut journal = Vec::new();
+        for (key, entry) in changes {
+            match entry {
+                Some(e) if !self.knows(&e) => changed.push(e),
+                Some(_) => {}
+                None => {
+                    self.remove(&key);
+                    if is_kept(&key) {
+                        journal.push((key, None));
+                    }
+                }
+            }
+        }
+        let accepted = self.apply(changed);
+        let revision = revision.max(self.next.revision);
+        self.set_revision(revision);
+        journal.extend(accepted.into_iter().map(|e| (e.key.clone(), Some(e))));
+        Journal::Changes { changes: journal, revision }
+    }
+
+    /// As if every plugin had changed: a new generation, and what was refused is tried again.
+    pub fn reload_plugins(&mut self) -> Journal {
+        self.plugins_changed = true;
+        let accepted = self.apply(Vec::new());
+        let changes = accepted.into_iter().map(|e| (e.key.clone(), Some(e))).collect();
+        Journal::Changes { changes, revision: self.next.revision }
+    }
+
+    /// An error of the source itself, or that there is none any more.
+    pub fn note(&mut self, key: &Arc<str>, error: Option<String>) {
+        let noted = self.next.errors.get(key).map(|e| e.message.clone());
+        if noted == error {
+            return;
+        }
+        self.dirty = true;
+        match error {
+            Some(message) => self.set_error(key, self.next.revision, message),
+            None => drop(self.next.errors.remove(key)),
+        }
+    }
+
+    fn set_revision(&mut self, revision: i64) {
+        self.dirty |= self.next.revision != revision;
+        self.next.revision = revision;
+    }
+
+    /// Whether this very version was seen before.
+    fn knows(&self, e: &Entry) -> bool {
+        let same = |revision: i64, text: &str| revision == e.mod_revision && text == &*e.value;
+        if let Some(r) = self.rejected.get(&e.key) {
+            return same(r.mod_revision, &r.value);
+        }
+        if &*e.key == PLUGINS {
+            return self.plugin_list.as_ref().is_some_and(|l| same(l.mod_revision, &l.value));
+        }
+        match Kind::of_key(&e.key) {
+            Some((kind, id)) => self.served(kind, id).is_some_and(|(revision, text)| same(revision, text)),
+            // Not ours: nothing will be done with it.
+            None => true,
+        }
+    }
+
+    fn served(&self, kind: Kind, id: &str) -> Option<(i64, &Arc<str>)> {
+        fn version<T>(o: &Arc<Object<T>>) -> (i64, &Arc<str>) {
+            (o.mod_revision, &o.json)
+        }
+        let s = &self.next;
+        match kind {
+            Kind::Route => s.routes.get(id).map(version),
+            Kind::Service => s.services.get(id).map(version),
+            Kind::Upstream => s.upstreams.get(id).map(version),
+            Kind::Consumer => s.consumers.get(id).map(version),
+            Kind::Credential => s.credentials.get(id).map(version),
+            Kind::ConsumerGroup => s.consumer_groups.get(id).map(version),
+            Kind::PluginConfig => s.plugin_configs.get(id).map(version),
+            Kind::GlobalRule => s.global_rules.iter().find(|r| &*r.id == id).map(version),
+            Kind::PluginMetadata => s.plugin_metadata.get(id).map(version),
+            Kind::Ssl => s.ssls.get(id).map(version),
+            Kind::Function => s.functions.get(id).map(version),
+            Kind::PluginSource => s.plugin_sources.get(id).map(version),
+            Kind::Proto | Kind::Secret | Kind::StreamRoute => s.others.get(&(kind, Id::from(id))).map(version),
+        }
+    }
+
+    fn remove_absent(&mut self, entries: &[Entry]) {
+        if self.is_empty() {
+            return;
+        }
+        let present: HashSet<&str> = entries.iter().map(|e| &*e.key).collect();
+        let mut absent: Vec<String> = self.rejected.keys().map(|k| k.to_string()).collect();
+        if self.plugin_list.is_some() {
+            absent.push(PLUGINS.to_owned());
+        }
+        for kind in Kind::ALL {
+            self.ids(kind, &mut |id| absent.push(key_of(kind, id)));
+        }
+        absent.retain(|key| !present.contains(&**key));
+        for key in absent {
+            self.remove(&key);
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        let mut any = self.plugin_list.is_some() || !self.rejected.is_empty();
+        for kind in Kind::ALL {
+            self.ids(kind, &mut |_| any = true);
+        }
+        !any
+    }
+
+    fn ids(&self, kind: Kind, f: &mut dyn FnMut(&str)) {
+        let s = &self.next;
+        match kind {
+            Kind::Route => s.routes.keys().for_each(|id| f(id)),
+            Kind::Service => s.services.keys().for_each(|id| f(id)),
+            Kind::Upstream => s.upstreams.keys().for_each(|id| f(id)),
+            Kind::Consumer => s.consumers.keys().for_each(|id| f(id)),
+            Kind::Credential => s.credentials.keys().for_each(|id| f(id)),
+            Kind::ConsumerGroup => s.consumer_groups.keys().for_each(|id| f(id)),
+            Kind::PluginConfig => s.plugin_configs.keys().for_each(|id| f(id)),
+            Kind::GlobalRule => s.global_rules.iter().for_each(|r| f(&r.id)),
+            Kind::PluginMetadata => s.plugin_metadata.keys().for_each(|id| f(id)),
+            Kind::Ssl => s.ssls.keys().for_each(|id| f(id)),
+            Kind::Function => s.functions.keys().for_each(|id| f(id)),
+            Kind::PluginSource => s.plugin_sources.keys().for_each(|id| f(id)),
+            Kind::Proto | Kind::Secret | Kind::StreamRoute => {
+                s.others.keys().filter(|(k, _)| *k == kind).for_each(|(_, id)| f(id));
+            }
+        }
+    }
+
+    /// Plugins first, so that the rest is checked by the new ones; services before the routes that take their hosts.
+    /// Returns what is valid.
+    fn apply(&mut self, entries: Vec<Entry>) -> Vec<Entry> {
+        let (plugins, mut rest): (Vec<_>, Vec<_>) = entries.into_iter().partition(|e| is_plugin_key(&e.key));
+        let mut logged = 0;
+        let mut accepted = self.apply_parsed(plugins, &mut logged);
+        if std::mem::take(&mut self.plugins_changed) {
+            self.next.plugins_generation += 1;
+            self.dirty = true;
+            self.checked.clear();
+            if let Some(checker) = &self.checker {
+                checker.reload(&self.next);
+            }
+            let fresh: HashSet<&str> = rest.iter().map(|e| &*e.key).collect();
+            let again: Vec<Entry> = self
+                .rejected
+                .values()
+                .filter(|e| !is_plugin_key(&e.key) && !fresh.contains(&*e.key))
+                .cloned()
+                .collect();
+            rest.extend(again);
+        }
+        rest.sort_by_key(|e| e.key.starts_with("/routes/"));
+        accepted.extend(self.apply_parsed(rest, &mut logged));
+        if logged > MAX_LOGGED {
+            tracing::error!("{} more objects were refused: see /v1/config/errors", logged - MAX_LOGGED);
+        }
+        accepted
+    }
+
+    fn apply_parsed(&mut self, entries: Vec<Entry>, logged: &mut usize) -> Vec<Entry> {
+        let mut accepted = Vec::with_capacity(entries.len());
+        let parsed = parse_all(&self.parser, &entries);
+        for (entry, item) in entries.into_iter().zip(parsed) {
+            let valid = match item {
+                Parsed::Item(item) => self.check_plugins(&item).map(|()| self.place(item)),
+                Parsed::PluginList(names) => {
+                    self.next.plugin_names = Some(names);
+                    self.plugin_list = Some(entry.clone());
+                    self.plugins_changed = true;
+                    Ok(())
+                }
+                Parsed::Skipped => continue,
+                Parsed::Refused(message) => Err(message),
+            };
+            match valid {
+                Ok(()) => {
+                    self.accept(&entry.key);
+                    accepted.push(entry);
+                }
+                Err(message) => self.refuse(entry, message, logged),
+            }
+            self.dirty = true;
+        }
+        accepted
+    }
+
+    fn accept(&mut self, key: &Arc<str>) {
+        if self.rejected.remove(key).is_some() {
+            self.next.errors.remove(key);
+        }
+    }
+
+    fn refuse(&mut self, entry: Entry, message: String, logged: &mut usize) {
+        *logged += 1;
+        if *logged <= MAX_LOGGED {
+            let plural = Kind::of_key(&entry.key).map_or("plugins", |(kind, _)| kind.plural());
+            tracing::error!("failed to check item data of [{plural}] err:{message}, key: {}", entry.key);
+        }
+        self.set_error(&entry.key, entry.mod_revision, message);
+        self.rejected.insert(entry.key.clone(), entry);
+    }
+
+    fn set_error(&mut self, key: &Arc<str>, revision: i64, message: String) {
+        let error = Arc::new(ConfigError { key: key.clone(), revision, message });
+        self.next.errors.insert(key.clone(), error);
+    }
+
+    fn check_plugins(&mut self, item: &Item) -> std::result::Result<(), String> {
+        if self.checker.is_none() {
+            return Ok(());
+        }
+        if let Item::PluginMetadata(o) = item {
+            return self.check_plugin(&o.id, &o.json, PluginSchema::Metadata);
+        }
+        let Some((plugins, schema)) = item.plugins() else { return Ok(()) };
+        plugins.0.iter().try_for_each(|p| self.check_plugin(&p.name, &p.json, schema))
+    }
+
+    fn check_plugin(&mut self, name: &str, conf: &str, schema: PluginSchema) -> std::result::Result<(), String> {
+        let Some(checker) = &self.checker else { return Ok(()) };
+        let [high, low] = [0, 1].map(|i| u128::from(self.seeds[i].hash_one((name, conf, schema))));
+        let verdict = match self.checked.get(&(high << 64 | low)) {
+            Some(known) => known.clone(),
+            None => {
+                let verdict = checker.check(name, conf, schema);
+                if self.checked.len() >= MAX_CHECKED {
+                    self.checked.clear();
+                }
+                self.checked.insert(high << 64 | low, verdict.clone());
+                verdict
+            }
+        };
+        match verdict {
+            Err(Refusal::Unknown) if self.strict_plugins => Err(format!("unknown plugin [{name}]")),
+            Ok(()) | Err(Refusal::Unknown) => Ok(()),
+            Err(Refusal::Invalid(e)) => Err(format!("failed to check the configuration of plugin {name} err: {e}")),
+        }
+    }
+
+    fn place(&mut self, item: Item) {
+        let s = &mut self.next;
+        match item {
+            Item::Route(o) => self.place_route(o),
+            Item::Service(o) => self.place_service(o),
+            Item::Upstream(o) => drop(s.upstreams.insert(o.id.clone(), o)),
+            Item::Consumer(o) => self.place_consumer(o),
+            Item::Credential(o) => self.place_credential(o),
+            Item::ConsumerGroup(o) => drop(s.consumer_groups.insert(o.id.clone(), o)),
+            Item::PluginConfig(o) => drop(s.plugin_configs.insert(o.id.clone(), o)),
+            Item::GlobalRule(o) => self.place_global_rule(&o.id.clone(), Some(o)),
+            Item::PluginMetadata(o) => drop(s.plugin_metadata.insert(o.id.clone(), o)),
+            Item::Ssl(o) => drop(s.ssls.insert(o.id.clone(), o)),
+            Item::Function(o) => drop(s.functions.insert(o.id.clone(), o)),
+            Item::PluginSource(o) => {
+                self.plugins_changed = true;
+                drop(s.plugin_sources.insert(o.id.clone(), o));
+            }
+            Item::Other(kind, o) => drop(s.others.insert((kind, o.id.clone()), o)),
+        }
+    }
+
+    fn place_route(&mut self, route: Arc<Object<Route>>) {
+        let id = route.id.clone();
+        let service = route.value.service_id.clone();
+        let old = self.next.routes.insert(id.clone(), route.clone());
+        if let Some(old) = old.and_then(|o| o.value.service_id.clone()).filter(|old| service.as_ref() != Some(old)) {
+            self.unlink(&old, &id);
+        }
+        if let Some(service) = service {
+            self.routes_of_service.entry(service).or_default().insert(id);
+        }
+        self.route_in(route);
+    }
+
+    fn unlink(&mut self, service: &Id, route: &str) {
+        if let Some(routes) = self.routes_of_service.get_mut(service) {
+            routes.remove(route);
+            if routes.is_empty() {
+                self.routes_of_service.remove(service);
+            }
+        }
+    }
+
+    fn route_in(&mut self, route: Arc<Object<Route>>) {
+        let service = route.value.service_id.as_ref().and_then(|id| self.next.services.get(id)).cloned();
+        let hosts = service.as_ref().map_or(&[][..], |s| &s.value.hosts);
+        self.next.router.insert(route, hosts);
+    }
+
+    fn place_service(&mut self, service: Arc<Object<Service>>) {
+        let id = service.id.clone();
+        let old = self.next.services.insert(id.clone(), service.clone());
+        let old_hosts = old.as_ref().map_or(&[][..], |s| &s.value.hosts);
+        if old_hosts != service.value.hosts {
+            self.reroute(&id);
+        }
+    }
+
+    /// Puts the routes that take this service's hosts in anew.
+    fn reroute(&mut self, service: &str) {
+        let Some(ids) = self.routes_of_service.get(service) else { return };
+        let routes: Vec<_> = ids
+            .iter()
+            .filter_map(|id| self.next.routes.get(id))
+            .filter(|r| r.value.hosts.is_empty())
+            .cloned()
+            .collect();
+        routes.into_iter().for_each(|r| self.route_in(r));
+    }
+
+    fn place_consumer(&mut self, o: Arc<Object<Consumer>>) {
+        let claim = Claim { create_revision: o.create_revision, consumer: o.id.clone(), credential: None };
+        let old = self.next.consumers.insert(o.id.clone(), o.clone());
+        if let Some(old) = old {
+            self.disclaim(&old.value.auth_keys, &Claim { create_revision: old.create_revision, ..claim.clone() });
+        }
+        self.claim(&o.value.auth_keys, claim);
+    }
+
+    fn place_credential(&mut self, o: Arc<Object<Credential>>) {
+        let claim = credential_claim(&o);
+        let old = self.next.credentials.insert(o.id.clone(), o.clone());
+        if let Some(old) = old {
+            self.disclaim(&old.value.auth_keys, &credential_claim(&old));
+        }
+        self.claim(&o.value.auth_keys, claim);
+    }
+
+    fn claim(&mut self, keys: &[AuthKey], claim: Claim) {
+        self.next.consumers_uid = next_uid();
+        for key in keys {
+            let holder = self.next.auth_index.get(key).cloned();
+            if let Some((consumer, credential)) = holder {
+                if consumer == claim.consumer && credential == claim.credential {
+                    continue;
+                }
+                let create_revision = self.created(&consumer, credential.as_ref());
+                let claims = self.contested.entry(key.clone()).or_default();
+                claims.insert(Claim { create_revision, consumer, credential });
+                claims.insert(claim.clone());
+                if claims.first() != Some(&claim) {
+                    continue;
+                }
+            }
+            self.next.auth_index.insert(key.clone(), (claim.consumer.clone(), claim.credential.clone()));
+        }
+    }
+
+    fn created(&self, consumer: &Id, credential: Option<&Id>) -> i64 {
+        let s = &self.next;
+        match credential {
+            None => s.consumers.get(consumer).map_or(0, |o| o.create_revision),
+            Some(id) => s.credentials.get(id).map_or(0, |o| o.create_revision),
+        }
+    }
+
+    fn disclaim(&mut self, keys: &[AuthKey], claim: &Claim) {
+        self.next.consumers_uid = next_uid();
+        for key in keys {
+            let mut heir = None;
+            if let Some(claims) = self.contested.get_mut(key) {
+                claims.remove(claim);
+                heir = claims.first().cloned();
+                if claims.len() < 2 {
+                    self.contested.remove(key);
+                }
+            }
+            match heir {
+                Some(c) => drop(self.next.auth_index.insert(key.clone(), (c.consumer, c.credential))),
+                None => drop(self.next.auth_index.remove(key)),
+            }
+        }
+    }
+
+    fn place_global_rule(&mut self, id: &str, rule: Option<Arc<Object<GlobalRule>>>) {
+        let mut rules: Vec<_> = self.next.global_rules.iter().filter(|r| &*r.id != id).cloned().collect();
+        rules.extend(rule);
+        rules.sort_by(|a, b| (a.create_revision, &a.id).cmp(&(b.create_revision, &b.id)));
+        self.next.global_rules_uid = if rules.is_empty() { 0 } else { next_uid() };
+        self.next.global_rules = rules.into();
+    }
+
+    fn remove(&mut self, key: &str) {
+        self.dirty = true;
+        if self.rejected.remove(key).is_some() {
+            self.next.errors.remove(key);
+        }
+        if key == PLUGINS {
+            self.plugins_changed |= self.plugin_list.take().is_some();
+            self.next.plugin_names = None;
+            return;
+        }
+        let Some((kind, id)) = Kind::of_key(key) else { return };
+        let s = &mut self.next;
+        match kind {
+            Kind::Route => self.remove_route(id),
+            Kind::Service => {
+                if s.services.remove(id).is_some_and(|o| !o.value.hosts.is_empty()) {
+                    self.reroute(id);
+                }
+            }
+            Kind::Upstream => drop(s.upstreams.remove(id)),
+            Kind::Consumer => {
+                if let Some(o) = s.consumers.remove(id) {
+                    let claim =
+                        Claim { create_revision: o.create_revision, consumer: o.id.clone(), credential: None };
+                    self.disclaim(&o.value.auth_keys, &claim);
+                }
+            }
+            Kind::Credential => {
+                if let Some(o) = s.credentials.remove(id) {
+                    self.disclaim(&o.value.auth_keys, &credential_claim(&o));
+                }
+            }
+            Kind::ConsumerGroup => drop(s.consumer_groups.remove(id)),
+            Kind::PluginConfig => drop(s.plugin_configs.remove(id)),
+            Kind::GlobalRule => self.place_global_rule(id, None),
+            Kind::PluginMetadata => drop(s.plugin_metadata.remove(id)),
+            Kind::Ssl => drop(s.ssls.remove(id)),
+            Kind::Function => drop(s.functions.remove(id)),
+            Kind::PluginSource => self.plugins_changed |= s.plugin_sources.remove(id).is_some(),
+            Kind::Proto | Kind::Secret | Kind::StreamRoute => drop(s.others.remove(&(kind, Id::from(id)))),
+        }
+    }
+
+    fn remove_route(&mut self, id: &str) {
+        let Some(old) = self.next.routes.remove(id) else { return };
+        self.next.router.remove(id);
+        if let Some(service) = &old.value.service_id {
+            self.unlink(service, id);
+        }
+    }
+}
+
+fn credential_claim(o: &Object<Credential>) -> Claim {
+    let consumer = Id::from(&*o.value.username);
+    Claim { create_revision: o.create_revision, consumer, credential: Some(o.id.clone()) }
+}
+
+fn key_of(kind: Kind, id: &str) -> String {
+    match kind {
+        Kind::Credential => format!("/{}/{id}", Kind::Consumer.plural()),
+        _ => format!("/{}/{id}", kind.plural()),
+    }
+}
+
+/// Whether a key is a resource's or the list of plugins, and so belongs in the last good state.
+fn is_kept(key: &str) -> bool {
+    key == PLUGINS || Kind::of_key(key).is_some()
+}
+
+fn is_plugin_key(key: &str) -> bool {
+    key == PLUGINS || key.starts_with("/plugin_sources/")
+}
+
+enum Parsed {
+    Item(Item),
+    PluginList(Arc<[Box<str>]>),
+    /// Not a resource.
+    Skipped,
+    Refused(String),
+}
+
+/// In the order of `entries`, on all cores when there are many.
+fn parse_all(parser: &Parser, entries: &[Entry]) -> Vec<Parsed> {
+    let cores = thread::available_parallelism().map_or(1, |n| n.get());
+    if entries.len() < PARALLEL_FROM || cores == 1 {
+        return entries.iter().map(|e| parse(parser, e)).collect();
+    }
+    let share = entries.len().div_ceil(cores);
+    thread::scope(|scope| {
+        let threads: Vec<_> = entries
+            .chunks(share)
+            .map(|chunk| (chunk, scope.spawn(move || chunk.iter().map(|e| parse(parser, e)).collect::<Vec<_>>())))
+            .collect();
+        let mut all = Vec::with_capacity(entries.len());
+        for (chunk, thread) in threads {
+            match thread.join() {
+                Ok(parsed) => all.extend(parsed),
+                Err(_) => all.extend(chunk.iter().map(|e| parse(parser, e))),
+            }
+        }
+        all
+    })
+}
+
+fn parse(parser: &Parser, e: &Entry) -> Parsed {
+    if &*e.value == NOT_UTF8 {
+        return Parsed::Refused("the value is not UTF-8 text".to_owned());
+    }
+    if &*e.key == PLUGINS {
+        return match plugin_names(&e.value) {
+            Ok(names) => Parsed::PluginList(names),
+            Err(message) => Parsed::Refused(message),
+        };
+    }
+    let Some((kind, id)) = Kind::of_key(&e.key) else { return Parsed::Skipped };
+    // A config must not take the process down, whatever a parser overlooked.
+    match catch_unwind(AssertUnwindSafe(|| parser(kind, id, e))) {
+        Ok(Ok(item)) => Parsed::Item(item),
+        Ok(Err(error)) => Parsed::Refused(error.to_string()),
+        Err(_) => Parsed::Refused("internal error: the parser failed".to_owned()),
+    }
+}
+
+/// `[{"name": "key-auth"}, {"name": "mqtt-proxy", "stream": true}]`: the names of those for HTTP.
+fn plugin_names(text: &str) -> std::result::Result<Arc<[Box<str>]>, String> {
+    #[derive(serde::Deserialize)]
+    struct Listed {
+        name: Box<str>,
+        #[serde(default)]
+        stream: bool,
+    }
+    let list: Vec<Listed> = serde_json::from_str(text).map_err(|e| format!("invalid list of plugins: {e}"))?;
+    Ok(list.into_iter().filter(|p| !p.stream).map(|p| p.name).collect())
+}
