@@ -96,8 +96,15 @@ pub trait PluginChecker {
 #[derive(Debug)]
 pub enum Journal {
     /// Everything that is valid; keys in `keep` stay as they are in the journal.
-    Replace { entries: Vec<Entry>, keep: HashSet<Arc<str>>, revision: i64 },
-    Changes { changes: Vec<(Arc<str>, Option<Entry>)>, revision: i64 },
+    Replace {
+        entries: Vec<Entry>,
+        keep: HashSet<Arc<str>>,
+        revision: i64,
+    },
+    Changes {
+        changes: Vec<(Arc<str>, Option<Entry>)>,
+        revision: i64,
+    },
 }
 
 pub struct Builder {
@@ -587,8 +594,7 @@ impl Builder {
             Kind::Upstream => drop(s.upstreams.remove(id)),
             Kind::Consumer => {
                 if let Some(o) = s.consumers.remove(id) {
-                    let claim =
-                        Claim { create_revision: o.create_revision, consumer: o.id.clone(), credential: None };
+                    let claim = Claim { create_revision: o.create_revision, consumer: o.id.clone(), credential: None };
                     self.disclaim(&o.value.auth_keys, &claim);
                 }
             }

@@ -203,7 +203,10 @@ mod tests {
         let good = LastGood::open(&path, "etcd a".to_owned()).unwrap();
         let keep = HashSet::from(["/routes/2".into()]);
         good.save(Journal::Replace { entries: vec![entry("/routes/3", "c", 8)], keep, revision: 8 });
-        good.save(Journal::Changes { changes: vec![("/routes/4".into(), Some(entry("/routes/4", "d", 9)))], revision: 9 });
+        good.save(Journal::Changes {
+            changes: vec![("/routes/4".into(), Some(entry("/routes/4", "d", 9)))],
+            revision: 9,
+        });
         drop(good);
 
         let good = LastGood::open(&path, "etcd a".to_owned()).unwrap();

@@ -172,7 +172,10 @@ impl Pipeline {
                 if self.first.is_some() {
                     self.serve_last_good(&reason);
                 } else {
-                    tracing::warn!("{} cannot be reached, the last good configuration goes on: {reason}", self.store.name());
+                    tracing::warn!(
+                        "{} cannot be reached, the last good configuration goes on: {reason}",
+                        self.store.name()
+                    );
                 }
             }
             Change::Found => {
