@@ -198,8 +198,8 @@ impl Router {
 
     fn find_in(&self, scope: &Scope, hash: u64, path: &[u8], facts: &impl Facts) -> Option<Found> {
         let exact = self.exact.get(&scope.key(hash)).and_then(|rules| {
-            rules.find_map(|rule| match rule.uri().as_bytes() == path && rule.scope == scope.number {
-                true => self.accept(rule, path, facts),
+            rules.find_map(|rule| match rule.fixed[..] == *path && rule.scope == scope.number {
+                true => accept(rule, path, facts),
                 false => None,
             })
         });
@@ -208,38 +208,33 @@ impl Router {
         }
         let mut prefixes = Chain::new();
         scope.prefixes.visit_prefixes(path, |rules| prefixes.push(rules));
-        prefixes.iter().rev().find_map(|rules| rules.find_map(|rule| self.accept(rule, path, facts)))
-    }
-
-    /// The rest of a rule's conditions, its place in the index apart.
-    fn accept(&self, rule: &Arc<Rule>, path: &[u8], facts: &impl Facts) -> Option<Found> {
-        let host = match rule.host {
-            None if !rule.hosts().is_empty() => Some(rule.host_matching(facts.host())?),
-            stands_under => stands_under,
-        };
-        let params = rule.captures(path)?;
-        rule.allows(facts).then(|| Found { rule: rule.clone(), host, params })
+        prefixes.iter().rev().find_map(|rules| rules.find_map(|rule| accept(rule, path, facts)))
     }
 
     fn rules_of(&self, placed: &Placed) -> SmallVec<[Rule; 1]> {
+        let route = &placed.route.value;
+        let hosts = placed.service_hosts.as_ref().map_or(route.hosts.len(), |hosts| hosts.len()) as u32;
+        let by_host = self.kind == RouterKind::RadixtreeHostUri && hosts > 0;
+        let conditional = rule::is_conditional(route);
         let mut rules = SmallVec::new();
-        let by_host = self.kind == RouterKind::RadixtreeHostUri;
-        let params = self.kind == RouterKind::RadixtreeUriWithParameter;
-        let conditional = rule::is_conditional(&placed.route.value);
-        for (at, uri) in placed.route.value.uris.iter().enumerate() {
-            let rule = |host: Option<u32>| Rule {
-                route: placed.route.clone(),
-                service_hosts: placed.service_hosts.clone(),
-                uri: at as u32,
-                host,
-                scope: 0,
-                conditional,
-                shape: Shape::of(uri, params),
+        for (at, uri) in route.uris.iter().enumerate() {
+            let rule = |host: Option<u32>| {
+                let (shape, fixed) = Shape::of(uri, self.kind == RouterKind::RadixtreeUriWithParameter);
+                Rule {
+                    route: placed.route.clone(),
+                    service_hosts: placed.service_hosts.clone(),
+                    uri: at as u32,
+                    host,
+                    scope: 0,
+                    conditional,
+                    checks_host: hosts > 0 && !by_host,
+                    shape,
+                    fixed: SmallVec::from_slice(fixed.as_bytes()),
+                }
             };
-            let plain = rule(None);
-            match plain.hosts().len() {
-                hosts if by_host && hosts > 0 => rules.extend((0..hosts as u32).map(|host| rule(Some(host)))),
-                _ => rules.push(plain),
+            match by_host {
+                true => rules.extend((0..hosts).map(|host| rule(Some(host)))),
+                false => rules.push(rule(None)),
             }
         }
         rules
@@ -261,7 +256,7 @@ impl Router {
         scope.rules += 1;
         match rule.shape {
             Shape::Exact => {
-                let key = scope.key(self.hash.hash_one(rule.uri().as_bytes()));
+                let key = scope.key(self.hash.hash_one(&rule.fixed[..]));
                 match self.exact.get_mut(&key) {
                     Some(rules) => rules.add(Arc::new(rule)),
                     None => {
@@ -269,10 +264,7 @@ impl Router {
                     }
                 }
             }
-            _ => {
-                let fixed = rule.shape.fixed(rule.uri()).to_owned();
-                Rules::add_to(scope.prefixes.slot(fixed.as_bytes()), Arc::new(rule));
-            }
+            _ => Rules::add_to(scope.prefixes.slot(&rule.fixed), Arc::new(rule)),
         }
     }
 
@@ -310,12 +302,22 @@ impl Router {
 
     fn take_out_exact(&mut self, scope: Option<ExactIn>, rule: &Rule) {
         let Some(ExactIn(number)) = scope else { return };
-        let key = scope_key(number, self.hash.hash_one(rule.uri().as_bytes()));
+        let key = scope_key(number, self.hash.hash_one(&rule.fixed[..]));
         let emptied = self.exact.get_mut(&key).is_some_and(|rules| rules.remove(rule));
         if emptied {
             self.exact.remove(&key);
         }
     }
+}
+
+/// The rest of a rule's conditions, its place in the index apart.
+fn accept(rule: &Arc<Rule>, path: &[u8], facts: &impl Facts) -> Option<Found> {
+    let host = match rule.checks_host {
+        true => Some(rule.host_matching(facts.host())?),
+        false => rule.host,
+    };
+    let params = rule.captures(path)?;
+    rule.allows(facts).then(|| Found { rule: rule.clone(), host, params })
 }
 
 /// The rule that was taken out of this scope stands in the map of exact paths.
@@ -332,8 +334,7 @@ impl Scope {
         if let Shape::Exact = rule.shape {
             return Some(ExactIn(self.number));
         }
-        let fixed = rule.shape.fixed(rule.uri());
-        self.prefixes.change(fixed.as_bytes(), |slot| {
+        self.prefixes.change(&rule.fixed, |slot| {
             if slot.as_mut().is_some_and(|rules| rules.remove(rule)) {
                 *slot = None;
             }

@@ -16,11 +16,8 @@ pub(super) enum Shape {
     Exact,
     /// The uri without its last byte, a star, is what the path must start with.
     Prefix,
-    /// The path starts with the first `fixed` bytes of the uri and goes on as the pattern says.
-    Pattern {
-        fixed: u32,
-        pattern: Box<Pattern>,
-    },
+    /// The path starts with what stands before the first mark and goes on as the pattern says.
+    Pattern(Box<Pattern>),
 }
 
 /// What follows the fixed part.
@@ -37,32 +34,24 @@ enum Piece {
 }
 
 impl Shape {
-    /// `params`: whether `:name` is a parameter. Both marks count only where a segment starts, and a star at the end.
-    pub fn of(uri: &str, params: bool) -> Shape {
-        let marks = Marks { uri, at: 0, params };
-        let Some(first) = marks.clone().next() else {
-            return if uri.ends_with('*') { Shape::Prefix } else { Shape::Exact };
-        };
-        let ends_there = first + 1 == uri.len() && uri.ends_with('*');
-        if ends_there {
-            return Shape::Prefix;
-        }
-        let pattern = Box::new(Pattern { pieces: pieces(&uri[first..], params) });
-        Shape::Pattern { fixed: first as u32, pattern }
-    }
-
-    /// The part of the uri that a path must start with, or be.
-    pub fn fixed<'a>(&self, uri: &'a str) -> &'a str {
-        match self {
-            Shape::Exact => uri,
-            Shape::Prefix => &uri[..uri.len() - 1],
-            Shape::Pattern { fixed, .. } => &uri[..*fixed as usize],
+    /// The shape of a uri, and the part of it that a path must start with, or be. `params`: whether `:name` is a
+    /// parameter. Both marks count only where a segment starts, and a star at the end.
+    pub fn of(uri: &str, params: bool) -> (Shape, &str) {
+        let mut marks = Marks { uri, at: 0, params };
+        let end = uri.strip_suffix('*');
+        match (marks.next(), end) {
+            (None, None) => (Shape::Exact, uri),
+            (None, Some(prefix)) => (Shape::Prefix, prefix),
+            (Some(first), Some(prefix)) if first == prefix.len() => (Shape::Prefix, prefix),
+            (Some(first), _) => {
+                let pieces = pieces(&uri[first..], params);
+                (Shape::Pattern(Box::new(Pattern { pieces })), &uri[..first])
+            }
         }
     }
 }
 
 /// Where segments start with a mark.
-#[derive(Clone)]
 struct Marks<'a> {
     uri: &'a str,
     at: usize,
@@ -184,14 +173,11 @@ mod tests {
 
     /// The captures as `name=value,…`; `-` for no match.
     fn try_match(uri: &str, path: &str) -> String {
-        let shape = Shape::of(uri, true);
-        let fixed = shape.fixed(uri);
+        let (shape, fixed) = Shape::of(uri, true);
         let captures = match &shape {
             Shape::Exact => (path == uri).then(Captures::new),
             Shape::Prefix => path.starts_with(fixed).then(Captures::new),
-            Shape::Pattern { pattern, .. } => {
-                path.strip_prefix(fixed).and_then(|rest| pattern.captures(rest.as_bytes()))
-            }
+            Shape::Pattern(pattern) => path.strip_prefix(fixed).and_then(|rest| pattern.captures(rest.as_bytes())),
         };
         match captures {
             None => "-".into(),
@@ -231,8 +217,8 @@ mod tests {
 
     #[test]
     fn a_colon_is_text_without_parameters() {
-        assert!(matches!(Shape::of("/do/:x", false), Shape::Exact));
-        assert!(matches!(Shape::of("/do/*/x", false), Shape::Pattern { fixed: 4, .. }));
+        assert!(matches!(Shape::of("/do/:x", false), (Shape::Exact, "/do/:x")));
+        assert!(matches!(Shape::of("/do/*/x", false), (Shape::Pattern(_), "/do/")));
     }
 
     #[test]

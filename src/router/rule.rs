@@ -19,9 +19,13 @@ pub(super) struct Rule {
     pub host: Option<u32>,
     /// Number of the `Scope` that the rule stands in.
     pub scope: u32,
-    /// Whether a request of that path needs a further look at the route.
+    /// Whether a request of that path needs a further look at the route's own conditions.
     pub conditional: bool,
+    /// Whether the route has hosts and the rule does not stand under one of them.
+    pub checks_host: bool,
     pub shape: Shape,
+    /// The uri up to where it is not fixed. A copy, so that a lookup needs not load the route.
+    pub fixed: SmallVec<[u8; 32]>,
 }
 
 impl Rule {
@@ -58,7 +62,7 @@ impl Rule {
     pub fn captures(&self, path: &[u8]) -> Option<Captures> {
         match &self.shape {
             Shape::Exact | Shape::Prefix => Some(SmallVec::new()),
-            Shape::Pattern { fixed, pattern } => pattern.captures(path.get(*fixed as usize..)?),
+            Shape::Pattern(pattern) => pattern.captures(path.get(self.fixed.len()..)?),
         }
     }
 

@@ -446,8 +446,13 @@ fn measure_kind(kind: RouterKind, count: u32) {
     let requests: Vec<_> = (1..=count)
         .map(|i| Request::new(&host(i).replace('*', "x"), &uri(i).replace('*', "some/file.txt").replace(":id", "42")))
         .collect();
+    let resident = || {
+        std::fs::read_to_string("/proc/self/statm").unwrap().split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4096
+    };
+    let before = resident();
     let started = Instant::now();
     let mut router = self::router(kind, routes.iter().cloned());
+    println!("resident {} KB", (resident() - before) / 1024);
     let built = started.elapsed();
     let mut random = Random(1);
     let order: Vec<usize> = (0..1_000_000).map(|_| random.below(count.into()) as usize).collect();
@@ -456,11 +461,14 @@ fn measure_kind(kind: RouterKind, count: u32) {
     let lookup = started.elapsed() / 1_000_000;
     assert_eq!(found, order.len());
     let started = Instant::now();
+    let hot = (0..1_000_000).filter(|i| router.find(&requests[i % 64]).is_some()).count();
+    let hot = (hot == order.len()).then(|| started.elapsed() / 1_000_000);
+    let started = Instant::now();
     for i in &order[..1000] {
         let old = router.clone();
         router.insert(routes[*i].clone(), &[]);
         drop(old);
     }
     let change = started.elapsed() / 1000;
-    println!("{kind:?} {count}: build {built:?}, lookup {lookup:?}, change {change:?}");
+    println!("{kind:?} {count}: build {built:?}, lookup {lookup:?}, of 64 {hot:?}, change {change:?}");
 }
