@@ -4,7 +4,9 @@
 //! (`Object::json`): what Lua and the Admin API read; the typed value is what the request path reads.
 
 pub mod consumer;
+pub mod crypt;
 pub mod function;
+mod parse;
 pub mod plugin_conf;
 pub mod route;
 pub mod service;
@@ -17,7 +19,9 @@ use std::sync::{
 };
 
 pub use consumer::{Consumer, ConsumerGroup, Credential};
+pub use crypt::{Keyring, SchemaKind};
 pub use function::{Function, PluginSource};
+pub use parse::{ParseContext, Parsed, check, parse};
 pub use plugin_conf::{PluginConf, PluginMetadata, Plugins};
 pub use route::Route;
 pub use service::{GlobalRule, PluginConfig, Service};
@@ -84,6 +88,27 @@ impl Kind {
             Kind::StreamRoute => "stream_routes",
             Kind::Function => "functions",
             Kind::PluginSource => "plugin_sources",
+        }
+    }
+
+    /// The name of its schema and of its Admin API errors: `route`. Empty where APISIX has no schema.
+    pub fn singular(self) -> &'static str {
+        match self {
+            Kind::Route => "route",
+            Kind::Service => "service",
+            Kind::Upstream => "upstream",
+            Kind::Consumer => "consumer",
+            Kind::Credential => "credential",
+            Kind::ConsumerGroup => "consumer_group",
+            Kind::PluginConfig => "plugin_config",
+            Kind::GlobalRule => "global_rule",
+            Kind::PluginMetadata => "plugin_metadata",
+            Kind::Ssl => "ssl",
+            Kind::Proto => "proto",
+            Kind::Secret => "secret",
+            Kind::StreamRoute => "stream_route",
+            Kind::Function => "function",
+            Kind::PluginSource => "plugin_source",
         }
     }
 

@@ -2,6 +2,14 @@
 
 use std::sync::Arc;
 
+use serde_json::{Map, Value};
+
+use super::{
+    SchemaKind, crypt, next_uid,
+    parse::{ParseContext, flag, invalid, number},
+};
+use crate::{error::Result, expr::Expr};
+
 /// One plugin's conf where it is used.
 #[derive(Debug)]
 pub struct PluginConf {
@@ -18,7 +26,7 @@ pub struct PluginConf {
 pub struct Meta {
     pub disable: bool,
     pub priority: Option<i64>,
-    pub filter: Option<crate::expr::Expr>,
+    pub filter: Option<Expr>,
     /// True when `error_response` or `pre_function` is set: the Lua side reads them off the conf.
     pub has_hooks: bool,
 }
@@ -30,3 +38,56 @@ pub struct Plugins(pub Arc<[Arc<PluginConf>]>);
 /// `/plugin_metadata/{name}`: settings of a plugin for the whole gateway. The object's JSON is all there is to it.
 #[derive(Debug)]
 pub struct PluginMetadata;
+
+impl Plugins {
+    /// Takes `plugins` out of an owner's JSON. `kind` says which of a plugin's schemas they are written for.
+    pub(super) fn from_json(
+        owner: &mut Map<String, Value>,
+        kind: SchemaKind,
+        context: &ParseContext<'_>,
+    ) -> Result<Plugins> {
+        let Some(Value::Object(plugins)) = owner.get_mut("plugins") else {
+            return Ok(Plugins::default());
+        };
+        let confs = plugins.iter_mut().map(|(name, conf)| {
+            crypt::decrypt_fields(context.keyring, context.fields, name, kind, conf);
+            PluginConf::from_json(name, conf).map(Arc::new)
+        });
+        confs.collect::<Result<Arc<[_]>>>().map(Plugins)
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    pub fn get(&self, name: &str) -> Option<&Arc<PluginConf>> {
+        self.0.iter().find(|conf| &*conf.name == name)
+    }
+}
+
+impl PluginConf {
+    fn from_json(name: &str, conf: &Value) -> Result<PluginConf> {
+        let meta = match conf.get("_meta") {
+            Some(Value::Object(meta)) => Meta::from_json(meta)?,
+            _ => Meta::default(),
+        };
+        Ok(PluginConf { name: name.into(), uid: next_uid(), json: conf.to_string().into(), meta })
+    }
+}
+
+impl Meta {
+    fn from_json(meta: &Map<String, Value>) -> Result<Meta> {
+        let filter = match meta.get("filter") {
+            Some(vars) => Some(
+                Expr::compile(vars).map_err(|e| invalid(format!("failed to validate the 'vars' expression: {e}")))?,
+            ),
+            None => None,
+        };
+        Ok(Meta {
+            disable: flag(meta, "disable").unwrap_or(false),
+            priority: number(meta, "priority"),
+            filter,
+            has_hooks: meta.contains_key("error_response") || meta.contains_key("pre_function"),
+        })
+    }
+}

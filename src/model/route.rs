@@ -3,10 +3,17 @@
 use std::{sync::Arc, time::Duration};
 
 use ipnet::IpNet;
+use serde_json::{Map, Value};
 use smallvec::SmallVec;
 
-use super::{Id, Plugins, Upstream};
-use crate::expr::Expr;
+use super::{
+    Id, Plugins, SchemaKind, Upstream,
+    parse::{ParseContext, boxed, enabled, flag, id, invalid, number, strings, text, timeouts},
+};
+use crate::{
+    error::Result,
+    expr::{self, Expr},
+};
 
 #[derive(Debug, Default)]
 pub struct Route {
@@ -63,4 +70,51 @@ impl MethodSet {
     pub fn allows(self, method: &[u8]) -> bool {
         self.0 == 0 || METHODS.iter().position(|m| m.as_bytes() == method).is_some_and(|bit| self.0 & (1 << bit) != 0)
     }
+}
+
+impl Route {
+    pub(super) fn from_json(map: &mut Map<String, Value>, context: &ParseContext<'_>) -> Result<Route> {
+        let one_or_many = |one: &str, many: &str| -> Vec<String> {
+            text(map, one).into_iter().chain(strings(map, many)).map(str::to_owned).collect()
+        };
+        let uris = one_or_many("uri", "uris").into_iter().map(String::into_boxed_str).collect();
+        let hosts = one_or_many("host", "hosts").into_iter().map(|h| h.to_ascii_lowercase().into_boxed_str()).collect();
+        let remote_addrs = networks(&one_or_many("remote_addr", "remote_addrs"))?;
+        let mut methods = MethodSet::default();
+        strings(map, "methods").for_each(|method| {
+            methods.insert(method);
+        });
+        Ok(Route {
+            name: boxed(map, "name"),
+            uris,
+            hosts,
+            methods,
+            remote_addrs,
+            vars: vars(map)?,
+            filter_func: boxed(map, "filter_func"),
+            priority: number(map, "priority").unwrap_or(0),
+            enabled: enabled(map),
+            plugins: Plugins::from_json(map, SchemaKind::Route, context)?,
+            plugin_config_id: id(map, "plugin_config_id"),
+            service_id: id(map, "service_id"),
+            upstream_id: id(map, "upstream_id"),
+            upstream: Upstream::inline(map, context)?,
+            function_id: id(map, "function_id"),
+            script: boxed(map, "script"),
+            timeout: timeouts(map),
+            enable_websocket: flag(map, "enable_websocket"),
+        })
+    }
+}
+
+fn networks(texts: &[String]) -> Result<Vec<IpNet>> {
+    let parse = |text: &String| expr::network(text).ok_or_else(|| invalid(format!("invalid ip address: {text}")));
+    texts.iter().map(parse).collect()
+}
+
+fn vars(map: &Map<String, Value>) -> Result<Option<Box<Expr>>> {
+    let Some(vars) = map.get("vars") else { return Ok(None) };
+    let expr = Expr::compile(vars).map_err(|e| invalid(format!("failed to validate the 'vars' expression: {e}")))?;
+    let empty = vars.as_array().is_none_or(Vec::is_empty);
+    Ok((!empty).then(|| Box::new(expr)))
 }

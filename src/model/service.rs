@@ -2,7 +2,13 @@
 
 use std::sync::Arc;
 
-use super::{Id, Plugins, Upstream};
+use serde_json::{Map, Value};
+
+use super::{
+    Id, Plugins, SchemaKind, Upstream,
+    parse::{ParseContext, boxed, flag, id, strings},
+};
+use crate::error::Result;
 
 #[derive(Debug, Default)]
 pub struct Service {
@@ -24,4 +30,18 @@ pub struct PluginConfig {
 #[derive(Debug, Default)]
 pub struct GlobalRule {
     pub plugins: Plugins,
+}
+
+impl Service {
+    pub(super) fn from_json(map: &mut Map<String, Value>, context: &ParseContext<'_>) -> Result<Service> {
+        Ok(Service {
+            name: boxed(map, "name"),
+            hosts: strings(map, "hosts").map(|host| host.to_ascii_lowercase().into()).collect(),
+            plugins: Plugins::from_json(map, SchemaKind::Route, context)?,
+            upstream: Upstream::inline(map, context)?,
+            upstream_id: id(map, "upstream_id"),
+            script: boxed(map, "script"),
+            enable_websocket: flag(map, "enable_websocket"),
+        })
+    }
 }

@@ -1,5 +1,15 @@
 //! `ssls`: certificates by SNI, and client certificates for upstreams.
 
+use rustls::{crypto::ring, sign::CertifiedKey};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
+use serde_json::{Map, Value};
+
+use super::{
+    crypt,
+    parse::{ParseContext, boxed, decrypt_keys, enabled, invalid, number, strings, text},
+};
+use crate::error::Result;
+
 #[derive(Debug)]
 pub struct Ssl {
     /// Lower case, wildcards (`*.foo.com`) included. Empty for a client certificate.
@@ -14,4 +24,82 @@ pub struct Ssl {
     pub enabled: bool,
     /// `type: client`: used towards upstreams, never served.
     pub is_client: bool,
+}
+
+impl Ssl {
+    pub(super) fn from_json(map: &mut Map<String, Value>, context: &ParseContext<'_>) -> Result<Ssl> {
+        decrypt_keys(map, context)?;
+        let pairs = pairs(map)?;
+        let client = map.get("client").and_then(Value::as_object);
+        let client_ca = client.and_then(|client| {
+            let depth = number(client, "depth").and_then(|n| u8::try_from(n).ok()).unwrap_or(u8::MAX);
+            boxed(client, "ca").map(|ca| (ca, depth))
+        });
+        if let Some((ca, _)) = &client_ca
+            && !crypt::is_reference(ca)
+        {
+            certificates(ca).map_err(|e| invalid(format!("failed to validate client_cert: {e}")))?;
+        }
+        Ok(Ssl {
+            snis: text(map, "sni")
+                .into_iter()
+                .chain(strings(map, "snis"))
+                .map(|s| s.to_ascii_lowercase().into())
+                .collect(),
+            pairs,
+            client_ca,
+            skip_mtls_uri_regex: client
+                .into_iter()
+                .flat_map(|c| strings(c, "skip_mtls_uri_regex"))
+                .map(Into::into)
+                .collect(),
+            protocols: strings(map, "ssl_protocols").map(Into::into).collect(),
+            enabled: enabled(map),
+            is_client: text(map, "type") == Some("client"),
+        })
+    }
+}
+
+/// `cert` and `key`, then `certs` and `keys` side by side.
+fn pairs(map: &Map<String, Value>) -> Result<Vec<(Box<str>, Box<str>)>> {
+    let mut pairs = Vec::new();
+    if let Some((cert, key)) = boxed(map, "cert").zip(boxed(map, "key")) {
+        check_pair(&cert, &key).map_err(invalid)?;
+        pairs.push((cert, key));
+    }
+    let (certs, keys): (Vec<_>, Vec<_>) = (strings(map, "certs").collect(), strings(map, "keys").collect());
+    if certs.len() != keys.len() {
+        return Err(invalid("mismatched number of certs and keys"));
+    }
+    for (i, (cert, key)) in certs.into_iter().zip(keys).enumerate() {
+        check_pair(cert, key).map_err(|e| invalid(format!("failed to handle cert-key pair[{}]: {e}", i + 1)))?;
+        pairs.push((cert.into(), key.into()));
+    }
+    Ok(pairs)
+}
+
+/// Whether certificate and key can be read and belong together. References are resolved when used, so they pass here.
+pub(super) fn check_pair(cert: &str, key: &str) -> Result<(), String> {
+    if crypt::is_reference(cert) || crypt::is_reference(key) {
+        return Ok(());
+    }
+    let chain = certificates(cert)?;
+    let key = PrivateKeyDer::from_pem_slice(key.as_bytes())
+        .map_err(|_| "failed to parse key: PEM_read_bio_PrivateKey() failed".to_owned())?;
+    let key = ring::sign::any_supported_type(&key).map_err(|e| format!("failed to parse key: {e}"))?;
+    match CertifiedKey::new(chain, key).keys_match() {
+        Err(rustls::Error::InconsistentKeys(rustls::InconsistentKeys::KeyMismatch)) => {
+            Err("failed to parse key: key and certificate do not match".into())
+        }
+        Err(rustls::Error::InvalidCertificate(_)) => Err("failed to parse cert: PEM_read_bio_X509_AUX() failed".into()),
+        _ => Ok(()),
+    }
+}
+
+fn certificates(pem: &str) -> Result<Vec<CertificateDer<'static>>, String> {
+    let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem.as_bytes()).collect();
+    match chain {
+        Ok(chain) if !chain.is_empty() => Ok(chain),
+        _ => Err("failed to parse cert: PEM_read_bio_X509_AUX() failed".into()),
+    }
 }

@@ -1,8 +1,18 @@
 //! Upstreams: the nodes, how one is picked, and how it is spoken to.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
-use super::{Id, route::Timeouts};
+use serde_json::{Map, Value};
+
+use super::{
+    Id, next_uid,
+    parse::{ParseContext, boxed, decrypt_keys, flag, id, integer, invalid, number, seconds, text, timeouts},
+    route::Timeouts,
+};
+use crate::{
+    error::Result,
+    schema::{self, Schema},
+};
 
 #[derive(Debug)]
 pub struct Upstream {
@@ -101,4 +111,192 @@ pub struct UpstreamTls {
     /// PEM.
     pub client_pair: Option<(Box<str>, Box<str>)>,
     pub client_cert_id: Option<Id>,
+}
+
+impl Upstream {
+    /// The upstream that stands inside a route or a service.
+    pub(super) fn inline(owner: &mut Map<String, Value>, context: &ParseContext<'_>) -> Result<Option<Arc<Upstream>>> {
+        match owner.get_mut("upstream") {
+            Some(Value::Object(map)) => Ok(Some(Arc::new(Upstream::from_json(map, context)?))),
+            _ => Ok(None),
+        }
+    }
+
+    /// From JSON that its schema has checked and filled.
+    pub(super) fn from_json(map: &mut Map<String, Value>, context: &ParseContext<'_>) -> Result<Upstream> {
+        let scheme = Scheme::of(text(map, "scheme").unwrap_or("http"));
+        let service = boxed(map, "service_name");
+        Ok(Upstream {
+            uid: next_uid(),
+            id: None,
+            name: boxed(map, "name"),
+            nodes: nodes(map.get("nodes"), scheme)?,
+            balance: balance(map)?,
+            scheme,
+            pass_host: pass_host(map)?,
+            retries: number(map, "retries").map(|n| u32::try_from(n).unwrap_or(u32::MAX)),
+            retry_timeout: map.get("retry_timeout").and_then(seconds).filter(|d| !d.is_zero()),
+            timeout: timeouts(map),
+            keepalive: keepalive(map),
+            discovery: boxed(map, "discovery_type").zip(service),
+            checks: map.get("checks").map(|checks| checks.to_string().into()),
+            tls: tls(map, context)?,
+        })
+    }
+}
+
+impl Scheme {
+    fn of(name: &str) -> Scheme {
+        match name {
+            "https" => Scheme::Https,
+            "grpc" => Scheme::Grpc,
+            "grpcs" => Scheme::Grpcs,
+            "tcp" => Scheme::Tcp,
+            "tls" => Scheme::Tls,
+            "udp" => Scheme::Udp,
+            "kafka" => Scheme::Kafka,
+            _ => Scheme::Http,
+        }
+    }
+
+    /// The port of a node that names none.
+    pub fn default_port(self) -> u16 {
+        match self {
+            Scheme::Https | Scheme::Grpcs | Scheme::Tls => 443,
+            Scheme::Kafka => 9092,
+            _ => 80,
+        }
+    }
+}
+
+fn nodes(value: Option<&Value>, scheme: Scheme) -> Result<Vec<Node>> {
+    match value {
+        Some(Value::Object(map)) => map.iter().map(|(place, weight)| node_of_entry(place, weight, scheme)).collect(),
+        Some(Value::Array(list)) => {
+            list.iter().filter_map(Value::as_object).map(|node| node_of_object(node, scheme)).collect()
+        }
+        _ => Ok(Vec::new()),
+    }
+}
+
+/// `"127.0.0.1:8080": 1`.
+fn node_of_entry(place: &str, weight: &Value, scheme: Scheme) -> Result<Node> {
+    let (host, port) = split_place(place)?;
+    let weight = weight.as_number().and_then(integer).unwrap_or(0);
+    Ok(node(host, port, scheme, weight, 0))
+}
+
+fn node_of_object(map: &Map<String, Value>, scheme: Scheme) -> Result<Node> {
+    let (host, port) = match text(map, "host").unwrap_or_default() {
+        host if host.starts_with('[') => split_place(host)?,
+        host if host.contains(':') => return Err(unenclosed()),
+        host => (host, None),
+    };
+    let written = number(map, "port").and_then(|n| u16::try_from(n).ok());
+    let weight = number(map, "weight").unwrap_or(0);
+    Ok(node(host, written.or(port), scheme, weight, number(map, "priority").unwrap_or(0)))
+}
+
+fn node(host: &str, port: Option<u16>, scheme: Scheme, weight: i64, priority: i64) -> Node {
+    Node {
+        host: host.into(),
+        port: port.unwrap_or(scheme.default_port()),
+        explicit_port: port.is_some(),
+        weight: u32::try_from(weight).unwrap_or(u32::MAX),
+        priority,
+    }
+}
+
+/// `host`, `host:port`, `[v6]`, `[v6]:port`.
+fn split_place(place: &str) -> Result<(&str, Option<u16>)> {
+    let bad_port = || invalid(format!("invalid configuration: invalid port in node {place}"));
+    let parse = |port: &str| port.parse::<u16>().ok().filter(|p| *p != 0).map(Some).ok_or_else(bad_port);
+    if let Some(rest) = place.strip_prefix('[') {
+        let (host, rest) = rest.split_once(']').ok_or_else(unenclosed)?;
+        return match rest.strip_prefix(':') {
+            Some(port) => Ok((host, parse(port)?)),
+            None if rest.is_empty() => Ok((host, None)),
+            None => Err(bad_port()),
+        };
+    }
+    match place.split_once(':') {
+        Some((_, port)) if port.contains(':') => Err(unenclosed()),
+        Some((host, port)) => Ok((host, parse(port)?)),
+        None => Ok((place, None)),
+    }
+}
+
+fn unenclosed() -> crate::error::Error {
+    invalid("invalid configuration: IPv6 address must be enclosed with '[' and ']'")
+}
+
+fn balance(map: &Map<String, Value>) -> Result<Balance> {
+    match text(map, "type").unwrap_or("roundrobin") {
+        "roundrobin" => Ok(Balance::RoundRobin),
+        "chash" => chash(map),
+        "ewma" => Ok(Balance::Ewma),
+        "least_conn" => Ok(Balance::LeastConn),
+        other => Ok(Balance::Other(other.into())),
+    }
+}
+
+fn chash(map: &Map<String, Value>) -> Result<Balance> {
+    let (on, schema) = match text(map, "hash_on").unwrap_or("vars") {
+        "header" => (HashOn::Header, schema::resource("upstream_hash_header_schema")),
+        "cookie" => (HashOn::Cookie, cookie_schema()),
+        "consumer" => (HashOn::Consumer, None),
+        "vars_combinations" => (HashOn::VarsCombinations, None),
+        _ => (HashOn::Vars, schema::resource("upstream_hash_vars_schema")),
+    };
+    let key = text(map, "key").unwrap_or_default();
+    if key.is_empty() && on != HashOn::Consumer {
+        return Err(invalid("missing key"));
+    }
+    if let Some(schema) = schema {
+        schema.check(&mut key.into()).map_err(|e| invalid(format!("invalid configuration: {e}")))?;
+    }
+    Ok(Balance::Chash { on, key: key.into() })
+}
+
+/// The packed facts hold no schema for it; the admin tests show that it is the header's.
+fn cookie_schema() -> Option<&'static Schema> {
+    schema::resource("upstream_hash_header_schema")
+}
+
+fn pass_host(map: &Map<String, Value>) -> Result<PassHost> {
+    match text(map, "pass_host") {
+        Some("node") => Ok(PassHost::Node),
+        Some("rewrite") => match boxed(map, "upstream_host").filter(|host| !host.is_empty()) {
+            Some(host) => Ok(PassHost::Rewrite(host)),
+            None => Err(invalid("`upstream_host` can't be empty when `pass_host` is `rewrite`")),
+        },
+        _ => Ok(PassHost::Pass),
+    }
+}
+
+fn keepalive(map: &Map<String, Value>) -> Option<Keepalive> {
+    let Some(Value::Object(pool)) = map.get("keepalive_pool") else {
+        return None;
+    };
+    Some(Keepalive {
+        size: number(pool, "size").and_then(|n| usize::try_from(n).ok())?,
+        idle_timeout: pool.get("idle_timeout").and_then(seconds)?,
+        requests: number(pool, "requests").and_then(|n| u64::try_from(n).ok())?,
+    })
+}
+
+fn tls(map: &mut Map<String, Value>, context: &ParseContext<'_>) -> Result<Option<Box<UpstreamTls>>> {
+    let Some(Value::Object(tls)) = map.get_mut("tls") else {
+        return Ok(None);
+    };
+    decrypt_keys(tls, context)?;
+    let client_pair = boxed(tls, "client_cert").zip(boxed(tls, "client_key"));
+    if let Some((cert, key)) = &client_pair {
+        super::ssl::check_pair(cert, key).map_err(|e| invalid(format!("failed to validate client_cert: {e}")))?;
+    }
+    Ok(Some(Box::new(UpstreamTls {
+        verify: flag(tls, "verify").unwrap_or(false),
+        client_pair,
+        client_cert_id: id(tls, "client_cert_id"),
+    })))
 }

@@ -1,1 +1,42 @@
-//! schema
+//! JSON Schema as APISIX checks with it: same subset, same filling of defaults, same error texts.
+//!
+//! A schema is compiled once into a tree of rules (`compile`), which then checks any number of values (`check`).
+//! The schemas of APISIX's resources and plugins are packed into the binary (`facts`). Checking writes defaults into the
+//! value, also from branches of `oneOf` and the like: what plugins of the field rely on.
+//!
+//! Promises: no recursion deeper than the schema; a pattern that cannot be compiled refuses the schema.
+
+mod check;
+mod compile;
+mod facts;
+mod pattern;
+
+use serde_json::Value;
+
+pub use facts::{PluginSchemas, all_json, plugin, plugin_json, plugin_names, resource, resource_json, stream_plugin};
+
+/// A compiled schema.
+#[derive(Debug)]
+pub struct Schema {
+    root: compile::Node,
+}
+
+impl Schema {
+    /// Compiles a schema; the text says what is wrong with it.
+    pub fn compile(schema: &Value) -> Result<Schema, String> {
+        Ok(Schema { root: compile::root(schema, compile::Patterns::Verified)? })
+    }
+
+    /// A packed schema: a test has compiled its patterns, so each waits for its first use.
+    fn packed(schema: &Value) -> Result<Schema, String> {
+        Ok(Schema { root: compile::root(schema, compile::Patterns::Lazy)? })
+    }
+
+    /// Checks `value` and fills in the defaults it lacks. The text is the one APISIX gives.
+    pub fn check(&self, value: &mut Value) -> Result<(), String> {
+        check::check(&self.root, value, check::Detail::Text)
+    }
+}
+
+#[cfg(test)]
+mod tests;

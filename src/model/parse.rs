@@ -1,0 +1,191 @@
+//! From a resource's JSON text to its typed value: schema first (defaults filled), then what a schema cannot say.
+//!
+//! Errors carry APISIX's texts as the Admin API answers them.
+
+use std::{sync::Arc, time::Duration};
+
+use serde_json::{Map, Value};
+
+use super::{
+    Consumer, ConsumerGroup, Credential, Function, GlobalRule, Id, Keyring, Kind, PluginConfig, PluginMetadata,
+    PluginSource, Route, Service, Ssl, Upstream,
+    crypt::{self, EncryptFields, SchemaKind},
+    route::Timeouts,
+};
+use crate::{
+    error::{self, Error, Result},
+    schema,
+};
+
+/// What parsing needs beside the text.
+#[derive(Clone, Copy)]
+pub struct ParseContext<'a> {
+    /// Decrypts `encrypt_fields` and private keys.
+    pub keyring: &'a Keyring,
+    /// Fields of plugins that the packed schemas do not know.
+    pub fields: Option<&'a dyn EncryptFields>,
+}
+
+impl<'a> ParseContext<'a> {
+    pub fn new(keyring: &'a Keyring) -> Self {
+        ParseContext { keyring, fields: None }
+    }
+}
+
+/// A resource's typed value.
+#[derive(Debug)]
+pub enum Parsed {
+    Route(Route),
+    Service(Service),
+    Upstream(Arc<Upstream>),
+    Consumer(Consumer),
+    Credential(Credential),
+    ConsumerGroup(ConsumerGroup),
+    PluginConfig(PluginConfig),
+    GlobalRule(GlobalRule),
+    PluginMetadata(PluginMetadata),
+    Ssl(Ssl),
+    Function(Function),
+    PluginSource(PluginSource),
+    /// Protos, secrets, stream_routes: checked, kept as text.
+    Other,
+}
+
+/// Parses what a store holds under `/<kind>/<id>`.
+pub fn parse(kind: Kind, id: &str, json: &str, context: &ParseContext<'_>) -> Result<Parsed> {
+    let mut value: Value = serde_json::from_str(json).map_err(|e| invalid(format!("invalid JSON: {e}")))?;
+    let filled = check(kind, id, &mut value)?;
+    Ok(match kind {
+        Kind::Route => Parsed::Route(Route::from_json(filled, context)?),
+        Kind::Service => Parsed::Service(Service::from_json(filled, context)?),
+        Kind::Upstream => {
+            let mut upstream = Upstream::from_json(filled, context)?;
+            upstream.id = Some(id.into());
+            Parsed::Upstream(Arc::new(upstream))
+        }
+        Kind::Consumer => Parsed::Consumer(Consumer::from_json(filled, context)?),
+        Kind::Credential => Parsed::Credential(Credential::from_json(id, filled, context)?),
+        Kind::ConsumerGroup => Parsed::ConsumerGroup(ConsumerGroup {
+            plugins: super::Plugins::from_json(filled, SchemaKind::Route, context)?,
+        }),
+        Kind::PluginConfig => Parsed::PluginConfig(PluginConfig {
+            plugins: super::Plugins::from_json(filled, SchemaKind::Route, context)?,
+        }),
+        Kind::GlobalRule => {
+            Parsed::GlobalRule(GlobalRule { plugins: super::Plugins::from_json(filled, SchemaKind::Route, context)? })
+        }
+        Kind::PluginMetadata => Parsed::PluginMetadata(PluginMetadata),
+        Kind::Ssl => Parsed::Ssl(Ssl::from_json(filled, context)?),
+        Kind::Function => Parsed::Function(Function { source: required(filled, "source")?.into() }),
+        Kind::PluginSource => Parsed::PluginSource(PluginSource { source: required(filled, "source")?.into() }),
+        Kind::Proto | Kind::Secret | Kind::StreamRoute => Parsed::Other,
+    })
+}
+
+/// Checks a resource against its schema, writing defaults into it, and what holds between its fields.
+pub fn check<'v>(kind: Kind, id: &str, value: &'v mut Value) -> Result<&'v mut Map<String, Value>> {
+    if kind == Kind::Route {
+        exclusive(value, "host", "hosts")?;
+        exclusive(value, "remote_addr", "remote_addrs")?;
+    }
+    // Stored by other writers, an object need not repeat the id that stands in its key.
+    let needs_id = matches!(kind, Kind::ConsumerGroup | Kind::PluginConfig | Kind::GlobalRule);
+    if let (true, Value::Object(map)) = (needs_id, &mut *value)
+        && !map.contains_key("id")
+    {
+        map.insert("id".into(), id.into());
+    }
+    let schema = schema::resource(kind.singular());
+    schema.map_or(Ok(()), |schema| schema.check(value)).map_err(|e| invalid(format!("invalid configuration: {e}")))?;
+    match value {
+        Value::Object(map) => Ok(map),
+        _ => Err(invalid("invalid configuration: wrong type: expected object")),
+    }
+}
+
+fn exclusive(value: &Value, one: &str, other: &str) -> Result<()> {
+    match (value.get(one), value.get(other)) {
+        (Some(_), Some(_)) => Err(invalid(format!("only one of {one} or {other} is allowed"))),
+        _ => Ok(()),
+    }
+}
+
+pub(super) fn invalid(text: impl Into<std::borrow::Cow<'static, str>>) -> Error {
+    Error::config(error::Kind::Invalid).context(text)
+}
+
+pub(super) fn text<'m>(map: &'m Map<String, Value>, key: &str) -> Option<&'m str> {
+    map.get(key).and_then(Value::as_str)
+}
+
+fn required<'m>(map: &'m Map<String, Value>, key: &str) -> Result<&'m str> {
+    text(map, key).ok_or_else(|| invalid(format!("invalid configuration: property \"{key}\" is required")))
+}
+
+pub(super) fn boxed(map: &Map<String, Value>, key: &str) -> Option<Box<str>> {
+    text(map, key).map(Into::into)
+}
+
+/// An id, which may be written as a number.
+pub(super) fn id(map: &Map<String, Value>, key: &str) -> Option<Id> {
+    match map.get(key)? {
+        Value::String(s) => Some(s.as_str().into()),
+        Value::Number(n) => Some(integer(n).map_or_else(|| n.to_string(), |n| n.to_string()).into()),
+        _ => None,
+    }
+}
+
+/// Whole numbers may be written `1.0` or `1e3`.
+pub(super) fn integer(n: &serde_json::Number) -> Option<i64> {
+    n.as_i64().or_else(|| n.as_f64().filter(|f| f.fract() == 0.0).map(|f| f as i64))
+}
+
+pub(super) fn number(map: &Map<String, Value>, key: &str) -> Option<i64> {
+    map.get(key).and_then(Value::as_number).and_then(integer)
+}
+
+pub(super) fn flag(map: &Map<String, Value>, key: &str) -> Option<bool> {
+    map.get(key).and_then(Value::as_bool)
+}
+
+/// The strings of a list.
+pub(super) fn strings<'m>(map: &'m Map<String, Value>, key: &str) -> impl Iterator<Item = &'m str> {
+    map.get(key).and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str)
+}
+
+/// `status`: 1, and unset, is enabled.
+pub(super) fn enabled(map: &Map<String, Value>) -> bool {
+    number(map, "status") != Some(0)
+}
+
+/// Longest time that a duration may be: what `Instant` can add without a thought.
+const MAX_SECONDS: f64 = 1e9;
+
+pub(super) fn seconds(value: &Value) -> Option<Duration> {
+    let seconds = value.as_f64()?;
+    Some(Duration::from_secs_f64(seconds.clamp(0.0, MAX_SECONDS)))
+}
+
+pub(super) fn timeouts(map: &Map<String, Value>) -> Option<Timeouts> {
+    let timeout = map.get("timeout")?;
+    let of = |key| timeout.get(key).and_then(seconds);
+    Some(Timeouts { connect: of("connect")?, send: of("send")?, read: of("read")? })
+}
+
+/// Plain forms of the private keys in `object`.
+pub(super) fn decrypt_keys(object: &mut Map<String, Value>, context: &ParseContext<'_>) -> Result<()> {
+    let mut failed = false;
+    crypt::with_private_keys(object, &mut |stored| {
+        // A reference is resolved when the certificate is used.
+        if crypt::is_reference(stored) {
+            return None;
+        }
+        let plain = context.keyring.decrypt_pkey(stored);
+        failed |= plain.is_none();
+        plain
+    });
+    if failed { Err(invalid("failed to decrypt previous encrypted key")) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests;
