@@ -1,1 +1,279 @@
-//! Stops what runs away.
+//! Stops what runs away: a script that never waits, a VM that eats the machine.
+//!
+//! One watchdog thread looks at every VM thread each `TICK`. A script found running over its CPU budget is condemned:
+//! a signal to its own thread sets a hook (`lua_sethook` may be called from a signal handler), and the hook raises an
+//! error at every instruction until the call has ended, so that no `pcall` can swallow it. The hook works in compiled
+//! code because LuaJIT is built with LUAJIT_ENABLE_CHECKHOOK. Nothing is set while scripts behave: entering and
+//! leaving a VM costs two stores.
+
+use std::{
+    cell::Cell,
+    ffi::c_int,
+    ptr,
+    sync::{
+        Arc, Mutex, Once,
+        atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU64, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use mlua::ffi;
+
+/// How often the watchdog looks. A script may overrun its budget by this much.
+const TICK: Duration = Duration::from_millis(50);
+
+/// Ignored by default and used by few programs: a stray one does nothing.
+const SIGNAL: c_int = libc::SIGURG;
+
+/// CPU time that a script may use without waiting (`lua.limits.cpu_ms`): far above what a plugin needs, far below
+/// what a health check in front of the gateway tolerates.
+pub const DEFAULT_CPU_MS: u64 = 1000;
+
+/// Memory of one VM (`lua.limits.memory_mb`): a library with its caches fits, a leak does not take the machine.
+pub const DEFAULT_MEMORY_MB: usize = 512;
+
+/// The bounds of a VM.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    pub cpu_ms: u64,
+    pub memory_mb: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits { cpu_ms: DEFAULT_CPU_MS, memory_mb: DEFAULT_MEMORY_MB }
+    }
+}
+
+impl Limits {
+    /// `lua.limits` of the configuration.
+    pub fn from_config(config: &serde_json::Value) -> Limits {
+        let read = |key: &str| config.pointer("/lua/limits").and_then(|l| l.get(key)).and_then(|v| v.as_u64());
+        Limits {
+            cpu_ms: read("cpu_ms").unwrap_or(DEFAULT_CPU_MS),
+            memory_mb: read("memory_mb").map_or(DEFAULT_MEMORY_MB, |mb| mb as usize),
+        }
+    }
+}
+
+/// What the watchdog knows of one thread.
+#[derive(Default)]
+struct Beat {
+    /// `libc::pthread_t` of the thread; valid while the beat is in `WATCHED`.
+    thread: AtomicU64,
+    /// Odd while a VM runs; each run has its own.
+    serial: AtomicU64,
+    /// The run that has to end.
+    condemned: AtomicU64,
+    state: AtomicPtr<ffi::lua_State>,
+    /// The hook is set: the run's end clears it. Only the thread itself and its signal handler touch it.
+    hooked: AtomicBool,
+    depth: AtomicI32,
+    cpu_ms: AtomicU64,
+    memory_kb: AtomicUsize,
+}
+
+static WATCHED: Mutex<Vec<Arc<Beat>>> = Mutex::new(Vec::new());
+
+thread_local! {
+    /// For the signal handler: no lazy initialization, no destructor.
+    static BEAT: Cell<*const Beat> = const { Cell::new(ptr::null()) };
+    static OWNER: Registration = Registration::new();
+}
+
+/// Keeps this thread's beat in `WATCHED` as long as the thread lives.
+struct Registration(Arc<Beat>);
+
+impl Registration {
+    fn new() -> Self {
+        start();
+        let beat = Arc::new(Beat::default());
+        // SAFETY: pthread_self cannot fail.
+        beat.thread.store(unsafe { libc::pthread_self() } as u64, Ordering::Relaxed);
+        BEAT.set(Arc::as_ptr(&beat));
+        lock().push(beat.clone());
+        Registration(beat)
+    }
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        BEAT.set(ptr::null());
+        lock().retain(|b| !Arc::ptr_eq(b, &self.0));
+    }
+}
+
+fn lock() -> std::sync::MutexGuard<'static, Vec<Arc<Beat>>> {
+    WATCHED.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+fn beat() -> Option<&'static Beat> {
+    if BEAT.get().is_null() {
+        // Fails only while the thread ends: then nobody watches, and nothing long runs any more.
+        OWNER.try_with(|_| ()).ok()?;
+    }
+    // SAFETY: the registration keeps the beat alive until it sets the cell to null, on this thread.
+    unsafe { BEAT.get().as_ref() }
+}
+
+/// Runs `run`, which resumes or calls the VM of `main`, within `limits`.
+#[inline]
+pub fn bounded<R>(main: *mut ffi::lua_State, limits: Limits, run: impl FnOnce() -> R) -> R {
+    let _run = beat().map(|b| Run::new(b, main, limits));
+    run()
+}
+
+struct Run(&'static Beat);
+
+impl Run {
+    #[inline]
+    fn new(beat: &'static Beat, main: *mut ffi::lua_State, limits: Limits) -> Run {
+        let depth = beat.depth.load(Ordering::Relaxed);
+        beat.depth.store(depth + 1, Ordering::Relaxed);
+        // A VM entered from within another's run counts as part of that.
+        if depth == 0 {
+            beat.state.store(main, Ordering::Relaxed);
+            beat.cpu_ms.store(limits.cpu_ms, Ordering::Relaxed);
+            beat.memory_kb.store(limits.memory_mb.saturating_mul(1024), Ordering::Relaxed);
+            beat.serial.store(beat.serial.load(Ordering::Relaxed) + 1, Ordering::Release);
+        }
+        Run(beat)
+    }
+}
+
+impl Drop for Run {
+    #[inline]
+    fn drop(&mut self) {
+        let beat = self.0;
+        let depth = beat.depth.load(Ordering::Relaxed) - 1;
+        beat.depth.store(depth, Ordering::Relaxed);
+        if depth > 0 {
+            return;
+        }
+        // From here on the handler sees an even serial and leaves the VM alone.
+        beat.serial.store(beat.serial.load(Ordering::Relaxed) + 1, Ordering::Release);
+        if beat.hooked.swap(false, Ordering::Relaxed) {
+            // SAFETY: the state was entered by this run and is alive; removing a hook is always allowed.
+            unsafe { ffi::lua_sethook(beat.state.load(Ordering::Relaxed), None, 0, 0) };
+        }
+    }
+}
+
+/// Megabytes that the VM holds.
+pub fn memory_mb(main: *mut ffi::lua_State) -> usize {
+    // SAFETY: counting is allowed at any time on a live state.
+    unsafe { ffi::lua_gc(main, ffi::LUA_GCCOUNT, 0) as usize / 1024 }
+}
+
+/// Starts the watchdog once per process.
+fn start() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        // SAFETY: the handler is async-signal-safe (atomics and lua_sethook); SA_RESTART keeps system calls going.
+        unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = on_signal as *const () as usize;
+            action.sa_flags = libc::SA_RESTART;
+            libc::sigemptyset(&mut action.sa_mask);
+            libc::sigaction(SIGNAL, &action, ptr::null_mut());
+        }
+        // Without a watchdog scripts run unbounded, which is what OpenResty does: not worth failing the start.
+        let _ = std::thread::Builder::new().name("lua-watchdog".into()).spawn(watch);
+    });
+}
+
+extern "C" fn on_signal(_: c_int) {
+    // SAFETY: as in `beat`; the handler runs on the thread that owns the cell.
+    let Some(beat) = (unsafe { BEAT.get().as_ref() }) else { return };
+    if beat.serial.load(Ordering::Acquire) % 2 == 1 {
+        beat.hooked.store(true, Ordering::Relaxed);
+        // SAFETY: LuaJIT allows lua_sethook from a signal handler; the state is being run by this very thread.
+        unsafe { ffi::lua_sethook(beat.state.load(Ordering::Relaxed), Some(on_hook), ffi::LUA_MASKCOUNT, 1) };
+    }
+}
+
+/// Runs at every instruction of a VM that the watchdog has looked at twice in one run.
+unsafe extern "C-unwind" fn on_hook(l: *mut ffi::lua_State, _: *mut ffi::lua_Debug) {
+    // SAFETY: as in `on_signal`; no Rust value with a destructor lives when the error is raised.
+    unsafe {
+        let Some(beat) = BEAT.get().as_ref() else { return };
+        let kb = ffi::lua_gc(l, ffi::LUA_GCCOUNT, 0) as usize;
+        if kb > beat.memory_kb.load(Ordering::Relaxed) {
+            beat.condemned.store(beat.serial.load(Ordering::Relaxed), Ordering::Relaxed);
+            raise(l, c"the VM holds more memory than lua.limits.memory_mb allows");
+        }
+        if beat.condemned.load(Ordering::Relaxed) == beat.serial.load(Ordering::Relaxed) {
+            raise(l, c"the script ran longer than lua.limits.cpu_ms allows without waiting");
+        }
+        ffi::lua_sethook(l, None, 0, 0);
+    }
+}
+
+/// Raises with the position of the function that runs.
+unsafe fn raise(l: *mut ffi::lua_State, text: &std::ffi::CStr) -> ! {
+    // SAFETY: the caller is a hook on a live state with room for two strings.
+    unsafe {
+        ffi::luaL_where(l, 0);
+        ffi::lua_pushstring_(l, text.as_ptr());
+        ffi::lua_concat(l, 2);
+        ffi::lua_error(l)
+    }
+}
+
+/// Whether the run that ended last on this thread was cut off.
+pub fn last_run_condemned() -> bool {
+    beat().is_some_and(|b| b.condemned.load(Ordering::Relaxed) + 1 == b.serial.load(Ordering::Relaxed))
+}
+
+/// What the watchdog saw of a thread at its last look.
+struct Seen {
+    thread: u64,
+    serial: u64,
+    cpu: Duration,
+}
+
+fn watch() {
+    let mut seen: Vec<Seen> = Vec::new();
+    loop {
+        std::thread::sleep(TICK);
+        // The lock keeps the threads from ending between the look and the signal.
+        let watched = lock();
+        seen.retain(|s| watched.iter().any(|b| b.thread.load(Ordering::Relaxed) == s.thread));
+        for beat in watched.iter() {
+            look(beat, &mut seen);
+        }
+    }
+}
+
+fn look(beat: &Beat, seen: &mut Vec<Seen>) {
+    let serial = beat.serial.load(Ordering::Acquire);
+    let thread = beat.thread.load(Ordering::Relaxed);
+    if serial % 2 == 0 {
+        return;
+    }
+    let Some(cpu) = cpu_time(thread) else { return };
+    let Some(s) = seen.iter_mut().find(|s| s.thread == thread) else {
+        return seen.push(Seen { thread, serial, cpu });
+    };
+    if s.serial != serial {
+        *s = Seen { thread, serial, cpu };
+        return;
+    }
+    if cpu.saturating_sub(s.cpu) >= Duration::from_millis(beat.cpu_ms.load(Ordering::Relaxed)) {
+        beat.condemned.store(serial, Ordering::Relaxed);
+    }
+    // SAFETY: the thread is in WATCHED, whose lock the caller holds: it has not ended.
+    unsafe { libc::pthread_kill(thread as libc::pthread_t, SIGNAL) };
+}
+
+/// CPU time that the thread has used: waiting for a busy machine is not the script's fault.
+fn cpu_time(thread: u64) -> Option<Duration> {
+    // SAFETY: as in `look`; both calls only write to the locals.
+    unsafe {
+        let mut clock = 0;
+        let mut t: libc::timespec = std::mem::zeroed();
+        let ok = libc::pthread_getcpuclockid(thread as libc::pthread_t, &mut clock) == 0
+            && libc::clock_gettime(clock, &mut t) == 0;
+        ok.then(|| Duration::new(t.tv_sec as u64, t.tv_nsec as u32))
+    }
+}

@@ -5,10 +5,13 @@
 //! threads (`ngx.thread.spawn`) run in the same call; the call ends when all of them have. `ngx.exit` ends it at once.
 
 use std::{
-    cell::RefCell,
-    ffi::{c_int, c_void},
+    cell::{Cell, RefCell},
+    collections::VecDeque,
+    ffi::{c_char, c_int, c_void},
     future::Future,
     pin::Pin,
+    ptr,
+    rc::Rc,
     task::{Context, Poll},
     time::Duration,
 };
@@ -16,8 +19,15 @@ use std::{
 use mlua::ffi;
 use smallvec::SmallVec;
 
-use super::api::{Api, Phases, Raise, Stack, Wait};
-use crate::{error::Result, exchange::Exchange};
+use super::{
+    api::{Api, Phases, Raise, Stack, Wait},
+    fast, limits,
+    vm::{self, Vm},
+};
+use crate::{
+    error::Result,
+    exchange::{Connection, Exchange, Phase},
+};
 
 /// What an operation gives back to the coroutine: the results of the function that waited.
 pub type Values = SmallVec<[Value; 3]>;
@@ -77,9 +87,36 @@ pub enum Op {
 
 /// A coroutine that has not run yet.
 pub struct NewThread {
-    pub(super) l: *mut ffi::lua_State,
-    pub(super) anchor: c_int,
-    pub(super) args: c_int,
+    vm: Rc<Vm>,
+    co: Option<Coroutine>,
+    args: c_int,
+}
+
+impl NewThread {
+    /// Takes the function at index 1 and the arguments above it off `s`.
+    pub(super) fn new(s: &Stack) -> Result<NewThread, Raise> {
+        let vm = vm::current().ok_or("no VM runs")?;
+        let co = vm.take_coroutine().map_err(|e| e.to_string())?;
+        let n = s.top();
+        // SAFETY: the values go from a running state to an idle one of the same VM, which has room for them.
+        unsafe {
+            ffi::lua_checkstack(co.l, n + 1);
+            ffi::lua_xmove(s.raw(), co.l, n);
+        }
+        Ok(NewThread { vm, co: Some(co), args: n - 1 })
+    }
+
+    fn take(&mut self) -> Option<Coroutine> {
+        self.co.take()
+    }
+}
+
+impl Drop for NewThread {
+    fn drop(&mut self) {
+        if let Some(co) = self.co.take() {
+            self.vm.forget(co);
+        }
+    }
 }
 
 impl Op {
@@ -107,7 +144,216 @@ pub(super) fn park(op: Op) {
 pub fn register(api: &mut Api) -> Result<()> {
     let anywhere = Phases::ANY;
     api.wait("ngx.sleep", anywhere, "sleeps for so many seconds", sleep)?;
-    Ok(())
+    api.wait("ngx.thread.spawn", anywhere, "starts a light thread", |s| {
+        s.arg_function(1)?;
+        Ok(Wait::Park(Op::Spawn(NewThread::new(s)?)))
+    })?;
+    api.wait("ngx.thread.wait", anywhere, "waits for the first of these light threads to end", |s| {
+        if s.top() == 0 {
+            return Err("at least one coroutine should be specified".into());
+        }
+        let of = (1..=s.top()).map(|i| thread_argument(s, i)).collect::<Result<_, _>>()?;
+        Ok(Wait::Park(Op::Join(of)))
+    })?;
+    api.func("ngx.timer.at", anywhere, "runs a function later, outside of the request", timer_at)?;
+    api.func("ngx.timer.every", anywhere, "runs a function again and again", timer_every)?;
+    api.func("ngx.timer.running_count", anywhere, "how many timer callbacks run", |s| {
+        let vm = vm::current().ok_or("no VM runs")?;
+        Ok(s.push_number(vm.timers.counts().0 as f64))
+    })?;
+    api.func("ngx.timer.pending_count", anywhere, "how many timers wait for their time", |s| {
+        let vm = vm::current().ok_or("no VM runs")?;
+        Ok(s.push_number(vm.timers.counts().1 as f64))
+    })?;
+    api.wait("ngx.thread.kill", anywhere, "ends a light thread", |s| Ok(Wait::Park(Op::Kill(thread_argument(s, 1)?))))
+}
+
+fn thread_argument(s: &Stack, i: c_int) -> Result<*mut ffi::lua_State, Raise> {
+    // SAFETY: any index is acceptable.
+    let l = unsafe { ffi::lua_tothread(s.raw(), i) };
+    if l.is_null() { Err(s.argument_error(i, "lua thread expected")) } else { Ok(l) }
+}
+
+/// Timers of one VM: how many there may be, and the bell that ends them early.
+pub struct Timers {
+    pending: Cell<usize>,
+    running: Cell<usize>,
+    max_pending: usize,
+    max_running: usize,
+    closing: Cell<bool>,
+    bell: tokio::sync::Notify,
+}
+
+/// `nginx_config.max_pending_timers` and `.max_running_timers`: APISIX's defaults.
+const MAX_PENDING_TIMERS: usize = 16384;
+const MAX_RUNNING_TIMERS: usize = 4096;
+
+impl Timers {
+    pub(super) fn from_config(config: &serde_json::Value) -> Timers {
+        let read = |key: &str, default| {
+            config
+                .pointer("/nginx_config")
+                .and_then(|c| c.get(key))
+                .and_then(|v| v.as_u64())
+                .map_or(default, |n| n as usize)
+        };
+        Timers {
+            pending: Cell::new(0),
+            running: Cell::new(0),
+            max_pending: read("max_pending_timers", MAX_PENDING_TIMERS),
+            max_running: read("max_running_timers", MAX_RUNNING_TIMERS),
+            closing: Cell::new(false),
+            bell: tokio::sync::Notify::new(),
+        }
+    }
+
+    pub(super) fn close(&self) {
+        self.closing.set(true);
+        self.bell.notify_waiters();
+    }
+
+    /// How many callbacks run now and how many wait for their time.
+    pub fn counts(&self) -> (usize, usize) {
+        (self.running.get(), self.pending.get())
+    }
+
+    /// Waits for the time or for the end; says whether it was the end.
+    async fn wait(&self, delay: Duration) -> bool {
+        let bell = self.bell.notified();
+        tokio::pin!(bell);
+        bell.as_mut().enable();
+        if self.closing.get() {
+            return true;
+        }
+        tokio::select! {
+            () = tokio::time::sleep(delay) => self.closing.get(),
+            () = bell => true,
+        }
+    }
+}
+
+fn timer_at(s: &Stack) -> Result<c_int, Raise> {
+    timer(s, false)
+}
+
+fn timer_every(s: &Stack) -> Result<c_int, Raise> {
+    timer(s, true)
+}
+
+/// `ngx.timer.at(delay, callback, args…)`, `ngx.timer.every`.
+fn timer(s: &Stack, every: bool) -> Result<c_int, Raise> {
+    let delay = s.arg_number(1)?;
+    if delay < 0.0 || (every && delay == 0.0) {
+        return Err(s.argument_error(1, "delay must be a positive number"));
+    }
+    s.arg_function(2)?;
+    let vm = vm::current().ok_or("no VM runs")?;
+    if vm.timers.closing.get() {
+        return s.fail("process exiting");
+    }
+    if vm.config.purpose == vm::Purpose::Check {
+        return s.fail("no timers while a plugin is checked");
+    }
+    if vm.timers.pending.get() >= vm.timers.max_pending {
+        return s.fail("too many pending timers");
+    }
+    // The callback and its arguments wait in a table.
+    let n = s.top() - 1;
+    s.push_table(n as usize, 0);
+    for i in 1..=n {
+        s.push_copy(i + 1);
+        s.set_index(-2, i as usize);
+    }
+    // SAFETY: the table is on top; the reference is released by the task.
+    let anchor = unsafe { ffi::luaL_ref(s.raw(), ffi::LUA_REGISTRYINDEX) };
+    let kept = Kept { vm: vm.clone(), anchor, n };
+    vm.timers.pending.set(vm.timers.pending.get() + 1);
+    tokio::task::spawn_local(run_timer(kept, seconds(delay), every));
+    s.push_bool(true);
+    Ok(1)
+}
+
+/// A callback and its arguments, in the registry.
+struct Kept {
+    vm: Rc<Vm>,
+    anchor: c_int,
+    n: c_int,
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        self.vm.release(self.anchor);
+    }
+}
+
+impl Kept {
+    /// Pushes `callback, premature, args…`; how many arguments.
+    fn push(&self, s: &Stack, premature: bool) -> c_int {
+        if s.reserve(self.n as usize + 3).is_err() {
+            return 0;
+        }
+        s.get_index(ffi::LUA_REGISTRYINDEX, self.anchor as usize);
+        let table = s.top();
+        s.get_index(table, 1);
+        s.push_bool(premature);
+        for i in 2..=self.n {
+            s.get_index(table, i as usize);
+        }
+        // SAFETY: the table lies below the function.
+        unsafe { ffi::lua_remove(s.raw(), table) };
+        self.n
+    }
+}
+
+async fn run_timer(kept: Kept, delay: Duration, every: bool) {
+    let timers = &kept.vm.timers;
+    loop {
+        let premature = timers.wait(delay).await;
+        if !every {
+            timers.pending.set(timers.pending.get() - 1);
+        }
+        if timers.running.get() >= timers.max_running {
+            tracing::error!(target: "lua", "{} lua_max_running_timers are not enough", timers.max_running);
+        } else {
+            timers.running.set(timers.running.get() + 1);
+            fire(&kept, premature).await;
+            timers.running.set(timers.running.get() - 1);
+        }
+        if !every || premature {
+            break;
+        }
+    }
+    if every {
+        timers.pending.set(timers.pending.get() - 1);
+    }
+}
+
+/// Runs a timer's callback in an exchange of its own.
+async fn fire(kept: &Kept, premature: bool) {
+    let mut x = background(&kept.vm);
+    let outcome = call(&kept.vm, &mut x, |s| kept.push(s, premature), |_| ()).await;
+    if let Outcome::Failed(text) = outcome {
+        super::log_error(&x, &format!("lua entry thread aborted: runtime error: {text}"));
+    }
+    end_background(&kept.vm, &mut x);
+}
+
+/// An exchange without a client, for what runs outside of requests.
+pub fn background(vm: &Vm) -> Exchange {
+    let nowhere = std::net::SocketAddr::from(([0, 0, 0, 0], 0));
+    let conn = Connection { serial: 0, peer: nowhere, local: nowhere, tls: None, proxy: None };
+    let mut x = Exchange::new(Rc::new(conn), vm.snapshot());
+    x.begin();
+    x.phase = Phase::Timer;
+    x.lua.slot = Some(vm.take_slot());
+    x
+}
+
+/// Gives back what `background` took.
+pub fn end_background(vm: &Rc<Vm>, x: &mut Exchange) {
+    if let Some(slot) = x.lua.slot.take() {
+        vm.clear_slot(slot);
+    }
 }
 
 /// The longest that one `ngx.sleep` takes: a year, so that no sum of instants overflows.
@@ -118,11 +364,16 @@ fn sleep(s: &Stack) -> Result<Wait, Raise> {
     if secs < 0.0 {
         return Err(s.argument_error(1, &format!("invalid sleep duration \"{secs}\"")));
     }
-    let time = Duration::from_secs_f64(if secs.is_finite() { secs.min(MAX_SLEEP_SECS) } else { MAX_SLEEP_SECS });
+    let time = seconds(secs);
     Ok(Wait::Park(Op::future(async move {
         tokio::time::sleep(time).await;
         Values::new()
     })))
+}
+
+/// A script's seconds as a time within bounds.
+fn seconds(secs: f64) -> Duration {
+    if secs > 0.0 { Duration::from_secs_f64(secs.min(MAX_SLEEP_SECS)) } else { Duration::ZERO }
 }
 
 /// How a call ended.
@@ -134,4 +385,596 @@ pub enum Outcome<T> {
     Exit(i64),
     /// A Lua error: message and traceback.
     Failed(String),
+}
+
+/// A coroutine of the VM and the registry reference that keeps it.
+pub(super) struct Coroutine {
+    pub l: *mut ffi::lua_State,
+    pub anchor: c_int,
+}
+
+/// What one resume came to.
+enum Step {
+    /// Results are on the coroutine's stack.
+    Finished,
+    Parked(Op),
+    /// The error value is on top of the coroutine's stack.
+    Failed,
+}
+
+/// Calls a function in a coroutine of `vm` and waits for whatever it waits for. `push` puts the function and its
+/// arguments on the stack and says how many arguments; `read` takes the results.
+///
+/// Dropping the future ends the coroutine and its light threads.
+pub async fn call<T>(
+    vm: &Rc<Vm>,
+    x: &mut Exchange,
+    push: impl FnOnce(&Stack) -> c_int,
+    read: impl FnOnce(&Stack) -> T,
+) -> Outcome<T> {
+    let co = match vm.take_coroutine() {
+        Ok(co) => co,
+        Err(e) => return Outcome::Failed(e.to_string()),
+    };
+    // SAFETY: the coroutine is anchored until it is given back or dropped.
+    let stack = unsafe { Stack::new(co.l) };
+    let args = push(&stack);
+    match step(vm, co.l, x, args) {
+        Step::Finished => {
+            let result = read(&stack);
+            vm.give_back(co);
+            Outcome::Done(result)
+        }
+        Step::Failed => {
+            let text = error_text(vm, co.l);
+            vm.forget(co);
+            Outcome::Failed(text)
+        }
+        Step::Parked(op) => {
+            let mut threads = Threads::new(vm.clone(), co);
+            let end = match threads.apply(0, op) {
+                Some(exit) => Outcome::Exit(exit),
+                None => std::future::poll_fn(|cx| threads.poll(cx, x)).await,
+            };
+            match end {
+                Outcome::Done(()) => Outcome::Done(threads.results(read)),
+                Outcome::Exit(n) => Outcome::Exit(n),
+                Outcome::Failed(text) => Outcome::Failed(text),
+            }
+        }
+    }
+}
+
+/// Resumes once, with the request in reach and the watchdog on.
+fn step(vm: &Rc<Vm>, l: *mut ffi::lua_State, x: &mut Exchange, args: c_int) -> Step {
+    let rc = vm.entered(|| {
+        fast::enter(x, || {
+            // SAFETY: `l` is a coroutine of this VM with a function (or a pending yield) and `args` arguments.
+            limits::bounded(vm.main(), vm.limits(), || unsafe { ffi::lua_resume_(l, args) })
+        })
+    });
+    let parked = PARKED.with_borrow_mut(Option::take);
+    if fast::take_panic() {
+        // SAFETY: one string on a stack that nobody runs.
+        unsafe { Stack::new(l).push_bytes("a host function panicked") };
+        return Step::Failed;
+    }
+    match rc {
+        ffi::LUA_OK => Step::Finished,
+        ffi::LUA_YIELD => {
+            // SAFETY: the yielded values are of no use once the marker was recognized; resume wants its arguments only.
+            let ours = unsafe {
+                let ours = ffi::lua_tolightuserdata(l, 1) == marker();
+                ffi::lua_settop(l, 0);
+                ours
+            };
+            match parked {
+                Some(op) if ours => Step::Parked(op),
+                _ => Step::Parked(Op::Yield),
+            }
+        }
+        _ => Step::Failed,
+    }
+}
+
+/// The error value on top of a failed coroutine, with the traceback of that coroutine.
+fn error_text(vm: &Rc<Vm>, l: *mut ffi::lua_State) -> String {
+    let message = value_text(vm, l);
+    let main = vm.main();
+    // SAFETY: both states are live; the traceback is one string on `main`, popped again.
+    unsafe {
+        luaL_traceback(main, l, ptr::null(), 0);
+        let stack = Stack::new(main);
+        let trace = String::from_utf8_lossy(stack.bytes(-1).unwrap_or_default()).into_owned();
+        stack.pop(1);
+        if trace.lines().count() > 1 { format!("{message}\n{trace}") } else { message }
+    }
+}
+
+/// The value on top of `l` as `tostring` gives it.
+fn value_text(vm: &Rc<Vm>, l: *mut ffi::lua_State) -> String {
+    // SAFETY: the value is moved to the main state and read there; tostring may call a metamethod, hence mlua's pcall.
+    unsafe {
+        let stack = Stack::new(l);
+        if let Some(text) = stack.bytes(-1) {
+            return String::from_utf8_lossy(text).into_owned();
+        }
+        let kind = stack.kind_name(-1);
+        let value: mlua::Result<mlua::Value> = vm.lua.exec_raw((), |main| {
+            ffi::lua_pushvalue(l, -1);
+            ffi::lua_xmove(l, main, 1);
+        });
+        let text = value.and_then(|v| v.to_string());
+        text.unwrap_or_else(|_| format!("(error object is a {kind} value)"))
+    }
+}
+
+unsafe extern "C-unwind" {
+    /// LuaJIT's own; mlua's is a replacement for Lua 5.1.
+    fn luaL_traceback(l: *mut ffi::lua_State, of: *mut ffi::lua_State, message: *const c_char, level: c_int);
+}
+
+/// Light threads that one call may have at once: a bound for a loop that spawns.
+const MAX_THREADS: usize = 1024;
+
+/// The coroutines of a call that had to wait: the entry (index 0) and its light threads.
+struct Threads {
+    vm: Rc<Vm>,
+    list: SmallVec<[Thread; 1]>,
+    ready: VecDeque<usize>,
+    /// The entry function has returned.
+    entry_done: bool,
+    /// What ended the call before its time.
+    ended: Option<Outcome<()>>,
+}
+
+struct Thread {
+    /// `None` once it is over and its results are taken.
+    co: Option<Coroutine>,
+    state: State,
+    parent: usize,
+}
+
+enum State {
+    /// To be resumed with so many arguments, which are on its stack.
+    Ready(c_int),
+    Waiting(Op),
+    Joining(SmallVec<[*mut ffi::lua_State; 2]>),
+    /// Ended and not waited for yet: whether well, and how many values are on its stack.
+    Zombie(bool, c_int),
+    Over,
+}
+
+impl Threads {
+    fn new(vm: Rc<Vm>, entry: Coroutine) -> Threads {
+        let mut list = SmallVec::new();
+        list.push(Thread { co: Some(entry), state: State::Ready(0), parent: 0 });
+        Threads { vm, list, ready: VecDeque::new(), entry_done: false, ended: None }
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>, x: &mut Exchange) -> Poll<Outcome<()>> {
+        loop {
+            while let Some(i) = self.ready.pop_front() {
+                self.resume(i, x);
+                if let Some(end) = self.ended.take() {
+                    return Poll::Ready(end);
+                }
+            }
+            if self.entry_done && !self.list.iter().skip(1).any(Thread::is_alive) {
+                return Poll::Ready(Outcome::Done(()));
+            }
+            if !self.poll_waits(cx, x) {
+                return Poll::Pending;
+            }
+        }
+    }
+
+    /// Polls what the coroutines wait for; says whether one can go on.
+    fn poll_waits(&mut self, cx: &mut Context<'_>, x: &mut Exchange) -> bool {
+        for i in 0..self.list.len() {
+            let State::Waiting(op) = &mut self.list[i].state else { continue };
+            let done = match op {
+                Op::Future(f) => f.as_mut().poll(cx),
+                Op::Exchange(f) => f(cx, x),
+                // The others never become a state.
+                _ => Poll::Ready(Values::new()),
+            };
+            if let Poll::Ready(values) = done {
+                self.wake(i, values);
+            }
+        }
+        !self.ready.is_empty()
+    }
+
+    /// Puts a wait's results on the coroutine's stack and marks it ready.
+    fn wake(&mut self, i: usize, values: Values) {
+        let Some(stack) = self.stack(i) else { return };
+        let n = values.len();
+        if stack.reserve(n + 1).is_ok() {
+            values.into_iter().for_each(|v| v.push(&stack));
+        }
+        self.set_ready(i, n as c_int);
+    }
+
+    fn set_ready(&mut self, i: usize, args: c_int) {
+        self.list[i].state = State::Ready(args);
+        self.ready.push_back(i);
+    }
+
+    fn stack(&self, i: usize) -> Option<Stack> {
+        // SAFETY: a thread's coroutine is anchored as long as it is in the list.
+        self.list[i].co.as_ref().map(|co| unsafe { Stack::new(co.l) })
+    }
+
+    fn resume(&mut self, i: usize, x: &mut Exchange) {
+        let State::Ready(args) = self.list[i].state else { return };
+        let Some(l) = self.list[i].co.as_ref().map(|co| co.l) else { return };
+        match step(&self.vm, l, x, args) {
+            Step::Parked(op) => {
+                if let Some(exit) = self.apply(i, op) {
+                    self.ended = Some(Outcome::Exit(exit));
+                }
+            }
+            Step::Finished if i == 0 => {
+                self.entry_done = true;
+                self.list[0].state = State::Over;
+            }
+            Step::Failed if i == 0 => self.ended = Some(Outcome::Failed(error_text(&self.vm, l))),
+            Step::Finished => {
+                // SAFETY: the coroutine has ended: its stack holds its results.
+                let n = unsafe { ffi::lua_gettop(l) };
+                self.finish(i, true, n);
+            }
+            Step::Failed => {
+                let text = error_text(&self.vm, l);
+                let short = value_text(&self.vm, l);
+                super::log_error(x, &format!("lua user thread aborted: runtime error: {text}"));
+                // SAFETY: one value on the stack of a dead coroutine.
+                unsafe {
+                    ffi::lua_settop(l, 0);
+                    Stack::new(l).push_bytes(short);
+                }
+                self.finish(i, false, 1);
+            }
+        }
+    }
+
+    /// Does what a coroutine has yielded for. `Some`: the call ends with that `ngx.exit`.
+    fn apply(&mut self, i: usize, op: Op) -> Option<i64> {
+        match op {
+            Op::Exit(n) => return Some(n),
+            Op::Yield => self.list[i].state = State::Waiting(Op::future(yield_now())),
+            Op::Spawn(new) => self.spawn(i, new),
+            Op::Join(of) => self.join(i, of),
+            Op::Kill(l) => self.kill(i, l),
+            op => self.list[i].state = State::Waiting(op),
+        }
+        None
+    }
+
+    /// The new thread runs first, then its parent goes on with it as the result.
+    fn spawn(&mut self, parent: usize, mut new: NewThread) {
+        let alive = self.list.iter().filter(|t| t.is_alive()).count();
+        if alive > MAX_THREADS {
+            return self.wake(parent, failed("too many light threads"));
+        }
+        let Some(co) = new.take() else { return self.wake(parent, failed("no memory")) };
+        let l = co.l;
+        let args = new.args;
+        let at = self.list.iter().skip(1).position(|t| t.co.is_none()).map(|p| p + 1);
+        let thread = Thread { co: Some(co), state: State::Over, parent };
+        let at = match at {
+            Some(at) => {
+                self.list[at] = thread;
+                at
+            }
+            None => {
+                self.list.push(thread);
+                self.list.len() - 1
+            }
+        };
+        self.set_ready(at, args);
+        if let Some(stack) = self.stack(parent) {
+            push_thread(l, &stack);
+        }
+        self.set_ready(parent, 1);
+    }
+
+    fn join(&mut self, i: usize, of: SmallVec<[*mut ffi::lua_State; 2]>) {
+        let mut any_alive = false;
+        for l in &of {
+            match self.find(*l) {
+                Some(t) if matches!(self.list[t].state, State::Zombie(..)) => {
+                    self.list[i].state = State::Joining(SmallVec::new());
+                    return self.deliver(t, i);
+                }
+                Some(t) => any_alive |= self.list[t].is_alive(),
+                None => {}
+            }
+        }
+        if any_alive {
+            self.list[i].state = State::Joining(of);
+        } else {
+            self.wake(i, failed("already waited or killed"));
+        }
+    }
+
+    fn kill(&mut self, i: usize, l: *mut ffi::lua_State) {
+        let Some(t) = self.find(l) else { return self.wake(i, failed("already waited or killed")) };
+        if self.list[t].parent != i {
+            return self.wake(i, failed("killer not parent"));
+        }
+        if matches!(self.list[t].state, State::Zombie(..)) {
+            return self.wake(i, failed("already terminated"));
+        }
+        self.ready.retain(|r| *r != t);
+        self.drop_thread(t);
+        self.wake(i, smallvec::smallvec![Value::Bool(true)]);
+    }
+
+    /// A light thread has ended: whoever waits for it goes on.
+    fn finish(&mut self, t: usize, ok: bool, n: c_int) {
+        let Some(l) = self.list[t].co.as_ref().map(|co| co.l) else { return };
+        self.list[t].state = State::Zombie(ok, n);
+        let waiter = self.list.iter().position(|w| matches!(&w.state, State::Joining(of) if of.contains(&l)));
+        if let Some(waiter) = waiter {
+            self.deliver(t, waiter);
+        }
+    }
+
+    /// Moves the ended thread `t`'s results to `to`, which waits.
+    fn deliver(&mut self, t: usize, to: usize) {
+        let State::Zombie(ok, n) = self.list[t].state else { return };
+        let (Some(from), Some(into)) = (self.stack(t), self.stack(to)) else { return };
+        let mut args = 1;
+        into.push_bool(ok);
+        if into.reserve(n as usize + 1).is_ok() {
+            // SAFETY: `n` values lie on top of `from`, `into` has room for them; both are of one VM.
+            unsafe { ffi::lua_xmove(from.raw(), into.raw(), n) };
+            args += n;
+        }
+        self.drop_thread(t);
+        self.set_ready(to, args);
+    }
+
+    fn drop_thread(&mut self, t: usize) {
+        self.list[t].state = State::Over;
+        if let Some(co) = self.list[t].co.take() {
+            self.vm.forget(co);
+        }
+    }
+
+    fn find(&self, l: *mut ffi::lua_State) -> Option<usize> {
+        self.list.iter().position(|t| t.co.as_ref().is_some_and(|co| co.l == l))
+    }
+
+    /// Reads the entry's results and gives its coroutine back.
+    fn results<T>(mut self, read: impl FnOnce(&Stack) -> T) -> T {
+        let co = self.list[0].co.take();
+        // SAFETY: the entry is anchored until it is given back.
+        let stack = unsafe { Stack::new(co.as_ref().map_or(self.vm.main(), |co| co.l)) };
+        let result = read(&stack);
+        if let Some(co) = co {
+            self.vm.give_back(co);
+        }
+        result
+    }
+}
+
+impl Thread {
+    fn is_alive(&self) -> bool {
+        matches!(self.state, State::Ready(_) | State::Waiting(_) | State::Joining(_))
+    }
+}
+
+impl Drop for Threads {
+    fn drop(&mut self) {
+        for thread in &mut self.list {
+            if let Some(co) = thread.co.take() {
+                self.vm.forget(co);
+            }
+        }
+    }
+}
+
+async fn yield_now() -> Values {
+    tokio::task::yield_now().await;
+    Values::new()
+}
+
+/// Pushes the coroutine `l` as a value on `onto`.
+fn push_thread(l: *mut ffi::lua_State, onto: &Stack) {
+    // SAFETY: both belong to one VM; a coroutine may be moved off its own stack.
+    unsafe {
+        ffi::lua_pushthread(l);
+        ffi::lua_xmove(l, onto.raw(), 1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lua::{Vm, VmConfig};
+
+    fn vm() -> Rc<Vm> {
+        let config = serde_json::json!({"lua": {"limits": {"cpu_ms": 100}}});
+        Vm::new(VmConfig { config: config.into(), ..Default::default() }).expect("a VM")
+    }
+
+    /// Runs `source` as a function of a request's phase; the first result as text.
+    fn run(source: &str) -> Outcome<String> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("rt");
+        tokio::task::LocalSet::new().block_on(&runtime, run_in(&vm(), source))
+    }
+
+    async fn run_in(vm: &Rc<Vm>, source: &str) -> Outcome<String> {
+        let f: mlua::Function = vm.lua.load(source).set_name("@plugins/t.lua").into_function().expect("compiles");
+        let f = vm.keep(f).expect("kept");
+        let mut x = background(vm);
+        call(
+            vm,
+            &mut x,
+            |s| {
+                s.get_index(ffi::LUA_REGISTRYINDEX, f as usize);
+                0
+            },
+            |s| String::from_utf8_lossy(s.bytes(1).unwrap_or(b"nil")).into_owned(),
+        )
+        .await
+    }
+
+    #[track_caller]
+    fn gives(source: &str, expected: &str) {
+        match run(source) {
+            Outcome::Done(text) => assert_eq!(text, expected),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn returns_without_waiting() {
+        gives("return 1 + 1", "2");
+    }
+
+    #[test]
+    fn waits_at_the_top_and_inside_pcall() {
+        gives("ngx.sleep(0.001) return select(2, pcall(function() ngx.sleep(0.001) return 'slept' end))", "slept");
+    }
+
+    #[test]
+    fn a_user_coroutine_passes_host_waits_outwards() {
+        gives(
+            r#"
+            local out = {}
+            local co = coroutine.wrap(function(a)
+                ngx.sleep(0.001)
+                local inner = coroutine.create(function() ngx.sleep(0.001) coroutine.yield("y") return "z" end)
+                local _, y = coroutine.resume(inner)
+                local b = coroutine.yield(a .. y)
+                return b .. select(2, coroutine.resume(inner))
+            end)
+            return co("a") .. co("b")"#,
+            "aybz",
+        );
+    }
+
+    #[test]
+    fn exit_ends_from_any_depth_and_past_pcall() {
+        // ngx.exit itself belongs to the request API: any parked Exit does the same.
+        let vm = vm();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("rt");
+        let mut api = Api::new(&vm.lua).expect("api");
+        api.wait("native.exit", Phases::ANY, "", |s| Ok(Wait::Park(Op::Exit(s.arg_int(1)?)))).expect("registered");
+        let (native, _) = api.finish().expect("table");
+        vm.lua.globals().raw_set("exit", native.get::<mlua::Function>("exit").expect("fn")).expect("set");
+        let source = "pcall(function() coroutine.wrap(function() pcall(exit, 403) end)() end) return 'went on'";
+        match runtime.block_on(run_in(&vm, source)) {
+            Outcome::Exit(403) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn light_threads_run_and_are_waited_for() {
+        gives(
+            r#"
+            local function work(n) ngx.sleep(n) return n, "done" end
+            local a, b = ngx.thread.spawn(work, 0.02), ngx.thread.spawn(work, 0.01)
+            local ok, n, text = ngx.thread.wait(a, b)
+            local ok2, n2 = ngx.thread.wait(a)
+            local ok3, err = ngx.thread.wait(a)
+            return tostring(ok) .. n .. text .. n2 .. tostring(ok3) .. err"#,
+            "true0.01done0.02nilalready waited or killed",
+        );
+    }
+
+    #[test]
+    fn the_call_ends_when_all_light_threads_have() {
+        gives(
+            r#"
+            log = {}
+            ngx.thread.spawn(function() ngx.sleep(0.005) log[1] = "late" end)
+            local t = ngx.thread.spawn(function() ngx.sleep(50) log[2] = "never" end)
+            local killed = ngx.thread.kill(t)
+            local again, err = ngx.thread.kill(t)
+            return tostring(killed) .. tostring(again) .. err"#,
+            "truenilalready waited or killed",
+        );
+    }
+
+    #[test]
+    fn a_failing_light_thread_gives_its_error_to_the_waiter() {
+        gives(
+            "local ok, err = ngx.thread.wait(ngx.thread.spawn(function() error('boom') end)) return tostring(ok) .. err",
+            "falseplugins/t.lua:1: boom",
+        );
+    }
+
+    #[test]
+    fn an_error_carries_file_line_and_traceback() {
+        match run("local function f() local a = nil; return a.b end\n\nf() return 1") {
+            Outcome::Failed(text) => {
+                assert!(text.starts_with("plugins/t.lua:1: attempt to index"), "{text}");
+                assert!(text.contains("stack traceback:") && text.contains("plugins/t.lua:3:"), "{text}");
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn an_error_object_that_is_a_table_is_named() {
+        match run("error(setmetatable({}, {__tostring = function() return 'custom' end}))") {
+            Outcome::Failed(text) => assert!(text.starts_with("custom"), "{text}"),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn an_endless_loop_is_cut_off_even_inside_pcall() {
+        for source in [
+            "while true do end",
+            "while true do pcall(function() while true do end end) end",
+            "local f = coroutine.wrap(function() while true do pcall(string.rep, 'x', 10) end end) pcall(f) pcall(f) while true do end",
+        ] {
+            let vm = vm();
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("rt");
+            match runtime.block_on(run_in(&vm, source)) {
+                Outcome::Failed(text) => assert!(text.contains("plugins/t.lua:1: the script ran longer"), "{text}"),
+                other => panic!("{other:?}"),
+            }
+            match runtime.block_on(run_in(&vm, "local n = 0 for i = 1, 1e6 do n = n + i end return 'fine'")) {
+                Outcome::Done(text) => assert_eq!(text, "fine"),
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn timers_fire_and_end_prematurely() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("rt");
+        let vm = vm();
+        tokio::task::LocalSet::new().block_on(&runtime, async {
+            let source = r#"
+                fired, every = {}, 0
+                local function note(text) fired[#fired + 1] = text end
+                assert(ngx.timer.at(0.001, function(premature, a, b) note(tostring(premature) .. a .. b) end, "x", 1))
+                assert(ngx.timer.every(0.002, function(premature)
+                    every = every + 1
+                    if premature then note("every " .. tostring(premature)) end
+                end))
+                assert(ngx.timer.at(3600, function(premature) note("end " .. tostring(premature)) end))
+                return ngx.timer.pending_count()"#;
+            assert!(matches!(run_in(&vm, source).await, Outcome::Done(n) if n == "3"));
+            let again = "while every < 3 or not fired[1] do ngx.sleep(0.001) end return fired[1]";
+            assert!(matches!(run_in(&vm, again).await, Outcome::Done(text) if text == "falsex1"));
+            vm.close();
+            let rest =
+                run_in(&vm, "while #fired < 3 do ngx.sleep(0) end table.sort(fired) return table.concat(fired, ' ')")
+                    .await;
+            let Outcome::Done(text) = rest else { panic!("{rest:?}") };
+            assert_eq!(text, "end true every true falsex1");
+            let refused = run_in(&vm, "return select(2, ngx.timer.at(0, print))").await;
+            assert!(matches!(refused, Outcome::Done(text) if text == "process exiting"));
+        });
+    }
 }

@@ -1,6 +1,12 @@
 //! One VM: made, filled with the API, booted.
 
-use std::{path::PathBuf, rc::Rc, sync::Arc};
+use std::{
+    cell::{Cell, RefCell},
+    path::PathBuf,
+    ptr,
+    rc::Rc,
+    sync::Arc,
+};
 
 use mlua::ffi;
 
@@ -8,8 +14,19 @@ use super::{
     REGISTRARS,
     api::{Api, Entry, script},
     convert,
+    limits::Limits,
+    sched::{Coroutine, Timers},
 };
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    store::Snapshot,
+};
+
+/// Idle coroutines kept: as many as requests are usually inside Lua at once on one worker.
+const IDLE_COROUTINES: usize = 256;
+
+/// A call on a coroutine starts with this much stack, so that arguments need no check.
+const START_STACK: i32 = 32;
 
 /// Modules that are part of the binary: `(module name, file name, source)`, sorted by module name.
 pub static PACKED: &[(&str, &str, &[u8])] = include!(concat!(env!("OUT_DIR"), "/packed.rs"));
@@ -49,11 +66,42 @@ pub struct Vm {
     main: *mut ffi::lua_State,
     pub config: VmConfig,
     entries: Vec<Entry>,
+    limits: Limits,
+    /// Registry reference of `moongate.request`'s `clear`.
+    clear: Cell<i32>,
+    idle: RefCell<Vec<Coroutine>>,
+    slots: RefCell<Slots>,
+    pub(super) timers: Timers,
+    /// What timers and calls outside of requests see as the configuration.
+    snapshot: RefCell<Arc<Snapshot>>,
+    itself: std::rc::Weak<Vm>,
+}
+
+/// Numbers of the `ctx` tables in use; 0 is never one.
+#[derive(Default)]
+struct Slots {
+    free: Vec<u32>,
+    last: u32,
+}
+
+thread_local! {
+    static CURRENT: Cell<*const Vm> = const { Cell::new(ptr::null()) };
+}
+
+/// The VM that runs on this thread now.
+pub fn current() -> Option<Rc<Vm>> {
+    // SAFETY: `entered` sets the cell from a borrow of a live VM and restores it before the borrow ends.
+    unsafe { CURRENT.get().as_ref() }.and_then(|vm| vm.itself.upgrade())
 }
 
 impl Vm {
     /// Makes a VM and runs `moongate.boot` in it.
     pub fn new(config: VmConfig) -> Result<Rc<Vm>> {
+        Self::with(config, &[])
+    }
+
+    /// As `new`; `more` adds what the layers above offer to scripts.
+    pub fn with(config: VmConfig, more: &[fn(&mut Api) -> Result<()>]) -> Result<Rc<Vm>> {
         // SAFETY: scripts of the operator may use FFI and C modules, as on OpenResty; uploaded functions get an
         // environment without them (boot.lua).
         let lua = unsafe { mlua::Lua::unsafe_new_with(mlua::StdLib::ALL, options()) };
@@ -68,12 +116,148 @@ impl Vm {
             .map_err(script)?;
         }
         let mut table = Api::new(&lua)?;
-        for register in REGISTRARS {
+        for register in REGISTRARS.iter().chain(more) {
             register(&mut table)?;
         }
         let (native, entries) = table.finish()?;
-        boot(&lua, &native, &config)?;
-        Ok(Rc::new(Vm { lua, main, config, entries }))
+        let limits = Limits::from_config(&config.config);
+        let timers = Timers::from_config(&config.config);
+        let vm = Rc::new_cyclic(|itself| Vm {
+            lua,
+            main,
+            config,
+            entries,
+            limits,
+            clear: Cell::new(ffi::LUA_NOREF),
+            idle: RefCell::default(),
+            slots: RefCell::default(),
+            timers,
+            snapshot: RefCell::default(),
+            itself: itself.clone(),
+        });
+        vm.entered(|| boot(&vm.lua, &native, &vm.config))?;
+        vm.clear.set(vm.function("moongate.request", "clear")?);
+        Ok(vm)
+    }
+
+    pub fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    pub fn snapshot(&self) -> Arc<Snapshot> {
+        self.snapshot.borrow().clone()
+    }
+
+    /// The configuration for what runs outside of requests from now on.
+    pub fn set_snapshot(&self, snapshot: &Arc<Snapshot>) {
+        *self.snapshot.borrow_mut() = snapshot.clone();
+    }
+
+    /// Makes this the VM that host functions find while `run` runs.
+    #[inline]
+    pub fn entered<R>(&self, run: impl FnOnce() -> R) -> R {
+        struct Restore(*const Vm);
+        impl Drop for Restore {
+            fn drop(&mut self) {
+                CURRENT.set(self.0);
+            }
+        }
+        let _restore = Restore(CURRENT.replace(self));
+        run()
+    }
+
+    /// A registry reference of a module's function: for calls by `sched::call`.
+    pub fn function(&self, module: &str, name: &str) -> Result<i32> {
+        let require: mlua::Function = self.lua.globals().get("require").map_err(script)?;
+        let module: mlua::Table = require.call(module).map_err(script)?;
+        let function: mlua::Function = module.get(name).map_err(script)?;
+        self.keep(function)
+    }
+
+    /// Keeps a value in the registry.
+    pub fn keep(&self, value: impl mlua::IntoLua) -> Result<i32> {
+        let mut anchor = ffi::LUA_NOREF;
+        // SAFETY: one value is on the stack; luaL_ref pops it.
+        unsafe {
+            self.lua
+                .exec_raw::<()>(value.into_lua(&self.lua).map_err(script)?, |l| {
+                    anchor = ffi::luaL_ref(l, ffi::LUA_REGISTRYINDEX)
+                })
+                .map_err(script)?;
+        }
+        Ok(anchor)
+    }
+
+    /// Keeps the value on top of the main stack in the registry; pops it.
+    pub fn anchor(&self) -> i32 {
+        // SAFETY: callers have pushed a value on the main state.
+        unsafe { ffi::luaL_ref(self.main, ffi::LUA_REGISTRYINDEX) }
+    }
+
+    pub fn release(&self, anchor: i32) {
+        // SAFETY: `anchor` came from luaL_ref; LUA_NOREF is allowed.
+        unsafe { ffi::luaL_unref(self.main, ffi::LUA_REGISTRYINDEX, anchor) }
+    }
+
+    #[inline]
+    pub(super) fn take_coroutine(&self) -> Result<Coroutine> {
+        if let Some(co) = self.idle.borrow_mut().pop() {
+            return Ok(co);
+        }
+        // SAFETY: the main state is idle or below the running coroutine; one slot each is free by checkstack.
+        unsafe {
+            if ffi::lua_checkstack(self.main, 4) == 0 {
+                return Err(Error::script("no room on the Lua stack"));
+            }
+            let l = ffi::lua_newthread(self.main);
+            ffi::lua_checkstack(l, START_STACK);
+            Ok(Coroutine { l, anchor: self.anchor() })
+        }
+    }
+
+    /// A coroutine whose function has returned: it can run another.
+    #[inline]
+    pub(super) fn give_back(&self, co: Coroutine) {
+        // SAFETY: the coroutine is idle.
+        unsafe { ffi::lua_settop(co.l, 0) };
+        let mut idle = self.idle.borrow_mut();
+        if idle.len() < IDLE_COROUTINES {
+            idle.push(co);
+        } else {
+            self.release(co.anchor);
+        }
+    }
+
+    /// A coroutine that cannot run again (dead, or parked for good): the collector takes it.
+    pub(super) fn forget(&self, co: Coroutine) {
+        self.release(co.anchor);
+    }
+
+    /// A number for a request's tables.
+    pub fn take_slot(&self) -> u32 {
+        let mut slots = self.slots.borrow_mut();
+        slots.free.pop().unwrap_or_else(|| {
+            slots.last += 1;
+            slots.last
+        })
+    }
+
+    /// Empties a request's tables and frees their number.
+    pub fn clear_slot(&self, slot: u32) {
+        // SAFETY: the main state is idle; `clear` neither waits nor raises (it clears two tables).
+        unsafe {
+            ffi::lua_rawgeti_(self.main, ffi::LUA_REGISTRYINDEX, self.clear.get());
+            ffi::lua_pushnumber(self.main, slot as f64);
+            if ffi::lua_pcall(self.main, 1, 0, 0) != 0 {
+                ffi::lua_pop(self.main, 1);
+            }
+        }
+        self.slots.borrow_mut().free.push(slot);
+    }
+
+    /// Ends timers early, as at the end of a worker: each runs once more with `premature`.
+    pub fn close(&self) {
+        self.timers.close();
     }
 
     /// The table of what this VM offers to scripts.
@@ -93,7 +277,8 @@ impl Vm {
 }
 
 fn options() -> mlua::LuaOptions {
-    mlua::LuaOptions::new().catch_rust_panics(false)
+    // `true` leaves LuaJIT's own pcall in place, which yields pass; panics are caught in the host functions.
+    mlua::LuaOptions::new().catch_rust_panics(true)
 }
 
 fn boot(lua: &mlua::Lua, native: &mlua::Table, config: &VmConfig) -> Result<()> {
