@@ -20,7 +20,6 @@ use crate::error::Result;
 
 /// Everything that fills the API table, in order. An area adds its `register` here.
 pub const REGISTRARS: &[fn(&mut Api) -> Result<()>] = &[fast::register, sched::register, host::register];
-pub const REGISTRARS: &[fn(&mut Api) -> Result<()>] = &[fast::register, sched::register];
 
 /// Says in error.log what went wrong in a script, with the request it happened in.
 pub fn log_error(x: &crate::exchange::Exchange, text: &str) {
