@@ -32,9 +32,20 @@ const REREAD_DELAY: Duration = Duration::from_secs(1);
 
 pub struct Embedded {
     disk: Arc<Disk>,
-    writer: Sender<Request>,
+    /// Taken when the store is dropped.
+    writer: Option<(Sender<Request>, thread::JoinHandle<()>)>,
     slots: Arc<Semaphore>,
     feeds: Arc<Feeds>,
+}
+
+/// The file is closed once the store is dropped and what was asked of it is answered.
+impl Drop for Embedded {
+    fn drop(&mut self) {
+        if let Some((inbox, thread)) = self.writer.take() {
+            drop(inbox);
+            let _ = thread.join();
+        }
+    }
 }
 
 struct Request {
@@ -59,16 +70,18 @@ impl Embedded {
     pub fn open(path: &Path) -> Result<Arc<Self>> {
         let disk = Arc::new(Disk::open(path)?);
         let feeds = Arc::new(Feeds::default());
-        let (writer, inbox) = channel();
-        let mut thread = Writer { disk: disk.clone(), inbox, feeds: feeds.clone() };
-        thread::Builder::new().name("store-writer".to_owned()).spawn(move || thread.run())?;
-        Ok(Arc::new(Embedded { disk, writer, slots: Arc::new(Semaphore::new(MAX_QUEUED)), feeds }))
+        let (sender, inbox) = channel();
+        let mut writer = Writer { disk: disk.clone(), inbox, feeds: feeds.clone() };
+        let thread = thread::Builder::new().name("store-writer".to_owned()).spawn(move || writer.run())?;
+        let slots = Arc::new(Semaphore::new(MAX_QUEUED));
+        Ok(Arc::new(Embedded { disk, writer: Some((sender, thread)), slots, feeds }))
     }
 
     async fn write(&self, op: Op) -> Result<Done> {
         let slot = self.slots.clone().acquire_owned().await.map_err(|_| writer_gone())?;
         let (answer, done) = oneshot::channel();
-        self.writer.send(Request { op, answer, _slot: slot }).map_err(|_| writer_gone())?;
+        let (writer, _) = self.writer.as_ref().ok_or_else(writer_gone)?;
+        writer.send(Request { op, answer, _slot: slot }).map_err(|_| writer_gone())?;
         done.await.map_err(|_| writer_gone())?
     }
 
@@ -416,11 +429,7 @@ mod tests {
         s.put("/routes/1", "a".into(), Condition::Always, None).await.unwrap();
         let refused = Embedded::open(&path).err().unwrap();
         assert!(refused.to_string().contains("in use by another process"), "{refused}");
-        let disk = Arc::downgrade(&s.disk);
         drop(s);
-        while disk.strong_count() > 0 {
-            tokio::task::yield_now().await;
-        }
         let s = Embedded::open(&path).unwrap();
         assert_eq!(&*s.get("/routes/1").await.unwrap().unwrap().value, "a");
         let next = s.put("/routes/2", "b".into(), Condition::Always, None).await.unwrap();
