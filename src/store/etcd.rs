@@ -158,7 +158,10 @@ impl Etcd {
             Ok(Ok(client)) => client,
             failed => {
                 link.host = (link.host + 1) % self.config.hosts.len();
-                return Err(failed.map_or_else(|_| Failure::timed_out(), |e| e.err().map_or_else(Failure::timed_out, Failure::from)));
+                return Err(failed.map_or_else(
+                    |_| Failure::timed_out(),
+                    |e| e.err().map_or_else(Failure::timed_out, Failure::from),
+                ));
             }
         };
         link.client = Some(client.clone());
@@ -298,9 +301,8 @@ impl Etcd {
 
     async fn lease(&self, ttl_secs: u64) -> Outcome<i64> {
         let ttl = i64::try_from(ttl_secs).unwrap_or(i64::MAX);
-        let granted = self
-            .call(true, move |mut client| Box::pin(async move { client.lease_grant(ttl, None).await }))
-            .await?;
+        let granted =
+            self.call(true, move |mut client| Box::pin(async move { client.lease_grant(ttl, None).await })).await?;
         Ok(granted.id())
     }
 
@@ -506,7 +508,10 @@ impl Watcher {
                 return Ok(at);
             }
             // A cluster restored from a backup would never reach our revision: we would wait for ever.
-            tracing::warn!("etcd: another cluster, or one set back to revision {}: reading everything again", now.revision);
+            tracing::warn!(
+                "etcd: another cluster, or one set back to revision {}: reading everything again",
+                now.revision
+            );
         }
         let (entries, at) = self.etcd.pages("/").await?;
         self.found().await?;
@@ -527,8 +532,7 @@ impl Watcher {
     }
 
     async fn follow(&mut self, client: Client, at: Position) -> std::result::Result<std::convert::Infallible, End> {
-        let options =
-            WatchOptions::new().with_prefix().with_start_revision(at.revision + 1).with_progress_notify();
+        let options = WatchOptions::new().with_prefix().with_start_revision(at.revision + 1).with_progress_notify();
         let mut watch = client.watch_client().max_decoding_message_size(MAX_MESSAGE);
         let opening = watch.watch(self.etcd.full_key("/"), Some(options));
         let opened = timeout(self.etcd.config.timeout, opening).await;
@@ -605,9 +609,14 @@ mod tests {
         assert_eq!((c.hosts.len(), &*c.prefix, c.timeout), (2, "/x", Duration::from_secs(5)));
         assert_eq!(c.user, Some(("root".to_owned(), "p".to_owned())));
         let c = EtcdConfig::from_json(&json!({}), Path::new("/")).unwrap();
-        assert_eq!((&*c.hosts[0], &*c.prefix, c.timeout), ("http://127.0.0.1:2379", "/apisix", Duration::from_secs(30)));
+        assert_eq!(
+            (&*c.hosts[0], &*c.prefix, c.timeout),
+            ("http://127.0.0.1:2379", "/apisix", Duration::from_secs(30))
+        );
         let empty = json!({"deployment": {"etcd": {"host": []}}});
-        assert!(EtcdConfig::from_json(&empty, Path::new("/")).unwrap_err().to_string().contains("deployment.etcd.host"));
+        assert!(
+            EtcdConfig::from_json(&empty, Path::new("/")).unwrap_err().to_string().contains("deployment.etcd.host")
+        );
     }
 
     #[test]

@@ -138,7 +138,10 @@ pub(super) async fn dial(
     let secure = uri.scheme_str() == Some("https");
     let invalid = |e: Error| etcd_client::Error::InvalidArgs(e.to_string());
     let connector = Connector {
-        tls: secure.then(|| tls.client_config().map(|c| TlsConnector::from(Arc::new(c)))).transpose().map_err(invalid)?,
+        tls: secure
+            .then(|| tls.client_config().map(|c| TlsConnector::from(Arc::new(c))))
+            .transpose()
+            .map_err(invalid)?,
         sni: tls.sni.clone(),
     };
     // The connector does TLS itself (an own verifier, own roots): tonic must not want to do it too, but requests say
