@@ -286,6 +286,7 @@ fn boot(lua: &mlua::Lua, native: &mlua::Table, config: &VmConfig) -> Result<()> 
     set("lua_path", &config.lua_path)?;
     set("lua_cpath", &config.lua_cpath)?;
     set("prefix", &config.prefix.to_string_lossy())?;
+    set("config_json", &config.config.to_string())?;
     native.raw_set("purpose", format!("{:?}", config.purpose).to_lowercase()).map_err(script)?;
     let array_mt: mlua::Table =
         lua.named_registry_value(convert::ARRAY_MT.to_str().unwrap_or_default()).map_err(script)?;

@@ -2,6 +2,7 @@
 //!
 //! The Rust side registers functions under `native.<area>`; the module that a plugin names is a Lua file in lua/ on top of them.
 
+pub mod apisix;
 pub mod cjson;
 
 use std::ffi::c_int;
@@ -46,7 +47,8 @@ pub(crate) unsafe fn throw(l: *mut mlua::ffi::lua_State, raise: Raise) -> c_int 
 }
 
 pub fn register(api: &mut Api) -> Result<()> {
-    cjson::register(api)
+    cjson::register(api)?;
+    apisix::register(api)
 }
 
 #[cfg(test)]

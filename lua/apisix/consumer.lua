@@ -1,0 +1,148 @@
+--- `apisix.consumer`: who a key belongs to, and attaching that consumer to the request.
+--
+-- Look-ups go to an index that the gateway keeps for every string field of an auth plugin's conf, so a hundred thousand
+-- consumers cost what ten do. A consumer's table is made once per VM and version.
+local native = require("moongate.native").apisix
+local setmetatable, type = setmetatable, type
+
+local consumers_version = native.consumers_version
+
+local _M = {}
+
+-- What `attach_consumer` is given along with a consumer; one table, for its version is that of all consumers.
+local conf_face = { conf_version = 0 }
+
+-- Consumers that a VM remembers. At the bound it starts anew, at a cost of one decode per consumer in use.
+local MAX_CONSUMERS = 10000
+
+-- The shape that plugins know: the consumer's object, its names, and the conf of the auth plugin it was found by.
+local function shape(consumer, username, revision, auth_conf, credential_id)
+    consumer.consumer_name = consumer.username or username
+    consumer.id = consumer.id or username
+    consumer.modifiedIndex = revision
+    consumer.auth_conf = auth_conf
+    consumer.credential_id = credential_id
+    consumer.custom_id = consumer.labels and consumer.labels.custom_id
+    return consumer
+end
+
+local function build(plugin_name, field, value)
+    local consumer, username, revision, auth_conf, credential_id = native.consumer(plugin_name, field, value)
+    if not consumer then
+        return nil
+    end
+    local loaded = require("apisix.plugin").get(plugin_name)
+    if loaded and loaded.check_schema then
+        -- Fills the defaults of the consumer's conf.
+        loaded.check_schema(auth_conf, require("apisix.core.schema").TYPE_CONSUMER)
+    end
+    require("apisix.secret").fetch_in_place(auth_conf)
+    return shape(consumer, username, revision, auth_conf, credential_id)
+end
+
+-- plugin -> field -> value -> consumer, of one version of the consumers: what a request costs is three table reads.
+local found, found_count, found_version = {}, 0, nil
+
+local function remember(plugin_name, field, value, consumer)
+    if found_count >= MAX_CONSUMERS then
+        found, found_count = {}, 0
+    end
+    local by_field = found[plugin_name] or {}
+    found[plugin_name] = by_field
+    local by_value = by_field[field] or {}
+    by_field[field] = by_value
+    by_value[value] = consumer
+    found_count = found_count + 1
+end
+
+local function recall(plugin_name, field, value)
+    local version = consumers_version()
+    if version ~= found_version then
+        found, found_count, found_version = {}, 0, version
+        conf_face.conf_version = version
+        return nil
+    end
+    local by_field = found[plugin_name]
+    local by_value = by_field and by_field[field]
+    return by_value and by_value[value]
+end
+
+--- The consumer whose conf of `plugin_name` has `value` in `field`: the consumer, and `{ conf_version }` for
+-- `attach_consumer`; nil when there is none.
+function _M.find_consumer(plugin_name, field, value)
+    if type(value) ~= "string" then
+        return nil, nil, "the key is no string"
+    end
+    local recalled = recall(plugin_name, field, value)
+    if recalled then
+        return recalled, conf_face
+    end
+    local consumer = build(plugin_name, field, value)
+    if not consumer then
+        return nil, nil, "consumer not found"
+    end
+    remember(plugin_name, field, value, consumer)
+    return consumer, conf_face
+end
+
+--- The consumer that stands for requests without credentials.
+function _M.get_anonymous_consumer(username)
+    local recalled = recall("", "username", username)
+    if recalled then
+        return recalled, conf_face
+    end
+    local object, revision = native.consumer_by_name(username)
+    if not object then
+        return nil, nil, "failed to get anonymous consumer " .. username
+    end
+    local consumer = shape(object, username, revision, {}, nil)
+    remember("", "username", username, consumer)
+    return consumer, conf_face
+end
+
+local kv_mt = {
+    __index = function(self, value)
+        return (_M.find_consumer(self._plugin, self._field, value))
+    end,
+}
+
+--- A face over the index that reads like a table from key to consumer.
+function _M.consumers_kv(plugin_name, _, field)
+    return setmetatable({ _plugin = plugin_name, _field = field }, kv_mt)
+end
+
+--- What custom auth plugins ask for the version of the consumers they cached.
+function _M.consumers_conf(plugin_name)
+    return { conf_version = native.consumers_version(), nodes = _M.plugin(plugin_name).nodes }
+end
+
+--- Every consumer that has a conf of this plugin: `{ nodes = { consumer, … }, conf_version }`.
+function _M.plugin(plugin_name)
+    local version = native.consumers_version()
+    local nodes = {}
+    for _, entry in ipairs(native.consumers_with(plugin_name)) do
+        nodes[#nodes + 1] = shape(entry.consumer, entry.username, entry.revision, entry.auth_conf, entry.credential_id)
+    end
+    return { nodes = nodes, len = #nodes, conf_version = version }
+end
+
+--- Makes `consumer` the request's: its plugins join in, its headers go upstream, `ctx` and `$consumer_name` name it.
+function _M.attach_consumer(ctx, consumer, conf)
+    ctx.consumer = consumer
+    ctx.consumer_name = consumer.consumer_name
+    ctx.consumer_group_id = consumer.group_id
+    ctx.consumer_ver = conf and conf.conf_version
+    ctx.credential_id = consumer.credential_id
+    native.attach_consumer(consumer.consumer_name, consumer.credential_id)
+    native.set_request_header("X-Consumer-Username", consumer.consumer_name)
+    if consumer.credential_id then
+        native.set_request_header("X-Credential-Identifier", consumer.credential_id)
+    end
+    if consumer.custom_id then
+        native.set_request_header("X-Consumer-Custom-Id", consumer.custom_id)
+    end
+    ctx.headers = nil
+end
+
+
+return _M

@@ -1,0 +1,26 @@
+--- `core.os`: the environment and the user. All phases.
+local ffi = require("ffi")
+local setmetatable = setmetatable
+local type = type
+local tostring = tostring
+
+ffi.cdef([[
+int setenv(const char *name, const char *value, int overwrite);
+int usleep(unsigned int usec);
+]])
+
+local _M = setmetatable({}, { __index = os })
+
+--- Sets an environment variable of the process: `true`, or `false` and the reason.
+function _M.setenv(name, value)
+    if type(name) ~= "string" then
+        return false, "invalid argument"
+    end
+    local kind = type(value)
+    if kind ~= "string" and kind ~= "number" and kind ~= "boolean" then
+        return false, "invalid argument"
+    end
+    return ffi.C.setenv(name, tostring(value), 1) == 0
+end
+
+return _M

@@ -1,0 +1,257 @@
+--- `core.utils`: small things that plugins share.
+local ngx = ngx
+local type = type
+local tonumber = tonumber
+local tostring = tostring
+local pairs = pairs
+local sub = string.sub
+local find = string.find
+local byte = string.byte
+local concat = table.concat
+
+local bit = require("bit")
+local bor, bxor = bit.bor, bit.bxor
+local re_gmatch = ngx.re.gmatch
+local resolver = require("apisix.core.resolver")
+local native = require("moongate.native").apisix
+
+local _M = {
+}
+
+local OPEN, DOLLAR, LBRACE, BACKSLASH = byte("["), byte("$"), byte("{"), byte("\\")
+
+--- `host`, `host:port`, `[v6]:port` → host, port (or nil).
+function _M.parse_addr(addr)
+    if byte(addr, 1) == OPEN then
+        local close = find(addr, "]", 1, true)
+        if not close then
+            return addr, nil
+        end
+        return sub(addr, 1, close), tonumber(sub(addr, close + 2))
+    end
+    local colon = find(addr, ":", 1, true)
+    if not colon then
+        return addr, nil
+    end
+    if find(addr, ":", colon + 1, true) then
+        return "[" .. addr .. "]", nil
+    end
+    return sub(addr, 1, colon - 1), tonumber(sub(addr, colon + 1))
+end
+
+--- The directory of a path.
+function _M.dirname(path)
+    return path:match("^(.*)/[^/]*$") or "."
+end
+
+--- Version-4 UUID.
+function _M.uuid()
+    return require("resty.jit-uuid").generate_v4()
+end
+
+function _M.gethostname()
+    return native.hostname()
+end
+
+--- Sleeps `secs`; parks the request.
+function _M.sleep(secs)
+    return ngx.sleep(secs)
+end
+
+--- Whether the text is `{…}` or `$name`: holds variables.
+function _M.has_vars(text)
+    return type(text) == "string" and find(text, "$", 1, true) ~= nil
+end
+
+-- A template is parsed once: literal texts and variable names in turn. Bounded: a conf's texts are few, but a plugin
+-- may feed it request data.
+local MAX_TEMPLATES = 4096
+local templates, template_count = {}, 0
+
+local NAME = "^[%w_]+"
+
+local function parse_template(text)
+    local parts, n = {}, 0
+    local at, literal = 1, {}
+    local len = #text
+    while at <= len do
+        local c = byte(text, at)
+        if c == BACKSLASH and byte(text, at + 1) == DOLLAR then
+            literal[#literal + 1] = "$"
+            at = at + 2
+        elseif c == DOLLAR then
+            local braced = byte(text, at + 1) == LBRACE
+            local name, default, stop
+            if braced then
+                stop = find(text, "}", at + 2, true)
+                local inner = stop and sub(text, at + 2, stop - 1)
+                local bar = inner and find(inner, "??", 1, true)
+                if bar then
+                    name = inner:sub(1, bar - 1):match("^%s*(.-)%s*$")
+                    default = inner:sub(bar + 2):match("^%s*(.-)%s*$")
+                else
+                    name = inner and inner:match("^%s*(.-)%s*$")
+                end
+                if name and not name:match("^[%w_.%-]+$") then
+                    name = nil
+                end
+            else
+                name = text:match(NAME, at + 1)
+                stop = name and at + #name
+            end
+            if name then
+                n = n + 1
+                parts[n] = { literal = concat(literal), name = name, default = default }
+                literal = {}
+                at = stop + 1
+            else
+                literal[#literal + 1] = "$"
+                at = at + 1
+            end
+        else
+            local next_at = find(text, "[$\\]", at + 1) or len + 1
+            literal[#literal + 1] = sub(text, at, next_at - 1)
+            at = next_at
+        end
+    end
+    parts.tail = concat(literal)
+    parts.n = n
+    return parts
+end
+
+local function template(text)
+    local parsed = templates[text]
+    if not parsed then
+        parsed = parse_template(text)
+        if template_count >= MAX_TEMPLATES then
+            templates, template_count = {}, 0
+        end
+        templates[text] = parsed
+        template_count = template_count + 1
+    end
+    return parsed
+end
+
+--- Whether two texts are equal; how long it takes tells nothing of where they differ.
+function _M.equal_in_constant_time(a, b)
+    if type(a) ~= "string" or type(b) ~= "string" or #a ~= #b then
+        return false
+    end
+    local difference = 0
+    for i = 1, #a do
+        difference = bor(difference, bxor(byte(a, i), byte(b, i)))
+    end
+    return difference == 0
+end
+
+--- Replaces `$name`, `${name}` and `${name ?? default}` by variables: the text, nil, and how many were found.
+-- `\$` is a dollar. `escape(value)` is applied to each value.
+function _M.resolve_var(text, vars, escape)
+    if not text or not find(text, "$", 1, true) then
+        return text, nil, 0
+    end
+    local parsed = template(text)
+    local out, n, resolved = {}, 0, 0
+    for i = 1, parsed.n do
+        local part = parsed[i]
+        local value = vars[part.name]
+        if value == nil or value == "" and part.default then
+            value = part.default or ""
+        else
+            resolved = resolved + 1
+        end
+        value = tostring(value)
+        out[n + 1] = part.literal
+        out[n + 2] = escape and escape(value) or value
+        n = n + 2
+    end
+    out[n + 1] = parsed.tail
+    return concat(out, "", 1, n + 1), nil, resolved
+end
+
+--- Like `resolve_var` for `$1`, `$2` of a regular expression's captures.
+function _M.resolve_var_with_captures(text, captures)
+    if not text then
+        return ""
+    end
+    return (text:gsub("%$(%d+)", function(i)
+        return captures[tonumber(i)] or ""
+    end))
+end
+
+--- `a.b.c` → value inside nested tables.
+function _M.get_path(tab, path)
+    for name in path:gmatch("[^.]+") do
+        if type(tab) ~= "table" then
+            return nil
+        end
+        tab = tab[name]
+    end
+    return tab
+end
+
+--- Splits `/a/b?c=d` into path and query.
+function _M.split_uri(uri)
+    local question = find(uri, "?", 1, true)
+    if not question then
+        return uri, nil
+    end
+    return sub(uri, 1, question - 1), sub(uri, question + 1)
+end
+
+--- Checks that the deprecated or insecure values in `conf` are warned of: `check_tls_bool`, `check_https`.
+function _M.check_https(fields, conf, plugin_name)
+    local log = require("apisix.core.log")
+    for _, field in pairs(fields) do
+        local urls = conf[field]
+        for _, url in pairs(type(urls) == "table" and urls or { urls }) do
+            if type(url) == "string" and url:sub(1, 7) == "http://" then
+                log.warn(
+                    "Using ", plugin_name, " ", field, " with no TLS is a security risk"
+                )
+            end
+        end
+    end
+end
+
+function _M.check_tls_bool(fields, conf, plugin_name)
+    local log = require("apisix.core.log")
+    for _, field in pairs(fields) do
+        if conf[field] == false then
+            log.warn(
+                "Keeping ", field, " disabled in ", plugin_name, " configuration is a security risk"
+            )
+        end
+    end
+end
+
+-- One address for a name, as a text; nil and the reason.
+function _M.dns_parse(name, selector)
+    return resolver.parse_domain(name, selector)
+end
+_M.parse_domain = resolver.parse_domain
+
+--- Percent-encodes what a URI may not hold (RFC 3986); what is encoded and what delimits stays.
+function _M.uri_safe_encode(uri)
+    return (uri:gsub("[^%w%-%._~:/?#%[%]@!$&'()*+,;=%%]", function(c)
+        return ("%%%02X"):format(byte(c))
+    end))
+end
+
+--- Every match of `regex` in `text`, as an array.
+function _M.match_all(text, regex)
+    local out = {}
+    local iterate, err = re_gmatch(text, regex, "jo")
+    if not iterate then
+        return nil, err
+    end
+    while true do
+        local m = iterate()
+        if not m then
+            return out
+        end
+        out[#out + 1] = m[0]
+    end
+end
+
+return _M

@@ -1,0 +1,70 @@
+--- `apisix.plugin`: the loaded plugins, their attributes and metadata.
+local native = require("moongate.native").apisix
+local config_local = require("apisix.core.config_local")
+
+local _M = { init_plugins_syncer = function() end }
+
+--- Every loaded plugin's module, by descending priority. The same table until plugins are reloaded.
+function _M.plugins()
+    return require("moongate.plugins").list()
+end
+
+--- One loaded plugin's module, or nil.
+function _M.get(name)
+    return require("moongate.plugins").get(name)
+end
+
+--- `plugin_attr.<name>` of config.yaml, or nil.
+function _M.plugin_attr(name)
+    local attrs = config_local.local_conf().plugin_attr
+    return attrs and attrs[name]
+end
+
+-- name -> { uid, metadata }; one entry per plugin.
+local metadata_of = {}
+
+--- `/plugin_metadata/<name>` as `{ value = …, modifiedIndex = … }`, or nil. The same table until it changes.
+function _M.plugin_metadata(name)
+    local uid = native.metadata_uid(name)
+    if uid == 0 then
+        return nil
+    end
+    local known = metadata_of[name]
+    if known and known.uid == uid then
+        return known.metadata
+    end
+    local value, revision = native.metadata(name)
+    local loaded = value and _M.get(name)
+    if loaded and loaded.check_schema then
+        -- Fills the defaults; what does not hold was refused when it was written.
+        loaded.check_schema(value, require("apisix.core.schema").TYPE_METADATA)
+    end
+    local metadata = value and { value = value, modifiedIndex = revision }
+    metadata_of[name] = { uid = uid, metadata = metadata }
+    return metadata
+end
+
+--- The version of the conf under which the plugin runs: changes whenever the conf may have.
+function _M.conf_version(conf)
+    local parent = conf._meta and conf._meta.parent
+    return parent and parent.resource_version
+end
+
+--- Whether a plugin of that name is loaded and `conf` passes its check.
+function _M.check_schema(plugins_conf)
+    for name, conf in pairs(plugins_conf) do
+        local loaded = _M.get(name)
+        if not loaded then
+            return false, "unknown plugin [" .. name .. "]"
+        end
+        if loaded.check_schema then
+            local ok, err = loaded.check_schema(conf)
+            if not ok then
+                return false, "failed to check the configuration of plugin " .. name .. " err: " .. err
+            end
+        end
+    end
+    return true
+end
+
+return _M

@@ -1,0 +1,147 @@
+--- `apisix.utils.batch-processor`: gathers entries and hands them on in batches, in the background, with retries.
+--
+-- Bounds: a batch is sent when it has `batch_max_size` entries, is `buffer_duration` old, or nothing came for
+-- `inactive_timeout`; a batch that fails is tried `max_retry_count` times more, `retry_delay` apart, then dropped with
+-- a log line.
+local core = require("apisix.core")
+local ngx = ngx
+local now = ngx.now
+local timer_at = ngx.timer.at
+local pcall, setmetatable, type = pcall, setmetatable, type
+
+local _M = {}
+local mt = { __index = _M }
+
+local schema = {
+    type = "object",
+    properties = {
+        name = { type = "string", default = "log buffer" },
+        max_retry_count = { type = "integer", minimum = 0, default = 0 },
+        retry_delay = { type = "integer", minimum = 0, default = 1 },
+        buffer_duration = { type = "integer", minimum = 1, default = 60 },
+        inactive_timeout = { type = "integer", minimum = 1, default = 5 },
+        batch_max_size = { type = "integer", minimum = 1, default = 1000 },
+    },
+}
+_M.schema = schema
+
+local send_batch, arm_flush
+
+local function new_batch()
+    return { entries = {}, retries = 0 }
+end
+
+-- A failed batch goes without the entries that were taken: `first_fail` says where to start again.
+local function retry_or_drop(self, batch, err, first_fail)
+    if type(first_fail) == "number" and first_fail > 1 and first_fail <= #batch.entries then
+        local rest = {}
+        for i = first_fail, #batch.entries do
+            rest[#rest + 1] = batch.entries[i]
+        end
+        batch.entries = rest
+    end
+    batch.retries = batch.retries + 1
+    if batch.retries <= self.max_retry_count then
+        core.log.warn("Batch Processor[", self.name, "] failed to process entries [", #batch.entries, "/",
+            self.batch_max_size, "]: ", err)
+        return timer_at(self.retry_delay, send_batch, self, batch)
+    end
+    core.log.error("Batch Processor[", self.name, "] exceeded the max_retry_count[", batch.retries,
+        "] dropping the entries")
+    self.pending = self.pending - #batch.entries
+end
+
+function send_batch(_, self, batch)
+    local ran, ok, err, first_fail = pcall(self.func, batch.entries, self.batch_max_size)
+    if not ran then
+        ok, err = false, ok
+    end
+    if ok then
+        core.log.debug("Batch Processor[", self.name, "] successfully processed the entries")
+        self.pending = self.pending - #batch.entries
+        return
+    end
+    retry_or_drop(self, batch, err, first_fail)
+end
+
+-- Hands the gathered entries on.
+local function hand_on(self)
+    local batch = self.batch
+    if #batch.entries == 0 then
+        return
+    end
+    self.batch = new_batch()
+    local ok, err = timer_at(0, send_batch, self, batch)
+    if not ok then
+        core.log.error("failed to create a timer: ", err)
+        self.pending = self.pending - #batch.entries
+    end
+end
+
+local function flush_when_due(premature, self)
+    self.armed = false
+    if premature then
+        local batch = self.batch
+        if #batch.entries > 0 then
+            self.batch = new_batch()
+            send_batch(true, self, batch)
+        end
+        return
+    end
+    local t = now()
+    if t - self.first_at >= self.buffer_duration or t - self.last_at >= self.inactive_timeout then
+        return hand_on(self)
+    end
+    arm_flush(self)
+end
+
+function arm_flush(self)
+    if self.armed or #self.batch.entries == 0 then
+        return
+    end
+    local ok, err = timer_at(self.inactive_timeout, flush_when_due, self)
+    if not ok then
+        core.log.error("failed to create a timer: ", err)
+        return
+    end
+    self.armed = true
+end
+
+--- A processor that calls `func(entries, batch_max_size)`: true, or false, the reason, and the first entry that failed.
+function _M.new(_, func, config)
+    config = core.table.clone(config)
+    local ok, err = core.schema.check(schema, config)
+    if not ok then
+        return nil, err
+    end
+    if type(func) ~= "function" then
+        return nil, "Invalid argument, arg #1 must be a function"
+    end
+    config.func = func
+    config.batch = new_batch()
+    config.pending = 0
+    config.first_at, config.last_at = 0, 0
+    return setmetatable(config, mt)
+end
+
+--- Adds an entry; it is sent with its batch.
+function _M.push(self, entry)
+    if entry == nil then
+        core.log.warn("Batch Processor[", self.name, "] trying to push a nil entry")
+        return
+    end
+    local entries = self.batch.entries
+    local t = now()
+    if #entries == 0 then
+        self.first_at = t
+    end
+    self.last_at = t
+    entries[#entries + 1] = entry
+    self.pending = self.pending + 1
+    if #entries >= self.batch_max_size then
+        return hand_on(self)
+    end
+    arm_flush(self)
+end
+
+return _M

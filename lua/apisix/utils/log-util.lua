@@ -1,0 +1,205 @@
+--- `apisix.utils.log-util`: what a logger plugin's entry holds.
+local core = require("apisix.core")
+local plugin = require("apisix.plugin")
+local expr = require("resty.expr.v1")
+local ngx = ngx
+local resolve_var = core.utils.resolve_var
+local ipairs, pairs, setmetatable, tonumber, tostring, type = ipairs, pairs, setmetatable, tonumber, tostring, type
+local sub, byte = string.sub, string.byte
+
+local _M = {}
+
+-- log_format's nested objects are followed so deep; what lies deeper is left out.
+local MAX_FORMAT_DEPTH = 5
+local DEFAULT_MAX_BODY_BYTES = 512 * 1024
+local DEFAULT_MAX_PENDING = 8192
+local DOLLAR = byte("$")
+
+-- expression tables -> compiled; they go with their conf.
+local compiled = setmetatable({}, { __mode = "k" })
+
+local function holds(rules, ctx)
+    local made = compiled[rules]
+    if not made then
+        local err
+        made, err = expr.new(rules)
+        if not made then
+            core.log.error("generate log expr err: ", err)
+            return false
+        end
+        compiled[rules] = made
+    end
+    return made:eval(ctx.var)
+end
+
+--- Checks the expressions of a logger's conf: true, or false and the reason.
+function _M.check_log_schema(conf)
+    for _, field in ipairs({ "include_req_body_expr", "include_resp_body_expr" }) do
+        if conf[field] then
+            local ok, err = expr.new(conf[field])
+            if not ok then
+                return false, "failed to validate the '" .. field .. "' expression: " .. tostring(err)
+            end
+        end
+    end
+    return true
+end
+
+--- How many entries may wait for a logger before new ones are dropped.
+function _M.max_pending_entries(name)
+    local metadata = plugin.plugin_metadata(name)
+    return metadata and metadata.value and metadata.value.max_pending_entries or DEFAULT_MAX_PENDING
+end
+
+local function fill(format, ctx, depth)
+    local out = {}
+    for key, value in pairs(format) do
+        if type(value) == "table" then
+            out[key] = depth < MAX_FORMAT_DEPTH and fill(value, ctx, depth + 1) or nil
+        elseif type(value) == "string" and byte(value) == DOLLAR and not value:find("[^%w_$]") then
+            out[key] = ctx.var[sub(value, 2)]
+        elseif type(value) == "string" then
+            out[key] = resolve_var(value, ctx.var)
+        else
+            out[key] = value
+        end
+    end
+    return out
+end
+
+local function latencies(ctx)
+    local total = (tonumber(ctx.var.request_time) or 0) * 1000
+    local upstream = tonumber((tostring(ctx.var.upstream_response_time or "")):match("([%d.]+)%s*$"))
+    upstream = upstream and upstream * 1000
+    local own = upstream and math.max(total - upstream, 0) or total
+    return total, upstream, own
+end
+
+local function full_entry(conf, ctx)
+    local var = ctx.var
+    local total, upstream, own = latencies(ctx)
+    local consumer = ctx.consumer_name and { username = ctx.consumer_name, group_id = ctx.consumer_group_id }
+    return {
+        request = {
+            url = var.scheme .. "://" .. (var.host or "") .. ":" .. (var.server_port or "") .. (var.request_uri or ""),
+            uri = var.request_uri,
+            method = ngx.req.get_method(),
+            headers = ngx.req.get_headers(0),
+            querystring = ngx.req.get_uri_args(0),
+            size = tonumber(var.request_length),
+            body = _M.request_body(conf, ctx),
+        },
+        response = {
+            status = ngx.status,
+            headers = ngx.resp.get_headers(0),
+            size = tonumber(var.bytes_sent),
+            body = ctx._logged_response_body,
+        },
+        server = { hostname = core.utils.gethostname(), version = core.version.VERSION },
+        upstream = var.upstream_addr,
+        service_id = ctx.service_id,
+        route_id = ctx.route_id,
+        consumer = consumer,
+        client_ip = core.request.get_remote_client_ip(ctx),
+        start_time = ngx.req.start_time() * 1000,
+        latency = total,
+        upstream_latency = upstream,
+        apisix_latency = own,
+    }
+end
+_M.get_full_log = function(_, conf)
+    return full_entry(conf, ngx.ctx.api_ctx)
+end
+
+--- The request's body for the log when the conf asks for it; what was not read by then is not there.
+function _M.request_body(conf, ctx)
+    if not conf.include_req_body then
+        return nil
+    end
+    if conf.include_req_body_expr and not holds(conf.include_req_body_expr, ctx) then
+        return nil
+    end
+    local body = ctx._logged_request_body
+    local limit = conf.max_req_body_bytes or DEFAULT_MAX_BODY_BYTES
+    return body and sub(body, 1, limit)
+end
+
+--- Access phase: reads the request's body when it is to be logged.
+function _M.collect_request_body(conf, ctx)
+    if not conf.include_req_body or ctx._logged_request_body then
+        return
+    end
+    if conf.include_req_body_expr and not holds(conf.include_req_body_expr, ctx) then
+        return
+    end
+    local body, err = core.request.get_body(nil, ctx)
+    if err then
+        core.log.error("fail to get request body: ", err)
+    end
+    ctx._logged_request_body = body
+end
+
+--- body_filter phase: gathers the response's body, up to the conf's bound, when it is to be logged.
+function _M.collect_body(conf, ctx)
+    if not conf.include_resp_body then
+        return
+    end
+    if conf.include_resp_body_expr and not holds(conf.include_resp_body_expr, ctx) then
+        return
+    end
+    local limit = conf.max_resp_body_bytes or DEFAULT_MAX_BODY_BYTES
+    local body = core.response.hold_body_chunk(ctx, true, limit, conf)
+    if body then
+        ctx._logged_response_body = body
+    end
+end
+
+local function format_of(name, conf)
+    if conf.log_format and next(conf.log_format) then
+        return conf.log_format
+    end
+    local metadata = plugin.plugin_metadata(name)
+    local format = metadata and metadata.value and metadata.value.log_format
+    return format and next(format) and format or nil
+end
+
+local function extra_of(name, conf)
+    if conf.log_format_extra and next(conf.log_format_extra) then
+        return conf.log_format_extra
+    end
+    local metadata = plugin.plugin_metadata(name)
+    local extra = metadata and metadata.value and metadata.value.log_format_extra
+    return extra and next(extra) and extra or nil
+end
+
+local function formatted(format, conf, ctx)
+    local entry = fill(format, ctx, 1)
+    entry.route_id = ctx.route_id
+    entry.service_id = ctx.service_id
+    if conf.include_req_body or conf.include_resp_body then
+        entry.request = { body = _M.request_body(conf, ctx) }
+        entry.response = { body = ctx._logged_response_body }
+    end
+    return entry
+end
+
+--- The entry for this request: after `log_format` when the conf or the plugin's metadata has one, else everything.
+function _M.get_log_entry(name, conf, ctx)
+    local format = format_of(name, conf)
+    local entry = format and formatted(format, conf, ctx) or full_entry(conf, ctx)
+    local extra = extra_of(name, conf)
+    if extra then
+        for key, value in pairs(fill(extra, ctx, 1)) do
+            entry[key] = value
+        end
+    end
+    return entry
+end
+
+--- The request's start in seconds, as a text of RFC 3339.
+function _M.get_rfc3339_zulu_timestamp(timestamp)
+    local now = timestamp or ngx.now()
+    return os.date("!%Y-%m-%dT%H:%M:%S", math.floor(now)) .. ("%.3fZ"):format(now % 1):sub(2)
+end
+
+return _M

@@ -1,0 +1,36 @@
+--- Limits requests per key and time window.
+local core = require("apisix.core")
+local limiter = require("apisix.plugins.limit-count.init")
+
+local _M = {
+    version = 0.5,
+    priority = 1002,
+    name = "limit-count",
+    schema = limiter.schema,
+    metadata_schema = limiter.metadata_schema,
+}
+
+function _M.check_schema(conf, schema_type)
+    return limiter.check_schema(conf, schema_type)
+end
+
+function _M.access(conf, ctx)
+    return limiter.rate_limit(conf, ctx, _M.name, 1)
+end
+
+--- For the workflow plugin: runs this plugin as an action.
+function _M.workflow_handler()
+    return {
+        check_schema = limiter.check_schema,
+        handler = function(conf, ctx)
+            return limiter.rate_limit(conf, ctx, _M.name, 1)
+        end,
+    }
+end
+
+core.ctx.register_var("rate_limiting_info", function(ctx)
+    local info = ctx._rate_limiting_info
+    return info and core.json.encode(info)
+end, { no_cacheable = true })
+
+return _M

@@ -1,0 +1,85 @@
+--- Limits the rate of requests per key with a leaky bucket: up to `burst` more wait their turn or pass at once (`nodelay`).
+local core = require("apisix.core")
+local limit_req = require("resty.limit.req")
+local sleep = ngx.sleep
+local resolve_var = core.utils.resolve_var
+
+local name = "limit-req"
+local DICT = "plugin-limit-req"
+local cache = core.lrucache.new({ type = "plugin", count = 512 })
+
+local _M = {
+    version = 0.1,
+    priority = 1001,
+    name = name,
+    schema = core.schema.of_plugin(name).schema,
+}
+
+function _M.check_schema(conf)
+    local ok, err = core.schema.check(_M.schema, conf)
+    if not ok then
+        return false, err
+    end
+    if conf.policy ~= "local" then
+        return false, "policy " .. conf.policy .. " is not supported yet; use \"local\""
+    end
+    return true
+end
+
+local function create(conf)
+    return limit_req.new(DICT, conf.rate, conf.burst)
+end
+
+local function key_of(conf, ctx)
+    local key
+    if conf.key_type == "var_combination" then
+        local err, count
+        key, err, count = resolve_var(conf.key, ctx.var)
+        if err then
+            core.log.error("could not resolve vars in ", conf.key, " error: ", err)
+        end
+        if count == 0 then
+            key = nil
+        end
+    else
+        key = ctx.var[conf.key]
+    end
+    if key == nil then
+        core.log.info("The value of the configured key is empty, use client IP instead")
+        key = ctx.var.remote_addr
+    end
+    return key .. ctx.conf_type .. ctx.conf_version
+end
+
+local function reject(conf)
+    if conf.rejected_msg then
+        return conf.rejected_code, { error_msg = conf.rejected_msg }
+    end
+    return conf.rejected_code
+end
+
+function _M.access(conf, ctx)
+    local limiter, create_err = core.lrucache.plugin_ctx(cache, ctx, nil, create, conf)
+    if not limiter then
+        core.log.error("failed to create the limiter: ", create_err)
+        return not conf.allow_degradation and 500 or nil
+    end
+    local key = key_of(conf, ctx)
+    core.log.info("limit key: ", key)
+    local delay, err = limiter:incoming(key, true)
+    if not delay then
+        if err == "rejected" then
+            return reject(conf)
+        end
+        core.log.error("failed to limit req: ", err)
+        if conf.allow_degradation then
+            return
+        end
+        return 500
+    end
+    if delay >= 0.001 and not conf.nodelay then
+        sleep(delay)
+    end
+end
+
+return _M

@@ -1,0 +1,400 @@
+//! `native.apisix`: what the `apisix.*` Lua modules ask of the gateway: configuration, consumers, schemas, upstreams.
+//!
+//! Everything is read from the snapshot that the running request holds, so a request never sees two versions.
+
+use std::{io::Read, sync::Arc};
+
+use serde_json::Value;
+
+use super::Answer;
+use crate::{
+    error::{Error, Kind, Result},
+    exchange::Source,
+    lua::{
+        api::{Api, Phases, Raise, Stack, request, script},
+        convert::push_json,
+        fast,
+    },
+    model::{self, Id, Keyring, Object, ParseContext, Parsed, PluginConf, consumer::AuthKey, parse},
+    observe::append,
+    schema,
+    store::Snapshot,
+};
+
+pub(super) fn register(api: &mut Api) -> Result<()> {
+    node(api)?;
+    schemas(api)?;
+    consumers(api)?;
+    metadata(api)?;
+    heads(api)?;
+    upstreams(api)
+}
+
+fn node(api: &mut Api) -> Result<()> {
+    api.func("native.apisix.hostname", Phases::ANY, "hostname() -> string: the machine's name.", hostname)?;
+    api.func(
+        "native.apisix.write_log_line",
+        Phases::ANY,
+        "write_log_line(path, text) -> true | nil, err: queues text for the file at path.",
+        write_log_line,
+    )?;
+    api.func(
+        "native.apisix.inflate",
+        Phases::ANY,
+        "inflate(\"gzip\" | \"deflate\", bytes, max) -> string | nil, err: at most max bytes of the decoded text.",
+        inflate,
+    )
+}
+
+fn hostname(s: &Stack) -> Answer {
+    let mut name = [0u8; 256];
+    // SAFETY: the buffer outlives the call, which writes at most its length less one.
+    let ok = unsafe { libc::gethostname(name.as_mut_ptr().cast(), name.len() - 1) } == 0;
+    let end = name.iter().position(|b| *b == 0).unwrap_or(0);
+    Ok(s.push_bytes(if ok { &name[..end] } else { b"" }))
+}
+
+fn write_log_line(s: &Stack) -> Answer {
+    let path = s.arg_str(1)?;
+    match append::line(&path, s.arg_bytes(2)?) {
+        Ok(()) => Ok(s.push_bool(true)),
+        Err(reason) => s.fail(reason),
+    }
+}
+
+fn inflate(s: &Stack) -> Answer {
+    let (encoding, bytes, max) = (s.arg_bytes(1)?, s.arg_bytes(2)?, s.arg_int(3)?.max(0) as u64);
+    let mut out = Vec::new();
+    let read = match encoding {
+        b"gzip" => flate2::read::MultiGzDecoder::new(bytes).take(max).read_to_end(&mut out),
+        b"deflate" => flate2::read::ZlibDecoder::new(bytes).take(max).read_to_end(&mut out),
+        _ => return s.fail("unknown encoding"),
+    };
+    match read {
+        Ok(_) => Ok(s.push_bytes(out)),
+        Err(e) => s.fail(e.to_string()),
+    }
+}
+
+fn schemas(api: &mut Api) -> Result<()> {
+    api.func(
+        "native.apisix.plugin_schema",
+        Phases::ANY,
+        "plugin_schema(name) -> { schema, consumer_schema, metadata_schema } | nil: a bundled plugin's published schemas.",
+        |s| push_text(s, schema::plugin_json(&s.arg_str(1)?)),
+    )?;
+    api.func(
+        "native.apisix.resource_schema",
+        Phases::ANY,
+        "resource_schema(name) -> table | nil: a resource's published schema.",
+        |s| push_text(s, schema::resource_json(&s.arg_str(1)?)),
+    )
+}
+
+fn consumers(api: &mut Api) -> Result<()> {
+    api.func(
+        "native.apisix.consumers_version",
+        Phases::ANY,
+        "consumers_version() -> number: changes whenever a consumer or a credential does.",
+        |s| Ok(s.push_number(with_snapshot(|c| c.consumers_uid).unwrap_or(0) as f64)),
+    )?;
+    api.func(
+        "native.apisix.consumer",
+        Phases::REQUEST,
+        "consumer(plugin, field, value) -> consumer, username, revision, auth_conf, credential_id | nil: who has that value.",
+        find_consumer,
+    )?;
+    api.func(
+        "native.apisix.consumer_by_name",
+        Phases::REQUEST,
+        "consumer_by_name(username) -> consumer, revision | nil.",
+        consumer_by_name,
+    )?;
+    api.func(
+        "native.apisix.consumers_with",
+        Phases::ANY,
+        "consumers_with(plugin) -> array of { consumer, username, revision, auth_conf, credential_id }.",
+        consumers_with,
+    )?;
+    api.func(
+        "native.apisix.attach_consumer",
+        Phases::REWRITE | Phases::ACCESS,
+        "attach_consumer(username, credential_id | nil): the request is this consumer's from here on.",
+        attach_consumer,
+    )
+}
+
+fn find_consumer(s: &Stack) -> Answer {
+    let key = AuthKey { plugin: arg(s, 1)?, field: arg(s, 2)?, value: arg(s, 3)? };
+    let Some(config) = snapshot() else { return Ok(s.push_nil()) };
+    let Some((consumer_id, credential_id)) = config.auth_index.get(&key) else { return Ok(s.push_nil()) };
+    let Some(consumer) = config.consumers.get(consumer_id) else { return Ok(s.push_nil()) };
+    let credential = credential_id.as_ref().and_then(|id| config.credentials.get(id));
+    let plugins = credential.map_or(&consumer.value.plugins, |c| &c.value.plugins);
+    let Some(conf) = plugins.get(&key.plugin) else { return Ok(s.push_nil()) };
+    push_object(s, &consumer.json)?;
+    s.push_bytes(consumer.value.username.as_bytes());
+    s.push_number(consumer.mod_revision as f64);
+    push_object(s, &conf.json)?;
+    push_credential_id(s, credential_id.as_ref());
+    Ok(5)
+}
+
+fn consumer_by_name(s: &Stack) -> Answer {
+    let name = s.arg_str(1)?;
+    let Some(config) = snapshot() else { return Ok(s.push_nil()) };
+    let Some(consumer) = config.consumers.get(&*name) else { return Ok(s.push_nil()) };
+    push_object(s, &consumer.json)?;
+    s.push_number(consumer.mod_revision as f64);
+    Ok(2)
+}
+
+fn consumers_with(s: &Stack) -> Answer {
+    let plugin = s.arg_str(1)?;
+    s.push_table(0, 0);
+    let Some(config) = snapshot() else { return Ok(1) };
+    let mut n = 0;
+    for consumer in config.consumers.values() {
+        if let Some(conf) = consumer.value.plugins.get(&plugin) {
+            n += 1;
+            push_entry(s, consumer, conf, None)?;
+            s.set_index(-2, n);
+        }
+    }
+    for (id, credential) in &config.credentials {
+        let owner = config.consumers.get(&*credential.value.username);
+        if let (Some(conf), Some(consumer)) = (credential.value.plugins.get(&plugin), owner) {
+            n += 1;
+            push_entry(s, consumer, conf, Some(id))?;
+            s.set_index(-2, n);
+        }
+    }
+    Ok(1)
+}
+
+fn push_entry(
+    s: &Stack,
+    consumer: &Object<model::Consumer>,
+    conf: &PluginConf,
+    credential: Option<&Id>,
+) -> Result<(), Raise> {
+    s.push_table(0, 5);
+    push_object(s, &consumer.json)?;
+    s.set(-2, "consumer");
+    s.push_bytes(consumer.value.username.as_bytes());
+    s.set(-2, "username");
+    s.push_number(consumer.mod_revision as f64);
+    s.set(-2, "revision");
+    push_object(s, &conf.json)?;
+    s.set(-2, "auth_conf");
+    push_credential_id(s, credential);
+    s.set(-2, "credential_id");
+    Ok(())
+}
+
+/// The id without its consumer's part, as APISIX shows it; nil for none.
+fn push_credential_id(s: &Stack, id: Option<&Id>) {
+    match id {
+        Some(id) => s.push_bytes(id.rsplit('/').next().unwrap_or(id)),
+        None => s.push_nil(),
+    };
+}
+
+fn attach_consumer(s: &Stack) -> Answer {
+    let username = s.arg_str(1)?;
+    let x = request()?;
+    x.consumer = x.snapshot.consumers.get(&*username).cloned();
+    x.credential = s
+        .opt_bytes(2)?
+        .map(|id| format!("{username}/credentials/{}", String::from_utf8_lossy(id)))
+        .and_then(|id| x.snapshot.credentials.get(id.as_str()).cloned());
+    Ok(0)
+}
+
+fn metadata(api: &mut Api) -> Result<()> {
+    api.func(
+        "native.apisix.metadata_uid",
+        Phases::ANY,
+        "metadata_uid(plugin) -> number: changes with the plugin's metadata; 0 when there is none.",
+        |s| {
+            let name = s.arg_str(1)?;
+            let uid = with_snapshot(|c| c.plugin_metadata.get(&*name).map_or(0, |o| o.uid));
+            Ok(s.push_number(uid.unwrap_or(0) as f64))
+        },
+    )?;
+    api.func(
+        "native.apisix.metadata",
+        Phases::ANY,
+        "metadata(plugin) -> table, revision | nil: `/plugin_metadata/{plugin}`.",
+        |s| {
+            let name = s.arg_str(1)?;
+            let Some(object) = snapshot().and_then(|c| c.plugin_metadata.get(&*name).cloned()) else {
+                return Ok(s.push_nil());
+            };
+            push_object(s, &object.json)?;
+            s.push_number(object.mod_revision as f64);
+            Ok(2)
+        },
+    )?;
+    api.func("native.apisix.upstream", Phases::ANY, "upstream(id) -> table, revision | nil: `/upstreams/{id}`.", |s| {
+        let id = s.arg_str(1)?;
+        let Some(object) = snapshot().and_then(|c| c.upstreams.get(&*id).cloned()) else { return Ok(s.push_nil()) };
+        push_object(s, &object.json)?;
+        s.push_number(object.mod_revision as f64);
+        Ok(2)
+    })
+}
+
+fn heads(api: &mut Api) -> Result<()> {
+    api.func(
+        "native.apisix.request_header",
+        Phases::REQUEST,
+        "request_header(name) -> string | nil: the first of that name.",
+        |s| {
+            let name = s.arg_bytes(1)?;
+            match request()?.request.headers.get(name) {
+                Some(value) => Ok(s.push_bytes(value)),
+                None => Ok(s.push_nil()),
+            }
+        },
+    )?;
+    api.func(
+        "native.apisix.set_request_header",
+        Phases::REWRITE | Phases::ACCESS,
+        "set_request_header(name, text): replaces all of that name.",
+        |s| {
+            let (name, value) = field(s)?;
+            request()?.request.headers.set(name, value);
+            Ok(0)
+        },
+    )?;
+    api.func(
+        "native.apisix.add_request_header",
+        Phases::REWRITE | Phases::ACCESS,
+        "add_request_header(name, text): beside those of that name.",
+        |s| {
+            let (name, value) = field(s)?;
+            request()?.request.headers.append(name, value);
+            Ok(0)
+        },
+    )?;
+    api.func(
+        "native.apisix.add_response_header",
+        Phases::BEFORE_HEAD | Phases::HEADER_FILTER,
+        "add_response_header(name, text): beside those of that name.",
+        |s| {
+            let (name, value) = field(s)?;
+            request()?.response.headers.append(name, value);
+            Ok(0)
+        },
+    )?;
+    api.func(
+        "native.apisix.content_type_set",
+        Phases::REQUEST,
+        "content_type_set() -> boolean: whether the response has a Content-Type.",
+        |s| Ok(s.push_bool(request()?.response.headers.contains("content-type"))),
+    )?;
+    api.func(
+        "native.apisix.response_source",
+        Phases::REQUEST,
+        "response_source() -> \"upstream\" | \"apisix\" | \"nginx\": who made the response.",
+        |s| Ok(s.push_bytes(source_name(request()?))),
+    )
+}
+
+fn source_name(x: &crate::exchange::Exchange) -> &'static str {
+    match x.response.source {
+        Source::Upstream => "upstream",
+        // A try that failed was answered by the proxy itself, which is nginx in APISIX's terms.
+        Source::Gateway if !x.upstream.tries.is_empty() => "nginx",
+        Source::Gateway => "apisix",
+    }
+}
+
+/// Name and value of a field. Line breaks would end the field, so they are refused as nginx does in effect.
+fn field(s: &Stack) -> Result<(&[u8], &[u8]), Raise> {
+    let (name, value) = (s.arg_bytes(1)?, s.arg_bytes(2)?);
+    if name.is_empty() || !name.iter().all(|b| b.is_ascii_graphic() && *b != b':') {
+        return Err("invalid header name".into());
+    }
+    if value.iter().any(|b| matches!(b, b'\r' | b'\n' | 0)) {
+        return Err("invalid header value: it holds a line break".into());
+    }
+    Ok((name, value))
+}
+
+/// An upstream that a plugin described, parsed once.
+struct Handle(Arc<model::Upstream>);
+
+impl mlua::UserData for Handle {}
+
+fn upstreams(api: &mut Api) -> Result<()> {
+    let make = api.lua().create_function(|_, text: String| Ok(made(parse_upstream(&text).map(Handle))));
+    api.value(
+        "native.apisix.make_upstream",
+        "make_upstream(json) -> handle | nil, err: an upstream to choose for requests.",
+        make.map_err(script)?,
+    )?;
+    let check = api.lua().create_function(|_, text: String| Ok(made(parse_upstream(&text).map(|_| true))));
+    api.value(
+        "native.apisix.check_upstream",
+        "check_upstream(json) -> true | nil, err: whether it describes an upstream.",
+        check.map_err(script)?,
+    )?;
+    let choose = api.lua().create_function(|_, handle: mlua::UserDataRef<Handle>| {
+        if let Some(x) = fast::exchange() {
+            x.upstream.chosen = Some(handle.0.clone());
+        }
+        Ok(())
+    });
+    api.value(
+        "native.apisix.choose_upstream",
+        "choose_upstream(handle): the request goes to this upstream.",
+        choose.map_err(script)?,
+    )
+}
+
+fn made<T>(result: Result<T>) -> (Option<T>, Option<String>) {
+    match result {
+        Ok(value) => (Some(value), None),
+        Err(e) => (None, Some(e.to_string())),
+    }
+}
+
+fn parse_upstream(text: &str) -> Result<Arc<model::Upstream>> {
+    // A conf that reaches Lua is decrypted already.
+    let keyring = Keyring::default();
+    match parse(model::Kind::Upstream, "", text, &ParseContext::new(&keyring))? {
+        Parsed::Upstream(mut upstream) => {
+            if let Some(upstream) = Arc::get_mut(&mut upstream) {
+                upstream.id = None;
+            }
+            Ok(upstream)
+        }
+        _ => Err(Error::config(Kind::Invalid).context("not an upstream")),
+    }
+}
+
+fn snapshot() -> Option<Arc<Snapshot>> {
+    fast::exchange().map(|x| x.snapshot.clone())
+}
+
+fn with_snapshot<R>(read: impl FnOnce(&Snapshot) -> R) -> Option<R> {
+    fast::exchange().map(|x| read(&x.snapshot))
+}
+
+fn arg(s: &Stack, i: std::ffi::c_int) -> Result<Box<str>, Raise> {
+    Ok(s.arg_str(i)?.into())
+}
+
+fn push_text(s: &Stack, json: Option<&str>) -> Answer {
+    match json {
+        Some(text) => push_object(s, text).map(|()| 1),
+        None => Ok(s.push_nil()),
+    }
+}
+
+/// Stored texts are valid JSON; one that is not reads as null.
+fn push_object(s: &Stack, json: &str) -> Result<(), Raise> {
+    push_json(s, &serde_json::from_str(json).unwrap_or(Value::Null))
+}
