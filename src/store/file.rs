@@ -1,1 +1,509 @@
-//! conf/apisix.yaml as a store: read only.
+//! conf/apisix.yaml (or apisix.json) as a store: read only.
+//!
+//! Read again when it changes: told by inotify on its directory, so that editors that replace the file are seen too,
+//! and looked at once a second for filesystems without inotify. A YAML file counts as whole when its last line is
+//! `#END`. A file that cannot be used leaves the configuration as it is.
+
+use std::{
+    collections::{BTreeMap, hash_map::DefaultHasher},
+    fs,
+    hash::{Hash, Hasher},
+    io,
+    ops::Bound,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use notify::{RecommendedWatcher, RecursiveMode, Watcher as _};
+use serde_json::{Map, Value};
+use tokio::sync::Notify;
+
+use super::{BoxFuture, Change, ChangeSink, Condition, Entry, Store, Written};
+use crate::{
+    error::{Error, Kind, Result},
+    model,
+};
+
+/// As often as APISIX looks at the file.
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
+/// Whole numbers that Lua's numbers hold exactly: a larger one from the environment stays a string.
+const MAX_EXACT: f64 = 9_007_199_254_740_992.0;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    Yaml,
+    Json,
+}
+
+pub struct File {
+    path: PathBuf,
+    /// As messages and errors name it: `conf/apisix.yaml`.
+    shown: Arc<str>,
+    format: Format,
+    loaded: Mutex<Loaded>,
+}
+
+#[derive(Default)]
+struct Loaded {
+    entries: BTreeMap<Arc<str>, Entry>,
+    revision: i64,
+}
+
+impl File {
+    /// `dir` is the gateway's prefix.
+    pub fn new(dir: &Path, format: Format) -> Arc<Self> {
+        let shown = match format {
+            Format::Yaml => "conf/apisix.yaml",
+            Format::Json => "conf/apisix.json",
+        };
+        Arc::new(File { path: dir.join(shown), shown: shown.into(), format, loaded: Mutex::default() })
+    }
+
+    fn loaded(&self) -> MutexGuard<'_, Loaded> {
+        self.loaded.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes over what the file says; what did not change keeps its revisions.
+    fn take_over(&self, texts: BTreeMap<Arc<str>, Arc<str>>, modified: SystemTime) -> (Vec<Entry>, i64) {
+        let modified_ms = modified.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as i64);
+        let mut loaded = self.loaded();
+        let revision = modified_ms.max(loaded.revision + 1);
+        let entries: BTreeMap<_, _> = texts
+            .into_iter()
+            .map(|(key, value)| {
+                let old = loaded.entries.get(&key);
+                let unchanged = old.filter(|e| e.value == value).map(|e| e.mod_revision);
+                let create_revision = old.map_or(revision, |e| e.create_revision);
+                let entry = Entry { key: key.clone(), value, create_revision, mod_revision: unchanged.unwrap_or(revision) };
+                (key, entry)
+            })
+            .collect();
+        let all = entries.values().cloned().collect();
+        *loaded = Loaded { entries, revision };
+        (all, revision)
+    }
+
+    fn read_only(&self) -> Error {
+        Error::client(Kind::Invalid).context(format!("the configuration is read from {}: edit that file", self.shown))
+    }
+}
+
+impl Store for File {
+    fn name(&self) -> &'static str {
+        "file"
+    }
+
+    fn identity(&self) -> Option<String> {
+        Some(format!("file {}", self.path.display()))
+    }
+
+    fn get<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<Entry>>> {
+        Box::pin(async move { Ok(self.loaded().entries.get(key).cloned()) })
+    }
+
+    fn list<'a>(&'a self, prefix: &'a str) -> BoxFuture<'a, Result<(Vec<Entry>, i64)>> {
+        Box::pin(async move {
+            let loaded = self.loaded();
+            let from = loaded.entries.range::<str, _>((Bound::Included(prefix), Bound::Unbounded));
+            let entries = from.take_while(|(k, _)| k.starts_with(prefix)).map(|(_, e)| e.clone()).collect();
+            Ok((entries, loaded.revision))
+        })
+    }
+
+    fn put<'a>(
+        &'a self,
+        _: &'a str,
+        _: String,
+        _: Condition,
+        _: Option<u64>,
+    ) -> BoxFuture<'a, Result<Written>> {
+        Box::pin(async move { Err(self.read_only()) })
+    }
+
+    fn delete<'a>(&'a self, _: &'a str, _: Condition) -> BoxFuture<'a, Result<Option<(Entry, i64)>>> {
+        Box::pin(async move { Err(self.read_only()) })
+    }
+
+    fn watch(self: Arc<Self>, changes: ChangeSink) -> BoxFuture<'static, ()> {
+        Box::pin(async move {
+            let touched = Arc::new(Notify::new());
+            let _watcher = watch_directory(&self.path, touched.clone());
+            let mut reader = Reader { file: self, seen: None, seen_text: None, trouble: None, served: false };
+            loop {
+                let step = tokio::task::spawn_blocking(move || {
+                    let said = reader.look();
+                    (reader, said)
+                });
+                let Ok((back, said)) = step.await else { return };
+                reader = back;
+                for change in said {
+                    if changes.send(change).await.is_err() {
+                        return;
+                    }
+                }
+                tokio::select! {
+                    () = touched.notified() => {}
+                    () = tokio::time::sleep(POLL_INTERVAL) => {}
+                    () = changes.closed() => return,
+                }
+            }
+        })
+    }
+}
+
+/// `None` where inotify is not to be had: polling does then.
+fn watch_directory(path: &Path, touched: Arc<Notify>) -> Option<RecommendedWatcher> {
+    let name = path.file_name()?.to_owned();
+    let told = move |event: notify::Result<notify::Event>| {
+        let ours = event.is_ok_and(|e| {
+            !matches!(e.kind, notify::EventKind::Access(_)) && e.paths.iter().any(|p| p.file_name() == Some(&name))
+        });
+        if ours {
+            touched.notify_one();
+        }
+    };
+    let mut watcher = notify::recommended_watcher(told).ok()?;
+    watcher.watch(path.parent()?, RecursiveMode::NonRecursive).ok()?;
+    Some(watcher)
+}
+
+/// What tells one state of a file from another without reading it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Stamp {
+    modified: SystemTime,
+    size: u64,
+    inode: u64,
+}
+
+struct Reader {
+    file: Arc<File>,
+    seen: Option<Stamp>,
+    /// A hash of the text that was looked at last.
+    seen_text: Option<u64>,
+    /// What was reported about the file and still holds.
+    trouble: Option<String>,
+    served: bool,
+}
+
+impl Reader {
+    /// What there is to say about the file now; nothing when it did not change.
+    fn look(&mut self) -> Vec<Change> {
+        match self.load() {
+            Ok(None) => Vec::new(),
+            Ok(Some((entries, revision))) => {
+                let mut said = Vec::new();
+                if self.trouble.take().is_some() {
+                    said.push(Change::Refused { key: self.file.shown.clone(), message: None });
+                    said.push(Change::Found);
+                }
+                tracing::info!("config file {} reloaded.", self.file.path.display());
+                self.served = true;
+                said.push(Change::All { entries, revision });
+                said
+            }
+            Err(e) => self.report(e.to_string()),
+        }
+    }
+
+    fn report(&mut self, message: String) -> Vec<Change> {
+        if self.trouble.as_ref() == Some(&message) {
+            return Vec::new();
+        }
+        self.trouble = Some(message.clone());
+        let refused = Change::Refused { key: self.file.shown.clone(), message: Some(message.clone()) };
+        vec![refused, Change::Lost { reason: message }]
+    }
+
+    fn load(&mut self) -> Result<Option<(Vec<Entry>, i64)>> {
+        let file = &self.file;
+        let unreadable = |e: io::Error| Error::config(Kind::Io).cause(e).context(format!("read {}", file.shown));
+        let stamp = stamp(&file.path).map_err(unreadable).inspect_err(|_| self.seen = None)?;
+        if self.seen == Some(stamp) {
+            return Ok(None);
+        }
+        let text = fs::read_to_string(&file.path).map_err(unreadable)?;
+        self.seen = Some(stamp);
+        let mut hasher = DefaultHasher::new();
+        text.hash(&mut hasher);
+        // The file may have been away meanwhile, and be back as it was: then the trouble is over.
+        if self.seen_text.replace(hasher.finish()) == Some(hasher.finish()) && self.trouble.is_none() {
+            return Ok(None);
+        }
+        let texts = entries_of(&text, file.format, &|name| std::env::var(name).ok())?;
+        Ok(Some(file.take_over(texts, stamp.modified)))
+    }
+}
+
+fn stamp(path: &Path) -> io::Result<Stamp> {
+    use std::os::unix::fs::MetadataExt;
+    let meta = fs::metadata(path)?;
+    Ok(Stamp { modified: meta.modified()?, size: meta.len(), inode: meta.ino() })
+}
+
+/// Key -> JSON text of everything in the file.
+fn entries_of(
+    text: &str,
+    format: Format,
+    env: &dyn Fn(&str) -> Option<String>,
+) -> Result<BTreeMap<Arc<str>, Arc<str>>> {
+    let mut document = match format {
+        Format::Yaml => parse_yaml(text)?,
+        Format::Json => serde_json::from_str(text).map_err(|e| malformed(e.to_string()))?,
+    };
+    substitute(&mut document, env)?;
+    let mut entries = BTreeMap::new();
+    let sections = match document {
+        Value::Object(sections) => sections,
+        Value::Null => Map::new(),
+        _ => return Err(malformed("the top level must be a table of resources".to_owned())),
+    };
+    for (name, section) in sections {
+        if name == "plugins" {
+            entries.insert("/plugins".into(), section.to_string().into());
+        } else if let Some(kind) = model::Kind::ALL.into_iter().find(|k| k.plural() == name) {
+            add_section(kind, section, &mut entries)?;
+        }
+    }
+    Ok(entries)
+}
+
+fn malformed(what: String) -> Error {
+    Error::config(Kind::Malformed).context(what)
+}
+
+fn parse_yaml(text: &str) -> Result<Value> {
+    if text.trim_end().lines().next_back().is_none_or(|last| last.trim() != "#END") {
+        return Err(malformed("not read: its last line must be #END".to_owned()));
+    }
+    let mut value: serde_norway::Value = serde_norway::from_str(text).map_err(|e| malformed(e.to_string()))?;
+    value.apply_merge().map_err(|e| malformed(e.to_string()))?;
+    json_of(value)
+}
+
+/// Keys become text, as in JSON: `nodes: {8080: 1}`.
+fn json_of(value: serde_norway::Value) -> Result<Value> {
+    use serde_norway::Value as Yaml;
+    Ok(match value {
+        Yaml::Null => Value::Null,
+        Yaml::Bool(b) => Value::Bool(b),
+        Yaml::String(s) => Value::String(s),
+        Yaml::Number(n) => serde_json::to_value(n).map_err(|e| malformed(e.to_string()))?,
+        Yaml::Sequence(items) => Value::Array(items.into_iter().map(json_of).collect::<Result<_>>()?),
+        Yaml::Tagged(tagged) => json_of(tagged.value)?,
+        Yaml::Mapping(pairs) => {
+            let mut map = Map::new();
+            for (key, value) in pairs {
+                let key = match json_of(key)? {
+                    Value::String(s) => s,
+                    plain @ (Value::Number(_) | Value::Bool(_)) => plain.to_string(),
+                    _ => return Err(malformed("a key must be text".to_owned())),
+                };
+                map.insert(key, json_of(value)?);
+            }
+            Value::Object(map)
+        }
+    })
+}
+
+fn add_section(kind: model::Kind, section: Value, entries: &mut BTreeMap<Arc<str>, Arc<str>>) -> Result<()> {
+    let items = match section {
+        Value::Array(items) => items,
+        Value::Null => return Ok(()),
+        Value::Object(map) if map.is_empty() => return Ok(()),
+        _ => return Err(malformed(format!("{} must be a list", kind.plural()))),
+    };
+    for (i, mut item) in items.into_iter().enumerate() {
+        let id = id_of(kind, &item).unwrap_or_else(|| format!("arr_{}", i + 1));
+        if let Value::Object(map) = &mut item {
+            if kind != model::Kind::Consumer {
+                map.entry("id").or_insert_with(|| id.clone().into());
+            }
+            // `key-auth:` with nothing after it is a plugin without settings.
+            if let Some(Value::Object(plugins)) = map.get_mut("plugins") {
+                plugins.values_mut().filter(|v| v.is_null()).for_each(|v| *v = Value::Object(Map::new()));
+            }
+        }
+        let key = format!("/{}/{id}", kind.plural());
+        if entries.insert(key.as_str().into(), item.to_string().into()).is_some() {
+            tracing::warn!("{key} stands in the file more than once: the last one counts");
+        }
+    }
+    Ok(())
+}
+
+fn id_of(kind: model::Kind, item: &Value) -> Option<String> {
+    let named = match &item["id"] {
+        Value::Null if kind == model::Kind::Consumer => &item["username"],
+        Value::Null if kind == model::Kind::PluginSource => &item["name"],
+        id => id,
+    };
+    match named {
+        Value::String(s) if !s.is_empty() => Some(s.clone()),
+        Value::Number(n) => Some(n.to_string()),
+        _ => None,
+    }
+}
+
+/// Replaces `${{VAR}}` and `${{VAR:=default}}` in values and keys. A value that becomes a number or a boolean by it is
+/// one.
+fn substitute(value: &mut Value, env: &dyn Fn(&str) -> Option<String>) -> Result<()> {
+    match value {
+        Value::String(s) => {
+            if let Some(new) = expand(s, env)? {
+                *value = typed(new);
+            }
+        }
+        Value::Array(items) => items.iter_mut().try_for_each(|v| substitute(v, env))?,
+        Value::Object(map) => {
+            map.values_mut().try_for_each(|v| substitute(v, env))?;
+            if map.keys().any(|k| k.contains("${{")) {
+                let mut renamed = Map::new();
+                for (key, v) in std::mem::take(map) {
+                    renamed.insert(expand(&key, env)?.unwrap_or(key), v);
+                }
+                *map = renamed;
+            }
+        }
+        _ => {}
+    }
+    Ok(())
+}
+
+/// `None`: nothing to replace.
+fn expand(text: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<Option<String>> {
+    let mut rest = text;
+    let mut out = String::new();
+    let mut changed = false;
+    while let Some((before, after)) = rest.split_once("${{") {
+        let Some((inner, tail)) = after.split_once("}}") else { break };
+        let (name, default) = match inner.split_once(":=") {
+            Some((name, default)) => (name.trim(), Some(default.trim())),
+            None => (inner.trim(), None),
+        };
+        let found = env(name).or_else(|| default.map(str::to_owned));
+        let found = found.ok_or_else(|| malformed(format!("can't find environment variable {name}")))?;
+        out.push_str(before);
+        out.push_str(&found);
+        rest = tail;
+        changed = true;
+    }
+    out.push_str(rest);
+    Ok(changed.then_some(out))
+}
+
+fn typed(text: String) -> Value {
+    match text.as_str() {
+        "true" => return Value::Bool(true),
+        "false" => return Value::Bool(false),
+        _ => {}
+    }
+    let exact = text.parse::<f64>().is_ok_and(|n| n.is_finite() && n.abs() < MAX_EXACT);
+    match serde_json::from_str(&text) {
+        Ok(Value::Number(n)) if exact => Value::Number(n),
+        _ => Value::String(text),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::mpsc;
+
+    use super::*;
+
+    fn yaml(text: &str) -> Result<BTreeMap<Arc<str>, Arc<str>>> {
+        let env = |name: &str| match name {
+            "HOST" => Some("127.0.0.1".to_owned()),
+            "PORT" => Some("80".to_owned()),
+            "BIG" => Some("356002209726529540".to_owned()),
+            _ => None,
+        };
+        entries_of(text, Format::Yaml, &env)
+    }
+
+    #[test]
+    fn makes_entries_of_every_section() {
+        let entries = yaml(
+            "routes:\n  - uri: /a\n    plugins:\n      key-auth:\n  - id: 7\n    uri: /b\nconsumers:\n  - username: jack\n  \
+             - id: rose/credentials/c1\nplugin_metadata:\n  - id: http-logger\nplugins:\n  - name: key-auth\nunknown: 1\n#END\n",
+        )
+        .unwrap();
+        let keys: Vec<_> = entries.keys().map(|k| &**k).collect();
+        let expected = [
+            "/consumers/jack",
+            "/consumers/rose/credentials/c1",
+            "/plugin_metadata/http-logger",
+            "/plugins",
+            "/routes/7",
+            "/routes/arr_1",
+        ];
+        assert_eq!(keys, expected);
+        assert_eq!(&*entries["/routes/arr_1"], r#"{"uri":"/a","plugins":{"key-auth":{}},"id":"arr_1"}"#);
+        assert_eq!(&*entries["/routes/7"], r#"{"id":7,"uri":"/b"}"#);
+        assert_eq!(&*entries["/consumers/jack"], r#"{"username":"jack"}"#);
+    }
+
+    #[test]
+    fn replaces_variables_in_values_and_keys() {
+        let entries = yaml(
+            "routes:\n  - id: 1\n    status: ${{PORT}}\n    uri: ${{ PATH_ :=/x }}\n    desc: ${{BIG}}\n    nodes:\n      \
+             \"${{HOST}}:${{PORT}}\": 1\n#END",
+        )
+        .unwrap();
+        let expected = r#"{"id":1,"status":80,"uri":"/x","desc":"356002209726529540","nodes":{"127.0.0.1:80":1}}"#;
+        assert_eq!(&*entries["/routes/1"], expected);
+        let e = yaml("routes:\n  - uri: ${{NOT_SET}}\n#END").unwrap_err();
+        assert_eq!(e.to_string(), "can't find environment variable NOT_SET");
+    }
+
+    #[test]
+    fn refuses_what_is_not_whole() {
+        for (text, why) in [
+            ("routes: []\n", "#END"),
+            ("routes: []\n#END\nservices: []", "#END"),
+            ("routes: [\n#END", "line"),
+            ("- a\n#END", "top level"),
+            ("routes: 1\n#END", "routes must be a list"),
+        ] {
+            let e = yaml(text).unwrap_err().to_string();
+            assert!(e.contains(why), "{text}: {e}");
+        }
+        assert!(yaml("#END").unwrap().is_empty());
+        let json = entries_of(r#"{"routes":[{"id":"1"}]}"#, Format::Json, &|_| None).unwrap();
+        assert_eq!(json.len(), 1);
+    }
+
+    async fn next(rx: &mut mpsc::Receiver<Change>) -> Change {
+        tokio::time::timeout(Duration::from_secs(20), rx.recv()).await.unwrap().unwrap()
+    }
+
+    #[tokio::test]
+    async fn an_edit_is_picked_up_and_a_broken_file_is_reported_once() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("conf")).unwrap();
+        let path = dir.path().join("conf/apisix.yaml");
+        fs::write(&path, "routes:\n  - {id: 1, uri: /a}\n  - {id: 2, uri: /b}\n#END\n").unwrap();
+        let file = File::new(dir.path(), Format::Yaml);
+        let (tx, mut rx) = mpsc::channel(4);
+        tokio::spawn(file.clone().watch(tx));
+        let Change::All { entries, revision: first } = next(&mut rx).await else { panic!("no All") };
+        assert_eq!(entries.len(), 2);
+
+        fs::write(&path, "routes: [\n#END\n").unwrap();
+        let Change::Refused { key, message: Some(_) } = next(&mut rx).await else { panic!("not refused") };
+        assert_eq!(&*key, "conf/apisix.yaml");
+        let Change::Lost { .. } = next(&mut rx).await else { panic!("not lost") };
+
+        let new = dir.path().join("conf/.apisix.yaml.new");
+        fs::write(&new, "routes:\n  - {id: 1, uri: /a}\n  - {id: 2, uri: /c}\n#END\n").unwrap();
+        fs::rename(&new, &path).unwrap();
+        let Change::Refused { message: None, .. } = next(&mut rx).await else { panic!("still refused") };
+        let Change::Found = next(&mut rx).await else { panic!("not found") };
+        let Change::All { entries, revision } = next(&mut rx).await else { panic!("no All") };
+        assert!(revision > first);
+        assert_eq!((entries[0].mod_revision, entries[1].mod_revision), (first, revision));
+        assert_eq!(&*file.get("/routes/2").await.unwrap().unwrap().value, r#"{"id":2,"uri":"/c"}"#);
+        let refused = file.put("/routes/1", String::new(), Condition::Always, None).await.unwrap_err();
+        assert!(refused.to_string().contains("edit that file"), "{refused}");
+    }
+}

@@ -23,7 +23,10 @@ pub use published::Published;
 pub use snapshot::Snapshot;
 pub use source::{SourceState, SourceStatus};
 
-use crate::error::Result;
+use crate::{
+    conf::Config,
+    error::{Error, Kind, Result},
+};
 
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
@@ -52,6 +55,34 @@ pub struct Written {
     pub previous: Option<Entry>,
     /// The store's revision after the write: `Published::reached` waits for it.
     pub revision: i64,
+}
+
+/// Where the embedded store and the last good state of the others live, relative to the prefix.
+const EMBEDDED_FILE: &str = "data/moongate.redb";
+const LAST_GOOD_FILE: &str = "data/last_good.redb";
+
+/// Where the last good state is kept on disk.
+pub fn last_good_path(config: &Config) -> std::path::PathBuf {
+    config.prefix.join(LAST_GOOD_FILE)
+}
+
+/// The store that `deployment` names.
+pub fn open(config: &Config) -> Result<Arc<dyn Store>> {
+    let deployment = &config.json["deployment"];
+    let role = deployment["role"].as_str().unwrap_or("traditional");
+    let provider = deployment[format!("role_{role}")]["config_provider"].as_str().unwrap_or("embedded");
+    Ok(match (provider, role) {
+        ("embedded", _) => embedded::Embedded::open(&config.prefix.join(EMBEDDED_FILE))?,
+        ("etcd", _) => etcd::Etcd::new(etcd::EtcdConfig::from_json(&config.json, &config.prefix)?),
+        ("yaml", "data_plane") => file::File::new(&config.prefix, file::Format::Yaml),
+        ("json", "data_plane") => file::File::new(&config.prefix, file::Format::Json),
+        _ => {
+            return Err(Error::config(Kind::Invalid).context(format!(
+                "deployment.role_{role}.config_provider: {provider} does not go with this role; use embedded, etcd, or \
+                 role: data_plane with yaml or json"
+            )));
+        }
+    })
 }
 
 /// Reads and writes of the Admin API. A write that was answered survives SIGKILL.
