@@ -75,7 +75,8 @@ impl File {
                 let old = loaded.entries.get(&key);
                 let unchanged = old.filter(|e| e.value == value).map(|e| e.mod_revision);
                 let create_revision = old.map_or(revision, |e| e.create_revision);
-                let entry = Entry { key: key.clone(), value, create_revision, mod_revision: unchanged.unwrap_or(revision) };
+                let entry =
+                    Entry { key: key.clone(), value, create_revision, mod_revision: unchanged.unwrap_or(revision) };
                 (key, entry)
             })
             .collect();
@@ -111,13 +112,7 @@ impl Store for File {
         })
     }
 
-    fn put<'a>(
-        &'a self,
-        _: &'a str,
-        _: String,
-        _: Condition,
-        _: Option<u64>,
-    ) -> BoxFuture<'a, Result<Written>> {
+    fn put<'a>(&'a self, _: &'a str, _: String, _: Condition, _: Option<u64>) -> BoxFuture<'a, Result<Written>> {
         Box::pin(async move { Err(self.read_only()) })
     }
 
