@@ -705,3 +705,272 @@ fn plugin_names(text: &str) -> std::result::Result<Arc<[Box<str>]>, String> {
     let list: Vec<Listed> = serde_json::from_str(text).map_err(|e| format!("invalid list of plugins: {e}"))?;
     Ok(list.into_iter().filter(|p| !p.stream).map(|p| p.name).collect())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{cell::Cell, net::IpAddr, rc::Rc, time::Instant};
+
+    use serde_json::json;
+
+    use super::*;
+    use crate::{model::Keyring, router::Facts, store::parser};
+
+    /// Knows the plugins `key-auth` and, once loaded, what stands in plugin_sources; refuses confs with `bad`.
+    #[derive(Default)]
+    struct Checker {
+        checks: Rc<Cell<usize>>,
+        uploaded: std::cell::RefCell<HashSet<String>>,
+    }
+
+    impl PluginChecker for Checker {
+        fn check(&self, plugin: &str, conf: &str, _: PluginSchema) -> Result<(), Refusal> {
+            self.checks.set(self.checks.get() + 1);
+            match plugin {
+                _ if conf.contains("bad") => Err(Refusal::Invalid("bad is not good".to_owned())),
+                "key-auth" | "http-logger" => Ok(()),
+                _ if self.uploaded.borrow().contains(plugin) => Ok(()),
+                _ => Err(Refusal::Unknown),
+            }
+        }
+
+        fn reload(&self, snapshot: &Snapshot) {
+            *self.uploaded.borrow_mut() = snapshot.plugin_sources.keys().map(|id| id.to_string()).collect();
+        }
+    }
+
+    fn builder() -> (Builder, Rc<Cell<usize>>) {
+        let checker = Checker::default();
+        let checks = checker.checks.clone();
+        let parser = parser(Arc::new(Keyring::default()), None);
+        (Builder::new(parser, Some(Box::new(checker)), RouterKind::default(), true), checks)
+    }
+
+    fn entry(key: &str, revision: i64, value: serde_json::Value) -> Entry {
+        Entry { key: key.into(), value: value.to_string().into(), create_revision: revision, mod_revision: revision }
+    }
+
+    fn put(b: &mut Builder, key: &str, revision: i64, value: serde_json::Value) -> Journal {
+        b.change(vec![(key.into(), Some(entry(key, revision, value)))], revision)
+    }
+
+    fn delete(b: &mut Builder, key: &str, revision: i64) {
+        b.change(vec![(key.into(), None)], revision);
+    }
+
+    fn upstream() -> serde_json::Value {
+        json!({"type": "roundrobin", "nodes": {"127.0.0.1:80": 1}})
+    }
+
+    fn route(uri: &str) -> serde_json::Value {
+        json!({"uri": uri, "upstream": upstream()})
+    }
+
+    struct Asked<'a>(&'a str, &'a str);
+
+    impl Facts for Asked<'_> {
+        fn host(&self) -> &[u8] {
+            self.0.as_bytes()
+        }
+        fn path(&self) -> &[u8] {
+            self.1.as_bytes()
+        }
+        fn method(&self) -> &[u8] {
+            b"GET"
+        }
+        fn remote(&self) -> IpAddr {
+            [127, 0, 0, 1].into()
+        }
+        fn var(&self, _: &str) -> Option<std::borrow::Cow<'_, [u8]>> {
+            None
+        }
+        fn vars(&self, _: &crate::expr::Expr) -> bool {
+            true
+        }
+        fn filter(&self, _: &Arc<Object<Route>>) -> bool {
+            true
+        }
+    }
+
+    fn found(s: &Snapshot, host: &str, path: &str) -> Option<String> {
+        s.router.find(&Asked(host, path)).map(|f| f.route().id.to_string())
+    }
+
+    #[test]
+    fn what_did_not_change_keeps_its_uid_across_a_reload() {
+        let (mut b, _) = builder();
+        let entries = vec![entry("/routes/1", 1, route("/a")), entry("/routes/2", 2, route("/b"))];
+        b.replace(entries.clone(), 2);
+        let one = b.take().unwrap();
+        assert_eq!((one.version, one.revision, one.routes.len()), (1, 2, 2));
+        assert!(b.take().is_none(), "nothing new");
+        b.replace(entries, 2);
+        assert!(b.take().is_none(), "still nothing new");
+        b.replace(vec![entry("/routes/1", 1, route("/a")), entry("/routes/3", 5, route("/c"))], 5);
+        let two = b.take().unwrap();
+        assert_eq!(one.routes["1"].uid, two.routes["1"].uid);
+        assert_eq!(found(&two, "x", "/a").as_deref(), Some("1"));
+        assert_eq!(found(&two, "x", "/b"), None);
+        assert_eq!(found(&two, "x", "/c").as_deref(), Some("3"));
+        assert_eq!(found(&one, "x", "/b").as_deref(), Some("2"), "an old snapshot stays as it was");
+    }
+
+    #[test]
+    fn an_invalid_version_leaves_the_last_valid_one_serving_and_shows_as_an_error() {
+        let (mut b, _) = builder();
+        put(&mut b, "/routes/1", 1, route("/a"));
+        put(&mut b, "/routes/1", 2, json!({"uri": 7}));
+        put(&mut b, "/routes/2", 3, json!({"nonsense": true}));
+        put(&mut b, "/routes/3", 4, json!({"uri": "/c", "upstream": upstream(), "plugins": {"nope": {}}}));
+        let not_text = Entry { value: NOT_UTF8.into(), ..entry("/routes/4", 5, json!(null)) };
+        let journal = b.change(vec![("/routes/4".into(), Some(not_text))], 5);
+        assert!(matches!(journal, Journal::Changes { changes, .. } if changes.is_empty()));
+        let s = b.take().unwrap();
+        assert_eq!(found(&s, "x", "/a").as_deref(), Some("1"));
+        assert_eq!(s.routes.len(), 1);
+        let mut errors: Vec<_> = s.errors.values().map(|e| (&*e.key, e.revision, e.message.as_str())).collect();
+        errors.sort_unstable();
+        assert_eq!(errors.len(), 4);
+        assert_eq!(errors[2], ("/routes/3", 4, "unknown plugin [nope]"));
+        assert_eq!(errors[3], ("/routes/4", 5, "the value is not UTF-8 text"));
+
+        put(&mut b, "/routes/1", 6, route("/a2"));
+        delete(&mut b, "/routes/2", 7);
+        let s = b.take().unwrap();
+        assert_eq!(found(&s, "x", "/a2").as_deref(), Some("1"));
+        assert_eq!(s.errors.len(), 2);
+    }
+
+    #[test]
+    fn routes_follow_the_hosts_of_their_service() {
+        let (mut b, _) = builder();
+        put(&mut b, "/routes/1", 1, json!({"uri": "/a", "service_id": "s"}));
+        put(&mut b, "/routes/2", 2, json!({"uri": "/b", "service_id": "s", "host": "own.com"}));
+        put(&mut b, "/services/s", 3, json!({"hosts": ["one.com"], "upstream": upstream()}));
+        let s = b.take().unwrap();
+        assert_eq!(found(&s, "one.com", "/a").as_deref(), Some("1"));
+        assert_eq!(found(&s, "two.com", "/a"), None);
+        assert_eq!(found(&s, "own.com", "/b").as_deref(), Some("2"));
+        put(&mut b, "/services/s", 4, json!({"hosts": ["two.com"], "upstream": upstream()}));
+        let s = b.take().unwrap();
+        assert_eq!(found(&s, "one.com", "/a"), None);
+        assert_eq!(found(&s, "two.com", "/a").as_deref(), Some("1"));
+        delete(&mut b, "/services/s", 5);
+        assert_eq!(found(&b.take().unwrap(), "any.com", "/a").as_deref(), Some("1"));
+        put(&mut b, "/routes/1", 6, route("/a"));
+        delete(&mut b, "/routes/2", 7);
+        assert!(b.routes_of_service.is_empty());
+        assert!(b.take().unwrap().router.len() == 1);
+    }
+
+    #[test]
+    fn an_uploaded_plugin_lets_in_what_was_refused_for_want_of_it() {
+        let (mut b, _) = builder();
+        let user = json!({"uri": "/a", "upstream": upstream(), "plugins": {"mine": {}}});
+        put(&mut b, "/routes/1", 1, user);
+        let s = b.take().unwrap();
+        assert_eq!((s.errors.len(), s.plugins_generation), (1, 1));
+        let journal = put(&mut b, "/plugin_sources/mine", 2, json!({"source": "return {}"}));
+        assert!(matches!(journal, Journal::Changes { changes, .. } if changes.len() == 2));
+        let s = b.take().unwrap();
+        assert_eq!((s.errors.len(), s.plugins_generation, s.routes.len()), (0, 2, 1));
+        b.reload_plugins();
+        assert_eq!(b.take().unwrap().plugins_generation, 3);
+        put(&mut b, "/plugins", 4, json!([{"name": "key-auth"}, {"name": "mqtt-proxy", "stream": true}]));
+        let s = b.take().unwrap();
+        assert_eq!(s.plugin_names.as_deref(), Some(&["key-auth".into()][..]));
+        assert_eq!(s.plugins_generation, 4);
+        delete(&mut b, "/plugins", 5);
+        let s = b.take().unwrap();
+        assert_eq!((s.plugin_names, s.plugins_generation), (None, 5));
+    }
+
+    #[test]
+    fn the_same_conf_is_checked_once_per_generation() {
+        let (mut b, checks) = builder();
+        for i in 0..10 {
+            let r = json!({"uri": format!("/{i}"), "upstream": upstream(), "plugins": {"key-auth": {}}});
+            put(&mut b, &format!("/routes/{i}"), i + 1, r);
+        }
+        assert_eq!(checks.get(), 1);
+        put(&mut b, "/plugin_metadata/http-logger", 11, json!({"log_format": {"bad": "x"}}));
+        assert_eq!(checks.get(), 2);
+        let s = b.take().unwrap();
+        let error = &s.errors["/plugin_metadata/http-logger"].message;
+        assert!(error.contains("failed to check the configuration of plugin http-logger err: bad"), "{error}");
+    }
+
+    #[test]
+    fn the_oldest_claim_to_an_auth_key_wins_and_is_inherited() {
+        let (mut b, _) = builder();
+        let jack = json!({"username": "jack", "plugins": {"key-auth": {"key": "k"}}});
+        let rose = json!({"username": "rose", "plugins": {"key-auth": {"key": "k"}}});
+        let key = AuthKey { plugin: "key-auth".into(), field: "key".into(), value: "k".into() };
+        let owner = |b: &mut Builder| {
+            let s = b.take().unwrap();
+            s.auth_index.get(&key).map(|(consumer, credential)| (consumer.to_string(), credential.is_some()))
+        };
+        put(&mut b, "/consumers/rose", 2, rose);
+        assert_eq!(owner(&mut b), Some(("rose".to_owned(), false)));
+        put(&mut b, "/consumers/jack", 1, jack);
+        assert_eq!(owner(&mut b), Some(("jack".to_owned(), false)), "jack is older");
+        put(&mut b, "/consumers/rose/credentials/c", 3, json!({"plugins": {"key-auth": {"key": "k"}}}));
+        assert_eq!(owner(&mut b), Some(("jack".to_owned(), false)));
+        delete(&mut b, "/consumers/jack", 4);
+        assert_eq!(owner(&mut b), Some(("rose".to_owned(), false)));
+        delete(&mut b, "/consumers/rose", 5);
+        assert_eq!(owner(&mut b), Some(("rose".to_owned(), true)));
+        delete(&mut b, "/consumers/rose/credentials/c", 6);
+        assert_eq!(owner(&mut b), None);
+        assert!(b.contested.is_empty());
+    }
+
+    #[test]
+    fn global_rules_stand_in_order_of_creation_and_odd_keys_are_ignored() {
+        let (mut b, _) = builder();
+        for (id, revision) in [("b", 2), ("a", 3), ("c", 1)] {
+            put(&mut b, &format!("/global_rules/{id}"), revision, json!({"plugins": {"key-auth": {}}}));
+        }
+        put(&mut b, "/data_plane/server_info/x", 4, json!({}));
+        let s = b.take().unwrap();
+        let ids: Vec<_> = s.global_rules.iter().map(|r| &*r.id).collect();
+        assert_eq!((ids, s.errors.len()), (vec!["c", "b", "a"], 0));
+        assert_ne!(s.global_rules_uid, 0);
+        b.replace(Vec::new(), 5);
+        assert_eq!(b.take().unwrap().global_rules_uid, 0);
+    }
+
+    #[test]
+    fn a_parser_that_panics_refuses_the_object() {
+        let parser: Parser = Arc::new(|_, _, _| panic!("overlooked"));
+        let mut b = Builder::new(parser, None, RouterKind::default(), false);
+        put(&mut b, "/routes/1", 1, route("/a"));
+        assert_eq!(b.take().unwrap().errors.len(), 1);
+    }
+
+    fn rss_kb() -> usize {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let line = status.lines().find(|l| l.starts_with("VmRSS")).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    }
+
+    #[test]
+    #[ignore = "measurement: cargo test --release --lib store::builder -- --ignored --nocapture"]
+    fn loads_100_000_routes() {
+        let entries: Vec<_> = (0..100_000)
+            .map(|i| entry(&format!("/routes/{i}"), i + 1, route(&format!("/api/v1/{}/{i}", i % 100))))
+            .collect();
+        let (before, start) = (rss_kb(), Instant::now());
+        let (mut b, _) = builder();
+        drop(b.replace(entries, 100_000));
+        let s = b.take().unwrap();
+        let took = start.elapsed();
+        assert_eq!(s.routes.len(), 100_000);
+        println!("100,000 routes: {took:?}, {} KB more RSS", rss_kb() - before);
+        let start = Instant::now();
+        for i in 0..1000 {
+            put(&mut b, "/routes/5", 200_000 + i, route("/api/v1/changed"));
+            b.take().unwrap();
+        }
+        println!("one change: {:?}", start.elapsed() / 1000);
+    }
+}

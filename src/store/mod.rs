@@ -10,6 +10,7 @@ pub mod embedded;
 pub mod etcd;
 pub mod file;
 mod last_good;
+mod parser;
 pub mod pipeline;
 pub mod published;
 pub mod snapshot;
@@ -18,6 +19,7 @@ pub mod source;
 use std::{future::Future, pin::Pin, sync::Arc};
 
 pub use builder::{Item, Parser, PluginChecker, PluginSchema, Refusal};
+pub use parser::parser;
 pub use pipeline::{Handle, Pipeline, Setup, Started, start};
 pub use published::Published;
 pub use snapshot::Snapshot;
