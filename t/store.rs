@@ -1,0 +1,432 @@
+//! The stores against the real thing: an etcd that is killed, stopped, compacted and replaced; a process that is killed
+//! while it writes.
+
+use std::{
+    io::{BufRead, BufReader},
+    net::TcpListener,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use moongate::{
+    model::Keyring,
+    router::RouterKind,
+    store::{
+        Change, Condition, Setup, Snapshot, Started, Store,
+        embedded::Embedded,
+        etcd::{Etcd, EtcdConfig},
+        parser, start,
+    },
+};
+use serde_json::json;
+use tokio::{
+    io::copy_bidirectional,
+    net::TcpStream,
+    sync::{mpsc, watch},
+    task::LocalSet,
+    time::timeout,
+};
+
+/// No fact takes this long to come true on a machine that works.
+const DEADLINE: Duration = Duration::from_secs(30);
+
+/// An etcd of the test's own.
+struct EtcdServer {
+    child: Child,
+    dir: PathBuf,
+    ports: [u16; 2],
+}
+
+impl EtcdServer {
+    fn start(dir: &Path) -> Self {
+        Self::start_on(dir, [free_port(), free_port()])
+    }
+
+    fn start_on(dir: &Path, ports: [u16; 2]) -> Self {
+        let [client, peer] = ports.map(|p| format!("http://127.0.0.1:{p}"));
+        let child = Command::new("etcd")
+            .args(["--data-dir", dir.to_str().unwrap(), "--log-level", "error"])
+            .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
+            .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
+            .args(["--initial-cluster", &format!("default={peer}")])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("etcd (Debian: etcd-server) must be installed");
+        EtcdServer { child, dir: dir.to_owned(), ports }
+    }
+
+    fn port(&self) -> u16 {
+        self.ports[0]
+    }
+
+    fn kill(mut self) -> (PathBuf, [u16; 2]) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        (self.dir.clone(), self.ports)
+    }
+
+    fn signal(&self, signal: i32) {
+        // SAFETY: kill(2) on a child that has not been waited for.
+        assert_eq!(unsafe { libc::kill(self.child.id() as i32, signal) }, 0);
+    }
+
+    async fn client(&self) -> etcd_client::Client {
+        etcd_client::Client::connect([format!("127.0.0.1:{}", self.port())], None).await.unwrap()
+    }
+
+    /// A store on it, once it answers.
+    async fn store(&self) -> Arc<Etcd> {
+        let store = store_at(self.port());
+        until("etcd answers", async || store.list("/").await.is_ok()).await;
+        store
+    }
+}
+
+impl Drop for EtcdServer {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+fn store_at(port: u16) -> Arc<Etcd> {
+    let config = json!({"deployment": {"etcd": {"host": [format!("http://127.0.0.1:{port}")], "timeout": 5}}});
+    Etcd::new(EtcdConfig::from_json(&config, Path::new("/")).unwrap())
+}
+
+/// Asks until it is so.
+async fn until(fact: &str, mut is_so: impl AsyncFnMut() -> bool) {
+    let asked = timeout(DEADLINE, async {
+        while !is_so().await {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    });
+    asked.await.unwrap_or_else(|_| panic!("never: {fact}"));
+}
+
+async fn served(started: &Started, fact: &str, is_so: impl Fn(&Snapshot) -> bool) {
+    let mut published = started.published.subscribe();
+    let waited = timeout(DEADLINE, async {
+        while !is_so(&started.published.load()) {
+            let _ = timeout(Duration::from_millis(50), published.changed()).await;
+        }
+    });
+    waited.await.unwrap_or_else(|_| panic!("never served: {fact}"));
+}
+
+async fn gateway(store: Arc<dyn Store>, dir: &Path) -> Started {
+    let setup = Setup {
+        parser: parser(Arc::new(Keyring::default()), None),
+        checker: None,
+        router: RouterKind::default(),
+        last_good: Some(dir.join("last_good.redb")),
+    };
+    timeout(DEADLINE, start(store, setup)).await.expect("starts").unwrap()
+}
+
+fn route(uri: &str) -> String {
+    json!({"uri": uri, "upstream": {"type": "roundrobin", "nodes": {"127.0.0.1:80": 1}}}).to_string()
+}
+
+async fn put(store: &dyn Store, key: &str, value: String) -> i64 {
+    store.put(key, value, Condition::Always, None).await.unwrap().revision
+}
+
+#[tokio::test]
+async fn reads_what_apisix_wrote_and_follows_the_changes_of_other_nodes() {
+    let dir = tempfile::tempdir().unwrap();
+    let etcd = EtcdServer::start(&dir.path().join("etcd"));
+    let other = etcd.store().await;
+    let mut raw = etcd.client().await;
+    for directory in ["/apisix/routes/", "/apisix/routes", "/apisix/upstreams/"] {
+        raw.put(directory, "init_dir", None).await.unwrap();
+    }
+    raw.put("/apisix/routes/1", route("/a"), None).await.unwrap();
+    raw.put("/apisix/routes/bytes", vec![0xff, 0xfe], None).await.unwrap();
+    raw.put("/elsewhere/routes/2", route("/b"), None).await.unwrap();
+    LocalSet::new()
+        .run_until(async {
+            let node = gateway(etcd.store().await, dir.path()).await;
+            let s = node.published.load();
+            assert_eq!(s.routes.keys().map(|k| &**k).collect::<Vec<_>>(), ["1"]);
+            assert_eq!(s.errors["/routes/bytes"].message, "the value is not UTF-8 text");
+            assert!(node.source.load().connected);
+
+            let revision = put(&*other, "/routes/2", route("/b")).await;
+            timeout(DEADLINE, node.published.reached(revision)).await.expect("the write is served");
+            let two = node.published.load().routes["2"].clone();
+            assert_eq!((two.create_revision, two.mod_revision), (revision, revision));
+
+            let again = other.put("/routes/2", route("/c"), Condition::Unmodified(revision), None).await.unwrap();
+            assert_eq!(again.entry.create_revision, revision);
+            assert_eq!(again.previous.unwrap().mod_revision, revision);
+            let late = other.put("/routes/2", route("/d"), Condition::Unmodified(revision), None).await.unwrap_err();
+            assert_eq!(late.kind(), moongate::error::Kind::Conflict);
+            let late = other.delete("/routes/2", Condition::Unmodified(revision)).await.unwrap_err();
+            assert_eq!(late.kind(), moongate::error::Kind::Conflict);
+
+            let (gone, revision) = other.delete("/routes/2", Condition::Always).await.unwrap().unwrap();
+            assert_eq!(gone.mod_revision, again.revision);
+            timeout(DEADLINE, node.published.reached(revision)).await.expect("the delete is served");
+            assert!(!node.published.load().routes.contains_key("2"));
+            assert!(other.delete("/routes/2", Condition::Always).await.unwrap().is_none());
+
+            other.put("/routes/short", route("/s"), Condition::Always, Some(1)).await.unwrap();
+            served(&node, "the route with a ttl", |s| s.routes.contains_key("short")).await;
+            served(&node, "that it expired", |s| !s.routes.contains_key("short")).await;
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn lists_more_than_a_page() {
+    let dir = tempfile::tempdir().unwrap();
+    let etcd = EtcdServer::start(&dir.path().join("etcd"));
+    let store = etcd.store().await;
+    let mut raw = etcd.client().await;
+    for chunk in 0..50 {
+        let puts: Vec<_> = (0..100)
+            .map(|i| etcd_client::TxnOp::put(format!("/apisix/routes/{:05}", chunk * 100 + i), route("/a"), None))
+            .collect();
+        raw.txn(etcd_client::Txn::new().and_then(puts)).await.unwrap();
+    }
+    let (entries, revision) = store.list("/routes/").await.unwrap();
+    assert_eq!((entries.len(), revision), (5000, 51));
+    assert!(entries.windows(2).all(|w| w[0].key < w[1].key));
+}
+
+#[tokio::test]
+async fn goes_on_while_etcd_is_dead_and_catches_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let etcd = EtcdServer::start(&dir.path().join("etcd"));
+    put(&*etcd.store().await, "/routes/1", route("/a")).await;
+    LocalSet::new()
+        .run_until(async {
+            let node = gateway(store_at(etcd.port()), dir.path()).await;
+            let uid = node.published.load().routes["1"].uid;
+            let (data, ports) = etcd.kill();
+            until("the loss is noticed", async || !node.source.load().connected).await;
+            assert_eq!(node.published.load().routes["1"].uid, uid);
+            let status = node.source.load();
+            assert!(status.stale_since.is_some() && status.last_error.is_some());
+            let refused = store_at(ports[0]).put("/routes/9", route("/"), Condition::Always, None).await.unwrap_err();
+            assert_eq!(refused.kind(), moongate::error::Kind::Unavailable);
+
+            let etcd = EtcdServer::start_on(&data, ports);
+            let revision = put(&*etcd.store().await, "/routes/2", route("/b")).await;
+            timeout(DEADLINE, node.published.reached(revision)).await.expect("caught up");
+            let s = node.published.load();
+            assert_eq!((s.routes.len(), s.routes["1"].uid), (2, uid));
+            until("it is known to be back", async || node.source.load().stale_since.is_none()).await;
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn starts_from_the_last_good_state_while_etcd_is_dead() {
+    let dir = tempfile::tempdir().unwrap();
+    let etcd = EtcdServer::start(&dir.path().join("etcd"));
+    let store = etcd.store().await;
+    put(&*store, "/routes/1", route("/a")).await;
+    put(&*store, "/routes/2", route("/b")).await;
+    LocalSet::new()
+        .run_until(async {
+            let node = gateway(store_at(etcd.port()), dir.path()).await;
+            // The valid version is what is kept.
+            let revision = put(&*store, "/routes/2", "{}".to_owned()).await;
+            timeout(DEADLINE, node.published.reached(revision)).await.unwrap();
+            assert!(node.published.load().routes.contains_key("2"));
+        })
+        .await;
+    // The set is gone, and with it the node.
+    let (data, ports) = etcd.kill();
+    LocalSet::new()
+        .run_until(async {
+            let node = gateway(store_at(ports[0]), dir.path()).await;
+            assert_eq!(node.published.load().routes.len(), 2);
+            let status = node.source.load();
+            assert!(!status.connected);
+            assert!(status.stale_since.unwrap() <= SystemTime::now());
+
+            let etcd = EtcdServer::start_on(&data, ports);
+            let revision = put(&*etcd.store().await, "/routes/3", route("/c")).await;
+            timeout(DEADLINE, node.published.reached(revision)).await.expect("caught up");
+            let s = node.published.load();
+            assert_eq!((s.routes.len(), s.errors.len()), (3, 1), "the refused version does not replace the good one");
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn starts_empty_when_there_is_no_last_good_state_either() {
+    let dir = tempfile::tempdir().unwrap();
+    LocalSet::new()
+        .run_until(async {
+            let node = gateway(store_at(free_port()), dir.path()).await;
+            assert!(node.published.load().routes.is_empty());
+            assert!(!node.source.load().connected);
+        })
+        .await;
+}
+
+/// Forwards to a port, until it is told not to.
+async fn gate(to: u16) -> (u16, watch::Sender<bool>) {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let (open, is_open) = watch::channel(true);
+    tokio::spawn(async move {
+        loop {
+            let Ok((mut from, _)) = listener.accept().await else { return };
+            let mut is_open = is_open.clone();
+            tokio::spawn(async move {
+                if !*is_open.borrow() {
+                    return;
+                }
+                let Ok(mut to) = TcpStream::connect(("127.0.0.1", to)).await else { return };
+                tokio::select! {
+                    _ = copy_bidirectional(&mut from, &mut to) => {}
+                    _ = is_open.wait_for(|open| !open) => {}
+                }
+            });
+        }
+    });
+    (port, open)
+}
+
+#[tokio::test]
+async fn reads_everything_again_when_what_it_missed_is_compacted() {
+    let dir = tempfile::tempdir().unwrap();
+    let etcd = EtcdServer::start(&dir.path().join("etcd"));
+    let direct = etcd.store().await;
+    put(&*direct, "/routes/1", route("/a")).await;
+    put(&*direct, "/routes/2", route("/b")).await;
+    let (port, open) = gate(etcd.port()).await;
+    LocalSet::new()
+        .run_until(async {
+            let node = gateway(store_at(port), dir.path()).await;
+            let uid = node.published.load().routes["1"].uid;
+            open.send(false).unwrap();
+            until("the loss is noticed", async || !node.source.load().connected).await;
+            direct.delete("/routes/2", Condition::Always).await.unwrap();
+            put(&*direct, "/routes/3", route("/c")).await;
+            let revision = put(&*direct, "/routes/4", route("/d")).await;
+            etcd.client().await.compact(revision, None).await.unwrap();
+            open.send(true).unwrap();
+            timeout(DEADLINE, node.published.reached(revision)).await.expect("caught up");
+            let s = node.published.load();
+            let mut ids: Vec<_> = s.routes.keys().map(|k| &**k).collect();
+            ids.sort_unstable();
+            assert_eq!(ids, ["1", "3", "4"]);
+            assert_eq!(s.routes["1"].uid, uid, "what did not change is not built anew");
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn notices_a_cluster_that_was_set_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let etcd = EtcdServer::start(&dir.path().join("etcd"));
+    let store = etcd.store().await;
+    for i in 0..10 {
+        put(&*store, "/routes/old", route(&format!("/{i}"))).await;
+    }
+    LocalSet::new()
+        .run_until(async {
+            let node = gateway(store_at(etcd.port()), dir.path()).await;
+            let (_, ports) = etcd.kill();
+            let etcd = EtcdServer::start_on(&dir.path().join("another"), ports);
+            put(&*etcd.store().await, "/routes/new", route("/n")).await;
+            served(&node, "the new cluster's routes", |s| s.routes.contains_key("new")).await;
+            assert_eq!(node.published.load().routes.len(), 1);
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn notices_an_etcd_that_hangs_without_closing_its_connections() {
+    let dir = tempfile::tempdir().unwrap();
+    let etcd = EtcdServer::start(&dir.path().join("etcd"));
+    put(&*etcd.store().await, "/routes/1", route("/a")).await;
+    LocalSet::new()
+        .run_until(async {
+            let node = gateway(store_at(etcd.port()), dir.path()).await;
+            etcd.signal(libc::SIGSTOP);
+            until("the hang is noticed", async || !node.source.load().connected).await;
+            assert_eq!(node.published.load().routes.len(), 1);
+            etcd.signal(libc::SIGCONT);
+            let revision = put(&*etcd.store().await, "/routes/2", route("/b")).await;
+            timeout(DEADLINE, node.published.reached(revision)).await.expect("caught up");
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn a_watch_ends_when_nobody_listens() {
+    let (tx, rx) = mpsc::channel::<Change>(1);
+    drop(rx);
+    timeout(DEADLINE, store_at(free_port()).watch(tx)).await.expect("ends");
+}
+
+const WRITER_FILE: &str = "MOONGATE_TEST_WRITER_FILE";
+const WRITER_ROUND: &str = "MOONGATE_TEST_WRITER_ROUND";
+
+/// Not a test: the process that `an_acknowledged_write_survives_sigkill` kills.
+#[tokio::test]
+#[ignore = "started by another test"]
+async fn writer_process() {
+    let Ok(file) = std::env::var(WRITER_FILE) else { return };
+    let round = std::env::var(WRITER_ROUND).unwrap();
+    let store = Embedded::open(Path::new(&file)).unwrap();
+    for i in 0_u64.. {
+        let (a, b) = (format!("/routes/{round}a{i}"), format!("/routes/{round}b{i}"));
+        let both = tokio::join!(
+            store.put(&a, i.to_string(), Condition::Always, None),
+            store.put(&b, i.to_string(), Condition::Always, None)
+        );
+        both.0.unwrap();
+        both.1.unwrap();
+        println!("acknowledged {i}");
+    }
+}
+
+#[tokio::test]
+async fn an_acknowledged_write_survives_sigkill() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("moongate.redb");
+    for round in 0..50_u64 {
+        let mut writer = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "writer_process", "--ignored", "--nocapture"])
+            .env(WRITER_FILE, &path)
+            .env(WRITER_ROUND, round.to_string())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let lines = BufReader::new(writer.stdout.take().unwrap()).lines();
+        let mut acknowledged = None;
+        for line in lines.map_while(Result::ok) {
+            let Some(i) = line.split("acknowledged ").nth(1) else { continue };
+            acknowledged = i.parse::<u64>().ok();
+            // Killed at a different moment each time; lines that are still in the pipe count too.
+            if acknowledged == Some(round % 13) {
+                writer.kill().unwrap();
+            }
+        }
+        writer.wait().unwrap();
+        let last = acknowledged.expect("the writer wrote");
+        let store = Embedded::open(&path).unwrap();
+        for i in 0..=last {
+            for key in [format!("/routes/{round}a{i}"), format!("/routes/{round}b{i}")] {
+                let entry = store.get(&key).await.unwrap().unwrap_or_else(|| panic!("{key} lost in round {round}"));
+                assert_eq!(*entry.value, *i.to_string());
+            }
+        }
+    }
+}
