@@ -9,6 +9,7 @@ pub mod deadline;
 pub mod framing;
 pub mod headers;
 mod random;
+pub mod status;
 pub mod vars;
 
 use std::{

@@ -4,8 +4,10 @@
 //! puts itself in as `x.client`, awaits the handler, takes itself back and goes on. Framing is strict: an
 //! ambiguous request is refused, never forwarded.
 
+mod answer;
 pub mod drain;
 pub mod h1;
+pub mod head;
 pub mod io;
 pub mod pool;
 pub mod settings;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::exchange::framing::HeadLimits;
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Settings {
     /// `large_client_header_buffers`: the longest line, and all of them together.
     pub head: HeadLimits,
