@@ -87,12 +87,7 @@ pub(super) async fn serve<H: Handler>(server: &Rc<Server<H>>, io: Io, conn: Rc<C
 }
 
 /// Answers a head that is none.
-async fn reject<H: Handler>(
-    server: &Server<H>,
-    mut client: Box<dyn Client>,
-    conn: &Rc<Connection>,
-    refusal: Refusal,
-) {
+async fn reject<H: Handler>(server: &Server<H>, mut client: Box<dyn Client>, conn: &Rc<Connection>, refusal: Refusal) {
     let mut x = server.pool.take(conn);
     if let Some(h1) = client.as_any().downcast_mut::<H1>() {
         head::salvage(h1.unread(), &mut x.request);
@@ -101,12 +96,7 @@ async fn reject<H: Handler>(
     refuse(server, client, x, refusal).await
 }
 
-async fn refuse<H: Handler>(
-    server: &Server<H>,
-    mut client: Box<dyn Client>,
-    mut x: Box<Exchange>,
-    refusal: Refusal,
-) {
+async fn refuse<H: Handler>(server: &Server<H>, mut client: Box<dyn Client>, mut x: Box<Exchange>, refusal: Refusal) {
     x.response.status = refusal.status;
     x.request.keep_alive = false;
     // As nginx: a client that was too slow is not told so, only logged.
