@@ -4,6 +4,7 @@
 
 pub mod apisix;
 pub mod cjson;
+pub mod regex;
 
 use std::ffi::c_int;
 
@@ -48,6 +49,7 @@ pub(crate) unsafe fn throw(l: *mut mlua::ffi::lua_State, raise: Raise) -> c_int 
 
 pub fn register(api: &mut Api) -> Result<()> {
     cjson::register(api)?;
+    regex::register(api)?;
     apisix::register(api)
 }
 
