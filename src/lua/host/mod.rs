@@ -4,6 +4,8 @@
 
 pub mod apisix;
 pub mod cjson;
+pub mod crypto;
+pub mod jwt;
 pub mod regex;
 
 use std::ffi::c_int;
@@ -49,6 +51,8 @@ pub(crate) unsafe fn throw(l: *mut mlua::ffi::lua_State, raise: Raise) -> c_int 
 
 pub fn register(api: &mut Api) -> Result<()> {
     cjson::register(api)?;
+    crypto::register(api)?;
+    jwt::register(api)?;
     regex::register(api)?;
     apisix::register(api)
 }

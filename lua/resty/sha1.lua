@@ -1,0 +1,3 @@
+--- sha1 in pieces (lua-resty-string).
+
+return require("moongate.digest")("sha1")

@@ -1,0 +1,3 @@
+--- sha256 in pieces (lua-resty-string).
+
+return require("moongate.digest")("sha256")

@@ -1,0 +1,3 @@
+--- sha384 in pieces (lua-resty-string).
+
+return require("moongate.digest")("sha384")

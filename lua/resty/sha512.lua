@@ -1,0 +1,3 @@
+--- sha512 in pieces (lua-resty-string).
+
+return require("moongate.digest")("sha512")
