@@ -980,7 +980,10 @@ mod tests {
             ("cjson.encode({[1] = 1, [100] = 1})", "Cannot serialise table: excessively sparse array"),
             ("cjson.encode({[true] = 1})", "Cannot serialise boolean: table key must be a number or string"),
             ("cjson.encode(0/0)", "Cannot serialise number: must not be NaN or Infinity"),
-            ("(function() local t = {} t[1] = t return cjson.encode(t) end)()", "Cannot serialise, excessive depth (1001)"),
+            (
+                "(function() local t = {} t[1] = t return cjson.encode(t) end)()",
+                "Cannot serialise, excessive depth (1001)",
+            ),
             ("cjson.decode('')", "Expected value but found T_END at character 1"),
             ("cjson.decode('{\"a\":}')", "Expected value but found T_OBJ_END at character 6"),
             ("cjson.decode('{\"a\" 1}')", "Expected colon but found T_NUMBER at character 6"),

@@ -1,9 +1,10 @@
 //! Digests, HMAC, AES, base64, CRC, random bytes: what `ngx.md5`, `resty.sha256`, `resty.aes` and their like stand on.
 
-use aes::cipher::{BlockDecryptMut, BlockEncryptMut, KeyInit, KeyIvInit, block_padding::Pkcs7, generic_array::GenericArray};
+use aes::cipher::{
+    BlockDecryptMut, BlockEncryptMut, KeyInit, KeyIvInit, block_padding::Pkcs7, generic_array::GenericArray,
+};
 use base64::{
-    Engine,
-    alphabet,
+    Engine, alphabet,
     engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig},
 };
 use md5::{Digest, Md5};
@@ -202,7 +203,8 @@ fn decode_base64url(s: &Stack) -> Answer {
 /// `(encrypt, mode, key, iv, text, padding)`; the key's length says which AES.
 fn aes_crypt(s: &Stack) -> Answer {
     let encrypt = s.boolean(1);
-    let (mode, key, iv, text) = (s.arg_bytes(2)?, s.arg_bytes(3)?, s.opt_bytes(4)?.unwrap_or_default(), s.arg_bytes(5)?);
+    let (mode, key, iv, text) =
+        (s.arg_bytes(2)?, s.arg_bytes(3)?, s.opt_bytes(4)?.unwrap_or_default(), s.arg_bytes(5)?);
     let padding = s.is_nil(6) || s.boolean(6);
     let done = match mode {
         b"cbc" => cbc(encrypt, key, iv, text, padding),
@@ -310,7 +312,10 @@ mod tests {
             ("ngx.md5('hello')", "5d41402abc4b2a76b9719d911017c592"),
             ("c.hex(ngx.md5_bin('hello'))", "5d41402abc4b2a76b9719d911017c592"),
             ("c.hex(ngx.sha1_bin('hello'))", "aaf4c61ddcc5e8a2dabede0f3b482cd9aea9434d"),
-            ("c.hex(ngx.hmac_sha1('Jefe', 'what do ya want for nothing?'))", "effcdf6ae5eb2fa2d27416d5f184df9c259a7c79"),
+            (
+                "c.hex(ngx.hmac_sha1('Jefe', 'what do ya want for nothing?'))",
+                "effcdf6ae5eb2fa2d27416d5f184df9c259a7c79",
+            ),
             ("c.hex(c.hmac('md5', 'Jefe', 'what do ya want for nothing?'))", "750c783e6ab0b503eaa86e310a5db738"),
             ("c.hex(c.digest('sha256', ''))", "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"),
             ("tostring(ngx.crc32_long('hello'))", "907060870"),
@@ -362,6 +367,9 @@ mod tests {
              return a:decrypt(a:encrypt('hello'))",
             "hello",
         );
-        check("local _, e = require('moongate.native').crypto.aes(false, 'cbc', ('k'):rep(16), ('i'):rep(16), 'short') return e", "failed to decrypt");
+        check(
+            "local _, e = require('moongate.native').crypto.aes(false, 'cbc', ('k'):rep(16), ('i'):rep(16), 'short') return e",
+            "failed to decrypt",
+        );
     }
 }

@@ -11,7 +11,12 @@ use crate::{
 pub fn register(api: &mut Api) -> Result<()> {
     let any = Phases::ANY;
     api.func("native.jwt.sign", any, "sign(alg, secret or PEM, text): the signature; nil, err", sign)?;
-    api.func("native.jwt.verify", any, "verify(alg, secret or PEM, text, signature): whether it holds; nil, err", verify)
+    api.func(
+        "native.jwt.verify",
+        any,
+        "verify(alg, secret or PEM, text, signature): whether it holds; nil, err",
+        verify,
+    )
 }
 
 /// The digest of an HS algorithm.

@@ -251,7 +251,10 @@ mod tests {
     #[test]
     fn matches_as_documented() {
         for (lua, expected) in [
-            ("local m = ngx.re.match('hello, 1234', '([0-9])(?<rest>[0-9]+)') return m[0] .. m[1] .. m[2] .. m.rest", "12341234234"),
+            (
+                "local m = ngx.re.match('hello, 1234', '([0-9])(?<rest>[0-9]+)') return m[0] .. m[1] .. m[2] .. m.rest",
+                "12341234234",
+            ),
             (
                 "local m = ngx.re.match('hello, world', '(world)|(hello)|(?<named>howdy)')
                  return tostring(m[1]) .. m[2] .. tostring(m[3]) .. tostring(m.named)",
@@ -263,14 +266,23 @@ mod tests {
             ),
             ("return ngx.re.match('hello, world', 'HEL LO', 'ix')[0]", "hello"),
             ("return ngx.re.match('hello, 美好生活', 'HELLO, (.{2})', 'iu')[1]", "美好"),
-            ("local ctx = {pos = 2} local m = ngx.re.match('1234, hello', '[0-9]+', '', ctx) return m[0] .. ctx.pos", "2345"),
+            (
+                "local ctx = {pos = 2} local m = ngx.re.match('1234, hello', '[0-9]+', '', ctx) return m[0] .. ctx.pos",
+                "2345",
+            ),
             ("return tostring(ngx.re.match('x', 'y'))", "nil"),
             ("return ngx.re.match('foobar', 'foo|foobar', 'd')[0]", "foobar"),
             ("local t = {} return tostring(ngx.re.match('a', 'a', 'jo', nil, t) == t)", "true"),
             ("local f, t = ngx.re.find('hello, 1234', '([0-9])([0-9]+)', 'jo', nil, 2) return f .. '-' .. t", "9-11"),
             ("return select('#', ngx.re.find('x', 'y')) .. tostring(ngx.re.find('x', 'y'))", "1nil"),
-            ("local _, e = ngx.re.match('x', '(abc') return e", "pcre2_compile() failed: missing closing parenthesis in \"(abc\""),
-            ("local _, _, e = ngx.re.find('x', '[a') return e", "pcre2_compile() failed: missing terminating ] for character class in \"[a\""),
+            (
+                "local _, e = ngx.re.match('x', '(abc') return e",
+                "pcre2_compile() failed: missing closing parenthesis in \"(abc\"",
+            ),
+            (
+                "local _, _, e = ngx.re.find('x', '[a') return e",
+                "pcre2_compile() failed: missing terminating ] for character class in \"[a\"",
+            ),
             ("return ngx.re.match(42, '4')[0]", "4"),
         ] {
             check(lua, expected);
@@ -284,7 +296,10 @@ mod tests {
             ("ngx.re.sub('hello, 1234', '([0-9])[0-9]', '[$0][$1]')", "hello, [12][1]34/1"),
             ("ngx.re.sub('hello, 1234', '[0-9]', '${0}00')", "hello, 100234/1"),
             ("ngx.re.sub('hello, 1234', '[0-9]', '$$')", "hello, $234/1"),
-            ("ngx.re.sub('hello, 1234', '( [0-9] ) [0-9]', function(m) return '['..m[0]..']['..m[1]..']' end, 'x')", "hello, [12][1]34/1"),
+            (
+                "ngx.re.sub('hello, 1234', '( [0-9] ) [0-9]', function(m) return '['..m[0]..']['..m[1]..']' end, 'x')",
+                "hello, [12][1]34/1",
+            ),
             ("ngx.re.gsub('hello, world', '([a-z])[a-z]+', '[$0,$1]', 'i')", "[hello,h], [world,w]/2"),
             ("ngx.re.gsub('hello', 'a|', 'b')", "bhbeblblbob/6"),
             ("ngx.re.gsub('', 'a|', 'b')", "b/1"),
@@ -300,8 +315,14 @@ mod tests {
 
     #[test]
     fn iterates_and_splits() {
-        check("local t = {} for m in ngx.re.gmatch('hello', 'a|') do t[#t+1] = '['..m[0]..']' end return table.concat(t)", "[][][][][][]");
-        check("local t = {} for m in ngx.re.gmatch('a1b2', '[a-z](.)') do t[#t+1] = m[1] end return table.concat(t)", "12");
+        check(
+            "local t = {} for m in ngx.re.gmatch('hello', 'a|') do t[#t+1] = '['..m[0]..']' end return table.concat(t)",
+            "[][][][][][]",
+        );
+        check(
+            "local t = {} for m in ngx.re.gmatch('a1b2', '[a-z](.)') do t[#t+1] = m[1] end return table.concat(t)",
+            "12",
+        );
         for (args, expected) in [
             ("'a,b,c', ','", "a|b|c"),
             ("'a,b,c', ',', nil, nil, 2", "a|b,c"),
