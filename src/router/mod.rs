@@ -50,7 +50,9 @@ pub trait Facts {
     /// A variable's value, for `vars`.
     fn var(&self, name: &str) -> Option<std::borrow::Cow<'_, [u8]>>;
     /// Whether the route's `vars` hold.
-    fn vars(&self, vars: &Expr) -> bool;
+    fn vars(&self, vars: &Expr) -> bool {
+        vars.eval(&mut |name| self.var(name))
+    }
     /// Runs the route's `filter_func`.
     fn filter(&self, route: &Arc<Object<Route>>) -> bool;
 }

@@ -32,11 +32,8 @@ impl Facts for Request {
     fn remote(&self) -> IpAddr {
         self.remote
     }
-    fn var(&self, _: &str) -> Option<Cow<'_, [u8]>> {
-        None
-    }
-    fn vars(&self, _: &Expr) -> bool {
-        true
+    fn var(&self, name: &str) -> Option<Cow<'_, [u8]>> {
+        (name == "request_method").then(|| self.method.as_bytes().into())
     }
     fn filter(&self, _: &Arc<Object<Route>>) -> bool {
         self.filter
@@ -161,6 +158,17 @@ fn a_refused_candidate_leaves_the_turn_to_the_next() {
     assert_eq!(find(&router, &request), 1);
     request.filter = false;
     assert_eq!(find(&router, &request), 2);
+}
+
+#[test]
+fn vars_are_a_condition() {
+    let vars = Expr::compile(&serde_json::json!([["request_method", "==", "POST"]])).unwrap();
+    let post = route_with(1, &["/a"], &[], |r| r.vars = Some(Box::new(vars)));
+    let router = router(RadixtreeHostUri, [post, route(2, "/*", "")]);
+    let mut request = Request::new("", "/a");
+    assert_eq!(find(&router, &request), 2);
+    request.method = "POST";
+    assert_eq!(find(&router, &request), 1);
 }
 
 #[test]

@@ -1,0 +1,76 @@
+//! The faster of two nodes picked by chance, by a moving average of latencies that fades while a node rests.
+
+use std::{
+    cell::{Cell, RefCell},
+    time::{Duration, Instant},
+};
+
+use super::Member;
+
+/// After this long without news, an average counts for 1/e of what it was.
+const DECAY: Duration = Duration::from_secs(10);
+
+/// What a failed try counts as, so that a node which refuses at once does not look fast.
+const FAILED: Duration = Duration::from_secs(1);
+
+pub(super) struct Ewma {
+    averages: RefCell<Vec<Average>>,
+    random: Cell<u64>,
+}
+
+#[derive(Clone, Copy, Default)]
+struct Average {
+    secs: f64,
+    at: Option<Instant>,
+}
+
+impl Ewma {
+    pub fn new(members: &[Member]) -> Self {
+        Ewma { averages: RefCell::new(vec![Average::default(); members.len()]), random: Cell::new(0x9E37_79B9) }
+    }
+
+    pub fn pick(&self, members: &[Member], now: Instant, usable: &impl Fn(usize) -> bool) -> Option<usize> {
+        let count = members.len();
+        let start = self.below(count);
+        let mut usable = (start..count).chain(0..start).filter(|at| usable(*at));
+        let first = usable.next()?;
+        // The second one is any other: the next usable after a jump would favour neighbours of the sick, but only them.
+        let Some(second) = usable.next() else { return Some(first) };
+        let averages = self.averages.borrow();
+        let (a, b) = (averages[first].faded(now), averages[second].faded(now));
+        Some(if b < a { second } else { first })
+    }
+
+    pub fn done(&self, members: &[Member], node: usize, latency: Option<Duration>, now: Instant) {
+        let Ok(at) = members.binary_search_by_key(&node, |m| m.node) else { return };
+        self.averages.borrow_mut()[at].add(latency.unwrap_or(FAILED), now);
+    }
+
+    /// xorshift64.
+    fn below(&self, n: usize) -> usize {
+        let mut x = self.random.get();
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+        self.random.set(x);
+        (x % n.max(1) as u64) as usize
+    }
+}
+
+impl Average {
+    fn weight(&self, now: Instant) -> f64 {
+        let rested = self.at.map_or(0.0, |at| now.saturating_duration_since(at).as_secs_f64());
+        (-rested / DECAY.as_secs_f64()).exp()
+    }
+
+    fn faded(&self, now: Instant) -> f64 {
+        self.secs * self.weight(now)
+    }
+
+    fn add(&mut self, latency: Duration, now: Instant) {
+        // The first news is all there is to know.
+        let weight = if self.at.is_some() { self.weight(now) } else { 0.0 };
+        self.secs = self.secs * weight + latency.as_secs_f64() * (1.0 - weight);
+        self.at = Some(now);
+    }
+}
