@@ -509,4 +509,40 @@ mod tests {
         revisions.sort_unstable();
         assert_eq!(revisions, (1..=300).collect::<Vec<_>>());
     }
+
+    #[tokio::test]
+    #[ignore = "measurement: cargo test --release --lib store::embedded -- --ignored --nocapture"]
+    async fn writes_and_reads_100_000_routes() {
+        let (dir, s) = store();
+        let text = "x".repeat(120);
+        let start = std::time::Instant::now();
+        for chunk in 0..100 {
+            let writes = (0..1000).map(|i| {
+                let (s, text) = (s.clone(), text.clone());
+                tokio::spawn(async move {
+                    s.put(&format!("/routes/{}", chunk * 1000 + i), text, Condition::Always, None).await.unwrap();
+                })
+            });
+            for w in writes.collect::<Vec<_>>() {
+                w.await.unwrap();
+            }
+        }
+        println!("100,000 writes, 1000 at once: {:?}", start.elapsed());
+        let start = std::time::Instant::now();
+        for _ in 0..100 {
+            s.put("/routes/1", text.clone(), Condition::Always, None).await.unwrap();
+        }
+        println!("one write alone: {:?}", start.elapsed() / 100);
+        // What a process that is killed now would leave.
+        let crashed = dir.path().join("crashed.redb");
+        fs::copy(dir.path().join("data/moongate.redb"), &crashed).unwrap();
+        drop(s);
+        for path in [dir.path().join("data/moongate.redb"), crashed] {
+            let start = std::time::Instant::now();
+            let s = Embedded::open(&path).unwrap();
+            let opened = start.elapsed();
+            assert_eq!(s.list("/").await.unwrap().0.len(), 100_000);
+            println!("{}: opened in {opened:?}, read in {:?}", path.display(), start.elapsed() - opened);
+        }
+    }
 }
