@@ -1,1 +1,221 @@
-//! admin
+//! The Admin API: APISIX's paths, bodies, status codes and error texts (admin-api.md).
+//!
+//! Runs on the control thread. A write is answered when it is stored and every request that starts is served by it.
+//! Keys are compared in constant time; bodies and connections are bounded.
+
+pub mod http;
+mod list;
+mod patch;
+pub mod plugins;
+mod references;
+mod resource;
+mod settings;
+#[cfg(test)]
+mod tests;
+
+use std::{future::Future, rc::Rc, sync::Arc, time::Duration};
+
+use ::http::Method;
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+
+use self::{
+    http::{Answer, Call, Incomplete},
+    resource::Target,
+};
+pub use self::{
+    plugins::{PackedPlugins, PluginHost, PluginInfo},
+    settings::{AdminKey, Role, Settings, keyring},
+};
+use crate::{
+    error::{Error, Kind as ErrorKind},
+    model::{
+        Kind,
+        crypt::{self, EncryptFields},
+    },
+    schema,
+    store::{Handle, Published, Store},
+};
+
+const ROOT: &str = "/apisix/admin";
+/// Largest request body: APISIX's bound on what etcd takes.
+const MAX_BODY_BYTES: usize = 1_572_864;
+/// How long an answer waits for its write to be served. Normally a millisecond; past this the source is in trouble.
+const SERVED_PATIENCE: Duration = Duration::from_secs(5);
+
+/// What the handlers work with.
+pub struct State {
+    pub settings: Settings,
+    pub store: Arc<dyn Store>,
+    pub published: Arc<Published>,
+    pub plugins: Rc<dyn PluginHost>,
+    /// Encrypted fields of plugins that the packed schemas do not know: the same that the store's parser asks.
+    pub fields: Option<Arc<dyn EncryptFields + Send + Sync>>,
+    /// `None`: plugins cannot be reloaded.
+    pub pipeline: Option<Handle>,
+}
+
+impl State {
+    fn encrypted(&self) -> Option<&dyn EncryptFields> {
+        self.fields.as_deref().map(|fields| fields as &dyn EncryptFields)
+    }
+
+    /// Private keys of an `ssls` object or an upstream's `tls` as they are stored.
+    fn encrypt_keys(&self, value: &mut Value) {
+        resource::for_each_key_owner(value, &mut |map| {
+            crypt::with_private_keys(map, &mut |text| Some(self.settings.keyring.encrypt_pkey(text)));
+        });
+    }
+}
+
+/// Serves the Admin API on `listener` until `shutdown`. Must run inside a `LocalSet`.
+pub async fn serve(listener: TcpListener, state: Rc<State>, shutdown: impl Future<Output = ()>) {
+    let handler = move |request: Incomplete| {
+        let state = state.clone();
+        async move { handle(&state, request).await }
+    };
+    http::serve(listener, Rc::new(handler), shutdown).await;
+}
+
+async fn handle(state: &State, request: Incomplete) -> Answer {
+    let admitted = admit(state, &request);
+    let versioned = admitted.is_ok();
+    let answer = match admitted {
+        Ok(()) => answer(state, request).await,
+        Err(refusal) => refusal,
+    };
+    let answer = answer.header("server", &state.settings.server);
+    let answer = if versioned { answer.header("x-api-version", "v3") } else { answer };
+    if state.settings.cors { with_cors(answer) } else { answer }
+}
+
+fn with_cors(answer: Answer) -> Answer {
+    answer
+        .header("access-control-allow-origin", "*")
+        .header("access-control-allow-credentials", "true")
+        .header("access-control-expose-headers", "*")
+        .header("access-control-allow-methods", "GET, HEAD, PUT, POST, PATCH, DELETE, OPTIONS")
+        .header("access-control-allow-headers", "content-type, x-api-key")
+        .header("access-control-max-age", "3600")
+}
+
+/// Lets in who may come in: by address, then by key.
+fn admit(state: &State, request: &Incomplete) -> Result<(), Answer> {
+    let settings = &state.settings;
+    if !settings.allows(request.peer) {
+        return Err(Answer::refuse(403, "this address is not in deployment.admin.allow_admin"));
+    }
+    // A browser asks without a key whether it may ask.
+    if !settings.key_required || request.head.method == Method::OPTIONS {
+        return Ok(());
+    }
+    let refuse = |description: &str| {
+        let body = json!({ "error_msg": "failed to check token", "description": description });
+        Err(Answer::json(401, &body))
+    };
+    let Some(given) = given_key(request) else {
+        return refuse("missing apikey");
+    };
+    match settings.role_of(&given) {
+        None => refuse("wrong apikey"),
+        Some(Role::Viewer) if !matches!(request.head.method, Method::GET | Method::HEAD) => {
+            refuse("invalid method for role viewer")
+        }
+        Some(_) => Ok(()),
+    }
+}
+
+/// The argument `api_key`, the header, the cookie.
+fn given_key(request: &Incomplete) -> Option<String> {
+    let query = http::parse_query(request.head.uri.query().unwrap_or(""));
+    if let Some((_, key)) = query.into_iter().find(|(name, _)| name == "api_key") {
+        return Some(key);
+    }
+    let headers = &request.head.headers;
+    if let Some(key) = headers.get("x-api-key") {
+        return key.to_str().ok().map(str::to_owned);
+    }
+    let cookies = headers.get_all("cookie").iter().filter_map(|v| v.to_str().ok()).flat_map(|v| v.split(';'));
+    let mut pairs = cookies.filter_map(|cookie| cookie.trim().split_once('='));
+    pairs.find(|(name, _)| *name == "x_api_key").map(|(_, key)| key.to_owned())
+}
+
+async fn answer(state: &State, request: Incomplete) -> Answer {
+    if request.head.method == Method::OPTIONS {
+        return Answer::text(200, "");
+    }
+    let call = match request.complete(MAX_BODY_BYTES).await {
+        Ok(call) => call,
+        Err(refusal) => return refusal,
+    };
+    route(state, &call).await.unwrap_or_else(|refusal| refusal)
+}
+
+async fn route(state: &State, call: &Call) -> Result<Answer, Answer> {
+    let Some(rest) = call.path.strip_prefix(ROOT) else {
+        return Err(Answer::refuse(404, "not found"));
+    };
+    let decoded: Vec<String> = rest.split('/').filter(|s| !s.is_empty()).map(http::decode).collect();
+    // A decoded slash would reach another object than the path names.
+    if decoded.iter().any(|segment| segment.contains(['/', '\0'])) {
+        return Err(Answer::refuse(400, "invalid path"));
+    }
+    let segments: Vec<&str> = decoded.iter().map(String::as_str).collect();
+    match (&call.method, segments.as_slice()) {
+        (&Method::GET | &Method::HEAD, []) => Ok(Answer::text(200, "")),
+        (&Method::PUT, ["plugins", "reload"]) => reload(state).await,
+        (&Method::GET | &Method::HEAD, ["plugins"]) => Ok(plugins::get(&*state.plugins, call, None)),
+        (&Method::GET | &Method::HEAD, ["plugins", name]) => Ok(plugins::get(&*state.plugins, call, Some(name))),
+        (&Method::POST, ["schema", "validate", resource]) => validate(call, resource),
+        (&Method::GET | &Method::HEAD, ["schema", place @ ..]) => Ok(plugins::get_schema(&*state.plugins, call, place)),
+        (_, []) => Err(Answer::refuse(404, "not found")),
+        (_, segments) => match Target::of(segments) {
+            Some(target) => resource::handle(state, target, call).await,
+            None => Err(Answer::refuse(404, format!("Unsupported resource type: {}", segments[0]))),
+        },
+    }
+}
+
+async fn reload(state: &State) -> Result<Answer, Answer> {
+    let Some(pipeline) = &state.pipeline else {
+        return Err(Answer::refuse(503, "plugins cannot be reloaded"));
+    };
+    match pipeline.reload_plugins().await {
+        Ok(_) => Ok(Answer::text(200, "done\n")),
+        Err(e) => Err(store_error(&e)),
+    }
+}
+
+/// `POST /schema/validate/{resource}`: the schema alone, no references.
+fn validate(call: &Call, resource: &str) -> Result<Answer, Answer> {
+    let kind = Kind::ALL.into_iter().find(|kind| kind.plural() == resource);
+    let Some(schema) = kind.and_then(|kind| schema::resource(kind.singular())) else {
+        return Err(Answer::refuse(400, format!("Unsupported resource type: {resource}")));
+    };
+    let mut value: Value =
+        serde_json::from_slice(&call.body).map_err(|e| Answer::refuse(400, format!("invalid request body: {e}")))?;
+    match schema.check(&mut value) {
+        Ok(()) => Ok(Answer::text(200, "")),
+        Err(text) => Err(Answer::refuse(400, text)),
+    }
+}
+
+/// The key of an object, relative to the prefix.
+fn key_of(kind: Kind, id: &str) -> String {
+    match kind {
+        Kind::Credential => format!("/consumers/{id}"),
+        kind => format!("/{}/{id}", kind.plural()),
+    }
+}
+
+/// A store that refuses or fails.
+fn store_error(e: &Error) -> Answer {
+    let status = match e.kind() {
+        ErrorKind::Conflict => 409,
+        ErrorKind::Invalid | ErrorKind::TooLarge | ErrorKind::Malformed => 400,
+        ErrorKind::NotFound => 404,
+        ErrorKind::Unavailable | ErrorKind::ConnectRefused | ErrorKind::ConnectTimeout => 503,
+        _ => 500,
+    };
+    Answer::refuse(status, e.to_string())
+}

@@ -1,0 +1,239 @@
+//! The HTTP side of the Admin and control APIs: accept, read a bounded body, answer JSON.
+//!
+//! Runs on the control thread; handlers need not be `Send`.
+
+use std::{
+    cell::RefCell, convert::Infallible, future::Future, net::IpAddr, pin::pin, rc::Rc, sync::Arc, time::Duration,
+};
+
+use bytes::Bytes;
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode, header, request::Parts};
+use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
+use hyper::{body::Incoming, server::conn::http1, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use serde_json::{Value, json};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::{Semaphore, watch},
+    time::{sleep, timeout},
+};
+
+/// Connections served at once: an operator's tools and a console, not traffic.
+const MAX_CONNECTIONS: usize = 256;
+/// How long a client may take to send a request's head, then its body.
+const HEADER_PATIENCE: Duration = Duration::from_secs(30);
+const BODY_PATIENCE: Duration = Duration::from_secs(60);
+/// Wait after `accept` failed (out of descriptors), so that the loop does not spin.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// How long a drain waits for requests in flight.
+const DRAIN_PATIENCE: Duration = Duration::from_secs(10);
+
+/// A request with its body read.
+pub struct Call {
+    pub method: Method,
+    /// Without query, as sent.
+    pub path: String,
+    /// Decoded, in order.
+    pub query: Vec<(String, String)>,
+    pub headers: HeaderMap,
+    pub body: Bytes,
+}
+
+impl Call {
+    pub fn arg(&self, name: &str) -> Option<&str> {
+        self.query.iter().find(|(n, _)| n == name).map(|(_, v)| v.as_str())
+    }
+
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.headers.get(name).and_then(|v| v.to_str().ok())
+    }
+}
+
+/// What is answered.
+#[derive(Debug)]
+pub struct Answer {
+    pub status: StatusCode,
+    pub body: Bytes,
+    content_type: &'static str,
+    headers: Vec<(HeaderName, HeaderValue)>,
+}
+
+impl Answer {
+    pub fn json(status: u16, value: &Value) -> Answer {
+        Answer::json_text(status, value.to_string())
+    }
+
+    /// JSON that is text already.
+    pub fn json_text(status: u16, text: impl Into<Bytes>) -> Answer {
+        let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        Answer { status, body: text.into(), content_type: "application/json", headers: Vec::new() }
+    }
+
+    pub fn text(status: u16, text: impl Into<Bytes>) -> Answer {
+        Answer { content_type: "text/plain", ..Answer::json_text(status, text) }
+    }
+
+    /// `{"error_msg": …}`.
+    pub fn refuse(status: u16, text: impl AsRef<str>) -> Answer {
+        Answer::json(status, &json!({ "error_msg": text.as_ref() }))
+    }
+
+    pub fn header(mut self, name: &'static str, value: &str) -> Answer {
+        if let Ok(value) = HeaderValue::from_str(value) {
+            self.headers.push((HeaderName::from_static(name), value));
+        }
+        self
+    }
+
+    fn into_response(self) -> Response<Full<Bytes>> {
+        let mut response = Response::new(Full::new(self.body));
+        *response.status_mut() = self.status;
+        let headers = response.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(self.content_type));
+        headers.extend(self.headers);
+        response
+    }
+}
+
+/// A request before its body is read.
+pub struct Incomplete {
+    pub head: Parts,
+    pub peer: IpAddr,
+    body: RefCell<Option<Incoming>>,
+}
+
+impl Incomplete {
+    /// Reads the body, at most `limit` bytes of it.
+    pub async fn complete(self, limit: usize) -> Result<Call, Answer> {
+        let length = self.head.headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<usize>().ok());
+        if let Some(length) = length.filter(|length| *length > limit) {
+            return Err(too_large(length, limit));
+        }
+        let body = match self.body.into_inner() {
+            Some(body) => read(body, limit).await?,
+            None => Bytes::new(),
+        };
+        let Parts { method, uri, headers, .. } = self.head;
+        Ok(Call { method, path: uri.path().to_owned(), query: parse_query(uri.query().unwrap_or("")), headers, body })
+    }
+}
+
+async fn read(body: Incoming, limit: usize) -> Result<Bytes, Answer> {
+    match timeout(BODY_PATIENCE, Limited::new(body, limit).collect()).await {
+        Ok(Ok(collected)) => Ok(collected.to_bytes()),
+        Ok(Err(e)) if e.is::<LengthLimitError>() => Err(too_large(limit + 1, limit)),
+        Ok(Err(e)) => Err(Answer::refuse(400, format!("invalid request body: {e}"))),
+        Err(_) => Err(Answer::refuse(408, "invalid request body: timeout")),
+    }
+}
+
+fn too_large(size: usize, limit: usize) -> Answer {
+    let text = format!("invalid request body: request size {size} is greater than the maximum size {limit} allowed");
+    Answer::refuse(400, text)
+}
+
+pub fn parse_query(query: &str) -> Vec<(String, String)> {
+    let pairs = query.split('&').filter(|pair| !pair.is_empty());
+    pairs
+        .map(|pair| pair.split_once('=').map_or((decode(pair), String::new()), |(n, v)| (decode(n), decode(v))))
+        .collect()
+}
+
+/// `%41` and `+`.
+pub fn decode(text: &str) -> String {
+    let bytes = text.as_bytes();
+    let mut out = Vec::with_capacity(bytes.len());
+    let mut i = 0;
+    while i < bytes.len() {
+        let hex = bytes.get(i + 1..i + 3).and_then(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok());
+        match (bytes[i], hex) {
+            (b'%', Some(byte)) => {
+                out.push(byte);
+                i += 2;
+            }
+            (b'+', _) => out.push(b' '),
+            (byte, _) => out.push(byte),
+        }
+        i += 1;
+    }
+    String::from_utf8_lossy(&out).into_owned()
+}
+
+/// Serves `listener` until `shutdown`, then waits for the requests in flight.
+///
+/// Must run inside a `LocalSet`.
+pub async fn serve<H, F>(listener: TcpListener, handler: Rc<H>, shutdown: impl Future<Output = ()>)
+where
+    H: Fn(Incomplete) -> F + 'static,
+    F: Future<Output = Answer> + 'static,
+{
+    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let (ending, _) = watch::channel(false);
+    let mut shutdown = pin!(shutdown);
+    loop {
+        let place = tokio::select! {
+            place = places.clone().acquire_owned() => place,
+            () = &mut shutdown => break,
+        };
+        let (stream, peer) = tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok((stream, peer)) => (stream, peer.ip()),
+                Err(e) => {
+                    tracing::warn!("accept: {e}");
+                    sleep(ACCEPT_PAUSE).await;
+                    continue;
+                }
+            },
+            () = &mut shutdown => break,
+        };
+        let (handler, ended) = (handler.clone(), ending.subscribe());
+        tokio::task::spawn_local(async move {
+            connection(stream, peer, handler, ended).await;
+            drop(place);
+        });
+    }
+    drop(listener);
+    ending.send_replace(true);
+    // Every connection holds a receiver until it is done.
+    let _ = timeout(DRAIN_PATIENCE, ending.closed()).await;
+}
+
+async fn connection<H, F>(stream: TcpStream, peer: IpAddr, handler: Rc<H>, mut ended: watch::Receiver<bool>)
+where
+    H: Fn(Incomplete) -> F + 'static,
+    F: Future<Output = Answer> + 'static,
+{
+    let _ = stream.set_nodelay(true);
+    let service = service_fn(move |request: http::Request<Incoming>| {
+        let handler = handler.clone();
+        async move {
+            let (head, body) = request.into_parts();
+            let is_head = head.method == Method::HEAD;
+            let mut response = handler(Incomplete { head, peer, body: RefCell::new(Some(body)) }).await.into_response();
+            if is_head {
+                *response.body_mut() = Full::default();
+            }
+            Ok::<_, Infallible>(response)
+        }
+    });
+    let mut builder = http1::Builder::new();
+    builder.timer(TokioTimer::new()).header_read_timeout(HEADER_PATIENCE);
+    let mut served = pin!(builder.serve_connection(TokioIo::new(stream), service));
+    tokio::select! {
+        _ = served.as_mut() => return,
+        _ = ended.wait_for(|ended| *ended) => served.as_mut().graceful_shutdown(),
+    }
+    let _ = served.await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn queries_are_decoded() {
+        let expected = [("a", "b c"), ("filter", "x=1"), ("flag", ""), ("bad", "%zz")];
+        let parsed = parse_query("a=b+c&filter=x%3D1&flag&bad=%zz");
+        assert_eq!(parsed.iter().map(|(n, v)| (n.as_str(), v.as_str())).collect::<Vec<_>>(), expected);
+    }
+}

@@ -1,0 +1,96 @@
+//! `deployment.admin` and what else of the configuration the Admin API obeys.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use serde_json::Value;
+use subtle::ConstantTimeEq;
+
+use crate::{error::Result, expr, model::Keyring};
+
+#[derive(Clone, Debug)]
+pub struct Settings {
+    pub keys: Vec<AdminKey>,
+    /// `admin_key_required`: false lets anyone in that `allow` lets in.
+    pub key_required: bool,
+    /// `allow_admin`: empty lets every address in.
+    pub allow: Vec<IpNet>,
+    pub cors: bool,
+    /// Sent as `Server`.
+    pub server: String,
+    /// Stands before keys in answers: `/apisix`.
+    pub prefix: String,
+    pub keyring: Keyring,
+}
+
+#[derive(Clone, Debug)]
+pub struct AdminKey {
+    pub key: String,
+    pub role: Role,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    Admin,
+    /// May only read.
+    Viewer,
+}
+
+impl Settings {
+    /// From the effective configuration, defaults filled in. Keys that are empty are left out.
+    pub fn from_config(config: &Value, server: &str) -> Result<Settings> {
+        let admin = config.pointer("/deployment/admin").unwrap_or(&Value::Null);
+        let flag = |name: &str| admin.get(name).and_then(Value::as_bool).unwrap_or(true);
+        let strings = |value: Option<&Value>| -> Vec<String> {
+            value.and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str).map(str::to_owned).collect()
+        };
+        let keys =
+            admin.get("admin_key").and_then(Value::as_array).into_iter().flatten().filter_map(AdminKey::from_json);
+        let prefix = config.pointer("/deployment/etcd/prefix").and_then(Value::as_str).unwrap_or("/apisix");
+        Ok(Settings {
+            keys: keys.collect(),
+            key_required: flag("admin_key_required"),
+            allow: strings(admin.get("allow_admin")).iter().filter_map(|text| expr::network(text)).collect(),
+            cors: flag("enable_admin_cors"),
+            server: server.to_owned(),
+            prefix: prefix.trim_end_matches('/').to_owned(),
+            keyring: keyring(config)?,
+        })
+    }
+
+    pub fn allows(&self, peer: IpAddr) -> bool {
+        let peer = peer.to_canonical();
+        self.allow.is_empty() || self.allow.iter().any(|net| net.contains(&peer))
+    }
+
+    /// The role of a key. Every key is compared, in constant time, whichever matches.
+    pub fn role_of(&self, given: &str) -> Option<Role> {
+        let mut role = None;
+        for key in &self.keys {
+            if bool::from(key.key.as_bytes().ct_eq(given.as_bytes())) {
+                role = Some(key.role);
+            }
+        }
+        role
+    }
+}
+
+impl AdminKey {
+    fn from_json(value: &Value) -> Option<AdminKey> {
+        let key = value.get("key")?.as_str().filter(|key| !key.is_empty())?;
+        let viewer = value.get("role").and_then(Value::as_str) == Some("viewer");
+        Some(AdminKey { key: key.to_owned(), role: if viewer { Role::Viewer } else { Role::Admin } })
+    }
+}
+
+/// `apisix.data_encryption`: one key or a list.
+pub fn keyring(config: &Value) -> Result<Keyring> {
+    let encryption = config.pointer("/apisix/data_encryption").unwrap_or(&Value::Null);
+    let keys: Vec<&str> = match encryption.get("keyring") {
+        Some(Value::String(key)) => vec![key],
+        Some(Value::Array(keys)) => keys.iter().filter_map(Value::as_str).collect(),
+        _ => Vec::new(),
+    };
+    let fields = encryption.get("enable_encrypt_fields").and_then(Value::as_bool).unwrap_or(true);
+    Keyring::new(keys, fields)
+}

@@ -1,0 +1,441 @@
+//! Both APIs over sockets, on an embedded store with its pipeline, with the packed schemas for plugins.
+
+use std::net::SocketAddr;
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+    task::LocalSet,
+};
+
+use super::*;
+use crate::{
+    control,
+    model::Keyring,
+    router::RouterKind,
+    store::{self, Setup, embedded::Embedded},
+};
+
+const KEY: &str = "edd1c9f034335f136f87ad84b625c8f1";
+const VIEWER: &str = "4054f7cf07e344346cd3f287985e76a2";
+
+struct Api {
+    admin: SocketAddr,
+    control: SocketAddr,
+    store: Arc<dyn Store>,
+    _dir: TempDir,
+}
+
+struct Reply {
+    status: u16,
+    head: String,
+    text: String,
+}
+
+impl Reply {
+    fn json(&self) -> Value {
+        serde_json::from_str(&self.text).unwrap_or_else(|e| panic!("{e}: {}", self.text))
+    }
+
+    fn error(&self) -> String {
+        self.json()["error_msg"].as_str().unwrap_or_default().to_owned()
+    }
+}
+
+async fn start() -> Api {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store: Arc<dyn Store> = Embedded::open(&dir.path().join("moongate.redb")).expect("a store");
+    let keyring = Keyring::new(["edd1c9f0985e76a2"], true).expect("a key");
+    let parser = store::parser(Arc::new(keyring.clone()), None);
+    let setup = Setup { parser, checker: None, router: RouterKind::default(), last_good: None };
+    let started = store::start(store.clone(), setup).await.expect("a pipeline");
+    let config = json!({"deployment": {"admin": {
+        "admin_key": [{"key": KEY, "role": "admin"}, {"key": VIEWER, "role": "viewer"}, {"key": ""}],
+        "allow_admin": ["127.0.0.0/24"],
+    }}});
+    let mut settings = Settings::from_config(&config, "APISIX/3.18.0").expect("settings");
+    settings.keyring = keyring;
+    let plugins: Rc<dyn PluginHost> = Rc::new(PackedPlugins);
+    let state = State {
+        settings,
+        store: store.clone(),
+        published: started.published.clone(),
+        plugins: plugins.clone(),
+        fields: None,
+        pipeline: Some(started.handle),
+    };
+    let listen = || async { TcpListener::bind("127.0.0.1:0").await.expect("a port") };
+    let (admin, control) = (listen().await, listen().await);
+    let places = (admin.local_addr().expect("bound"), control.local_addr().expect("bound"));
+    tokio::task::spawn_local(serve(admin, Rc::new(state), std::future::pending()));
+    let control_state =
+        control::State { published: started.published, source: started.source, plugins, collect: None, health: None };
+    tokio::task::spawn_local(control::serve(control, Rc::new(control_state), std::future::pending()));
+    Api { admin: places.0, control: places.1, store, _dir: dir }
+}
+
+impl Api {
+    async fn send(&self, to: SocketAddr, method: &str, path: &str, headers: &str, body: &str) -> Reply {
+        let mut stream = TcpStream::connect(to).await.expect("connects");
+        let length = body.len();
+        let head = format!(
+            "{method} {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: {length}\r\n{headers}\r\n"
+        );
+        stream.write_all((head + body).as_bytes()).await.expect("is sent");
+        let mut reply = String::new();
+        // A refused body may end in a reset after the answer.
+        let _ = stream.read_to_string(&mut reply).await;
+        let (head, text) = reply.split_once("\r\n\r\n").expect("a whole head");
+        let status = head[9..12].parse().expect("a status");
+        Reply { status, head: head.to_ascii_lowercase(), text: text.to_owned() }
+    }
+
+    async fn call(&self, method: &str, path: &str, body: impl Into<Option<Value>>) -> Reply {
+        let body = body.into().map(|b| b.to_string()).unwrap_or_default();
+        let path = format!("/apisix/admin{path}");
+        self.send(self.admin, method, &path, &format!("X-API-KEY: {KEY}\r\n"), &body).await
+    }
+
+    async fn control(&self, path: &str) -> Reply {
+        self.send(self.control, "GET", path, "", "").await
+    }
+
+    async fn stored(&self, key: &str) -> Value {
+        let entry = self.store.get(key).await.expect("reads").expect("is there");
+        serde_json::from_str(&entry.value).expect("JSON")
+    }
+}
+
+/// Runs a scene on a control thread of its own.
+fn scene<F: Future<Output = ()>>(play: impl FnOnce() -> F) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    runtime.block_on(LocalSet::new().run_until(play()));
+}
+
+fn upstream() -> Value {
+    json!({"nodes": {"127.0.0.1:8080": 1}, "type": "roundrobin"})
+}
+
+#[test]
+fn a_route_is_written_read_changed_and_deleted() {
+    scene(|| async {
+        let api = start().await;
+        let route = json!({"uri": "/get", "upstream": upstream()});
+        let reply = api.call("PUT", "/routes/1", route.clone()).await;
+        assert_eq!(reply.status, 201, "{}", reply.text);
+        let mut value = reply.json();
+        assert_eq!(value["key"], "/apisix/routes/1");
+        assert!(value["value"]["create_time"].is_number() && value["value"]["update_time"].is_number());
+        value["value"].as_object_mut().expect("an object").retain(|name, _| !name.ends_with("_time"));
+        assert_eq!(
+            value["value"],
+            json!({"uri": "/get", "upstream": upstream(), "id": "1"}),
+            "defaults are not stored"
+        );
+        assert_eq!(api.control("/v1/route/1").await.json()["value"]["priority"], 0, "it is served, defaults filled in");
+        assert_eq!(api.call("PUT", "/routes/1", route).await.status, 200);
+
+        let read = api.call("GET", "/routes/1", None).await.json();
+        assert_eq!((&read["key"], &read["value"]["uri"]), (&json!("/apisix/routes/1"), &json!("/get")));
+        assert!(read["createdIndex"].as_i64() < read["modifiedIndex"].as_i64());
+
+        let patched = api
+            .call("PATCH", "/routes/1", json!({"upstream": {"nodes": {"127.0.0.1:8080": null, "b.com:1": 2}}}))
+            .await;
+        assert_eq!((patched.status, &patched.json()["value"]["upstream"]["nodes"]), (200, &json!({"b.com:1": 2})));
+        let patched = api.call("PATCH", "/routes/1/methods", json!(["POST"])).await;
+        assert_eq!(patched.json()["value"]["methods"], json!(["POST"]));
+        assert_eq!(api.call("PATCH", "/routes/9", json!({})).await.json(), json!({"message": "Key not found"}));
+
+        let posted = api.call("POST", "/routes", json!({"uri": "/b", "upstream": upstream()})).await;
+        assert_eq!(posted.status, 201);
+        let id = posted.json()["value"]["id"].as_str().expect("an id").to_owned();
+        assert_eq!(id.len(), 20);
+        let list = api.call("GET", "/routes", None).await.json();
+        assert_eq!((&list["total"], &list["list"][1]["value"]["uri"]), (&json!(2), &json!("/b")));
+
+        let deleted = api.call("DELETE", "/routes/1", None).await;
+        assert_eq!((deleted.status, deleted.json()), (200, json!({"deleted": "1", "key": "/apisix/routes/1"})));
+        assert_eq!(api.call("DELETE", "/routes/1", None).await.status, 404);
+        assert_eq!(api.control("/v1/route/1").await.status, 404);
+    });
+}
+
+#[test]
+fn refusals_read_as_in_apisix() {
+    scene(|| async {
+        let api = start().await;
+        let route = |extra: Value| {
+            let mut value = json!({"uri": "/a", "upstream": upstream()});
+            value.as_object_mut().expect("an object").extend(extra.as_object().expect("an object").clone());
+            value
+        };
+        for (method, path, body, status, text) in [
+            ("PUT", "/routs/1", json!({}), 404, "Unsupported resource type: routs"),
+            ("PUT", "/routes", route(json!({})), 400, "missing route id"),
+            ("PUT", "/routes/1", route(json!({"id": 3})), 400, "wrong route id"),
+            ("POST", "/routes/1", route(json!({})), 400, "wrong route id, do not need it"),
+            (
+                "PUT",
+                "/routes",
+                route(json!({"id": -100})),
+                400,
+                "invalid configuration: property \"id\" validation failed: object matches none of the required",
+            ),
+            (
+                "PUT",
+                "/routes/1",
+                route(json!({"service_id": "99"})),
+                400,
+                "failed to fetch service info by service id [99], response code: 404",
+            ),
+            (
+                "PUT",
+                "/routes/1",
+                route(json!({"plugin_config_id": "not_found"})),
+                400,
+                "failed to fetch plugin config info by plugin config id [not_found], response code: 404",
+            ),
+            ("PUT", "/routes/1", route(json!({"plugins": {"nope": {}}})), 400, "unknown plugin [nope]"),
+            (
+                "PUT",
+                "/routes/1",
+                route(json!({"plugins": {"limit-count": {}}})),
+                400,
+                "failed to check the configuration of plugin limit-count err: value should match only one schema, but matches none",
+            ),
+            ("PUT", "/routes/1?ttl=x", route(json!({})), 400, "invalid argument ttl: should be a number"),
+            ("PUT", "/routes/1", route(json!({"create_time": 1})), 400, "the property is forbidden: create_time"),
+            ("POST", "/consumers", json!({"username": "a"}), 405, "not supported `POST` method for consumer"),
+            ("PUT", "/consumers/x", json!({"username": "y"}), 400, "wrong username"),
+            ("PUT", "/consumers", json!({}), 400, "invalid configuration: property \"username\" is required"),
+            (
+                "PUT",
+                "/consumers/none/credentials/1",
+                json!({"plugins": {"key-auth": {"key": "k"}}}),
+                404,
+                "consumer not found",
+            ),
+            ("PUT", "/consumers/none/credentials", json!({"plugins": {}}), 400, "missing credential id"),
+            ("PUT", "/plugin_metadata", json!({}), 400, "missing plugin name"),
+            ("PUT", "/plugin_metadata/nope", json!({}), 400, "invalid plugin name"),
+            (
+                "PUT",
+                "/plugin_metadata/example-plugin",
+                json!({"skey": "x"}),
+                400,
+                "invalid configuration: property \"ikey\" is required",
+            ),
+            ("PUT", "/secrets/vault", json!({}), 400, "no secret id"),
+            ("GET", "/plugins/asdf", json!({}), 404, "plugin not found in subsystem http"),
+            ("GET", "/plugins?subsystem=asdf", json!({}), 400, "unsupported subsystem: asdf"),
+            (
+                "POST",
+                "/schema/validate/routes",
+                json!({"uri": 666, "plugins": {}}),
+                400,
+                "property \"uri\" validation failed: wrong type: expected string, got number",
+            ),
+        ] {
+            let reply = api.call(method, path, body).await;
+            assert_eq!((reply.status, reply.error().as_str()), (status, text), "{method} {path}");
+        }
+        let broken = api.send(api.admin, "PUT", "/apisix/admin/routes/1", &format!("X-API-KEY: {KEY}\r\n"), "{").await;
+        assert!(broken.status == 400 && broken.error().starts_with("invalid request body: "), "{}", broken.text);
+        let large = api.call("PUT", "/routes/1", json!({"desc": "a".repeat(1_600_000)})).await;
+        assert!(large.error().ends_with("is greater than the maximum size 1572864 allowed"), "{}", large.text);
+        assert_eq!(api.call("GET", "/routes", None).await.json()["total"], 0, "nothing was stored");
+    });
+}
+
+#[test]
+fn only_a_key_opens_and_a_viewer_only_reads() {
+    scene(|| async {
+        let api = start().await;
+        let path = "/apisix/admin/routes";
+        let missing = api.send(api.admin, "GET", path, "", "").await;
+        assert_eq!((missing.status, missing.error().as_str()), (401, "failed to check token"));
+        assert!(missing.head.contains("server: apisix/") && !missing.head.contains("x-api-version"));
+        assert_eq!(api.send(api.admin, "GET", path, "X-API-KEY: wrong\r\n", "").await.status, 401);
+        assert_eq!(api.send(api.admin, "GET", path, &format!("X-API-KEY: {VIEWER}\r\n"), "").await.status, 200);
+        assert_eq!(api.send(api.admin, "PUT", path, &format!("X-API-KEY: {VIEWER}\r\n"), "{}").await.status, 401);
+        assert_eq!(
+            api.send(api.admin, "GET", path, &format!("Cookie: a=b; x_api_key={KEY}\r\n"), "").await.status,
+            200
+        );
+        assert_eq!(api.send(api.admin, "GET", path, "X-API-KEY: \r\n", "").await.status, 401, "an empty key is no key");
+        let good = api.send(api.admin, "GET", &format!("{path}?api_key={KEY}"), "", "").await;
+        assert!(good.status == 200 && good.head.contains("x-api-version: v3"), "{}", good.head);
+        assert!(good.head.contains("access-control-allow-origin: *"), "{}", good.head);
+    });
+}
+
+#[test]
+fn an_address_that_is_not_allowed_is_refused() {
+    let config = json!({"deployment": {"admin": {"allow_admin": ["127.0.0.0/24", "::1"]}}});
+    let settings = Settings::from_config(&config, "x").expect("settings");
+    for (address, allowed) in [("127.0.0.9", true), ("127.0.1.1", false), ("::1", true), ("::ffff:127.0.0.1", true)] {
+        assert_eq!(settings.allows(address.parse().expect("an address")), allowed, "{address}");
+    }
+}
+
+#[test]
+fn what_is_in_use_is_deleted_only_by_force() {
+    scene(|| async {
+        let api = start().await;
+        for (path, body) in [
+            ("/upstreams/1", upstream()),
+            ("/services/1", json!({"upstream": upstream()})),
+            ("/plugin_configs/1", json!({"plugins": {}})),
+            ("/consumer_groups/g", json!({"plugins": {}})),
+            ("/routes/1", json!({"uri": "/a", "upstream_id": 1, "service_id": 1, "plugin_config_id": 1})),
+            ("/consumers", json!({"username": "foobar", "group_id": "g"})),
+        ] {
+            let reply = api.call("PUT", path, body).await;
+            assert_eq!(reply.status, 201, "{path}: {}", reply.text);
+        }
+        for (path, text) in [
+            ("/upstreams/1", "can not delete this upstream, route [1] is still using it now"),
+            ("/upstreams/1?force=anyvalue", "can not delete this upstream, route [1] is still using it now"),
+            ("/services/1", "can not delete this service directly, route [1] is still using it now"),
+            ("/plugin_configs/1", "can not delete this plugin config, route [1] is still using it now"),
+            ("/consumer_groups/g", "can not delete this consumer group, consumer [foobar] is still using it now"),
+        ] {
+            let reply = api.call("DELETE", path, None).await;
+            assert_eq!((reply.status, reply.error().as_str()), (400, text), "{path}");
+        }
+        assert_eq!(api.call("DELETE", "/upstreams/1?force=true", None).await.status, 200);
+        let split = json!({"rules": [{"weighted_upstreams": [{"upstream_id": 2, "weight": 1}]}]});
+        api.call("PUT", "/upstreams/2", upstream()).await;
+        api.call("PUT", "/routes/2", json!({"uri": "/b", "service_id": 1, "plugins": {"traffic-split": split}})).await;
+        let reply = api.call("DELETE", "/upstreams/2", None).await;
+        assert_eq!(reply.error(), "can not delete this upstream, plugin in route [2] is still using it now");
+    });
+}
+
+#[test]
+fn consumers_and_credentials_keep_their_keys_apart_and_secret() {
+    scene(|| async {
+        let api = start().await;
+        let consumer = json!({"username": "jack", "plugins": {"basic-auth": {"username": "jack", "password": "bar"}}});
+        assert_eq!(api.call("PUT", "/consumers", consumer).await.status, 201);
+        let stored = api.stored("/consumers/jack").await;
+        assert_eq!(stored["plugins"]["basic-auth"]["password"], "77+NmbYqNfN+oLm0aX5akg==");
+        let read = api.call("GET", "/consumers/jack", None).await.json();
+        assert_eq!(read["value"]["plugins"]["basic-auth"]["password"], "bar");
+
+        let credential = json!({"plugins": {"key-auth": {"key": "one"}}});
+        let reply = api.call("PUT", "/consumers/jack/credentials/c1", credential.clone()).await;
+        assert_eq!((reply.status, &reply.json()["key"]), (201, &json!("/apisix/consumers/jack/credentials/c1")));
+        assert_eq!(reply.json()["value"]["id"], "c1");
+        assert_eq!(
+            api.call("PUT", "/consumers/jack/credentials/c1", credential.clone()).await.status,
+            200,
+            "its own key"
+        );
+        let taken = api.call("PUT", "/consumers", json!({"username": "bob", "plugins": credential["plugins"]})).await;
+        assert_eq!(taken.error(), "duplicate key of plugin key-auth found with credential: c1 of consumer: jack");
+        let taken = json!({"username": "bob", "plugins": {"basic-auth": {"username": "jack", "password": "x"}}});
+        let taken = api.call("PUT", "/consumers", taken).await;
+        assert_eq!(taken.error(), "duplicate username of plugin basic-auth found with consumer: jack");
+        assert_eq!(api.call("GET", "/consumers", None).await.json()["total"], 1, "credentials are not consumers");
+        assert_eq!(api.call("GET", "/consumers/jack/credentials", None).await.json()["total"], 1);
+        assert_eq!(api.call("DELETE", "/consumers/jack", None).await.status, 200);
+        assert_eq!(
+            api.call("GET", "/consumers/jack/credentials/c1", None).await.status,
+            404,
+            "deleted with its consumer"
+        );
+    });
+}
+
+#[test]
+fn lists_are_filtered_then_paged() {
+    scene(|| async {
+        let api = start().await;
+        for i in 1..=11 {
+            let label = format!("l{i}");
+            let route = json!({"uri": format!("/hello{i}"), "name": i.to_string(), "labels": {label: "x"}, "upstream": upstream()});
+            assert_eq!(api.call("PUT", &format!("/routes/{i}"), route).await.status, 201);
+        }
+        for (query, total, listed) in [
+            ("", 11, 11),
+            ("?page=1&page_size=10", 11, 10),
+            ("?page=2&page_size=10", 11, 1),
+            ("?page=3&page_size=10", 11, 0),
+            ("?page=-1&page_size=1", 11, 10),
+            ("?name=1", 3, 3),
+            ("?label=l1", 1, 1),
+            ("?label=x", 0, 0),
+            ("?label=", 11, 11),
+            ("?uri=hello1", 3, 3),
+            ("?uri=hello1&name=0", 1, 1),
+            ("?filter=service_id%3D1", 0, 0),
+        ] {
+            let list = api.call("GET", &format!("/routes{query}"), None).await.json();
+            let seen = (list["total"].as_i64(), list["list"].as_array().map(Vec::len));
+            assert_eq!(seen, (Some(total), Some(listed)), "{query}");
+        }
+    });
+}
+
+#[test]
+fn lua_is_taken_as_it_is_or_in_json() {
+    scene(|| async {
+        let api = start().await;
+        let headers = format!("X-API-KEY: {KEY}\r\nContent-Type: application/x-www-form-urlencoded\r\n");
+        let reply = api.send(api.admin, "PUT", "/apisix/admin/functions/hello", &headers, "ngx.say('hi')").await;
+        assert_eq!((reply.status, &reply.json()["value"]["source"]), (201, &json!("ngx.say('hi')")), "{}", reply.text);
+        assert_eq!(api.call("PUT", "/functions/hello", json!({"source": "return 1"})).await.status, 200);
+        let route = json!({"uri": "/hello", "function_id": "hello"});
+        assert_eq!(api.call("PUT", "/routes/2", route).await.status, 201);
+        let reply = api.call("DELETE", "/functions/hello", None).await;
+        assert_eq!(reply.error(), "can not delete this function, route [2] is still using it now");
+    });
+}
+
+#[test]
+fn plugins_and_schemas_are_shown() {
+    scene(|| async {
+        let api = start().await;
+        let names = api.call("GET", "/plugins/list", None).await.json();
+        assert_eq!(names.as_array().map(Vec::len), Some(107));
+        assert_eq!(names[0], "real-ip");
+        let schema = api.call("GET", "/plugins/basic-auth?schema_type=consumer", None).await.json();
+        assert_eq!(schema["required"], json!(["username", "password"]));
+        assert_eq!(api.call("GET", "/plugins?all=true", None).await.json()["key-auth"]["type"], "auth");
+        assert!(api.call("GET", "/schema/route", None).await.json()["properties"]["uri"].is_object());
+        assert_eq!(api.call("POST", "/schema/validate/routes", json!({"uri": "/a", "plugins": {}})).await.status, 200);
+        assert_eq!(api.call("PUT", "/plugins/reload", None).await.text, "done\n");
+        assert!(api.control("/v1/schema").await.json()["main"]["route"].is_object());
+    });
+}
+
+#[test]
+fn the_control_api_tells_what_is_wrong() {
+    scene(|| async {
+        let api = start().await;
+        assert_eq!(api.control("/v1/config/errors").await.json()["errors"], json!([]));
+        let mut list = api.control("/v1/routes").await;
+        assert_eq!((list.status, list.json()), (200, json!([])));
+        // Another writer puts what the Admin API would refuse.
+        let bad = api.store.put("/routes/bad", "{\"uri\": 1}".into(), crate::store::Condition::Always, None).await;
+        let revision = bad.expect("is stored").revision;
+        api.call("PUT", "/routes/good", json!({"uri": "/a", "upstream": {"nodes": {"foo.com:1": 1}}})).await;
+        let errors = api.control("/v1/config/errors").await.json();
+        assert_eq!(
+            (&errors["errors"][0]["key"], &errors["errors"][0]["modifiedIndex"]),
+            (&json!("/routes/bad"), &json!(revision))
+        );
+        assert_eq!(errors["source"]["connected"], true);
+        list = api.control("/v1/routes").await;
+        assert_eq!(list.json()[0]["value"]["upstream"]["nodes"], json!([{"host": "foo.com", "port": 1, "weight": 1}]));
+        assert_eq!(list.json()[0]["has_domain"], true);
+        assert_eq!(api.control("/v1/healthcheck").await.json(), json!([]));
+        assert_eq!(api.control("/v1/healthcheck/route/1").await.error(), "invalid src type route");
+        assert_eq!(api.control("/v1/healthcheck/routes/1").await.error(), "routes[1] not found");
+        assert_eq!(api.send(api.control, "POST", "/v1/gc", "", "").await.status, 200);
+    });
+}
