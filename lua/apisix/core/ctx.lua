@@ -1,0 +1,25 @@
+--- `core.ctx`: the plugins' context. The gateway makes it; `ctx.var` reads and writes variables.
+local error, type = error, type
+
+local _M = {}
+
+--- Gives `ctx` its `var`. The contexts that the gateway makes have it already.
+function _M.set_vars_meta(ctx)
+    if not ctx.var then
+        ctx.var = require("moongate.ctx").var()
+    end
+    return ctx
+end
+
+--- Returns what `set_vars_meta` took: nothing here, where a context's tables are reused as a whole.
+function _M.release_vars() end
+
+--- Adds a variable to `ctx.var`: `getter(ctx)` gives its value. `opts.no_cacheable`: it is asked for each time.
+function _M.register_var(name, getter, opts)
+    if type(getter) ~= "function" then
+        error("the getter of registered var should be a function", 2)
+    end
+    require("moongate.ctx").register_var(name, getter, opts)
+end
+
+return _M
