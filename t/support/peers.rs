@@ -1,0 +1,140 @@
+//! Real peers: etcd and redis, each in a directory of its own on free ports.
+
+use std::{
+    net::{TcpListener, TcpStream},
+    process::{Child, Command, Stdio},
+};
+
+use tempfile::TempDir;
+
+use super::eventually;
+
+/// A process that ends with the value.
+pub struct Peer {
+    child: Child,
+    pub port: u16,
+    dir: TempDir,
+}
+
+impl Peer {
+    pub fn address(&self) -> String {
+        format!("127.0.0.1:{}", self.port)
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub fn signal(&self, signal: i32) {
+        // SAFETY: a plain system call on a process that this value owns and has not reaped.
+        unsafe { libc::kill(self.pid() as i32, signal) };
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// An etcd whose data outlives its process: `stop` and `start` again.
+pub struct Etcd {
+    peer: Option<Peer>,
+    dir: TempDir,
+    port: u16,
+    peer_port: u16,
+}
+
+impl Etcd {
+    pub fn start() -> Self {
+        let dir = TempDir::new().expect("a temporary directory");
+        let mut etcd = Etcd { peer: None, dir, port: free_port(), peer_port: free_port() };
+        etcd.restart();
+        etcd
+    }
+
+    pub fn url(&self) -> String {
+        format!("http://127.0.0.1:{}", self.port)
+    }
+
+    pub fn stop(&mut self) {
+        self.peer = None;
+    }
+
+    pub fn restart(&mut self) {
+        self.stop();
+        let (client, peer) = (self.url(), format!("http://127.0.0.1:{}", self.peer_port));
+        let data = self.dir.path().join("data");
+        let child = Command::new("etcd")
+            .args(["--name", "t", "--data-dir", &data.to_string_lossy()])
+            .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
+            .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
+            .args(["--initial-cluster", &format!("t={peer}")])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("etcd is installed (Debian: etcd-server)");
+        let started = Peer { child, port: self.port, dir: TempDir::new().expect("a directory") };
+        wait_for_port(self.port);
+        self.peer = Some(started);
+        eventually("etcd answers", || self.ctl(&["endpoint", "health"]).map(drop));
+    }
+
+    pub fn signal(&self, signal: i32) {
+        self.peer.as_ref().expect("a running etcd").signal(signal);
+    }
+
+    pub fn put(&self, key: &str, value: &str) {
+        self.ctl(&["put", key, value]).expect("a stored key");
+    }
+
+    pub fn delete(&self, key: &str) {
+        self.ctl(&["del", key]).expect("a deleted key");
+    }
+
+    pub fn get(&self, key: &str) -> String {
+        self.ctl(&["get", "--print-value-only", key]).expect("an answer").trim_end().to_owned()
+    }
+
+    /// Compacts the history up to now.
+    pub fn compact(&self) {
+        let status = self.ctl(&["endpoint", "status", "-w", "json"]).expect("a status");
+        let revision = status.split("\"revision\":").nth(1).and_then(|s| s.split([',', '}']).next());
+        self.ctl(&["compact", "--physical", revision.expect("a revision")]).expect("compacted");
+    }
+
+    /// What etcdctl prints, `None` when it fails.
+    pub fn ctl(&self, args: &[&str]) -> Option<String> {
+        let out = Command::new("etcdctl")
+            .env("ETCDCTL_API", "3")
+            .arg("--endpoints")
+            .arg(self.url())
+            .args(args)
+            .output()
+            .expect("etcdctl is installed (Debian: etcd-client)");
+        out.status.success().then(|| String::from_utf8_lossy(&out.stdout).into_owned())
+    }
+}
+
+pub fn redis() -> Peer {
+    let dir = TempDir::new().expect("a temporary directory");
+    let port = free_port();
+    let child = Command::new("redis-server")
+        .args(["--port", &port.to_string(), "--save", "", "--dir", &dir.path().to_string_lossy()])
+        .stdout(Stdio::null())
+        .spawn()
+        .expect("redis is installed (Debian: redis-server)");
+    wait_for_port(port);
+    Peer { child, port, dir }
+}
+
+/// A port that was free a moment ago: for peers that cannot choose one themselves.
+pub fn free_port() -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    listener.local_addr().expect("an address").port()
+}
+
+fn wait_for_port(port: u16) {
+    eventually("the peer listens", || TcpStream::connect(("127.0.0.1", port)).ok().map(drop));
+}
