@@ -1,0 +1,16 @@
+//! The walks of a user: start, routes, plugins, functions, uploads, stores. Each test is one scene on the real binary.
+
+mod support;
+
+#[path = "gateway/functions.rs"]
+mod functions;
+#[path = "gateway/plugins.rs"]
+mod plugins;
+#[path = "gateway/routes.rs"]
+mod routes;
+#[path = "gateway/start.rs"]
+mod start;
+#[path = "gateway/stores.rs"]
+mod stores;
+#[path = "gateway/uploads.rs"]
+mod uploads;

@@ -1,0 +1,259 @@
+//! Walks 3 and 4: plugins on routes, consumers, one's own Lua.
+
+use serde_json::json;
+
+use crate::support::{Gateway, Upstream, get};
+
+#[test]
+fn key_auth_and_limit_count_answer_401_then_200_then_503() {
+    let up = Upstream::echo();
+    let gw = Gateway::start();
+    gw.route(
+        "1",
+        "/get",
+        &up,
+        json!({"key-auth": {}, "limit-count": {"count": 2, "time_window": 60, "rejected_code": 503, "key": "remote_addr"}}),
+    );
+    gw.put("/consumers", json!({"username": "jack"}));
+    gw.put("/consumers/jack/credentials/c1", json!({"plugins": {"key-auth": {"key": "secret"}}}));
+    let refused = gw.get("/get");
+    assert_eq!((refused.status, refused.json()), (401, json!({"message": "Missing API key in request"})));
+    assert_eq!(refused.header("www-authenticate"), Some("apikey realm=\"key\""));
+    let wrong = gw.send("GET", "/get", &[("apikey", "wrong")], b"");
+    assert_eq!((wrong.status, wrong.json()), (401, json!({"message": "Invalid API key in request"})));
+    let first = gw.send("GET", "/get", &[("apikey", "secret")], b"");
+    assert_eq!(first.status, 200, "{}", first.text());
+    assert_eq!(first.header("x-ratelimit-limit"), Some("2"));
+    assert_eq!(first.header("x-ratelimit-remaining"), Some("1"));
+    assert_eq!(up.last().header("x-consumer-username"), Some("jack"));
+    assert_eq!(up.last().header("x-credential-identifier"), Some("c1"));
+    assert_eq!(gw.send("GET", "/get", &[("apikey", "secret")], b"").status, 200);
+    assert_eq!(gw.send("GET", "/get", &[("apikey", "secret")], b"").status, 503);
+    assert_eq!(up.seen().len(), 2, "refused requests do not reach the upstream");
+}
+
+#[test]
+fn a_limit_holds_across_workers() {
+    let up = Upstream::echo();
+    let gw = Gateway::start();
+    gw.route("1", "/get", &up, json!({"limit-count": {"count": 20, "time_window": 60, "key": "remote_addr"}}));
+    let served = (0..40).filter(|_| gw.get("/get").status == 200).count();
+    assert_eq!(served, 20);
+}
+
+#[test]
+fn serverless_functions_run_in_every_phase_they_allow() {
+    let up = Upstream::echo();
+    let gw = Gateway::start();
+    let phases = ["rewrite", "access", "before_proxy"];
+    for (id, phase) in phases.iter().enumerate() {
+        let source = format!("return function(conf, ctx) ngx.req.set_header('X-Phase', '{phase}') end");
+        gw.route(&id.to_string(), &format!("/{phase}"), &up, json!({"serverless-pre-function": {"phase": phase, "functions": [source]}}));
+        assert_eq!(gw.get(&format!("/{phase}")).status, 200);
+        assert_eq!(up.last().header("x-phase"), Some(*phase));
+    }
+    gw.route("8", "/h", &up, json!({"serverless-post-function": {"phase": "header_filter",
+        "functions": ["return function() ngx.header['X-Moon'] = 'full' end"]}}));
+    assert_eq!(gw.get("/h").header("x-moon"), Some("full"));
+    gw.route("9", "/b", &up, json!({"serverless-post-function": {"phase": "body_filter",
+        "functions": ["return function() ngx.arg[1] = ngx.arg[1]:upper() end"]},
+        "response-rewrite": {"headers": {"remove": ["Content-Length"]}}}));
+    assert!(gw.get("/b").text().contains("\"METHOD\""), "{}", gw.get("/b").text());
+    gw.route("10", "/l", &up, json!({"serverless-post-function": {"phase": "log",
+        "functions": ["return function() ngx.log(ngx.WARN, 'logged in phase ', ngx.get_phase()) end"]}}));
+    gw.get("/l");
+    gw.expect_log("logged in phase log");
+}
+
+#[test]
+fn a_function_that_does_not_compile_is_refused() {
+    let gw = Gateway::start();
+    let reply = gw.admin("PUT", "/routes/1", json!({"uri": "/x", "upstream": {"nodes": {"127.0.0.1:80": 1}},
+        "plugins": {"serverless-pre-function": {"functions": ["return function("]}}}));
+    assert_eq!(reply.status, 400);
+    assert!(reply.text().contains("failed to check the configuration of plugin serverless-pre-function"), "{}", reply.text());
+}
+
+#[test]
+fn a_plugin_error_answers_500_and_logs_file_and_line() {
+    let up = Upstream::echo();
+    let gw = Gateway::start();
+    gw.route("1", "/x", &up, json!({"serverless-pre-function": {"functions": ["return function() error('boom') end"]}}));
+    assert_eq!(gw.get("/x").status, 500);
+    gw.expect_log("boom");
+    gw.expect_log("serverless-pre-function");
+    assert!(up.seen().is_empty());
+}
+
+#[test]
+fn rewrites_of_request_and_response() {
+    let up = Upstream::echo();
+    let gw = Gateway::start();
+    gw.route("1", "/old/*", &up, json!({
+        "proxy-rewrite": {"regex_uri": ["^/old/(.*)", "/new/$1"], "host": "moon.test",
+            "headers": {"set": {"X-Set": "v-$remote_addr"}, "remove": ["X-Gone"]}},
+        "response-rewrite": {"headers": {"set": {"X-Res": "1"}, "add": ["X-Add: 2"]}, "status_code": 201},
+    }));
+    let reply = gw.send("GET", "/old/a?q=1", &[("X-Gone", "1")], b"");
+    assert_eq!(reply.status, 201);
+    assert_eq!((reply.header("x-res"), reply.header("x-add")), (Some("1"), Some("2")));
+    let seen = up.last();
+    assert_eq!(seen.target, "/new/a?q=1");
+    assert_eq!((seen.header("host"), seen.header("x-set")), (Some("moon.test"), Some("v-127.0.0.1")));
+    assert_eq!(seen.header("x-gone"), None);
+    gw.route("2", "/body", &up, json!({"response-rewrite": {"body": "new body"}}));
+    assert_eq!(gw.get("/body").text(), "new body");
+}
+
+#[test]
+fn plugins_of_the_first_release_do_what_they_say() {
+    let up = Upstream::echo();
+    let gw = Gateway::start();
+    gw.route("1", "/redirect", &up, json!({"redirect": {"uri": "/to", "ret_code": 301}}));
+    let redirect = gw.get("/redirect");
+    assert_eq!((redirect.status, redirect.header("location")), (301, Some("/to")));
+    gw.route("2", "/cors", &up, json!({"cors": {"allow_origins": "https://moon.test"}}));
+    let cors = gw.send("GET", "/cors", &[("Origin", "https://moon.test")], b"");
+    assert_eq!(cors.header("access-control-allow-origin"), Some("https://moon.test"));
+    assert_eq!(gw.send("GET", "/cors", &[("Origin", "https://sun.test")], b"").header("access-control-allow-origin"), None);
+    gw.route("3", "/ip", &up, json!({"ip-restriction": {"blacklist": ["127.0.0.0/24"]}}));
+    assert_eq!(gw.get("/ip").status, 403);
+    gw.route("4", "/ua", &up, json!({"ua-restriction": {"denylist": ["bad-bot"]}}));
+    assert_eq!(gw.send("GET", "/ua", &[("User-Agent", "bad-bot/1")], b"").status, 403);
+    assert_eq!(gw.send("GET", "/ua", &[("User-Agent", "good")], b"").status, 200);
+    gw.route("5", "/id", &up, json!({"request-id": {}}));
+    let id = gw.get("/id");
+    assert_eq!(id.header("x-request-id"), up.last().header("x-request-id"));
+    assert!(id.header("x-request-id").is_some());
+    gw.route("6", "/fault", &up, json!({"fault-injection": {"abort": {"http_status": 418, "body": "teapot"}}}));
+    let fault = gw.get("/fault");
+    assert_eq!((fault.status, fault.text().as_str()), (418, "teapot"));
+    gw.route("7", "/mock", &up, json!({"mocking": {"response_example": "{\"a\":1}", "response_status": 202}}));
+    let mock = gw.get("/mock");
+    assert_eq!((mock.status, mock.text().as_str()), (202, "{\"a\":1}"));
+    gw.route("8", "/echo", &up, json!({"echo": {"before_body": "<", "after_body": ">"}}));
+    let echo = gw.get("/echo").text();
+    assert!(echo.starts_with("<{") && echo.ends_with("}>"), "{echo}");
+    gw.route("9", "/req", &up, json!({"limit-req": {"rate": 1, "burst": 0, "key": "remote_addr", "rejected_code": 429}}));
+    let answers: Vec<u16> = (0..3).map(|_| gw.get("/req").status).collect();
+    assert_eq!(answers[0], 200);
+    assert!(answers.contains(&429), "{answers:?}");
+}
+
+#[test]
+fn basic_auth_and_jwt_auth_know_their_consumers() {
+    let up = Upstream::echo();
+    let gw = Gateway::start();
+    gw.put("/consumers", json!({"username": "jack", "plugins": {
+        "basic-auth": {"username": "jack", "password": "123"},
+        "jwt-auth": {"key": "jack-key", "secret": "my-secret-key"}}}));
+    gw.route("1", "/basic", &up, json!({"basic-auth": {}}));
+    gw.route("2", "/jwt", &up, json!({"jwt-auth": {}}));
+    assert_eq!(gw.get("/basic").status, 401);
+    assert_eq!(gw.send("GET", "/basic", &[("Authorization", "Basic amFjazoxMjM=")], b"").status, 200);
+    assert_eq!(gw.send("GET", "/basic", &[("Authorization", "Basic amFjazoxMjQ=")], b"").status, 401);
+    // {"alg":"HS256","typ":"JWT"} . {"key":"jack-key","exp":9999999999}, signed with my-secret-key
+    let token = jwt("my-secret-key");
+    assert_eq!(gw.get("/jwt").status, 401);
+    let good = gw.send("GET", "/jwt", &[("Authorization", &token)], b"");
+    assert_eq!(good.status, 200, "{}", good.text());
+    let forged = gw.send("GET", "/jwt", &[("Authorization", &jwt("other"))], b"");
+    assert_eq!((forged.status, forged.json()), (401, json!({"message": "failed to verify jwt"})));
+}
+
+fn jwt(secret: &str) -> String {
+    use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD as B64};
+    let head = B64.encode(r#"{"alg":"HS256","typ":"JWT"}"#);
+    let payload = B64.encode(r#"{"key":"jack-key","exp":9999999999}"#);
+    let signed = format!("{head}.{payload}");
+    let key = ring::hmac::Key::new(ring::hmac::HMAC_SHA256, secret.as_bytes());
+    format!("{signed}.{}", B64.encode(ring::hmac::sign(&key, signed.as_bytes())))
+}
+
+#[test]
+fn traffic_split_and_public_api() {
+    let (a, b) = (Upstream::echo(), Upstream::echo());
+    let gw = Gateway::start();
+    gw.route("1", "/split", &a, json!({"traffic-split": {"rules": [{
+        "match": [{"vars": [["http_x_canary", "==", "1"]]}],
+        "weighted_upstreams": [{"upstream": {"type": "roundrobin", "nodes": {b.addr(): 1}}, "weight": 1}]}]}}));
+    gw.get("/split");
+    gw.send("GET", "/split", &[("X-Canary", "1")], b"");
+    assert_eq!((a.seen().len(), b.seen().len()), (1, 1));
+    gw.put("/routes/2", json!({"uri": "/apisix/prometheus/metrics", "plugins": {"public-api": {}}}));
+    let metrics = gw.get("/apisix/prometheus/metrics");
+    assert!(metrics.text().contains("apisix_http_requests_total"), "{}", metrics.text());
+}
+
+#[test]
+fn prometheus_counts_by_route_and_code() {
+    let up = Upstream::echo();
+    let gw = Gateway::start();
+    gw.route("1", "/counted", &up, json!({"prometheus": {}}));
+    for _ in 0..3 {
+        gw.get("/counted");
+    }
+    let text = get(&gw.prometheus(), "/apisix/prometheus/metrics").text();
+    let line = text.lines().find(|l| l.starts_with("apisix_http_status{") && l.contains("code=\"200\""));
+    let line = line.unwrap_or_else(|| panic!("no http_status in {text}"));
+    assert!(line.contains("route=\"1\"") && line.contains("matched_uri=\"/counted\"") && line.ends_with(" 3"), "{line}");
+}
+
+#[test]
+fn loggers_write_one_entry_per_request() {
+    let up = Upstream::echo();
+    let collector = Upstream::answering(|_| "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n");
+    let gw = Gateway::start();
+    let file = gw.dir.join("logs/requests.log");
+    gw.route("1", "/logged", &up, json!({
+        "file-logger": {"path": file.to_string_lossy()},
+        "http-logger": {"uri": format!("http://{}/log", collector.addr()), "batch_max_size": 1},
+    }));
+    gw.get("/logged");
+    let text = crate::support::eventually("the file has an entry", || {
+        Some(std::fs::read_to_string(&file).ok()?).filter(|t| t.ends_with('\n'))
+    });
+    let entry: serde_json::Value = serde_json::from_str(text.trim()).expect("one JSON line");
+    assert_eq!(entry["request"]["uri"], "/logged");
+    assert_eq!((&entry["response"]["status"], &entry["route_id"]), (&json!(200), &json!("1")));
+    let seen = crate::support::eventually("the collector has it", || collector.seen().pop());
+    let entry: serde_json::Value = serde_json::from_slice(&seen.body).expect("JSON");
+    assert_eq!(entry["request"]["uri"], "/logged");
+}
+
+#[test]
+fn meta_disables_filters_and_reorders() {
+    let up = Upstream::echo();
+    let gw = Gateway::start();
+    gw.route("1", "/off", &up, json!({"fault-injection": {"_meta": {"disable": true}, "abort": {"http_status": 418}}}));
+    assert_eq!(gw.get("/off").status, 200);
+    gw.route("2", "/some", &up, json!({"fault-injection": {"_meta": {"filter": [["arg_x", "==", "1"]]}, "abort": {"http_status": 418}}}));
+    assert_eq!((gw.get("/some").status, gw.get("/some?x=1").status), (200, 418));
+    gw.route("3", "/err", &up, json!({"key-auth": {"_meta": {"error_response": {"message": "no entry"}}}}));
+    let refused = gw.get("/err");
+    assert_eq!((refused.status, refused.json()), (401, json!({"message": "no entry"})));
+}
+
+#[test]
+fn plugins_come_from_route_service_plugin_config_consumer_and_global_rules() {
+    let up = Upstream::echo();
+    let gw = Gateway::start();
+    let set = |name: &str| json!({"proxy-rewrite": {"headers": {"set": {"X-From": name}}}});
+    gw.put("/services/s", json!({"upstream": {"nodes": {up.addr(): 1}}, "plugins": set("service")}));
+    gw.put("/routes/1", json!({"uri": "/service", "service_id": "s"}));
+    gw.put("/routes/2", json!({"uri": "/route", "service_id": "s", "plugins": set("route")}));
+    gw.put("/plugin_configs/p", json!({"plugins": set("plugin_config")}));
+    gw.put("/routes/3", json!({"uri": "/config", "service_id": "s", "plugin_config_id": "p"}));
+    for (path, from) in [("/service", "service"), ("/route", "route"), ("/config", "plugin_config")] {
+        gw.get(path);
+        assert_eq!(up.last().header("x-from"), Some(from), "{path}");
+    }
+    gw.put("/global_rules/1", json!({"plugins": {"response-rewrite": {"headers": {"set": {"X-Global": "1"}}}}}));
+    assert_eq!(gw.get("/route").header("x-global"), Some("1"));
+    assert_eq!(gw.get("/nowhere").header("x-global"), Some("1"), "global rules run for requests that match no route");
+    gw.put("/consumer_groups/g", json!({"plugins": {"response-rewrite": {"headers": {"set": {"X-Group": "1"}}}}}));
+    gw.put("/consumers", json!({"username": "jack", "group_id": "g", "plugins": {"key-auth": {"key": "k"}}}));
+    gw.put("/routes/4", json!({"uri": "/auth", "service_id": "s", "plugins": {"key-auth": {}}}));
+    let reply = gw.send("GET", "/auth", &[("apikey", "k")], b"");
+    assert_eq!((reply.status, reply.header("x-group")), (200, Some("1")), "{}", reply.text());
+}
