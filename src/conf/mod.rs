@@ -1,10 +1,243 @@
 //! config.yaml: as written -> every mistake at once -> a typed `Config`.
+//!
+//! The defaults are conf/config.default.yaml, packed into the binary: one place, readable by people. A file is read as YAML,
+//! environment references are filled in (`env`), it is laid over the defaults, its keys are looked at (`keys`), and what the
+//! gateway uses becomes typed (`typed`). Nothing outside this module sees the file's shape.
 
-/// The configuration in use. Built by `load`; nothing outside `conf` sees the file's shape.
+mod env;
+mod keys;
+mod typed;
+
+use std::{
+    fmt, fs,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use ipnet::IpNet;
+use serde_json::Value;
+
+use crate::error::{Error, Kind, Result};
+
+const DEFAULTS: &str = include_str!("../../conf/config.default.yaml");
+
+/// The configuration in use.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// conf/, logs/ and data/ are relative to it.
-    pub prefix: std::path::PathBuf,
+    pub prefix: PathBuf,
     /// The whole effective configuration, defaults filled in: what Lua sees as `local_conf`.
-    pub json: std::sync::Arc<serde_json::Value>,
+    pub json: Arc<Value>,
+    /// Plain listeners for requests.
+    pub listen: Vec<Listen>,
+    /// Listeners with TLS; empty when `apisix.ssl.enable` is off.
+    pub listen_tls: Vec<Listen>,
+    pub tls: Tls,
+    pub router: Router,
+    pub delete_uri_tail_slash: bool,
+    pub normalize_uri_like_servlet: bool,
+    pub enable_server_tokens: bool,
+    pub show_upstream_status: bool,
+    pub client: Client,
+    pub upstream_keepalive: Keepalive,
+    /// Worker threads.
+    pub workers: usize,
+    /// How long a drain may take.
+    pub shutdown_timeout: Duration,
+    /// Client connections of one worker.
+    pub worker_connections: usize,
+    pub cpu_affinity: bool,
+    pub error_log: PathBuf,
+    /// `debug` … `emerg`
+    pub error_log_level: String,
+    pub access_log: Option<AccessLog>,
+    pub admin: Option<Admin>,
+    pub control: Option<SocketAddr>,
+    pub prometheus: Prometheus,
+    pub keyring: Vec<String>,
+    pub encrypt_fields: bool,
+    /// Names to load; those of the default list that do not exist are left out without a word.
+    pub plugins: Vec<String>,
+    pub plugins_are_default: bool,
+    pub extra_lua_path: String,
+    pub extra_lua_cpath: String,
+    /// `ngx.shared` dictionaries and their sizes in bytes.
+    pub shared_dicts: Vec<(String, usize)>,
+    pub resolver: Resolver,
+    pub lua: LuaLimits,
+    pub real_ip: RealIp,
 }
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listen {
+    pub addr: SocketAddr,
+    pub http2: bool,
+    pub proxy_protocol: bool,
+}
+
+#[derive(Clone, Debug)]
+pub struct Tls {
+    /// `TLSv1.2`, `TLSv1.3`
+    pub protocols: Vec<String>,
+    pub session_tickets: bool,
+    pub fallback_sni: Option<String>,
+    /// A bundle's path, or `None` for the system's.
+    pub trusted_certificate: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Router {
+    HostUri,
+    Uri,
+    UriWithParameter,
+}
+
+/// Limits on the client's side.
+#[derive(Clone, Debug)]
+pub struct Client {
+    pub header_timeout: Duration,
+    pub body_timeout: Duration,
+    pub send_timeout: Duration,
+    pub keepalive_timeout: Duration,
+    /// 0: no bound.
+    pub max_body: u64,
+    pub underscores_in_headers: bool,
+}
+
+#[derive(Clone, Debug)]
+pub struct Keepalive {
+    pub size: usize,
+    pub requests: u64,
+    pub timeout: Duration,
+}
+
+#[derive(Clone, Debug)]
+pub struct AccessLog {
+    pub path: PathBuf,
+    pub format: String,
+    /// `default`, `json` or `none`
+    pub escape: String,
+    pub buffer: usize,
+}
+
+#[derive(Clone, Debug)]
+pub struct Admin {
+    pub addr: SocketAddr,
+    pub keys: Vec<AdminKey>,
+    pub key_required: bool,
+    /// Empty: anyone.
+    pub allow: Vec<IpNet>,
+    pub cors: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AdminKey {
+    pub name: String,
+    /// Empty: to be generated.
+    pub key: String,
+    /// `admin` or `viewer`
+    pub role: String,
+}
+
+#[derive(Clone, Debug)]
+pub struct Prometheus {
+    /// `None`: no server of its own.
+    pub addr: Option<SocketAddr>,
+    pub uri: String,
+    pub prefix: String,
+}
+
+#[derive(Clone, Debug)]
+pub struct Resolver {
+    /// Empty: the system's.
+    pub servers: Vec<SocketAddr>,
+    /// Instead of the records' own TTL.
+    pub valid: Option<Duration>,
+    pub timeout: Duration,
+    pub ipv6: bool,
+}
+
+#[derive(Clone, Debug)]
+pub struct LuaLimits {
+    /// Time on the CPU without a wait; 0: no limit.
+    pub cpu_ms: u64,
+    /// Memory of one VM; 0: no limit.
+    pub memory_mb: u64,
+}
+
+#[derive(Clone, Debug)]
+pub struct RealIp {
+    pub header: String,
+    pub from: Vec<IpNet>,
+    pub recursive: bool,
+}
+
+/// Something that works differently from what the file's author may expect: `path: text`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Warning(pub String);
+
+/// Everything wrong with a configuration, one line each: `path: what, and what to do`.
+#[derive(Debug)]
+pub struct Mistakes(pub Vec<String>);
+
+impl fmt::Display for Mistakes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for mistake in &self.0 {
+            writeln!(f, "{mistake}")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Mistakes {}
+
+impl From<Mistakes> for Error {
+    fn from(mistakes: Mistakes) -> Self {
+        Error::config(Kind::Invalid).context(mistakes.to_string())
+    }
+}
+
+/// Reads the configuration: `file`, or conf/config.yaml under `prefix`, which may be missing.
+pub fn load(prefix: &Path, file: Option<&Path>) -> Result<(Config, Vec<Warning>), Mistakes> {
+    let path = file.map_or_else(|| prefix.join("conf/config.yaml"), Path::to_owned);
+    let text = match fs::read_to_string(&path) {
+        Ok(text) => text,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound && file.is_none() => String::new(),
+        Err(e) => return Err(Mistakes(vec![format!("{}: {e}", path.display())])),
+    };
+    parse(prefix, &text).map_err(|Mistakes(lines)| {
+        Mistakes(lines.into_iter().map(|line| format!("{}: {line}", path.display())).collect())
+    })
+}
+
+/// The same from a text.
+pub fn parse(prefix: &Path, text: &str) -> Result<(Config, Vec<Warning>), Mistakes> {
+    let one = |e: String| Mistakes(vec![e]);
+    let mut mistakes = Vec::new();
+    let mut written: Value = serde_norway::from_str(text).map_err(|e| one(format!("not YAML: {e}")))?;
+    if written.is_null() {
+        written = Value::Object(Default::default());
+    }
+    if !written.is_object() {
+        return Err(one("the file must hold a map: apisix:, deployment:, …".into()));
+    }
+    env::fill(&mut written, "", &mut mistakes);
+    let mut effective = defaults().map_err(one)?;
+    let mut warnings = keys::look(&written, &effective, &mut mistakes);
+    keys::merge(&mut effective, written.clone());
+    let config = typed::read(prefix, effective, &written, &mut warnings, &mut mistakes);
+    match config {
+        Some(config) if mistakes.is_empty() => Ok((config, warnings)),
+        _ => Err(Mistakes(mistakes)),
+    }
+}
+
+/// conf/config.default.yaml
+fn defaults() -> Result<Value, String> {
+    serde_norway::from_str(DEFAULTS).map_err(|e| format!("conf/config.default.yaml: {e}"))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,218 @@
+//! The file's keys: which are known, which lose their meaning here, which do nothing, and what an unknown one may have meant.
+
+use serde_json::{Map, Value};
+
+use super::Warning;
+
+/// Keys that APISIX knows beside those with a default. A trailing `.*` stands for anything below.
+const OPTIONAL: &[&str] = &[
+    "apisix.admin_key",
+    "apisix.control.*",
+    "apisix.custom_lua_shared_dict.*",
+    "apisix.customize_timeout",
+    "apisix.disable_upstream_healthcheck",
+    "apisix.dns_resolver",
+    "apisix.dns_resolver_valid",
+    "apisix.events.*",
+    "apisix.id",
+    "apisix.lua_module_hook",
+    "apisix.proxy_protocol.*",
+    "apisix.ssl.fallback_sni",
+    "apisix.ssl.listen_port",
+    "apisix.ssl.ssl_session_cache",
+    "apisix.status.*",
+    "apisix.stream_proxy.*",
+    "apisix.trusted_addresses",
+    "custom_plugins",
+    "deployment.admin.admin_api_mtls.*",
+    "deployment.admin.https_admin",
+    "deployment.certs.*",
+    "deployment.etcd.*",
+    "deployment.role_control_plane.*",
+    "deployment.role_data_plane.*",
+    "discovery.*",
+    "ext-plugin.*",
+    "lua.preload",
+    "lua_init.*",
+    "lua_listen",
+    "lua_locations",
+    "lua_options.*",
+    "lua_package_cpath",
+    "lua_package_path",
+    "lua_server.*",
+    "lua_shared_dict.*",
+    "lua_upstreams.*",
+    "nginx_config.envs",
+    "nginx_config.http.*",
+    "nginx_config.max_pending_timers",
+    "nginx_config.stream.*",
+    "nginx_config.user",
+    "nginx_config.worker_rlimit_core",
+    "nginx_config.worker_shutdown_timeout",
+    "plugin_attr.*",
+    "stream_plugins",
+    "test_node.*",
+    "vault.*",
+    "wasm.*",
+    "xrpc.*",
+];
+
+/// Keys whose meaning would be lost: the start stops, with the way out.
+const UNSUPPORTED: &[(&str, &str)] = &[
+    ("nginx_config.main_configuration_snippet", SNIPPET),
+    ("nginx_config.http_configuration_snippet", SNIPPET),
+    ("nginx_config.http_server_configuration_snippet", SNIPPET),
+    ("nginx_config.http_server_location_configuration_snippet", SNIPPET),
+    ("nginx_config.http_admin_configuration_snippet", SNIPPET),
+    ("nginx_config.http_end_configuration_snippet", SNIPPET),
+    ("nginx_config.stream_configuration_snippet", SNIPPET),
+    ("wasm", "there is no WebAssembly host; write the plugin in Lua and upload it through the Admin API"),
+    ("xrpc", "xRPC protocols are not served; keep those services on APISIX"),
+    ("ext-plugin", "external plugin runners are not started; write the plugin in Lua"),
+    ("discovery", "service discovery is not served yet; list the nodes in the upstream"),
+    ("apisix.stream_proxy", "TCP and UDP proxying is not served yet; keep those routes on APISIX"),
+    ("deployment.admin.https_admin", "the Admin API has no TLS of its own yet; reach it over loopback or a tunnel"),
+];
+
+const SNIPPET: &str = "there is no nginx that could read it; express it by routes, plugins or Lua";
+
+/// Known keys that do nothing here, because their job does not exist or needs no tuning.
+const WITHOUT_COUNTERPART: &[&str] = &[
+    "apisix.disable_sync_configuration_during_start",
+    "apisix.enable_dev_mode",
+    "apisix.enable_resolv_search_opt",
+    "apisix.events",
+    "apisix.lua_module_hook",
+    "apisix.ssl.ssl_ciphers",
+    "apisix.worker_startup_time_threshold",
+    "deployment.admin.admin_api_mtls",
+    "lua_init",
+    "lua_listen",
+    "lua_locations",
+    "lua_options",
+    "lua_server",
+    "lua_upstreams",
+    "nginx_config.envs",
+    "nginx_config.http.charset",
+    "nginx_config.http.variables_hash_max_size",
+    "nginx_config.user",
+    "nginx_config.worker_rlimit_core",
+    "nginx_config.worker_rlimit_nofile",
+    "test_node",
+];
+
+/// Looks at every key that was written. Mistakes and warnings name their path.
+pub(super) fn look(written: &Value, defaults: &Value, mistakes: &mut Vec<String>) -> Vec<Warning> {
+    let mut warnings = Vec::new();
+    let allowed = allowed(written);
+    for (path, way_out) in UNSUPPORTED {
+        if !is_used(at(written, path)) {
+            continue;
+        }
+        if allowed.contains(path) {
+            warnings.push(Warning(format!("{path}: has no effect: {way_out}")));
+        } else {
+            mistakes.push(format!(
+                "{path}: cannot be honoured: {way_out}. To start without it, add {path} to apisix.allow_unsupported"
+            ));
+        }
+    }
+    for path in WITHOUT_COUNTERPART {
+        if at(written, path).is_some_and(|value| at(defaults, path) != Some(value)) {
+            warnings.push(Warning(format!("{path}: has no effect here")));
+        }
+    }
+    unknown(written, defaults, "", &mut warnings);
+    warnings
+}
+
+fn allowed(written: &Value) -> Vec<&str> {
+    let list = at(written, "apisix.allow_unsupported").and_then(Value::as_array);
+    list.map(|items| items.iter().filter_map(Value::as_str).collect()).unwrap_or_default()
+}
+
+/// Set to something that would do something.
+fn is_used(value: Option<&Value>) -> bool {
+    match value {
+        None | Some(Value::Null | Value::Bool(false)) => false,
+        Some(Value::String(text)) => !text.trim().is_empty(),
+        Some(Value::Array(items)) => !items.is_empty(),
+        Some(Value::Object(map)) => !map.is_empty(),
+        Some(_) => true,
+    }
+}
+
+fn unknown(written: &Value, defaults: &Value, path: &str, warnings: &mut Vec<Warning>) {
+    let (Value::Object(map), Value::Object(known)) = (written, defaults) else { return };
+    for (key, value) in map {
+        let here = join(path, key);
+        match known.get(key) {
+            Some(default) if !is_free(&here) => unknown(value, default, &here, warnings),
+            Some(_) => {}
+            None if is_optional(&here) => {}
+            None => warnings.push(Warning(format!("{here}: is not a known key{}", suggestion(key, path, known)))),
+        }
+    }
+}
+
+/// Maps whose keys are the user's own.
+fn is_free(path: &str) -> bool {
+    path.ends_with("lua_shared_dict") || path == "plugin_attr"
+}
+
+fn is_optional(path: &str) -> bool {
+    OPTIONAL.iter().any(|known| match known.strip_suffix(".*") {
+        Some(start) => path == start || path.strip_prefix(start).is_some_and(|rest| rest.starts_with('.')),
+        None => path == *known || known.strip_prefix(path).is_some_and(|rest| rest.starts_with('.')),
+    })
+}
+
+fn suggestion(key: &str, path: &str, known: &Map<String, Value>) -> String {
+    let optional =
+        OPTIONAL.iter().filter_map(|o| o.trim_end_matches(".*").strip_prefix(path)).map(|o| o.trim_matches('.'));
+    let names = known.keys().map(String::as_str).chain(optional.filter(|o| !o.contains('.')));
+    let nearest = names.map(|name| (distance(key, name), name)).min();
+    match nearest {
+        Some((d, name)) if d <= 3.max(key.len() / 3) => format!("; did you mean {}?", join(path, name)),
+        _ => String::new(),
+    }
+}
+
+/// Levenshtein's distance.
+fn distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.chars().enumerate() {
+        let mut left_above = row[0];
+        row[0] = i + 1;
+        for (j, y) in b.iter().enumerate() {
+            let cost = (left_above + usize::from(x != *y)).min(row[j] + 1).min(row[j + 1] + 1);
+            left_above = row[j + 1];
+            row[j + 1] = cost;
+        }
+    }
+    row[b.len()]
+}
+
+/// Maps merge, everything else is replaced.
+pub(super) fn merge(into: &mut Value, from: Value) {
+    match (into, from) {
+        (Value::Object(into), Value::Object(from)) => {
+            for (key, value) in from {
+                merge(into.entry(key).or_insert(Value::Null), value);
+            }
+        }
+        // `apisix:` with nothing under it is not a wish to have no defaults.
+        (Value::Object(_), Value::Null) => {}
+        (into, from) => *into = from,
+    }
+}
+
+/// The value at `a.b.c`.
+pub(super) fn at<'v>(value: &'v Value, path: &str) -> Option<&'v Value> {
+    path.split('.').try_fold(value, |value, key| value.get(key))
+}
+
+pub(super) fn join(path: &str, key: &str) -> String {
+    if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") }
+}

@@ -1,0 +1,97 @@
+use super::*;
+
+fn ok(text: &str) -> (Config, Vec<Warning>) {
+    parse(Path::new("/p"), text).unwrap_or_else(|e| panic!("{e}"))
+}
+
+fn mistakes(text: &str) -> Vec<String> {
+    parse(Path::new("/p"), text).err().map(|e| e.0).unwrap_or_default()
+}
+
+#[test]
+fn an_empty_file_is_the_defaults() {
+    let (config, warnings) = ok("");
+    assert_eq!(warnings, []);
+    assert_eq!(config.listen[0].addr, "0.0.0.0:9080".parse().unwrap());
+    assert_eq!(config.listen_tls[0].addr.port(), 9443);
+    assert_eq!(config.admin.as_ref().unwrap().addr, "0.0.0.0:9180".parse().unwrap());
+    assert_eq!(config.control, Some("127.0.0.1:9090".parse().unwrap()));
+    assert_eq!(config.prometheus.addr, Some("127.0.0.1:9091".parse().unwrap()));
+    assert_eq!(config.client.send_timeout, Duration::from_secs(10));
+    assert!(config.shared_dicts.contains(&("plugin-limit-count".into(), 10 << 20)));
+}
+
+/// What differs from APISIX's published defaults is listed at the head of conf/config.default.yaml, and here.
+#[test]
+fn the_defaults_are_apisix_own_but_for_the_listed() {
+    let mut theirs: Value = serde_json::from_str(include_str!("../../t/data/apisix-default-config.json")).unwrap();
+    let mut ours = defaults().unwrap();
+    for own in ["allow_unsupported", "control", "enable_control", "normalize_uri_like_servlet"] {
+        ours["apisix"].as_object_mut().unwrap().remove(own);
+        theirs["apisix"].as_object_mut().unwrap().remove(own);
+    }
+    ours.as_object_mut().unwrap().remove("lua");
+    for role in ["role_traditional", "role_data_plane", "role_control_plane"] {
+        ours["deployment"].as_object_mut().unwrap().remove(role);
+        theirs["deployment"].as_object_mut().unwrap().remove(role);
+    }
+    assert_eq!(ours, theirs);
+}
+
+#[test]
+fn every_mistake_is_reported_at_once_with_its_path() {
+    let found = mistakes(
+        "apisix: {node_listen: [99999], router: {http: x}}\ndeployment: {role: king, admin: {allow_admin: [nowhere]}}\n\
+         nginx_config: {http: {send_timeout: soon}}",
+    );
+    for path in ["node_listen[0]", "apisix.router.http", "deployment.role", "allow_admin[0]", "send_timeout"] {
+        assert!(found.iter().any(|m| m.contains(path)), "{path} in {found:?}");
+    }
+}
+
+#[test]
+fn a_key_without_meaning_stops_the_start_unless_it_is_named() {
+    let snippet = "nginx_config: {http_server_configuration_snippet: 'a b;'}";
+    let found = mistakes(snippet);
+    assert!(found[0].contains("allow_unsupported"), "{found:?}");
+    let allowed = format!("apisix: {{allow_unsupported: [nginx_config.http_server_configuration_snippet]}}\n{snippet}");
+    let (_, warnings) = ok(&allowed);
+    assert!(warnings[0].0.contains("http_server_configuration_snippet"));
+}
+
+#[test]
+fn an_unknown_key_names_its_nearest() {
+    let (_, warnings) =
+        ok("apisix: {node_listten: 1}\nplugin_attr: {own: {x: 1}}\nnginx_config: {http: {lua_shared_dict: {own: 1m}}}");
+    assert_eq!(warnings, [Warning("apisix.node_listten: is not a known key; did you mean apisix.node_listen?".into())]);
+}
+
+#[test]
+fn listeners_have_all_of_apisix_forms() {
+    for (text, ports) in [
+        ("9000", vec![9000, 9000]),
+        ("[9000, 9001]", vec![9000, 9000, 9001, 9001]),
+        ("[{port: 9000, enable_http2: true}, {ip: 127.0.0.2, port: 9001}]", vec![9000, 9000, 9001]),
+    ] {
+        let (config, _) = ok(&format!("apisix: {{node_listen: {text}}}"));
+        assert_eq!(config.listen.iter().map(|l| l.addr.port()).collect::<Vec<_>>(), ports, "{text}");
+    }
+}
+
+#[test]
+fn times_and_sizes_read_as_in_nginx() {
+    for (text, expected) in [
+        ("60s", Some(60_000)),
+        ("1h30m", Some(5_400_000)),
+        ("100ms", Some(100)),
+        ("5", Some(5000)),
+        ("x", None),
+        ("", None),
+    ] {
+        assert_eq!(typed::duration(text).map(|d| d.as_millis() as u64), expected, "{text}");
+    }
+    for (text, expected) in [("10m", Some(10 << 20)), ("1G", Some(1 << 30)), ("7", Some(7)), ("m", None), ("1x", None)]
+    {
+        assert_eq!(typed::size(text), expected, "{text}");
+    }
+}

@@ -1,0 +1,527 @@
+//! From the effective configuration to typed values; every mistake is noted with its path, and reading goes on.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::{Path, PathBuf},
+    sync::Arc,
+    thread,
+    time::Duration,
+};
+
+use ipnet::IpNet;
+use serde_json::Value;
+
+use super::{
+    AccessLog, Admin, AdminKey, Client, Config, Keepalive, Listen, LuaLimits, Prometheus, RealIp, Resolver, Router,
+    Tls, Warning, keys::at,
+};
+
+/// Worker threads that `auto` never exceeds: each costs a VM.
+const MAX_WORKERS: usize = 512;
+
+/// Sizes past this are typos: no dictionary or body bound needs a tebibyte.
+const MAX_SIZE: u64 = 1 << 40;
+
+pub(super) fn read(
+    prefix: &Path,
+    json: Value,
+    written: &Value,
+    warnings: &mut Vec<Warning>,
+    mistakes: &mut Vec<String>,
+) -> Option<Config> {
+    let prefix = std::path::absolute(prefix).unwrap_or_else(|_| prefix.to_owned());
+    let mut r = Reader { json: &json, mistakes };
+    r.role(warnings);
+    let listen = r.listeners("apisix.node_listen");
+    let listen_tls = if r.flag("apisix.ssl.enable") { r.listeners("apisix.ssl.listen") } else { Vec::new() };
+    let tls = r.tls(&prefix);
+    let router = r.one_of(
+        "apisix.router.http",
+        &[
+            ("radixtree_host_uri", Router::HostUri),
+            ("radixtree_uri", Router::Uri),
+            ("radixtree_uri_with_parameter", Router::UriWithParameter),
+        ],
+    );
+    let workers = r.workers();
+    let client = r.client();
+    let upstream_keepalive = r.upstream_keepalive();
+    let (error_log, error_log_level) = r.error_log(&prefix);
+    let access_log = r.access_log(&prefix);
+    let admin = r.admin();
+    let control = r.control();
+    let prometheus = r.prometheus();
+    let plugins = r.texts("plugins");
+    let shared_dicts = r.shared_dicts();
+    let resolver = r.resolver();
+    let real_ip = r.real_ip();
+    let (keyring, encrypt_fields) = r.keyring();
+    Some(Config {
+        listen,
+        listen_tls,
+        tls,
+        router: router?,
+        delete_uri_tail_slash: r.flag("apisix.delete_uri_tail_slash"),
+        normalize_uri_like_servlet: r.flag("apisix.normalize_uri_like_servlet"),
+        enable_server_tokens: r.flag("apisix.enable_server_tokens"),
+        show_upstream_status: r.flag("apisix.show_upstream_status_in_response_header"),
+        client,
+        upstream_keepalive,
+        workers,
+        shutdown_timeout: r.duration("nginx_config.worker_shutdown_timeout"),
+        worker_connections: r.number("nginx_config.event.worker_connections", 1, 10_000_000) as usize,
+        cpu_affinity: r.flag("nginx_config.enable_cpu_affinity"),
+        error_log,
+        error_log_level,
+        access_log,
+        admin,
+        control,
+        prometheus,
+        keyring,
+        encrypt_fields,
+        plugins,
+        plugins_are_default: at(written, "plugins").is_none(),
+        extra_lua_path: r.text("apisix.extra_lua_path"),
+        extra_lua_cpath: r.text("apisix.extra_lua_cpath"),
+        shared_dicts,
+        resolver,
+        lua: LuaLimits {
+            cpu_ms: r.number("lua.limits.cpu_ms", 0, 86_400_000),
+            memory_mb: r.number("lua.limits.memory_mb", 0, 1 << 20),
+        },
+        real_ip,
+        prefix,
+        json: Arc::new(json.clone()),
+    })
+}
+
+struct Reader<'a> {
+    json: &'a Value,
+    mistakes: &'a mut Vec<String>,
+}
+
+impl<'a> Reader<'a> {
+    fn get(&self, path: &str) -> Option<&'a Value> {
+        at(self.json, path).filter(|value| !value.is_null())
+    }
+
+    fn wrong(&mut self, path: &str, what: impl std::fmt::Display) {
+        self.mistakes.push(format!("{path}: {what}"));
+    }
+
+    fn flag(&mut self, path: &str) -> bool {
+        match self.get(path) {
+            None => false,
+            Some(Value::Bool(b)) => *b,
+            // nginx's own words, which APISIX uses in nginx_config.
+            Some(Value::String(s)) if s == "on" => true,
+            Some(Value::String(s)) if s == "off" => false,
+            Some(other) => {
+                self.wrong(path, format!("{other} is not a boolean; write true or false"));
+                false
+            }
+        }
+    }
+
+    fn text(&mut self, path: &str) -> String {
+        match self.get(path) {
+            None => String::new(),
+            Some(Value::String(s)) => s.clone(),
+            Some(Value::Number(n)) => n.to_string(),
+            Some(other) => {
+                self.wrong(path, format!("{other} is not a text"));
+                String::new()
+            }
+        }
+    }
+
+    fn texts(&mut self, path: &str) -> Vec<String> {
+        let items = match self.get(path) {
+            None => return Vec::new(),
+            Some(Value::Array(items)) => items,
+            Some(other) => {
+                self.wrong(path, format!("{other} is not a list"));
+                return Vec::new();
+            }
+        };
+        let texts = items.iter().enumerate().filter_map(|(i, item)| {
+            let text = item.as_str().map(str::to_owned);
+            if text.is_none() {
+                self.wrong(&format!("{path}[{i}]"), format!("{item} is not a text"));
+            }
+            text
+        });
+        texts.collect()
+    }
+
+    fn number(&mut self, path: &str, least: u64, most: u64) -> u64 {
+        let Some(value) = self.get(path) else { return least };
+        let number = value.as_u64().or_else(|| value.as_str().and_then(|s| s.parse().ok()));
+        match number {
+            Some(n) if (least..=most).contains(&n) => n,
+            _ => {
+                self.wrong(path, format!("{value} is not a whole number from {least} to {most}"));
+                least
+            }
+        }
+    }
+
+    /// nginx's `60s`, `5m`, `100ms`, `1h30m`; a bare number counts seconds.
+    fn duration(&mut self, path: &str) -> Duration {
+        let Some(value) = self.get(path) else { return Duration::ZERO };
+        let parsed = match value {
+            Value::Number(n) => n.as_f64().and_then(|s| Duration::try_from_secs_f64(s).ok()),
+            Value::String(s) => duration(s),
+            _ => None,
+        };
+        parsed.unwrap_or_else(|| {
+            self.wrong(path, format!("{value} is not a time; write 60s, 5m or 100ms"));
+            Duration::ZERO
+        })
+    }
+
+    /// nginx's `10m`, `1g`, `512k`; a bare number counts bytes.
+    fn size(&mut self, path: &str) -> u64 {
+        let Some(value) = self.get(path) else { return 0 };
+        let parsed = match value {
+            Value::Number(n) => n.as_u64(),
+            Value::String(s) => size(s),
+            _ => None,
+        };
+        parsed.filter(|n| *n <= MAX_SIZE).unwrap_or_else(|| {
+            self.wrong(path, format!("{value} is not a size; write 512k, 10m or 1g"));
+            0
+        })
+    }
+
+    fn one_of<T: Copy>(&mut self, path: &str, choices: &[(&str, T)]) -> Option<T> {
+        let text = self.text(path);
+        let found = choices.iter().find(|(name, _)| *name == text).map(|(_, value)| *value);
+        if found.is_none() {
+            let names: Vec<&str> = choices.iter().map(|(name, _)| *name).collect();
+            self.wrong(path, format!("{text:?} is not one of {}", names.join(", ")));
+        }
+        found
+    }
+
+    fn role(&mut self, warnings: &mut Vec<Warning>) {
+        let roles = [("traditional", ()), ("data_plane", ()), ("control_plane", ())];
+        if self.one_of("deployment.role", &roles).is_none() {
+            return;
+        }
+        let role = self.text("deployment.role");
+        let path = format!("deployment.role_{role}.config_provider");
+        let providers: &[(&str, ())] = match role.as_str() {
+            "data_plane" => &[("etcd", ()), ("yaml", ()), ("json", ())],
+            "traditional" => &[("embedded", ()), ("etcd", ()), ("yaml", ())],
+            _ => &[("embedded", ()), ("etcd", ())],
+        };
+        self.one_of(&path, providers);
+        if role == "traditional" && self.text(&path) == "yaml" {
+            warnings
+                .push(Warning(format!("{path}: yaml goes with role: data_plane; the Admin API cannot write a file")));
+        }
+    }
+
+    fn listeners(&mut self, path: &str) -> Vec<Listen> {
+        let items = match self.get(path) {
+            None => return Vec::new(),
+            Some(Value::Array(items)) => items.clone(),
+            Some(one) => vec![one.clone()],
+        };
+        let http2 = self.flag("apisix.enable_http2");
+        let mut out = Vec::new();
+        for (i, item) in items.iter().enumerate() {
+            self.listener(&format!("{path}[{i}]"), item, http2, &mut out);
+        }
+        out
+    }
+
+    fn listener(&mut self, path: &str, item: &Value, http2: bool, out: &mut Vec<Listen>) {
+        let map = match item {
+            Value::Object(map) => map.clone(),
+            port => serde_json::Map::from_iter([("port".to_owned(), port.clone())]),
+        };
+        let port = map.get("port").and_then(|p| p.as_u64().or_else(|| p.as_str()?.parse().ok()));
+        let Some(port) = port.and_then(|p| u16::try_from(p).ok()) else {
+            let written = map.get("port").unwrap_or(&Value::Null);
+            return self.wrong(path, format!("port {written} is not a number from 0 to 65535"));
+        };
+        let flag = |key: &str, default| map.get(key).and_then(Value::as_bool).unwrap_or(default);
+        if flag("enable_http3", false) {
+            self.wrong(path, "enable_http3: HTTP/3 is not served yet; leave it off");
+        }
+        let (http2, proxy_protocol) = (flag("enable_http2", http2), flag("proxy_protocol", false));
+        let mut add = |ip| out.push(Listen { addr: SocketAddr::new(ip, port), http2, proxy_protocol });
+        match map.get("ip").map(|ip| ip.as_str().unwrap_or_default().trim_matches(['[', ']']).parse::<IpAddr>()) {
+            Some(Ok(ip)) => add(ip),
+            Some(Err(_)) => self.wrong(path, format!("ip {} is not an address", map["ip"])),
+            None => {
+                add(Ipv4Addr::UNSPECIFIED.into());
+                if port != 0 && self.flag("apisix.enable_ipv6") {
+                    out.push(Listen {
+                        addr: SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), port),
+                        http2,
+                        proxy_protocol,
+                    });
+                }
+            }
+        }
+    }
+
+    fn tls(&mut self, prefix: &Path) -> Tls {
+        let protocols: Vec<String> =
+            self.text("apisix.ssl.ssl_protocols").split_whitespace().map(str::to_owned).collect();
+        for protocol in &protocols {
+            if !matches!(protocol.as_str(), "TLSv1.2" | "TLSv1.3") {
+                self.wrong(
+                    "apisix.ssl.ssl_protocols",
+                    format!("{protocol} is not served; TLSv1.2 and TLSv1.3 are, older ones are broken"),
+                );
+            }
+        }
+        let trusted = self.text("apisix.ssl.ssl_trusted_certificate");
+        let fallback = self.text("apisix.ssl.fallback_sni");
+        Tls {
+            protocols,
+            session_tickets: self.flag("apisix.ssl.ssl_session_tickets"),
+            fallback_sni: Some(fallback.to_ascii_lowercase()).filter(|s| !s.is_empty()),
+            trusted_certificate: Some(trusted).filter(|t| !t.is_empty() && t != "system").map(|t| prefix.join(t)),
+        }
+    }
+
+    fn workers(&mut self) -> usize {
+        let path = "nginx_config.worker_processes";
+        match self.get(path) {
+            Some(Value::String(s)) if s == "auto" => {
+                thread::available_parallelism().map_or(1, |n| n.get().min(MAX_WORKERS))
+            }
+            _ => self.number(path, 1, MAX_WORKERS as u64) as usize,
+        }
+    }
+
+    fn client(&mut self) -> Client {
+        Client {
+            header_timeout: self.duration("nginx_config.http.client_header_timeout"),
+            body_timeout: self.duration("nginx_config.http.client_body_timeout"),
+            send_timeout: self.duration("nginx_config.http.send_timeout"),
+            keepalive_timeout: self.duration("nginx_config.http.keepalive_timeout"),
+            max_body: self.size("nginx_config.http.client_max_body_size"),
+            underscores_in_headers: self.flag("nginx_config.http.underscores_in_headers"),
+        }
+    }
+
+    fn upstream_keepalive(&mut self) -> Keepalive {
+        Keepalive {
+            size: self.number("nginx_config.http.upstream.keepalive", 1, 1_000_000) as usize,
+            requests: self.number("nginx_config.http.upstream.keepalive_requests", 1, u64::MAX),
+            timeout: self.duration("nginx_config.http.upstream.keepalive_timeout"),
+        }
+    }
+
+    fn error_log(&mut self, prefix: &Path) -> (PathBuf, String) {
+        const LEVELS: [&str; 8] = ["debug", "info", "notice", "warn", "error", "crit", "alert", "emerg"];
+        let level = self.text("nginx_config.error_log_level");
+        if !LEVELS.contains(&level.as_str()) {
+            self.wrong("nginx_config.error_log_level", format!("{level:?} is not one of {}", LEVELS.join(", ")));
+        }
+        (prefix.join(self.text("nginx_config.error_log")), level)
+    }
+
+    fn access_log(&mut self, prefix: &Path) -> Option<AccessLog> {
+        let path = self.text("nginx_config.http.access_log");
+        if !self.flag("nginx_config.http.enable_access_log") || path.is_empty() || path == "off" {
+            return None;
+        }
+        let escapes = [("default", ()), ("json", ()), ("none", ())];
+        self.one_of("nginx_config.http.access_log_format_escape", &escapes);
+        Some(AccessLog {
+            path: prefix.join(path),
+            format: self.text("nginx_config.http.access_log_format"),
+            escape: self.text("nginx_config.http.access_log_format_escape"),
+            buffer: self.size("nginx_config.http.access_log_buffer") as usize,
+        })
+    }
+
+    fn admin(&mut self) -> Option<Admin> {
+        let is_data_plane = self.text("deployment.role") == "data_plane";
+        if !self.flag("apisix.enable_admin") || is_data_plane {
+            return None;
+        }
+        Some(Admin {
+            addr: self.address("deployment.admin.admin_listen")?,
+            keys: self.admin_keys(),
+            key_required: self.flag("deployment.admin.admin_key_required"),
+            allow: self.networks("deployment.admin.allow_admin"),
+            cors: self.flag("deployment.admin.enable_admin_cors"),
+        })
+    }
+
+    fn admin_keys(&mut self) -> Vec<AdminKey> {
+        let path = "deployment.admin.admin_key";
+        let items = self.get(path).and_then(Value::as_array).cloned().unwrap_or_default();
+        let mut keys = Vec::new();
+        for (i, item) in items.iter().enumerate() {
+            let field = |name: &str| item.get(name).map(text_of).unwrap_or_default();
+            let role = field("role");
+            if !matches!(role.as_str(), "admin" | "viewer") {
+                self.wrong(&format!("{path}[{i}].role"), format!("{role:?} is not one of admin, viewer"));
+            }
+            keys.push(AdminKey { name: field("name"), key: field("key"), role });
+        }
+        keys
+    }
+
+    fn control(&mut self) -> Option<SocketAddr> {
+        if !self.flag("apisix.enable_control") {
+            return None;
+        }
+        self.address("apisix.control")
+    }
+
+    fn prometheus(&mut self) -> Prometheus {
+        let enabled = self.flag("plugin_attr.prometheus.enable_export_server");
+        Prometheus {
+            addr: if enabled { self.address("plugin_attr.prometheus.export_addr") } else { None },
+            uri: self.text("plugin_attr.prometheus.export_uri"),
+            prefix: self.text("plugin_attr.prometheus.metric_prefix"),
+        }
+    }
+
+    /// A map `{ip, port}`.
+    fn address(&mut self, path: &str) -> Option<SocketAddr> {
+        let ip = self.text(&format!("{path}.ip"));
+        let port = self.number(&format!("{path}.port"), 0, 65535) as u16;
+        match ip.trim_matches(['[', ']']).parse::<IpAddr>() {
+            Ok(ip) => Some(SocketAddr::new(ip, port)),
+            Err(_) => {
+                self.wrong(&format!("{path}.ip"), format!("{ip:?} is not an address"));
+                None
+            }
+        }
+    }
+
+    fn networks(&mut self, path: &str) -> Vec<IpNet> {
+        let mut out = Vec::new();
+        for (i, text) in self.texts(path).into_iter().enumerate() {
+            // A unix socket has no network; its peers are local by nature.
+            if text == "unix:" {
+                continue;
+            }
+            match network(&text) {
+                Some(net) => out.push(net),
+                None => self.wrong(&format!("{path}[{i}]"), format!("{text:?} is not an address or a CIDR")),
+            }
+        }
+        out
+    }
+
+    fn shared_dicts(&mut self) -> Vec<(String, usize)> {
+        let mut out: Vec<(String, usize)> = Vec::new();
+        let maps = [
+            "nginx_config.http.lua_shared_dict",
+            "nginx_config.meta.lua_shared_dict",
+            "nginx_config.http.custom_lua_shared_dict",
+            "apisix.custom_lua_shared_dict",
+            "lua_shared_dict",
+        ];
+        for path in maps {
+            let Some(Value::Object(map)) = self.get(path) else { continue };
+            for name in map.keys() {
+                let size = self.size(&format!("{path}.{name}")) as usize;
+                if !out.iter().any(|(known, _)| known == name) {
+                    out.push((name.clone(), size));
+                }
+            }
+        }
+        out
+    }
+
+    fn resolver(&mut self) -> Resolver {
+        let mut servers = Vec::new();
+        for (i, text) in self.texts("apisix.dns_resolver").into_iter().enumerate() {
+            let parsed = text.parse::<SocketAddr>().ok();
+            match parsed.or_else(|| Some(SocketAddr::new(text.trim_matches(['[', ']']).parse().ok()?, 53))) {
+                Some(addr) => servers.push(addr),
+                None => self.wrong(&format!("apisix.dns_resolver[{i}]"), format!("{text:?} is not an address")),
+            }
+        }
+        let valid = self.get("apisix.dns_resolver_valid").map(|_| self.duration("apisix.dns_resolver_valid"));
+        Resolver {
+            servers,
+            valid,
+            timeout: self.duration("apisix.resolver_timeout"),
+            ipv6: self.flag("apisix.enable_ipv6"),
+        }
+    }
+
+    fn real_ip(&mut self) -> RealIp {
+        RealIp {
+            header: self.text("nginx_config.http.real_ip_header"),
+            from: self.networks("nginx_config.http.real_ip_from"),
+            recursive: self.flag("nginx_config.http.real_ip_recursive"),
+        }
+    }
+
+    fn keyring(&mut self) -> (Vec<String>, bool) {
+        let path = "apisix.data_encryption.keyring";
+        let keys = match self.get(path) {
+            Some(Value::String(one)) => vec![one.clone()],
+            _ => self.texts(path),
+        };
+        for (i, key) in keys.iter().enumerate() {
+            if !matches!(key.len(), 16 | 32) {
+                self.wrong(&format!("{path}[{i}]"), "a key has 16 bytes (or 32)");
+            }
+        }
+        (keys, self.flag("apisix.data_encryption.enable_encrypt_fields"))
+    }
+}
+
+fn text_of(value: &Value) -> String {
+    match value {
+        Value::String(s) => s.clone(),
+        Value::Null => String::new(),
+        other => other.to_string(),
+    }
+}
+
+fn network(text: &str) -> Option<IpNet> {
+    text.parse().ok().or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from))
+}
+
+pub(super) fn duration(text: &str) -> Option<Duration> {
+    let mut total = Duration::ZERO;
+    let mut rest = text.trim();
+    if rest.is_empty() {
+        return None;
+    }
+    while !rest.is_empty() {
+        let digits = rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(rest.len());
+        let number: u64 = rest[..digits].parse().ok()?;
+        rest = &rest[digits..];
+        let unit = rest.find(|c: char| c.is_ascii_digit()).unwrap_or(rest.len());
+        let millis = match &rest[..unit] {
+            "ms" => 1,
+            "" | "s" => 1000,
+            "m" => 60_000,
+            "h" => 3_600_000,
+            "d" => 86_400_000,
+            _ => return None,
+        };
+        total = total.checked_add(Duration::from_millis(number.checked_mul(millis)?))?;
+        rest = rest[unit..].trim_start();
+    }
+    Some(total)
+}
+
+pub(super) fn size(text: &str) -> Option<u64> {
+    let text = text.trim().to_ascii_lowercase();
+    let (digits, factor) = match text.as_bytes().last()? {
+        b'k' => (&text[..text.len() - 1], 1 << 10),
+        b'm' => (&text[..text.len() - 1], 1 << 20),
+        b'g' => (&text[..text.len() - 1], 1 << 30),
+        _ => (&text[..], 1),
+    };
+    digits.parse::<u64>().ok()?.checked_mul(factor)
+}
