@@ -45,8 +45,14 @@ impl EtcdServer {
     }
 
     fn start_on(dir: &Path, ports: [u16; 2]) -> Self {
-        let [client, peer] = ports.map(|p| format!("http://127.0.0.1:{p}"));
+        Self::start_with(dir, ports, "http", &[])
+    }
+
+    fn start_with(dir: &Path, ports: [u16; 2], scheme: &str, more: &[&str]) -> Self {
+        let client = format!("{scheme}://127.0.0.1:{}", ports[0]);
+        let peer = format!("http://127.0.0.1:{}", ports[1]);
         let child = Command::new("etcd")
+            .args(more)
             .args(["--data-dir", dir.to_str().unwrap(), "--log-level", "error"])
             .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
             .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
@@ -372,6 +378,115 @@ async fn a_watch_ends_when_nobody_listens() {
     let (tx, rx) = mpsc::channel::<Change>(1);
     drop(rx);
     timeout(DEADLINE, store_at(free_port()).watch(tx)).await.expect("ends");
+}
+
+#[tokio::test]
+async fn speaks_tls_and_authenticates() {
+    let dir = tempfile::tempdir().unwrap();
+    let made = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]).unwrap();
+    let [cert, key] = ["cert.pem", "key.pem"].map(|name| dir.path().join(name).display().to_string());
+    std::fs::write(&cert, made.cert.pem()).unwrap();
+    std::fs::write(&key, made.signing_key.serialize_pem()).unwrap();
+    let ports = [free_port(), free_port()];
+    let tls = ["--cert-file", &cert, "--key-file", &key, "--trusted-ca-file", &cert, "--client-cert-auth"];
+    let _etcd = EtcdServer::start_with(&dir.path().join("etcd"), ports, "https", &tls);
+    let store = |tls: serde_json::Value, roots: &str, password: &str| {
+        let host = format!("https://127.0.0.1:{}", ports[0]);
+        let etcd = json!({"host": host, "tls": tls, "user": "root", "password": password, "timeout": 5});
+        let config = json!({
+            "deployment": {"etcd": etcd},
+            "apisix": {"ssl": {"ssl_trusted_certificate": roots}},
+        });
+        Etcd::new(EtcdConfig::from_json(&config, dir.path()).unwrap())
+    };
+    let open = || store(json!({"cert": "cert.pem", "key": "key.pem", "verify": false}), "system", "");
+    until("etcd answers", async || {
+        let answer = open().list("/").await;
+        // There are no users yet.
+        answer.is_ok() || answer.is_err_and(|e| e.to_string().contains("authentication is not enabled"))
+    })
+    .await;
+    let ca = etcd_client::Certificate::from_pem(made.cert.pem());
+    let identity = etcd_client::Identity::from_pem(made.cert.pem(), made.signing_key.serialize_pem());
+    let options = etcd_client::ConnectOptions::new()
+        .with_tls(etcd_client::TlsOptions::new().ca_certificate(ca).identity(identity));
+    let mut raw = etcd_client::Client::connect([format!("https://127.0.0.1:{}", ports[0])], Some(options)).await.unwrap();
+    raw.role_add("root").await.unwrap();
+    raw.user_add("root", "secret", None).await.unwrap();
+    raw.user_grant_role("root", "root").await.unwrap();
+    raw.auth_enable().await.unwrap();
+
+    let pair = json!({"cert": "cert.pem", "key": "key.pem"});
+    let good = store(pair.clone(), "cert.pem", "secret");
+    assert_eq!(put(&*good, "/routes/1", route("/a")).await, 2);
+    assert_eq!(good.list("/").await.unwrap().0.len(), 1);
+    let (tx, mut rx) = mpsc::channel(4);
+    tokio::spawn(good.watch(tx));
+    assert!(matches!(timeout(DEADLINE, rx.recv()).await, Ok(Some(Change::All { .. }))));
+
+    let wrong = store(pair.clone(), "cert.pem", "wrong").list("/").await.unwrap_err().to_string();
+    assert!(wrong.contains("authentication failed"), "{wrong}");
+    let unknown = store(pair, "system", "secret").list("/").await.unwrap_err().to_string();
+    assert!(unknown.to_lowercase().contains("certificate"), "{unknown}");
+    assert!(store(json!({}), "cert.pem", "secret").list("/").await.is_err(), "etcd wants a client certificate");
+}
+
+#[tokio::test]
+async fn plugins_reload_is_a_new_generation_that_is_served() {
+    let dir = tempfile::tempdir().unwrap();
+    LocalSet::new()
+        .run_until(async {
+            let store = Embedded::open(&dir.path().join("moongate.redb")).unwrap();
+            let node = gateway(store.clone(), dir.path()).await;
+            assert_eq!(node.published.load().plugins_generation, 1);
+            assert_eq!(node.handle.reload_plugins().await.unwrap(), 2);
+            assert_eq!(node.published.load().plugins_generation, 2);
+            let revision = put(&*store, "/plugin_sources/mine", json!({"source": "return {}"}).to_string()).await;
+            timeout(DEADLINE, node.published.reached(revision)).await.unwrap();
+            assert_eq!(node.published.load().plugins_generation, 3);
+        })
+        .await;
+}
+
+/// Not a test: runs out of disk, as far as it can tell, and then has space again.
+#[tokio::test]
+#[ignore = "started by another test"]
+async fn full_disk_process() {
+    let Ok(file) = std::env::var(WRITER_FILE) else { return };
+    let limit = |bytes| {
+        let limit = libc::rlimit { rlim_cur: bytes, rlim_max: libc::RLIM_INFINITY };
+        // SAFETY: plain system calls of this process, which is the test's own.
+        unsafe {
+            libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
+            assert_eq!(libc::setrlimit(libc::RLIMIT_FSIZE, &limit), 0);
+        }
+    };
+    let store = Embedded::open(Path::new(&file)).unwrap();
+    put(&*store, "/routes/1", "x".repeat(100_000)).await;
+    limit(300_000);
+    let mut refused = 0;
+    for i in 0..10 {
+        let written = store.put(&format!("/routes/a{i}"), "x".repeat(100_000), Condition::Always, None).await;
+        refused += usize::from(written.is_err());
+    }
+    assert!(refused > 0, "the disk is full");
+    assert!(store.get("/routes/1").await.unwrap().is_some(), "reads go on");
+    limit(libc::RLIM_INFINITY);
+    put(&*store, "/routes/2", "x".repeat(100_000)).await;
+    assert!(store.get("/routes/1").await.unwrap().is_some());
+    println!("wrote again");
+}
+
+#[test]
+fn writes_again_once_a_full_disk_has_space() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "full_disk_process", "--ignored", "--nocapture"])
+        .env(WRITER_FILE, dir.path().join("moongate.redb"))
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && said.contains("wrote again"), "{said}");
 }
 
 const WRITER_FILE: &str = "MOONGATE_TEST_WRITER_FILE";

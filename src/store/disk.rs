@@ -8,7 +8,7 @@ use std::{
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, PoisonError, RwLock},
 };
 
 use redb::{
@@ -40,7 +40,8 @@ type Raw<T> = std::result::Result<T, redb::Error>;
 
 /// An open file.
 pub(super) struct Disk {
-    db: Database,
+    /// `None` only when it could not be opened again after an I/O error.
+    db: RwLock<Option<Database>>,
     path: PathBuf,
 }
 
@@ -57,6 +58,10 @@ pub(super) struct Label {
 impl Disk {
     /// Opens or creates the file, readable by its owner alone: it holds keys and secrets.
     pub fn open(path: &Path) -> Result<Disk> {
+        Ok(Disk { db: RwLock::new(Some(Self::open_file(path)?)), path: path.to_owned() })
+    }
+
+    fn open_file(path: &Path) -> Result<Database> {
         if let Some(dir) = path.parent() {
             fs::DirBuilder::new()
                 .recursive(true)
@@ -69,7 +74,7 @@ impl Disk {
         // redb reads a damaged header with assertions: a panic here means the same as `Corrupted`.
         let opened = catch_unwind(AssertUnwindSafe(|| Self::open_checked(path)));
         match opened {
-            Ok(Ok(db)) => Ok(Disk { db, path: path.to_owned() }),
+            Ok(Ok(db)) => Ok(db),
             Ok(Err(e)) => Err(open_error(path, e)),
             Err(_) => Err(damaged(path)),
         }
@@ -125,20 +130,44 @@ impl Disk {
     }
 
     fn read<T>(&self, f: impl FnOnce(&ReadTransaction) -> Raw<T>) -> Result<T> {
-        let run = || f(&self.db.begin_read()?);
-        run().map_err(|e| self.failed("read", e))
+        self.with("read", |db| f(&db.begin_read()?))
     }
 
     /// Runs `f` in one transaction. When this returns, what `f` wrote is on the disk; when `f` or the disk fails,
     /// nothing of it is.
     pub fn write<T>(&self, f: impl FnOnce(&mut Draft<'_>) -> Raw<T>) -> Result<T> {
-        let run = || {
-            let txn = self.db.begin_write()?;
+        self.with("write", |db| {
+            let txn = db.begin_write()?;
             let done = f(&mut Draft::new(&txn)?)?;
             txn.commit()?;
             Ok(done)
+        })
+    }
+
+    fn with<T>(&self, what: &str, f: impl FnOnce(&Database) -> Raw<T>) -> Result<T> {
+        let db = self.db.read().unwrap_or_else(PoisonError::into_inner);
+        let done = match &*db {
+            Some(db) => f(db),
+            None => Err(redb::Error::PreviousIo),
         };
-        run().map_err(|e| self.failed("write", e))
+        drop(db);
+        done.map_err(|e| {
+            if matches!(e, redb::Error::Io(_) | redb::Error::PreviousIo) {
+                self.reopen();
+            }
+            self.failed(what, e)
+        })
+    }
+
+    /// After an I/O error (a full disk) redb refuses everything until the file is opened anew.
+    fn reopen(&self) {
+        let mut db = self.db.write().unwrap_or_else(PoisonError::into_inner);
+        // Closed first: one process, one opener.
+        *db = None;
+        match Self::open_file(&self.path) {
+            Ok(opened) => *db = Some(opened),
+            Err(e) => tracing::error!("{e}"),
+        }
     }
 
     fn failed(&self, what: &str, e: redb::Error) -> Error {
