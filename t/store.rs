@@ -410,7 +410,8 @@ async fn speaks_tls_and_authenticates() {
     let identity = etcd_client::Identity::from_pem(made.cert.pem(), made.signing_key.serialize_pem());
     let options = etcd_client::ConnectOptions::new()
         .with_tls(etcd_client::TlsOptions::new().ca_certificate(ca).identity(identity));
-    let mut raw = etcd_client::Client::connect([format!("https://127.0.0.1:{}", ports[0])], Some(options)).await.unwrap();
+    let mut raw =
+        etcd_client::Client::connect([format!("https://127.0.0.1:{}", ports[0])], Some(options)).await.unwrap();
     raw.role_add("root").await.unwrap();
     raw.user_add("root", "secret", None).await.unwrap();
     raw.user_grant_role("root", "root").await.unwrap();
