@@ -11,6 +11,8 @@ pub mod head;
 pub mod io;
 pub mod pool;
 pub mod settings;
+#[cfg(test)]
+mod tests;
 
 use std::{future::Future, rc::Rc};
 
