@@ -114,6 +114,8 @@ pub struct TlsInfo {
     pub client_cert: Option<Box<[u8]>>,
     /// `NONE`, `SUCCESS` or `FAILED:reason`: `$ssl_client_verify`.
     pub client_verify: Box<str>,
+    /// The object whose certificate was served: what it asks of clients.
+    pub ssl: Option<Arc<Object<model::Ssl>>>,
 }
 
 /// The request's head. Vectors instead of strings: the network does not promise UTF-8.

@@ -86,7 +86,7 @@ fn with_server<F: Future<Output = ()>>(settings: Settings, test: impl FnOnce(Soc
             while let Ok((tcp, peer)) = listener.accept().await {
                 let conn = Rc::new(Connection { serial: 1, peer, local: addr, tls: None, proxy: None });
                 let io = Io::Tcp(Socket::new(tcp, Vec::new()));
-                tokio::task::spawn_local(serve_connection(shared.clone(), io, conn));
+                tokio::task::spawn_local(serve_connection(shared.clone(), io, conn, shared.drain.enter()));
             }
         });
         let done = tokio::time::timeout(Duration::from_secs(20), test(addr, server)).await;
