@@ -73,19 +73,15 @@ fn add_system(store: &mut RootCertStore) {
 
 fn add_bundle(store: &mut RootCertStore, path: &Path) -> Result<()> {
     let read = CertificateDer::pem_file_iter(path).and_then(Iterator::collect::<Result<Vec<_>, _>>);
-    let certs =
-        read.map_err(|e| Error::config(Kind::Tls).cause(e).context(format!("read certificates of {}", path.display())))?;
+    let certs = read
+        .map_err(|e| Error::config(Kind::Tls).cause(e).context(format!("read certificates of {}", path.display())))?;
     store.add_parsable_certificates(certs);
     Ok(())
 }
 
 /// The configuration for an upstream. `pair`: PEM of a client certificate and its key. Blocking and slow only when it
 /// is not cached.
-pub fn client_config(
-    verify: bool,
-    pair: Option<(&str, &str)>,
-    alpn: &[&'static [u8]],
-) -> Result<Arc<ClientConfig>> {
+pub fn client_config(verify: bool, pair: Option<(&str, &str)>, alpn: &[&'static [u8]]) -> Result<Arc<ClientConfig>> {
     let key = Key { verify, pair: pair.map(|(c, k)| (c.into(), k.into())), alpn: alpn.into() };
     if let Some(config) = CONFIGS.get(&key) {
         return Ok(config);
@@ -105,9 +101,7 @@ fn build(verify: bool, pair: Option<(&str, &str)>, alpn: &[&'static [u8]]) -> Re
         false => builder.dangerous().with_custom_certificate_verifier(Arc::new(Anyone(provider))),
     };
     let mut config = match pair {
-        Some((cert, key)) => {
-            builder.with_client_auth_cert(certificates(cert)?, private_key(key)?).map_err(failed)?
-        }
+        Some((cert, key)) => builder.with_client_auth_cert(certificates(cert)?, private_key(key)?).map_err(failed)?,
         None => builder.with_no_client_auth(),
     };
     config.alpn_protocols = alpn.iter().map(|p| p.to_vec()).collect();
