@@ -138,3 +138,34 @@ pub enum Change {
 pub(crate) const NOT_UTF8: &str = "\u{FFFF}not UTF-8";
 
 pub type ChangeSink = tokio::sync::mpsc::Sender<Change>;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_config_picks_the_store() {
+        let dir = tempfile::tempdir().unwrap();
+        for (role, provider, expected) in [
+            ("traditional", "embedded", Some("embedded")),
+            ("traditional", "etcd", Some("etcd")),
+            ("data_plane", "yaml", Some("file")),
+            ("data_plane", "json", Some("file")),
+            ("traditional", "yaml", None),
+        ] {
+            let text = format!("deployment:\n  role: {role}\n  role_{role}:\n    config_provider: {provider}\n");
+            let opened = crate::conf::parse(dir.path(), &text).map(|(config, _)| open(&config));
+            match opened {
+                Ok(Ok(store)) => assert_eq!(Some(store.name()), expected, "{text}"),
+                Ok(Err(e)) => {
+                    assert!(e.to_string().contains("config_provider"), "{e}");
+                    assert_eq!(None, expected, "{text}");
+                }
+                // The file's own checks may know it already.
+                Err(_) => assert_eq!(None, expected, "{text}"),
+            }
+        }
+        let (config, _) = crate::conf::parse(dir.path(), "").map_err(|_| "mistakes in an empty file").unwrap();
+        assert_eq!(open(&config).unwrap().name(), "embedded", "nothing to install, nothing to configure");
+    }
+}
