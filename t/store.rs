@@ -483,6 +483,25 @@ async fn starts_from_the_last_good_state_while_the_file_is_broken() {
         .await;
 }
 
+#[tokio::test]
+async fn plugins_reload_reaches_every_node_of_a_cluster() {
+    let dir = tempfile::tempdir().unwrap();
+    let etcd = EtcdServer::start(&dir.path().join("etcd"));
+    etcd.store().await;
+    LocalSet::new()
+        .run_until(async {
+            let one = gateway(store_at(etcd.port()), &dir.path().join("one")).await;
+            let two = gateway(store_at(etcd.port()), &dir.path().join("two")).await;
+            assert_eq!(one.handle.reload_plugins().await.unwrap(), 2);
+            served(&two, "the reload", |s| s.plugins_generation == 2).await;
+            let three = gateway(store_at(etcd.port()), &dir.path().join("three")).await;
+            assert_eq!(three.published.load().plugins_generation, 1, "an old reload is none");
+            etcd.kill();
+            assert_eq!(one.handle.reload_plugins().await.unwrap(), 3);
+        })
+        .await;
+}
+
 /// Not a test: runs out of disk, as far as it can tell, and then has space again.
 #[tokio::test]
 #[ignore = "started by another test"]
