@@ -1,4 +1,3 @@
 //! observe
 
 pub mod append;
-pub mod metrics;

@@ -75,17 +75,6 @@ fn nodes_are_read_in_both_forms() {
 }
 
 #[test]
-fn what_is_left_out_has_the_defaults_of_the_schema() {
-    let mut value = json!({"nodes": {}, "keepalive_pool": {}});
-    let bare = upstream(value.clone());
-    check(Kind::Upstream, "1", &mut value).expect("valid");
-    let filled = upstream(value);
-    assert_eq!(bare.keepalive, filled.keepalive);
-    assert_eq!((&bare.balance, &bare.pass_host, bare.scheme), (&filled.balance, &filled.pass_host, filled.scheme));
-    assert_eq!(bare.keepalive.map(|k| k.size), Some(320));
-}
-
-#[test]
 fn a_hash_needs_its_key() {
     let chash = |extra: Value| {
         let mut value = json!({"type": "chash", "nodes": {"127.0.0.1:80": 1}});
@@ -152,16 +141,6 @@ fn consumers_index_their_decrypted_keys() {
     assert_eq!(keys, [("basic-auth", "username", "foo"), ("basic-auth", "password", "bar")]);
     assert_eq!(consumer.group_id.as_deref(), Some("5"));
     assert!(consumer.plugins.get("basic-auth").is_some_and(|conf| conf.json.contains("\"bar\"")));
-}
-
-#[test]
-fn metadata_is_decrypted_for_plugins() {
-    let keyring = Keyring::new(["edd1c9f0985e76a2"], true).expect("a key");
-    let value = json!({"master_apikey": keyring.encrypt("secret")});
-    let Ok(Parsed::PluginMetadata(metadata)) = parsed(Kind::PluginMetadata, "azure-functions", value) else {
-        panic!("metadata")
-    };
-    assert_eq!(&*metadata.json, r#"{"master_apikey":"secret"}"#);
 }
 
 #[test]
