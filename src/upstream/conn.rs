@@ -129,11 +129,7 @@ impl Conn {
 
     /// Whether another request may be sent on it: the response was read to its end and nothing came after it.
     pub fn is_reusable(&self) -> bool {
-        self.keep
-            && !self.eof
-            && matches!(self.body, Body::Done)
-            && self.run.is_empty()
-            && self.at == self.inp.len()
+        self.keep && !self.eof && matches!(self.body, Body::Done) && self.run.is_empty() && self.at == self.inp.len()
     }
 
     /// Lets go of what an idle connection does not need.

@@ -35,8 +35,7 @@ impl Head {
 pub fn parse(block: &[u8], to_head: bool, into: &mut Response) -> Result<Head, Refusal> {
     let mut fields = [const { MaybeUninit::uninit() }; FIELDS_MAX];
     let mut head = httparse::Response::new(&mut []);
-    let parsed =
-        httparse::ParserConfig::default().parse_response_with_uninit_headers(&mut head, block, &mut fields);
+    let parsed = httparse::ParserConfig::default().parse_response_with_uninit_headers(&mut head, block, &mut fields);
     match parsed {
         Ok(httparse::Status::Complete(_)) => {}
         Ok(httparse::Status::Partial) => return Err(Refusal::bad("incomplete head")),
