@@ -17,6 +17,7 @@ use moongate::{
         Change, Condition, Setup, Snapshot, Started, Store,
         embedded::Embedded,
         etcd::{Etcd, EtcdConfig},
+        file::{File, Format},
         parser, start,
     },
 };
@@ -445,6 +446,58 @@ async fn plugins_reload_is_a_new_generation_that_is_served() {
             let revision = put(&*store, "/plugin_sources/mine", json!({"source": "return {}"}).to_string()).await;
             timeout(DEADLINE, node.published.reached(revision)).await.unwrap();
             assert_eq!(node.published.load().plugins_generation, 3);
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn starts_from_the_last_good_state_while_the_file_is_broken() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("conf/apisix.yaml");
+    std::fs::create_dir(dir.path().join("conf")).unwrap();
+    let upstream = "upstream: {type: roundrobin, nodes: {\"127.0.0.1:80\": 1}}";
+    std::fs::write(&path, format!("routes:\n  - {{id: 1, uri: /a, {upstream}}}\n#END\n")).unwrap();
+    let start_here = || gateway(File::new(dir.path(), Format::Yaml), dir.path());
+    let uri_of = |node: &Started| node.published.load().routes.get("1").map(|r| r.value.uris[0].to_string());
+    LocalSet::new()
+        .run_until(async {
+            let node = start_here().await;
+            assert_eq!(uri_of(&node).as_deref(), Some("/a"));
+            std::fs::write(&path, format!("routes:\n  - {{id: 1, uri: /b, {upstream}}}\n#END\n")).unwrap();
+            served(&node, "the edit", |s| s.routes["1"].value.uris[0] == "/b".into()).await;
+            std::fs::write(&path, "routes: [\n#END\n").unwrap();
+            served(&node, "the error", |s| s.errors.contains_key("conf/apisix.yaml")).await;
+            assert_eq!(uri_of(&node).as_deref(), Some("/b"));
+        })
+        .await;
+    LocalSet::new()
+        .run_until(async {
+            let node = start_here().await;
+            assert_eq!(uri_of(&node).as_deref(), Some("/b"));
+            assert!(node.published.load().errors.contains_key("conf/apisix.yaml"));
+            std::fs::write(&path, format!("routes:\n  - {{id: 1, uri: /c, {upstream}}}\n#END\n")).unwrap();
+            served(&node, "the repair", |s| s.routes["1"].value.uris[0] == "/c".into()).await;
+            assert!(node.published.load().errors.is_empty());
+            assert!(node.source.load().connected);
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn plugins_reload_reaches_every_node_of_a_cluster() {
+    let dir = tempfile::tempdir().unwrap();
+    let etcd = EtcdServer::start(&dir.path().join("etcd"));
+    etcd.store().await;
+    LocalSet::new()
+        .run_until(async {
+            let one = gateway(store_at(etcd.port()), &dir.path().join("one")).await;
+            let two = gateway(store_at(etcd.port()), &dir.path().join("two")).await;
+            assert_eq!(one.handle.reload_plugins().await.unwrap(), 2);
+            served(&two, "the reload", |s| s.plugins_generation == 2).await;
+            let three = gateway(store_at(etcd.port()), &dir.path().join("three")).await;
+            assert_eq!(three.published.load().plugins_generation, 1, "an old reload is none");
+            etcd.kill();
+            assert_eq!(one.handle.reload_plugins().await.unwrap(), 3);
         })
         .await;
 }

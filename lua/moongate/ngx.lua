@@ -1,5 +1,477 @@
 --- Completes the global `ngx` with what is better said in Lua: facades over FFI that the JIT compiles.
 
-local re = require("moongate.re")
+local ffi = require("ffi")
 
+ffi.cdef([[
+typedef struct { const char *ptr; size_t len; } moongate_str;
+typedef struct {
+    int kind;
+    uint32_t flags;
+    double number;
+    moongate_str text;
+    int forcible, stale;
+    const char *error;
+} moongate_val;
+]])
+
+local native = require("moongate.native")
+local request = require("moongate.request")
+local fast = native.fast
+local ngx = ngx
+
+local error, getmetatable, ipairs, pairs, rawget, rawset, select, setmetatable, tonumber, tostring, type =
+    error, getmetatable, ipairs, pairs, rawget, rawset, select, setmetatable, tonumber, tostring, type
+local concat, floor = table.concat, math.floor
+local ffi_string = ffi.string
+
+-- One buffer for all answers: each is copied before the next call.
+local out = ffi.new("moongate_str")
+
+ngx.null = native.null or require("cjson").null
+ngx.OK, ngx.ERROR, ngx.AGAIN, ngx.DONE, ngx.DECLINED = 0, -1, -2, -4, -5
+
+for name, status in pairs({
+    HTTP_CONTINUE = 100, HTTP_SWITCHING_PROTOCOLS = 101, HTTP_OK = 200, HTTP_CREATED = 201, HTTP_ACCEPTED = 202,
+    HTTP_NO_CONTENT = 204, HTTP_PARTIAL_CONTENT = 206, HTTP_SPECIAL_RESPONSE = 300, HTTP_MOVED_PERMANENTLY = 301,
+    HTTP_MOVED_TEMPORARILY = 302, HTTP_SEE_OTHER = 303, HTTP_NOT_MODIFIED = 304, HTTP_TEMPORARY_REDIRECT = 307,
+    HTTP_PERMANENT_REDIRECT = 308, HTTP_BAD_REQUEST = 400, HTTP_UNAUTHORIZED = 401, HTTP_PAYMENT_REQUIRED = 402,
+    HTTP_FORBIDDEN = 403, HTTP_NOT_FOUND = 404, HTTP_NOT_ALLOWED = 405, HTTP_NOT_ACCEPTABLE = 406,
+    HTTP_REQUEST_TIMEOUT = 408, HTTP_CONFLICT = 409, HTTP_GONE = 410, HTTP_UPGRADE_REQUIRED = 426,
+    HTTP_TOO_MANY_REQUESTS = 429, HTTP_CLOSE = 444, HTTP_ILLEGAL = 451, HTTP_INTERNAL_SERVER_ERROR = 500,
+    HTTP_NOT_IMPLEMENTED = 501, HTTP_METHOD_NOT_IMPLEMENTED = 501, HTTP_BAD_GATEWAY = 502,
+    HTTP_SERVICE_UNAVAILABLE = 503, HTTP_GATEWAY_TIMEOUT = 504, HTTP_VERSION_NOT_SUPPORTED = 505,
+    HTTP_INSUFFICIENT_STORAGE = 507,
+}) do
+    ngx[name] = status
+end
+
+local methods = {
+    GET = 2, HEAD = 4, POST = 8, PUT = 16, DELETE = 32, MKCOL = 64, COPY = 128, MOVE = 256, OPTIONS = 512,
+    PROPFIND = 1024, PROPPATCH = 2048, LOCK = 4096, UNLOCK = 8192, PATCH = 16384, TRACE = 32768,
+}
+local method_names = {}
+for name, id in pairs(methods) do
+    ngx["HTTP_" .. name], method_names[id] = id, name
+end
+
+local levels = { STDERR = 0, EMERG = 1, ALERT = 2, CRIT = 3, ERR = 4, WARN = 5, NOTICE = 6, INFO = 7, DEBUG = 8 }
+for name, level in pairs(levels) do
+    ngx[name] = level
+end
+
+-- Logging -----------------------------------------------------------------------------------------------------------
+
+local log_level, write_line = fast.log_level, native.log.write
+
+local function log_text(...)
+    local n = select("#", ...)
+    local parts = {}
+    for i = 1, n do
+        local value = select(i, ...)
+        if value == ngx.null then
+            parts[i] = "null"
+        elseif type(value) == "table" then
+            local mt = getmetatable(value)
+            if not (mt and mt.__tostring) then
+                error("bad argument #" .. i .. " to 'log' (expected table to have __tostring metamethod)", 3)
+            end
+            parts[i] = tostring(value)
+        else
+            parts[i] = tostring(value)
+        end
+    end
+    return concat(parts, "", 1, n)
+end
+
+--- ngx.log(level, ...): a line of error.log with the caller's position. The tail call leaves the caller on top.
+function ngx.log(level, ...)
+    if type(level) ~= "number" or level < 0 or level > 8 then
+        error("bad log level: " .. tostring(level), 2)
+    end
+    if level > log_level() then return end
+    return write_line(level, log_text(...))
+end
+
+--- print(...): a line of level notice.
+function _G.print(...)
+    if levels.NOTICE > log_level() then return end
+    return write_line(levels.NOTICE, log_text(...))
+end
+
+-- Time --------------------------------------------------------------------------------------------------------------
+
+local now = fast.now
+
+--- ngx.now(): seconds with milliseconds.
+function ngx.now()
+    local t = now()
+    return t
+end
+
+--- ngx.time(): whole seconds.
+function ngx.time()
+    local t = floor(now())
+    return t
+end
+
+--- ngx.update_time(): the clock is read each time; nothing to do.
+function ngx.update_time() end
+
+-- Variables ---------------------------------------------------------------------------------------------------------
+
+local var_get, var_set = fast.var_get, fast.var_set
+
+ngx.var = setmetatable({}, {
+    __index = function(_, name)
+        if type(name) ~= "string" then
+            -- ngx.var[1]: captures of a location's pattern, of which there are none.
+            if type(name) == "number" then return nil end
+            error("bad variable name", 2)
+        end
+        local rc = var_get(name, #name, out)
+        if rc == 1 then
+            local value = ffi_string(out.ptr, out.len)
+            return value
+        end
+        if rc < 0 then error("API disabled in the current context", 2) end
+        return nil
+    end,
+    __newindex = function(_, name, value)
+        if type(name) ~= "string" then error("bad variable name", 2) end
+        local rc
+        if value == nil then
+            rc = var_set(name, #name, nil, 0)
+        else
+            if type(value) ~= "string" then value = tostring(value) end
+            rc = var_set(name, #name, value, #value)
+        end
+        if rc < 0 then error("API disabled in the current context", 2) end
+        if rc == 0 then error('variable "' .. name .. '" not changeable', 2) end
+    end,
+})
+
+-- Headers -----------------------------------------------------------------------------------------------------------
+
+local req_header, resp_header = fast.req_header, fast.resp_header
+local req_header_set, resp_header_set = fast.req_header_set, fast.resp_header_set
+local SET, ADD, REMOVE = 0, 1, 2
+
+-- Fields that hold one value: of a table the last one counts.
+local single = {
+    ["content-type"] = true, ["content-length"] = true, ["content-encoding"] = true, ["content-range"] = true,
+    ["accept-ranges"] = true, ["location"] = true, ["refresh"] = true, ["last-modified"] = true, ["date"] = true,
+    ["server"] = true, ["etag"] = true, ["expires"] = true, ["www-authenticate"] = true,
+}
+
+local function dashed(name)
+    if type(name) ~= "string" then
+        name = tostring(name)
+    end
+    if name:find("_", 1, true) then
+        name = name:gsub("_", "-")
+    end
+    return name
+end
+
+local function text_of(value)
+    local kind = type(value)
+    if kind == "string" then return value end
+    if kind == "number" or kind == "boolean" then return tostring(value) end
+    if kind == "table" then
+        local mt = getmetatable(value)
+        if mt and mt.__tostring then return tostring(value) end
+    end
+    error("invalid header value: " .. kind, 4)
+end
+
+local function set_values(set, name, value)
+    if value == nil then return set(name, #name, "", 0, REMOVE) end
+    if type(value) ~= "table" then
+        local text = text_of(value)
+        return set(name, #name, text, #text, SET)
+    end
+    local n = #value
+    if n == 0 then return set(name, #name, "", 0, REMOVE) end
+    local first = 1
+    if set == resp_header_set and single[name:lower()] then first = n end
+    local rc = 1
+    for i = first, n do
+        local text = text_of(value[i])
+        rc = set(name, #name, text, #text, i == first and SET or ADD)
+    end
+    return rc
+end
+
+local function read_header(get, name)
+    if get(name, #name, 0, out) == 0 then return nil end
+    local value = ffi_string(out.ptr, out.len)
+    if get(name, #name, 1, out) == 0 then return value end
+    local all = { value }
+    local n = 1
+    while get(name, #name, n, out) == 1 do
+        n = n + 1
+        all[n] = ffi_string(out.ptr, out.len)
+    end
+    return all
+end
+
+local function set_response_header(name, value)
+    name = dashed(name)
+    local rc = set_values(resp_header_set, name, value)
+    if rc < 0 then
+        ngx.log(ngx.ERR, "attempt to set ngx.header.", name, " after sending out response headers")
+    elseif rc == 0 then
+        error("no request found", 3)
+    end
+end
+
+ngx.header = setmetatable({}, {
+    __index = function(_, name)
+        if type(name) ~= "string" then name = tostring(name) end
+        local value = read_header(resp_header, name)
+        return value
+    end,
+    __newindex = function(_, name, value)
+        set_response_header(name, value)
+    end,
+})
+
+-- A table of headers answers for any case, and underscores for dashes.
+local headers_mt = {
+    __index = function(self, name)
+        if type(name) ~= "string" then return nil end
+        local key = name:lower():gsub("_", "-")
+        if key == name then return nil end
+        return rawget(self, key)
+    end,
+}
+
+local function headers_of(read)
+    return function(max, raw)
+        local headers, err = read(max, raw)
+        if not raw then setmetatable(headers, headers_mt) end
+        return headers, err
+    end
+end
+
+ngx.resp = ngx.resp or {}
+--- ngx.resp.get_headers(max?, raw?)
+ngx.resp.get_headers = headers_of(native.resp.headers)
+
+local req = ngx.req
+--- ngx.req.get_headers(max?, raw?)
+req.get_headers = headers_of(native.req.headers)
+
+--- ngx.req.set_header(name, value): nil removes, a table sets several.
+function req.set_header(name, value)
+    if set_values(req_header_set, dashed(name), value) == 0 then error("no request found", 2) end
+end
+
+--- ngx.req.clear_header(name)
+function req.clear_header(name)
+    name = dashed(name)
+    req_header_set(name, #name, "", 0, REMOVE)
+end
+
+--- One request header by name; of several the first. For apisix.core.
+function native.req.header(name)
+    if req_header(name, #name, 0, out) == 0 then return nil end
+    local value = ffi_string(out.ptr, out.len)
+    return value
+end
+
+-- Request -----------------------------------------------------------------------------------------------------------
+
+local method = fast.method
+
+--- ngx.req.get_method()
+function req.get_method()
+    if method(out) == 0 then error("no request found", 2) end
+    local name = ffi_string(out.ptr, out.len)
+    return name
+end
+
+--- ngx.req.set_method(ngx.HTTP_POST): a number of the constants.
+function req.set_method(id)
+    local name = method_names[id]
+    if not name then error("unsupported HTTP method: " .. tostring(id), 2) end
+    return native.req.set_method(name)
+end
+
+local building = setmetatable({}, { __mode = "k" })
+
+--- ngx.req.init_body(buffer_size?), append_body(chunk), finish_body(): a new body in pieces.
+function req.init_body()
+    building[request.ngx_ctx()] = {}
+end
+
+function req.append_body(chunk)
+    local parts = building[request.ngx_ctx()]
+    if not parts then error("request body not initialized", 2) end
+    parts[#parts + 1] = chunk
+end
+
+function req.finish_body()
+    local key = request.ngx_ctx()
+    local parts = building[key]
+    if not parts then error("request body not initialized", 2) end
+    building[key] = nil
+    return req.set_body_data(concat(parts))
+end
+
+--- ngx.req.socket(): the raw client connection is not handed out.
+function req.socket()
+    return nil, "not supported"
+end
+
+-- Status, ctx, arg --------------------------------------------------------------------------------------------------
+
+local status, status_set, headers_sent = fast.status, fast.status_set, fast.headers_sent
+local phase = fast.phase
+local ngx_ctx, set_ngx_ctx = request.ngx_ctx, request.set_ngx_ctx
+
+setmetatable(ngx, {
+    __index = function(_, name)
+        if name == "ctx" then
+            local ctx = ngx_ctx()
+            return ctx
+        elseif name == "status" then
+            local code = status()
+            return code
+        elseif name == "headers_sent" then
+            local sent = headers_sent() ~= 0
+            return sent
+        elseif name == "is_subrequest" then
+            return false
+        end
+        return nil
+    end,
+    __newindex = function(self, name, value)
+        if name == "ctx" then
+            set_ngx_ctx(value)
+        elseif name == "status" then
+            local code = tonumber(value)
+            if not code then error("number expected, got " .. type(value), 2) end
+            local rc = status_set(code)
+            if rc < 0 then
+                ngx.log(ngx.ERR, "attempt to set ngx.status after sending out response headers")
+            elseif rc == 0 then
+                error("no request found", 2)
+            end
+        elseif name == "headers_sent" then
+            error("attempt to write to ngx.headers_sent", 2)
+        else
+            rawset(self, name, value)
+        end
+    end,
+})
+
+local chunk, chunk_set, chunk_eof = fast.chunk, fast.chunk_set, fast.chunk_eof
+
+local function flat(value)
+    if type(value) ~= "table" then return tostring(value) end
+    local parts = {}
+    for i = 1, #value do parts[i] = flat(value[i]) end
+    return concat(parts)
+end
+
+ngx.arg = setmetatable({}, {
+    __index = function(_, n)
+        local eof = chunk(out)
+        if eof < 0 then error("API disabled in the current context", 2) end
+        if n == 1 then
+            local data = ffi_string(out.ptr, out.len)
+            return data
+        end
+        if n == 2 then return eof ~= 0 end
+        return nil
+    end,
+    __newindex = function(_, n, value)
+        if chunk(out) < 0 then error("API disabled in the current context", 2) end
+        if n == 1 then
+            local data = value == nil and "" or type(value) == "string" and value or flat(value)
+            chunk_set(data, #data)
+        elseif n == 2 then
+            chunk_eof(value and 1 or 0)
+        else
+            error("bad arg index: " .. tostring(n), 2)
+        end
+    end,
+})
+
+-- By the numbers of the phases (src/exchange), in OpenResty's words: APISIX runs plugins' rewrite in access_by_lua.
+local phase_names = {
+    [0] = "init_worker", "ssl_cert", "access", "access", "access", "balancer", "content", "header_filter",
+    "body_filter", "body_filter", "log", "timer",
+}
+
+--- ngx.get_phase()
+function ngx.get_phase()
+    local name = phase_names[phase()]
+    return name
+end
+
+--- Subrequests and internal redirects do not exist here.
+function ngx.exec()
+    error("ngx.exec is not supported: there are no locations to go to", 2)
+end
+
+ngx.location = {
+    capture = function() error("ngx.location.capture is not supported: use resty.http", 2) end,
+    capture_multi = function() error("ngx.location.capture_multi is not supported: use resty.http", 2) end,
+}
+
+--- ngx.on_abort(callback): accepted; a client that goes away ends the request itself.
+function ngx.on_abort()
+    return true
+end
+
+-- The process -------------------------------------------------------------------------------------------------------
+
+ngx.config = {
+    subsystem = "http",
+    debug = false,
+    is_console = false,
+    nginx_version = 1027001,
+    ngx_lua_version = 10028,
+    prefix = function()
+        local prefix = native.prefix
+        if prefix:sub(-1) ~= "/" then prefix = prefix .. "/" end
+        return prefix
+    end,
+    nginx_configure = function() return "" end,
+}
+
+ngx.worker = ngx.worker or {}
+local worker = ngx.worker
+
+--- ngx.worker.id(): from 0; nil in a VM that only checks.
+function worker.id()
+    if native.purpose == "check" then return nil end
+    return native.worker
+end
+
+function worker.exiting() return false end
+
+-- The rest ----------------------------------------------------------------------------------------------------------
+
+ngx.shared = require("moongate.shdict")
+
+local re = require("moongate.re")
 ngx.re = { match = re.match, find = re.find, gmatch = re.gmatch, sub = re.sub, gsub = re.gsub }
+
+-- lua-resty-core is built in: requiring a part of it answers what is there.
+for _, name in ipairs({
+    "base", "base64", "coroutine", "ctx", "exit", "hash", "misc", "ndk", "phase", "regex", "request", "response",
+    "shdict", "socket", "time", "uri", "utils", "var", "worker",
+}) do
+    package.preload["resty.core." .. name] = function() return { version = "0.1.28" } end
+end
+package.preload["resty.core"] = function() return { version = "0.1.28" } end
+package.preload["resty.core.base"] = function()
+    return {
+        version = "0.1.28", new_tab = require("table.new"), clear_tab = require("table.clear"),
+        get_string_buf = function(size) return ffi.new("char[?]", size) end, FFI_OK = 0, FFI_ERROR = -1,
+        FFI_DECLINED = -5,
+    }
+end

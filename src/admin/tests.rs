@@ -273,6 +273,41 @@ fn only_a_key_opens_and_a_viewer_only_reads() {
 }
 
 #[test]
+fn a_drain_waits_for_the_request_in_flight_and_takes_no_new_one() {
+    scene(|| async {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let place = listener.local_addr().expect("bound");
+        let (entered, mut in_handler) = tokio::sync::mpsc::channel(1);
+        let release = Rc::new(tokio::sync::Notify::new());
+        let (end, ended) = tokio::sync::oneshot::channel::<()>();
+        let held = release.clone();
+        let handler = move |_: Incomplete| {
+            let (entered, held) = (entered.clone(), held.clone());
+            async move {
+                let _ = entered.send(()).await;
+                held.notified().await;
+                Answer::text(200, "whole")
+            }
+        };
+        let served = tokio::task::spawn_local(http::serve(listener, Rc::new(handler), async { drop(ended.await) }));
+        let mut stream = TcpStream::connect(place).await.expect("connects");
+        stream.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").await.expect("is sent");
+        in_handler.recv().await.expect("is in the handler");
+        end.send(()).expect("is told to end");
+        // The listener is dropped before the wait for connections begins.
+        while TcpStream::connect(place).await.is_ok() {
+            tokio::task::yield_now().await;
+        }
+        assert!(!served.is_finished(), "a request is in flight");
+        release.notify_one();
+        let mut reply = String::new();
+        stream.read_to_string(&mut reply).await.expect("is answered, then closed");
+        assert!(reply.ends_with("whole"), "{reply}");
+        served.await.expect("ends");
+    });
+}
+
+#[test]
 fn an_address_that_is_not_allowed_is_refused() {
     let config = json!({"deployment": {"admin": {"allow_admin": ["127.0.0.0/24", "::1"]}}});
     let settings = Settings::from_config(&config, "x").expect("settings");

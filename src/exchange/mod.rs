@@ -30,6 +30,7 @@ pub use vars::Var;
 use crate::{
     error::Result,
     model::{self, Object},
+    router::Found,
     store::Snapshot,
 };
 
@@ -114,6 +115,8 @@ pub struct TlsInfo {
     pub client_cert: Option<Box<[u8]>>,
     /// `NONE`, `SUCCESS` or `FAILED:reason`: `$ssl_client_verify`.
     pub client_verify: Box<str>,
+    /// The object whose certificate was served: what it asks of clients.
+    pub ssl: Option<Arc<Object<model::Ssl>>>,
 }
 
 /// The request's head. Vectors instead of strings: the network does not promise UTF-8.
@@ -130,6 +133,8 @@ pub struct Request {
     /// Lower case, without port: `$host`.
     pub host: Vec<u8>,
     pub headers: Headers,
+    /// `path` or `args` were changed: what goes upstream is built from them instead of `target`.
+    pub uri_changed: bool,
     /// Bytes of the head as received (`$request_length` counts them and the body).
     pub head_len: u64,
     /// Requests on this connection so far, this one included.
@@ -179,13 +184,15 @@ pub enum Source {
 /// What the router found.
 #[derive(Clone, Debug)]
 pub struct Matched {
-    pub route: Arc<Object<model::Route>>,
+    /// The route, the host and path patterns that matched, and the captures.
+    pub found: Found,
     pub service: Option<Arc<Object<model::Service>>>,
-    /// The host and path patterns that matched (`curr_req_matched._host`, `._path`).
-    pub host_pattern: Option<Box<str>>,
-    pub path_pattern: Box<str>,
-    /// `:name` and `*name` captures.
-    pub params: SmallVec<[(Box<str>, Box<str>); 2]>,
+}
+
+impl Matched {
+    pub fn route(&self) -> &Arc<Object<model::Route>> {
+        self.found.route()
+    }
 }
 
 /// How the upstream is to be spoken to, and what came of it.
@@ -308,6 +315,7 @@ impl Request {
         }
         self.version = Version::default();
         self.headers.clear();
+        self.uri_changed = false;
         self.head_len = 0;
         self.nth = 0;
         self.real_ip = None;

@@ -1,7 +1,713 @@
 //! nginx's and APISIX's variables by name.
+//!
+//! A name is parsed once, where it is written (access log format, chash key, a Lua call site); reading a parsed variable
+//! allocates nothing: the value lies in the exchange, or is written into the caller's scratch buffer. `None` is
+//! nginx's "not found": `-` in a log, `nil` in Lua.
+
+use std::{
+    cell::RefCell,
+    fmt::Write as _,
+    net::{IpAddr, SocketAddr},
+    sync::OnceLock,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use base64::Engine;
+use hashbrown::HashMap;
+
+use super::{Exchange, Headers, RequestBody, Try, Version};
+use crate::model::upstream::Scheme;
+
+/// What `$nginx_version` says: the version whose contract is kept, since scripts compare it.
+const NGINX_VERSION: &str = "1.27.1";
 
 /// A variable, parsed once where it is written (access log format, `vars`, chash key, Lua).
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Var {
+    Known(Known),
+    /// `http_x_y`: a request field, in lower case and with underscores.
+    Http(Box<str>),
+    SentHttp(Box<str>),
+    UpstreamHttp(Box<str>),
+    Arg(Box<str>),
+    Cookie(Box<str>),
+    /// `uri_param_x`: a `:x` of the route's uri.
+    UriParam(Box<str>),
     Custom(Box<str>),
+}
+
+/// Why a variable was not set, in nginx's words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Refused;
+
+impl Refused {
+    pub fn message(self, name: &str) -> String {
+        format!("variable \"{name}\" not changeable")
+    }
+}
+
+macro_rules! known {
+    ($($variant:ident $name:literal,)*) => {
+        /// The variables of a fixed name.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        pub enum Known { $($variant,)* }
+
+        const NAMES: &[(&str, Known)] = &[$(($name, Known::$variant),)*];
+    };
+}
+
+known! {
+    Args "args", QueryString "query_string", IsArgs "is_args", Uri "uri", DocumentUri "document_uri",
+    RequestUri "request_uri", Request "request", RequestMethod "request_method", RequestTime "request_time",
+    RequestLength "request_length", RequestBody "request_body", RequestBodyFile "request_body_file",
+    RequestCompletion "request_completion", RequestId "request_id", ApisixRequestId "apisix_request_id",
+    Host "host", ServerName "server_name", ServerAddr "server_addr", ServerPort "server_port",
+    ServerProtocol "server_protocol", Scheme "scheme", Https "https",
+    RemoteAddr "remote_addr", RemotePort "remote_port", RemoteUser "remote_user",
+    BinaryRemoteAddr "binary_remote_addr", RealipRemoteAddr "realip_remote_addr",
+    RealipRemotePort "realip_remote_port", ProxyProtocolAddr "proxy_protocol_addr",
+    ProxyProtocolPort "proxy_protocol_port", ProxyAddXForwardedFor "proxy_add_x_forwarded_for",
+    ContentLength "content_length", ContentType "content_type",
+    Status "status", BytesSent "bytes_sent", BodyBytesSent "body_bytes_sent",
+    Connection "connection", ConnectionRequests "connection_requests", Pipe "pipe",
+    Hostname "hostname", Pid "pid", NginxVersion "nginx_version",
+    Msec "msec", TimeLocal "time_local", TimeIso8601 "time_iso8601",
+    SslProtocol "ssl_protocol", SslCipher "ssl_cipher", SslServerName "ssl_server_name",
+    SslSessionReused "ssl_session_reused", SslClientVerify "ssl_client_verify",
+    SslClientRawCert "ssl_client_raw_cert",
+    UpstreamAddr "upstream_addr", UpstreamStatus "upstream_status",
+    UpstreamResponseTime "upstream_response_time", ApisixUpstreamResponseTime "apisix_upstream_response_time",
+    UpstreamConnectTime "upstream_connect_time", UpstreamHeaderTime "upstream_header_time",
+    UpstreamBytesSent "upstream_bytes_sent", UpstreamBytesReceived "upstream_bytes_received",
+    UpstreamResponseLength "upstream_response_length",
+    UpstreamUri "upstream_uri", UpstreamHost "upstream_host", UpstreamScheme "upstream_scheme",
+    UpstreamUnresolvedHost "upstream_unresolved_host", ProxyHost "proxy_host", ProxyPort "proxy_port",
+    BalancerIp "balancer_ip", BalancerPort "balancer_port",
+    ConsumerName "consumer_name", ConsumerGroupId "consumer_group_id",
+    RouteId "route_id", RouteName "route_name", ServiceId "service_id", ServiceName "service_name",
+    VarXForwardedProto "var_x_forwarded_proto", VarXForwardedHost "var_x_forwarded_host",
+    VarXForwardedPort "var_x_forwarded_port",
+}
+
+/// What APISIX's nginx.conf sets before a request starts. Everything else is absent until it is set.
+const DEFAULTS: &[(&str, &str)] = &[
+    ("request_type", "traditional_http"),
+    ("upstream_cache_zone", "off"),
+    ("llm_time_to_first_token", "0"),
+    ("llm_prompt_tokens", "0"),
+    ("llm_completion_tokens", "0"),
+    ("llm_total_tokens", "0"),
+    ("llm_stream", "false"),
+    ("llm_has_tool_calls", "false"),
+    ("llm_tool_count", "0"),
+    ("llm_cache_read_input_tokens", "0"),
+    ("llm_cache_creation_input_tokens", "0"),
+    ("llm_reasoning_tokens", "0"),
+    ("request_llm_model", ""),
+    ("llm_model", ""),
+    ("llm_end_user_id", ""),
+    ("llm_content_risk_level", ""),
+    ("upstream_upgrade", ""),
+    ("upstream_connection", ""),
+    ("upstream_mirror_host", ""),
+    ("upstream_mirror_uri", ""),
+    ("upstream_cache_key", ""),
+    ("upstream_cache_bypass", ""),
+    ("upstream_no_cache", ""),
+    ("request_line", ""),
+    ("limit_rate", "0"),
+];
+
+fn known_names() -> &'static HashMap<&'static str, Known> {
+    static TABLE: OnceLock<HashMap<&'static str, Known>> = OnceLock::new();
+    TABLE.get_or_init(|| NAMES.iter().copied().collect())
+}
+
+impl Var {
+    /// Never fails: a name that nothing knows is a custom variable, absent until someone sets it.
+    pub fn parse(name: &str) -> Var {
+        if let Some(known) = known_names().get(name) {
+            return Var::Known(*known);
+        }
+        let lower = |s: &str| s.to_ascii_lowercase().replace('-', "_").into_boxed_str();
+        match name.split_once('_') {
+            Some(("http", rest)) => Var::Http(lower(rest)),
+            Some(("arg", rest)) => Var::Arg(rest.into()),
+            Some(("cookie", rest)) => Var::Cookie(rest.into()),
+            Some(("sent", rest)) if rest.starts_with("http_") => Var::SentHttp(lower(&rest[5..])),
+            Some(("upstream", rest)) if rest.starts_with("http_") => Var::UpstreamHttp(lower(&rest[5..])),
+            Some(("uri", rest)) if rest.starts_with("param_") => Var::UriParam(rest[6..].into()),
+            _ => Var::Custom(name.into()),
+        }
+    }
+}
+
+impl Exchange {
+    /// The variable's value: part of the exchange, or written into `scratch`.
+    pub fn var<'a>(&'a self, var: &Var, scratch: &'a mut Vec<u8>) -> Option<&'a [u8]> {
+        match var {
+            Var::Known(known) => self.known(*known, scratch),
+            Var::Http(name) => field(&self.request.headers, name, scratch),
+            Var::SentHttp(name) => field(&self.response.headers, name, scratch),
+            Var::UpstreamHttp(name) => field(self.upstream_headers()?, name, scratch),
+            Var::Arg(name) => arg(&self.request.args, name),
+            Var::Cookie(name) => cookie(&self.request.headers, name),
+            Var::UriParam(name) => self.uri_param(name),
+            Var::Custom(name) => self.custom(name),
+        }
+    }
+
+    pub fn var_by_name<'a>(&'a self, name: &str, scratch: &'a mut Vec<u8>) -> Option<&'a [u8]> {
+        if let Some(known) = known_names().get(name) {
+            return self.known(*known, scratch);
+        }
+        if let Some(set) = self.set_by_name(name) {
+            return Some(set);
+        }
+        self.var(&Var::parse(name), scratch)
+    }
+
+    /// Sets a variable that plugins may set, or one of their own.
+    pub fn set_var(&mut self, name: &str, value: &[u8]) -> Result<(), Refused> {
+        let place = match known_names().get(name) {
+            Some(Known::Args | Known::QueryString) => {
+                self.request.uri_changed = true;
+                &mut self.request.args
+            }
+            Some(Known::UpstreamUri) => &mut self.upstream.uri,
+            Some(Known::UpstreamHost) => &mut self.upstream.host,
+            Some(Known::UpstreamScheme) => &mut self.upstream.scheme,
+            Some(Known::ApisixRequestId | Known::UpstreamUnresolvedHost | Known::ApisixUpstreamResponseTime) => {
+                self.custom_place(name)
+            }
+            Some(_) => return Err(Refused),
+            None => match Var::parse(name) {
+                Var::Custom(_) => self.custom_place(name),
+                _ => return Err(Refused),
+            },
+        };
+        place.clear();
+        place.extend_from_slice(value);
+        Ok(())
+    }
+
+    fn custom_place(&mut self, name: &str) -> &mut Vec<u8> {
+        let at = self.custom_vars.iter().position(|(n, _)| **n == *name).unwrap_or_else(|| {
+            self.custom_vars.push((name.into(), Vec::new()));
+            self.custom_vars.len() - 1
+        });
+        &mut self.custom_vars[at].1
+    }
+
+    fn set_by_name(&self, name: &str) -> Option<&[u8]> {
+        self.custom_vars.iter().find(|(n, _)| **n == *name).map(|(_, v)| v.as_slice())
+    }
+
+    fn custom(&self, name: &str) -> Option<&[u8]> {
+        let default = || DEFAULTS.iter().find(|(n, _)| *n == name).map(|(_, v)| v.as_bytes());
+        self.set_by_name(name).or_else(default)
+    }
+
+    /// The upstream's own fields; where nothing changed them, those of the response are still they.
+    fn upstream_headers(&self) -> Option<&Headers> {
+        let kept = !self.upstream.headers.is_empty();
+        match self.response.source {
+            _ if kept => Some(&self.upstream.headers),
+            super::Source::Upstream => Some(&self.response.headers),
+            super::Source::Gateway => None,
+        }
+    }
+
+    fn uri_param(&self, name: &str) -> Option<&[u8]> {
+        let params = &self.matched.as_ref()?.found.params;
+        params.iter().find(|(n, _)| **n == *name).map(|(_, v)| v.as_bytes())
+    }
+
+    fn known<'a>(&'a self, known: Known, scratch: &'a mut Vec<u8>) -> Option<&'a [u8]> {
+        scratch.clear();
+        let r = &self.request;
+        match known {
+            Known::Args | Known::QueryString => non_empty(&r.args),
+            Known::IsArgs => Some(if r.args.is_empty() { b"" } else { b"?" }),
+            Known::Uri | Known::DocumentUri => Some(&r.path),
+            Known::RequestUri => Some(&r.target),
+            Known::RequestMethod => Some(&r.method),
+            Known::Host => Some(&r.host),
+            Known::ServerName => Some(b"_"),
+            Known::ServerProtocol => Some(version(r.version)),
+            Known::Scheme | Known::VarXForwardedProto => Some(self.scheme().as_bytes()),
+            Known::Https => Some(if self.conn.tls.is_some() { b"on" } else { b"" }),
+            Known::ContentLength => r.headers.get("content-length"),
+            Known::ContentType => r.headers.get("content-type"),
+            Known::RequestBody => match &self.body {
+                RequestBody::Memory(bytes) => Some(bytes),
+                _ => None,
+            },
+            Known::RequestBodyFile => match &self.body {
+                RequestBody::File { path, .. } => Some(path.as_os_str().as_encoded_bytes()),
+                _ => None,
+            },
+            Known::RequestCompletion => Some(if self.response.ended { b"OK" } else { b"" }),
+            Known::Pipe => Some(b"."),
+            Known::Hostname => Some(hostname().as_bytes()),
+            Known::NginxVersion => Some(NGINX_VERSION.as_bytes()),
+            Known::ConsumerName => self.consumer.as_ref().map(|c| c.value.username.as_bytes()),
+            Known::ConsumerGroupId => self.consumer.as_ref()?.value.group_id.as_deref().map(str::as_bytes),
+            Known::RouteId => self.matched.as_ref().map(|m| m.route().id.as_bytes()),
+            Known::RouteName => self.matched.as_ref()?.route().value.name.as_deref().map(str::as_bytes),
+            Known::ServiceId => self.matched.as_ref()?.service.as_ref().map(|s| s.id.as_bytes()),
+            Known::ServiceName => self.matched.as_ref()?.service.as_ref()?.value.name.as_deref().map(str::as_bytes),
+            Known::SslProtocol
+            | Known::SslCipher
+            | Known::SslServerName
+            | Known::SslSessionReused
+            | Known::SslClientVerify
+            | Known::SslClientRawCert => self.ssl(known, scratch),
+            Known::UpstreamUri => Some(&self.upstream.uri),
+            Known::UpstreamHost => non_empty(&self.upstream.host).or_else(|| r.headers.get("host")),
+            Known::UpstreamScheme => Some(self.upstream_scheme().as_bytes()),
+            Known::UpstreamUnresolvedHost => self.set_by_name("upstream_unresolved_host").or_else(|| self.node_host()),
+            Known::ProxyHost => self.upstream.conf.is_some().then_some(b"apisix_backend"),
+            Known::ApisixRequestId if !self.custom_vars.is_empty() => {
+                self.set_by_name("apisix_request_id").or_else(|| self.written(known, scratch))
+            }
+            Known::ApisixUpstreamResponseTime if !self.custom_vars.is_empty() => {
+                self.set_by_name("apisix_upstream_response_time").or_else(|| self.written(known, scratch))
+            }
+            Known::VarXForwardedHost => r.headers.get("host").and_then(non_empty).or(Some(&r.host)),
+            _ => self.written(known, scratch),
+        }
+    }
+
+    /// What must be put into words.
+    fn written<'a>(&'a self, known: Known, out: &'a mut Vec<u8>) -> Option<&'a [u8]> {
+        let r = &self.request;
+        match known {
+            Known::Request => {
+                out.extend_from_slice(&r.method);
+                if !r.method.is_empty() {
+                    out.push(b' ');
+                }
+                out.extend_from_slice(&r.target);
+                if !r.method.is_empty() {
+                    out.push(b' ');
+                    out.extend_from_slice(version(r.version));
+                }
+            }
+            Known::RequestTime => seconds(self.started.elapsed(), out),
+            Known::RequestLength => number(r.head_len + self.client.as_ref().map_or(0, |c| c.body_received()), out),
+            Known::RequestId | Known::ApisixRequestId => hex(&self.id, out),
+            Known::ServerAddr => ip(self.conn.local.ip(), out),
+            Known::ServerPort => number(self.conn.local.port().into(), out),
+            Known::RemoteAddr => ip(self.remote().ip(), out),
+            Known::RemotePort => number(self.remote().port().into(), out),
+            Known::BinaryRemoteAddr => match self.remote().ip() {
+                IpAddr::V4(a) => out.extend_from_slice(&a.octets()),
+                IpAddr::V6(a) => out.extend_from_slice(&a.octets()),
+            },
+            Known::RealipRemoteAddr => ip(self.conn.peer.ip(), out),
+            Known::RealipRemotePort => number(self.conn.peer.port().into(), out),
+            Known::ProxyProtocolAddr => ip(self.conn.proxy.map(|_| self.conn.peer.ip())?, out),
+            Known::ProxyProtocolPort => number(self.conn.proxy.map(|_| self.conn.peer.port())?.into(), out),
+            Known::RemoteUser => remote_user(&r.headers, out)?,
+            Known::ProxyAddXForwardedFor => self.forwarded_for(out),
+            Known::VarXForwardedPort => self.forwarded_port(out),
+            Known::Status => {
+                let _ = std::io::Write::write_fmt(out, format_args!("{:03}", self.response.status));
+            }
+            Known::BytesSent => number(self.bytes_sent.max(self.client.as_ref().map_or(0, |c| c.bytes_sent())), out),
+            Known::BodyBytesSent => number(self.body_bytes_sent, out),
+            Known::Connection => number(self.conn.serial, out),
+            Known::ConnectionRequests => number(r.nth, out),
+            Known::Pid => number(std::process::id().into(), out),
+            Known::Msec => seconds(SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default(), out),
+            Known::TimeLocal => with_clock(|clock| out.extend_from_slice(clock.local.as_bytes())),
+            Known::TimeIso8601 => with_clock(|clock| out.extend_from_slice(clock.iso.as_bytes())),
+            Known::BalancerIp => ip(self.upstream.tries.last()?.addr.ip(), out),
+            Known::BalancerPort | Known::ProxyPort => number(self.upstream.tries.last()?.addr.port().into(), out),
+            _ => self.of_tries(known, out)?,
+        }
+        Some(out)
+    }
+
+    /// `$upstream_*` with one element per try: `127.0.0.1:1980, 127.0.0.1:1981`.
+    fn of_tries(&self, known: Known, out: &mut Vec<u8>) -> Option<()> {
+        let tries = &self.upstream.tries;
+        if tries.is_empty() {
+            return None;
+        }
+        for (i, t) in tries.iter().enumerate() {
+            if i > 0 {
+                out.extend_from_slice(b", ");
+            }
+            of_try(known, t, out)?;
+        }
+        Some(())
+    }
+
+    fn ssl<'a>(&'a self, known: Known, out: &'a mut Vec<u8>) -> Option<&'a [u8]> {
+        let tls = self.conn.tls.as_ref()?;
+        Some(match known {
+            Known::SslProtocol => tls.protocol.as_bytes(),
+            Known::SslCipher => tls.cipher.as_bytes(),
+            Known::SslServerName => tls.sni.as_deref()?.as_bytes(),
+            Known::SslSessionReused => [&b"."[..], b"r"][usize::from(tls.session_reused)],
+            Known::SslClientVerify => tls.client_verify.as_bytes(),
+            _ => {
+                pem(tls.client_cert.as_deref()?, out);
+                out
+            }
+        })
+    }
+
+    /// `http` or `https`, as the client came.
+    pub fn scheme(&self) -> &'static str {
+        if self.conn.tls.is_some() { "https" } else { "http" }
+    }
+
+    fn upstream_scheme(&self) -> &str {
+        match std::str::from_utf8(&self.upstream.scheme) {
+            Ok(set) if !set.is_empty() => set,
+            _ => self.upstream.conf.as_ref().map_or("http", |u| scheme_name(u.scheme)),
+        }
+    }
+
+    fn node_host(&self) -> Option<&[u8]> {
+        let node = self.upstream.tries.last()?.node;
+        self.upstream.conf.as_ref()?.nodes.get(node).map(|n| n.host.as_bytes())
+    }
+
+    /// `X-Forwarded-For` with the client's address at the end.
+    pub fn forwarded_for(&self, out: &mut Vec<u8>) {
+        for value in self.request.headers.get_all(b"x-forwarded-for") {
+            out.extend_from_slice(value);
+            out.extend_from_slice(b", ");
+        }
+        ip(self.remote().ip(), out);
+    }
+
+    /// The port of the Host field, or the listener's.
+    pub fn forwarded_port(&self, out: &mut Vec<u8>) {
+        let host = self.request.headers.get("host").unwrap_or_default();
+        let port = host.iter().rposition(|b| *b == b':').map(|at| &host[at + 1..]);
+        match port.filter(|p| !p.is_empty() && p.iter().all(u8::is_ascii_digit)) {
+            Some(port) => out.extend_from_slice(port),
+            None => number(self.conn.local.port().into(), out),
+        }
+    }
+}
+
+/// The scheme's name as configuration and variables write it.
+pub fn scheme_name(scheme: Scheme) -> &'static str {
+    match scheme {
+        Scheme::Http => "http",
+        Scheme::Https => "https",
+        Scheme::Grpc => "grpc",
+        Scheme::Grpcs => "grpcs",
+        Scheme::Tcp => "tcp",
+        Scheme::Tls => "tls",
+        Scheme::Udp => "udp",
+        Scheme::Kafka => "kafka",
+    }
+}
+
+fn of_try(known: Known, t: &Try, out: &mut Vec<u8>) -> Option<()> {
+    let time = |d: Option<Duration>, out: &mut Vec<u8>| match d {
+        Some(d) => seconds(d, out),
+        None => out.push(b'-'),
+    };
+    match known {
+        Known::UpstreamAddr => address(t.addr, out),
+        Known::UpstreamStatus if t.status == 0 => out.push(b'-'),
+        Known::UpstreamStatus => number(t.status.into(), out),
+        Known::UpstreamResponseTime | Known::ApisixUpstreamResponseTime => time(t.response_time, out),
+        Known::UpstreamConnectTime => time(t.connect_time, out),
+        Known::UpstreamHeaderTime => time(t.header_time, out),
+        Known::UpstreamBytesSent => number(t.bytes_sent, out),
+        Known::UpstreamBytesReceived | Known::UpstreamResponseLength => number(t.bytes_received, out),
+        _ => return None,
+    }
+    Some(())
+}
+
+fn non_empty(bytes: &[u8]) -> Option<&[u8]> {
+    (!bytes.is_empty()).then_some(bytes)
+}
+
+/// `HTTP/1.1`, as nginx writes it.
+pub fn version(version: Version) -> &'static [u8] {
+    match version {
+        Version::Http10 => b"HTTP/1.0",
+        Version::Http11 => b"HTTP/1.1",
+        Version::Http2 => b"HTTP/2.0",
+    }
+}
+
+/// The values of a field whose name matches `name`, where dashes read as underscores. Several are joined.
+fn field<'a>(headers: &'a Headers, name: &str, scratch: &'a mut Vec<u8>) -> Option<&'a [u8]> {
+    let matches = |n: &[u8]| {
+        n.len() == name.len()
+            && n.iter().zip(name.bytes()).all(|(a, b)| a.to_ascii_lowercase() == b || (*a == b'-' && b == b'_'))
+    };
+    let mut values = headers.iter().filter(|(n, _)| matches(n)).map(|(_, v)| v);
+    let first = values.next()?;
+    let Some(second) = values.next() else { return Some(first) };
+    let comma: &[u8] = if name == "cookie" { b"; " } else { b", " };
+    scratch.clear();
+    scratch.extend_from_slice(first);
+    for value in std::iter::once(second).chain(values) {
+        scratch.extend_from_slice(comma);
+        scratch.extend_from_slice(value);
+    }
+    Some(scratch)
+}
+
+/// The first argument of that name, undecoded; case does not matter, as in nginx.
+pub fn arg<'a>(args: &'a [u8], name: &str) -> Option<&'a [u8]> {
+    args.split(|b| *b == b'&').find_map(|pair| {
+        let at = memchr::memchr(b'=', pair)?;
+        pair[..at].eq_ignore_ascii_case(name.as_bytes()).then_some(&pair[at + 1..])
+    })
+}
+
+/// The first cookie of that name.
+pub fn cookie<'a>(headers: &'a Headers, name: &str) -> Option<&'a [u8]> {
+    headers.get_all(b"cookie").flat_map(|line| line.split(|b| *b == b';')).find_map(|pair| {
+        let pair = pair.trim_ascii_start();
+        let at = memchr::memchr(b'=', pair)?;
+        pair[..at].trim_ascii_end().eq_ignore_ascii_case(name.as_bytes()).then_some(&pair[at + 1..])
+    })
+}
+
+fn remote_user(headers: &Headers, out: &mut Vec<u8>) -> Option<()> {
+    let value = headers.get("authorization")?;
+    let (scheme, credentials) = value.split_at_checked(6)?;
+    if !scheme.eq_ignore_ascii_case(b"basic ") {
+        return None;
+    }
+    base64::engine::general_purpose::STANDARD.decode_vec(credentials.trim_ascii(), out).ok()?;
+    let end = memchr::memchr(b':', out)?;
+    out.truncate(end);
+    (!out.is_empty()).then_some(())
+}
+
+/// Appends decimal digits.
+pub fn number(n: u64, out: &mut Vec<u8>) {
+    out.extend_from_slice(itoa::Buffer::new().format(n).as_bytes());
+}
+
+/// Appends `1.234`.
+fn seconds(d: Duration, out: &mut Vec<u8>) {
+    number(d.as_secs(), out);
+    let ms = d.subsec_millis();
+    let digit = |n: u32| b'0' + (n % 10) as u8;
+    out.extend_from_slice(&[b'.', digit(ms / 100), digit(ms / 10), digit(ms)]);
+}
+
+/// Appends an address; IPv6 in its short form, without brackets.
+pub fn ip(addr: IpAddr, out: &mut Vec<u8>) {
+    match addr {
+        IpAddr::V4(a) => {
+            for (i, octet) in a.octets().into_iter().enumerate() {
+                if i > 0 {
+                    out.push(b'.');
+                }
+                out.extend_from_slice(itoa::Buffer::new().format(octet).as_bytes());
+            }
+        }
+        IpAddr::V6(a) => {
+            let _ = std::io::Write::write_fmt(out, format_args!("{a}"));
+        }
+    }
+}
+
+/// Appends `1.2.3.4:80` or `[::1]:80`.
+pub fn address(addr: SocketAddr, out: &mut Vec<u8>) {
+    match addr.ip() {
+        v4 @ IpAddr::V4(_) => ip(v4, out),
+        v6 => {
+            out.push(b'[');
+            ip(v6, out);
+            out.push(b']');
+        }
+    }
+    out.push(b':');
+    number(addr.port().into(), out);
+}
+
+fn hex(bytes: &[u8], out: &mut Vec<u8>) {
+    for b in bytes {
+        out.push(b"0123456789abcdef"[usize::from(b >> 4)]);
+        out.push(b"0123456789abcdef"[usize::from(b & 15)]);
+    }
+}
+
+fn pem(der: &[u8], out: &mut Vec<u8>) {
+    let text = base64::engine::general_purpose::STANDARD.encode(der);
+    out.extend_from_slice(b"-----BEGIN CERTIFICATE-----\n");
+    for line in text.as_bytes().chunks(64) {
+        out.extend_from_slice(line);
+        out.push(b'\n');
+    }
+    out.extend_from_slice(b"-----END CERTIFICATE-----\n");
+}
+
+fn hostname() -> &'static str {
+    static NAME: OnceLock<String> = OnceLock::new();
+    NAME.get_or_init(|| {
+        let mut name = [0u8; 256];
+        // SAFETY: the buffer is as long as said.
+        let failed = unsafe { libc::gethostname(name.as_mut_ptr().cast(), name.len()) } != 0;
+        let end = if failed { 0 } else { name.iter().position(|b| *b == 0).unwrap_or(name.len()) };
+        String::from_utf8_lossy(&name[..end]).to_lowercase()
+    })
+}
+
+/// The second and its texts, written once a second.
+#[derive(Default)]
+struct Clock {
+    second: u64,
+    local: String,
+    iso: String,
+}
+
+fn with_clock<R>(read: impl FnOnce(&Clock) -> R) -> R {
+    thread_local! {
+        static CLOCK: RefCell<Clock> = RefCell::default();
+    }
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    CLOCK.with_borrow_mut(|clock| {
+        if clock.second != now {
+            let time = chrono::DateTime::from_timestamp(now as i64, 0).unwrap_or_default();
+            let time = time.with_timezone(&chrono::Local);
+            clock.second = now;
+            clock.local.clear();
+            clock.iso.clear();
+            let _ = write!(clock.local, "{}", time.format("%d/%b/%Y:%H:%M:%S %z"));
+            let _ = write!(clock.iso, "{}", time.format("%Y-%m-%dT%H:%M:%S%:z"));
+        }
+        read(clock)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{rc::Rc, sync::Arc};
+
+    use super::*;
+    use crate::exchange::Connection;
+
+    fn exchange() -> Exchange {
+        let conn = Connection {
+            serial: 7,
+            peer: "10.0.0.9:5000".parse().unwrap(),
+            local: "[::1]:9080".parse().unwrap(),
+            tls: None,
+            proxy: None,
+        };
+        let mut x = Exchange::new(Rc::new(conn), Arc::default());
+        x.begin();
+        x.request.method.extend_from_slice(b"GET");
+        x.request.target.extend_from_slice(b"/a%20b?x=1&Y=2&x=3&z");
+        x.request.path.extend_from_slice(b"/a b");
+        x.request.args.extend_from_slice(b"x=1&Y=2&x=3&z");
+        x.request.host.extend_from_slice(b"foo.com");
+        for (n, v) in [
+            ("Host", "Foo.com:8443"),
+            ("Cookie", "a=1; B=2"),
+            ("X-Two", "1"),
+            ("x-two", "2"),
+            ("Cookie", "c=3"),
+            ("Authorization", "Basic amFjazpzZWNyZXQ="),
+            ("X-Forwarded-For", "1.1.1.1"),
+        ] {
+            x.request.headers.append(n, v);
+        }
+        x
+    }
+
+    fn read(x: &Exchange, name: &str) -> Option<String> {
+        let (mut a, mut b) = (Vec::new(), Vec::new());
+        let parsed = x.var(&Var::parse(name), &mut a).map(<[u8]>::to_vec);
+        assert_eq!(parsed.as_deref(), x.var_by_name(name, &mut b), "{name}: both ways give the same");
+        parsed.map(|v| String::from_utf8(v).unwrap())
+    }
+
+    #[test]
+    fn reads_the_request() {
+        let x = exchange();
+        for (name, value) in [
+            ("request", "GET /a%20b?x=1&Y=2&x=3&z HTTP/1.1"),
+            ("uri", "/a b"),
+            ("is_args", "?"),
+            ("arg_x", "1"),
+            ("arg_y", "2"),
+            ("http_host", "Foo.com:8443"),
+            ("host", "foo.com"),
+            ("http_x_two", "1, 2"),
+            ("http_cookie", "a=1; B=2; c=3"),
+            ("cookie_a", "1"),
+            ("cookie_b", "2"),
+            ("cookie_c", "3"),
+            ("remote_user", "jack"),
+            ("remote_addr", "10.0.0.9"),
+            ("server_addr", "::1"),
+            ("server_port", "9080"),
+            ("proxy_add_x_forwarded_for", "1.1.1.1, 10.0.0.9"),
+            ("var_x_forwarded_port", "8443"),
+            ("connection", "7"),
+            ("status", "000"),
+            ("scheme", "http"),
+            ("upstream_scheme", "http"),
+            ("upstream_host", "Foo.com:8443"),
+            ("llm_stream", "false"),
+        ] {
+            assert_eq!(read(&x, name).as_deref(), Some(value), "{name}");
+        }
+        for absent in
+            ["arg_z", "arg_none", "cookie_none", "http_none", "upstream_addr", "route_id", "ssl_protocol", "nonsense"]
+        {
+            assert_eq!(read(&x, absent), None, "{absent}");
+        }
+        assert_eq!(read(&x, "request_id").unwrap().len(), 32);
+        assert_eq!(read(&x, "time_local").unwrap().len(), 26);
+        assert_eq!(read(&x, "time_iso8601").unwrap().len(), 25);
+    }
+
+    #[test]
+    fn joins_what_several_tries_left() {
+        let mut x = exchange();
+        let one = |addr: &str, status, ms: Option<u64>| Try {
+            addr: addr.parse().unwrap(),
+            node: 0,
+            status,
+            connect_time: None,
+            header_time: None,
+            response_time: ms.map(Duration::from_millis),
+            bytes_sent: 0,
+            bytes_received: 0,
+            reused: false,
+        };
+        x.upstream.tries.push(one("127.0.0.1:1980", 502, Some(0)));
+        x.upstream.tries.push(one("[::1]:1981", 200, Some(1234)));
+        assert_eq!(read(&x, "upstream_addr").as_deref(), Some("127.0.0.1:1980, [::1]:1981"));
+        assert_eq!(read(&x, "upstream_status").as_deref(), Some("502, 200"));
+        assert_eq!(read(&x, "upstream_response_time").as_deref(), Some("0.000, 1.234"));
+        assert_eq!(read(&x, "upstream_connect_time").as_deref(), Some("-, -"));
+        assert_eq!(read(&x, "balancer_port").as_deref(), Some("1981"));
+    }
+
+    #[test]
+    fn sets_what_may_be_set() {
+        let mut x = exchange();
+        for name in ["upstream_uri", "upstream_host", "my_own", "args", "apisix_request_id", "llm_model"] {
+            assert_eq!(x.set_var(name, b"v=1"), Ok(()));
+            assert_eq!(read(&x, name).as_deref(), Some("v=1"));
+        }
+        assert!(x.request.uri_changed);
+        for name in ["status", "remote_addr", "http_x", "arg_x", "request_id"] {
+            assert_eq!(x.set_var(name, b"1"), Err(Refused), "{name}");
+        }
+        assert_eq!(Refused.message("status"), "variable \"status\" not changeable");
+    }
 }

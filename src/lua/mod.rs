@@ -9,6 +9,7 @@ pub mod convert;
 pub mod fast;
 pub mod host;
 pub mod limits;
+pub mod ngx;
 pub mod sched;
 pub mod vm;
 
@@ -19,7 +20,7 @@ pub use vm::{Vm, VmConfig};
 use crate::error::Result;
 
 /// Everything that fills the API table, in order. An area adds its `register` here.
-pub const REGISTRARS: &[fn(&mut Api) -> Result<()>] = &[fast::register, sched::register, host::register];
+pub const REGISTRARS: &[fn(&mut Api) -> Result<()>] = &[fast::register, sched::register, host::register, ngx::register];
 
 /// Says in error.log what went wrong in a script, with the request it happened in.
 pub fn log_error(x: &crate::exchange::Exchange, text: &str) {

@@ -74,12 +74,9 @@ impl MethodSet {
 
 impl Route {
     pub(super) fn from_json(map: &mut Map<String, Value>, context: &ParseContext<'_>) -> Result<Route> {
-        let one_or_many = |one: &str, many: &str| -> Vec<String> {
-            text(map, one).into_iter().chain(strings(map, many)).map(str::to_owned).collect()
-        };
-        let uris = one_or_many("uri", "uris").into_iter().map(String::into_boxed_str).collect();
-        let hosts = one_or_many("host", "hosts").into_iter().map(|h| h.to_ascii_lowercase().into_boxed_str()).collect();
-        let remote_addrs = networks(&one_or_many("remote_addr", "remote_addrs"))?;
+        let uris = one_or_many(map, "uri", "uris").map(Into::into).collect();
+        let hosts = one_or_many(map, "host", "hosts").map(|host| host.to_ascii_lowercase().into()).collect();
+        let remote_addrs = one_or_many(map, "remote_addr", "remote_addrs").map(network).collect::<Result<_>>()?;
         let mut methods = MethodSet::default();
         strings(map, "methods").for_each(|method| {
             methods.insert(method);
@@ -107,9 +104,12 @@ impl Route {
     }
 }
 
-fn networks(texts: &[String]) -> Result<Vec<IpNet>> {
-    let parse = |text: &String| expr::network(text).ok_or_else(|| invalid(format!("invalid ip address: {text}")));
-    texts.iter().map(parse).collect()
+fn one_or_many<'m>(map: &'m Map<String, Value>, one: &str, many: &str) -> impl Iterator<Item = &'m str> {
+    text(map, one).into_iter().chain(strings(map, many))
+}
+
+fn network(text: &str) -> Result<IpNet> {
+    expr::network(text).ok_or_else(|| invalid(format!("invalid ip address: {text}")))
 }
 
 fn vars(map: &Map<String, Value>) -> Result<Option<Box<Expr>>> {

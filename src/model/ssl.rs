@@ -32,7 +32,7 @@ impl Ssl {
         let pairs = pairs(map)?;
         let client = map.get("client").and_then(Value::as_object);
         let client_ca = client.and_then(|client| {
-            let depth = number(client, "depth").and_then(|n| u8::try_from(n).ok()).unwrap_or(u8::MAX);
+            let depth = number(client, "depth").map_or(1, |n| u8::try_from(n).unwrap_or(u8::MAX));
             boxed(client, "ca").map(|ca| (ca, depth))
         });
         if let Some((ca, _)) = &client_ca

@@ -274,14 +274,19 @@ fn pass_host(map: &Map<String, Value>) -> Result<PassHost> {
     }
 }
 
+/// What `keepalive_pool` leaves out, as in its schema.
+const KEEPALIVE_SIZE: usize = 320;
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
+const KEEPALIVE_REQUESTS: u64 = 1000;
+
 fn keepalive(map: &Map<String, Value>) -> Option<Keepalive> {
     let Some(Value::Object(pool)) = map.get("keepalive_pool") else {
         return None;
     };
     Some(Keepalive {
-        size: number(pool, "size").and_then(|n| usize::try_from(n).ok())?,
-        idle_timeout: pool.get("idle_timeout").and_then(seconds)?,
-        requests: number(pool, "requests").and_then(|n| u64::try_from(n).ok())?,
+        size: number(pool, "size").and_then(|n| usize::try_from(n).ok()).unwrap_or(KEEPALIVE_SIZE),
+        idle_timeout: pool.get("idle_timeout").and_then(seconds).unwrap_or(KEEPALIVE_IDLE),
+        requests: number(pool, "requests").and_then(|n| u64::try_from(n).ok()).unwrap_or(KEEPALIVE_REQUESTS),
     })
 }
 

@@ -9,8 +9,12 @@ pub mod drain;
 pub mod h1;
 pub mod head;
 pub mod io;
+pub mod listener;
 pub mod pool;
+pub mod proxy_protocol;
 pub mod settings;
+#[cfg(test)]
+mod tests;
 
 use std::{future::Future, rc::Rc};
 
@@ -43,8 +47,8 @@ pub struct Server<H> {
     pub drain: Drain,
 }
 
-/// Serves a connection until it ends. TLS and PROXY protocol are done: `conn` says what they found.
-pub async fn serve_connection<H: Handler>(server: Rc<Server<H>>, io: Io, conn: Rc<Connection>) {
-    let _open = server.drain.enter();
+/// Serves a connection until it ends. TLS and PROXY protocol are done: `conn` says what they found. `open` counts it.
+pub async fn serve_connection<H: Handler>(server: Rc<Server<H>>, io: Io, conn: Rc<Connection>, open: drain::Open) {
     h1::serve(&server, io, conn).await;
+    drop(open);
 }

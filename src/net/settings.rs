@@ -20,6 +20,8 @@ pub struct Settings {
     pub keepalive_requests: u64,
     /// `client_max_body_size`; 0: no bound.
     pub max_body: u64,
+    /// `worker_connections`, of clients only: those past it are closed at once.
+    pub max_connections: usize,
     /// HTTP/2 with prior knowledge on listeners without TLS.
     pub http2: bool,
 }
@@ -34,6 +36,7 @@ impl Default for Settings {
             keepalive_timeout: Duration::from_secs(60),
             keepalive_requests: 1000,
             max_body: 0,
+            max_connections: 10620,
             http2: true,
         }
     }

@@ -8,74 +8,77 @@ use super::compile::{Additional, Array, Compound, Dependency, Format, Node, Numb
 
 type Outcome = Result<(), String>;
 
-/// Whether a refusal must say why. Branches of `anyOf` and the like are only asked whether they match.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Detail {
-    Text,
-    None,
+/// How a value is checked.
+#[derive(Clone, Copy)]
+pub(super) struct Mode {
+    /// Whether a refusal must say why. Branches of `anyOf` and the like are only asked whether they match.
+    pub text: bool,
+    /// Whether defaults are written into the value.
+    pub fill: bool,
 }
 
-impl Detail {
+impl Mode {
     #[inline]
     fn refuse(self, text: impl FnOnce() -> String) -> Outcome {
-        Err(match self {
-            Detail::Text => text(),
-            Detail::None => String::new(),
-        })
+        Err(if self.text { text() } else { String::new() })
     }
 
     /// Puts `text` before the refusal of something inside.
     #[inline]
     fn within(self, outcome: Outcome, text: impl FnOnce() -> String) -> Outcome {
         match outcome {
-            Err(inner) if self == Detail::Text => Err(text() + &inner),
+            Err(inner) if self.text => Err(text() + &inner),
             other => other,
         }
     }
+
+    fn silent(self) -> Mode {
+        Mode { text: false, ..self }
+    }
 }
 
-pub(super) fn check(node: &Node, value: &mut Value, detail: Detail) -> Outcome {
+pub(super) fn check(node: &Node, value: &mut Value, mode: Mode) -> Outcome {
     if node.never {
-        return detail.refuse(|| "no value is allowed".into());
+        return mode.refuse(|| "no value is allowed".into());
     }
     if node.types != 0 && !has_type(node.types, value) {
-        return detail.refuse(|| format!("wrong type: expected {}, got {}", node.expected, lua_type(value)));
+        return mode.refuse(|| format!("wrong type: expected {}, got {}", node.expected, lua_type(value)));
     }
     match value {
         Value::Object(map) => {
             if let Some(rules) = &node.object {
-                object(rules, map, detail)?;
+                object(rules, map, mode)?;
             }
             // An empty Lua table is both, so an empty object is also an empty list.
             if let (Some(rules), true) = (&node.array, map.is_empty() && node.types & types::ARRAY != 0) {
-                array(rules, &mut [], detail)?;
+                array(rules, &mut [], mode)?;
             }
         }
         Value::Array(items) => {
             if let Some(rules) = &node.array {
-                array(rules, items, detail)?;
+                array(rules, items, mode)?;
             }
         }
         Value::String(s) => {
             if let Some(rules) = &node.string {
-                text(rules, s, detail)?;
+                text(rules, s, mode)?;
             }
         }
         Value::Number(n) => {
             if let Some(rules) = &node.number {
-                number(rules, n.as_f64().unwrap_or(f64::NAN), detail)?;
+                number(rules, n.as_f64().unwrap_or(f64::NAN), mode)?;
             }
         }
         Value::Bool(_) | Value::Null => {}
     }
     match &node.compound {
-        Some(rules) => compound(rules, value, detail),
+        Some(rules) => compound(rules, value, mode),
         None => Ok(()),
     }
 }
 
-fn matches(node: &Node, value: &mut Value) -> bool {
-    check(node, value, Detail::None).is_ok()
+fn matches(node: &Node, value: &mut Value, mode: Mode) -> bool {
+    check(node, value, mode.silent()).is_ok()
 }
 
 fn has_type(bits: u8, value: &Value) -> bool {
@@ -102,116 +105,115 @@ fn lua_type(value: &Value) -> &'static str {
     }
 }
 
-fn object(rules: &Object, map: &mut Map<String, Value>, detail: Detail) -> Outcome {
+fn object(rules: &Object, map: &mut Map<String, Value>, mode: Mode) -> Outcome {
     let given = map.len();
-    for property in &rules.properties {
-        if let Some(value) = map.get_mut(&*property.name) {
-            let outcome = check(&property.node, value, detail);
-            detail.within(outcome, || format!("property \"{}\" validation failed: ", property.name))?;
-        } else if let Some(default) = &property.node.default {
-            let mut value = default.clone();
-            // Fills what the default itself leaves out; a default is never refused.
-            if value.is_object() {
-                let _ = check(&property.node, &mut value, Detail::None);
+    map.iter_mut().try_for_each(|(name, value)| member(rules, name, value, mode))?;
+    for at in &rules.awaited {
+        let property = &rules.properties[*at];
+        if map.contains_key(&*property.name) {
+            continue;
+        }
+        match &property.node.default {
+            Some(default) if mode.fill => {
+                let mut value = default.clone();
+                // Fills what the default itself leaves out; a default is never refused.
+                if value.is_object() {
+                    let _ = check(&property.node, &mut value, mode.silent());
+                }
+                map.insert(property.name.as_ref().to_owned(), value);
             }
-            map.insert(property.name.as_ref().to_owned(), value);
-        } else if property.required {
-            return detail.refuse(|| format!("property \"{}\" is required", property.name));
+            Some(_) => {}
+            None => return mode.refuse(|| format!("property \"{}\" is required", property.name)),
         }
     }
     if let Some(name) = rules.required.iter().find(|name| !map.contains_key(&***name)) {
-        return detail.refuse(|| format!("property \"{name}\" is required"));
+        return mode.refuse(|| format!("property \"{name}\" is required"));
     }
     if let Some(min) = rules.min.filter(|min| given < *min) {
-        return detail.refuse(|| format!("expect object to have at least {min} properties"));
+        return mode.refuse(|| format!("expect object to have at least {min} properties"));
     }
     if let Some(max) = rules.max.filter(|max| given > *max) {
-        return detail.refuse(|| format!("expect object to have at most {max} properties"));
+        return mode.refuse(|| format!("expect object to have at most {max} properties"));
     }
-    others(rules, map, detail)?;
-    rules.dependencies.iter().try_for_each(|(name, rule)| dependency(name, rule, map, detail))
+    rules.dependencies.iter().try_for_each(|(name, rule)| dependency(name, rule, map, mode))
 }
 
-/// What `properties` does not name: `patternProperties` (which also sees the named), then `additionalProperties`.
-fn others(rules: &Object, map: &mut Map<String, Value>, detail: Detail) -> Outcome {
-    let plain = rules.patterns.is_empty() && rules.property_names.is_none();
-    if plain && matches!(rules.additional, Additional::Any) {
-        return Ok(());
+/// One member: by `properties`, `patternProperties` (which also see the named), else `additionalProperties`.
+fn member(rules: &Object, name: &str, value: &mut Value, mode: Mode) -> Outcome {
+    if let Some(node) = &rules.property_names {
+        let outcome = check(node, &mut Value::String(name.to_owned()), mode);
+        mode.within(outcome, || format!("property name \"{name}\" is invalid: "))?;
     }
-    for (name, value) in map.iter_mut() {
-        if let Some(node) = &rules.property_names {
-            let outcome = check(node, &mut Value::String(name.clone()), detail);
-            detail.within(outcome, || format!("property name \"{name}\" is invalid: "))?;
-        }
-        let mut known = rules.names.contains_key(name.as_str());
-        for (pattern, node) in &rules.patterns {
-            if pattern.is_match(name) {
-                known = true;
-                let outcome = check(node, value, detail);
-                detail.within(outcome, || format!("failed to validate {name} (matching \"{}\"): ", pattern.source))?;
-            }
-        }
-        match &rules.additional {
-            Additional::Forbidden if !known => {
-                return detail.refuse(|| format!("additional properties forbidden, found {name}"));
-            }
-            Additional::Checked(node) if !known => {
-                let outcome = check(node, value, detail);
-                detail.within(outcome, || format!("failed to validate additional property {name}: "))?;
-            }
-            _ => {}
+    let property = rules.names.get(name).map(|at| &rules.properties[*at]);
+    if let Some(property) = property {
+        let outcome = check(&property.node, value, mode);
+        mode.within(outcome, || format!("property \"{name}\" validation failed: "))?;
+    }
+    let mut known = property.is_some();
+    for (pattern, node) in &rules.patterns {
+        if pattern.is_match(name) {
+            known = true;
+            let outcome = check(node, value, mode);
+            mode.within(outcome, || format!("failed to validate {name} (matching \"{}\"): ", pattern.source))?;
         }
     }
-    Ok(())
+    match &rules.additional {
+        Additional::Forbidden if !known => mode.refuse(|| format!("additional properties forbidden, found {name}")),
+        Additional::Checked(node) if !known => {
+            let outcome = check(node, value, mode);
+            mode.within(outcome, || format!("failed to validate additional property {name}: "))
+        }
+        _ => Ok(()),
+    }
 }
 
-fn dependency(name: &str, rule: &Dependency, map: &mut Map<String, Value>, detail: Detail) -> Outcome {
+fn dependency(name: &str, rule: &Dependency, map: &mut Map<String, Value>, mode: Mode) -> Outcome {
     if !map.contains_key(name) {
         return Ok(());
     }
     match rule {
         Dependency::Names(names) => match names.iter().find(|other| !map.contains_key(&***other)) {
-            Some(other) => detail.refuse(|| format!("property \"{other}\" is required when \"{name}\" is set")),
+            Some(other) => mode.refuse(|| format!("property \"{other}\" is required when \"{name}\" is set")),
             None => Ok(()),
         },
         Dependency::Schema(node) => {
             // The rule sees the object as a value: lend it.
             let mut whole = Value::Object(std::mem::take(map));
-            let outcome = check(node, &mut whole, detail);
+            let outcome = check(node, &mut whole, mode);
             if let Value::Object(lent) = whole {
                 *map = lent;
             }
-            detail.within(outcome, || format!("failed to validate dependent schema for \"{name}\": "))
+            mode.within(outcome, || format!("failed to validate dependent schema for \"{name}\": "))
         }
     }
 }
 
-fn array(rules: &Array, items: &mut [Value], detail: Detail) -> Outcome {
+fn array(rules: &Array, items: &mut [Value], mode: Mode) -> Outcome {
     if let Some(min) = rules.min.filter(|min| items.len() < *min) {
-        return detail.refuse(|| format!("expect array to have at least {min} items"));
+        return mode.refuse(|| format!("expect array to have at least {min} items"));
     }
     if let Some(max) = rules.max.filter(|max| items.len() > *max) {
-        return detail.refuse(|| format!("expect array to have at most {max} items"));
+        return mode.refuse(|| format!("expect array to have at most {max} items"));
     }
     for (i, item) in items.iter_mut().enumerate() {
         let node = match (rules.places.get(i), &rules.additional, &rules.items) {
             (Some(node), ..) => node,
             (None, Additional::Forbidden, _) => {
-                return detail.refuse(|| format!("expect array to have at most {} items", rules.places.len()));
+                return mode.refuse(|| format!("expect array to have at most {} items", rules.places.len()));
             }
             (None, Additional::Checked(node), _) | (None, Additional::Any, Some(node)) => node,
             (None, Additional::Any, None) => continue,
         };
-        let outcome = check(node, item, detail);
-        detail.within(outcome, || format!("failed to validate item {}: ", i + 1))?;
+        let outcome = check(node, item, mode);
+        mode.within(outcome, || format!("failed to validate item {}: ", i + 1))?;
     }
     if rules.unique {
-        unique(items, detail)?;
+        unique(items, mode)?;
     }
     if let Some(node) = &rules.contains
-        && !items.iter_mut().any(|item| matches(node, item))
+        && !items.iter_mut().any(|item| matches(node, item, mode))
     {
-        return detail.refuse(|| "failed to check contains".into());
+        return mode.refuse(|| "failed to check contains".into());
     }
     Ok(())
 }
@@ -219,9 +221,9 @@ fn array(rules: &Array, items: &mut [Value], detail: Detail) -> Outcome {
 /// Past so many items, equal strings are found by hash instead of by comparing each with each.
 const UNIQUE_BY_HASH: usize = 16;
 
-fn unique(items: &[Value], detail: Detail) -> Outcome {
+fn unique(items: &[Value], mode: Mode) -> Outcome {
     let refuse = |i: usize, j: usize| {
-        detail.refuse(|| format!("expected unique items but items {} and {} are equal", i + 1, j + 1))
+        mode.refuse(|| format!("expected unique items but items {} and {} are equal", i + 1, j + 1))
     };
     if items.len() > UNIQUE_BY_HASH {
         let mut seen = hashbrown::HashMap::with_capacity(items.len());
@@ -249,24 +251,24 @@ fn equal(a: &Value, b: &Value) -> bool {
     }
 }
 
-fn text(rules: &Text, s: &str, detail: Detail) -> Outcome {
+fn text(rules: &Text, s: &str, mode: Mode) -> Outcome {
     if rules.min.is_some() || rules.max.is_some() {
         let length = if s.is_ascii() { s.len() } else { s.chars().count() };
         if let Some(min) = rules.min.filter(|min| length < *min) {
-            return detail.refuse(|| format!("string too short, expected at least {min}, got {length}"));
+            return mode.refuse(|| format!("string too short, expected at least {min}, got {length}"));
         }
         if let Some(max) = rules.max.filter(|max| length > *max) {
-            return detail.refuse(|| format!("string too long, expected at most {max}, got {length}"));
+            return mode.refuse(|| format!("string too long, expected at most {max}, got {length}"));
         }
     }
     if let Some(pattern) = &rules.pattern
         && !pattern.is_match(s)
     {
-        return detail
+        return mode
             .refuse(|| format!("failed to match pattern {} with {}", lua_quoted(&pattern.source), lua_quoted(s)));
     }
     match rules.format {
-        Some(format) if !has_format(format, s) => detail.refuse(|| format!("expected valid {} format", name(format))),
+        Some(format) if !has_format(format, s) => mode.refuse(|| format!("expected valid {} format", name(format))),
         _ => Ok(()),
     }
 }
@@ -309,9 +311,9 @@ fn lua_quoted(s: &str) -> String {
     out
 }
 
-fn number(rules: &Number, n: f64, detail: Detail) -> Outcome {
+fn number(rules: &Number, n: f64, mode: Mode) -> Outcome {
     let refuse = |what: &str, bound: f64| {
-        detail.refuse(|| format!("expected {} to be {what} {}", lua_number(n), lua_number(bound)))
+        mode.refuse(|| format!("expected {} to be {what} {}", lua_number(n), lua_number(bound)))
     };
     match rules {
         Number { minimum: Some(bound), .. } if n < *bound => refuse("at least", *bound),
@@ -352,57 +354,57 @@ pub(super) fn lua_number(n: f64) -> String {
     format!("{}e{sign}{:02}", trim(digits), exponent.abs())
 }
 
-fn compound(rules: &Compound, value: &mut Value, detail: Detail) -> Outcome {
+fn compound(rules: &Compound, value: &mut Value, mode: Mode) -> Outcome {
     if let Some(values) = &rules.values
         && !values.iter().any(|allowed| equal(allowed, value))
     {
-        return detail.refuse(|| "matches none of the enum values".into());
+        return mode.refuse(|| "matches none of the enum values".into());
     }
     if let Some(constant) = &rules.constant
         && !equal(constant, value)
     {
-        return detail.refuse(|| "failed to check const value".into());
+        return mode.refuse(|| "failed to check const value".into());
     }
     for (i, node) in rules.all_of.iter().enumerate() {
-        let outcome = check(node, value, detail);
-        detail.within(outcome, || format!("allOf {} failed: ", i + 1))?;
+        let outcome = check(node, value, mode);
+        mode.within(outcome, || format!("allOf {} failed: ", i + 1))?;
     }
-    if !rules.any_of.is_empty() && !rules.any_of.iter().any(|node| matches(node, value)) {
-        return detail.refuse(|| format!("object matches none of the required{}", rules.any_of_required));
+    if !rules.any_of.is_empty() && !rules.any_of.iter().any(|node| matches(node, value, mode)) {
+        return mode.refuse(|| format!("object matches none of the required{}", rules.any_of_required));
     }
     if !rules.one_of.is_empty() {
-        one_of(&rules.one_of, value, detail)?;
+        one_of(&rules.one_of, value, mode)?;
     }
     if let Some(node) = &rules.not
-        && matches(node, value)
+        && matches(node, value, mode)
     {
-        return detail.refuse(|| "value wasn't supposed to match schema".into());
+        return mode.refuse(|| "value wasn't supposed to match schema".into());
     }
     let Some(condition) = &rules.condition else {
         return Ok(());
     };
     let (branch, name) =
-        if matches(&condition.when, value) { (&condition.then, "then") } else { (&condition.otherwise, "else") };
+        if matches(&condition.when, value, mode) { (&condition.then, "then") } else { (&condition.otherwise, "else") };
     match branch {
-        Some(node) if !matches(node, value) => detail.refuse(|| format!("{name} clause did not match")),
+        Some(node) if !matches(node, value, mode) => mode.refuse(|| format!("{name} clause did not match")),
         _ => Ok(()),
     }
 }
 
-fn one_of(nodes: &[Node], value: &mut Value, detail: Detail) -> Outcome {
+fn one_of(nodes: &[Node], value: &mut Value, mode: Mode) -> Outcome {
     let mut matched = None;
     for (i, node) in nodes.iter().enumerate() {
-        if !matches(node, value) {
+        if !matches(node, value, mode) {
             continue;
         }
         if let Some(first) = matched.replace(i + 1) {
-            return detail.refuse(|| {
+            return mode.refuse(|| {
                 format!("value should match only one schema, but matches both schemas {first} and {}", i + 1)
             });
         }
     }
     match matched {
         Some(_) => Ok(()),
-        None => detail.refuse(|| "value should match only one schema, but matches none".into()),
+        None => mode.refuse(|| "value should match only one schema, but matches none".into()),
     }
 }

@@ -40,6 +40,8 @@ pub(super) struct Node {
 pub(super) struct Object {
     pub properties: Vec<Property>,
     pub names: HashMap<Box<str>, usize>,
+    /// The properties that are required or have a default: what is looked for when it is not given.
+    pub awaited: Vec<usize>,
     /// Required names that have no schema of their own.
     pub required: Vec<Box<str>>,
     pub patterns: Vec<(Pattern, Node)>,
@@ -53,7 +55,6 @@ pub(super) struct Object {
 #[derive(Debug)]
 pub(super) struct Property {
     pub name: Box<str>,
-    pub required: bool,
     pub node: Node,
 }
 
@@ -233,7 +234,10 @@ impl Compiler<'_> {
                 let node = self.node(schema, depth)?;
                 object.names.insert(name.as_str().into(), object.properties.len());
                 let required = required.contains(name.as_str());
-                object.properties.push(Property { name: name.as_str().into(), required, node });
+                if required || node.default.is_some() {
+                    object.awaited.push(object.properties.len());
+                }
+                object.properties.push(Property { name: name.as_str().into(), node });
             }
         }
         object.required = order.into_iter().filter(|name| !object.names.contains_key(*name)).map(Into::into).collect();

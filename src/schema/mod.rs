@@ -34,7 +34,12 @@ impl Schema {
 
     /// Checks `value` and fills in the defaults it lacks. The text is the one APISIX gives.
     pub fn check(&self, value: &mut Value) -> Result<(), String> {
-        check::check(&self.root, value, check::Detail::Text)
+        check::check(&self.root, value, check::Mode { text: true, fill: true })
+    }
+
+    /// As `check`, but leaves `value` as it is: it is lent mutably only because the work is the same.
+    pub fn check_only(&self, value: &mut Value) -> Result<(), String> {
+        check::check(&self.root, value, check::Mode { text: true, fill: false })
     }
 }
 

@@ -29,6 +29,9 @@ const MAX_CHECKED: usize = 65_536;
 const MAX_LOGGED: usize = 100;
 /// The key of the list of plugins.
 const PLUGINS: &str = "/plugins";
+/// Written by a node whose plugins are to be loaded anew, so that the others load theirs too. Not a resource: APISIX
+/// passes it over.
+pub(super) const RELOAD: &str = "/moongate/plugins_reload";
 
 /// A valid object, ready to be served.
 #[derive(Clone, Debug)]
@@ -124,6 +127,8 @@ pub struct Builder {
     plugins_changed: bool,
     /// `mod_revision` and text of the list of plugins.
     plugin_list: Option<Entry>,
+    /// `mod_revision` of `RELOAD`, once everything has been read.
+    reload_seen: Option<i64>,
 }
 
 /// Who claims an auth key; the smallest wins, so that all nodes agree.
@@ -155,6 +160,7 @@ impl Builder {
             dirty: true,
             plugins_changed: false,
             plugin_list: None,
+            reload_seen: None,
         }
     }
 
@@ -178,6 +184,8 @@ impl Builder {
     /// Takes `entries` for everything there is. What did not change keeps its `Arc` and uid.
     pub fn replace(&mut self, entries: Vec<Entry>, revision: i64) -> Journal {
         self.remove_absent(&entries);
+        let reload = entries.iter().find(|e| &*e.key == RELOAD).map_or(0, |e| e.mod_revision);
+        self.plugins_changed |= self.reload_seen.replace(reload).is_some_and(|seen| seen != reload);
         let changed = entries.iter().filter(|e| !self.knows(e)).cloned().collect();
         self.apply(changed);
         self.set_revision(revision);
@@ -191,6 +199,9 @@ impl Builder {
         let mut journal = Vec::new();
         for (key, entry) in changes {
             match entry {
+                Some(e) if &*e.key == RELOAD => {
+                    self.plugins_changed |= self.reload_seen.replace(e.mod_revision) != Some(e.mod_revision);
+                }
                 Some(e) if !self.knows(&e) => changed.push(e),
                 Some(_) => {}
                 None => {

@@ -146,17 +146,26 @@ impl Disk {
 
     fn with<T>(&self, what: &str, f: impl FnOnce(&Database) -> Raw<T>) -> Result<T> {
         let db = self.db.read().unwrap_or_else(PoisonError::into_inner);
-        let done = match &*db {
+        let run = || match &*db {
             Some(db) => f(db),
             None => Err(redb::Error::PreviousIo),
         };
+        // redb asserts what it finds in a page: a damaged one must not end the thread.
+        let done = catch_unwind(AssertUnwindSafe(run));
         drop(db);
-        done.map_err(|e| {
-            if matches!(e, redb::Error::Io(_) | redb::Error::PreviousIo) {
-                self.reopen();
+        match done {
+            Ok(Ok(done)) => Ok(done),
+            Ok(Err(e)) => {
+                if matches!(e, redb::Error::Io(_) | redb::Error::PreviousIo) {
+                    self.reopen();
+                }
+                Err(self.failed(what, e))
             }
-            self.failed(what, e)
-        })
+            Err(_) => {
+                self.reopen();
+                Err(damaged(&self.path))
+            }
+        }
     }
 
     /// After an I/O error (a full disk) redb refuses everything until the file is opened anew.
@@ -171,6 +180,9 @@ impl Disk {
     }
 
     fn failed(&self, what: &str, e: redb::Error) -> Error {
+        if matches!(e, redb::Error::Corrupted(_)) {
+            return damaged(&self.path).cause(e);
+        }
         Error::config(Kind::Io).cause(e).context(format!("{what} {}", self.path.display()))
     }
 }
@@ -289,4 +301,40 @@ fn damaged(path: &Path) -> Error {
         "{path} is damaged or not a moongate data file: put a backup in its place, or move it away to start with an \
          empty configuration"
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_damaged_page_is_an_error_and_never_a_panic() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.redb");
+        let disk = Disk::open(&path).unwrap();
+        disk.write(|draft| {
+            for i in 0..2000 {
+                let key = format!("/routes/{i}").into();
+                let value = "x".repeat(100).into();
+                draft.put(&Entry { key, value, create_revision: 1, mod_revision: 1 }, 0)?;
+            }
+            draft.set_revision(1)
+        })
+        .unwrap();
+        drop(disk);
+        let whole = fs::read(&path).unwrap();
+        let mut refused = 0;
+        // A page in every sixteen, from the header on, at once zeroed and at once all ones.
+        for (n, page) in (0..whole.len() / 4096).step_by(16).chain([0, 1, 2]).enumerate() {
+            let mut damaged = whole.clone();
+            damaged[page * 4096..(page + 1) * 4096].fill(if n % 2 == 0 { 0 } else { 0xff });
+            fs::write(&path, &damaged).unwrap();
+            let read = Disk::open(&path).and_then(|disk| disk.list("/").map(|_| ()));
+            if let Err(e) = read {
+                refused += 1;
+                assert!(e.to_string().contains(&path.display().to_string()), "{e}");
+            }
+        }
+        assert!(refused > 0);
+    }
 }

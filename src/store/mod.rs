@@ -73,15 +73,14 @@ pub fn open(config: &Config) -> Result<Arc<dyn Store>> {
     let deployment = &config.json["deployment"];
     let role = deployment["role"].as_str().unwrap_or("traditional");
     let provider = deployment[format!("role_{role}")]["config_provider"].as_str().unwrap_or("embedded");
-    Ok(match (provider, role) {
-        ("embedded", _) => embedded::Embedded::open(&config.prefix.join(EMBEDDED_FILE))?,
-        ("etcd", _) => etcd::Etcd::new(etcd::EtcdConfig::from_json(&config.json, &config.prefix)?),
-        ("yaml", "data_plane") => file::File::new(&config.prefix, file::Format::Yaml),
-        ("json", "data_plane") => file::File::new(&config.prefix, file::Format::Json),
+    Ok(match provider {
+        "embedded" => embedded::Embedded::open(&config.prefix.join(EMBEDDED_FILE))?,
+        "etcd" => etcd::Etcd::new(etcd::EtcdConfig::from_json(&config.json, &config.prefix)?),
+        "yaml" => file::File::new(&config.prefix, file::Format::Yaml),
+        "json" => file::File::new(&config.prefix, file::Format::Json),
         _ => {
             return Err(Error::config(Kind::Invalid).context(format!(
-                "deployment.role_{role}.config_provider: {provider} does not go with this role; use embedded, etcd, or \
-                 role: data_plane with yaml or json"
+                "deployment.role_{role}.config_provider: {provider} is not known: use embedded, etcd, yaml or json"
             )));
         }
     })
@@ -138,3 +137,34 @@ pub enum Change {
 pub(crate) const NOT_UTF8: &str = "\u{FFFF}not UTF-8";
 
 pub type ChangeSink = tokio::sync::mpsc::Sender<Change>;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_config_picks_the_store() {
+        let dir = tempfile::tempdir().unwrap();
+        for (role, provider, expected) in [
+            ("traditional", "embedded", Some("embedded")),
+            ("traditional", "etcd", Some("etcd")),
+            ("data_plane", "yaml", Some("file")),
+            ("data_plane", "json", Some("file")),
+            ("traditional", "zookeeper", None),
+        ] {
+            let text = format!("deployment:\n  role: {role}\n  role_{role}:\n    config_provider: {provider}\n");
+            let opened = crate::conf::parse(dir.path(), &text).map(|(config, _)| open(&config));
+            match opened {
+                Ok(Ok(store)) => assert_eq!(Some(store.name()), expected, "{text}"),
+                Ok(Err(e)) => {
+                    assert!(e.to_string().contains("config_provider"), "{e}");
+                    assert_eq!(None, expected, "{text}");
+                }
+                // The file's own checks may know it already.
+                Err(_) => assert_eq!(None, expected, "{text}"),
+            }
+        }
+        let (config, _) = crate::conf::parse(dir.path(), "").map_err(|_| "mistakes in an empty file").unwrap();
+        assert_eq!(open(&config).unwrap().name(), "embedded", "nothing to install, nothing to configure");
+    }
+}

@@ -12,12 +12,12 @@ use std::{
 
 use tokio::{
     sync::{mpsc, oneshot},
-    time::{Instant, sleep_until},
+    time::{Instant, sleep_until, timeout},
 };
 
 use super::{
-    Change, Published, Snapshot, Store,
-    builder::{Builder, Parser, PluginChecker},
+    Change, Condition, Published, Snapshot, Store,
+    builder::{Builder, Parser, PluginChecker, RELOAD},
     last_good::LastGood,
     source::SourceState,
 };
@@ -34,6 +34,8 @@ const MAX_BATCH: usize = 256;
 const MAX_COMMANDS: usize = 64;
 /// How long a start waits for the source before it serves the last good state.
 const SOURCE_PATIENCE: Duration = Duration::from_secs(3);
+/// How long a reload of plugins waits for the cluster before it happens on this node alone.
+const CLUSTER_PATIENCE: Duration = Duration::from_secs(5);
 
 /// What the pipeline needs to know of the rest.
 pub struct Setup {
@@ -56,6 +58,8 @@ pub struct Started {
 #[derive(Clone)]
 pub struct Handle {
     commands: mpsc::Sender<Command>,
+    store: Arc<dyn Store>,
+    published: Arc<Published>,
 }
 
 enum Command {
@@ -63,12 +67,27 @@ enum Command {
 }
 
 impl Handle {
-    /// Loads the plugins anew; returns when every request that starts runs by them, with their generation.
+    /// Loads the plugins anew, on every node of a cluster; returns when every request that starts here runs by them,
+    /// with their generation.
     pub async fn reload_plugins(&self) -> Result<u64> {
+        if self.store.name() == "etcd" {
+            match timeout(CLUSTER_PATIENCE, self.tell_cluster()).await {
+                Ok(Ok(())) => return Ok(self.published.load().plugins_generation),
+                Ok(Err(e)) => tracing::warn!("plugins are loaded anew on this node only: {e}"),
+                Err(_) => tracing::warn!("plugins are loaded anew on this node only: etcd does not answer"),
+            }
+        }
         let (done, generation) = oneshot::channel();
         let gone = || Error::internal(Kind::Unavailable).context("the configuration pipeline has stopped");
         self.commands.send(Command::ReloadPlugins(done)).await.map_err(|_| gone())?;
         generation.await.map_err(|_| gone())
+    }
+
+    async fn tell_cluster(&self) -> Result<()> {
+        let at_ms = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_millis());
+        let written = self.store.put(RELOAD, at_ms.to_string(), Condition::Always, None).await?;
+        self.published.reached(written.revision).await;
+        Ok(())
     }
 }
 
@@ -102,10 +121,11 @@ pub async fn start(store: Arc<dyn Store>, setup: Setup) -> Result<Started> {
     };
     let (sink, changes) = mpsc::channel(MAX_CHANGES);
     let (commands, inbox) = mpsc::channel(MAX_COMMANDS);
-    tokio::spawn(store.watch(sink));
+    tokio::spawn(store.clone().watch(sink));
     tokio::task::spawn_local(pipeline.run(changes, inbox));
     ready.await.map_err(|_| Error::internal(Kind::Unavailable).context("the configuration pipeline has stopped"))?;
-    Ok(Started { published, source, handle: Handle { commands } })
+    let handle = Handle { commands, store, published: published.clone() };
+    Ok(Started { published, source, handle })
 }
 
 fn open_last_good(store: &dyn Store, path: Option<PathBuf>) -> Option<LastGood> {

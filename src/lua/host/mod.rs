@@ -71,6 +71,28 @@ pub(crate) mod tests {
         }
     }
 
+    /// Runs a chunk for a request and compares what it returns; gives the request back.
+    #[track_caller]
+    pub(crate) fn serve(
+        prepare: impl FnOnce(&mut crate::exchange::Exchange),
+        chunk: &str,
+        expected: &str,
+    ) -> crate::exchange::Exchange {
+        use crate::{exchange, lua::fast, store::Snapshot};
+        let vm = Vm::new(VmConfig::default()).expect("a VM");
+        let peer = "127.0.0.1:4000".parse().expect("an address");
+        let conn = exchange::Connection { serial: 7, peer, local: peer, tls: None, proxy: None };
+        let mut x = exchange::Exchange::new(conn.into(), Snapshot::default().into());
+        x.phase = exchange::Phase::Access;
+        prepare(&mut x);
+        let got = fast::enter(&mut x, || vm.lua.load(chunk).set_name("=test").eval::<mlua::LuaString>());
+        match got {
+            Ok(got) => assert_eq!(String::from_utf8_lossy(&got.as_bytes()), expected, "{chunk}"),
+            Err(e) => panic!("{chunk}\n{e}"),
+        }
+        x
+    }
+
     /// Runs a chunk that must raise an error with this text, after the position.
     #[track_caller]
     pub(crate) fn fails(chunk: &str, text: &str) {

@@ -75,6 +75,17 @@ fn nodes_are_read_in_both_forms() {
 }
 
 #[test]
+fn what_is_left_out_has_the_defaults_of_the_schema() {
+    let mut value = json!({"nodes": {}, "keepalive_pool": {}});
+    let bare = upstream(value.clone());
+    check(Kind::Upstream, "1", &mut value).expect("valid");
+    let filled = upstream(value);
+    assert_eq!(bare.keepalive, filled.keepalive);
+    assert_eq!((&bare.balance, &bare.pass_host, bare.scheme), (&filled.balance, &filled.pass_host, filled.scheme));
+    assert_eq!(bare.keepalive.map(|k| k.size), Some(320));
+}
+
+#[test]
 fn a_hash_needs_its_key() {
     let chash = |extra: Value| {
         let mut value = json!({"type": "chash", "nodes": {"127.0.0.1:80": 1}});

@@ -1,0 +1,196 @@
+//! Request and response headers: `ngx.header`, `ngx.req.get_headers`, `ngx.resp.get_headers`.
+
+use std::{
+    borrow::Cow,
+    ffi::{c_int, c_void},
+};
+
+use super::{Text, codec, scratch};
+use crate::{
+    error::Result,
+    exchange::{Exchange, Headers},
+    lua::{
+        api::{Api, Phases, Stack, request},
+        fast,
+        host::Answer,
+    },
+};
+
+pub fn register(api: &mut Api) -> Result<()> {
+    let any = Phases::ANY;
+    let get = "int (const char *, size_t, unsigned, void *)";
+    let set = "int (const char *, size_t, const char *, size_t, int)";
+    api.fast("req_header", get, any, "n-th value of a request header: 1 when there is one", req_header as *const c_void)?;
+    api.fast("resp_header", get, any, "n-th value of a response header", resp_header as *const c_void)?;
+    let doc = "changes a request header: 0 replaces, 1 adds, 2 removes; 0 when there is no request";
+    api.fast("req_header_set", set, any, doc, req_header_set as *const c_void)?;
+    let doc = "changes a response header; 0 when there is no request, -1 when the head is sent";
+    api.fast("resp_header_set", set, any, doc, resp_header_set as *const c_void)?;
+    api.func("native.req.headers", any, "headers(max, raw): table, \"truncated\"", |s| {
+        push_headers(s, &request()?.request.headers)
+    })?;
+    api.func("native.resp.headers", any, "headers(max, raw): table, \"truncated\"", |s| {
+        push_headers(s, &request()?.response.headers)
+    })
+}
+
+/// Pushes the fields as a table by lower-case name, or as they came when argument 2 is true.
+fn push_headers(s: &Stack, headers: &Headers) -> Answer {
+    let max = codec::limit(s, 1)?;
+    let raw = s.boolean(2);
+    s.push_table(0, headers.len());
+    let table = s.top();
+    let mut lower = Vec::new();
+    for (n, (name, value)) in headers.iter().enumerate() {
+        if n == max {
+            s.push_bytes("truncated");
+            return Ok(2);
+        }
+        s.push_bytes(value);
+        lower.clear();
+        lower.extend_from_slice(name);
+        if !raw {
+            lower.make_ascii_lowercase();
+        }
+        codec::add(s, table, &lower);
+    }
+    Ok(1)
+}
+
+/// What may stand in a field's value; the rest is percent-encoded, as OpenResty does, so that no script splits a head.
+pub fn in_value(b: u8) -> bool {
+    (b >= 0x20 && b != 0x7f) || b == b'\t'
+}
+
+fn in_name(b: u8) -> bool {
+    b > 0x20 && b < 0x7f && b != b':'
+}
+
+fn safe(text: &[u8], keep: fn(u8) -> bool) -> Cow<'_, [u8]> {
+    if text.iter().all(|b| keep(*b)) {
+        return text.into();
+    }
+    let mut out = Vec::with_capacity(text.len() + 8);
+    codec::escape_into(&mut out, text, keep);
+    out.into()
+}
+
+fn change(headers: &mut Headers, name: &[u8], value: &[u8], how: c_int) {
+    let name = safe(name, in_name);
+    match how {
+        0 => headers.set(&*name, &*safe(value, in_value)),
+        1 => headers.append(&*name, &*safe(value, in_value)),
+        _ => {
+            headers.remove(&*name);
+        }
+    }
+}
+
+/// Sets, adds (`1`) or removes (`2`) a request header, and what follows from it.
+pub fn change_request(x: &mut Exchange, name: &[u8], value: &[u8], how: c_int) {
+    change(&mut x.request.headers, name, value, how);
+    if how == 0 && name.eq_ignore_ascii_case(b"host") {
+        x.request.host.clear();
+        x.request.host.extend(without_port(value).iter().map(u8::to_ascii_lowercase));
+    }
+}
+
+/// `[::1]:80` is `[::1]`, `a:80` is `a`.
+fn without_port(host: &[u8]) -> &[u8] {
+    let from = memchr::memchr(b']', host).unwrap_or(0);
+    memchr::memchr(b':', &host[from..]).map_or(host, |at| &host[..from + at])
+}
+
+fn nth(headers: &Headers, name: &[u8], n: u32, out: &mut Text) -> c_int {
+    let found = if n == 0 { headers.get(name) } else { headers.get_all(name).nth(n as usize) };
+    if let Some(value) = found {
+        out.set(value);
+        return 1;
+    }
+    // Lua writes `content_type` for `Content-Type`.
+    if memchr::memchr(b'_', name).is_none() {
+        return 0;
+    }
+    let dashed: smallvec::SmallVec<[u8; 64]> = name.iter().map(|b| if *b == b'_' { b'-' } else { *b }).collect();
+    let Some(value) = headers.get_all(&dashed).nth(n as usize) else { return 0 };
+    scratch(out, |buffer| buffer.extend_from_slice(value));
+    1
+}
+
+// SAFETY (all exports): Lua passes strings with their lengths and its own buffer for the answer.
+crate::export! {
+    fn req_header(name: *const u8, len: usize, n: u32, out: *mut Text) -> c_int, 0 => {
+        let Some(x) = fast::exchange() else { return 0 };
+        unsafe { nth(&x.request.headers, fast::bytes(name, len), n, &mut *out) }
+    }
+
+    fn resp_header(name: *const u8, len: usize, n: u32, out: *mut Text) -> c_int, 0 => {
+        let Some(x) = fast::exchange() else { return 0 };
+        unsafe { nth(&x.response.headers, fast::bytes(name, len), n, &mut *out) }
+    }
+
+    fn req_header_set(name: *const u8, len: usize, value: *const u8, value_len: usize, how: c_int) -> c_int, 0 => {
+        let Some(x) = fast::exchange() else { return 0 };
+        let (name, value) = unsafe { (fast::bytes(name, len), fast::bytes(value, value_len)) };
+        change_request(x, name, value, how);
+        1
+    }
+
+    fn resp_header_set(name: *const u8, len: usize, value: *const u8, value_len: usize, how: c_int) -> c_int, 0 => {
+        let Some(x) = fast::exchange() else { return 0 };
+        if x.response.head_sent {
+            return -1;
+        }
+        let (name, value) = unsafe { (fast::bytes(name, len), fast::bytes(value, value_len)) };
+        change(&mut x.response.headers, name, value, how);
+        1
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::lua::host::tests::serve;
+
+    #[test]
+    fn response_headers_are_set_read_and_removed() {
+        for (chunk, expected) in [
+            ("ngx.header.content_type = 'text/x' return ngx.header['Content-Type']", "text/x"),
+            ("ngx.header['X-A'] = {'a', 'b'} return table.concat(ngx.header.x_a, '|')", "a|b"),
+            ("ngx.header['X-A'] = 'a' ngx.header['x-a'] = nil return tostring(ngx.header['X-A'])", "nil"),
+            ("ngx.header['X-A'] = {} return tostring(ngx.header['X-A'])", "nil"),
+            ("ngx.header['Content-Type'] = {'a', 'b'} return ngx.header.content_type", "b"),
+            ("ngx.header['X-A'] = 'a\\r\\nX-B: b' return ngx.header['X-A']", "a%0D%0AX-B: b"),
+            ("ngx.header['X-N'] = 5 return ngx.header['X-N'] .. ngx.resp.get_headers()['x-n']", "55"),
+        ] {
+            serve(|_| {}, chunk, expected);
+        }
+    }
+
+    #[test]
+    fn a_sent_head_stays_as_it_is() {
+        let x = serve(|x| x.response.head_sent = true, "ngx.header['X-A'] = 'a' ngx.status = 500 return 'done'", "done");
+        assert!(x.response.headers.is_empty());
+        assert_eq!(x.response.status, 0);
+    }
+
+    #[test]
+    fn request_headers_by_any_name() {
+        let prepare = |x: &mut crate::exchange::Exchange| {
+            x.request.headers.append("Host", "a");
+            x.request.headers.append("X-Foo", "1");
+            x.request.headers.append("x-foo", "2");
+        };
+        for (chunk, expected) in [
+            ("local h = ngx.req.get_headers() return h.host .. table.concat(h['x-foo'], '|')", "a1|2"),
+            ("local h = ngx.req.get_headers() return h.X_Foo[1] .. h['X-FOO'][2]", "12"),
+            ("local h = ngx.req.get_headers(0, true) return h['X-Foo'] .. h['x-foo'] .. tostring(h.host)", "12nil"),
+            ("local _, e = ngx.req.get_headers(1) return e", "truncated"),
+            ("ngx.req.set_header('X_Foo', 'z') return ngx.var.http_x_foo", "z"),
+            ("ngx.req.clear_header('x-foo') return tostring(ngx.var.http_x_foo)", "nil"),
+            ("ngx.req.set_header('Host', 'B.com:80') return ngx.var.host .. ngx.var.http_host", "b.comB.com:80"),
+            ("return ngx.var.http_x_foo", "1, 2"),
+        ] {
+            serve(prepare, chunk, expected);
+        }
+    }
+}

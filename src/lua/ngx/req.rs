@@ -1,0 +1,338 @@
+//! `ngx.req.*`: the request's line and body.
+
+use std::{
+    ffi::{c_int, c_void},
+    io::Write,
+    task::{Context, Poll, ready},
+};
+
+use bytes::Bytes;
+
+use super::{Text, codec, header::change_request};
+use crate::{
+    error::Result,
+    exchange::{Exchange, RequestBody, Version},
+    lua::{
+        Op, Values, Wait,
+        api::{Api, Phases, Raise, Stack, request},
+        fast,
+        host::Answer,
+        sched::failed,
+    },
+};
+
+/// A body up to this stays in memory; a longer one goes to a file (`client_body_buffer_size` is smaller in nginx, and
+/// plugins that read bodies meet files too often there).
+const MEMORY_BODY: usize = 1 << 20;
+
+/// Bytes asked of the client at once.
+const READ_CHUNK: usize = 64 << 10;
+
+const BODY: Phases = Phases::BEFORE_HEAD;
+const READ: Phases = Phases::REQUEST;
+
+pub fn register(api: &mut Api) -> Result<()> {
+    api.fast("method", "int (void *)", READ, "the request's method; 0 without a request", method as *const c_void)?;
+    api.fast("args", "int (void *)", READ, "the query; 0 without a request", args as *const c_void)?;
+    api.func("ngx.req.get_uri_args", READ, "get_uri_args(max?): table, \"truncated\"", |s| {
+        let max = codec::limit(s, 1)?;
+        codec::push_args(s, &request()?.request.args, max)
+    })?;
+    api.func("ngx.req.get_post_args", READ, "get_post_args(max?): table, err", get_post_args)?;
+    api.func("native.req.set_method", BODY | Phases::HEADER_FILTER, "set_method(name)", |s| {
+        let name = s.arg_bytes(1)?;
+        let x = request()?;
+        x.request.method.clear();
+        x.request.method.extend_from_slice(name);
+        Ok(0)
+    })?;
+    api.func("ngx.req.set_uri", BODY, "set_uri(uri, jump?, binary?): jump is refused", set_uri)?;
+    api.func("ngx.req.set_uri_args", BODY | Phases::HEADER_FILTER, "set_uri_args(text, number or table)", set_uri_args)?;
+    api.func("ngx.req.http_version", READ, "http_version(): 1.0, 1.1 or 2.0", |s| {
+        let version = match request()?.request.version {
+            Version::Http10 => 1.0,
+            Version::Http11 => 1.1,
+            Version::Http2 => 2.0,
+        };
+        Ok(s.push_number(version))
+    })?;
+    api.func("ngx.req.start_time", READ, "start_time(): seconds since the epoch", |s| {
+        let since = request()?.started_at.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        Ok(s.push_number(since.as_millis() as f64 / 1000.0))
+    })?;
+    api.func("ngx.req.raw_header", READ, "raw_header(no_request_line?)", raw_header)?;
+    api.func("ngx.req.is_internal", READ, "is_internal(): false, as there are no internal redirects", |s| {
+        request()?;
+        Ok(s.push_bool(false))
+    })?;
+    api.wait("ngx.req.read_body", BODY, "read_body(): waits for the whole body", |_| read_body(true))?;
+    api.wait("ngx.req.discard_body", BODY, "discard_body(): reads the body and drops it", |_| read_body(false))?;
+    api.func("ngx.req.get_body_data", READ, "get_body_data(max?): the body, or nil when none or in a file", get_body_data)?;
+    api.func("ngx.req.get_body_file", READ, "get_body_file(): the body's file, or nil", |s| {
+        match &request()?.body {
+            RequestBody::File { path, .. } => Ok(s.push_bytes(path.as_os_str().as_encoded_bytes())),
+            _ => Ok(s.push_nil()),
+        }
+    })?;
+    api.func("ngx.req.set_body_data", BODY, "set_body_data(text): replaces the body", |s| {
+        let data = Bytes::copy_from_slice(s.arg_bytes(1)?);
+        let x = request()?;
+        if matches!(x.body, RequestBody::Streaming { .. }) {
+            return Err("request body not read yet".into());
+        }
+        replace_body(x, RequestBody::Memory(data.clone()), data.len() as u64);
+        Ok(0)
+    })?;
+    api.func("ngx.req.set_body_file", BODY, "set_body_file(name, auto_clean?): replaces the body", |s| {
+        let path: std::path::PathBuf = s.arg_str(1)?.into_owned().into();
+        let x = request()?;
+        if matches!(x.body, RequestBody::Streaming { .. }) {
+            return Err("request body not read yet".into());
+        }
+        let length = std::fs::metadata(&path).map_err(|e| e.to_string())?.len();
+        replace_body(x, RequestBody::File { path, length }, length);
+        Ok(0)
+    })
+}
+
+// SAFETY (all exports): Lua passes its own buffer for the answer.
+crate::export! {
+    fn method(out: *mut Text) -> c_int, 0 => {
+        let Some(x) = fast::exchange() else { return 0 };
+        unsafe { (*out).set(&x.request.method) };
+        1
+    }
+
+    fn args(out: *mut Text) -> c_int, 0 => {
+        let Some(x) = fast::exchange() else { return 0 };
+        unsafe { (*out).set(&x.request.args) };
+        1
+    }
+}
+
+fn get_post_args(s: &Stack) -> Answer {
+    let max = codec::limit(s, 1)?;
+    match &request()?.body {
+        RequestBody::Memory(data) => codec::push_args(s, data, max),
+        RequestBody::File { .. } => s.fail("requesty body in temp file not supported"),
+        RequestBody::Streaming { .. } => {
+            Err("no request body found; maybe you should turn on lua_need_request_body?".into())
+        }
+        _ => Ok(s.push_table(0, 0)),
+    }
+}
+
+fn set_uri(s: &Stack) -> Answer {
+    let uri = s.arg_bytes(1)?;
+    if s.boolean(2) {
+        return Err("ngx.req.set_uri with jump is not supported: routes are not matched again".into());
+    }
+    if uri.is_empty() {
+        return Err(s.argument_error(1, "attempt to use zero-length uri"));
+    }
+    if !s.boolean(3)
+        && let Some(at) = uri.iter().position(|b| *b < 0x20 || *b == 0x7f)
+    {
+        let shown = String::from_utf8_lossy(uri).into_owned();
+        return Err(format!("unsafe byte \"0x{:02x}\" in uri \"{}\"", uri[at], shown.escape_debug()).into());
+    }
+    let x = request()?;
+    x.request.path.clear();
+    x.request.path.extend_from_slice(uri);
+    // The upstream gets what `$upstream_uri` says; empty, it gets the client's target.
+    let mut upstream = Vec::with_capacity(uri.len());
+    codec::escape_into(&mut upstream, uri, |b| b > 0x20 && b < 0x7f && !matches!(b, b'?' | b'#' | b'%'));
+    x.upstream.uri = upstream;
+    append_args(x);
+    Ok(0)
+}
+
+/// The query belongs to the upstream's URI once that is set.
+fn append_args(x: &mut Exchange) {
+    if !x.request.args.is_empty() {
+        x.upstream.uri.push(b'?');
+        x.upstream.uri.extend_from_slice(&x.request.args);
+    }
+}
+
+fn set_uri_args(s: &Stack) -> Answer {
+    let mut out = Vec::new();
+    if s.is_table(1) {
+        codec::write_args(s, 1, &mut out)?;
+    } else {
+        let text = s.arg_bytes(1)?;
+        codec::escape_into(&mut out, text, |b| b > 0x20 && b != 0x7f);
+    }
+    let x = request()?;
+    x.request.args = out;
+    if x.upstream.uri.is_empty() {
+        let end = memchr::memchr(b'?', &x.request.target).unwrap_or(x.request.target.len());
+        x.upstream.uri.extend_from_slice(&x.request.target[..end]);
+    } else if let Some(at) = memchr::memchr(b'?', &x.upstream.uri) {
+        x.upstream.uri.truncate(at);
+    }
+    append_args(x);
+    Ok(0)
+}
+
+fn raw_header(s: &Stack) -> Answer {
+    let x = request()?;
+    if x.request.version == Version::Http2 {
+        return Err("http2 requests not supported yet".into());
+    }
+    let mut out = Vec::with_capacity(x.request.head_len as usize);
+    if !s.boolean(1) {
+        let version = if x.request.version == Version::Http10 { "1.0" } else { "1.1" };
+        out.extend_from_slice(&x.request.method);
+        out.push(b' ');
+        out.extend_from_slice(&x.request.target);
+        // Writing to a vector cannot fail.
+        let _ = write!(out, " HTTP/{version}\r\n");
+    }
+    x.request.headers.write_to(&mut out);
+    out.extend_from_slice(b"\r\n");
+    Ok(s.push_bytes(out))
+}
+
+fn get_body_data(s: &Stack) -> Answer {
+    let max = s.opt_number(1)?.map_or(usize::MAX, |n| n as usize);
+    let x = request()?;
+    match &x.body {
+        RequestBody::Memory(data) if !data.is_empty() => Ok(s.push_bytes(&data[..data.len().min(max)])),
+        _ => Ok(s.push_nil()),
+    }
+}
+
+/// Puts another body in the place of the client's.
+fn replace_body(x: &mut Exchange, body: RequestBody, length: u64) {
+    if let RequestBody::File { path, .. } = &x.body {
+        // Ours, from `read_body`; nobody reads it any more.
+        let _ = std::fs::remove_file(path);
+    }
+    x.body = body;
+    change_request(x, b"transfer-encoding", b"", 2);
+    change_request(x, b"content-length", length.to_string().as_bytes(), 0);
+}
+
+/// What `read_body` has so far.
+#[derive(Default)]
+struct Reading {
+    memory: Vec<u8>,
+    file: Option<(std::path::PathBuf, std::fs::File)>,
+    length: u64,
+}
+
+impl Reading {
+    /// Moves what is in memory to the file when it has grown too long.
+    fn spill(&mut self) -> std::io::Result<()> {
+        if self.file.is_none() {
+            if self.memory.len() <= MEMORY_BODY {
+                return Ok(());
+            }
+            self.file = Some(temp_file()?);
+        }
+        if let Some((_, file)) = &mut self.file {
+            file.write_all(&self.memory)?;
+            self.memory.clear();
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Reading {
+    fn drop(&mut self) {
+        if let Some((path, _)) = &self.file {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+fn temp_file() -> std::io::Result<(std::path::PathBuf, std::fs::File)> {
+    let name = format!("moongate-body-{}-{}", std::process::id(), crate::model::next_uid());
+    let path = std::env::temp_dir().join(name);
+    let file = std::fs::OpenOptions::new().write(true).create_new(true).open(&path)?;
+    Ok((path, file))
+}
+
+fn read_body(keep: bool) -> std::result::Result<Wait, Raise> {
+    let x = request()?;
+    if !matches!(x.body, RequestBody::Streaming { .. }) {
+        if !keep {
+            x.body = RequestBody::Consumed;
+        }
+        return Ok(Wait::Ready(0));
+    }
+    let mut reading = Reading::default();
+    Ok(Wait::Park(Op::Exchange(Box::new(move |cx, x| poll_body(cx, x, &mut reading, keep)))))
+}
+
+fn poll_body(cx: &mut Context<'_>, x: &mut Exchange, reading: &mut Reading, keep: bool) -> Poll<Values> {
+    loop {
+        let Some(client) = x.client.as_mut() else { return Poll::Ready(failed("no client")) };
+        match ready!(client.poll_read_body(cx, &mut reading.memory, READ_CHUNK)) {
+            Ok(0) => break,
+            Ok(n) => reading.length += n as u64,
+            Err(e) => return Poll::Ready(failed(e.to_string())),
+        }
+        if !keep {
+            reading.memory.clear();
+        } else if let Err(e) = reading.spill() {
+            return Poll::Ready(failed(e.to_string()));
+        }
+    }
+    x.body = match (keep, reading.file.take()) {
+        (false, _) => RequestBody::Consumed,
+        (true, Some((path, _))) => RequestBody::File { path, length: reading.length },
+        (true, None) => RequestBody::Memory(Bytes::from(std::mem::take(&mut reading.memory))),
+    };
+    Poll::Ready(Values::new())
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use crate::{
+        exchange::{Exchange, RequestBody},
+        lua::host::tests::serve,
+    };
+
+    fn prepare(x: &mut Exchange) {
+        x.request.method = b"POST".to_vec();
+        x.request.target = b"/a%20b?x=1&y".to_vec();
+        x.request.path = b"/a b".to_vec();
+        x.request.args = b"x=1&y".to_vec();
+        x.body = RequestBody::Memory(Bytes::from_static(b"k=v&k=w"));
+    }
+
+    #[test]
+    fn reads_the_request() {
+        for (chunk, expected) in [
+            ("return ngx.req.get_method() .. ngx.req.http_version()", "POST1.1"),
+            ("local a = ngx.req.get_uri_args() return a.x .. tostring(a.y)", "1true"),
+            ("return ngx.req.get_post_args().k[2]", "w"),
+            ("return ngx.req.get_body_data() .. ngx.req.get_body_data(1)", "k=v&k=wk"),
+            ("ngx.req.read_body() return tostring(ngx.req.get_body_file())", "nil"),
+            ("return ngx.var.uri .. ngx.var.arg_x .. ngx.var.request_uri", "/a b1/a%20b?x=1&y"),
+            ("return ngx.get_phase() .. ngx.var.remote_addr .. tostring(ngx.var.nothing)", "access127.0.0.1nil"),
+            ("ngx.var.mine = 5 return ngx.var.mine", "5"),
+            ("ngx.ctx.a = 1 return tostring(ngx.ctx.a)", "1"),
+            ("return (ngx.req.raw_header():gsub('\\r\\n.*', ''))", "POST /a%20b?x=1&y HTTP/1.1"),
+        ] {
+            serve(prepare, chunk, expected);
+        }
+    }
+
+    #[test]
+    fn changes_the_request() {
+        let x = serve(prepare, "ngx.req.set_method(ngx.HTTP_PUT) ngx.req.set_uri('/c d') return ngx.var.uri", "/c d");
+        assert_eq!((x.request.method, x.upstream.uri), (b"PUT".to_vec(), b"/c%20d?x=1&y".to_vec()));
+        let x = serve(prepare, "ngx.req.set_uri_args({z = 'a b'}) return ngx.var.args", "z=a%20b");
+        assert_eq!(x.upstream.uri, b"/a%20b?z=a%20b");
+        let x = serve(prepare, "ngx.req.set_body_data('hello') return ngx.req.get_body_data()", "hello");
+        assert_eq!(x.request.headers.get("content-length"), Some(&b"5"[..]));
+        let chunk = "ngx.req.init_body() ngx.req.append_body('a') ngx.req.append_body('b') ngx.req.finish_body()
+                     return ngx.req.get_body_data()";
+        serve(prepare, chunk, "ab");
+    }
+}

@@ -1,0 +1,248 @@
+//! The answer: `ngx.say`, `print`, `flush`, `exit`, `redirect`, `status`.
+//!
+//! What is printed is kept in `Exchange::printed` until a flush or the end of the phase sends it.
+
+use std::{
+    borrow::Cow,
+    ffi::{c_int, c_void},
+};
+
+use mlua::ffi;
+
+use super::{Text, codec};
+use crate::{
+    error::Result,
+    exchange::{Exchange, Phase, Source},
+    lua::{
+        Op, Wait,
+        api::{Api, Phases, Raise, Stack, request},
+        fast,
+        host::{Answer, cjson::write_number},
+    },
+};
+
+/// A table within tables that `ngx.print` follows.
+const MAX_DEPTH: usize = 100;
+
+/// What one response may hold back before a flush: above it a script must flush (or the memory of the worker is its).
+const MAX_PRINTED: usize = 256 << 20;
+
+const PRINT: Phases = Phases(Phases::BEFORE_HEAD.0 | Phases::of(Phase::Balancer).0);
+
+pub fn register(api: &mut Api) -> Result<()> {
+    let any = Phases::ANY;
+    let request = Phases::REQUEST;
+    api.func("ngx.print", PRINT, "print(...): ok, err; adds to the body", |s| print(s, false))?;
+    api.func("ngx.say", PRINT, "say(...): ok, err; as print, and a newline", |s| print(s, true))?;
+    api.func("ngx.eof", PRINT, "eof(): 1; the body ends here", |s| {
+        self::request()?;
+        Ok(s.push_number(1.0))
+    })?;
+    api.func("ngx.send_headers", PRINT, "send_headers(): 1; the head goes out with the first bytes", |s| {
+        answered(self::request()?);
+        Ok(s.push_number(1.0))
+    })?;
+    api.wait("ngx.exit", request | Phases::TIMER, "exit(status): ends the phase or the request", exit)?;
+    api.wait("ngx.redirect", Phases::BEFORE_HEAD, "redirect(uri, status?): 302 by default", redirect)?;
+    api.fast("status", "int (void)", any, "the response's status, 0 before there is one", status as *const c_void)?;
+    api.fast("status_set", "int (int)", any, "0: no request, -1: the head is sent", status_set as *const c_void)?;
+    api.fast("headers_sent", "int (void)", any, "1 when the head is on its way", headers_sent as *const c_void)?;
+    let doc = "the chunk of a body filter; 1 when it is the last, -1 outside of one";
+    api.fast("chunk", "int (void *)", any, doc, chunk as *const c_void)?;
+    let doc = "replaces the chunk of a body filter";
+    api.fast("chunk_set", "int (const char *, size_t)", any, doc, chunk_set as *const c_void)?;
+    api.fast("chunk_eof", "int (int)", any, "says whether the chunk is the last", chunk_eof as *const c_void)
+}
+
+// SAFETY (all exports): Lua passes strings with their lengths and its own buffer for the answer.
+crate::export! {
+    fn status() -> c_int, 0 => {
+        fast::exchange().map_or(0, |x| x.response.status.into())
+    }
+
+    fn status_set(code: c_int) -> c_int, 0 => {
+        let Some(x) = fast::exchange() else { return 0 };
+        if x.response.head_sent {
+            return -1;
+        }
+        x.response.status = code.clamp(0, 999) as u16;
+        x.response.reason.clear();
+        1
+    }
+
+    fn headers_sent() -> c_int, 0 => {
+        fast::exchange().map_or(0, |x| c_int::from(x.response.head_sent))
+    }
+
+    fn chunk(out: *mut Text) -> c_int, -1 => {
+        let Some(x) = fast::exchange().filter(|x| Phases::BODY_FILTER.has(x.phase)) else { return -1 };
+        unsafe { (*out).set(&x.chunk.data) };
+        c_int::from(x.chunk.eof)
+    }
+
+    fn chunk_set(text: *const u8, len: usize) -> c_int, -1 => {
+        let Some(x) = fast::exchange().filter(|x| Phases::BODY_FILTER.has(x.phase)) else { return -1 };
+        x.chunk.data.clear();
+        x.chunk.data.extend_from_slice(unsafe { fast::bytes(text, len) });
+        0
+    }
+
+    fn chunk_eof(eof: c_int) -> c_int, -1 => {
+        let Some(x) = fast::exchange().filter(|x| Phases::BODY_FILTER.has(x.phase)) else { return -1 };
+        x.chunk.eof = eof != 0;
+        0
+    }
+}
+
+/// The gateway answers; without a status it is 200, as when nginx sends the head.
+fn answered(x: &mut Exchange) {
+    x.response.source = Source::Gateway;
+    if x.response.status == 0 {
+        x.response.status = 200;
+    }
+}
+
+fn print(s: &Stack, newline: bool) -> Answer {
+    let x = request()?;
+    if x.response.ended {
+        return s.fail("nginx output filter error");
+    }
+    for i in 1..=s.top() {
+        if let Err(kind) = append(s, i, &mut x.printed, 0) {
+            return Err(s.argument_error(i, &kind));
+        }
+    }
+    if newline {
+        x.printed.push(b'\n');
+    }
+    if x.printed.len() > MAX_PRINTED {
+        x.printed.truncate(MAX_PRINTED);
+        return s.fail("no memory");
+    }
+    answered(x);
+    Ok(s.push_number(1.0))
+}
+
+/// Appends a value as `ngx.print` writes it; the error is what is wrong with the argument.
+fn append(s: &Stack, i: c_int, out: &mut Vec<u8>, depth: usize) -> std::result::Result<(), Cow<'static, str>> {
+    match s.kind(i) {
+        ffi::LUA_TSTRING => out.extend_from_slice(s.bytes(i).unwrap_or_default()),
+        ffi::LUA_TNUMBER => write_number(out, s.number(i).unwrap_or_default(), 14),
+        ffi::LUA_TNIL => out.extend_from_slice(b"nil"),
+        ffi::LUA_TBOOLEAN => out.extend_from_slice(if s.boolean(i) { b"true" } else { b"false" }),
+        // SAFETY: the value is a lightuserdata.
+        ffi::LUA_TLIGHTUSERDATA if unsafe { ffi::lua_touserdata(s.raw(), i) }.is_null() => out.extend_from_slice(b"null"),
+        ffi::LUA_TTABLE if depth < MAX_DEPTH && s.reserve(2).is_ok() => {
+            let len = s.len(i);
+            let table = s.absolute(i);
+            for n in 1..=len {
+                s.get_index(table, n);
+                let done = append(s, -1, out, depth + 1);
+                s.pop(1);
+                done.map_err(|_| "bad data type in the array table")?;
+            }
+            // Other keys than 1..#t are not an array's.
+            let mut keys = 0;
+            let _ = s.pairs::<()>(table, |_| {
+                keys += 1;
+                Ok(())
+            });
+            if keys > len {
+                return Err("non-array table found".into());
+            }
+        }
+        _ => {
+            let kind = s.kind_name(i);
+            return Err(format!("string, number, boolean, nil, ngx.null, or array table expected, but got {kind}").into());
+        }
+    }
+    Ok(())
+}
+
+/// `exit(status)`: from 200 on it is the answer, unless something has been printed under a status already.
+fn exit(s: &Stack) -> std::result::Result<Wait, Raise> {
+    let code = s.arg_number(1)? as i64;
+    if let Some(x) = fast::exchange() {
+        let sent = x.response.head_sent || !x.printed.is_empty();
+        if code == 204 {
+            x.printed.clear();
+        }
+        if (200..1000).contains(&code) && (!sent || code == 204 || x.response.status == 0) && !x.response.head_sent {
+            x.response.status = code as u16;
+            x.response.source = Source::Gateway;
+        }
+    }
+    Ok(Wait::Park(Op::Exit(code)))
+}
+
+fn redirect(s: &Stack) -> std::result::Result<Wait, Raise> {
+    let uri = s.arg_bytes(1)?;
+    let code = s.opt_number(2)?.unwrap_or(302.0) as u16;
+    if !matches!(code, 301 | 302 | 303 | 307 | 308) {
+        return Err("only ngx.HTTP_MOVED_TEMPORARILY, ngx.HTTP_MOVED_PERMANENTLY, ngx.HTTP_PERMANENT_REDIRECT, \
+                    ngx.HTTP_SEE_OTHER, and ngx.HTTP_TEMPORARY_REDIRECT are allowed"
+            .into());
+    }
+    if let Some(bad) = uri.iter().find(|b| !super::header::in_value(**b) || **b == b'\t') {
+        let mut shown = Vec::new();
+        codec::escape_into(&mut shown, uri, |b| b > 0x20 && b != 0x7f);
+        let shown = String::from_utf8_lossy(&shown).into_owned();
+        return Err(format!("unsafe byte \"0x{bad:02x}\" in redirect uri \"{shown}\"").into());
+    }
+    let x = request()?;
+    if x.response.head_sent || !x.printed.is_empty() {
+        return Err("attempt to call ngx.redirect after sending out the headers".into());
+    }
+    x.response.headers.set("Location", uri);
+    x.response.status = code;
+    x.response.source = Source::Gateway;
+    Ok(Wait::Park(Op::Exit(code.into())))
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::{exchange::Phase, lua::host::tests::serve};
+
+    #[test]
+    fn prints_what_lua_has() {
+        let x = serve(
+            |_| {},
+            "ngx.print('a', 1, nil, true, ngx.null, {'b', {2.5}}) return ngx.say('x') .. ngx.status",
+            "1200",
+        );
+        assert_eq!(String::from_utf8_lossy(&x.printed), "a1niltruenullb2.5x\n");
+    }
+
+    #[test]
+    fn refuses_what_cannot_be_printed() {
+        for (chunk, expected) in [
+            ("ngx.print({a = 1})", "bad argument #1 to 'print' (non-array table found)"),
+            (
+                "ngx.say('a', print)",
+                "bad argument #2 to 'say' (string, number, boolean, nil, ngx.null, or array table expected, but got function)",
+            ),
+        ] {
+            let chunk = format!("local _, e = pcall(function() {chunk} end) return (e:gsub('^.-: ', ''))");
+            serve(|_| {}, &chunk, expected);
+        }
+    }
+
+    #[test]
+    fn a_body_filter_sees_and_changes_its_chunk() {
+        let x = serve(
+            |x| {
+                x.phase = Phase::BodyFilter;
+                x.chunk.data = b"abc".to_vec();
+            },
+            "local was = ngx.arg[1] .. tostring(ngx.arg[2]) ngx.arg[1] = {was, '!'} ngx.arg[2] = true return was",
+            "abcfalse",
+        );
+        assert_eq!((&x.chunk.data[..], x.chunk.eof), (&b"abcfalse!"[..], true));
+    }
+
+    #[test]
+    fn status_is_a_number_that_can_be_set() {
+        let x = serve(|_| {}, "ngx.status = 404 return tostring(ngx.status) .. tostring(ngx.headers_sent)", "404false");
+        assert_eq!(x.response.status, 404);
+    }
+}

@@ -1,0 +1,196 @@
+//! Listening sockets, and the loop that turns what they accept into connections.
+//!
+//! Each worker has its own socket on each address (SO_REUSEPORT): the kernel spreads connections, nothing is shared.
+
+use std::{
+    future::poll_fn,
+    io,
+    net::{SocketAddr, TcpListener as StdListener},
+    rc::Rc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    task::Poll,
+    time::{Duration, Instant},
+};
+
+use socket2::{Domain, Protocol, SockAddr, Socket as RawSocket, Type};
+use tokio::{
+    io::AsyncReadExt,
+    net::{TcpListener, TcpStream},
+    task::spawn_local,
+};
+
+use super::{
+    Handler, Io, Server,
+    drain::Open,
+    io::Socket,
+    proxy_protocol::{self, Header},
+    serve_connection,
+};
+use crate::{
+    error::{Error, Kind, Result},
+    exchange::{Connection, deadline::Deadline},
+    store::Published,
+    tls,
+};
+
+/// nginx's default for `backlog`.
+pub const BACKLOG: i32 = 511;
+/// How long accepting rests when the process is out of descriptors or memory, as nginx's `accept_mutex_delay`.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(500);
+/// Refused connections are told to the log this often, not once each.
+const REPORT_EVERY: Duration = Duration::from_secs(10);
+
+/// A listening socket with what is spoken on it.
+pub struct Listener {
+    pub socket: StdListener,
+    pub proxy_protocol: bool,
+    pub tls: Option<Tls>,
+}
+
+/// Certificates, and the configuration that says which.
+#[derive(Clone)]
+pub struct Tls {
+    pub server: Arc<tls::Server>,
+    pub published: Arc<Published>,
+}
+
+/// Binds one of the sockets on `addr`. Call it once per worker; with port 0 give the later calls the first one's address.
+pub fn bind(addr: SocketAddr) -> Result<StdListener> {
+    let failed = |e: io::Error| Error::config(Kind::Io).cause(e).context(format!("listen on {addr}"));
+    let socket = RawSocket::new(Domain::for_address(addr), Type::STREAM, Some(Protocol::TCP)).map_err(failed)?;
+    if addr.is_ipv6() {
+        // As nginx: [::] and 0.0.0.0 are two listeners.
+        socket.set_only_v6(true).map_err(failed)?;
+    }
+    socket.set_reuse_address(true).map_err(failed)?;
+    socket.set_reuse_port(true).map_err(failed)?;
+    socket.set_nonblocking(true).map_err(failed)?;
+    socket.bind(&SockAddr::from(addr)).map_err(failed)?;
+    socket.listen(BACKLOG).map_err(failed)?;
+    Ok(socket.into())
+}
+
+/// Accepts until the worker drains. One task per connection, on the calling thread's `LocalSet`.
+pub async fn run<H: Handler>(server: Rc<Server<H>>, listener: Listener) -> Result<()> {
+    let Listener { socket, proxy_protocol, tls } = listener;
+    let local = socket.local_addr()?;
+    let socket = TcpListener::from_std(socket)?;
+    let way = Rc::new(Way { local, proxy_protocol, tls });
+    let wake = Deadline::new();
+    let mut refused = Refused::default();
+    loop {
+        let accepted = poll_fn(|cx| {
+            if server.drain.is_draining() {
+                return Poll::Ready(None);
+            }
+            // No limit is set: this only asks to be woken when the drain begins.
+            wake.poll_expired(cx);
+            socket.poll_accept(cx).map(Some)
+        });
+        match accepted.await {
+            None => return Ok(()),
+            Some(Ok((tcp, peer))) if server.drain.open() < server.settings.max_connections => {
+                let open = server.drain.enter();
+                spawn_local(connection(server.clone(), tcp, peer, way.clone(), open));
+            }
+            // Dropped: better a quick refusal than a wait that nobody sees.
+            Some(Ok(_)) => refused.count(server.settings.max_connections),
+            Some(Err(e)) if is_exhaustion(&e) => {
+                tracing::error!("accept on {local} failed: {e}; trying again in {ACCEPT_PAUSE:?}");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+            Some(Err(e)) => tracing::debug!("accept on {local} failed: {e}"),
+        }
+    }
+}
+
+/// What a listener does with each of its connections.
+struct Way {
+    local: SocketAddr,
+    proxy_protocol: bool,
+    tls: Option<Tls>,
+}
+
+/// Connections closed because of `worker_connections`.
+#[derive(Default)]
+struct Refused {
+    since_report: u64,
+    reported: Option<Instant>,
+}
+
+impl Refused {
+    fn count(&mut self, max: usize) {
+        self.since_report += 1;
+        if self.reported.is_none_or(|at| at.elapsed() >= REPORT_EVERY) {
+            tracing::warn!("{max} worker_connections are not enough: {} connections refused", self.since_report);
+            *self = Refused { since_report: 0, reported: Some(Instant::now()) };
+        }
+    }
+}
+
+/// Not this connection's fault: the next accept would fail in the same way at once.
+fn is_exhaustion(e: &io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM))
+}
+
+async fn connection<H: Handler>(server: Rc<Server<H>>, tcp: TcpStream, peer: SocketAddr, way: Rc<Way>, open: Open) {
+    // Latency matters more than packets; a socket that refuses is about to fail anyway.
+    let _ = tcp.set_nodelay(true);
+    // A wildcard listener learns the address per connection.
+    let local = if way.local.ip().is_unspecified() { tcp.local_addr().unwrap_or(way.local) } else { way.local };
+    let limit = server.settings.header_timeout;
+    let prepared = tokio::time::timeout(limit, prepare(tcp, peer, local, &way));
+    let prepared = match way.proxy_protocol || way.tls.is_some() {
+        true => prepared.await.unwrap_or_else(|_| Err(Error::client(Kind::ReadTimeout).context("handshake timed out"))),
+        // Nothing to wait for, so no timer.
+        false => prepared.into_inner().await,
+    };
+    match prepared {
+        Ok((io, conn)) => serve_connection(server, io, Rc::new(conn), open).await,
+        Err(e) => tracing::info!(client = %peer.ip(), server = %local, "{e}"),
+    }
+}
+
+/// What must happen before the first request: PROXY protocol, then TLS.
+async fn prepare(tcp: TcpStream, peer: SocketAddr, local: SocketAddr, way: &Way) -> Result<(Io, Connection)> {
+    let mut conn = Connection { serial: next_serial(), peer, local, tls: None, proxy: None };
+    let socket = match way.proxy_protocol {
+        true => read_proxy_header(tcp, &mut conn).await?,
+        false => Socket::new(tcp, Vec::new()),
+    };
+    let Some(tls) = &way.tls else { return Ok((Io::Tcp(socket), conn)) };
+    let snapshot = tls.published.load();
+    let (stream, info) = tls.server.accept(socket, &snapshot.ssls).await?;
+    conn.tls = Some(info);
+    Ok((Io::Tls(Box::new(stream)), conn))
+}
+
+async fn read_proxy_header(mut tcp: TcpStream, conn: &mut Connection) -> Result<Socket> {
+    let mut input = Vec::with_capacity(1024);
+    let header = loop {
+        let bad = |why: &'static str| Error::client(Kind::Malformed).context(why);
+        if let Some(header) = proxy_protocol::parse(&input).map_err(bad)? {
+            break header;
+        }
+        // Bounded: the parser refuses what is longer than a header can be.
+        input.reserve(1024);
+        let n = tcp.read_buf(&mut input).await?;
+        if n == 0 {
+            return Err(Error::client(Kind::Closed).context("closed before the PROXY protocol header was whole"));
+        }
+    };
+    let Header { addresses, len } = header;
+    if let Some((client, to)) = addresses {
+        conn.proxy = Some(conn.peer);
+        (conn.peer, conn.local) = (client, to);
+    }
+    Ok(Socket::new(tcp, input.split_off(len)))
+}
+
+fn next_serial() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}

@@ -1,0 +1,148 @@
+//! The client's side: configurations for https upstreams, made once per (verify, client certificate, ALPN).
+
+use std::{
+    path::Path,
+    sync::{Arc, LazyLock, OnceLock},
+};
+
+use moka::sync::Cache;
+use rustls::{
+    ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
+    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature},
+};
+use rustls_pki_types::{CertificateDer, ServerName, UnixTime, pem::PemObject};
+
+use super::{certificates, private_key};
+use crate::error::{Error, Kind, Result};
+
+/// Client certificates in use at once; more are parsed again.
+const CONFIGS_KEPT: u64 = 1024;
+
+/// Where distributions keep the certificates that everybody trusts.
+const SYSTEM_BUNDLES: [&str; 5] = [
+    "/etc/ssl/certs/ca-certificates.crt",
+    "/etc/pki/tls/certs/ca-bundle.crt",
+    "/etc/ssl/ca-bundle.pem",
+    "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem",
+    "/etc/ssl/cert.pem",
+];
+
+#[derive(Clone, PartialEq, Eq, Hash)]
+struct Key {
+    verify: bool,
+    /// PEM of certificate and key.
+    pair: Option<(Box<str>, Box<str>)>,
+    alpn: Box<[&'static [u8]]>,
+}
+
+static CONFIGS: LazyLock<Cache<Key, Arc<ClientConfig>>> = LazyLock::new(|| Cache::new(CONFIGS_KEPT));
+static TRUSTED: OnceLock<Arc<RootCertStore>> = OnceLock::new();
+
+/// Whom upstreams' certificates must chain to: `ssl_trusted_certificate`, a path or `system`; several with
+/// commas. Once, before the first request; without it the system's. Says how many certificates there are.
+pub fn trust(paths: &str) -> Result<usize> {
+    let mut store = RootCertStore::empty();
+    for path in paths.split(',').map(str::trim).filter(|p| !p.is_empty()) {
+        match path {
+            "system" => add_system(&mut store),
+            path => add_bundle(&mut store, Path::new(path))?,
+        }
+    }
+    let len = store.len();
+    let _ = TRUSTED.set(Arc::new(store));
+    Ok(len)
+}
+
+fn trusted() -> Arc<RootCertStore> {
+    let system = || {
+        let mut store = RootCertStore::empty();
+        add_system(&mut store);
+        Arc::new(store)
+    };
+    TRUSTED.get_or_init(system).clone()
+}
+
+fn add_system(store: &mut RootCertStore) {
+    if let Some(path) = SYSTEM_BUNDLES.iter().map(Path::new).find(|p| p.exists())
+        && let Err(e) = add_bundle(store, path)
+    {
+        tracing::warn!("{e}");
+    }
+}
+
+fn add_bundle(store: &mut RootCertStore, path: &Path) -> Result<()> {
+    let read = CertificateDer::pem_file_iter(path).and_then(Iterator::collect::<Result<Vec<_>, _>>);
+    let certs = read
+        .map_err(|e| Error::config(Kind::Tls).cause(e).context(format!("read certificates of {}", path.display())))?;
+    store.add_parsable_certificates(certs);
+    Ok(())
+}
+
+/// The configuration for an upstream. `pair`: PEM of a client certificate and its key. Blocking and slow only when it
+/// is not cached.
+pub fn client_config(verify: bool, pair: Option<(&str, &str)>, alpn: &[&'static [u8]]) -> Result<Arc<ClientConfig>> {
+    let key = Key { verify, pair: pair.map(|(c, k)| (c.into(), k.into())), alpn: alpn.into() };
+    if let Some(config) = CONFIGS.get(&key) {
+        return Ok(config);
+    }
+    let config = Arc::new(build(verify, pair, alpn)?);
+    CONFIGS.insert(key, config.clone());
+    Ok(config)
+}
+
+fn build(verify: bool, pair: Option<(&str, &str)>, alpn: &[&'static [u8]]) -> Result<ClientConfig> {
+    let provider = Arc::new(ring::default_provider());
+    let failed = |e: rustls::Error| Error::config(Kind::Tls).cause(e).context("TLS to the upstream");
+    let builder = ClientConfig::builder_with_provider(provider.clone()).with_safe_default_protocol_versions();
+    let builder = builder.map_err(failed)?;
+    let builder = match verify {
+        true => builder.with_root_certificates(trusted()),
+        false => builder.dangerous().with_custom_certificate_verifier(Arc::new(Anyone(provider))),
+    };
+    let mut config = match pair {
+        Some((cert, key)) => builder.with_client_auth_cert(certificates(cert)?, private_key(key)?).map_err(failed)?,
+        None => builder.with_no_client_auth(),
+    };
+    config.alpn_protocols = alpn.iter().map(|p| p.to_vec()).collect();
+    Ok(config)
+}
+
+/// Takes any certificate: `tls.verify` is off unless it is asked for, as in APISIX and nginx.
+#[derive(Debug)]
+struct Anyone(Arc<CryptoProvider>);
+
+impl ServerCertVerifier for Anyone {
+    fn verify_server_cert(
+        &self,
+        _end_entity: &CertificateDer<'_>,
+        _intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        _now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls12_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
+}

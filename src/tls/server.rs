@@ -1,0 +1,355 @@
+//! The server's side: which certificate answers a name, and who the client is.
+//!
+//! One `Server` per process, so that sessions resume on any worker. Each `ssls` object has its own rustls
+//! configuration and session store: a session of one object never resumes on another with other client checks.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex},
+};
+
+use imbl::HashMap as Table;
+use moka::sync::Cache;
+use rustls::{
+    CipherSuite, DigitallySignedStruct, DistinguishedName, HandshakeKind, ProtocolVersion, RootCertStore, ServerConfig,
+    ServerConnection, SignatureScheme, SupportedProtocolVersion,
+    client::danger::HandshakeSignatureValid,
+    crypto::{CryptoProvider, ring},
+    server::{
+        Acceptor, ClientHello, ResolvesServerCert, ServerSessionMemoryCache, WebPkiClientVerifier,
+        danger::{ClientCertVerified, ClientCertVerifier},
+    },
+    sign::CertifiedKey,
+};
+use rustls_pki_types::{CertificateDer, UnixTime};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio_rustls::{LazyConfigAcceptor, server::TlsStream};
+
+use super::{certificates, private_key, versions};
+use crate::{
+    error::{Error, Kind, Result},
+    exchange::TlsInfo,
+    model::{Id, Object, Ssl},
+};
+
+/// Parsed certificates kept; the rest is parsed again when its name is asked for.
+const CONFIGS_KEPT: u64 = 10_000;
+/// Sessions kept per certificate for clients without tickets.
+const SESSIONS_KEPT: usize = 1024;
+
+type Ssls = Table<Id, Arc<Object<Ssl>>>;
+
+/// `apisix.ssl` of config.yaml.
+#[derive(Clone, Debug)]
+pub struct ServerOptions {
+    /// `ssl_protocols`; what rustls does not know is ignored (`versions` says what).
+    pub protocols: Vec<Box<str>>,
+    /// `ssl_session_tickets`
+    pub session_tickets: bool,
+    /// For clients that name no host.
+    pub fallback_sni: Option<Box<str>>,
+    /// Offer `h2`.
+    pub http2: bool,
+}
+
+/// Answers handshakes.
+pub struct Server {
+    options: ServerOptions,
+    provider: Arc<CryptoProvider>,
+    /// By the object's uid: an object that changed gets a new one.
+    configs: Cache<u64, Option<Arc<Prepared>>>,
+    /// The names of the `ssls` seen last.
+    index: Mutex<Option<Arc<Index>>>,
+    /// Has no certificate: ends the handshake with an alert.
+    nothing: Arc<ServerConfig>,
+}
+
+/// An object made ready.
+struct Prepared {
+    config: Arc<ServerConfig>,
+    /// Set when the object asks for client certificates: `$ssl_client_verify` is what it says.
+    verifier: Option<Arc<dyn ClientCertVerifier>>,
+}
+
+/// Objects by name; of several, the one changed last.
+struct Index {
+    of: Ssls,
+    names: HashMap<Box<str>, Arc<Object<Ssl>>>,
+}
+
+impl Server {
+    pub fn new(options: ServerOptions) -> Result<Self> {
+        let provider = Arc::new(ring::default_provider());
+        let known = versions(options.protocols.iter().map(|p| &**p)).0;
+        let nothing = ServerConfig::builder_with_provider(provider.clone())
+            .with_protocol_versions(if known.is_empty() { rustls::ALL_VERSIONS } else { &known })
+            .map_err(|e| Error::config(Kind::Tls).cause(e).context("apisix.ssl.ssl_protocols"))?
+            .with_no_client_auth()
+            .with_cert_resolver(Arc::new(Keys(Vec::new())));
+        Ok(Server {
+            options,
+            provider,
+            configs: Cache::new(CONFIGS_KEPT),
+            index: Mutex::new(None),
+            nothing: Arc::new(nothing),
+        })
+    }
+
+    /// Does the handshake. The caller limits its time.
+    pub async fn accept<S>(&self, stream: S, ssls: &Ssls) -> Result<(TlsStream<S>, TlsInfo)>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let failed = |e: std::io::Error| Error::client(Kind::Tls).cause(e).context("SSL handshake failed");
+        let start = LazyConfigAcceptor::new(Acceptor::default(), stream).await.map_err(failed)?;
+        let sni = start.client_hello().server_name().map(str::to_ascii_lowercase);
+        let name = sni.as_deref().or(self.options.fallback_sni.as_deref());
+        let (ssl, prepared) = match self.choose(name, ssls) {
+            Ok(found) => found,
+            Err(e) => {
+                tracing::error!("{e}");
+                // Sends the alert; the error that it gives is the one we already know.
+                let _ = start.into_stream(self.nothing.clone()).await;
+                return Err(e);
+            }
+        };
+        let stream = start.into_stream(prepared.config.clone()).await.map_err(failed)?;
+        let info = info(stream.get_ref().1, sni, ssl, prepared.verifier.as_deref());
+        Ok((stream, info))
+    }
+
+    fn choose(&self, name: Option<&str>, ssls: &Ssls) -> Result<(Arc<Object<Ssl>>, Arc<Prepared>)> {
+        let no = |text: String| Error::client(Kind::Tls).context(text);
+        let name = name.ok_or_else(|| {
+            no("failed to find SNI: please check if the client requests via IP or uses an outdated protocol. \
+                If you need to report an issue, provide a packet capture file of the TLS handshake."
+                .into())
+        })?;
+        let index = self.index(ssls);
+        let ssl = index.find(name).ok_or_else(|| no(format!("failed to match any SSL certificate by SNI: {name}")))?;
+        let prepared = self.configs.get_with(ssl.uid, || match self.prepare(&ssl.value) {
+            Ok(prepared) => Some(Arc::new(prepared)),
+            Err(e) => {
+                tracing::error!("ssls/{}: {e}", ssl.id);
+                None
+            }
+        });
+        let prepared = prepared.ok_or_else(|| no(format!("ssls/{} cannot be served", ssl.id)))?;
+        Ok((ssl, prepared))
+    }
+
+    fn index(&self, ssls: &Ssls) -> Arc<Index> {
+        // Nothing in here panics; if it did, the index would still be whole.
+        let mut kept = self.index.lock().unwrap_or_else(|e| e.into_inner());
+        match &*kept {
+            Some(index) if index.of.ptr_eq(ssls) => index.clone(),
+            _ => kept.insert(Arc::new(Index::of(ssls))).clone(),
+        }
+    }
+
+    fn prepare(&self, ssl: &Ssl) -> Result<Prepared> {
+        let failed = |e: rustls::Error| Error::config(Kind::Tls).cause(e);
+        let keys = ssl.pairs.iter().map(|(cert, key)| self.key_pair(cert, key)).collect::<Result<Vec<_>>>()?;
+        let builder = ServerConfig::builder_with_provider(self.provider.clone())
+            .with_protocol_versions(&self.versions(ssl)?)
+            .map_err(failed)?;
+        let verifier = ssl.client_ca.as_ref().map(|(ca, depth)| self.verifier(ca, *depth, ssl)).transpose()?;
+        let builder = match &verifier {
+            Some(v) if ssl.skip_mtls_uri_regex.is_empty() => builder.with_client_cert_verifier(v.clone()),
+            // The path decides whether a certificate is needed, and it comes later: ask, let through, tell.
+            Some(v) => builder.with_client_cert_verifier(Arc::new(Lax(v.clone()))),
+            None => builder.with_no_client_auth(),
+        };
+        let mut config = builder.with_cert_resolver(Arc::new(Keys(keys)));
+        config.alpn_protocols = match self.options.http2 {
+            true => vec![b"h2".to_vec(), b"http/1.1".to_vec()],
+            false => vec![b"http/1.1".to_vec()],
+        };
+        config.session_storage = ServerSessionMemoryCache::new(SESSIONS_KEPT);
+        if self.options.session_tickets {
+            config.ticketer = ring::Ticketer::new().map_err(failed)?;
+        }
+        Ok(Prepared { config: Arc::new(config), verifier })
+    }
+
+    fn versions(&self, ssl: &Ssl) -> Result<Vec<&'static SupportedProtocolVersion>> {
+        let names = if ssl.protocols.is_empty() { &self.options.protocols } else { &ssl.protocols };
+        let (known, unknown) = versions(names.iter().map(|n| &**n));
+        if known.is_empty() {
+            let text = format!("none of {unknown:?} is available: only TLSv1.2 and TLSv1.3 are");
+            return Err(Error::config(Kind::Tls).context(text));
+        }
+        if !ssl.protocols.is_empty() && !unknown.is_empty() {
+            tracing::warn!("ssl_protocols {unknown:?} are not available and ignored: only TLSv1.2 and TLSv1.3 are");
+        }
+        Ok(known)
+    }
+
+    fn key_pair(&self, cert: &str, key: &str) -> Result<Arc<CertifiedKey>> {
+        let key = self.provider.key_provider.load_private_key(private_key(key)?);
+        let key = key.map_err(|e| Error::config(Kind::Tls).cause(e).context("load a private key"))?;
+        Ok(Arc::new(CertifiedKey::new(certificates(cert)?, key)))
+    }
+
+    fn verifier(&self, ca: &str, depth: u8, ssl: &Ssl) -> Result<Arc<dyn ClientCertVerifier>> {
+        let mut roots = RootCertStore::empty();
+        for cert in certificates(ca)? {
+            roots.add(cert).map_err(|e| Error::config(Kind::Tls).cause(e).context("client.ca"))?;
+        }
+        let builder = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), self.provider.clone());
+        let builder = if ssl.skip_mtls_uri_regex.is_empty() { builder } else { builder.allow_unauthenticated() };
+        let inner = builder.build().map_err(|e| Error::config(Kind::Tls).cause(e).context("client.ca"))?;
+        Ok(Arc::new(Bounded { inner, depth }))
+    }
+}
+
+impl Index {
+    fn of(ssls: &Ssls) -> Self {
+        let mut names: HashMap<Box<str>, Arc<Object<Ssl>>> = HashMap::new();
+        for ssl in ssls.values().filter(|s| s.value.enabled && !s.value.is_client) {
+            for sni in &ssl.value.snis {
+                let older = names.get(sni).is_none_or(|other| other.mod_revision < ssl.mod_revision);
+                if older {
+                    names.insert(sni.clone(), ssl.clone());
+                }
+            }
+        }
+        Index { of: ssls.clone(), names }
+    }
+
+    /// `www.foo.com`, else `*.foo.com`, which stands for one label, else `*`.
+    fn find(&self, name: &str) -> Option<Arc<Object<Ssl>>> {
+        let wildcard = || self.names.get(&*format!("*.{}", name.split_once('.')?.1));
+        self.names.get(name).or_else(wildcard).or_else(|| self.names.get("*")).cloned()
+    }
+}
+
+/// The key pairs of one object: the first that the client can check.
+#[derive(Debug)]
+struct Keys(Vec<Arc<CertifiedKey>>);
+
+impl ResolvesServerCert for Keys {
+    fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        self.0.iter().find(|k| k.key.choose_scheme(hello.signature_schemes()).is_some()).cloned()
+    }
+}
+
+/// Limits how many certificates stand between the client's and the CA's (`client.depth`).
+#[derive(Debug)]
+struct Bounded {
+    inner: Arc<dyn ClientCertVerifier>,
+    depth: u8,
+}
+
+/// Asks for a certificate and lets every answer pass: what it is worth is decided later. The proof that the client has the key is still required.
+#[derive(Debug)]
+struct Lax(Arc<dyn ClientCertVerifier>);
+
+macro_rules! forward {
+    ($inner:tt) => {
+        fn root_hint_subjects(&self) -> &[DistinguishedName] {
+            self.$inner.root_hint_subjects()
+        }
+
+        fn verify_tls12_signature(
+            &self,
+            message: &[u8],
+            cert: &CertificateDer<'_>,
+            dss: &DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, rustls::Error> {
+            self.$inner.verify_tls12_signature(message, cert, dss)
+        }
+
+        fn verify_tls13_signature(
+            &self,
+            message: &[u8],
+            cert: &CertificateDer<'_>,
+            dss: &DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, rustls::Error> {
+            self.$inner.verify_tls13_signature(message, cert, dss)
+        }
+
+        fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+            self.$inner.supported_verify_schemes()
+        }
+
+        fn client_auth_mandatory(&self) -> bool {
+            self.$inner.client_auth_mandatory()
+        }
+    };
+}
+
+impl ClientCertVerifier for Bounded {
+    forward!(inner);
+
+    fn verify_client_cert(
+        &self,
+        cert: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        if intermediates.len() > usize::from(self.depth) {
+            return Err(rustls::Error::General("certificate chain too long".into()));
+        }
+        self.inner.verify_client_cert(cert, intermediates, now)
+    }
+}
+
+impl ClientCertVerifier for Lax {
+    forward!(0);
+
+    fn verify_client_cert(
+        &self,
+        _cert: &CertificateDer<'_>,
+        _intermediates: &[CertificateDer<'_>],
+        _now: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        Ok(ClientCertVerified::assertion())
+    }
+}
+
+fn info(
+    connection: &ServerConnection,
+    sni: Option<String>,
+    ssl: Arc<Object<Ssl>>,
+    verifier: Option<&dyn ClientCertVerifier>,
+) -> TlsInfo {
+    let chain = connection.peer_certificates().unwrap_or_default();
+    TlsInfo {
+        sni: sni.map(Into::into),
+        protocol: match connection.protocol_version() {
+            Some(ProtocolVersion::TLSv1_2) => "TLSv1.2",
+            _ => "TLSv1.3",
+        },
+        cipher: connection.negotiated_cipher_suite().map_or("", |s| openssl_name(s.suite())).into(),
+        session_reused: connection.handshake_kind() == Some(HandshakeKind::Resumed),
+        client_cert: chain.first().map(|c| c.as_ref().into()),
+        client_verify: client_verify(chain, verifier),
+        ssl: Some(ssl),
+    }
+}
+
+/// `$ssl_client_verify`. Checked here once more, since a lax handshake and a resumed one did not.
+fn client_verify(chain: &[CertificateDer<'_>], verifier: Option<&dyn ClientCertVerifier>) -> Box<str> {
+    let (Some((cert, intermediates)), Some(verifier)) = (chain.split_first(), verifier) else { return "NONE".into() };
+    match verifier.verify_client_cert(cert, intermediates, UnixTime::now()) {
+        Ok(_) => "SUCCESS".into(),
+        Err(e) => format!("FAILED:{e}").into(),
+    }
+}
+
+/// `$ssl_cipher` as OpenSSL calls it.
+fn openssl_name(suite: CipherSuite) -> &'static str {
+    match suite {
+        CipherSuite::TLS13_AES_128_GCM_SHA256 => "TLS_AES_128_GCM_SHA256",
+        CipherSuite::TLS13_AES_256_GCM_SHA384 => "TLS_AES_256_GCM_SHA384",
+        CipherSuite::TLS13_CHACHA20_POLY1305_SHA256 => "TLS_CHACHA20_POLY1305_SHA256",
+        CipherSuite::TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256 => "ECDHE-ECDSA-AES128-GCM-SHA256",
+        CipherSuite::TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384 => "ECDHE-ECDSA-AES256-GCM-SHA384",
+        CipherSuite::TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256 => "ECDHE-ECDSA-CHACHA20-POLY1305",
+        CipherSuite::TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256 => "ECDHE-RSA-AES128-GCM-SHA256",
+        CipherSuite::TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384 => "ECDHE-RSA-AES256-GCM-SHA384",
+        CipherSuite::TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256 => "ECDHE-RSA-CHACHA20-POLY1305",
+        _ => "",
+    }
+}
