@@ -20,7 +20,13 @@ pub fn register(api: &mut Api) -> Result<()> {
     let any = Phases::ANY;
     let get = "int (const char *, size_t, unsigned, void *)";
     let set = "int (const char *, size_t, const char *, size_t, int)";
-    api.fast("req_header", get, any, "n-th value of a request header: 1 when there is one", req_header as *const c_void)?;
+    api.fast(
+        "req_header",
+        get,
+        any,
+        "n-th value of a request header: 1 when there is one",
+        req_header as *const c_void,
+    )?;
     api.fast("resp_header", get, any, "n-th value of a response header", resp_header as *const c_void)?;
     let doc = "changes a request header: 0 replaces, 1 adds, 2 removes; 0 when there is no request";
     api.fast("req_header_set", set, any, doc, req_header_set as *const c_void)?;
@@ -168,7 +174,8 @@ mod tests {
 
     #[test]
     fn a_sent_head_stays_as_it_is() {
-        let x = serve(|x| x.response.head_sent = true, "ngx.header['X-A'] = 'a' ngx.status = 500 return 'done'", "done");
+        let x =
+            serve(|x| x.response.head_sent = true, "ngx.header['X-A'] = 'a' ngx.status = 500 return 'done'", "done");
         assert!(x.response.headers.is_empty());
         assert_eq!(x.response.status, 0);
     }

@@ -47,7 +47,12 @@ pub fn register(api: &mut Api) -> Result<()> {
         Ok(0)
     })?;
     api.func("ngx.req.set_uri", BODY, "set_uri(uri, jump?, binary?): jump is refused", set_uri)?;
-    api.func("ngx.req.set_uri_args", BODY | Phases::HEADER_FILTER, "set_uri_args(text, number or table)", set_uri_args)?;
+    api.func(
+        "ngx.req.set_uri_args",
+        BODY | Phases::HEADER_FILTER,
+        "set_uri_args(text, number or table)",
+        set_uri_args,
+    )?;
     api.func("ngx.req.http_version", READ, "http_version(): 1.0, 1.1 or 2.0", |s| {
         let version = match request()?.request.version {
             Version::Http10 => 1.0,
@@ -67,12 +72,15 @@ pub fn register(api: &mut Api) -> Result<()> {
     })?;
     api.wait("ngx.req.read_body", BODY, "read_body(): waits for the whole body", |_| read_body(true))?;
     api.wait("ngx.req.discard_body", BODY, "discard_body(): reads the body and drops it", |_| read_body(false))?;
-    api.func("ngx.req.get_body_data", READ, "get_body_data(max?): the body, or nil when none or in a file", get_body_data)?;
-    api.func("ngx.req.get_body_file", READ, "get_body_file(): the body's file, or nil", |s| {
-        match &request()?.body {
-            RequestBody::File { path, .. } => Ok(s.push_bytes(path.as_os_str().as_encoded_bytes())),
-            _ => Ok(s.push_nil()),
-        }
+    api.func(
+        "ngx.req.get_body_data",
+        READ,
+        "get_body_data(max?): the body, or nil when none or in a file",
+        get_body_data,
+    )?;
+    api.func("ngx.req.get_body_file", READ, "get_body_file(): the body's file, or nil", |s| match &request()?.body {
+        RequestBody::File { path, .. } => Ok(s.push_bytes(path.as_os_str().as_encoded_bytes())),
+        _ => Ok(s.push_nil()),
     })?;
     api.func("ngx.req.set_body_data", BODY, "set_body_data(text): replaces the body", |s| {
         let data = Bytes::copy_from_slice(s.arg_bytes(1)?);

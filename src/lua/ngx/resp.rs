@@ -131,7 +131,9 @@ fn append(s: &Stack, i: c_int, out: &mut Vec<u8>, depth: usize) -> std::result::
         ffi::LUA_TNIL => out.extend_from_slice(b"nil"),
         ffi::LUA_TBOOLEAN => out.extend_from_slice(if s.boolean(i) { b"true" } else { b"false" }),
         // SAFETY: the value is a lightuserdata.
-        ffi::LUA_TLIGHTUSERDATA if unsafe { ffi::lua_touserdata(s.raw(), i) }.is_null() => out.extend_from_slice(b"null"),
+        ffi::LUA_TLIGHTUSERDATA if unsafe { ffi::lua_touserdata(s.raw(), i) }.is_null() => {
+            out.extend_from_slice(b"null")
+        }
         ffi::LUA_TTABLE if depth < MAX_DEPTH && s.reserve(2).is_ok() => {
             let len = s.len(i);
             let table = s.absolute(i);
@@ -153,7 +155,9 @@ fn append(s: &Stack, i: c_int, out: &mut Vec<u8>, depth: usize) -> std::result::
         }
         _ => {
             let kind = s.kind_name(i);
-            return Err(format!("string, number, boolean, nil, ngx.null, or array table expected, but got {kind}").into());
+            return Err(
+                format!("string, number, boolean, nil, ngx.null, or array table expected, but got {kind}").into()
+            );
         }
     }
     Ok(())

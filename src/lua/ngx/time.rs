@@ -36,7 +36,9 @@ pub fn register(api: &mut Api) -> Result<()> {
     api.func("ngx.utctime", any, "utctime(): yyyy-mm-dd hh:mm:ss", |s| {
         Ok(s.push_bytes(Utc::now().format("%Y-%m-%d %H:%M:%S").to_string()))
     })?;
-    api.func("ngx.cookie_time", any, "cookie_time(sec): Thu, 18-Nov-10 11:27:35 GMT", |s| at(s, "%a, %d-%b-%y %T GMT"))?;
+    api.func("ngx.cookie_time", any, "cookie_time(sec): Thu, 18-Nov-10 11:27:35 GMT", |s| {
+        at(s, "%a, %d-%b-%y %T GMT")
+    })?;
     api.func("ngx.http_time", any, "http_time(sec): Thu, 18 Nov 2010 11:27:35 GMT", |s| at(s, "%a, %d %b %Y %T GMT"))?;
     api.func("ngx.parse_http_time", any, "parse_http_time(text): seconds, or nil", parse)
 }
@@ -55,8 +57,7 @@ fn at(s: &Stack, format: &str) -> Answer {
 
 /// The three forms of RFC 9110, 5.6.7, and the one of cookies.
 fn parse(s: &Stack) -> Answer {
-    const FORMS: [&str; 4] =
-        ["%a, %d %b %Y %T GMT", "%A, %d-%b-%y %T GMT", "%a, %d-%b-%y %T GMT", "%a %b %e %T %Y"];
+    const FORMS: [&str; 4] = ["%a, %d %b %Y %T GMT", "%A, %d-%b-%y %T GMT", "%a, %d-%b-%y %T GMT", "%a %b %e %T %Y"];
     let text = s.arg_str(1)?;
     match FORMS.iter().find_map(|form| NaiveDateTime::parse_from_str(text.trim(), form).ok()) {
         Some(time) => Ok(s.push_number(time.and_utc().timestamp() as f64)),

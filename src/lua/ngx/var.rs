@@ -67,7 +67,8 @@ fn read(x: &Exchange, name: &[u8], out: &mut Text) -> bool {
 }
 
 fn read_prefixed(x: &Exchange, name: &[u8], out: &mut Text) -> bool {
-    let dashed = |rest: &[u8]| -> SmallVec<[u8; 48]> { rest.iter().map(|b| if *b == b'_' { b'-' } else { *b }).collect() };
+    let dashed =
+        |rest: &[u8]| -> SmallVec<[u8; 48]> { rest.iter().map(|b| if *b == b'_' { b'-' } else { *b }).collect() };
     if let Some(rest) = name.strip_prefix(b"arg_") {
         let found = codec::pairs(&x.request.args).find(|(n, _)| n.eq_ignore_ascii_case(rest));
         return found.and_then(|(_, v)| v).map(|v| out.set(v)).is_some();
