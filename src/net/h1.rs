@@ -20,7 +20,7 @@ use super::{
     Handler, Io, Server, Settings,
     answer::{self, Closing, Length},
     drain::Drain,
-    head,
+    h2, head,
     pool::{BUFFER_SIZE, put_buffer, take_buffer},
 };
 use crate::{
@@ -63,6 +63,13 @@ pub(super) async fn serve<H: Handler>(server: &Rc<Server<H>>, io: Io, conn: Rc<C
     while let Some(h1) = client.as_any().downcast_mut::<H1>() {
         match poll_fn(|cx| h1.poll_next(cx, nth)).await {
             Next::Closed => return,
+            Next::Http2 => {
+                if let Some(Tunnel { io: Io::Tcp(mut socket), unread }) = h1.take() {
+                    socket.put_back(unread);
+                    h2::serve(server, Io::Tcp(socket), conn).await;
+                }
+                return;
+            }
             Next::Refused(refusal) => return reject(server, client, &conn, refusal).await,
             Next::Head(len) => {
                 nth += 1;
@@ -123,6 +130,8 @@ enum Next {
     /// A whole head of so many bytes waits in `inp`.
     Head(usize),
     Refused(Refusal),
+    /// The preface waits in `inp`.
+    Http2,
     /// Closed by the client, idle for too long, or the worker drains.
     Closed,
 }
@@ -192,18 +201,18 @@ enum Continue {
 }
 
 /// A deadline that is set when a wait begins.
-struct Limit {
+pub(super) struct Limit {
     deadline: Deadline,
     armed: bool,
 }
 
 impl Limit {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Limit { deadline: Deadline::new(), armed: false }
     }
 
     /// For a wait that cannot go on now: starts the clock with the first call, says whether time is up.
-    fn poll(&mut self, cx: &Context<'_>, limit: Duration) -> bool {
+    pub(super) fn poll(&mut self, cx: &Context<'_>, limit: Duration) -> bool {
         if !std::mem::replace(&mut self.armed, true) {
             self.deadline.set(limit);
         }
@@ -211,7 +220,7 @@ impl Limit {
     }
 
     /// The wait went on: the next one has its own time.
-    fn progress(&mut self) {
+    pub(super) fn progress(&mut self) {
         self.armed = false;
     }
 }
@@ -258,7 +267,7 @@ impl H1 {
     /// Reads until a whole head is there. `nth`: requests so far.
     fn poll_next(&mut self, cx: &mut Context<'_>, nth: u64) -> Poll<Next> {
         loop {
-            match self.look() {
+            match self.look(nth) {
                 Ok(Some(next)) => return Poll::Ready(next),
                 Ok(None) => {}
                 Err(refusal) => return Poll::Ready(Next::Refused(refusal)),
@@ -292,7 +301,7 @@ impl H1 {
     }
 
     /// What stands in `inp`, if that can be told yet.
-    fn look(&mut self) -> Result<Option<Next>, Refusal> {
+    fn look(&mut self, nth: u64) -> Result<Option<Next>, Refusal> {
         if !self.skipped && self.unread().starts_with(b"\r\n") {
             self.at += 2;
             self.skipped = true;
@@ -302,6 +311,15 @@ impl H1 {
             [] | [b'\r'] if unread.is_empty() || !self.skipped => return Ok(None),
             [b'A'..=b'Z' | b'_' | b'-', ..] => {}
             _ => return Err(Refusal::bad("invalid method")),
+        }
+        if nth == 0 && self.settings.http2 && matches!(self.io, Some(Io::Tcp(_))) {
+            let begun = unread.len() >= 4 && unread.starts_with(&h2::PREFACE[..4]);
+            match unread.len() >= h2::PREFACE.len() {
+                true if unread.starts_with(h2::PREFACE) => return Ok(Some(Next::Http2)),
+                false if begun && h2::PREFACE.starts_with(unread) => return Ok(None),
+                _ if begun => return Err(Refusal::bad("invalid request line")),
+                _ => {}
+            }
         }
         Ok(self.scan.next(unread, self.settings.head)?.map(Next::Head))
     }

@@ -81,7 +81,7 @@ fn later_version(block: &[u8]) -> bool {
 }
 
 /// nginx's rule: capitals, `_` and `-`. The two methods that a gateway must not pass on are its own to refuse.
-fn check_method(method: &[u8]) -> Result<(), Refusal> {
+pub(super) fn check_method(method: &[u8]) -> Result<(), Refusal> {
     if !method.iter().all(|b| b.is_ascii_uppercase() || matches!(b, b'_' | b'-')) {
         return Err(Refusal::bad("invalid method"));
     }
@@ -139,7 +139,7 @@ fn read_connection(value: &[u8], said: &mut Said<'_>) {
 }
 
 /// Splits the target into path and query; the authority of an absolute one is cut off it and returned.
-fn split_target(request: &mut Request) -> Result<Option<Vec<u8>>, Refusal> {
+pub(super) fn split_target(request: &mut Request) -> Result<Option<Vec<u8>>, Refusal> {
     let mut authority = None;
     match request.target.first() {
         Some(b'/') => {}

@@ -29,6 +29,12 @@ impl Socket {
         Socket { unread, tcp }
     }
 
+    /// The next reads give `bytes` first.
+    pub fn put_back(&mut self, mut bytes: Vec<u8>) {
+        bytes.append(&mut self.unread);
+        self.unread = bytes;
+    }
+
     pub fn tcp(&self) -> &TcpStream {
         &self.tcp
     }

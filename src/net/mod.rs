@@ -7,6 +7,7 @@
 mod answer;
 pub mod drain;
 pub mod h1;
+mod h2;
 pub mod head;
 pub mod io;
 pub mod listener;
@@ -49,6 +50,9 @@ pub struct Server<H> {
 
 /// Serves a connection until it ends. TLS and PROXY protocol are done: `conn` says what they found. `open` counts it.
 pub async fn serve_connection<H: Handler>(server: Rc<Server<H>>, io: Io, conn: Rc<Connection>, open: drain::Open) {
-    h1::serve(&server, io, conn).await;
+    match h2::agreed(&io) {
+        true => h2::serve(&server, io, conn).await,
+        false => h1::serve(&server, io, conn).await,
+    }
     drop(open);
 }

@@ -4,17 +4,28 @@ use std::{
     future::poll_fn,
     net::{Ipv4Addr, SocketAddr},
     rc::Rc,
+    sync::Arc,
     time::Duration,
 };
 
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full};
+use hyper::client::conn::http2::{SendRequest, handshake};
+use hyper_util::rt::TokioIo;
+use rustls_pki_types::ServerName;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
     task::LocalSet,
 };
 
-use super::{io::Socket, *};
-use crate::exchange::{BodyLength, RequestBody};
+use super::{io::Socket, listener::Listener, *};
+use crate::{
+    exchange::{BodyLength, RequestBody},
+    model::{Object, Ssl, next_uid},
+    store::{Published, Snapshot},
+    tls,
+};
 
 /// Answers `METHOD path body`, chunked when the path says so. Refusals get `refused`.
 struct Echo;
@@ -41,6 +52,11 @@ impl Handler for Echo {
         x.response.headers.append("Server", "test");
         let size = x.request.args.iter().fold(0usize, |n, b| n * 10 + usize::from(b - b'0'));
         let mut answer = [&x.request.method[..], b" ", &x.request.path, b" ", &body].concat();
+        if x.request.path == b"/conn" {
+            let tls = x.conn.tls.as_ref();
+            let tls = tls.map(|t| (t.sni.clone(), t.protocol, &t.client_verify));
+            answer = format!("{} {} {tls:?}", x.conn.peer, x.conn.proxy.is_some()).into_bytes();
+        }
         answer.resize(answer.len().max(size), b'.');
         let length = match x.request.path == b"/chunked" {
             true => BodyLength::Unknown,
@@ -91,6 +107,51 @@ fn with_server<F: Future<Output = ()>>(settings: Settings, test: impl FnOnce(Soc
         });
         let done = tokio::time::timeout(Duration::from_secs(20), test(addr, server)).await;
         assert!(done.is_ok(), "the test hangs");
+    })
+}
+
+/// The same with the accept loop.
+fn with_listener<F: Future<Output = ()>>(proxy_protocol: bool, ssls: Vec<Ssl>, test: impl FnOnce(SocketAddr) -> F) {
+    let rt = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    LocalSet::new().block_on(&rt, async {
+        let mut snapshot = Snapshot::default();
+        for (i, ssl) in ssls.into_iter().enumerate() {
+            let id: Arc<str> = i.to_string().into();
+            let revision = i as i64;
+            snapshot.ssls.insert(
+                id.clone(),
+                Arc::new(Object {
+                    id,
+                    uid: next_uid(),
+                    create_revision: revision,
+                    mod_revision: revision,
+                    json: "{}".into(),
+                    value: ssl,
+                }),
+            );
+        }
+        let options = tls::ServerOptions {
+            protocols: vec!["TLSv1.2".into(), "TLSv1.3".into()],
+            session_tickets: false,
+            fallback_sni: None,
+            http2: true,
+        };
+        let tls = (!snapshot.ssls.is_empty()).then(|| listener::Tls {
+            server: Arc::new(tls::Server::new(options).expect("options")),
+            published: Published::new(snapshot),
+        });
+        let settings = Settings { max_connections: 2, ..Settings::default() };
+        let server = Rc::new(Server { handler: Echo, settings, pool: ExchangePool::new(), drain: Drain::default() });
+        let socket = listener::bind((Ipv4Addr::LOCALHOST, 0).into()).expect("binds");
+        let addr = socket.local_addr().expect("an address");
+        let accepting =
+            tokio::task::spawn_local(listener::run(server.clone(), Listener { socket, proxy_protocol, tls }));
+        let done = tokio::time::timeout(Duration::from_secs(20), test(addr)).await;
+        assert!(done.is_ok(), "the test hangs");
+        server.drain.begin();
+        server.drain.done().await;
+        assert!(accepting.await.is_ok_and(|r| r.is_ok()), "a drain ends the accept loop");
+        assert!(TcpStream::connect(addr).await.is_err(), "and closes its socket");
     })
 }
 
@@ -274,5 +335,181 @@ fn a_drain_closes_idle_connections() {
         let all = rest(&mut busy).await;
         assert!(all.contains("Connection: close") && all.ends_with("POST /b 12"), "{all}");
         server.drain.done().await;
+    })
+}
+
+#[derive(Clone, Copy)]
+struct Local;
+
+impl<F: Future + 'static> hyper::rt::Executor<F> for Local {
+    fn execute(&self, task: F) {
+        tokio::task::spawn_local(async move {
+            task.await;
+        });
+    }
+}
+
+async fn http2<S>(stream: S) -> SendRequest<Full<Bytes>>
+where
+    S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + 'static,
+{
+    let (send, connection) = handshake(Local, TokioIo::new(stream)).await.expect("speaks HTTP/2");
+    tokio::task::spawn_local(connection);
+    send
+}
+
+async fn post(send: &mut SendRequest<Full<Bytes>>, uri: &str, body: Vec<u8>) -> (u16, Vec<u8>) {
+    let request = http::Request::post(uri).body(Full::from(body)).expect("a request");
+    send.ready().await.expect("is open");
+    let response = send.send_request(request).await.expect("answers");
+    let status = response.status().as_u16();
+    (status, response.into_body().collect().await.expect("a whole body").to_bytes().to_vec())
+}
+
+#[test]
+fn http2_with_prior_knowledge() {
+    let settings = Settings { max_body: 1_000_000, ..Settings::default() };
+    with_server(settings, |addr, server| async move {
+        let mut send = http2(TcpStream::connect(addr).await.expect("connects")).await;
+        assert_eq!(post(&mut send, "http://a/x", b"hi".to_vec()).await, (200, b"POST /x hi".to_vec()));
+        let large = vec![b'y'; 900_000];
+        let (status, body) = post(&mut send, "http://a/chunked", large.clone()).await;
+        assert!(status == 200 && body == [b"POST /chunked ", &large[..]].concat());
+        assert_eq!(post(&mut send, "http://a/%00", vec![]).await, (400, b"refused".to_vec()));
+        assert_eq!(post(&mut send, "http://a/unread", large.clone()).await.0, 200);
+        assert_eq!(post(&mut send, "http://a/", vec![0; 1_000_001]).await.0, 413);
+        assert_eq!(post(&mut send, "http://a/last", vec![]).await.0, 200);
+        server.drain.begin();
+        server.drain.done().await;
+    })
+}
+
+#[test]
+fn a_client_that_resets_its_stream_is_gone() {
+    with_server(Settings::default(), |addr, server| async move {
+        let mut send = http2(TcpStream::connect(addr).await.expect("connects")).await;
+        // More than any window: the handler waits until the reset.
+        let request = http::Request::get("http://a/x?50000000").body(Full::default()).expect("a request");
+        let response = send.send_request(request).await.expect("answers");
+        drop(response);
+        assert_eq!(post(&mut send, "http://a/last", vec![]).await.0, 200);
+        drop(send);
+        server.drain.done().await;
+    })
+}
+
+#[test]
+fn proxy_protocol_tells_the_client() {
+    with_listener(true, vec![], |addr| async move {
+        let request = "PROXY TCP4 1.2.3.4 5.6.7.8 9 10\r\nGET /conn HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n";
+        assert!(talk(addr, request).await.ends_with("1.2.3.4:9 true None"));
+        assert_eq!(talk(addr, LAST).await, "");
+    })
+}
+
+#[test]
+fn connections_past_the_bound_are_closed() {
+    with_listener(false, vec![], |addr| async move {
+        let mut held = Vec::new();
+        for _ in 0..2 {
+            let mut tcp = TcpStream::connect(addr).await.expect("connects");
+            tcp.write_all(b"GET /a HTTP/1.1\r\nHost: a\r\n\r\n").await.expect("sends");
+            until(&mut tcp, "GET /a ").await;
+            held.push(tcp);
+        }
+        assert_eq!(talk(addr, "").await, "");
+    })
+}
+
+/// A CA, and certificates that it signs.
+fn authority() -> (String, impl Fn(&str) -> (Box<str>, Box<str>)) {
+    let mut params = rcgen::CertificateParams::new(vec![]).expect("parameters");
+    params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    params.distinguished_name.push(rcgen::DnType::CommonName, "test CA");
+    let key = rcgen::KeyPair::generate().expect("a key");
+    let pem = params.self_signed(&key).expect("a certificate").pem();
+    let issuer = rcgen::Issuer::new(params, key);
+    let sign = move |name: &str| {
+        let key = rcgen::KeyPair::generate().expect("a key");
+        let params = rcgen::CertificateParams::new(vec![name.to_owned()]).expect("parameters");
+        let cert = params.signed_by(&key, &issuer).expect("a certificate");
+        (cert.pem().into(), key.serialize_pem().into())
+    };
+    (pem, sign)
+}
+
+fn ssl(sni: &str, pair: (Box<str>, Box<str>)) -> Ssl {
+    Ssl {
+        snis: vec![sni.into()],
+        pairs: vec![pair],
+        client_ca: None,
+        skip_mtls_uri_regex: vec![],
+        protocols: vec![],
+        enabled: true,
+        is_client: false,
+    }
+}
+
+type Pair<'a> = Option<(&'a str, &'a str)>;
+
+async fn connect_tls(
+    addr: SocketAddr,
+    name: &str,
+    pair: Pair<'_>,
+    alpn: &[&'static [u8]],
+) -> std::io::Result<tokio_rustls::client::TlsStream<TcpStream>> {
+    let config = tls::client_config(false, pair, alpn).expect("a configuration");
+    let name = ServerName::try_from(name.to_owned()).expect("a name");
+    let tcp = TcpStream::connect(addr).await?;
+    tokio_rustls::TlsConnector::from(config).connect(name, tcp).await
+}
+
+async fn talk_tls(addr: SocketAddr, name: &str, pair: Pair<'_>) -> Result<String, std::io::Error> {
+    let mut stream = connect_tls(addr, name, pair, &[]).await?;
+    stream.write_all(b"GET /conn HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").await?;
+    let mut all = String::new();
+    stream.read_to_string(&mut all).await?;
+    Ok(all)
+}
+
+#[test]
+fn certificates_answer_their_names() {
+    let (_, sign) = authority();
+    let disabled = Ssl { enabled: false, ..ssl("off.test", sign("off.test")) };
+    let ssls = vec![ssl("a.test", sign("a.test")), ssl("*.b.test", sign("*.b.test")), disabled];
+    with_listener(false, ssls, |addr| async move {
+        for name in ["a.test", "A.Test", "x.b.test"] {
+            let answer = talk_tls(addr, name, None).await.expect("answers");
+            let want = format!("(Some(\"{}\"), \"TLSv1.3\", \"NONE\"))", name.to_ascii_lowercase());
+            assert!(answer.ends_with(&want), "{answer}");
+        }
+        for name in ["b.test", "x.y.b.test", "off.test", "127.0.0.1"] {
+            assert!(talk_tls(addr, name, None).await.is_err(), "{name}");
+        }
+        let stream = connect_tls(addr, "a.test", None, &[b"h2"]).await.expect("connects");
+        let mut send = http2(stream).await;
+        assert_eq!(post(&mut send, "https://a.test/x", b"hi".to_vec()).await, (200, b"POST /x hi".to_vec()));
+    })
+}
+
+#[test]
+fn client_certificates_are_asked_for() {
+    let (ca, sign) = authority();
+    let (_, sign_other) = authority();
+    let (good, bad) = (sign("client"), sign_other("client"));
+    let strict = Ssl { client_ca: Some((ca.clone().into(), 1)), ..ssl("strict.test", sign("strict.test")) };
+    let lax = Ssl {
+        client_ca: Some((ca.into(), 1)),
+        skip_mtls_uri_regex: vec!["/x".into()],
+        ..ssl("lax.test", sign("lax.test"))
+    };
+    with_listener(false, vec![strict, lax], |addr| async move {
+        let (good, bad) = (Some((&*good.0, &*good.1)), Some((&*bad.0, &*bad.1)));
+        assert!(talk_tls(addr, "strict.test", good).await.expect("answers").contains("\"SUCCESS\""));
+        assert!(talk_tls(addr, "strict.test", bad).await.is_err());
+        assert!(talk_tls(addr, "strict.test", None).await.is_err());
+        assert!(talk_tls(addr, "lax.test", good).await.expect("answers").contains("\"SUCCESS\""));
+        assert!(talk_tls(addr, "lax.test", bad).await.expect("answers").contains("\"FAILED:"));
+        assert!(talk_tls(addr, "lax.test", None).await.expect("answers").contains("\"NONE\""));
     })
 }
