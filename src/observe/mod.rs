@@ -1,3 +1,4 @@
 //! observe
 
 pub mod append;
+pub mod metrics;

@@ -1,0 +1,212 @@
+use serde_json::json;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+};
+
+use super::*;
+
+fn sample<'a>() -> RequestSample<'a> {
+    RequestSample {
+        status: 200,
+        route: "1",
+        matched_uri: "/hello",
+        matched_host: "",
+        service: "",
+        consumer: "jack",
+        node: Node::Ip(IpAddr::from([127, 0, 0, 1])),
+        request_type: "traditional_http",
+        request_llm_model: "",
+        llm_model: "",
+        response_source: "upstream",
+        extra: &[],
+        request_time: Duration::from_millis(12),
+        upstream_time: Some(Duration::from_millis(8)),
+        bytes_received: 100,
+        bytes_sent: 1000,
+        now: Instant::now(),
+    }
+}
+
+fn scrape(metrics: &Metrics) -> String {
+    let mut page = String::new();
+    metrics.scrape(&mut page);
+    page
+}
+
+#[track_caller]
+fn assert_line(page: &str, line: &str) {
+    assert!(page.lines().any(|l| l == line), "no line {line}\nin\n{page}");
+}
+
+const REST: &str = r#"route="1",service="",consumer="jack",node="127.0.0.1",request_type="traditional_http",request_llm_model="",llm_model="""#;
+
+#[test]
+fn a_request_shows_in_three_metrics() {
+    let metrics = Metrics::new(Settings::default());
+    let workers = [metrics.recorder(), metrics.recorder()];
+    for worker in &workers {
+        worker.record(&sample());
+    }
+    workers[0].record(&RequestSample { status: 404, upstream_time: None, ..sample() });
+    let page = scrape(&metrics);
+    let status = r#"route="1",matched_uri="/hello",matched_host="",service="",consumer="jack",node="127.0.0.1",request_type="traditional_http",request_llm_model="",llm_model="",response_source="upstream""#;
+    assert_line(&page, "# TYPE apisix_http_status counter");
+    assert_line(&page, "# HELP apisix_http_status HTTP status codes per service in APISIX");
+    assert_line(&page, &format!("apisix_http_status{{code=\"200\",{status}}} 2"));
+    assert_line(&page, &format!("apisix_http_status{{code=\"404\",{status}}} 1"));
+    assert_line(&page, &format!("apisix_bandwidth{{type=\"egress\",{REST}}} 3000"));
+    assert_line(&page, &format!("apisix_bandwidth{{type=\"ingress\",{REST}}} 300"));
+    assert_line(&page, "# TYPE apisix_http_latency histogram");
+    assert_line(&page, &format!("apisix_http_latency_bucket{{type=\"upstream\",{REST},le=\"5\"}} 0"));
+    assert_line(&page, &format!("apisix_http_latency_bucket{{type=\"upstream\",{REST},le=\"10\"}} 2"));
+    assert_line(&page, &format!("apisix_http_latency_bucket{{type=\"request\",{REST},le=\"+Inf\"}} 3"));
+    assert_line(&page, &format!("apisix_http_latency_count{{type=\"request\",{REST}}} 3"));
+    assert_line(&page, &format!("apisix_http_latency_sum{{type=\"upstream\",{REST}}} 16"));
+    assert_line(&page, &format!("apisix_http_latency_bucket{{type=\"apisix\",{REST},le=\"5\"}} 2"));
+}
+
+#[test]
+fn a_worker_that_ended_still_counts() {
+    let metrics = Metrics::new(Settings::default());
+    for _ in 0..3 {
+        let worker = metrics.recorder();
+        worker.record(&sample());
+        worker.connections().opened();
+        worker.connections().request_started();
+        worker.connections().request_ended();
+        worker.connections().closed();
+    }
+    assert!(lock(&metrics.workers).is_empty());
+    let page = scrape(&metrics);
+    assert_line(&page, &format!("apisix_bandwidth{{type=\"ingress\",{REST}}} 300"));
+    assert_line(&page, "apisix_http_requests_total 3");
+    assert_line(&page, "apisix_nginx_http_current_connections{state=\"accepted\"} 3");
+    assert_line(&page, "apisix_nginx_http_current_connections{state=\"active\"} 0");
+}
+
+#[test]
+fn settings_change_prefix_buckets_and_labels() {
+    let attr = json!({
+        "metric_prefix": "x_",
+        "default_buckets": [105, 15],
+        "metrics": {"bandwidth": {"extra_labels": [{"upstream_addr": "$upstream_addr"}, {"none": "$none"}]}},
+    });
+    let settings = Settings::from_attr(&attr);
+    assert_eq!(settings.extra[0].variable, "upstream_addr");
+    let metrics = Metrics::new(settings);
+    metrics.recorder().record(&RequestSample { extra: &[b"127.0.0.1:\"80", b""], ..sample() });
+    let page = scrape(&metrics);
+    let extra = r#"upstream_addr="127.0.0.1:\"80",none="""#;
+    assert_line(&page, &format!("x_bandwidth{{type=\"ingress\",{REST},{extra}}} 100"));
+    assert_line(&page, &format!("x_http_latency_bucket{{type=\"request\",{REST},le=\"15\"}} 1"));
+    assert_line(&page, &format!("x_http_latency_bucket{{type=\"request\",{REST},le=\"105\"}} 1"));
+}
+
+#[test]
+fn disabled_labels_are_blank_and_series_meet() {
+    let metrics = Metrics::new(Settings::default());
+    metrics.disable_labels(Some(
+        &json!({"disabled_labels": {"http_latency": ["node", "consumer"], "http_status": ["matched_uri"]}}),
+    ));
+    let worker = metrics.recorder();
+    for last in 1..=3 {
+        worker.record(&RequestSample { node: Node::Ip(IpAddr::from([10, 0, 0, last])), ..sample() });
+    }
+    let page = scrape(&metrics);
+    let blank = REST.replace("jack", "").replace("127.0.0.1", "");
+    assert_line(&page, &format!("apisix_http_latency_count{{type=\"request\",{blank}}} 3"));
+    assert_line(&page, &format!("apisix_bandwidth{{type=\"ingress\",{}}} 100", REST.replace("127.0.0.1", "10.0.0.2")));
+    assert!(page.contains("matched_uri=\"\"") && !page.contains("/hello"));
+}
+
+#[test]
+fn series_are_bounded_and_totals_stay_right() {
+    let metrics = Metrics::new(Settings::default());
+    let worker = metrics.recorder();
+    let many = cells::MAX_CELLS + 50;
+    for i in 0..many {
+        worker.record(&RequestSample { route: &i.to_string(), ..sample() });
+    }
+    let page = scrape(&metrics);
+    assert_line(&page, "apisix_metric_series_dropped_total 50");
+    let statuses = page.lines().filter(|l| l.starts_with("apisix_http_status{"));
+    let total: usize = statuses.map(|l| l.rsplit(' ').next().unwrap().parse::<usize>().unwrap()).sum();
+    assert_eq!(total, many);
+}
+
+#[test]
+fn idle_series_expire() {
+    let expire = json!({"expire": 60});
+    let attr = json!({"metrics": {"http_status": expire, "http_latency": expire, "bandwidth": expire}});
+    let metrics = Metrics::new(Settings::from_attr(&attr));
+    let worker = metrics.recorder();
+    let Some(long_ago) = Instant::now().checked_sub(Duration::from_secs(61)) else { return };
+    worker.record(&RequestSample { now: long_ago, ..sample() });
+    worker.record(&RequestSample { route: "2", ..sample() });
+    let page = scrape(&metrics);
+    assert!(!page.contains("route=\"1\"") && page.contains("route=\"2\""));
+    assert_eq!(lock(&worker.worker.cells).part(0).len(), 1);
+    worker.record(&RequestSample { route: "2", ..sample() });
+    assert_eq!(lock(&worker.worker.cells).part(0)[0].count, 2);
+}
+
+#[test]
+fn plugins_have_metrics_of_their_own() {
+    let metrics = Metrics::new(Settings::default());
+    let gauge = metrics.custom(Kind::Gauge, "batch_process_entries", "entries", &["name", "route_id"], &[]).unwrap();
+    gauge.set(&["http logger", "1"], 4.0);
+    gauge.inc(&["http logger", "1"], -1.5);
+    gauge.set(&["wrong"], 4.0);
+    let times = metrics.custom(Kind::Histogram, "times", "times", &[], &[1.0, 2.0]).unwrap();
+    times.observe(&[], 1.5);
+    let count = metrics.custom(Kind::Counter, "seen", "seen", &[], &[]).unwrap();
+    count.inc(&[], -1.0);
+    count.inc(&[], 2.0);
+    assert!(metrics.custom(Kind::Counter, "times", "times", &[], &[]).is_err());
+    assert!(metrics.custom(Kind::Counter, "a b", "", &[], &[]).is_err());
+    let page = scrape(&metrics);
+    assert_line(&page, "apisix_batch_process_entries{name=\"http logger\",route_id=\"1\"} 2.5");
+    assert_line(&page, "apisix_times_bucket{le=\"1\"} 0");
+    assert_line(&page, "apisix_times_bucket{le=\"2\"} 1");
+    assert_line(&page, "apisix_times_sum 1.5");
+    assert_line(&page, "apisix_seen 2");
+    assert_line(&page, "apisix_nginx_metric_errors_total 2");
+}
+
+#[tokio::test]
+async fn the_page_is_served() {
+    let metrics = Metrics::new(Settings::default());
+    metrics.add_source(Box::new(|page| page.gauge("node_info", "Info of APISIX node", &[("hostname", "h")], 1.0)));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    tokio::spawn(serve(listener, metrics, "/apisix/prometheus/metrics".into()));
+    let ask = |path: &'static str| async move {
+        let mut socket = TcpStream::connect(addr).await.unwrap();
+        let request = format!("GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n");
+        socket.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        socket.read_to_string(&mut answer).await.unwrap();
+        answer
+    };
+    let answer = ask("/apisix/prometheus/metrics").await;
+    assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
+    assert!(answer.contains("content-type: text/plain; charset=utf-8\r\n"), "{answer}");
+    assert_line(&answer, "apisix_node_info{hostname=\"h\"} 1");
+    assert!(ask("/other").await.starts_with("HTTP/1.1 404"));
+}
+
+#[test]
+#[ignore = "a measurement, for release builds: prints nanoseconds"]
+fn measure() {
+    let metrics = Metrics::new(Settings::default());
+    let worker = metrics.recorder();
+    let routes: Vec<String> = (0..1000).map(|i| format!("route-{i}")).collect();
+    let started = Instant::now();
+    for i in 0..1_000_000 {
+        worker.record(&RequestSample { route: &routes[i % 1000], ..sample() });
+    }
+    println!("record {:?}", started.elapsed() / 1_000_000);
+    let started = Instant::now();
+    println!("{} bytes of page in {:?}", scrape(&metrics).len(), started.elapsed());
+}
