@@ -112,27 +112,47 @@ function coroutine.wrap(f)
     end
 end
 
--- The loader of packed modules, after the user's own path.
+-- Modules: the user's path, <prefix>/lua, then the packed ones. A plugin may also be an uploaded source, which wins, or
+-- <prefix>/plugins/<name>.lua.
 local prefix = native.prefix
-local own = ""
-if prefix ~= "" then
-    own = prefix .. "/plugins/?.lua;" .. prefix .. "/lua/?.lua;" .. prefix .. "/lua/?/init.lua;"
-end
 if native.purpose == "functions" then
     package.path, package.cpath = "", ""
 else
+    local own = prefix ~= "" and prefix .. "/lua/?.lua;" .. prefix .. "/lua/?/init.lua;" or ""
     package.path = native.lua_path .. ";" .. own .. package.path
     package.cpath = native.lua_cpath .. ";" .. package.cpath
 end
 
-local packed = native.packed
+local sources, packed = native.plugin_sources, native.packed
+
+local function plugin_searcher(name)
+    local plugin = name:match("^apisix%.plugins%.(.+)$")
+    local source = plugin and sources[plugin]
+    if type(source) == "string" then error(source, 0) end
+    if source then return source end
+end
+
+local function plugin_file_searcher(name)
+    local plugin = name:match("^apisix%.plugins%.(.+)$")
+    if not plugin or prefix == "" or native.purpose == "functions" then return nil end
+    local file = prefix .. "/plugins/" .. plugin:gsub("%.", "/") .. ".lua"
+    local handle = io.open(file, "rb")
+    if not handle then return "\n\tno file '" .. file .. "'" end
+    local text = handle:read("*a")
+    handle:close()
+    local chunk, err = loadstring(text, "@plugins/" .. plugin:gsub("%.", "/") .. ".lua")
+    if not chunk then error(err, 0) end
+    return chunk
+end
 
 local function packed_searcher(name)
     local chunk = packed(name)
     return chunk or "\n\tno packed module '" .. name .. "'"
 end
 
-table.insert(package.loaders, 3, packed_searcher)
+table.insert(package.loaders, 2, plugin_searcher)
+table.insert(package.loaders, 4, plugin_file_searcher)
+table.insert(package.loaders, 5, packed_searcher)
 
 if native.packed("moongate.ngx") then
     require("moongate.ngx")

@@ -4,7 +4,6 @@
 -- one that ended are cleared and used again.
 
 local fast = require("moongate.native").fast
-local clear_tab = require("table.clear")
 local slot = fast.slot
 
 local _M = {}
@@ -30,16 +29,6 @@ end
 --- `ngx.ctx = t`
 function _M.set_ngx_ctx(t)
     ngx_ctxs[slot()] = t
-end
-
---- The request of slot `at` has ended.
-function _M.clear(at)
-    ngx_ctxs[at] = nil
-    local ctx = ctxs[at]
-    if ctx then
-        ctxs[at] = nil
-        clear_tab(ctx)
-    end
 end
 
 _M.ctxs, _M.ngx_ctxs = ctxs, ngx_ctxs

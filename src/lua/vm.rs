@@ -67,7 +67,7 @@ pub struct Vm {
     pub config: VmConfig,
     entries: Vec<Entry>,
     limits: Limits,
-    /// Registry reference of `moongate.request`'s `clear`.
+    /// Registry reference of `moongate.ctx`'s `clear`.
     clear: Cell<i32>,
     idle: RefCell<Vec<Coroutine>>,
     slots: RefCell<Slots>,
@@ -136,7 +136,7 @@ impl Vm {
             itself: itself.clone(),
         });
         vm.entered(|| boot(&vm.lua, &native, &vm.config))?;
-        vm.clear.set(vm.function("moongate.request", "clear")?);
+        vm.clear.set(vm.function("moongate.ctx", "clear")?);
         Ok(vm)
     }
 
@@ -233,6 +233,11 @@ impl Vm {
         self.release(co.anchor);
     }
 
+    /// Coroutines that wait for a call.
+    pub fn idle_coroutines(&self) -> usize {
+        self.idle.borrow().len()
+    }
+
     /// A number for a request's tables.
     pub fn take_slot(&self) -> u32 {
         let mut slots = self.slots.borrow_mut();
@@ -293,6 +298,17 @@ fn boot(lua: &mlua::Lua, native: &mlua::Table, config: &VmConfig) -> Result<()> 
         lua.named_registry_value(convert::ARRAY_MT.to_str().unwrap_or_default()).map_err(script)?;
     native.raw_set("array_mt", array_mt).map_err(script)?;
     native.raw_set("packed", lua.create_function(packed_loader).map_err(script)?).map_err(script)?;
+    let sources = lua.create_table().map_err(script)?;
+    for (name, source) in &config.plugin_sources {
+        let chunk = load_chunk(lua, &format!("plugins/{name}.lua"), source.as_bytes());
+        // One that does not compile is reported when the plugin is loaded.
+        match chunk {
+            Ok(f) => sources.raw_set(&**name, f),
+            Err(e) => sources.raw_set(&**name, e.to_string()),
+        }
+        .map_err(script)?;
+    }
+    native.raw_set("plugin_sources", sources).map_err(script)?;
     native.raw_set("marker", mlua::LightUserData(super::sched::marker())).map_err(script)?;
     let (file, source) = packed("moongate.boot")
         .ok_or_else(|| Error::internal(crate::error::Kind::NotFound).context("moongate.boot is not packed"))?;

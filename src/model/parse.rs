@@ -75,7 +75,7 @@ pub fn parse(kind: Kind, id: &str, json: &str, context: &ParseContext<'_>) -> Re
         Kind::GlobalRule => {
             Parsed::GlobalRule(GlobalRule { plugins: super::Plugins::from_json(map, SchemaKind::Route, context)? })
         }
-        Kind::PluginMetadata => Parsed::PluginMetadata(PluginMetadata),
+        Kind::PluginMetadata => Parsed::PluginMetadata(PluginMetadata::from_json(id, map, context)),
         Kind::Ssl => Parsed::Ssl(Ssl::from_json(map, context)?),
         Kind::Function => Parsed::Function(Function { source: required(map, "source")?.into() }),
         Kind::PluginSource => Parsed::PluginSource(PluginSource { source: required(map, "source")?.into() }),

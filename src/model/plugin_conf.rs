@@ -35,9 +35,20 @@ pub struct Meta {
 #[derive(Clone, Debug, Default)]
 pub struct Plugins(pub Arc<[Arc<PluginConf>]>);
 
-/// `/plugin_metadata/{name}`: settings of a plugin for the whole gateway. The object's JSON is all there is to it.
+/// `/plugin_metadata/{name}`: settings of a plugin for the whole gateway.
 #[derive(Debug)]
-pub struct PluginMetadata;
+pub struct PluginMetadata {
+    /// The metadata as JSON text, decrypted: what plugins read. The object's own text is as stored.
+    pub json: Arc<str>,
+}
+
+impl PluginMetadata {
+    pub(super) fn from_json(name: &str, map: &mut Map<String, Value>, context: &ParseContext<'_>) -> PluginMetadata {
+        let mut value = Value::Object(std::mem::take(map));
+        crypt::decrypt_fields(context.keyring, context.fields, name, SchemaKind::Metadata, &mut value);
+        PluginMetadata { json: value.to_string().into() }
+    }
+}
 
 impl Plugins {
     /// Takes `plugins` out of an owner's JSON. `kind` says which of a plugin's schemas they are written for.

@@ -1,9 +1,13 @@
 //! Plugins: which exist (`registry`), which run for a request (`plan`), and running them (`run`).
 
+mod natives;
 pub mod output;
 pub mod plan;
 pub mod registry;
 pub mod run;
+
+pub use registry::{Checker, PluginInfo, Setup};
+pub use run::{Flow, Runner};
 
 use crate::exchange::Phase;
 

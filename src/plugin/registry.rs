@@ -1,1 +1,319 @@
-//! The plugins that are loaded.
+//! The plugins that are loaded: which names, from where, what each says of itself; and asking them about confs.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::HashMap,
+    path::{Path, PathBuf},
+    rc::Rc,
+    sync::Arc,
+};
+
+use serde_json::Value;
+
+use super::{PhaseMask, natives};
+use crate::{
+    error::{Error, Result},
+    exchange::Phase,
+    lua::{
+        Stack, Vm, VmConfig,
+        api::script,
+        convert,
+        vm::{self, Purpose},
+    },
+    store::{
+        Snapshot,
+        builder::{PluginChecker, PluginSchema, Refusal},
+    },
+};
+
+/// What a plugin says of itself. Goes between threads.
+#[derive(Clone, Debug, Default)]
+pub struct PluginInfo {
+    pub name: Box<str>,
+    pub priority: i64,
+    pub version: Value,
+    /// `type = "auth"`: it works with consumers.
+    pub auth: bool,
+    /// `run_policy = "prefer_route"`: a global rule's instance steps back when the route has one.
+    pub prefer_route: bool,
+    /// The phases that it has functions for.
+    pub phases: PhaseMask,
+    /// The Lua tables as JSON: `schema`, `consumer_schema`, `metadata_schema`, `type`, `scope`, …
+    pub json: Value,
+}
+
+/// Phases in the order of `moongate.plugins`' `phases`.
+const PHASES: [Phase; 7] = [
+    Phase::Rewrite,
+    Phase::Access,
+    Phase::BeforeProxy,
+    Phase::HeaderFilter,
+    Phase::BodyFilter,
+    Phase::DelayedBodyFilter,
+    Phase::Log,
+];
+
+impl PluginInfo {
+    fn from_json(json: Value) -> PluginInfo {
+        let is = |key: &str, text: &str| json.get(key).and_then(Value::as_str) == Some(text);
+        let mut phases = PhaseMask::default();
+        for n in json.get("phases").and_then(Value::as_array).into_iter().flatten() {
+            let n = n.as_u64().unwrap_or(0) as usize;
+            if let Some(phase) = n.checked_sub(1).and_then(|i| PHASES.get(i)) {
+                phases.add(*phase);
+            }
+        }
+        PluginInfo {
+            name: json.get("name").and_then(Value::as_str).unwrap_or_default().into(),
+            priority: json.get("priority").and_then(Value::as_f64).unwrap_or(0.0) as i64,
+            version: json.get("version").cloned().unwrap_or_default(),
+            auth: is("type", "auth"),
+            prefer_route: is("run_policy", "prefer_route"),
+            phases,
+            json,
+        }
+    }
+}
+
+/// The loaded plugins by name.
+pub type Plugins = HashMap<Box<str>, Arc<PluginInfo>>;
+
+/// What is the same for every VM of the process.
+#[derive(Clone, Debug, Default)]
+pub struct Setup {
+    pub prefix: PathBuf,
+    pub config: Arc<Value>,
+}
+
+impl Setup {
+    fn text(&self, key: &str) -> String {
+        self.config.pointer("/apisix").and_then(|a| a.get(key)).and_then(Value::as_str).unwrap_or_default().to_owned()
+    }
+
+    /// How a VM for `purpose` is made under this configuration.
+    pub fn vm_config(&self, purpose: Purpose, worker: usize, snapshot: &Snapshot) -> VmConfig {
+        let sources = snapshot.plugin_sources.values().map(|o| (o.id.clone(), o.value.source.clone()));
+        VmConfig {
+            purpose,
+            prefix: self.prefix.clone(),
+            lua_path: self.text("extra_lua_path"),
+            lua_cpath: self.text("extra_lua_cpath"),
+            config: self.config.clone(),
+            worker,
+            plugin_sources: sources.collect(),
+        }
+    }
+
+    /// The names to load: the store's list or config.yaml's, uploaded sources, and files in the user's directories.
+    pub fn names(&self, snapshot: &Snapshot) -> Vec<Box<str>> {
+        let mut names: Vec<Box<str>> = match &snapshot.plugin_names {
+            Some(listed) => listed.to_vec(),
+            None => match self.config.get("plugins").and_then(Value::as_array) {
+                Some(listed) => listed.iter().filter_map(Value::as_str).map(Box::from).collect(),
+                None => packed_plugins().map(Box::from).collect(),
+            },
+        };
+        names.extend(snapshot.plugin_sources.keys().map(|id| Box::from(&**id)));
+        plugin_files(&self.prefix.join("plugins"), &mut names);
+        for pattern in self.text("extra_lua_path").split(';') {
+            if let Some(dir) = pattern.strip_suffix("/?.lua") {
+                plugin_files(&Path::new(dir).join("apisix/plugins"), &mut names);
+            }
+        }
+        let mut seen = std::collections::HashSet::new();
+        names.retain(|n| seen.insert(n.clone()));
+        names
+    }
+}
+
+/// Names of the plugins that are part of the binary.
+fn packed_plugins() -> impl Iterator<Item = &'static str> {
+    vm::PACKED
+        .iter()
+        .filter_map(|(module, file, _)| file.starts_with("plugins/").then(|| module.strip_prefix("apisix.plugins.")))
+        .flatten()
+        .filter(|name| !name.contains('.'))
+}
+
+fn plugin_files(dir: &Path, names: &mut Vec<Box<str>>) {
+    let Ok(entries) = std::fs::read_dir(dir) else { return };
+    let mut found: Vec<Box<str>> =
+        entries.flatten().filter_map(|e| e.file_name().to_string_lossy().strip_suffix(".lua").map(Box::from)).collect();
+    found.sort();
+    names.append(&mut found);
+}
+
+/// A VM with the plugins of `names` loaded. What does not load is logged and left out.
+pub fn load(config: VmConfig, names: &[Box<str>]) -> Result<(Rc<Vm>, Plugins)> {
+    let vm = Vm::with(config, &[natives::register])?;
+    let mut plugins = Plugins::new();
+    for name in names {
+        match load_one(&vm, name) {
+            Ok(info) => {
+                plugins.insert(name.clone(), Arc::new(info));
+            }
+            // config.yaml's default list names plugins of APISIX that this build does not have.
+            Err(Refused::Missing) => tracing::debug!(target: "lua", "plugin [{name}] not found"),
+            Err(Refused::Broken(text)) => tracing::error!(target: "lua", "failed to load plugin [{name}] err: {text}"),
+        }
+    }
+    Ok((vm, plugins))
+}
+
+enum Refused {
+    Missing,
+    Broken(String),
+}
+
+fn load_one(vm: &Rc<Vm>, name: &str) -> Result<PluginInfo, Refused> {
+    let broken = |e: Error| Refused::Broken(e.to_string());
+    let (info, reason, missing): (mlua::Value, Option<String>, Option<String>) =
+        call(vm, "moongate.plugins", "load", name).map_err(broken)?;
+    match (info, missing) {
+        (mlua::Value::Table(t), _) => json_of(vm, t).map(PluginInfo::from_json).map_err(broken),
+        (_, Some(_)) => Err(Refused::Missing),
+        _ => Err(Refused::Broken(reason.unwrap_or_default())),
+    }
+}
+
+/// Calls a Lua module's function outside of any request.
+pub fn call<R: mlua::FromLuaMulti>(vm: &Rc<Vm>, module: &str, name: &str, args: impl mlua::IntoLuaMulti) -> Result<R> {
+    vm.entered(|| {
+        let require: mlua::Function = vm.lua.globals().get("require").map_err(script)?;
+        let module: mlua::Table = require.call(module).map_err(script)?;
+        let function: mlua::Function = module.get(name).map_err(script)?;
+        crate::lua::limits::bounded(vm.main(), vm.limits(), || function.call(args)).map_err(script)
+    })
+}
+
+/// A Lua table as JSON.
+fn json_of(vm: &Rc<Vm>, table: mlua::Table) -> Result<Value> {
+    let mut json = Err("empty".into());
+    // SAFETY: the table is the only value on the stack; reading it raises nothing.
+    unsafe { vm.lua.exec_raw::<()>(table, |l| json = convert::to_json(&Stack::new(l), 1)).map_err(script)? };
+    json.map_err(|raise| Error::script(raise.0))
+}
+
+/// A JSON value as a Lua table.
+fn lua_of(vm: &Rc<Vm>, json: &Value) -> Result<mlua::Value> {
+    let mut pushed = Ok(());
+    // SAFETY: pushes exactly one value when it succeeds; what a failure left is dropped with the results.
+    let value =
+        unsafe { vm.lua.exec_raw::<mlua::MultiValue>((), |l| pushed = convert::push_json(&Stack::new(l), json)) };
+    pushed.map_err(|raise| Error::script(raise.0))?;
+    Ok(value.map_err(script)?.into_iter().next().unwrap_or(mlua::Value::Nil))
+}
+
+/// Answers for the plugins on the control thread: one VM that never serves.
+pub struct Checker {
+    setup: Setup,
+    state: RefCell<Option<Loaded>>,
+    generation: Cell<u64>,
+}
+
+#[derive(Clone)]
+struct Loaded {
+    vm: Rc<Vm>,
+    plugins: Rc<Plugins>,
+}
+
+impl Checker {
+    pub fn new(setup: Setup, snapshot: &Snapshot) -> Result<Checker> {
+        let checker = Checker { setup, state: RefCell::default(), generation: Cell::new(0) };
+        checker.load(snapshot)?;
+        Ok(checker)
+    }
+
+    fn load(&self, snapshot: &Snapshot) -> Result<()> {
+        let config = self.setup.vm_config(Purpose::Check, 0, snapshot);
+        let (vm, plugins) = load(config, &self.setup.names(snapshot))?;
+        *self.state.borrow_mut() = Some(Loaded { vm, plugins: Rc::new(plugins) });
+        self.generation.set(self.generation.get() + 1);
+        Ok(())
+    }
+
+    fn loaded(&self) -> Option<Loaded> {
+        self.state.borrow().clone()
+    }
+
+    /// The loaded plugins.
+    pub fn list(&self) -> Vec<Arc<PluginInfo>> {
+        let mut all: Vec<_> = self.loaded().map(|l| l.plugins.values().cloned().collect()).unwrap_or_default();
+        all.sort_by(|a, b| b.priority.cmp(&a.priority).then_with(|| a.name.cmp(&b.name)));
+        all
+    }
+
+    pub fn get(&self, name: &str) -> Option<Arc<PluginInfo>> {
+        self.loaded()?.plugins.get(name).cloned()
+    }
+
+    /// Runs the plugin's `check_schema` on `conf`.
+    pub fn check_conf(&self, plugin: &str, conf: &Value, schema: PluginSchema) -> Result<(), Refusal> {
+        let invalid = |e: Error| Refusal::Invalid(e.to_string());
+        let Some(Loaded { vm, plugins }) = self.loaded() else { return Err(Refusal::Unknown) };
+        if !plugins.contains_key(plugin) {
+            return Err(Refusal::Unknown);
+        }
+        let kind = match schema {
+            PluginSchema::Plugin => None,
+            PluginSchema::Consumer => Some(1),
+            PluginSchema::Metadata => Some(2),
+        };
+        let conf = lua_of(&vm, conf).map_err(invalid)?;
+        let (ok, reason): (Option<bool>, Option<String>) =
+            call(&vm, "moongate.plugins", "check", (plugin, conf, kind)).map_err(invalid)?;
+        if ok == Some(true) { Ok(()) } else { Err(Refusal::Invalid(reason.unwrap_or_default())) }
+    }
+
+    /// What the text of a plugin file says of itself, found in a VM of its own; or why it cannot be a plugin, with file
+    /// and line.
+    pub fn inspect_plugin(&self, name: &str, source: &str) -> Result<PluginInfo, String> {
+        let config = self.setup.vm_config(Purpose::Check, 0, &Snapshot::default());
+        let vm = Vm::with(config, &[natives::register]).map_err(|e| e.to_string())?;
+        let chunk = vm::load_chunk(&vm.lua, &format!("plugins/{name}.lua"), source.as_bytes()).map_err(plain)?;
+        let (info, reason): (mlua::Value, Option<String>) =
+            call(&vm, "moongate.plugins", "inspect", (chunk, name)).map_err(|e| e.to_string())?;
+        match info {
+            mlua::Value::Table(t) => json_of(&vm, t).map(PluginInfo::from_json).map_err(|e| e.to_string()),
+            _ => Err(reason.unwrap_or_default()),
+        }
+    }
+
+    /// Whether the text of a function compiles; if not: file, line and why.
+    pub fn compile_function(&self, id: &str, source: &str) -> Result<(), String> {
+        let Some(Loaded { vm, .. }) = self.loaded() else { return Err("no VM".into()) };
+        vm::load_chunk(&vm.lua, &format!("functions/{id}.lua"), source.as_bytes()).map(|_| ()).map_err(plain)
+    }
+}
+
+/// A compile error without mlua's prefix.
+fn plain(e: mlua::Error) -> String {
+    match e {
+        mlua::Error::SyntaxError { message, .. } => message,
+        e => e.to_string(),
+    }
+}
+
+impl PluginChecker for Checker {
+    fn check(&self, plugin: &str, conf: &str, schema: PluginSchema) -> Result<(), Refusal> {
+        let conf = serde_json::from_str(conf).map_err(|e| Refusal::Invalid(e.to_string()))?;
+        self.check_conf(plugin, &conf, schema)
+    }
+
+    fn reload(&self, snapshot: &Snapshot) {
+        if let Err(e) = self.load(snapshot) {
+            // The plugins that were loaded go on answering.
+            tracing::error!(target: "lua", "failed to reload the plugins: {e}");
+        }
+    }
+}
+
+impl PluginChecker for Rc<Checker> {
+    fn check(&self, plugin: &str, conf: &str, schema: PluginSchema) -> Result<(), Refusal> {
+        Checker::check(self, plugin, conf, schema)
+    }
+
+    fn reload(&self, snapshot: &Snapshot) {
+        PluginChecker::reload(&**self, snapshot);
+    }
+}

@@ -155,6 +155,16 @@ fn consumers_index_their_decrypted_keys() {
 }
 
 #[test]
+fn metadata_is_decrypted_for_plugins() {
+    let keyring = Keyring::new(["edd1c9f0985e76a2"], true).expect("a key");
+    let value = json!({"master_apikey": keyring.encrypt("secret")});
+    let Ok(Parsed::PluginMetadata(metadata)) = parsed(Kind::PluginMetadata, "azure-functions", value) else {
+        panic!("metadata")
+    };
+    assert_eq!(&*metadata.json, r#"{"master_apikey":"secret"}"#);
+}
+
+#[test]
 fn credentials_hold_one_auth_plugin() {
     let id = "jack/credentials/c1";
     let good = parsed(Kind::Credential, id, json!({"plugins": {"key-auth": {"key": "k"}}}));

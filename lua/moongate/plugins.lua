@@ -1,0 +1,134 @@
+--- The plugins that are loaded in this VM.
+
+local ipairs, pairs, pcall, require, tostring, type = ipairs, pairs, pcall, require, tostring, type
+local debug_traceback, xpcall = debug.traceback, xpcall
+
+local _M = {}
+
+local by_name, ordered = {}, {}
+
+--- Phases that a plugin may have a function for, in the order of their bits.
+_M.phases = { "rewrite", "access", "before_proxy", "header_filter", "body_filter", "delayed_body_filter", "log" }
+
+-- What every plugin's schema allows beside its own properties.
+local meta_schema = {
+    type = "object",
+    properties = {
+        disable = { type = "boolean" },
+        error_response = { oneOf = { { type = "string" }, { type = "object" } } },
+        priority = { type = "integer" },
+        filter = { type = "array" },
+        pre_function = { type = "string" },
+    },
+}
+
+local function complete(name, plugin)
+    if type(plugin) ~= "table" then return nil, "invalid plugin [" .. name .. "]: it returns no table" end
+    for _, field in ipairs({ "priority", "version" }) do
+        if not plugin[field] then return nil, "invalid plugin [" .. name .. "], missing field: " .. field end
+    end
+    if type(plugin.priority) ~= "number" then return nil, "invalid plugin [" .. name .. "]: priority is no number" end
+    if type(plugin.schema) ~= "table" then return nil, "invalid plugin [" .. name .. "] schema field" end
+    plugin.name = name
+    local schema = plugin.schema
+    if schema.type == "object" or schema.properties then
+        schema.properties = schema.properties or {}
+        if not schema.properties._meta then schema.properties._meta = meta_schema end
+    end
+    if not plugin.check_schema then
+        function plugin.check_schema(conf)
+            return require("apisix.core.schema").check(schema, conf)
+        end
+    end
+    return plugin
+end
+
+local function describe(plugin)
+    local info = {
+        name = plugin.name, priority = plugin.priority, version = plugin.version,
+        type = plugin.type, run_policy = plugin.run_policy, scope = plugin.scope,
+        schema = plugin.schema, consumer_schema = plugin.consumer_schema, metadata_schema = plugin.metadata_schema,
+        phases = {},
+    }
+    for i, phase in ipairs(_M.phases) do
+        if type(plugin[phase]) == "function" then info.phases[#info.phases + 1] = i end
+    end
+    return info
+end
+
+local function insert(plugin)
+    by_name[plugin.name] = plugin
+    local at = #ordered + 1
+    for i, other in ipairs(ordered) do
+        if plugin.priority > other.priority then
+            at = i
+            break
+        end
+    end
+    table.insert(ordered, at, plugin)
+end
+
+--- Loads one plugin; its description, or nil and why not. `missing` as third result: there is no such module.
+function _M.load(name)
+    local module = "apisix.plugins." .. name
+    local ok, plugin = xpcall(require, debug_traceback, module)
+    if not ok then
+        local text = tostring(plugin)
+        return nil, text, text:find("module '" .. module .. "' not found", 1, true) and "missing" or nil
+    end
+    local err
+    plugin, err = complete(name, plugin)
+    if not plugin then return nil, err end
+    insert(plugin)
+    return describe(plugin)
+end
+
+--- Every plugin's `init`, when its VM starts to serve; what failed, by name.
+function _M.init()
+    local errors = {}
+    for _, plugin in ipairs(ordered) do
+        if type(plugin.init) == "function" then
+            local ok, err = xpcall(plugin.init, debug_traceback)
+            if not ok then errors[plugin.name] = tostring(err) end
+        end
+    end
+    return errors
+end
+
+--- Every plugin's `destroy`, when its VM has served its last request.
+function _M.destroy()
+    for _, plugin in ipairs(ordered) do
+        if type(plugin.destroy) == "function" then pcall(plugin.destroy) end
+    end
+end
+
+--- Whether `conf` passes the plugin's own check. `kind`: nil, 1 (a consumer's) or 2 (metadata).
+function _M.check(name, conf, kind)
+    local plugin = by_name[name]
+    if not plugin then return nil, "unknown plugin [" .. name .. "]" end
+    if kind == 2 and not plugin.metadata_schema then return true end
+    local ok, err = plugin.check_schema(conf, kind)
+    if ok then return true end
+    return false, tostring(err)
+end
+
+--- A plugin's text under a name: what it says of itself, or nil and why it cannot be one.
+function _M.inspect(chunk, name)
+    local ok, plugin = xpcall(chunk, debug_traceback, "apisix.plugins." .. name)
+    if not ok then return nil, tostring(plugin) end
+    local err
+    if type(plugin) == "table" and plugin.name ~= nil and plugin.name ~= name then
+        return nil, "the plugin calls itself '" .. tostring(plugin.name) .. "', not '" .. name .. "'"
+    end
+    plugin, err = complete(name, plugin)
+    if not plugin then return nil, err end
+    return describe(plugin)
+end
+
+--- Every loaded plugin's module, by descending priority.
+function _M.list() return ordered end
+
+--- One loaded plugin's module, or nil.
+function _M.get(name) return by_name[name] end
+
+return _M

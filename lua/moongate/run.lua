@@ -1,0 +1,289 @@
+--- Runs the plugins of a plan, phase by phase, and uploaded functions.
+--
+-- A plan is made once (`build`) and run many times. For each phase it has sections, one per owner (each global rule,
+-- then the route with what is merged into it); a section is a flat list: function, conf, entry, function, …
+
+local native = require("moongate.native").plugin
+local ctx_of = require("moongate.ctx")
+local plugins = require("moongate.plugins")
+local request = require("moongate.request")
+local ctxs = request.ctxs
+local begin = ctx_of.begin
+local ipairs, loadstring, pairs, pcall, rawget, setmetatable, tostring, type =
+    ipairs, loadstring, pairs, pcall, rawget, setmetatable, tostring, type
+
+local _M = {}
+
+-- Confs as tables, by uid: shared by the plans that use them, gone with the last.
+local confs = setmetatable({}, { __mode = "v" })
+
+local TYPE_CONSUMER = 1
+
+local function hook(source, name)
+    local chunk, err = loadstring(source, "=" .. name .. "(_meta.pre_function)")
+    if not chunk then return nil, err end
+    local ok, f = pcall(chunk)
+    if ok and type(f) == "function" then return f end
+    return nil, ok and "_meta.pre_function is no function" or tostring(f)
+end
+
+local function conf_table(item, plugin)
+    local conf = confs[item.uid]
+    if conf then return conf end
+    conf = native.decode(item.json)
+    local ok, passed, err = pcall(plugin.check_schema, conf, item.consumer and TYPE_CONSUMER or nil)
+    if not ok or not passed then
+        native.log_error("failed to check the configuration of plugin " .. item.name .. " err: "
+            .. tostring(ok and err or passed))
+        return nil
+    end
+    local meta = conf._meta
+    if type(meta) ~= "table" then
+        meta = {}
+        conf._meta = meta
+    end
+    setmetatable(meta, { __index = { parent = { resource_key = item.key, resource_version = item.version } } })
+    confs[item.uid] = conf
+    return conf
+end
+
+local function entry_of(item, conf)
+    local meta = conf._meta
+    local entry = { name = item.name, filter = item.filter, error_response = meta.error_response }
+    if meta.pre_function then
+        local f, err = hook(meta.pre_function, item.name)
+        if not f then native.log_error(item.name .. ": " .. err) end
+        entry.pre_function = f
+    end
+    entry.plain = not entry.filter and not entry.pre_function
+    return entry
+end
+
+local function section_of(owner)
+    return { n = 0, plain = true, conf_type = owner.conf_type, conf_id = owner.conf_id,
+        conf_version = owner.conf_version }
+end
+
+local function add(section, f, conf, entry)
+    local n = section.n
+    section[n + 1], section[n + 2], section[n + 3] = f, conf, entry
+    section.n = n + 3
+    section.plain = section.plain and entry.plain
+end
+
+-- The phases of a plan and the plugins' functions that make them. A global rule's access comes before the route's rewrite.
+local passes = {
+    { "rewrite", "rewrite", global = true, route = true }, { "rewrite", "access", global = true },
+    { "consumer", "rewrite", consumer = true }, { "access", "access", route = true },
+    { "before_proxy", "before_proxy", global = true, route = true },
+    { "header_filter", "header_filter", global = true, route = true },
+    { "body_filter", "body_filter", global = true, route = true },
+    { "delayed_body_filter", "delayed_body_filter", global = true, route = true },
+    { "log", "log", global = true, route = true },
+}
+
+local function wants(pass, owner, item, plugin)
+    if owner.global then return pass.global end
+    if pass.consumer then return item.consumer_only and plugin.type ~= "auth" end
+    if pass[2] == "rewrite" and item.consumer_only then return false end
+    return pass.route
+end
+
+local function fill(plan, owner, members)
+    for _, pass in ipairs(passes) do
+        local section
+        for _, member in ipairs(members) do
+            local f = member.plugin[pass[2]]
+            if type(f) == "function" and wants(pass, owner, member.item, member.plugin) then
+                section = section or section_of(owner)
+                add(section, f, member.conf, member.entry)
+            end
+        end
+        if section then
+            local list = plan[pass[1]] or {}
+            plan[pass[1]] = list
+            list[#list + 1] = section
+        end
+    end
+end
+
+--- Makes a plan of its owners (`{ global, conf_type, conf_id, conf_version, items }`), items by falling priority.
+function _M.build(owners)
+    local plan = { scope = owners[#owners], switches = #owners > 1 }
+    for _, owner in ipairs(owners) do
+        local members = {}
+        for _, item in ipairs(owner.items) do
+            local plugin = plugins.get(item.name)
+            local conf = plugin and conf_table(item, plugin)
+            if conf then
+                members[#members + 1] = { plugin = plugin, conf = conf, item = item, entry = entry_of(item, conf) }
+            end
+        end
+        -- Rewrite and access of one global rule run before the next one's.
+        fill(plan, owner, members)
+    end
+    plan.access_sections = plan.access
+    local has = {}
+    for _, phase in ipairs({ "rewrite", "consumer", "access", "before_proxy", "header_filter", "body_filter",
+        "delayed_body_filter", "log" }) do
+        has[#has + 1] = plan[phase] and 1 or 0
+    end
+    owners[#owners].items = nil
+    return plan, table.concat(has)
+end
+
+-- `return code, body` of a plugin as status and text.
+local function answer(code, body, entry)
+    if type(code) ~= "number" then
+        if body == nil then code, body = nil, code end
+    elseif code >= 400 then
+        native.log_exit(entry.name, code)
+        if entry.error_response ~= nil then body = entry.error_response end
+    end
+    if type(body) == "table" then
+        body = native.encode(body) .. "\n"
+    elseif body ~= nil then
+        body = tostring(body)
+    end
+    return type(code) == "number" and code or 200, body
+end
+
+_M.answer = answer
+
+-- Whether the filter of an entry lets the plugin run in this request: asked once per request.
+local function passes_filter(entry, conf, ctx)
+    local known = rawget(ctx, "_meta_filter")
+    if not known then
+        known = {}
+        ctx._meta_filter = known
+    end
+    local passed = known[conf]
+    if passed == nil then
+        passed = native.filter(entry.filter)
+        known[conf] = passed
+    end
+    return passed
+end
+
+local function prepare(entry, conf, ctx)
+    if entry.filter and not passes_filter(entry, conf, ctx) then return false end
+    local f = entry.pre_function
+    if f then
+        local ok, err = pcall(f, conf, ctx)
+        if not ok then native.log_error("pre_function execution for plugin " .. entry.name .. " failed: " .. tostring(err)) end
+    end
+    return true
+end
+
+local function enter(section, ctx)
+    ctx.conf_type, ctx.conf_id, ctx.conf_version = section.conf_type, section.conf_id, section.conf_version
+end
+
+-- Phases whose plugins may answer.
+local function run_until_answer(sections, plan, ctx)
+    for s = 1, #sections do
+        local section = sections[s]
+        if plan.switches then enter(section, ctx) end
+        local plain = section.plain
+        for i = 1, section.n, 3 do
+            if plain or prepare(section[i + 2], section[i + 1], ctx) then
+                local code, body = section[i](section[i + 1], ctx)
+                if code or body then return answer(code, body, section[i + 2]) end
+            end
+        end
+    end
+    if plan.switches then enter(plan.scope, ctx) end
+end
+
+-- Phases whose plugins only look and change.
+local function run_all(sections, plan, ctx)
+    for s = 1, #sections do
+        local section = sections[s]
+        if plan.switches then enter(section, ctx) end
+        local plain = section.plain
+        for i = 1, section.n, 3 do
+            if plain or prepare(section[i + 2], section[i + 1], ctx) then
+                section[i](section[i + 1], ctx)
+            end
+        end
+    end
+    if plan.switches then enter(plan.scope, ctx) end
+end
+
+local function chosen(ctx)
+    local id = rawget(ctx, "upstream_id")
+    if id then native.choose_upstream(tostring(id)) end
+end
+
+--- Global rules' rewrite and access, then the route's rewrite; and its access too unless `pause`.
+function _M.rewrite(plan, at, pause)
+    local ctx = ctxs[at] or begin(at, plan.scope)
+    local sections = plan.rewrite
+    if sections then
+        local code, body = run_until_answer(sections, plan, ctx)
+        if code then return code, body end
+    end
+    if pause then return end
+    sections = plan.access
+    if sections then
+        local code, body = run_until_answer(sections, plan, ctx)
+        if code then return code, body end
+    end
+    chosen(ctx)
+end
+
+--- After a consumer was attached (`joined`): its plugins' rewrite; then everyone's access.
+function _M.access(plan, at, joined)
+    local ctx = ctxs[at] or begin(at, plan.scope)
+    local sections = joined and plan.consumer
+    if joined then enter(plan.scope, ctx) end
+    if sections then
+        local code, body = run_until_answer(sections, plan, ctx)
+        if code then return code, body end
+    end
+    sections = plan.access
+    if sections then
+        local code, body = run_until_answer(sections, plan, ctx)
+        if code then return code, body end
+    end
+    chosen(ctx)
+end
+
+function _M.before_proxy(plan, at)
+    local ctx = ctxs[at] or begin(at, plan.scope)
+    local code, body = run_until_answer(plan.before_proxy, plan, ctx)
+    if code then return code, body end
+    chosen(ctx)
+end
+
+for _, phase in ipairs({ "header_filter", "body_filter", "delayed_body_filter", "log" }) do
+    _M[phase] = function(plan, at)
+        local ctx = ctxs[at] or begin(at, plan.scope)
+        return run_all(plan[phase], plan, ctx)
+    end
+end
+
+local function_entry = { name = "function" }
+local function_scope = { conf_type = "function" }
+
+--- Calls an uploaded function: its status and text.
+function _M.call_function(f, at)
+    local ctx = ctxs[at] or begin(at, function_scope)
+    local code, body = f(ctx)
+    if code or body then return answer(code, body, function_entry) end
+end
+
+--- A route's `filter_func`, compiled.
+function _M.compile_filter(source)
+    local chunk, err = loadstring("return " .. source, "=filter_func")
+    if not chunk then return nil, err end
+    return chunk()
+end
+
+local filter_vars = ctx_of.var()
+
+function _M.call_filter(f)
+    return f(filter_vars) and true or false
+end
+
+return _M

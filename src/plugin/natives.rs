@@ -1,0 +1,169 @@
+//! `native.plugin`: what the Lua side of the runner asks of the request and its plan.
+
+use std::{borrow::Cow, ffi::c_int, sync::Arc};
+
+use super::run::Run;
+use crate::{
+    error::Result,
+    exchange::Exchange,
+    lua::{
+        Api, Phases, Raise, Stack,
+        api::request,
+        convert::{push_json, to_json},
+        fast,
+    },
+    model::Object,
+};
+
+type Answer = Result<c_int, Raise>;
+
+pub(super) fn register(api: &mut Api) -> Result<()> {
+    let any = Phases::ANY;
+    api.func("native.plugin.decode", any, "decode(json) -> value.", |s| {
+        let value = serde_json::from_slice(s.arg_bytes(1)?).map_err(|e| e.to_string())?;
+        push_json(s, &value).map(|()| 1)
+    })?;
+    api.func("native.plugin.encode", any, "encode(value) -> json.", |s| Ok(s.push_bytes(to_json(s, 1)?.to_string())))?;
+    api.func(
+        "native.plugin.matched_uid",
+        any,
+        "matched_uid(kind) -> number: the version of the matched route, service or upstream; 0: none.",
+        |s| {
+            let kind = s.arg_bytes(1)?;
+            let uid = fast::exchange().and_then(|x| matched(x, kind)).map_or(0, |m| m.uid);
+            Ok(s.push_number(uid as f64))
+        },
+    )?;
+    api.func(
+        "native.plugin.matched",
+        any,
+        "matched(kind) -> value, id, modified, created: the matched route, service or upstream.",
+        |s| {
+            let x = request()?;
+            let Some(m) = matched(x, s.arg_bytes(1)?) else { return Ok(s.push_nil()) };
+            push_json(s, &serde_json::from_str(&m.json).unwrap_or_default())?;
+            s.push_bytes(m.id.as_bytes());
+            s.push_number(m.modified as f64);
+            s.push_number(m.created as f64);
+            Ok(4)
+        },
+    )?;
+    api.func("native.plugin.captures", any, "captures() -> table: what of the request the route matched.", captures)?;
+    api.func(
+        "native.plugin.filter",
+        Phases::REQUEST,
+        "filter(n) -> boolean: whether the plan's nth filter passes.",
+        |s| {
+            let n = s.arg_int(1)?;
+            let passed = request().map(|x| Run::filter(x, n))?;
+            Ok(s.push_bool(passed))
+        },
+    )?;
+    api.func(
+        "native.plugin.choose_upstream",
+        Phases::REQUEST,
+        "choose_upstream(id): the request goes to `/upstreams/{id}`.",
+        |s| {
+            let id = s.arg_str(1)?;
+            let x = request()?;
+            match x.snapshot.upstreams.get(&*id) {
+                Some(upstream) => x.upstream.chosen = Some(upstream.value.clone()),
+                None => crate::lua::log_error(x, &format!("failed to find upstream by id: {id}")),
+            }
+            Ok(0)
+        },
+    )?;
+    api.func("native.plugin.log_error", any, "log_error(text).", |s| {
+        let text = s.arg_str(1)?;
+        match fast::exchange() {
+            Some(x) => crate::lua::log_error(x, &text),
+            None => tracing::error!(target: "lua", "{text}"),
+        }
+        Ok(0)
+    })?;
+    api.func("native.plugin.log_exit", any, "log_exit(plugin, status): a plugin refused the request.", |s| {
+        let (name, status) = (s.arg_str(1)?, s.arg_int(2)?);
+        tracing::warn!(target: "lua", "{name} exits with http status code {status}");
+        Ok(0)
+    })
+}
+
+/// A resource that the request matched.
+struct Matched {
+    uid: u64,
+    json: Arc<str>,
+    id: Arc<str>,
+    modified: i64,
+    created: i64,
+}
+
+impl<T> From<&Arc<Object<T>>> for Matched {
+    fn from(o: &Arc<Object<T>>) -> Self {
+        Matched {
+            uid: o.uid,
+            json: o.json.clone(),
+            id: o.id.clone(),
+            modified: o.mod_revision,
+            created: o.create_revision,
+        }
+    }
+}
+
+fn matched(x: &Exchange, kind: &[u8]) -> Option<Matched> {
+    let m = x.matched.as_ref()?;
+    match kind {
+        b"route" => Some((&m.route).into()),
+        b"service" => m.service.as_ref().map(Into::into),
+        b"upstream" => {
+            let of_service = || m.service.as_ref().and_then(|s| s.value.upstream_id.as_ref());
+            let id = m.route.value.upstream_id.as_ref().or_else(of_service)?;
+            x.snapshot.upstreams.get(id).map(Into::into)
+        }
+        _ => None,
+    }
+}
+
+/// `ctx.curr_req_matched`
+fn captures(s: &Stack) -> Answer {
+    let Some(m) = fast::exchange().and_then(|x| x.matched.as_ref()) else { return Ok(s.push_nil()) };
+    s.push_table(0, 2 + m.params.len());
+    s.push_bytes(m.path_pattern.as_bytes());
+    s.set(-2, "_path");
+    if let Some(host) = &m.host_pattern {
+        s.push_bytes(host.as_bytes());
+        s.set(-2, "_host");
+    }
+    for (name, value) in &m.params {
+        s.push_bytes(value.as_bytes());
+        s.set(-2, name.as_bytes());
+    }
+    Ok(1)
+}
+
+/// A variable for `_meta.filter`.
+pub(super) fn variable<'x>(x: &'x Exchange, name: &str) -> Option<Cow<'x, [u8]>> {
+    let borrowed = |b: &'x [u8]| (!b.is_empty()).then_some(Cow::Borrowed(b));
+    if let Some((_, value)) = x.custom_vars.iter().find(|(n, _)| &**n == name) {
+        return Some(Cow::Borrowed(value));
+    }
+    if let Some(arg) = name.strip_prefix("arg_") {
+        let pairs = x.request.args.split(|b| *b == b'&');
+        return pairs
+            .filter_map(|p| p.strip_prefix(arg.as_bytes()).and_then(|p| p.strip_prefix(b"=")))
+            .map(Cow::Borrowed)
+            .next();
+    }
+    if let Some(header) = name.strip_prefix("http_") {
+        return x.request.headers.get(header.replace('_', "-")).map(Cow::Borrowed);
+    }
+    match name {
+        "uri" => borrowed(&x.request.path),
+        "request_uri" => borrowed(&x.request.target),
+        "request_method" => borrowed(&x.request.method),
+        "host" => borrowed(&x.request.host),
+        "args" | "query_string" => borrowed(&x.request.args),
+        "remote_addr" => Some(Cow::Owned(x.remote().ip().to_string().into_bytes())),
+        "consumer_name" => x.consumer.as_ref().map(|c| Cow::Borrowed(c.value.username.as_bytes())),
+        _ => None,
+    }
+}

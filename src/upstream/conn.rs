@@ -1,0 +1,380 @@
+//! One connection to a node: the HTTP/1 client codec.
+//!
+//! `inp` holds what was read; the head is parsed where it stands and body bytes are handed out where they stand. The
+//! buffer is held only while something waits in it, so a kept connection costs its box and its socket.
+
+use std::{
+    cell::Cell,
+    ops::Range,
+    pin::Pin,
+    task::{Context, Poll, Waker, ready},
+    time::Duration,
+};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use super::{
+    Stream,
+    response::{self, Head},
+};
+use crate::{
+    error::{Error, Kind, Result, Retry},
+    exchange::{
+        Response,
+        deadline::Deadline,
+        framing::{ChunkDecoder, Chunked, Framing, HeadScan},
+    },
+};
+
+/// A buffer's first size: a head and a small body in one read.
+const BUFFER_SIZE: usize = 16 * 1024;
+/// What it grows to when reads fill it: fewer system calls for long bodies, still little beside a socket's buffers.
+const BUFFER_MAX: usize = 64 * 1024;
+/// Idle buffers kept per worker.
+const KEPT_BUFFERS: usize = 64;
+
+thread_local! {
+    static BUFFERS: Cell<Vec<Vec<u8>>> = const { Cell::new(Vec::new()) };
+}
+
+/// An empty buffer with room for a head and a small body.
+pub fn take_buffer() -> Vec<u8> {
+    let mut idle = BUFFERS.take();
+    let buffer = idle.pop();
+    BUFFERS.set(idle);
+    buffer.unwrap_or_else(|| Vec::with_capacity(BUFFER_SIZE))
+}
+
+pub fn put_buffer(mut buffer: Vec<u8>) {
+    if !(BUFFER_SIZE..=BUFFER_MAX).contains(&buffer.capacity()) {
+        return;
+    }
+    buffer.clear();
+    let mut idle = BUFFERS.take();
+    if idle.len() < KEPT_BUFFERS {
+        idle.push(buffer);
+    }
+    BUFFERS.set(idle);
+}
+
+/// What is left to read of the response's body.
+#[derive(Debug)]
+enum Body {
+    Done,
+    Length(u64),
+    Chunked(ChunkDecoder),
+    UntilClose,
+}
+
+pub struct Conn {
+    io: Stream,
+    deadline: Deadline,
+    armed: bool,
+    /// `inp[at..]` was read and not looked at yet.
+    inp: Vec<u8>,
+    at: usize,
+    /// Body bytes that wait to be taken: before `at`.
+    run: Range<usize>,
+    scan: HeadScan,
+    body: Body,
+    eof: bool,
+    keep: bool,
+    requests: u64,
+    received: u64,
+    sent: u64,
+}
+
+impl Conn {
+    pub fn new(io: Stream) -> Self {
+        Conn {
+            io,
+            deadline: Deadline::new(),
+            armed: false,
+            inp: Vec::new(),
+            at: 0,
+            run: 0..0,
+            scan: HeadScan::default(),
+            body: Body::Done,
+            eof: false,
+            keep: false,
+            requests: 0,
+            received: 0,
+            sent: 0,
+        }
+    }
+
+    /// Starts the next request.
+    pub fn begin(&mut self) {
+        self.requests += 1;
+        (self.received, self.sent) = (0, 0);
+        self.scan = HeadScan::default();
+        self.body = Body::Done;
+        self.keep = false;
+        self.armed = false;
+    }
+
+    /// Requests that it has served, with the one under way.
+    pub fn requests(&self) -> u64 {
+        self.requests
+    }
+
+    /// Bytes of the response so far, head and framing included.
+    pub fn received(&self) -> u64 {
+        self.received
+    }
+
+    pub fn sent(&self) -> u64 {
+        self.sent
+    }
+
+    /// Whether another request may be sent on it: the response was read to its end and nothing came after it.
+    pub fn is_reusable(&self) -> bool {
+        self.keep && !self.eof && matches!(self.body, Body::Done) && self.run.is_empty() && self.at == self.inp.len()
+    }
+
+    /// Lets go of what an idle connection does not need.
+    pub fn rest(&mut self) {
+        self.deadline.clear();
+        put_buffer(std::mem::take(&mut self.inp));
+        self.at = 0;
+        self.run = 0..0;
+    }
+
+    /// Whether an idle connection is still open and silent. Costs no system call while no event came.
+    pub fn is_alive(&mut self) -> bool {
+        let mut byte = [0];
+        let mut buf = ReadBuf::new(&mut byte);
+        let mut cx = Context::from_waker(Waker::noop());
+        Pin::new(&mut self.io).poll_read(&mut cx, &mut buf).is_pending()
+    }
+
+    /// Gives request bytes to the kernel: how many it took.
+    pub fn poll_write(&mut self, cx: &mut Context<'_>, data: &[u8], limit: Duration) -> Poll<Result<usize>> {
+        match Pin::new(&mut self.io).poll_write(cx, data) {
+            Poll::Ready(Ok(n)) if n > 0 => {
+                self.armed = false;
+                self.sent += n as u64;
+                Poll::Ready(Ok(n))
+            }
+            Poll::Ready(Ok(_)) => Poll::Ready(Err(self.broken("the upstream takes no more bytes"))),
+            Poll::Ready(Err(e)) => Poll::Ready(Err(self.broken("send to the upstream").cause(e))),
+            Poll::Pending if self.late(cx, limit) => {
+                let late = Error::upstream(Kind::WriteTimeout).retry(Retry::Idempotent);
+                Poll::Ready(Err(late.context("upstream timed out (110: Connection timed out) while sending request")))
+            }
+            Poll::Pending => Poll::Pending,
+        }
+    }
+
+    /// What TLS still holds back leaves.
+    pub fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<()>> {
+        match ready!(Pin::new(&mut self.io).poll_flush(cx)) {
+            Ok(()) => Poll::Ready(Ok(())),
+            Err(e) => Poll::Ready(Err(self.broken("send to the upstream").cause(e))),
+        }
+    }
+
+    /// The next head, interim ones included. `limit`: `None` while the request is still on its way.
+    pub fn poll_head(
+        &mut self,
+        cx: &mut Context<'_>,
+        limit: Option<Duration>,
+        to_head: bool,
+        into: &mut Response,
+    ) -> Poll<Result<Head>> {
+        loop {
+            let unread = &self.inp[self.at..];
+            if !unread.is_empty() {
+                let found = self.scan.next(unread, response::LIMITS).map_err(|r| invalid(r.why))?;
+                if let Some(len) = found {
+                    let head = response::parse(&unread[..len], to_head, into).map_err(|r| invalid(r.why))?;
+                    self.at += len;
+                    self.scan = HeadScan::default();
+                    self.start_body(&head);
+                    return Poll::Ready(Ok(head));
+                }
+            }
+            if !ready!(self.poll_fill(cx, limit, "reading response header from upstream"))? {
+                return Poll::Ready(Err(self.closed("reading response header from upstream")));
+            }
+        }
+    }
+
+    fn start_body(&mut self, head: &Head) {
+        if head.is_interim() {
+            return;
+        }
+        self.keep = head.keep_alive;
+        self.body = match head.framing {
+            Framing::None | Framing::Length(0) => Body::Done,
+            Framing::Length(n) => Body::Length(n),
+            Framing::Chunked => Body::Chunked(ChunkDecoder::of_response()),
+            Framing::UntilClose => Body::UntilClose,
+        };
+    }
+
+    /// Sees that `data` has something; `false`: the body has ended.
+    pub fn poll_body(&mut self, cx: &mut Context<'_>, limit: Duration) -> Poll<Result<bool>> {
+        loop {
+            if !self.run.is_empty() {
+                return Poll::Ready(Ok(true));
+            }
+            match self.decode()? {
+                Some(more) => return Poll::Ready(Ok(more)),
+                None => {
+                    let filled = ready!(self.poll_fill(cx, Some(limit), "reading upstream"))?;
+                    if !filled && matches!(self.body, Body::UntilClose) {
+                        self.body = Body::Done;
+                    } else if !filled {
+                        return Poll::Ready(Err(self.closed("reading upstream")));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Body bytes where they stand in the buffer.
+    pub fn data(&self) -> &[u8] {
+        &self.inp[self.run.clone()]
+    }
+
+    /// The first `n` bytes of `data` were taken.
+    pub fn consume(&mut self, n: usize) {
+        self.run.start += n;
+    }
+
+    /// All of the body was taken, as far as that can be told without another read.
+    pub fn is_done(&mut self) -> Result<bool> {
+        Ok(self.run.is_empty() && self.decode()? == Some(false))
+    }
+
+    /// Looks at what was read: `Some(true)` there is data, `Some(false)` the body has ended, `None` it takes more input.
+    fn decode(&mut self) -> Result<Option<bool>> {
+        if !self.run.is_empty() {
+            return Ok(Some(true));
+        }
+        let unread = self.inp.len() - self.at;
+        let len = match &mut self.body {
+            Body::Done => return Ok(Some(false)),
+            Body::Chunked(_) => return self.decode_chunked(),
+            Body::UntilClose => unread,
+            Body::Length(left) => {
+                let len = unread.min(usize::try_from(*left).unwrap_or(usize::MAX));
+                *left -= len as u64;
+                if *left == 0 {
+                    self.body = Body::Done;
+                }
+                len
+            }
+        };
+        self.run = self.at..self.at + len;
+        self.at += len;
+        Ok((len > 0).then_some(true))
+    }
+
+    fn decode_chunked(&mut self) -> Result<Option<bool>> {
+        let Body::Chunked(decoder) = &mut self.body else { return Ok(None) };
+        let found = decoder.next(&self.inp[self.at..]).map_err(|r| invalid(r.why))?;
+        Ok(match found {
+            Chunked::Data { from, to } => {
+                self.run = self.at + from..self.at + to;
+                self.at += to;
+                Some(true)
+            }
+            Chunked::More => {
+                self.at = self.inp.len();
+                None
+            }
+            Chunked::Done { used } => {
+                self.at += used;
+                self.body = Body::Done;
+                Some(false)
+            }
+        })
+    }
+
+    /// Reads more; `false` is the end of the stream.
+    fn poll_fill(&mut self, cx: &mut Context<'_>, limit: Option<Duration>, what: &str) -> Poll<Result<bool>> {
+        if self.eof {
+            return Poll::Ready(Ok(false));
+        }
+        self.make_room();
+        let full = self.inp.spare_capacity_mut().len();
+        match self.io.poll_read_into(cx, &mut self.inp) {
+            Poll::Ready(Ok(0)) => {
+                self.eof = true;
+                Poll::Ready(Ok(false))
+            }
+            Poll::Ready(Ok(n)) => {
+                self.armed = false;
+                self.received += n as u64;
+                if n == full && self.inp.capacity() < BUFFER_MAX {
+                    self.inp.reserve_exact(BUFFER_MAX - self.inp.len());
+                }
+                Poll::Ready(Ok(true))
+            }
+            // rustls reports a peer that went without a close_notify; for a body that the end of the stream delimits
+            // that would hide a cut, so it stays an error.
+            Poll::Ready(Err(e)) => {
+                self.eof = true;
+                Poll::Ready(Err(self.lost(what).cause(e)))
+            }
+            Poll::Pending => match limit {
+                Some(limit) if self.late(cx, limit) => Poll::Ready(Err(Error::upstream(Kind::ReadTimeout)
+                    .retry(Retry::Idempotent)
+                    .context(format!("upstream timed out (110: Connection timed out) while {what}")))),
+                _ => Poll::Pending,
+            },
+        }
+    }
+
+    fn make_room(&mut self) {
+        if self.at == self.inp.len() && self.run.is_empty() {
+            self.inp.clear();
+            self.at = 0;
+            self.run = 0..0;
+        }
+        if self.inp.capacity() == 0 {
+            self.inp = take_buffer();
+        }
+        // Only a head can fill the buffer, and its length is bounded.
+        if self.inp.len() == self.inp.capacity() {
+            self.inp.reserve(BUFFER_SIZE);
+        }
+    }
+
+    /// For a wait that cannot go on now: starts the clock with the first call, says whether time is up.
+    fn late(&mut self, cx: &Context<'_>, limit: Duration) -> bool {
+        if !std::mem::replace(&mut self.armed, true) {
+            self.deadline.set(limit);
+        }
+        self.deadline.poll_expired(cx)
+    }
+
+    /// A failed write: if nothing of the request left, it may go elsewhere whatever it is.
+    fn broken(&mut self, what: &'static str) -> Error {
+        self.keep = false;
+        let retry = if self.sent == 0 { Retry::Safe } else { Retry::Idempotent };
+        Error::upstream(Kind::Closed).retry(retry).context(what)
+    }
+
+    fn closed(&self, what: &str) -> Error {
+        self.lost(what).context("upstream prematurely closed connection")
+    }
+
+    fn lost(&self, what: &str) -> Error {
+        let retry = if self.sent == 0 { Retry::Safe } else { Retry::Idempotent };
+        Error::upstream(Kind::Closed).retry(retry).context(format!("while {what}"))
+    }
+
+    /// The raw stream after a 101, and what was read of it already.
+    pub fn into_tunnel(mut self) -> (Stream, Vec<u8>) {
+        let mut unread = std::mem::take(&mut self.inp);
+        unread.drain(..self.at);
+        (self.io, unread)
+    }
+}
+
+fn invalid(why: &'static str) -> Error {
+    Error::upstream(Kind::Malformed).retry(Retry::Idempotent).context(why).context("upstream sent invalid response")
+}
