@@ -112,11 +112,11 @@ impl<T> From<&Arc<Object<T>>> for Matched {
 fn matched(x: &Exchange, kind: &[u8]) -> Option<Matched> {
     let m = x.matched.as_ref()?;
     match kind {
-        b"route" => Some((&m.route).into()),
+        b"route" => Some(m.route().into()),
         b"service" => m.service.as_ref().map(Into::into),
         b"upstream" => {
             let of_service = || m.service.as_ref().and_then(|s| s.value.upstream_id.as_ref());
-            let id = m.route.value.upstream_id.as_ref().or_else(of_service)?;
+            let id = m.route().value.upstream_id.as_ref().or_else(of_service)?;
             x.snapshot.upstreams.get(id).map(Into::into)
         }
         _ => None,
@@ -126,14 +126,14 @@ fn matched(x: &Exchange, kind: &[u8]) -> Option<Matched> {
 /// `ctx.curr_req_matched`
 fn captures(s: &Stack) -> Answer {
     let Some(m) = fast::exchange().and_then(|x| x.matched.as_ref()) else { return Ok(s.push_nil()) };
-    s.push_table(0, 2 + m.params.len());
-    s.push_bytes(m.path_pattern.as_bytes());
+    s.push_table(0, 2 + m.found.params.len());
+    s.push_bytes(m.found.path_pattern().as_bytes());
     s.set(-2, "_path");
-    if let Some(host) = &m.host_pattern {
+    if let Some(host) = m.found.host_pattern() {
         s.push_bytes(host.as_bytes());
         s.set(-2, "_host");
     }
-    for (name, value) in &m.params {
+    for (name, value) in &m.found.params {
         s.push_bytes(value.as_bytes());
         s.set(-2, name.as_bytes());
     }

@@ -37,7 +37,7 @@ pub struct Sources<'a> {
 
 impl<'a> Sources<'a> {
     pub fn of(x: &'a Exchange) -> Sources<'a> {
-        let route = x.matched.as_ref().map(|m| &m.route);
+        let route = x.matched.as_ref().map(|m| m.route());
         let service = x.matched.as_ref().and_then(|m| m.service.as_ref());
         let plugin_config =
             route.and_then(|r| r.value.plugin_config_id.as_ref()).and_then(|id| x.snapshot.plugin_configs.get(id));

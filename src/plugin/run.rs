@@ -760,6 +760,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
+    use crate::router::{Facts, Router};
     use crate::{
         exchange::{Connection, Matched},
         model::{Keyring, Kind, ParseContext, Parsed, parse},
@@ -873,6 +874,30 @@ mod tests {
         }
     }
 
+    /// The request that all tests make.
+    struct Get;
+
+    impl Facts for Get {
+        fn host(&self) -> &[u8] {
+            b"localhost"
+        }
+        fn path(&self) -> &[u8] {
+            b"/x"
+        }
+        fn method(&self) -> &[u8] {
+            b"GET"
+        }
+        fn remote(&self) -> std::net::IpAddr {
+            [127, 0, 0, 1].into()
+        }
+        fn var(&self, _: &str) -> Option<std::borrow::Cow<'_, [u8]>> {
+            None
+        }
+        fn filter(&self, _: &Arc<Object<model::Route>>) -> bool {
+            true
+        }
+    }
+
     struct Started {
         runtime: tokio::runtime::Runtime,
         local: tokio::task::LocalSet,
@@ -889,13 +914,9 @@ mod tests {
             let mut x = Exchange::new(Rc::new(conn), self.snapshot.clone());
             x.request.method.extend_from_slice(b"GET");
             x.request.args.extend_from_slice(b"v=2");
-            x.matched = self.route.clone().map(|route| Matched {
-                route,
-                service: self.service.clone(),
-                host_pattern: None,
-                path_pattern: "/x".into(),
-                params: Default::default(),
-            });
+            let mut router = Router::default();
+            self.route.iter().for_each(|route| router.insert(route.clone(), &[]));
+            x.matched = router.find(&Get).map(|found| Matched { found, service: self.service.clone() });
             x
         }
 
