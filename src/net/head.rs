@@ -109,11 +109,8 @@ fn read_fields<'a>(fields: &[httparse::Header<'a>]) -> Result<Said<'a>, Refusal>
         // The length sorts out nearly all others with one comparison.
         let is = |name: &str| f.name.eq_ignore_ascii_case(name);
         match f.name.len() {
-            4 if is("host") => {
-                if said.host.replace(f.value).is_some() {
-                    return Err(Refusal::bad("several Host"));
-                }
-            }
+            4 if is("host") && said.host.is_some() => return Err(Refusal::bad("several Host")),
+            4 if is("host") => said.host = Some(f.value),
             6 if is("expect") => {
                 if !f.value.eq_ignore_ascii_case(b"100-continue") {
                     return Err(Refusal::with(417, "unknown expectation"));

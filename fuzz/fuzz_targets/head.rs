@@ -1,0 +1,36 @@
+//! Request heads: never a panic, and what is accepted holds what the rest of the gateway relies on.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use moongate::{
+    exchange::{
+        Request,
+        framing::{HeadLimits, HeadScan},
+    },
+    net::head,
+};
+
+const LIMITS: HeadLimits = HeadLimits { line: 8 * 1024, total: 32 * 1024 };
+
+fuzz_target!(|data: &[u8]| {
+    let whole = HeadScan::default().next(data, LIMITS);
+    // Cut anywhere, the scan says the same.
+    let mut scan = HeadScan::default();
+    let halves = scan.next(&data[..data.len() / 2], LIMITS).and_then(|end| match end {
+        Some(end) => Ok(Some(end)),
+        None => scan.next(data, LIMITS),
+    });
+    assert_eq!(whole, halves);
+    let Ok(Some(end)) = whole else { return };
+    let mut request = Request::default();
+    if head::parse(&data[..end], &mut request).is_err() {
+        return;
+    }
+    assert!(request.path == b"*" || request.path.starts_with(b"/"));
+    assert!(!request.path.windows(2).any(|w| w == b"//") && !request.path.contains(&0));
+    assert!(request.path.split(|b| *b == b'/').all(|s| s != b"." && s != b".."));
+    assert!(!request.host.iter().any(|b| b.is_ascii_uppercase() || b.is_ascii_whitespace()));
+    for (name, value) in request.headers.iter() {
+        assert!(!name.is_empty() && !value.iter().any(|b| matches!(b, b'\r' | b'\n' | 0)));
+    }
+});
