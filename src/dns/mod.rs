@@ -75,10 +75,12 @@ struct Shared {
 type Waiting = watch::Receiver<Option<Outcome>>;
 type Outcome = Result<Addrs, Box<str>>;
 
+/// Addresses and their TTL.
+type Answer<'a> = Pin<Box<dyn Future<Output = Result<(Addrs, Duration), String>> + Send + 'a>>;
+
 /// Who is asked for what the cache does not know.
 trait Source: Send + Sync {
-    /// Addresses and their TTL.
-    fn lookup(&self, name: Arc<str>) -> Pin<Box<dyn Future<Output = Result<(Addrs, Duration), String>> + Send + '_>>;
+    fn lookup(&self, name: Arc<str>) -> Answer<'_>;
 }
 
 impl Resolver {
@@ -220,7 +222,7 @@ fn name_servers(addrs: &[SocketAddr]) -> Vec<NameServerConfig> {
 }
 
 impl Source for Dns {
-    fn lookup(&self, name: Arc<str>) -> Pin<Box<dyn Future<Output = Result<(Addrs, Duration), String>> + Send + '_>> {
+    fn lookup(&self, name: Arc<str>) -> Answer<'_> {
         Box::pin(async move {
             let mut wanted = Name::from_utf8(&*name).map_err(|e| e.to_string())?;
             if !self.search {
@@ -249,7 +251,7 @@ mod tests {
     }
 
     impl Source for Arc<Script> {
-        fn lookup(&self, _: Arc<str>) -> Pin<Box<dyn Future<Output = Result<(Addrs, Duration), String>> + Send + '_>> {
+        fn lookup(&self, _: Arc<str>) -> Answer<'_> {
             self.asked.fetch_add(1, Ordering::SeqCst);
             Box::pin(async {
                 self.go.acquire().await.unwrap().forget();

@@ -174,20 +174,20 @@ impl Router {
     pub fn find(&self, facts: &impl Facts) -> Option<Found> {
         let path = facts.path();
         let hash = self.hash.hash_one(path);
-        if self.kind == RouterKind::RadixtreeHostUri {
-            if let Some(found) = self.find_by_host(hash, path, facts) {
-                return Some(found);
-            }
+        if self.kind == RouterKind::RadixtreeHostUri
+            && let Some(found) = self.find_by_host(hash, path, facts)
+        {
+            return Some(found);
         }
         self.find_in(&self.any, hash, path, facts)
     }
 
     fn find_by_host(&self, hash: u64, path: &[u8], facts: &impl Facts) -> Option<Found> {
         let host = facts.host();
-        if let Some(scope) = self.hosts.get(host) {
-            if let Some(found) = self.find_in(scope, hash, path, facts) {
-                return Some(found);
-            }
+        if let Some(scope) = self.hosts.get(host)
+            && let Some(found) = self.find_in(scope, hash, path, facts)
+        {
+            return Some(found);
         }
         if self.wildcards.is_empty() {
             return None;
@@ -246,7 +246,7 @@ impl Router {
         let scope = match place(&rule) {
             Place::Any => &mut self.any,
             Place::Host(host) => {
-                let scope = self.hosts.entry(host.as_bytes().into()).or_insert_with(Default::default);
+                let scope = self.hosts.entry(host.as_bytes().into()).or_default();
                 numbered(scope, &mut self.last_scope)
             }
             Place::Wildcard(suffix) => {
