@@ -135,7 +135,8 @@ fn allowed(written: &Value) -> Vec<&str> {
 fn is_used(value: Option<&Value>) -> bool {
     match value {
         None | Some(Value::Null | Value::Bool(false)) => false,
-        Some(Value::String(text)) => !text.trim().is_empty(),
+        // APISIX's own example file has comments in its snippets.
+        Some(Value::String(text)) => text.lines().map(str::trim).any(|line| !line.is_empty() && !line.starts_with('#')),
         Some(Value::Array(items)) => !items.is_empty(),
         Some(Value::Object(map)) => !map.is_empty(),
         Some(_) => true,

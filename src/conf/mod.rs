@@ -4,6 +4,7 @@
 //! environment references are filled in (`env`), it is laid over the defaults, its keys are looked at (`keys`), and what the
 //! gateway uses becomes typed (`typed`). Nothing outside this module sees the file's shape.
 
+pub mod admin_key;
 mod env;
 mod keys;
 mod typed;

@@ -325,7 +325,7 @@ impl<'a> Reader<'a> {
         if !LEVELS.contains(&level.as_str()) {
             self.wrong("nginx_config.error_log_level", format!("{level:?} is not one of {}", LEVELS.join(", ")));
         }
-        (prefix.join(self.text("nginx_config.error_log")), level)
+        (log_path(prefix, self.text("nginx_config.error_log")), level)
     }
 
     fn access_log(&mut self, prefix: &Path) -> Option<AccessLog> {
@@ -336,7 +336,7 @@ impl<'a> Reader<'a> {
         let escapes = [("default", ()), ("json", ()), ("none", ())];
         self.one_of("nginx_config.http.access_log_format_escape", &escapes);
         Some(AccessLog {
-            path: prefix.join(path),
+            path: log_path(prefix, path),
             format: self.text("nginx_config.http.access_log_format"),
             escape: self.text("nginx_config.http.access_log_format_escape"),
             buffer: self.size("nginx_config.http.access_log_buffer") as usize,
@@ -476,6 +476,11 @@ impl<'a> Reader<'a> {
         }
         (keys, self.flag("apisix.data_encryption.enable_encrypt_fields"))
     }
+}
+
+/// nginx's name for the stream is no file under the prefix.
+fn log_path(prefix: &Path, written: String) -> PathBuf {
+    if written == "stderr" { PathBuf::from("/dev/stderr") } else { prefix.join(written) }
 }
 
 fn text_of(value: &Value) -> String {
