@@ -1,4 +1,5 @@
 //! observe
 
 pub mod append;
+pub mod log;
 pub mod metrics;
