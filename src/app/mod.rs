@@ -1,1 +1,3 @@
-//! app
+//! Wires it all: configuration to listeners, workers, the two APIs; runs it; drains it.
+
+pub mod banner;
