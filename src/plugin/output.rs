@@ -1,1 +1,133 @@
 //! Sends a response made or filtered by plugins.
+//!
+//! `answer` is for a response that is whole; `start`, `chunk` and `finish` for one that comes in pieces (an upstream's behind body
+//! filters, a function that flushes). Filters run where the request's plan has them.
+
+use std::future::poll_fn;
+
+use super::{PhaseMask, run::Runner};
+use crate::{
+    error::{Error, Kind, Result},
+    exchange::{BodyLength, Client, Exchange, Phase, framing::parse_decimal},
+};
+
+/// Sends the response whose body is `x.printed`, through the filters, to its end.
+pub async fn answer(x: &mut Exchange, runner: &Runner) -> Result<()> {
+    if x.response.status == 0 {
+        x.response.status = 200;
+    }
+    // The gateway's own bodies have the length that they have, whatever a plugin copied.
+    x.response.headers.remove("content-length");
+    filter_head(x, runner).await?;
+    if has_body_filter(runner.mask(x)) {
+        std::mem::swap(&mut x.chunk.data, &mut x.printed);
+        x.chunk.eof = true;
+        filter_chunk(x, runner).await?;
+        std::mem::swap(&mut x.chunk.data, &mut x.printed);
+    }
+    plain(x).await
+}
+
+/// The same without filters.
+pub async fn plain(x: &mut Exchange) -> Result<()> {
+    let body = std::mem::take(&mut x.printed);
+    let sent = send_whole(x, &body).await;
+    x.printed = body;
+    x.printed.clear();
+    sent
+}
+
+async fn send_whole(x: &mut Exchange, body: &[u8]) -> Result<()> {
+    send_head(x, BodyLength::Known(body.len() as u64))?;
+    write(x, body).await?;
+    end(x).await
+}
+
+/// Runs header_filter and queues the head of a response whose body comes in pieces. `length`: what is known of it before filters.
+pub async fn start(x: &mut Exchange, runner: &Runner) -> Result<()> {
+    filter_head(x, runner).await?;
+    let length = remaining_length(x);
+    send_head(x, length)
+}
+
+/// Runs the body filters on `x.chunk` and sends what they left of it.
+pub async fn chunk(x: &mut Exchange, runner: &Runner) -> Result<()> {
+    if has_body_filter(runner.mask(x)) {
+        filter_chunk(x, runner).await?;
+    }
+    let data = std::mem::take(&mut x.chunk.data);
+    let written = write(x, &data).await;
+    x.chunk.data = data;
+    x.chunk.data.clear();
+    written
+}
+
+/// Ends the response.
+pub async fn finish(x: &mut Exchange) -> Result<()> {
+    end(x).await
+}
+
+/// Whether a chunk has to go through Lua.
+pub fn has_body_filter(mask: PhaseMask) -> bool {
+    mask.has(Phase::BodyFilter) || mask.has(Phase::DelayedBodyFilter)
+}
+
+/// What `Content-Length` still says after header_filter: a filter that changes the body removes it.
+pub fn remaining_length(x: &Exchange) -> BodyLength {
+    if x.request.method == b"HEAD" || matches!(x.response.status, 204 | 304) {
+        return BodyLength::None;
+    }
+    match x.response.headers.get("content-length").and_then(parse_decimal) {
+        Some(n) => BodyLength::Known(n),
+        None => BodyLength::Unknown,
+    }
+}
+
+pub async fn filter_head(x: &mut Exchange, runner: &Runner) -> Result<()> {
+    if runner.mask(x).has(Phase::HeaderFilter) {
+        x.phase = Phase::HeaderFilter;
+        runner.header_filter(x).await?;
+    }
+    Ok(())
+}
+
+async fn filter_chunk(x: &mut Exchange, runner: &Runner) -> Result<()> {
+    let mask = runner.mask(x);
+    if mask.has(Phase::BodyFilter) {
+        x.phase = Phase::BodyFilter;
+        runner.body_filter(x).await?;
+    }
+    if mask.has(Phase::DelayedBodyFilter) {
+        x.phase = Phase::DelayedBodyFilter;
+        runner.delayed_body_filter(x).await?;
+    }
+    Ok(())
+}
+
+pub fn send_head(x: &mut Exchange, length: BodyLength) -> Result<()> {
+    let client = client(&mut x.client)?;
+    client.start(&x.request, &x.response, length)?;
+    x.response.head_sent = true;
+    Ok(())
+}
+
+async fn write(x: &mut Exchange, mut data: &[u8]) -> Result<()> {
+    let client = client(&mut x.client)?;
+    while !data.is_empty() {
+        let n = poll_fn(|cx| client.poll_write(cx, data)).await?;
+        x.body_bytes_sent += n as u64;
+        data = &data[n..];
+    }
+    Ok(())
+}
+
+async fn end(x: &mut Exchange) -> Result<()> {
+    let client = client(&mut x.client)?;
+    poll_fn(|cx| client.poll_finish(cx)).await?;
+    x.response.ended = true;
+    Ok(())
+}
+
+fn client(client: &mut Option<Box<dyn Client>>) -> Result<&mut Box<dyn Client>> {
+    client.as_mut().ok_or_else(|| Error::client(Kind::Closed).context("the client is gone"))
+}

@@ -1,0 +1,460 @@
+//! A request to an upstream and its response back: tries, streams both ways, and gives the connection back.
+
+use std::{
+    borrow::Cow,
+    future::poll_fn,
+    net::SocketAddr,
+    task::{Context, Poll, ready},
+    time::{Duration, Instant},
+};
+
+use super::{
+    Proxy, head,
+    head::BodyFraming,
+    rescue, tunnel,
+    upload::Upload,
+};
+use crate::{
+    balancer::{NoNode, Tried},
+    error::{Error, Kind, Origin, Result, Retry},
+    exchange::{Client, Exchange, RequestBody, Source, Try, Var},
+    model::{
+        route::Timeouts,
+        upstream::{Balance, HashOn, Node, Scheme, Upstream},
+    },
+    plugin::output,
+    tls,
+    upstream::{Conn, Head, Piece, PoolKey, conn::Target, pool::Limits},
+};
+
+/// Forwards the request to `x.upstream.conf` and its response to the client.
+pub(super) async fn forward(p: &Proxy, x: &mut Exchange) -> Result<()> {
+    let Some(conf) = x.upstream.conf.clone() else {
+        return Err(Error::config(Kind::NoNode).context("missing upstream configuration in Route or Service"));
+    };
+    if !matches!(conf.scheme, Scheme::Http | Scheme::Https) {
+        let scheme = crate::exchange::vars::scheme_name(conf.scheme);
+        return Err(Error::upstream(Kind::Other).context(format!("upstream scheme {scheme} is not served yet")));
+    }
+    let (upload, framing) = Upload::new(&x.body, p.take_buffer(), p.take_buffer())?;
+    let mut way = Way { p, conf: &conf, framing, websocket: is_websocket(x), times: timeouts(p, x, &conf), upload };
+    let outcome = way.run(x).await;
+    let (out, piece) = way.upload.into_buffers();
+    p.put_buffer(out);
+    p.put_buffer(piece);
+    outcome
+}
+
+/// One request on its way.
+struct Way<'a> {
+    p: &'a Proxy,
+    conf: &'a Upstream,
+    framing: BodyFraming,
+    websocket: bool,
+    times: Timeouts,
+    upload: Upload,
+}
+
+impl Way<'_> {
+    async fn run(&mut self, x: &mut Exchange) -> Result<()> {
+        let (mut conn, key, head) = self.reach(x).await?;
+        if head.status == 101 {
+            return self.switch(x, conn).await;
+        }
+        let relayed = self.relay(x, &mut conn, head).await;
+        let took = x.upstream.tries.last().and_then(|t| Some(t.header_time? + t.response_time.unwrap_or_default()));
+        if let Some(last) = x.upstream.tries.last_mut() {
+            last.bytes_received = conn.bytes_read;
+            last.bytes_sent = self.upload.total;
+            last.response_time = took.or(last.header_time);
+        }
+        relayed?;
+        // A body that the node did not wait for leaves the connection in the middle of a request.
+        if self.upload.is_done() {
+            self.p.pool.put(&key, conn, limits(self.p, self.conf));
+        }
+        Ok(())
+    }
+
+    /// Tries nodes until one answers with a head.
+    async fn reach(&mut self, x: &mut Exchange) -> Result<(Conn, PoolKey, Head)> {
+        let started = Instant::now();
+        let picked = self.p.picker(self.conf);
+        let hash_key = hash_key(x, self.conf);
+        let mut tried = Tried::default();
+        let retries = self.conf.retries.map_or(self.conf.nodes.len().saturating_sub(1), |n| n as usize);
+        loop {
+            let now = Instant::now();
+            picked.used.set(now);
+            let at = match picked.picker.pick(&hash_key, now, &tried, &|_| true) {
+                Ok(at) => at,
+                Err(NoNode::NoneValid) => {
+                    return Err(Error::upstream(Kind::NoNode).context(NoNode::NoneValid.message()));
+                }
+                Err(e) => return Err(Error::upstream(Kind::Other).context(e.message())),
+            };
+            let outcome = self.attempt(x, at).await;
+            let latency = outcome.as_ref().ok().and_then(|_| x.upstream.tries.last()?.header_time);
+            picked.picker.done(at, latency, Instant::now());
+            let e = match outcome {
+                Ok(reached) => return Ok(reached),
+                Err(e) => e,
+            };
+            tried.push(at);
+            if tried.len() > retries || self.is_late(started) || !self.may_repeat(x, &e) {
+                return Err(e);
+            }
+            tracing::warn!("{e}; trying the next upstream node");
+            if !self.upload.rewind(&x.body) {
+                return Err(e);
+            }
+        }
+    }
+
+    fn is_late(&self, started: Instant) -> bool {
+        self.conf.retry_timeout.is_some_and(|limit| started.elapsed() >= limit)
+    }
+
+    /// As nginx's `proxy_next_upstream error timeout`: what may have been acted on is repeated only when that is harmless.
+    fn may_repeat(&self, x: &Exchange, e: &Error) -> bool {
+        let harmless = !matches!(&x.request.method[..], b"POST" | b"PATCH" | b"LOCK");
+        match e.retry_advice() {
+            _ if e.origin() != Origin::Upstream => false,
+            Retry::Safe => true,
+            Retry::Idempotent => harmless || !self.upload.has_started(),
+            Retry::Never => false,
+        }
+    }
+
+    /// One try at node `at`. A pooled connection that turns out to be closed does not count: a new one is made.
+    async fn attempt(&mut self, x: &mut Exchange, at: usize) -> Result<(Conn, PoolKey, Head)> {
+        let node = &self.conf.nodes[at];
+        let begun = Instant::now();
+        let addr = match self.address(x, node).await {
+            Ok(addr) => addr,
+            Err(e) => {
+                push_try(x, SocketAddr::from(([0, 0, 0, 0], node.port)), at);
+                return Err(fail(x, begun, e));
+            }
+        };
+        push_try(x, addr, at);
+        let (key, tls) = self.key(x, node, addr).map_err(|e| fail(x, begun, e))?;
+        if let Some(conn) = self.p.pool.take(&key, limits(self.p, self.conf).idle_timeout) {
+            match self.ask(x, node, conn).await {
+                Ok((conn, head)) => return Ok((conn, key, succeed(x, begun, head))),
+                Err(e) if e.kind() == Kind::Closed && self.may_repeat(x, &e) && self.upload.rewind(&x.body) => {}
+                Err(e) => return Err(fail(x, begun, e)),
+            }
+        }
+        let name = tls.as_ref().map(|(config, name)| (config.clone(), &**name));
+        let target = Target { addr, timeout: self.times.connect, tls: name };
+        let conn = Conn::connect(&target).await.map_err(|e| fail(x, begun, e))?;
+        if let Some(last) = x.upstream.tries.last_mut() {
+            last.connect_time = Some(begun.elapsed());
+        }
+        match self.ask(x, node, conn).await {
+            Ok((conn, head)) => Ok((conn, key, succeed(x, begun, head))),
+            Err(e) => Err(fail(x, begun, e)),
+        }
+    }
+
+    async fn address(&self, x: &mut Exchange, node: &Node) -> Result<SocketAddr> {
+        // A peer set by a script wins, once.
+        let (host, port) = match x.upstream.peer.take() {
+            Some((host, port)) => (Cow::Owned(host.into_string()), port),
+            None => (Cow::Borrowed(&*node.host), node.port),
+        };
+        if let Ok(ip) = host.parse() {
+            return Ok(SocketAddr::new(ip, port));
+        }
+        let addresses = self.p.resolver.resolve(&host).await.map_err(|e| {
+            Error::upstream(Kind::Resolve).retry(Retry::Safe).cause(e).context(format!("failed to resolve {host}"))
+        })?;
+        match addresses.first() {
+            Some(ip) => Ok(SocketAddr::new(*ip, port)),
+            None => Err(Error::upstream(Kind::Resolve).retry(Retry::Safe).context(format!("{host} has no address"))),
+        }
+    }
+
+    #[expect(clippy::type_complexity, reason = "the pair is Target's own form of TLS settings")]
+    fn key(
+        &self,
+        x: &Exchange,
+        node: &Node,
+        addr: SocketAddr,
+    ) -> Result<(PoolKey, Option<(std::sync::Arc<rustls::ClientConfig>, Box<str>)>)> {
+        let scheme = if x.upstream.scheme.is_empty() { None } else { Some(&x.upstream.scheme[..]) };
+        let secure = scheme.map_or(self.conf.scheme == Scheme::Https, |s| s == b"https");
+        if !secure {
+            return Ok((PoolKey { addr, tls: None }, None));
+        }
+        let settings = self.conf.tls.as_deref();
+        let pair = settings.and_then(|t| t.client_pair.as_ref()).map(|(cert, key)| (&**cert, &**key));
+        let config = tls::client_config(settings.is_some_and(|t| t.verify), pair, &[])?;
+        let name = server_name(x, node);
+        let identity = std::sync::Arc::as_ptr(&config) as u64;
+        Ok((PoolKey { addr, tls: Some((name.as_ref().into(), identity)) }, Some((config, name))))
+    }
+
+    /// Sends the request on `conn` and waits for the response's head.
+    async fn ask(&mut self, x: &mut Exchange, node: &Node, mut conn: Conn) -> Result<(Conn, Head)> {
+        conn.begin();
+        if let Some(last) = x.upstream.tries.last_mut() {
+            last.reused = conn.is_reused();
+        }
+        head::write(self.p, x, node, self.framing, self.websocket, self.upload.head_mut());
+        self.upload.resend_kept();
+        conn.set_limit(self.times.send);
+        let head = poll_fn(|cx| self.poll_head(cx, x, &mut conn)).await?;
+        Ok((conn, head))
+    }
+
+    fn poll_head(&mut self, cx: &mut Context<'_>, x: &mut Exchange, conn: &mut Conn) -> Poll<Result<Head>> {
+        let to_head = x.request.method == b"HEAD";
+        let mut broken = None;
+        if !self.upload.is_done() {
+            match self.upload.poll(cx, conn, &mut x.client) {
+                Poll::Ready(Ok(())) => conn.set_limit(self.times.read),
+                Poll::Ready(Err(e)) if e.origin() == Origin::Upstream => broken = Some(e),
+                Poll::Ready(Err(e)) => return Poll::Ready(Err(e)),
+                Poll::Pending => {}
+            }
+        }
+        // A node may answer before it has read everything, and then close: its answer counts.
+        match conn.poll_head(cx, to_head, &mut x.response.headers, &mut x.response.reason) {
+            Poll::Ready(head) => return Poll::Ready(head),
+            Poll::Pending if broken.is_some() => return Poll::Ready(Err(broken.take().unwrap_or_else(closed))),
+            Poll::Pending => {}
+        }
+        if is_gone(cx, &mut x.client) {
+            return Poll::Ready(Err(Error::client(Kind::Closed).context("client prematurely closed connection")));
+        }
+        if conn.poll_expired(cx) {
+            let kind = if self.upload.is_done() { Kind::ReadTimeout } else { Kind::WriteTimeout };
+            return Poll::Ready(Err(Error::upstream(kind).retry(Retry::Idempotent).context("upstream timed out")));
+        }
+        Poll::Pending
+    }
+
+    /// The response, through the filters, to the client.
+    async fn relay(&mut self, x: &mut Exchange, conn: &mut Conn, head: Head) -> Result<()> {
+        let begun = Instant::now();
+        x.response.status = head.status;
+        x.response.source = Source::Upstream;
+        if !self.p.runner.mask(x).is_empty() {
+            x.upstream.headers.clone_from(&x.response.headers);
+        }
+        x.response.headers.set("Server", &self.p.settings.server);
+        rescue::upstream_status(self.p, x);
+        output::filter_head(x, &self.p.runner).await?;
+        let length = output::remaining_length(x);
+        output::send_head(x, length)?;
+        if output::has_body_filter(self.p.runner.mask(x)) {
+            self.relay_filtered(x, conn).await?;
+        } else {
+            poll_fn(|cx| self.poll_relay(cx, x, conn)).await?;
+        }
+        if let Some(last) = x.upstream.tries.last_mut() {
+            last.response_time = Some(begun.elapsed());
+        }
+        output::finish(x).await?;
+        if matches!(x.body, RequestBody::Streaming { .. }) && self.upload.is_done() {
+            x.body = RequestBody::Consumed;
+        }
+        Ok(())
+    }
+
+    /// Piece by piece without a copy of our own: what the client takes from the connection's buffer is used up.
+    fn poll_relay(&mut self, cx: &mut Context<'_>, x: &mut Exchange, conn: &mut Conn) -> Poll<Result<()>> {
+        loop {
+            self.poll_rest_of_request(cx, x, conn)?;
+            match conn.poll_piece(cx) {
+                Poll::Ready(Ok(Piece::End)) => return Poll::Ready(Ok(())),
+                Poll::Ready(Ok(Piece::Some)) => {
+                    let Some(client) = &mut x.client else { return Poll::Ready(Err(Error::client(Kind::Closed))) };
+                    let n = ready!(client.poll_write(cx, conn.piece()))?;
+                    conn.consume(n);
+                    conn.set_limit(self.times.read);
+                    x.body_bytes_sent += n as u64;
+                }
+                Poll::Ready(Err(e)) => return Poll::Ready(Err(e)),
+                Poll::Pending => return self.poll_idle(cx, x, conn),
+            }
+        }
+    }
+
+    /// The node has nothing now: send what is queued, look after the client and the clock.
+    fn poll_idle<T>(&mut self, cx: &mut Context<'_>, x: &mut Exchange, conn: &mut Conn) -> Poll<Result<T>> {
+        if let Some(client) = &mut x.client
+            && let Poll::Ready(Err(e)) = client.poll_flush(cx)
+        {
+            return Poll::Ready(Err(e));
+        }
+        if is_gone(cx, &mut x.client) {
+            return Poll::Ready(Err(Error::client(Kind::Closed).context("client prematurely closed connection")));
+        }
+        if conn.poll_expired(cx) {
+            return Poll::Ready(Err(Error::upstream(Kind::ReadTimeout).context("upstream timed out while reading the response")));
+        }
+        Poll::Pending
+    }
+
+    /// What is left of the request goes on while the response comes. A node that no longer reads it is not an error now.
+    fn poll_rest_of_request(&mut self, cx: &mut Context<'_>, x: &mut Exchange, conn: &mut Conn) -> Result<()> {
+        if self.upload.is_done() {
+            return Ok(());
+        }
+        match self.upload.poll(cx, conn, &mut x.client) {
+            Poll::Ready(Err(e)) if e.origin() == Origin::Client => Err(e),
+            _ => Ok(()),
+        }
+    }
+
+    /// Through the body filters: each piece is theirs to change, and they may wait.
+    async fn relay_filtered(&mut self, x: &mut Exchange, conn: &mut Conn) -> Result<()> {
+        loop {
+            let piece = poll_fn(|cx| {
+                self.poll_rest_of_request(cx, x, conn)?;
+                match conn.poll_piece(cx) {
+                    Poll::Pending => self.poll_idle(cx, x, conn),
+                    ready => ready,
+                }
+            })
+            .await?;
+            x.chunk.data.clear();
+            if piece == Piece::Some {
+                x.chunk.data.extend_from_slice(conn.piece());
+                let n = conn.piece().len();
+                conn.consume(n);
+            }
+            x.chunk.eof = conn.is_finished();
+            conn.clear_limit();
+            output::chunk(x, &self.p.runner).await?;
+            conn.set_limit(self.times.read);
+            if x.chunk.eof {
+                return Ok(());
+            }
+        }
+    }
+
+    /// `101`: from here on bytes are only passed on.
+    async fn switch(&mut self, x: &mut Exchange, conn: Conn) -> Result<()> {
+        if !self.websocket {
+            return Err(Error::upstream(Kind::Malformed).context("the upstream switches protocols that nobody asked for"));
+        }
+        x.response.status = 101;
+        x.response.source = Source::Upstream;
+        let upgrade = x.request.headers.get("upgrade").unwrap_or(b"websocket").to_vec();
+        x.response.headers.set("Upgrade", upgrade);
+        output::filter_head(x, &self.p.runner).await?;
+        output::send_head(x, crate::exchange::BodyLength::None)?;
+        tunnel::run(x, conn, self.times.read).await
+    }
+}
+
+fn is_gone(cx: &mut Context<'_>, client: &mut Option<Box<dyn Client>>) -> bool {
+    client.as_mut().is_none_or(|c| c.poll_gone(cx).is_ready())
+}
+
+fn closed() -> Error {
+    Error::upstream(Kind::Closed).retry(Retry::Idempotent)
+}
+
+fn push_try(x: &mut Exchange, addr: SocketAddr, node: usize) {
+    x.upstream.tries.push(Try {
+        addr,
+        node,
+        status: 0,
+        connect_time: None,
+        header_time: None,
+        response_time: None,
+        bytes_sent: 0,
+        bytes_received: 0,
+        reused: false,
+    });
+}
+
+fn succeed(x: &mut Exchange, begun: Instant, head: Head) -> Head {
+    if let Some(last) = x.upstream.tries.last_mut() {
+        last.status = head.status;
+        last.header_time = Some(begun.elapsed());
+        last.connect_time.get_or_insert(Duration::ZERO);
+    }
+    head
+}
+
+fn fail(x: &mut Exchange, begun: Instant, e: Error) -> Error {
+    let late = matches!(e.kind(), Kind::ConnectTimeout | Kind::ReadTimeout | Kind::WriteTimeout);
+    if let Some(last) = x.upstream.tries.last_mut() {
+        last.status = if late { 504 } else { 502 };
+        last.response_time = Some(begun.elapsed());
+    }
+    e
+}
+
+/// The route's `timeout`, else the upstream's, else nginx's.
+fn timeouts(p: &Proxy, x: &Exchange, conf: &Upstream) -> Timeouts {
+    let route = x.matched.as_ref().and_then(|m| m.route().value.timeout);
+    route.or(conf.timeout).unwrap_or(p.settings.timeout)
+}
+
+fn limits(p: &Proxy, conf: &Upstream) -> Limits {
+    match &conf.keepalive {
+        Some(k) => Limits { size: k.size, idle_timeout: k.idle_timeout, requests: k.requests },
+        None => p.settings.keepalive,
+    }
+}
+
+/// The name for SNI and verification: the Host that is sent, without its port.
+fn server_name(x: &Exchange, node: &Node) -> Box<str> {
+    let host = if x.upstream.host.is_empty() { &x.request.host } else { &x.upstream.host };
+    let text = String::from_utf8_lossy(host);
+    let name = match x.upstream.conf.as_deref().map(|c| &c.pass_host) {
+        Some(crate::model::upstream::PassHost::Node) => Cow::Borrowed(&*node.host),
+        Some(crate::model::upstream::PassHost::Rewrite(host)) => Cow::Borrowed(&**host),
+        _ => text,
+    };
+    name.rsplit_once(':').filter(|(_, port)| port.bytes().all(|b| b.is_ascii_digit())).map_or(&*name, |(h, _)| h).into()
+}
+
+fn is_websocket(x: &Exchange) -> bool {
+    if !x.request.upgrade {
+        return false;
+    }
+    let Some(matched) = &x.matched else { return false };
+    let of_service = matched.service.as_ref().and_then(|s| s.value.enable_websocket);
+    matched.route().value.enable_websocket.or(of_service).unwrap_or(false)
+}
+
+/// What chash hashes; empty for the other policies. A key without a value falls back to the client's address, as APISIX does.
+fn hash_key(x: &Exchange, conf: &Upstream) -> Vec<u8> {
+    let Balance::Chash { on, key } = &conf.balance else { return Vec::new() };
+    let mut scratch = Vec::new();
+    let value = match on {
+        HashOn::Consumer => x.consumer.as_ref().map(|c| c.value.username.as_bytes().to_vec()),
+        HashOn::Header => x.var(&Var::parse(&format!("http_{}", key.replace('-', "_"))), &mut scratch).map(<[u8]>::to_vec),
+        HashOn::Cookie => x.var(&Var::parse(&format!("cookie_{key}")), &mut scratch).map(<[u8]>::to_vec),
+        HashOn::Vars => x.var(&Var::parse(key), &mut scratch).map(<[u8]>::to_vec),
+        HashOn::VarsCombinations => Some(combination(x, key)),
+    };
+    match value.filter(|v| !v.is_empty()) {
+        Some(value) => value,
+        None => x.var(&Var::parse("remote_addr"), &mut scratch).map(<[u8]>::to_vec).unwrap_or_default(),
+    }
+}
+
+/// `$request_uri$remote_addr`: texts and variables in turn.
+fn combination(x: &Exchange, key: &str) -> Vec<u8> {
+    let mut out = Vec::new();
+    let mut scratch = Vec::new();
+    let mut parts = key.split('$');
+    out.extend_from_slice(parts.next().unwrap_or("").as_bytes());
+    for part in parts {
+        let end = part.find(|c: char| !c.is_ascii_alphanumeric() && c != '_').unwrap_or(part.len());
+        if let Some(value) = x.var(&Var::parse(&part[..end]), &mut scratch) {
+            out.extend_from_slice(value);
+        }
+        out.extend_from_slice(&part.as_bytes()[end..]);
+    }
+    out
+}

@@ -1,0 +1,231 @@
+//! The request's head as the upstream gets it.
+
+use std::net::IpAddr;
+
+use super::Proxy;
+use crate::{
+    exchange::{Exchange, Headers},
+    model::upstream::{Node, PassHost, Upstream},
+};
+
+/// How the body that follows is framed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum BodyFraming {
+    None,
+    Length(u64),
+    Chunked,
+}
+
+/// Writes the head. `websocket`: the upgrade goes on to the node.
+pub(super) fn write(p: &Proxy, x: &Exchange, node: &Node, body: BodyFraming, websocket: bool, out: &mut Vec<u8>) {
+    let request = &x.request;
+    let method = if x.upstream.method.is_empty() { &request.method } else { &x.upstream.method };
+    out.extend_from_slice(method);
+    out.push(b' ');
+    target(x, out);
+    out.extend_from_slice(b" HTTP/1.1\r\nHost: ");
+    host(x, node, out);
+    out.extend_from_slice(b"\r\n");
+    forwarded(p, x, out);
+    fields(&request.headers, websocket, out);
+    match body {
+        BodyFraming::None => {}
+        BodyFraming::Length(n) => {
+            out.extend_from_slice(b"Content-Length: ");
+            out.extend_from_slice(itoa::Buffer::new().format(n).as_bytes());
+            out.extend_from_slice(b"\r\n");
+        }
+        BodyFraming::Chunked => out.extend_from_slice(b"Transfer-Encoding: chunked\r\n"),
+    }
+    if websocket {
+        out.extend_from_slice(b"Connection: upgrade\r\n");
+    }
+    out.extend_from_slice(b"\r\n");
+}
+
+/// A plugin's URI, a URI that Lua changed, or the client's as it came.
+fn target(x: &Exchange, out: &mut Vec<u8>) {
+    let request = &x.request;
+    if !x.upstream.uri.is_empty() {
+        return safe(&x.upstream.uri, out);
+    }
+    if request.uri_changed {
+        escape_path(&request.path, out);
+        if !request.args.is_empty() {
+            out.push(b'?');
+            safe(&request.args, out);
+        }
+        return;
+    }
+    out.extend_from_slice(origin_form(&request.target));
+}
+
+/// `http://host/path` becomes `/path` (RFC 9112, 3.2.2): the host goes in its field.
+fn origin_form(target: &[u8]) -> &[u8] {
+    if target.starts_with(b"/") || target == b"*" {
+        return target;
+    }
+    let Some(scheme) = target.windows(3).position(|w| w == b"://") else { return target };
+    let rest = &target[scheme + 3..];
+    match rest.iter().position(|b| matches!(b, b'/' | b'?')) {
+        Some(at) if rest[at] == b'/' => &rest[at..],
+        _ => b"/",
+    }
+}
+
+/// What a script wrote must not end the line.
+fn safe(text: &[u8], out: &mut Vec<u8>) {
+    for b in text {
+        match b {
+            0..=0x20 | 0x7f => escape(*b, out),
+            b => out.push(*b),
+        }
+    }
+}
+
+fn escape_path(path: &[u8], out: &mut Vec<u8>) {
+    for b in path {
+        match b {
+            b'/' | b'-' | b'.' | b'_' | b'~' | b'!' | b'$' | b'&' | b'\'' | b'(' | b')' | b'*' | b'+' | b',' | b';'
+            | b'=' | b':' | b'@' => out.push(*b),
+            b if b.is_ascii_alphanumeric() => out.push(*b),
+            b => escape(*b, out),
+        }
+    }
+}
+
+fn escape(b: u8, out: &mut Vec<u8>) {
+    const HEX: &[u8; 16] = b"0123456789ABCDEF";
+    out.extend_from_slice(&[b'%', HEX[usize::from(b >> 4)], HEX[usize::from(b & 15)]]);
+}
+
+/// A plugin's host, or what `pass_host` says.
+fn host(x: &Exchange, node: &Node, out: &mut Vec<u8>) {
+    if !x.upstream.host.is_empty() {
+        return safe(&x.upstream.host, out);
+    }
+    match x.upstream.conf.as_deref().map(|u: &Upstream| (&u.pass_host, u.scheme)) {
+        Some((PassHost::Rewrite(host), _)) => out.extend_from_slice(host.as_bytes()),
+        Some((PassHost::Node, scheme)) => {
+            let is_v6 = node.host.contains(':');
+            out.extend_from_slice(if is_v6 { b"[" } else { b"" });
+            out.extend_from_slice(node.host.as_bytes());
+            out.extend_from_slice(if is_v6 { b"]" } else { b"" });
+            if node.explicit_port && node.port != scheme.default_port() {
+                out.push(b':');
+                out.extend_from_slice(itoa::Buffer::new().format(node.port).as_bytes());
+            }
+        }
+        _ => out.extend_from_slice(client_host(x)),
+    }
+}
+
+/// The Host field as it came; HTTP/2 and HTTP/1.0 may bring it elsewhere or not at all.
+fn client_host(x: &Exchange) -> &[u8] {
+    x.request.headers.get("host").unwrap_or(&x.request.host)
+}
+
+fn forwarded(p: &Proxy, x: &Exchange, out: &mut Vec<u8>) {
+    let headers = &x.request.headers;
+    let trusted = !p.settings.trusted.is_empty() && is_trusted(p, x.conn.peer.ip());
+    out.extend_from_slice(b"X-Real-IP: ");
+    crate::exchange::vars::ip(x.remote().ip(), out);
+    out.extend_from_slice(b"\r\nX-Forwarded-For: ");
+    x.forwarded_for(out);
+    out.extend_from_slice(b"\r\nX-Forwarded-Proto: ");
+    match headers.get("x-forwarded-proto").filter(|_| trusted) {
+        Some(value) => out.extend_from_slice(value),
+        None => out.extend_from_slice(x.scheme().as_bytes()),
+    }
+    out.extend_from_slice(b"\r\nX-Forwarded-Host: ");
+    match headers.get("x-forwarded-host").filter(|_| trusted) {
+        Some(value) => out.extend_from_slice(value),
+        None => out.extend_from_slice(&x.request.host),
+    }
+    out.extend_from_slice(b"\r\nX-Forwarded-Port: ");
+    match headers.get("x-forwarded-port").filter(|_| trusted) {
+        Some(value) => out.extend_from_slice(value),
+        None => x.forwarded_port(out),
+    }
+    out.extend_from_slice(b"\r\n");
+}
+
+fn is_trusted(p: &Proxy, ip: IpAddr) -> bool {
+    p.settings.trusted.iter().any(|net| net.contains(&ip))
+}
+
+/// The client's fields, without those that are about its own connection (RFC 9110, 7.6.1) or written anew.
+fn fields(headers: &Headers, websocket: bool, out: &mut Vec<u8>) {
+    let listed = headers.get("connection");
+    for (name, value) in headers.iter() {
+        let dropped = is_dropped(name, websocket) || listed.is_some_and(|list| lists(list, name) && !websocket);
+        if !dropped {
+            out.extend_from_slice(name);
+            out.extend_from_slice(b": ");
+            out.extend_from_slice(value);
+            out.extend_from_slice(b"\r\n");
+        }
+    }
+}
+
+fn is_dropped(name: &[u8], websocket: bool) -> bool {
+    let is = |other: &str| name.eq_ignore_ascii_case(other.as_bytes());
+    match name.len() {
+        2 => is("te"),
+        4 => is("host"),
+        6 => is("expect"),
+        7 => is("upgrade") && !websocket,
+        9 => is("x-real-ip"),
+        10 => is("connection") || is("keep-alive"),
+        14 => is("content-length"),
+        15 => is("x-forwarded-for"),
+        16 => is("x-forwarded-host") || is("x-forwarded-port") || is("proxy-connection"),
+        17 => is("transfer-encoding") || is("x-forwarded-proto"),
+        _ => false,
+    }
+}
+
+fn lists(connection: &[u8], name: &[u8]) -> bool {
+    connection.split(|b| *b == b',').any(|token| token.trim_ascii().eq_ignore_ascii_case(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn targets_become_origin_form() {
+        for (target, expected) in [
+            (&b"/a?b"[..], &b"/a?b"[..]),
+            (b"*", b"*"),
+            (b"http://h/a?b", b"/a?b"),
+            (b"http://h", b"/"),
+            (b"http://h?x", b"/"),
+        ] {
+            assert_eq!(origin_form(target), expected);
+        }
+    }
+
+    #[test]
+    fn what_scripts_write_cannot_end_the_line() {
+        let mut out = Vec::new();
+        safe(b"/a b\r\nX: y", &mut out);
+        assert_eq!(out, b"/a%20b%0D%0AX:%20y");
+        out.clear();
+        escape_path("/ä b?".as_bytes(), &mut out);
+        assert_eq!(out, b"/%C3%A4%20b%3F");
+    }
+
+    #[test]
+    fn fields_of_the_connection_stay_behind() {
+        let mut headers = Headers::new();
+        for (name, value) in
+            [("Host", "h"), ("Connection", "close, X-Hop"), ("X-Hop", "1"), ("TE", "trailers"), ("X-Keep", "2")]
+        {
+            headers.append(name, value);
+        }
+        let mut out = Vec::new();
+        fields(&headers, false, &mut out);
+        assert_eq!(out, b"X-Keep: 2\r\n");
+    }
+}

@@ -1,0 +1,185 @@
+//! A request from top to bottom.
+
+use std::{borrow::Cow, net::IpAddr, sync::Arc};
+
+use super::{Proxy, forward, rescue};
+use crate::{
+    error::{Error, Kind, Result},
+    exchange::{Exchange, Matched, Phase, Var},
+    model::{Object, Route},
+    plugin::{
+        PhaseMask, output,
+        run::{Flow, Runner},
+    },
+    router::Facts,
+};
+
+/// Serves a request whose head is there, to its log line.
+pub(super) async fn serve(p: &Proxy, x: &mut Exchange) {
+    p.pin(x);
+    find_route(p, x);
+    let phases = p.runner.begin(x);
+    if let Err(e) = answer(p, x, phases).await {
+        rescue::answer(p, x, e).await;
+    }
+    end(p, x, phases).await;
+}
+
+/// Answers what was refused before it was a request, and logs it.
+pub(super) async fn reject(p: &Proxy, x: &mut Exchange, why: &'static str) {
+    tracing::info!(target: "client", "client sent an invalid request: {why}");
+    let status = x.response.status;
+    if x.client.is_some() {
+        rescue::page(p, x, status);
+        if let Err(e) = output::plain(x).await {
+            tracing::debug!("the refusal was not sent: {e}");
+        }
+    }
+    x.phase = Phase::Log;
+    p.ending.ended(x, &p.runner);
+}
+
+async fn end(p: &Proxy, x: &mut Exchange, phases: PhaseMask) {
+    if let Some(client) = &x.client {
+        x.bytes_sent = client.bytes_sent();
+    }
+    x.phase = Phase::Log;
+    if phases != PhaseMask::default() || x.lua.run.is_some() {
+        p.runner.log(x).await;
+    }
+    p.ending.ended(x, &p.runner);
+}
+
+async fn answer(p: &Proxy, x: &mut Exchange, phases: PhaseMask) -> Result<()> {
+    if phases.has(Phase::Rewrite) || phases.has(Phase::Access) {
+        x.phase = Phase::Access;
+        let flow = p.runner.rewrite_access(x).await;
+        if flow != Flow::Next {
+            return flowed(p, x, flow).await;
+        }
+    }
+    let Some(matched) = &x.matched else { return rescue::no_route(p, x).await };
+    let route = matched.route().clone();
+    if let Some(id) = &route.value.function_id {
+        return function(p, x, id).await;
+    }
+    choose_upstream(x)?;
+    if p.runner.mask(x).has(Phase::BeforeProxy) {
+        x.phase = Phase::BeforeProxy;
+        let flow = p.runner.before_proxy(x).await;
+        if flow != Flow::Next {
+            return flowed(p, x, flow).await;
+        }
+    }
+    forward::forward(p, x).await
+}
+
+/// What a plugin decided instead of going on.
+async fn flowed(p: &Proxy, x: &mut Exchange, flow: Flow) -> Result<()> {
+    match flow {
+        Flow::Next | Flow::Sent => Ok(()),
+        Flow::Answer => {
+            if x.response.status >= 400 && x.printed.is_empty() && !x.response.headers.contains("content-type") {
+                let status = x.response.status;
+                rescue::page(p, x, status);
+            }
+            rescue::stamp(p, x);
+            output::answer(x, &p.runner).await
+        }
+        Flow::Close => {
+            if let Some(client) = &mut x.client {
+                client.abort();
+            }
+            Ok(())
+        }
+    }
+}
+
+async fn function(p: &Proxy, x: &mut Exchange, id: &str) -> Result<()> {
+    x.phase = Phase::Content;
+    match p.runner.function(x, id).await {
+        Some(Flow::Next) => flowed(p, x, Flow::Answer).await,
+        Some(flow) => flowed(p, x, flow).await,
+        None => {
+            tracing::error!("failed to find function by id: {id}");
+            Err(Error::config(Kind::NotFound).context(format!("function {id} does not exist")))
+        }
+    }
+}
+
+/// A plugin's choice, else the route's upstream, else its service's.
+fn choose_upstream(x: &mut Exchange) -> Result<()> {
+    if let Some(chosen) = &x.upstream.chosen {
+        x.upstream.conf = Some(chosen.clone());
+        return Ok(());
+    }
+    let Some(matched) = &x.matched else { return Ok(()) };
+    let route = &matched.route().value;
+    let service = matched.service.as_ref().map(|s| &s.value);
+    let (inline, id) = if route.upstream.is_some() || route.upstream_id.is_some() {
+        (&route.upstream, &route.upstream_id)
+    } else {
+        match service {
+            Some(service) => (&service.upstream, &service.upstream_id),
+            None => (&None, &None),
+        }
+    };
+    // An id wins over an upstream beside it, as in APISIX.
+    if let Some(id) = id {
+        let Some(object) = x.snapshot.upstreams.get(id) else {
+            return Err(Error::config(Kind::NotFound).context(format!("failed to find upstream by id: {id}")));
+        };
+        x.upstream.conf = Some(object.value.clone());
+        return Ok(());
+    }
+    match inline {
+        Some(upstream) => x.upstream.conf = Some(upstream.clone()),
+        None => {
+            return Err(Error::config(Kind::NoNode).context("missing upstream configuration in Route or Service"));
+        }
+    }
+    Ok(())
+}
+
+fn find_route(p: &Proxy, x: &mut Exchange) {
+    let tail = p.settings.delete_uri_tail_slash && x.request.path.len() > 1 && x.request.path.ends_with(b"/");
+    let facts = RequestFacts { x, runner: &p.runner, path: x.request.path.len() - usize::from(tail) };
+    let Some(found) = x.snapshot.router.find(&facts) else { return };
+    let service = found.route().value.service_id.as_ref().and_then(|id| x.snapshot.services.get(id)).cloned();
+    x.matched = Some(Matched { found, service });
+}
+
+/// The request as the router asks about it.
+struct RequestFacts<'a> {
+    x: &'a Exchange,
+    runner: &'a Runner,
+    /// So much of the path counts.
+    path: usize,
+}
+
+impl Facts for RequestFacts<'_> {
+    fn host(&self) -> &[u8] {
+        &self.x.request.host
+    }
+
+    fn path(&self) -> &[u8] {
+        &self.x.request.path[..self.path]
+    }
+
+    fn method(&self) -> &[u8] {
+        &self.x.request.method
+    }
+
+    fn remote(&self) -> IpAddr {
+        self.x.remote().ip()
+    }
+
+    fn var(&self, name: &str) -> Option<Cow<'_, [u8]>> {
+        let mut scratch = Vec::new();
+        self.x.var(&Var::parse(name), &mut scratch).map(|value| Cow::Owned(value.to_vec()))
+    }
+
+    fn filter(&self, route: &Arc<Object<Route>>) -> bool {
+        self.runner.filter(self.x, route)
+    }
+}

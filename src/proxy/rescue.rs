@@ -1,0 +1,117 @@
+//! Errors to answers: the only place that chooses a status for an `Error`.
+
+use super::Proxy;
+use crate::{
+    error::{Error, Kind, Origin, Result},
+    exchange::{Exchange, Source, status},
+    plugin::output,
+};
+
+/// What nginx logs, and sends to nobody, when the client went away first.
+const CLIENT_CLOSED: u16 = 499;
+
+/// Answers for an error, unless the head is out already: then the connection is cut, so that nobody takes the piece for the whole.
+pub(super) async fn answer(p: &Proxy, x: &mut Exchange, e: Error) {
+    let status = status_of(&e);
+    log(x, &e, status);
+    if x.response.head_sent {
+        if let Some(client) = &mut x.client {
+            client.abort();
+        }
+        return;
+    }
+    x.response.headers.clear();
+    x.response.source = Source::Gateway;
+    if status == CLIENT_CLOSED {
+        x.response.status = status;
+        if let Some(client) = &mut x.client {
+            client.abort();
+        }
+        return;
+    }
+    page(p, x, status);
+    if e.origin() == Origin::Client {
+        // What follows the broken body cannot be told from it.
+        x.request.keep_alive = false;
+    }
+    if let Err(e) = output::answer(x, &p.runner).await {
+        tracing::debug!("the error page was not sent: {e}");
+        if let Some(client) = &mut x.client {
+            client.abort();
+        }
+    }
+}
+
+fn status_of(e: &Error) -> u16 {
+    match (e.origin(), e.kind()) {
+        (Origin::Client, Kind::TooLarge) => 413,
+        (Origin::Client, Kind::ReadTimeout) => 408,
+        (Origin::Client, Kind::Closed | Kind::WriteTimeout | Kind::Io) => CLIENT_CLOSED,
+        (Origin::Client, _) => 400,
+        (Origin::Upstream, Kind::ConnectTimeout | Kind::ReadTimeout | Kind::WriteTimeout) => 504,
+        (Origin::Upstream, Kind::NoNode) => 503,
+        (Origin::Upstream, _) => 502,
+        (Origin::Config, Kind::NotFound) => 502,
+        (Origin::Config, _) => 503,
+        (Origin::Script, _) => 500,
+        (Origin::Internal, _) => 500,
+    }
+}
+
+fn log(x: &Exchange, e: &Error, status: u16) {
+    let target = String::from_utf8_lossy(&x.request.target);
+    let addr = x.upstream.tries.last().map(|t| t.addr.to_string()).unwrap_or_default();
+    let method = String::from_utf8_lossy(&x.request.method);
+    let client = x.remote().ip();
+    if status == CLIENT_CLOSED {
+        tracing::info!("{e}, client: {client}, request: \"{method} {target}\", upstream: \"{addr}\"");
+    } else {
+        tracing::error!("{e}, client: {client}, request: \"{method} {target}\", upstream: \"{addr}\"");
+    }
+}
+
+/// No route matched: APISIX's body.
+pub(super) async fn no_route(p: &Proxy, x: &mut Exchange) -> Result<()> {
+    x.response.status = 404;
+    x.printed.clear();
+    x.printed.extend_from_slice(b"{\"error_msg\":\"404 Route Not Found\"}\n");
+    x.response.headers.set("Content-Type", "application/json");
+    stamp(p, x);
+    output::answer(x, &p.runner).await
+}
+
+/// The page that nginx would send for this status.
+pub(super) fn page(p: &Proxy, x: &mut Exchange, code: u16) {
+    use std::io::Write;
+    x.response.status = code;
+    let reason = status::reason(code);
+    x.printed.clear();
+    let _ = write!(
+        x.printed,
+        "<html>\r\n<head><title>{code} {reason}</title></head>\r\n<body>\r\n<center><h1>{code} {reason}</h1></center>\r\n\
+         <hr><center>moongate</center>\r\n</body>\r\n</html>\r\n"
+    );
+    x.response.headers.set("Content-Type", "text/html; charset=utf-8");
+    stamp(p, x);
+}
+
+/// What every response of the gateway's own carries.
+pub(super) fn stamp(p: &Proxy, x: &mut Exchange) {
+    x.response.headers.set("Server", &p.settings.server);
+    upstream_status(p, x);
+}
+
+/// `X-APISIX-Upstream-Status`: on 5xx that an upstream was asked about, or always when configured.
+pub(super) fn upstream_status(p: &Proxy, x: &mut Exchange) {
+    if x.upstream.tries.is_empty() || !(p.settings.show_upstream_status || x.response.status / 100 == 5) {
+        return;
+    }
+    let mut text = Vec::new();
+    for (i, one) in x.upstream.tries.iter().enumerate() {
+        if i > 0 {
+            text.extend_from_slice(b", ");
+        }
+        text.extend_from_slice(itoa::Buffer::new().format(one.status).as_bytes());
+    }
+    x.response.headers.set("X-APISIX-Upstream-Status", &text);
+}

@@ -1,0 +1,226 @@
+//! The request on its way to the node: head, then body, as fast as both sides take it.
+
+use std::{
+    fs::File,
+    io::Read,
+    task::{Context, Poll, ready},
+};
+
+use bytes::Bytes;
+
+use super::head::BodyFraming;
+use crate::{
+    error::{Error, Kind, Result},
+    exchange::{
+        Client, RequestBody,
+        framing::{LAST_CHUNK, write_chunk_size},
+    },
+    upstream::Conn,
+};
+
+/// Body bytes taken from the client in one piece.
+const PIECE: usize = 16 * 1024;
+/// Body bytes kept, so that the request can go to another node: most API calls fit, and it bounds what a request costs.
+const REPLAY_MAX: usize = 64 * 1024;
+/// Room in front of a piece for its chunk size.
+const CHUNK_HEAD: usize = 20;
+
+/// A request being sent.
+pub(super) struct Upload {
+    /// Framed bytes; those before `sent` are gone.
+    out: Vec<u8>,
+    sent: usize,
+    source: Source,
+    chunked: bool,
+    flushed: bool,
+    pub total: u64,
+    /// The body so far, unframed, for another try; `None` once it was too long.
+    kept: Option<Vec<u8>>,
+    piece: Vec<u8>,
+}
+
+enum Source {
+    Done,
+    /// Still with the client.
+    Client,
+    Memory { body: Bytes, at: usize },
+    /// Spooled to disk. Read where it is: the page cache has it.
+    File { file: File, left: u64 },
+}
+
+impl Upload {
+    /// For a request whose body is `body`. The head is written to `head_mut` next.
+    pub fn new(body: &RequestBody, out: Vec<u8>, piece: Vec<u8>) -> Result<(Upload, BodyFraming)> {
+        let (source, framing) = match body {
+            RequestBody::None | RequestBody::Consumed => (Source::Done, BodyFraming::None),
+            RequestBody::Streaming { length: Some(n) } => (Source::Client, BodyFraming::Length(*n)),
+            RequestBody::Streaming { length: None } => (Source::Client, BodyFraming::Chunked),
+            RequestBody::Memory(bytes) => {
+                (Source::Memory { body: bytes.clone(), at: 0 }, BodyFraming::Length(bytes.len() as u64))
+            }
+            RequestBody::File { path, length } => {
+                let file = File::open(path).map_err(|e| {
+                    Error::internal(Kind::Io).cause(e).context(format!("request body in {}", path.display()))
+                })?;
+                (Source::File { file, left: *length }, BodyFraming::Length(*length))
+            }
+        };
+        let chunked = framing == BodyFraming::Chunked;
+        let kept = Some(Vec::new());
+        let upload = Upload { out, sent: 0, source, chunked, flushed: false, total: 0, kept, piece };
+        Ok((upload, framing))
+    }
+
+    /// Where the head goes, before anything is sent.
+    pub fn head_mut(&mut self) -> &mut Vec<u8> {
+        &mut self.out
+    }
+
+    pub fn is_done(&self) -> bool {
+        self.flushed
+    }
+
+    /// Whether anything went to the node.
+    pub fn has_started(&self) -> bool {
+        self.total > 0
+    }
+
+    /// Starts again for another node; false when the body is no longer there to be sent. The head is to be written anew.
+    pub fn rewind(&mut self, body: &RequestBody) -> bool {
+        let kept = match (&self.source, body) {
+            (_, RequestBody::Memory(bytes)) => {
+                self.source = Source::Memory { body: bytes.clone(), at: 0 };
+                &mut Vec::new()
+            }
+            (_, RequestBody::File { path, length }) => {
+                let Ok(file) = File::open(path) else { return false };
+                self.source = Source::File { file, left: *length };
+                &mut Vec::new()
+            }
+            _ => match &mut self.kept {
+                Some(kept) => kept,
+                None => return false,
+            },
+        };
+        self.piece.clear();
+        self.piece.extend_from_slice(kept);
+        self.out.clear();
+        self.sent = 0;
+        self.total = 0;
+        self.flushed = false;
+        true
+    }
+
+    /// After `rewind` and the new head: what was taken from the client before goes again.
+    pub fn resend_kept(&mut self) {
+        if self.piece.is_empty() {
+            if self.chunked && matches!(self.source, Source::Done) {
+                self.out.extend_from_slice(LAST_CHUNK);
+            }
+            return;
+        }
+        let piece = std::mem::take(&mut self.piece);
+        self.frame(&piece);
+        self.piece = piece;
+        self.piece.clear();
+        if self.chunked && matches!(self.source, Source::Done) {
+            self.out.extend_from_slice(LAST_CHUNK);
+        }
+    }
+
+    /// Sends on until everything is with the kernel.
+    pub fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        conn: &mut Conn,
+        client: &mut Option<Box<dyn Client>>,
+    ) -> Poll<Result<()>> {
+        loop {
+            while self.sent < self.out.len() {
+                let n = ready!(conn.poll_write(cx, &self.out[self.sent..]))?;
+                self.sent += n;
+                self.total += n as u64;
+            }
+            self.out.clear();
+            self.sent = 0;
+            match &mut self.source {
+                Source::Done => {
+                    ready!(conn.poll_flush(cx))?;
+                    self.flushed = true;
+                    return Poll::Ready(Ok(()));
+                }
+                Source::Client => ready!(self.poll_client(cx, client))?,
+                Source::Memory { body, at } => {
+                    if *at == body.len() {
+                        self.source = Source::Done;
+                        continue;
+                    }
+                    let n = ready!(conn.poll_write(cx, &body[*at..]))?;
+                    *at += n;
+                    self.total += n as u64;
+                }
+                Source::File { file, left } => {
+                    if *left == 0 {
+                        self.source = Source::Done;
+                        continue;
+                    }
+                    let wanted = PIECE.min(usize::try_from(*left).unwrap_or(PIECE));
+                    self.out.resize(wanted, 0);
+                    let n = file.read(&mut self.out)?;
+                    if n == 0 {
+                        return Poll::Ready(Err(Error::internal(Kind::Io).context("the spooled body is cut short")));
+                    }
+                    self.out.truncate(n);
+                    *left -= n as u64;
+                }
+            }
+        }
+    }
+
+    /// Takes the next piece from the client and frames it.
+    fn poll_client(&mut self, cx: &mut Context<'_>, client: &mut Option<Box<dyn Client>>) -> Poll<Result<()>> {
+        let Some(client) = client else {
+            return Poll::Ready(Err(Error::client(Kind::Closed)));
+        };
+        self.piece.clear();
+        self.piece.reserve(PIECE);
+        let n = ready!(client.poll_read_body(cx, &mut self.piece, PIECE))?;
+        if n == 0 {
+            self.source = Source::Done;
+            if self.chunked {
+                self.out.extend_from_slice(LAST_CHUNK);
+            }
+            return Poll::Ready(Ok(()));
+        }
+        self.keep();
+        let piece = std::mem::take(&mut self.piece);
+        self.frame(&piece);
+        self.piece = piece;
+        Poll::Ready(Ok(()))
+    }
+
+    fn frame(&mut self, piece: &[u8]) {
+        if !self.chunked {
+            return self.out.extend_from_slice(piece);
+        }
+        self.out.reserve(piece.len() + CHUNK_HEAD);
+        write_chunk_size(piece.len() as u64, &mut self.out);
+        self.out.extend_from_slice(piece);
+        self.out.extend_from_slice(b"\r\n");
+    }
+
+    fn keep(&mut self) {
+        if let Some(kept) = &mut self.kept {
+            if kept.len() + self.piece.len() > REPLAY_MAX {
+                self.kept = None;
+            } else {
+                kept.extend_from_slice(&self.piece);
+            }
+        }
+    }
+
+    /// The buffers, for the next request.
+    pub fn into_buffers(self) -> (Vec<u8>, Vec<u8>) {
+        (self.out, self.piece)
+    }
+}
