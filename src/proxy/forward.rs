@@ -22,7 +22,7 @@ use crate::{
         route::Timeouts,
         upstream::{Balance, HashOn, Node, Scheme, Upstream},
     },
-    plugin::output,
+    plugin::{PhaseMask, output},
     tls,
     upstream::{Conn, Head, Piece, PoolKey, conn::Target, pool::Limits},
 };
@@ -241,7 +241,7 @@ impl Way<'_> {
         let begun = Instant::now();
         x.response.status = head.status;
         x.response.source = Source::Upstream;
-        if !self.p.runner.mask(x).is_empty() {
+        if self.p.runner.mask(x) != PhaseMask::default() {
             x.upstream.headers.clone_from(&x.response.headers);
         }
         x.response.headers.set("Server", &self.p.settings.server);

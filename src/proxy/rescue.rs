@@ -75,7 +75,7 @@ pub(super) async fn no_route(p: &Proxy, x: &mut Exchange) -> Result<()> {
     x.response.status = 404;
     x.printed.clear();
     x.printed.extend_from_slice(b"{\"error_msg\":\"404 Route Not Found\"}\n");
-    x.response.headers.set("Content-Type", "application/json");
+    x.response.headers.set("Content-Type", "text/plain; charset=utf-8");
     stamp(p, x);
     output::answer(x, &p.runner).await
 }

@@ -47,8 +47,8 @@ local function prepare(first, ...)
             parts[n] = type(value) == "table" and encoded(value) or tostring(value)
         end
     end
-    if code and code >= 400 and not native.content_type_set() then
-        ngx_header.content_type = "text/html; charset=utf-8"
+    if n > 0 and not native.content_type_set() then
+        ngx_header.content_type = "text/plain; charset=utf-8"
     end
     return code, n > 0 and concat(parts, "", 1, n) or nil
 end
