@@ -8,24 +8,24 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{
-    Proxy, head,
-    head::BodyFraming,
-    rescue, tunnel,
-    upload::Upload,
-};
+use rustls::pki_types::ServerName;
+
+use super::{Proxy, head, head::BodyFraming, rescue, tunnel, upload::Upload};
 use crate::{
     balancer::{NoNode, Tried},
     error::{Error, Kind, Origin, Result, Retry},
     exchange::{Client, Exchange, RequestBody, Source, Try, Var},
     model::{
         route::Timeouts,
-        upstream::{Balance, HashOn, Node, Scheme, Upstream},
+        upstream::{Balance, HashOn, Keepalive, Node, Scheme, Upstream},
     },
     plugin::{PhaseMask, output},
     tls,
-    upstream::{Conn, Head, Piece, PoolKey, conn::Target, pool::Limits},
+    upstream::{self, Conn, Head, Key, Tls},
 };
+
+/// Interim responses (1xx) before the real one: past it the node is playing.
+const MAX_INTERIM: usize = 16;
 
 /// Forwards the request to `x.upstream.conf` and its response to the client.
 pub(super) async fn forward(p: &Proxy, x: &mut Exchange) -> Result<()> {
@@ -64,20 +64,20 @@ impl Way<'_> {
         let relayed = self.relay(x, &mut conn, head).await;
         let took = x.upstream.tries.last().and_then(|t| Some(t.header_time? + t.response_time.unwrap_or_default()));
         if let Some(last) = x.upstream.tries.last_mut() {
-            last.bytes_received = conn.bytes_read;
-            last.bytes_sent = self.upload.total;
+            last.bytes_received = conn.received();
+            last.bytes_sent = conn.sent();
             last.response_time = took.or(last.header_time);
         }
         relayed?;
         // A body that the node did not wait for leaves the connection in the middle of a request.
         if self.upload.is_done() {
-            self.p.pool.put(&key, conn, limits(self.p, self.conf));
+            self.p.pool.put(key, conn, &keepalive(self.p, self.conf), Instant::now());
         }
         Ok(())
     }
 
     /// Tries nodes until one answers with a head.
-    async fn reach(&mut self, x: &mut Exchange) -> Result<(Conn, PoolKey, Head)> {
+    async fn reach(&mut self, x: &mut Exchange) -> Result<(Conn, Key, Head)> {
         let started = Instant::now();
         let picked = self.p.picker(self.conf);
         let hash_key = hash_key(x, self.conf);
@@ -127,7 +127,7 @@ impl Way<'_> {
     }
 
     /// One try at node `at`. A pooled connection that turns out to be closed does not count: a new one is made.
-    async fn attempt(&mut self, x: &mut Exchange, at: usize) -> Result<(Conn, PoolKey, Head)> {
+    async fn attempt(&mut self, x: &mut Exchange, at: usize) -> Result<(Conn, Key, Head)> {
         let node = &self.conf.nodes[at];
         let begun = Instant::now();
         let addr = match self.address(x, node).await {
@@ -139,16 +139,14 @@ impl Way<'_> {
         };
         push_try(x, addr, at);
         let (key, tls) = self.key(x, node, addr).map_err(|e| fail(x, begun, e))?;
-        if let Some(conn) = self.p.pool.take(&key, limits(self.p, self.conf).idle_timeout) {
+        if let Some(conn) = self.p.pool.take(&key, begun) {
             match self.ask(x, node, conn).await {
                 Ok((conn, head)) => return Ok((conn, key, succeed(x, begun, head))),
                 Err(e) if e.kind() == Kind::Closed && self.may_repeat(x, &e) && self.upload.rewind(&x.body) => {}
                 Err(e) => return Err(fail(x, begun, e)),
             }
         }
-        let name = tls.as_ref().map(|(config, name)| (config.clone(), &**name));
-        let target = Target { addr, timeout: self.times.connect, tls: name };
-        let conn = Conn::connect(&target).await.map_err(|e| fail(x, begun, e))?;
+        let conn = upstream::connect(addr, tls.as_ref(), self.times.connect).await.map_err(|e| fail(x, begun, e))?;
         if let Some(last) = x.upstream.tries.last_mut() {
             last.connect_time = Some(begun.elapsed());
         }
@@ -176,35 +174,30 @@ impl Way<'_> {
         }
     }
 
-    #[expect(clippy::type_complexity, reason = "the pair is Target's own form of TLS settings")]
-    fn key(
-        &self,
-        x: &Exchange,
-        node: &Node,
-        addr: SocketAddr,
-    ) -> Result<(PoolKey, Option<(std::sync::Arc<rustls::ClientConfig>, Box<str>)>)> {
+    /// Which pooled connections will do, and how to make one that does.
+    fn key(&self, x: &Exchange, node: &Node, addr: SocketAddr) -> Result<(Key, Option<Tls>)> {
         let scheme = if x.upstream.scheme.is_empty() { None } else { Some(&x.upstream.scheme[..]) };
-        let secure = scheme.map_or(self.conf.scheme == Scheme::Https, |s| s == b"https");
-        if !secure {
-            return Ok((PoolKey { addr, tls: None }, None));
+        if !scheme.map_or(self.conf.scheme == Scheme::Https, |s| s == b"https") {
+            return Ok((Key { addr, tls: 0 }, None));
         }
         let settings = self.conf.tls.as_deref();
         let pair = settings.and_then(|t| t.client_pair.as_ref()).map(|(cert, key)| (&**cert, &**key));
         let config = tls::client_config(settings.is_some_and(|t| t.verify), pair, &[])?;
         let name = server_name(x, node);
-        let identity = std::sync::Arc::as_ptr(&config) as u64;
-        Ok((PoolKey { addr, tls: Some((name.as_ref().into(), identity)) }, Some((config, name))))
+        let number = self.p.tls_number(&name, &config);
+        let name = ServerName::try_from(name.into_string())
+            .map_err(|e| Error::upstream(Kind::Tls).cause(e).context("server name for TLS to the upstream"))?;
+        Ok((Key { addr, tls: number }, Some(Tls { config, name })))
     }
 
     /// Sends the request on `conn` and waits for the response's head.
     async fn ask(&mut self, x: &mut Exchange, node: &Node, mut conn: Conn) -> Result<(Conn, Head)> {
         conn.begin();
         if let Some(last) = x.upstream.tries.last_mut() {
-            last.reused = conn.is_reused();
+            last.reused = conn.requests() > 1;
         }
         head::write(self.p, x, node, self.framing, self.websocket, self.upload.head_mut());
         self.upload.resend_kept();
-        conn.set_limit(self.times.send);
         let head = poll_fn(|cx| self.poll_head(cx, x, &mut conn)).await?;
         Ok((conn, head))
     }
@@ -213,27 +206,30 @@ impl Way<'_> {
         let to_head = x.request.method == b"HEAD";
         let mut broken = None;
         if !self.upload.is_done() {
-            match self.upload.poll(cx, conn, &mut x.client) {
-                Poll::Ready(Ok(())) => conn.set_limit(self.times.read),
+            match self.upload.poll(cx, conn, &mut x.client, self.times.send) {
                 Poll::Ready(Err(e)) if e.origin() == Origin::Upstream => broken = Some(e),
                 Poll::Ready(Err(e)) => return Poll::Ready(Err(e)),
-                Poll::Pending => {}
+                Poll::Ready(Ok(())) | Poll::Pending => {}
             }
         }
         // A node may answer before it has read everything, and then close: its answer counts.
-        match conn.poll_head(cx, to_head, &mut x.response.headers, &mut x.response.reason) {
-            Poll::Ready(head) => return Poll::Ready(head),
-            Poll::Pending if broken.is_some() => return Poll::Ready(Err(broken.take().unwrap_or_else(closed))),
-            Poll::Pending => {}
+        let limit = self.upload.is_done().then_some(self.times.read);
+        for _ in 0..MAX_INTERIM {
+            match conn.poll_head(cx, limit, to_head, &mut x.response) {
+                Poll::Ready(Ok(head)) if head.is_interim() => continue,
+                Poll::Ready(Ok(head)) => return Poll::Ready(Ok(head)),
+                Poll::Ready(Err(e)) => return Poll::Ready(Err(broken.unwrap_or(e))),
+                Poll::Pending => {}
+            }
+            if let Some(e) = broken {
+                return Poll::Ready(Err(e));
+            }
+            if is_gone(cx, &mut x.client) {
+                return Poll::Ready(Err(Error::client(Kind::Closed).context("client prematurely closed connection")));
+            }
+            return Poll::Pending;
         }
-        if is_gone(cx, &mut x.client) {
-            return Poll::Ready(Err(Error::client(Kind::Closed).context("client prematurely closed connection")));
-        }
-        if conn.poll_expired(cx) {
-            let kind = if self.upload.is_done() { Kind::ReadTimeout } else { Kind::WriteTimeout };
-            return Poll::Ready(Err(Error::upstream(kind).retry(Retry::Idempotent).context("upstream timed out")));
-        }
-        Poll::Pending
+        Poll::Ready(Err(Error::upstream(Kind::Malformed).context("too many interim responses from the upstream")))
     }
 
     /// The response, through the filters, to the client.
@@ -268,35 +264,18 @@ impl Way<'_> {
     fn poll_relay(&mut self, cx: &mut Context<'_>, x: &mut Exchange, conn: &mut Conn) -> Poll<Result<()>> {
         loop {
             self.poll_rest_of_request(cx, x, conn)?;
-            match conn.poll_piece(cx) {
-                Poll::Ready(Ok(Piece::End)) => return Poll::Ready(Ok(())),
-                Poll::Ready(Ok(Piece::Some)) => {
+            match conn.poll_body(cx, self.times.read) {
+                Poll::Ready(Ok(false)) => return Poll::Ready(Ok(())),
+                Poll::Ready(Ok(true)) => {
                     let Some(client) = &mut x.client else { return Poll::Ready(Err(Error::client(Kind::Closed))) };
-                    let n = ready!(client.poll_write(cx, conn.piece()))?;
+                    let n = ready!(client.poll_write(cx, conn.data()))?;
                     conn.consume(n);
-                    conn.set_limit(self.times.read);
                     x.body_bytes_sent += n as u64;
                 }
                 Poll::Ready(Err(e)) => return Poll::Ready(Err(e)),
-                Poll::Pending => return self.poll_idle(cx, x, conn),
+                Poll::Pending => return poll_idle(cx, x),
             }
         }
-    }
-
-    /// The node has nothing now: send what is queued, look after the client and the clock.
-    fn poll_idle<T>(&mut self, cx: &mut Context<'_>, x: &mut Exchange, conn: &mut Conn) -> Poll<Result<T>> {
-        if let Some(client) = &mut x.client
-            && let Poll::Ready(Err(e)) = client.poll_flush(cx)
-        {
-            return Poll::Ready(Err(e));
-        }
-        if is_gone(cx, &mut x.client) {
-            return Poll::Ready(Err(Error::client(Kind::Closed).context("client prematurely closed connection")));
-        }
-        if conn.poll_expired(cx) {
-            return Poll::Ready(Err(Error::upstream(Kind::ReadTimeout).context("upstream timed out while reading the response")));
-        }
-        Poll::Pending
     }
 
     /// What is left of the request goes on while the response comes. A node that no longer reads it is not an error now.
@@ -304,7 +283,7 @@ impl Way<'_> {
         if self.upload.is_done() {
             return Ok(());
         }
-        match self.upload.poll(cx, conn, &mut x.client) {
+        match self.upload.poll(cx, conn, &mut x.client, self.times.send) {
             Poll::Ready(Err(e)) if e.origin() == Origin::Client => Err(e),
             _ => Ok(()),
         }
@@ -315,22 +294,20 @@ impl Way<'_> {
         loop {
             let piece = poll_fn(|cx| {
                 self.poll_rest_of_request(cx, x, conn)?;
-                match conn.poll_piece(cx) {
-                    Poll::Pending => self.poll_idle(cx, x, conn),
+                match conn.poll_body(cx, self.times.read) {
+                    Poll::Pending => poll_idle(cx, x),
                     ready => ready,
                 }
             })
             .await?;
             x.chunk.data.clear();
-            if piece == Piece::Some {
-                x.chunk.data.extend_from_slice(conn.piece());
-                let n = conn.piece().len();
+            if piece {
+                x.chunk.data.extend_from_slice(conn.data());
+                let n = conn.data().len();
                 conn.consume(n);
             }
-            x.chunk.eof = conn.is_finished();
-            conn.clear_limit();
+            x.chunk.eof = conn.is_done()?;
             output::chunk(x, &self.p.runner).await?;
-            conn.set_limit(self.times.read);
             if x.chunk.eof {
                 return Ok(());
             }
@@ -340,7 +317,9 @@ impl Way<'_> {
     /// `101`: from here on bytes are only passed on.
     async fn switch(&mut self, x: &mut Exchange, conn: Conn) -> Result<()> {
         if !self.websocket {
-            return Err(Error::upstream(Kind::Malformed).context("the upstream switches protocols that nobody asked for"));
+            return Err(
+                Error::upstream(Kind::Malformed).context("the upstream switches protocols that nobody asked for")
+            );
         }
         x.response.status = 101;
         x.response.source = Source::Upstream;
@@ -352,12 +331,21 @@ impl Way<'_> {
     }
 }
 
-fn is_gone(cx: &mut Context<'_>, client: &mut Option<Box<dyn Client>>) -> bool {
-    client.as_mut().is_none_or(|c| c.poll_gone(cx).is_ready())
+/// The node has nothing now: send what is queued, and look after the client. The node's time is its connection's to watch.
+fn poll_idle<T>(cx: &mut Context<'_>, x: &mut Exchange) -> Poll<Result<T>> {
+    if let Some(client) = &mut x.client
+        && let Poll::Ready(Err(e)) = client.poll_flush(cx)
+    {
+        return Poll::Ready(Err(e));
+    }
+    if is_gone(cx, &mut x.client) {
+        return Poll::Ready(Err(Error::client(Kind::Closed).context("client prematurely closed connection")));
+    }
+    Poll::Pending
 }
 
-fn closed() -> Error {
-    Error::upstream(Kind::Closed).retry(Retry::Idempotent)
+fn is_gone(cx: &mut Context<'_>, client: &mut Option<Box<dyn Client>>) -> bool {
+    client.as_mut().is_none_or(|c| c.poll_gone(cx).is_ready())
 }
 
 fn push_try(x: &mut Exchange, addr: SocketAddr, node: usize) {
@@ -398,11 +386,8 @@ fn timeouts(p: &Proxy, x: &Exchange, conf: &Upstream) -> Timeouts {
     route.or(conf.timeout).unwrap_or(p.settings.timeout)
 }
 
-fn limits(p: &Proxy, conf: &Upstream) -> Limits {
-    match &conf.keepalive {
-        Some(k) => Limits { size: k.size, idle_timeout: k.idle_timeout, requests: k.requests },
-        None => p.settings.keepalive,
-    }
+fn keepalive(p: &Proxy, conf: &Upstream) -> Keepalive {
+    conf.keepalive.unwrap_or(p.settings.keepalive)
 }
 
 /// The name for SNI and verification: the Host that is sent, without its port.
@@ -432,7 +417,9 @@ fn hash_key(x: &Exchange, conf: &Upstream) -> Vec<u8> {
     let mut scratch = Vec::new();
     let value = match on {
         HashOn::Consumer => x.consumer.as_ref().map(|c| c.value.username.as_bytes().to_vec()),
-        HashOn::Header => x.var(&Var::parse(&format!("http_{}", key.replace('-', "_"))), &mut scratch).map(<[u8]>::to_vec),
+        HashOn::Header => {
+            x.var(&Var::parse(&format!("http_{}", key.replace('-', "_"))), &mut scratch).map(<[u8]>::to_vec)
+        }
         HashOn::Cookie => x.var(&Var::parse(&format!("cookie_{key}")), &mut scratch).map(<[u8]>::to_vec),
         HashOn::Vars => x.var(&Var::parse(key), &mut scratch).map(<[u8]>::to_vec),
         HashOn::VarsCombinations => Some(combination(x, key)),

@@ -28,7 +28,7 @@ use crate::{
     net::Handler,
     plugin::run::Runner,
     store::{Published, Snapshot},
-    upstream::{Pool, pool::Limits},
+    upstream::Pool,
 };
 
 /// What config.yaml says about proxying.
@@ -40,7 +40,7 @@ pub struct Settings {
     /// `X-APISIX-Upstream-Status` on every response, not only on 5xx.
     pub show_upstream_status: bool,
     /// For upstreams without a `keepalive_pool` of their own.
-    pub keepalive: Limits,
+    pub keepalive: model::upstream::Keepalive,
     /// For upstreams and routes without a `timeout` of their own.
     pub timeout: model::route::Timeouts,
     /// From these `X-Forwarded-*` is taken as it comes.
@@ -68,6 +68,8 @@ pub struct Proxy {
     /// By `Upstream::uid`. Swept when the configuration changes.
     pickers: RefCell<HashMap<u64, Rc<Picked>>>,
     buffers: RefCell<Vec<Vec<u8>>>,
+    /// A number per TLS name and settings, for the pool's keys.
+    tls_numbers: RefCell<HashMap<(Box<str>, usize), u64>>,
 }
 
 /// An upstream's balancer state, and when it was last used.
@@ -96,7 +98,8 @@ impl Proxy {
             settings,
             runner,
             resolver,
-            pool: Pool::new(),
+            pool: Pool::default(),
+            tls_numbers: RefCell::default(),
             ending,
             version: Cell::new(current.version),
             current: RefCell::new(current),
@@ -138,6 +141,17 @@ impl Proxy {
             pickers.insert(upstream.uid, picked.clone());
         }
         picked
+    }
+
+    /// Connections with the same number may stand in for each other.
+    fn tls_number(&self, name: &str, config: &Arc<rustls::ClientConfig>) -> u64 {
+        let key = (Box::from(name), Arc::as_ptr(config) as usize);
+        let mut numbers = self.tls_numbers.borrow_mut();
+        if numbers.len() >= MAX_PICKERS {
+            // Numbers are never reused, so connections under forgotten ones only grow old.
+            numbers.clear();
+        }
+        *numbers.entry(key).or_insert_with(model::next_uid)
     }
 
     fn take_buffer(&self) -> Vec<u8> {

@@ -24,7 +24,7 @@ pub(super) async fn run(x: &mut Exchange, conn: Conn, idle: Duration) -> Result<
     let Some(tunnel) = into_tunnel(client) else {
         return Err(Error::client(Kind::Other).context("only an HTTP/1 connection can switch protocols"));
     };
-    let (upstream, from_upstream) = conn.into_parts();
+    let (upstream, from_upstream) = conn.into_tunnel();
     let (mut client_in, mut client_out) = tokio::io::split(tunnel.io);
     let (mut node_in, mut node_out) = tokio::io::split(upstream);
     let sent = &mut x.body_bytes_sent;

@@ -4,6 +4,7 @@ use std::{
     fs::File,
     io::Read,
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -43,9 +44,15 @@ enum Source {
     Done,
     /// Still with the client.
     Client,
-    Memory { body: Bytes, at: usize },
+    Memory {
+        body: Bytes,
+        at: usize,
+    },
     /// Spooled to disk. Read where it is: the page cache has it.
-    File { file: File, left: u64 },
+    File {
+        file: File,
+        left: u64,
+    },
 }
 
 impl Upload {
@@ -128,16 +135,17 @@ impl Upload {
         }
     }
 
-    /// Sends on until everything is with the kernel.
+    /// Sends on until everything is with the kernel. `limit` bounds the wait for the node to take more.
     pub fn poll(
         &mut self,
         cx: &mut Context<'_>,
         conn: &mut Conn,
         client: &mut Option<Box<dyn Client>>,
+        limit: Duration,
     ) -> Poll<Result<()>> {
         loop {
             while self.sent < self.out.len() {
-                let n = ready!(conn.poll_write(cx, &self.out[self.sent..]))?;
+                let n = ready!(conn.poll_write(cx, &self.out[self.sent..], limit))?;
                 self.sent += n;
                 self.total += n as u64;
             }
@@ -155,7 +163,7 @@ impl Upload {
                         self.source = Source::Done;
                         continue;
                     }
-                    let n = ready!(conn.poll_write(cx, &body[*at..]))?;
+                    let n = ready!(conn.poll_write(cx, &body[*at..], limit))?;
                     *at += n;
                     self.total += n as u64;
                 }
