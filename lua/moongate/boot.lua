@@ -157,3 +157,16 @@ table.insert(package.loaders, 5, packed_searcher)
 if native.packed("moongate.ngx") then
     require("moongate.ngx")
 end
+
+-- A request that makes a new global variable shares it with all others by accident, most of the time.
+local phase = native.fast.phase
+
+setmetatable(_G, {
+    __newindex = function(globals, name, value)
+        rawset(globals, name, value)
+        if phase() ~= 0 and ngx.log then
+            ngx.log(ngx.WARN, "writing a global Lua variable ('", tostring(name), "') which may lead to race conditions ",
+                "between concurrent requests, so prefer the use of 'local' variables\n", debug.traceback("", 2))
+        end
+    end,
+})

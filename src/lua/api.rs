@@ -182,6 +182,11 @@ impl<'lua> Api<'lua> {
         Ok(())
     }
 
+    /// What `require("moongate.native")` gives.
+    pub fn native(&self) -> &mlua::Table {
+        &self.native
+    }
+
     pub fn entries(&self) -> &[Entry] {
         &self.entries
     }
@@ -584,6 +589,47 @@ pub fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {
         (_, Some(s)) => s,
         _ => "unknown panic",
     }
+}
+
+/// docs/lua-api.md: the table as text.
+pub fn document(entries: &[Entry]) -> String {
+    let mut lines: Vec<String> = entries
+        .iter()
+        .map(|e| {
+            let how = match e.how {
+                How::Func => "function",
+                How::Wait => "function, may wait",
+                How::Fast => "FFI",
+                How::Value => "value",
+            };
+            format!("| `{}` | {how} | {} | {} |\n", e.name, phase_names(e.phases), e.doc.replace('|', "\\|"))
+        })
+        .collect();
+    lines.sort();
+    let head = "# What scripts may call\n\nThe host's side of the Lua API: made from the table in `lua::api`, held by a test. `ngx.*` entries \
+        with a face in Lua (lua/moongate/ngx.lua) appear there; `native.*` is `require(\"moongate.native\").*`.\n\n\
+        | name | kind | phases | what it does |\n|--|--|--|--|\n";
+    format!("{head}{}", lines.concat())
+}
+
+fn phase_names(phases: Phases) -> String {
+    const NAMES: [(Phases, &str); 9] = [
+        (Phases::INIT, "init"),
+        (Phases::REWRITE, "rewrite"),
+        (Phases::ACCESS, "access"),
+        (Phases::BALANCER, "balancer"),
+        (Phases::CONTENT, "function"),
+        (Phases::HEADER_FILTER, "header_filter"),
+        (Phases::BODY_FILTER, "body_filter"),
+        (Phases::LOG, "log"),
+        (Phases::TIMER, "timer"),
+    ];
+    let in_all = NAMES.iter().all(|(p, _)| phases.0 & p.0 == p.0);
+    if in_all {
+        return "any".into();
+    }
+    let names: Vec<&str> = NAMES.iter().filter(|(p, _)| phases.0 & p.0 != 0).map(|(_, name)| *name).collect();
+    names.join(", ")
 }
 
 /// A chunk name as Lua wants it: `@plugins/x.lua` prints as `plugins/x.lua`.

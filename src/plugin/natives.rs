@@ -1,6 +1,6 @@
 //! `native.plugin`: what the Lua side of the runner asks of the request and its plan.
 
-use std::{borrow::Cow, ffi::c_int, sync::Arc};
+use std::{ffi::c_int, sync::Arc};
 
 use super::run::Run;
 use crate::{
@@ -138,32 +138,4 @@ fn captures(s: &Stack) -> Answer {
         s.set(-2, name.as_bytes());
     }
     Ok(1)
-}
-
-/// A variable for `_meta.filter`.
-pub(super) fn variable<'x>(x: &'x Exchange, name: &str) -> Option<Cow<'x, [u8]>> {
-    let borrowed = |b: &'x [u8]| (!b.is_empty()).then_some(Cow::Borrowed(b));
-    if let Some((_, value)) = x.custom_vars.iter().find(|(n, _)| &**n == name) {
-        return Some(Cow::Borrowed(value));
-    }
-    if let Some(arg) = name.strip_prefix("arg_") {
-        let pairs = x.request.args.split(|b| *b == b'&');
-        return pairs
-            .filter_map(|p| p.strip_prefix(arg.as_bytes()).and_then(|p| p.strip_prefix(b"=")))
-            .map(Cow::Borrowed)
-            .next();
-    }
-    if let Some(header) = name.strip_prefix("http_") {
-        return x.request.headers.get(header.replace('_', "-")).map(Cow::Borrowed);
-    }
-    match name {
-        "uri" => borrowed(&x.request.path),
-        "request_uri" => borrowed(&x.request.target),
-        "request_method" => borrowed(&x.request.method),
-        "host" => borrowed(&x.request.host),
-        "args" | "query_string" => borrowed(&x.request.args),
-        "remote_addr" => Some(Cow::Owned(x.remote().ip().to_string().into_bytes())),
-        "consumer_name" => x.consumer.as_ref().map(|c| Cow::Borrowed(c.value.username.as_bytes())),
-        _ => None,
-    }
 }

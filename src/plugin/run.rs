@@ -8,6 +8,7 @@
 
 use std::{
     any::Any,
+    borrow::Cow,
     cell::{Cell, RefCell},
     collections::HashMap,
     ffi::c_int,
@@ -127,7 +128,11 @@ impl Run {
         let plan = run.plan.borrow().clone();
         let conf = usize::try_from(n - 1).ok().and_then(|n| plan.filters.get(n));
         let filter = conf.and_then(|c| c.meta.filter.as_ref());
-        filter.is_none_or(|f| f.eval(&mut |name| natives::variable(x, name)))
+        let variable = &mut |name: &str| {
+            let mut scratch = Vec::new();
+            x.var_by_name(name, &mut scratch).map(|value| Cow::Owned(value.to_vec()))
+        };
+        filter.is_none_or(|f| f.eval(variable))
     }
 }
 
@@ -760,6 +765,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
+    use crate::lua::api::{How, context_name};
     use crate::router::{Facts, Router};
     use crate::{
         exchange::{Connection, Matched},
@@ -890,7 +896,7 @@ mod tests {
         fn remote(&self) -> std::net::IpAddr {
             [127, 0, 0, 1].into()
         }
-        fn var(&self, _: &str) -> Option<std::borrow::Cow<'_, [u8]>> {
+        fn var(&self, _: &str) -> Option<Cow<'_, [u8]>> {
             None
         }
         fn filter(&self, _: &Arc<Object<model::Route>>) -> bool {
@@ -1133,6 +1139,85 @@ mod tests {
         let broken = checker.compile_function("f", "return function( oops").unwrap_err();
         assert!(broken.starts_with("functions/f.lua:1:"), "{broken}");
     }
+
+    #[test]
+    fn a_panic_in_the_host_answers_500_and_nothing_else_breaks() {
+        let source = plugin(
+            "panic",
+            1,
+            "",
+            "function _M.access(conf, ctx)
+            if ctx.var.arg_v == '2' then pcall(require('moongate.native').test_panic) end return 200 end",
+        );
+        let s = Scene::new().plugin("panic", &source).route(json!({"panic": {}})).start();
+        let vm = s.runner.generation.borrow().vm.clone();
+        let mut api = crate::lua::Api::new(&vm.lua).expect("api");
+        api.func("native.test_panic", crate::lua::Phases::ANY, "", |_| panic!("on purpose")).expect("registered");
+        let f = api.native().get::<mlua::Function>("test_panic").expect("there");
+        let native: mlua::Table = vm.lua.load("return require('moongate.native')").eval().expect("native");
+        native.raw_set("test_panic", f).expect("set");
+        for _ in 0..2 {
+            let (flow, status, ..) = s.request();
+            assert_eq!((flow, status), (Flow::Answer, 500));
+        }
+    }
+
+    #[test]
+    fn the_documented_api_is_the_registered_one() {
+        let setup = Setup { prefix: Default::default(), config: json!({}).into() };
+        let config = setup.vm_config(Purpose::Check, 0, &Snapshot::default());
+        let vm = Vm::with(config, &[natives::register]).expect("a VM");
+        let text = crate::lua::api::document(vm.entries());
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/lua-api.md");
+        if std::env::var_os("UPDATE_DOCS").is_some() {
+            std::fs::write(path, &text).expect("written");
+        }
+        let written = std::fs::read_to_string(path).unwrap_or_default();
+        assert!(written == text, "docs/lua-api.md is not what is registered: run this test with UPDATE_DOCS=1");
+    }
+
+    #[test]
+    fn functions_refuse_phases_that_are_not_theirs() {
+        let s = Scene::new().start();
+        let vm = s.runner.generation.borrow().vm.clone();
+        let mut x = s.exchange();
+        let mut checked = 0;
+        for entry in vm.entries() {
+            if !matches!(entry.how, How::Func | How::Wait) {
+                continue;
+            }
+            let expression = entry.name.replace("native.", "require('moongate.native').");
+            for phase in ALL_PHASES.into_iter().filter(|p| !entry.phases.has(*p)) {
+                let f: mlua::Value = vm.lua.load(format!("return {expression}")).eval().expect("evaluates");
+                // A Lua face stands before some; the host function behind it is what is checked.
+                let mlua::Value::Function(f) = f else { continue };
+                x.phase = phase;
+                let refused = vm.entered(|| crate::lua::fast::enter(&mut x, || f.call::<()>(())));
+                let text = refused.expect_err(&entry.name).to_string();
+                let disabled = format!("API disabled in the context of {}", context_name(phase));
+                if f.info().what == "C" {
+                    assert!(text.contains(&disabled), "{} in {phase:?}: {text}", entry.name);
+                    checked += 1;
+                }
+            }
+        }
+        assert!(checked > 0);
+    }
+
+    const ALL_PHASES: [Phase; 12] = [
+        Phase::Init,
+        Phase::Ssl,
+        Phase::Rewrite,
+        Phase::Access,
+        Phase::BeforeProxy,
+        Phase::Balancer,
+        Phase::Content,
+        Phase::HeaderFilter,
+        Phase::BodyFilter,
+        Phase::DelayedBodyFilter,
+        Phase::Log,
+        Phase::Timer,
+    ];
 
     #[test]
     #[ignore = "prints a measurement"]
