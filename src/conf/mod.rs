@@ -69,6 +69,8 @@ pub struct Config {
     pub resolver: Resolver,
     pub lua: LuaLimits,
     pub real_ip: RealIp,
+    /// `X-Forwarded-*` of these peers is taken as it comes.
+    pub trusted_addresses: Vec<IpNet>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]

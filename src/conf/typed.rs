@@ -55,6 +55,7 @@ pub(super) fn read(
     let shared_dicts = r.shared_dicts();
     let resolver = r.resolver();
     let real_ip = r.real_ip();
+    let trusted_addresses = r.networks("apisix.trusted_addresses");
     let (keyring, encrypt_fields) = r.keyring();
     Some(Config {
         listen,
@@ -90,6 +91,7 @@ pub(super) fn read(
             memory_mb: r.number("lua.limits.memory_mb", 0, 1 << 20),
         },
         real_ip,
+        trusted_addresses,
         prefix,
         json: Arc::new(json.clone()),
     })

@@ -5,6 +5,7 @@
 
 pub mod forward;
 pub mod head;
+pub mod real_ip;
 pub mod request;
 pub mod rescue;
 pub mod tunnel;
@@ -45,6 +46,8 @@ pub struct Settings {
     pub timeout: model::route::Timeouts,
     /// From these `X-Forwarded-*` is taken as it comes.
     pub trusted: Vec<IpNet>,
+    /// Whose word counts about where a request comes from.
+    pub real_ip: crate::conf::RealIp,
 }
 
 /// nginx's `proxy_*_timeout`, which APISIX leaves as they are.

@@ -2,7 +2,7 @@
 
 use std::{borrow::Cow, net::IpAddr, sync::Arc};
 
-use super::{Proxy, forward, rescue};
+use super::{Proxy, forward, real_ip, rescue};
 use crate::{
     error::{Error, Kind, Result},
     exchange::{Exchange, Matched, Phase, Var},
@@ -17,6 +17,7 @@ use crate::{
 /// Serves a request whose head is there, to its log line.
 pub(super) async fn serve(p: &Proxy, x: &mut Exchange) {
     p.pin(x);
+    real_ip::apply(&p.settings.real_ip, x);
     find_route(p, x);
     let phases = p.runner.begin(x);
     if let Err(e) = answer(p, x, phases).await {
