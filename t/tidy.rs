@@ -278,7 +278,10 @@ fn the_readme_s_commands_exist() {
     let named = readme.lines().filter_map(|line| line.strip_prefix("make ")).filter_map(head);
     let named: BTreeSet<String> = named.collect();
     assert!(named.contains("run") && named.contains("test"), "the README names its two commands: {named:?}");
-    none("targets that the Makefile lacks", named.into_iter().filter(|t| !makefile.contains(&format!("\n{t}:"))).collect());
+    none(
+        "targets that the Makefile lacks",
+        named.into_iter().filter(|t| !makefile.contains(&format!("\n{t}:"))).collect(),
+    );
 }
 
 #[test]

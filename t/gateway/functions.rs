@@ -83,7 +83,12 @@ fn an_error_answers_500_and_the_sandbox_holds() {
 fn a_function_that_never_ends_is_stopped() {
     let gw = with_hello("return function() while true do end end");
     assert_eq!(gw.get("/hello").status, 500);
-    gw.admin_text("PUT", "/functions/hello", "return function() while true do pcall(function() while true do end end) end end", LUA);
+    gw.admin_text(
+        "PUT",
+        "/functions/hello",
+        "return function() while true do pcall(function() while true do end end) end end",
+        LUA,
+    );
     assert_eq!(gw.get("/hello").status, 500);
     gw.admin_text("PUT", "/functions/hello", "return function() return 200, 'fine' end", LUA);
     assert_eq!(gw.get("/hello").text(), "fine");

@@ -48,19 +48,39 @@ fn serverless_functions_run_in_every_phase_they_allow() {
     let phases = ["rewrite", "access", "before_proxy"];
     for (id, phase) in phases.iter().enumerate() {
         let source = format!("return function(conf, ctx) ngx.req.set_header('X-Phase', '{phase}') end");
-        gw.route(&id.to_string(), &format!("/{phase}"), &up, json!({"serverless-pre-function": {"phase": phase, "functions": [source]}}));
+        gw.route(
+            &id.to_string(),
+            &format!("/{phase}"),
+            &up,
+            json!({"serverless-pre-function": {"phase": phase, "functions": [source]}}),
+        );
         assert_eq!(gw.get(&format!("/{phase}")).status, 200);
         assert_eq!(up.last().header("x-phase"), Some(*phase));
     }
-    gw.route("8", "/h", &up, json!({"serverless-post-function": {"phase": "header_filter",
-        "functions": ["return function() ngx.header['X-Moon'] = 'full' end"]}}));
+    gw.route(
+        "8",
+        "/h",
+        &up,
+        json!({"serverless-post-function": {"phase": "header_filter",
+        "functions": ["return function() ngx.header['X-Moon'] = 'full' end"]}}),
+    );
     assert_eq!(gw.get("/h").header("x-moon"), Some("full"));
-    gw.route("9", "/b", &up, json!({"serverless-post-function": {"phase": "body_filter",
+    gw.route(
+        "9",
+        "/b",
+        &up,
+        json!({"serverless-post-function": {"phase": "body_filter",
         "functions": ["return function() ngx.arg[1] = ngx.arg[1]:upper() end"]},
-        "response-rewrite": {"headers": {"remove": ["Content-Length"]}}}));
+        "response-rewrite": {"headers": {"remove": ["Content-Length"]}}}),
+    );
     assert!(gw.get("/b").text().contains("\"METHOD\""), "{}", gw.get("/b").text());
-    gw.route("10", "/l", &up, json!({"serverless-post-function": {"phase": "log",
-        "functions": ["return function() ngx.log(ngx.WARN, 'logged in phase ', ngx.get_phase()) end"]}}));
+    gw.route(
+        "10",
+        "/l",
+        &up,
+        json!({"serverless-post-function": {"phase": "log",
+        "functions": ["return function() ngx.log(ngx.WARN, 'logged in phase ', ngx.get_phase()) end"]}}),
+    );
     gw.get("/l");
     gw.expect_log("logged in phase log");
 }
@@ -68,17 +88,30 @@ fn serverless_functions_run_in_every_phase_they_allow() {
 #[test]
 fn a_function_that_does_not_compile_is_refused() {
     let gw = Gateway::start();
-    let reply = gw.admin("PUT", "/routes/1", json!({"uri": "/x", "upstream": {"nodes": {"127.0.0.1:80": 1}},
-        "plugins": {"serverless-pre-function": {"functions": ["return function("]}}}));
+    let reply = gw.admin(
+        "PUT",
+        "/routes/1",
+        json!({"uri": "/x", "upstream": {"nodes": {"127.0.0.1:80": 1}},
+        "plugins": {"serverless-pre-function": {"functions": ["return function("]}}}),
+    );
     assert_eq!(reply.status, 400);
-    assert!(reply.text().contains("failed to check the configuration of plugin serverless-pre-function"), "{}", reply.text());
+    assert!(
+        reply.text().contains("failed to check the configuration of plugin serverless-pre-function"),
+        "{}",
+        reply.text()
+    );
 }
 
 #[test]
 fn a_plugin_error_answers_500_and_logs_file_and_line() {
     let up = Upstream::echo();
     let gw = Gateway::start();
-    gw.route("1", "/x", &up, json!({"serverless-pre-function": {"functions": ["return function() error('boom') end"]}}));
+    gw.route(
+        "1",
+        "/x",
+        &up,
+        json!({"serverless-pre-function": {"functions": ["return function() error('boom') end"]}}),
+    );
     assert_eq!(gw.get("/x").status, 500);
     gw.expect_log("boom");
     gw.expect_log("serverless-pre-function");
@@ -89,11 +122,16 @@ fn a_plugin_error_answers_500_and_logs_file_and_line() {
 fn rewrites_of_request_and_response() {
     let up = Upstream::echo();
     let gw = Gateway::start();
-    gw.route("1", "/old/*", &up, json!({
-        "proxy-rewrite": {"regex_uri": ["^/old/(.*)", "/new/$1"], "host": "moon.test",
-            "headers": {"set": {"X-Set": "v-$remote_addr"}, "remove": ["X-Gone"]}},
-        "response-rewrite": {"headers": {"set": {"X-Res": "1"}, "add": ["X-Add: 2"]}, "status_code": 201},
-    }));
+    gw.route(
+        "1",
+        "/old/*",
+        &up,
+        json!({
+            "proxy-rewrite": {"regex_uri": ["^/old/(.*)", "/new/$1"], "host": "moon.test",
+                "headers": {"set": {"X-Set": "v-$remote_addr"}, "remove": ["X-Gone"]}},
+            "response-rewrite": {"headers": {"set": {"X-Res": "1"}, "add": ["X-Add: 2"]}, "status_code": 201},
+        }),
+    );
     let reply = gw.send("GET", "/old/a?q=1", &[("X-Gone", "1")], b"");
     assert_eq!(reply.status, 201);
     assert_eq!((reply.header("x-res"), reply.header("x-add")), (Some("1"), Some("2")));
@@ -115,7 +153,10 @@ fn plugins_of_the_first_release_do_what_they_say() {
     gw.route("2", "/cors", &up, json!({"cors": {"allow_origins": "https://moon.test"}}));
     let cors = gw.send("GET", "/cors", &[("Origin", "https://moon.test")], b"");
     assert_eq!(cors.header("access-control-allow-origin"), Some("https://moon.test"));
-    assert_eq!(gw.send("GET", "/cors", &[("Origin", "https://sun.test")], b"").header("access-control-allow-origin"), None);
+    assert_eq!(
+        gw.send("GET", "/cors", &[("Origin", "https://sun.test")], b"").header("access-control-allow-origin"),
+        None
+    );
     gw.route("3", "/ip", &up, json!({"ip-restriction": {"blacklist": ["127.0.0.0/24"]}}));
     assert_eq!(gw.get("/ip").status, 403);
     gw.route("4", "/ua", &up, json!({"ua-restriction": {"denylist": ["bad-bot"]}}));
@@ -134,7 +175,12 @@ fn plugins_of_the_first_release_do_what_they_say() {
     gw.route("8", "/echo", &up, json!({"echo": {"before_body": "<", "after_body": ">"}}));
     let echo = gw.get("/echo").text();
     assert!(echo.starts_with("<{") && echo.ends_with("}>"), "{echo}");
-    gw.route("9", "/req", &up, json!({"limit-req": {"rate": 1, "burst": 0, "key": "remote_addr", "rejected_code": 429}}));
+    gw.route(
+        "9",
+        "/req",
+        &up,
+        json!({"limit-req": {"rate": 1, "burst": 0, "key": "remote_addr", "rejected_code": 429}}),
+    );
     let answers: Vec<u16> = (0..3).map(|_| gw.get("/req").status).collect();
     assert_eq!(answers[0], 200);
     assert!(answers.contains(&429), "{answers:?}");
@@ -144,9 +190,12 @@ fn plugins_of_the_first_release_do_what_they_say() {
 fn basic_auth_and_jwt_auth_know_their_consumers() {
     let up = Upstream::echo();
     let gw = Gateway::start();
-    gw.put("/consumers", json!({"username": "jack", "plugins": {
+    gw.put(
+        "/consumers",
+        json!({"username": "jack", "plugins": {
         "basic-auth": {"username": "jack", "password": "123"},
-        "jwt-auth": {"key": "jack-key", "secret": "my-secret-key"}}}));
+        "jwt-auth": {"key": "jack-key", "secret": "my-secret-key"}}}),
+    );
     gw.route("1", "/basic", &up, json!({"basic-auth": {}}));
     gw.route("2", "/jwt", &up, json!({"jwt-auth": {}}));
     assert_eq!(gw.get("/basic").status, 401);
@@ -174,9 +223,14 @@ fn jwt(secret: &str) -> String {
 fn traffic_split_and_public_api() {
     let (a, b) = (Upstream::echo(), Upstream::echo());
     let gw = Gateway::start();
-    gw.route("1", "/split", &a, json!({"traffic-split": {"rules": [{
+    gw.route(
+        "1",
+        "/split",
+        &a,
+        json!({"traffic-split": {"rules": [{
         "match": [{"vars": [["http_x_canary", "==", "1"]]}],
-        "weighted_upstreams": [{"upstream": {"type": "roundrobin", "nodes": {b.addr(): 1}}, "weight": 1}]}]}}));
+        "weighted_upstreams": [{"upstream": {"type": "roundrobin", "nodes": {b.addr(): 1}}, "weight": 1}]}]}}),
+    );
     gw.get("/split");
     gw.send("GET", "/split", &[("X-Canary", "1")], b"");
     assert_eq!((a.seen().len(), b.seen().len()), (1, 1));
@@ -196,7 +250,10 @@ fn prometheus_counts_by_route_and_code() {
     let text = get(&gw.prometheus(), "/apisix/prometheus/metrics").text();
     let line = text.lines().find(|l| l.starts_with("apisix_http_status{") && l.contains("code=\"200\""));
     let line = line.unwrap_or_else(|| panic!("no http_status in {text}"));
-    assert!(line.contains("route=\"1\"") && line.contains("matched_uri=\"/counted\"") && line.ends_with(" 3"), "{line}");
+    assert!(
+        line.contains("route=\"1\"") && line.contains("matched_uri=\"/counted\"") && line.ends_with(" 3"),
+        "{line}"
+    );
 }
 
 #[test]
@@ -205,10 +262,15 @@ fn loggers_write_one_entry_per_request() {
     let collector = Upstream::answering(|_| "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n");
     let gw = Gateway::start();
     let file = gw.dir.join("logs/requests.log");
-    gw.route("1", "/logged", &up, json!({
-        "file-logger": {"path": file.to_string_lossy()},
-        "http-logger": {"uri": format!("http://{}/log", collector.addr()), "batch_max_size": 1},
-    }));
+    gw.route(
+        "1",
+        "/logged",
+        &up,
+        json!({
+            "file-logger": {"path": file.to_string_lossy()},
+            "http-logger": {"uri": format!("http://{}/log", collector.addr()), "batch_max_size": 1},
+        }),
+    );
     gw.get("/logged");
     let text = crate::support::eventually("the file has an entry", || {
         Some(std::fs::read_to_string(&file).ok()?).filter(|t| t.ends_with('\n'))
@@ -227,7 +289,12 @@ fn meta_disables_filters_and_reorders() {
     let gw = Gateway::start();
     gw.route("1", "/off", &up, json!({"fault-injection": {"_meta": {"disable": true}, "abort": {"http_status": 418}}}));
     assert_eq!(gw.get("/off").status, 200);
-    gw.route("2", "/some", &up, json!({"fault-injection": {"_meta": {"filter": [["arg_x", "==", "1"]]}, "abort": {"http_status": 418}}}));
+    gw.route(
+        "2",
+        "/some",
+        &up,
+        json!({"fault-injection": {"_meta": {"filter": [["arg_x", "==", "1"]]}, "abort": {"http_status": 418}}}),
+    );
     assert_eq!((gw.get("/some").status, gw.get("/some?x=1").status), (200, 418));
     gw.route("3", "/err", &up, json!({"key-auth": {"_meta": {"error_response": {"message": "no entry"}}}}));
     let refused = gw.get("/err");

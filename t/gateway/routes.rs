@@ -113,7 +113,10 @@ fn the_upstream_sees_the_request_as_nginx_would_send_it() {
     );
     assert_eq!(reply.status, 200);
     let seen = up.last();
-    assert_eq!((seen.method.as_str(), seen.target.as_str(), &seen.body[..]), ("POST", "/p/%41?a=1&b=%20", &b"body"[..]));
+    assert_eq!(
+        (seen.method.as_str(), seen.target.as_str(), &seen.body[..]),
+        ("POST", "/p/%41?a=1&b=%20", &b"body"[..])
+    );
     assert_eq!(seen.header("host"), Some(gw.proxy().as_str()));
     assert_eq!(seen.header("x-own"), Some("kept"));
     assert_eq!(seen.header("x-hop"), None);

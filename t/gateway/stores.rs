@@ -68,7 +68,11 @@ fn an_acknowledged_write_survives_sigkill_at_any_moment() {
         }
     }
     let list = gw.admin("GET", "/routes", ()).json();
-    assert!(list["total"].as_u64() >= Some(acknowledged.into()), "{acknowledged} acknowledged, {} there", list["total"]);
+    assert!(
+        list["total"].as_u64() >= Some(acknowledged.into()),
+        "{acknowledged} acknowledged, {} there",
+        list["total"]
+    );
     assert!(acknowledged > 0, "some writes were acknowledged");
 }
 
@@ -128,7 +132,9 @@ fn an_invalid_object_is_skipped_and_shown_and_the_rest_serves() {
     let errors = get(&gw.control(), "/v1/config/errors").text();
     assert!(errors.contains("/routes/2") && errors.contains("/routes/3"), "{errors}");
     etcd.put("/apisix/routes/1", "{\"uri\": 5}");
-    eventually("the error shows", || get(&gw.control(), "/v1/config/errors").text().contains("/routes/1").then_some(()));
+    eventually("the error shows", || {
+        get(&gw.control(), "/v1/config/errors").text().contains("/routes/1").then_some(())
+    });
     assert_eq!(gw.get("/good").status, 200, "a bad config never replaces a good one");
 }
 

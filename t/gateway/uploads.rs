@@ -75,9 +75,29 @@ fn the_list_of_plugins_names_what_is_loaded() {
     let list = gw.admin("GET", "/plugins/list", ()).json();
     let names: Vec<&str> = list.as_array().expect("a list").iter().filter_map(|n| n.as_str()).collect();
     for name in [
-        "key-auth", "basic-auth", "jwt-auth", "limit-count", "limit-req", "limit-conn", "proxy-rewrite", "response-rewrite",
-        "redirect", "cors", "ip-restriction", "ua-restriction", "request-id", "prometheus", "http-logger", "file-logger",
-        "serverless-pre-function", "serverless-post-function", "echo", "fault-injection", "mocking", "traffic-split", "public-api",
+        "key-auth",
+        "basic-auth",
+        "jwt-auth",
+        "limit-count",
+        "limit-req",
+        "limit-conn",
+        "proxy-rewrite",
+        "response-rewrite",
+        "redirect",
+        "cors",
+        "ip-restriction",
+        "ua-restriction",
+        "request-id",
+        "prometheus",
+        "http-logger",
+        "file-logger",
+        "serverless-pre-function",
+        "serverless-post-function",
+        "echo",
+        "fault-injection",
+        "mocking",
+        "traffic-split",
+        "public-api",
     ] {
         assert!(names.contains(&name), "{name} in {names:?}");
     }
