@@ -115,6 +115,11 @@ fn read_table(stack: &Stack, i: c_int, depth: usize) -> Result<Value, Raise> {
     Ok(Value::Object(fields))
 }
 
+/// Whether the table carries the array metatable.
+pub fn is_array(stack: &Stack, i: c_int) -> bool {
+    is_marked(stack, i)
+}
+
 fn is_marked(stack: &Stack, i: c_int) -> bool {
     // SAFETY: getmetatable pushes only when it returns non-zero; both pushed values are popped.
     unsafe {

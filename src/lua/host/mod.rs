@@ -5,6 +5,8 @@
 pub mod apisix;
 pub mod cjson;
 pub mod crypto;
+pub mod ip;
+pub mod jsonschema;
 pub mod jwt;
 pub mod regex;
 
@@ -52,6 +54,8 @@ pub(crate) unsafe fn throw(l: *mut mlua::ffi::lua_State, raise: Raise) -> c_int 
 pub fn register(api: &mut Api) -> Result<()> {
     cjson::register(api)?;
     crypto::register(api)?;
+    ip::register(api)?;
+    jsonschema::register(api)?;
     jwt::register(api)?;
     regex::register(api)?;
     apisix::register(api)
@@ -101,5 +105,79 @@ pub(crate) mod tests {
              return (not ok and tostring(e):gsub('^test:%d+: ', '') or 'no error')"
         );
         check(&chunk, text);
+    }
+}
+
+#[cfg(test)]
+mod libraries {
+    use super::tests::check;
+
+    #[test]
+    fn expressions() {
+        for (rule, vars, expected) in [
+            ("{{'a', '==', 'x'}}", "{a = 'x'}", "true"),
+            ("{{'a', '==', 5}, {'b', '~=', 'y'}}", "{a = '5'}", "true"),
+            ("{'OR', {'a', '>', 10}, {'b', '~~', '^z'}}", "{a = '9', b = 'zoo'}", "true"),
+            ("{'!AND', {'a', '==', '1'}}", "{a = '1'}", "false"),
+            ("{{'a', '!', 'in', {'1', '2'}}}", "{a = '3'}", "true"),
+            ("{{'l', 'has', 'v'}}", "{l = {'u', 'v'}}", "true"),
+            ("{{'a', 'ipmatch', {'10.0.0.0/8'}}}", "{a = '10.2.3.4'}", "true"),
+            ("{{'a', '~*', 'ABC'}}", "{a = 'xabcx'}", "true"),
+        ] {
+            check(&format!("return tostring(require('resty.expr.v1').new({rule}):eval({vars}))"), expected);
+        }
+        check(
+            "local e, err = require('resty.expr.v1').new({{'a', '=>', 1}}) return tostring(e) .. err",
+            "nilinvalid operator '=>'",
+        );
+    }
+
+    #[test]
+    fn lru_cache_keeps_the_used() {
+        check(
+            "local c = require('resty.lrucache').new(2) c:set('a', 1) c:set('b', 2) c:get('a') c:set('c', 3)
+             return tostring(c:get('a')) .. tostring(c:get('b')) .. tostring(c:get('c')) .. c:count()",
+            "1nil32",
+        );
+        check(
+            "local c = require('resty.lrucache').new(2) c:set('a', 1, -1) local v, stale = c:get('a') c:delete('a')
+             return tostring(v) .. stale .. tostring(c:get('a')) .. c:count()",
+            "nil1nil0",
+        );
+    }
+
+    #[test]
+    fn limiters_count() {
+        crate::shdict::store().declare("test-limits", 1 << 20);
+        check(
+            "local l = require('resty.limit.count').new('test-limits', 2, 60)
+             local _, a = l:incoming('k', true) local _, b = l:incoming('k', true) local _, c = l:incoming('k', true)
+             return a .. b .. c",
+            "10rejected",
+        );
+        check(
+            "local l = require('resty.limit.conn').new('test-limits', 1, 1, 0.5)
+             local a = l:incoming('c', true) local b = l:incoming('c', true) local _, e = l:incoming('c', true)
+             l:leaving('c') return a .. ' ' .. b .. ' ' .. e .. ' ' .. l:leaving('c')",
+            "0 0.5 rejected 0",
+        );
+        check(
+            "local l = require('resty.limit.req').new('test-limits', 1, 1)
+             local a = l:incoming('r', true) local b = l:incoming('r', true) local _, e = l:incoming('r', true)
+             return a .. ' ' .. math.floor(b + 0.5) .. ' ' .. e",
+            "0 1 rejected",
+        );
+        check("return select(2, require('resty.limit.count').new('no-such', 1, 1))", "shared dict not found");
+    }
+
+    #[test]
+    fn small_ones() {
+        check("return tostring(require('resty.jit-uuid').is_valid(require('resty.jit-uuid').generate_v4()))", "true");
+        check(
+            "return require('resty.jit-uuid').generate_v5('6ba7b810-9dad-11d1-80b4-00c04fd430c8', 'www.example.org')",
+            "74738ff5-5367-5958-9aee-98fffdcd1876",
+        );
+        check("local u = require('net.url').parse('http://u:p@h:8/a?x=1#f') return u.host .. u.port .. u.path .. u.query.x .. u.user", "h8/a1u");
+        check("local p = require('tablepool') local t = p.fetch('x') t.a = 1 p.release('x', t) return tostring(p.fetch('x') == t) .. tostring(t.a)", "truenil");
     }
 }
