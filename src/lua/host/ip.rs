@@ -38,11 +38,15 @@ impl Matcher {
         match ip {
             IpAddr::V4(ip) => {
                 let ip = ip.to_bits();
-                self.v4.iter().find_map(|(len, nets)| nets.get(&(ip & u32::MAX.checked_shl(32 - u32::from(*len)).unwrap_or(0))).copied())
+                self.v4.iter().find_map(|(len, nets)| {
+                    nets.get(&(ip & u32::MAX.checked_shl(32 - u32::from(*len)).unwrap_or(0))).copied()
+                })
             }
             IpAddr::V6(ip) => {
                 let ip = ip.to_bits();
-                self.v6.iter().find_map(|(len, nets)| nets.get(&(ip & u128::MAX.checked_shl(128 - u32::from(*len)).unwrap_or(0))).copied())
+                self.v6.iter().find_map(|(len, nets)| {
+                    nets.get(&(ip & u128::MAX.checked_shl(128 - u32::from(*len)).unwrap_or(0))).copied()
+                })
             }
         }
     }
@@ -135,9 +139,20 @@ mod tests {
         ] {
             check(&format!("{prelude} return tostring(m:match('{ip}'))"), expected);
         }
-        check(&format!("{prelude} local ok, e = m:match('x') return tostring(ok) .. e"), "falseinvalid ip address, not ipv4 and ipv6");
-        check(&format!("{prelude} local m, e = ipm.new({{'1.2.3.400'}}) return tostring(m) .. e"), "nilinvalid ip address: 1.2.3.400");
-        check(&format!("{prelude} local m = ipm.new_with_value({{['10.0.0.0/8'] = 'a', ['10.1.0.0/16'] = 'b'}}) return m:match('10.1.2.3') .. m:match('10.2.3.4') .. tostring(m:match('1.1.1.1'))"), "bafalse");
+        check(
+            &format!("{prelude} local ok, e = m:match('x') return tostring(ok) .. e"),
+            "falseinvalid ip address, not ipv4 and ipv6",
+        );
+        check(
+            &format!("{prelude} local m, e = ipm.new({{'1.2.3.400'}}) return tostring(m) .. e"),
+            "nilinvalid ip address: 1.2.3.400",
+        );
+        check(
+            &format!(
+                "{prelude} local m = ipm.new_with_value({{['10.0.0.0/8'] = 'a', ['10.1.0.0/16'] = 'b'}}) return m:match('10.1.2.3') .. m:match('10.2.3.4') .. tostring(m:match('1.1.1.1'))"
+            ),
+            "bafalse",
+        );
         check(&format!("{prelude} local m = ipm.new({{'0.0.0.0/0'}}) return tostring(m:match('8.8.8.8'))"), "true");
     }
 }

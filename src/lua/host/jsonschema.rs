@@ -191,19 +191,26 @@ mod tests {
 
     #[test]
     fn checks_and_fills_defaults() {
-        let prelude = "local v = require('jsonschema').generate_validator({type = 'object', required = {'a'}, properties = {
+        let prelude =
+            "local v = require('jsonschema').generate_validator({type = 'object', required = {'a'}, properties = {
             a = {type = 'integer', minimum = 1}, b = {type = 'string', default = 'x'},
             c = {type = 'object', properties = {d = {type = 'boolean', default = true}}},
             l = {type = 'array', items = {type = 'object', properties = {e = {type = 'integer', default = 7}}}}}}) ";
         for (body, expected) in [
-            ("local t = {a = 1, c = {}, l = {{}, {e = 2}}} local ok = v(t)
-              return tostring(ok) .. t.b .. tostring(t.c.d) .. t.l[1].e .. t.l[2].e", "truextrue72"),
+            (
+                "local t = {a = 1, c = {}, l = {{}, {e = 2}}} local ok = v(t)
+              return tostring(ok) .. t.b .. tostring(t.c.d) .. t.l[1].e .. t.l[2].e",
+                "truextrue72",
+            ),
             ("local t = {a = 1, f = print} return tostring(v(t)) .. type(t.f)", "truefunction"),
             ("local ok, e = v({}) return tostring(ok) .. e", "falseproperty \"a\" is required"),
             ("local ok, e = v({a = 0}) return e", "property \"a\" validation failed: expected 0 to be at least 1"),
         ] {
             check(&format!("{prelude} {body}"), expected);
         }
-        check("return tostring(pcall(require('jsonschema').generate_validator, {type = 'object', pattern = 5}))", "true");
+        check(
+            "return tostring(pcall(require('jsonschema').generate_validator, {type = 'object', pattern = 5}))",
+            "true",
+        );
     }
 }

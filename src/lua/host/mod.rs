@@ -177,7 +177,13 @@ mod libraries {
             "return require('resty.jit-uuid').generate_v5('6ba7b810-9dad-11d1-80b4-00c04fd430c8', 'www.example.org')",
             "74738ff5-5367-5958-9aee-98fffdcd1876",
         );
-        check("local u = require('net.url').parse('http://u:p@h:8/a?x=1#f') return u.host .. u.port .. u.path .. u.query.x .. u.user", "h8/a1u");
-        check("local p = require('tablepool') local t = p.fetch('x') t.a = 1 p.release('x', t) return tostring(p.fetch('x') == t) .. tostring(t.a)", "truenil");
+        check(
+            "local u = require('net.url').parse('http://u:p@h:8/a?x=1#f') return u.host .. u.port .. u.path .. u.query.x .. u.user",
+            "h8/a1u",
+        );
+        check(
+            "local p = require('tablepool') local t = p.fetch('x') t.a = 1 p.release('x', t) return tostring(p.fetch('x') == t) .. tostring(t.a)",
+            "truenil",
+        );
     }
 }
