@@ -21,6 +21,7 @@ use super::{
     answer::{self, Closing, Length},
     drain::Drain,
     h2, head,
+    listener::Tls,
     pool::{BUFFER_SIZE, put_buffer, take_buffer},
 };
 use crate::{
@@ -57,7 +58,7 @@ pub fn into_tunnel(mut client: Box<dyn Client>) -> Option<Tunnel> {
 }
 
 /// Serves requests until the connection ends.
-pub(super) async fn serve<H: Handler>(server: &Rc<Server<H>>, io: Io, conn: Rc<Connection>) {
+pub(super) async fn serve<H: Handler>(server: &Rc<Server<H>>, io: Io, conn: Rc<Connection>, tls: Option<Tls>) {
     let mut client: Box<dyn Client> = Box::new(H1::new(io, server.settings, server.drain.clone()));
     let mut nth = 0;
     while let Some(h1) = client.as_any().downcast_mut::<H1>() {
@@ -66,7 +67,7 @@ pub(super) async fn serve<H: Handler>(server: &Rc<Server<H>>, io: Io, conn: Rc<C
             Next::Http2 => {
                 if let Some(Tunnel { io: Io::Tcp(mut socket), unread }) = h1.take() {
                     socket.put_back(unread);
-                    h2::serve(server, Io::Tcp(socket), conn).await;
+                    h2::serve(server, Io::Tcp(socket), conn, tls).await;
                 }
                 return;
             }
@@ -75,7 +76,9 @@ pub(super) async fn serve<H: Handler>(server: &Rc<Server<H>>, io: Io, conn: Rc<C
                 nth += 1;
                 let mut x = server.pool.take(&conn);
                 x.request.nth = nth;
-                if let Err(refusal) = h1.begin(len, &mut x) {
+                let begun = h1.begin(len, &mut x);
+                let allowed = begun.and_then(|()| tls.as_ref().map_or(Ok(()), |tls| tls.check(&conn, &x.request)));
+                if let Err(refusal) = allowed {
                     return refuse(server, client, x, refusal).await;
                 }
                 x.client = Some(client);

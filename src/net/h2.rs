@@ -25,7 +25,7 @@ use hyper::{
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
 
-use super::{Handler, Io, Server, Settings, h1::Limit, head};
+use super::{Handler, Io, Server, Settings, h1::Limit, head, listener::Tls};
 use crate::{
     error::{Error, Kind, Result},
     exchange::{
@@ -53,6 +53,7 @@ const GOODBYE: Duration = Duration::from_secs(5);
 /// What the streams of a connection share.
 struct Streams {
     conn: Rc<Connection>,
+    tls: Option<Tls>,
     open: Cell<usize>,
     total: Cell<u64>,
     /// Of the connection's task.
@@ -67,8 +68,8 @@ impl Streams {
     }
 }
 
-pub(super) async fn serve<H: Handler>(server: &Rc<Server<H>>, io: Io, conn: Rc<Connection>) {
-    let streams = Rc::new(Streams { conn, open: Cell::new(0), total: Cell::new(0), waker: RefCell::default() });
+pub(super) async fn serve<H: Handler>(server: &Rc<Server<H>>, io: Io, conn: Rc<Connection>, tls: Option<Tls>) {
+    let streams = Rc::new(Streams { conn, tls, open: Cell::new(0), total: Cell::new(0), waker: RefCell::default() });
     let service = service_fn(|request| answer(server.clone(), streams.clone(), request));
     let mut connection = pin!(builder(&server.settings).serve_connection(TokioIo::new(io), service));
     let mut limit = Limit::new();
@@ -146,6 +147,7 @@ async fn answer<H: Handler>(
             _ => Ok(()),
         }
     });
+    let read = read.and_then(|()| streams.tls.as_ref().map_or(Ok(()), |tls| tls.check(&streams.conn, &x.request)));
     let stream = Rc::new(Stream::default());
     x.client = Some(Box::new(H2::new(incoming, stream.clone(), server.settings)));
     tokio::task::spawn_local(async move {

@@ -31,7 +31,7 @@ use super::{
 };
 use crate::{
     error::{Error, Kind, Result},
-    exchange::{Connection, deadline::Deadline},
+    exchange::{Connection, Request, deadline::Deadline, framing::Refusal},
     store::Published,
     tls,
 };
@@ -55,6 +55,23 @@ pub struct Listener {
 pub struct Tls {
     pub server: Arc<tls::Server>,
     pub published: Arc<Published>,
+}
+
+impl Tls {
+    /// Refuses a request whose host or path needs a client certificate that its connection does not have.
+    pub(super) fn check(&self, conn: &Connection, request: &Request) -> Result<(), Refusal> {
+        let Some(info) = &conn.tls else { return Ok(()) };
+        // Nearly all: no certificate is asked for, and the host is the one that the handshake named.
+        let named = info.sni.as_deref().is_some_and(|sni| sni.as_bytes() == request.host);
+        if named && info.ssl.as_ref().is_none_or(|ssl| ssl.value.client_ca.is_none()) {
+            return Ok(());
+        }
+        let ssls = &self.published.load().ssls;
+        self.server.check_client(info, &request.host, &request.path, ssls).map_err(|why| {
+            tracing::error!(client = %conn.peer.ip(), "{why}");
+            Refusal::bad("client certificate refused")
+        })
+    }
 }
 
 /// Binds one of the sockets on `addr`. Call it once per worker; with port 0 give the later calls the first one's address.
@@ -149,7 +166,7 @@ async fn connection<H: Handler>(server: Rc<Server<H>>, tcp: TcpStream, peer: Soc
         false => prepared.into_inner().await,
     };
     match prepared {
-        Ok((io, conn)) => serve_connection(server, io, Rc::new(conn), open).await,
+        Ok((io, conn)) => serve_connection(server, io, Rc::new(conn), way.tls.clone(), open).await,
         Err(e) => tracing::info!(client = %peer.ip(), server = %local, "{e}"),
     }
 }

@@ -49,10 +49,16 @@ pub struct Server<H> {
 }
 
 /// Serves a connection until it ends. TLS and PROXY protocol are done: `conn` says what they found. `open` counts it.
-pub async fn serve_connection<H: Handler>(server: Rc<Server<H>>, io: Io, conn: Rc<Connection>, open: drain::Open) {
+async fn serve_connection<H: Handler>(
+    server: Rc<Server<H>>,
+    io: Io,
+    conn: Rc<Connection>,
+    tls: Option<listener::Tls>,
+    open: drain::Open,
+) {
     match h2::agreed(&io) {
-        true => h2::serve(&server, io, conn).await,
-        false => h1::serve(&server, io, conn).await,
+        true => h2::serve(&server, io, conn, tls).await,
+        false => h1::serve(&server, io, conn, tls).await,
     }
     drop(open);
 }

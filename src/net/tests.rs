@@ -102,7 +102,7 @@ fn with_server<F: Future<Output = ()>>(settings: Settings, test: impl FnOnce(Soc
             while let Ok((tcp, peer)) = listener.accept().await {
                 let conn = Rc::new(Connection { serial: 1, peer, local: addr, tls: None, proxy: None });
                 let io = Io::Tcp(Socket::new(tcp, Vec::new()));
-                tokio::task::spawn_local(serve_connection(shared.clone(), io, conn, shared.drain.enter()));
+                tokio::task::spawn_local(serve_connection(shared.clone(), io, conn, None, shared.drain.enter()));
             }
         });
         let done = tokio::time::timeout(Duration::from_secs(20), test(addr, server)).await;
@@ -465,8 +465,13 @@ async fn connect_tls(
 }
 
 async fn talk_tls(addr: SocketAddr, name: &str, pair: Pair<'_>) -> Result<String, std::io::Error> {
+    ask_tls(addr, name, pair, "/conn", "a").await
+}
+
+async fn ask_tls(addr: SocketAddr, name: &str, pair: Pair<'_>, path: &str, host: &str) -> std::io::Result<String> {
     let mut stream = connect_tls(addr, name, pair, &[]).await?;
-    stream.write_all(b"GET /conn HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").await?;
+    let request = format!("GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await?;
     let mut all = String::new();
     stream.read_to_string(&mut all).await?;
     Ok(all)
@@ -500,16 +505,28 @@ fn client_certificates_are_asked_for() {
     let strict = Ssl { client_ca: Some((ca.clone().into(), 1)), ..ssl("strict.test", sign("strict.test")) };
     let lax = Ssl {
         client_ca: Some((ca.into(), 1)),
-        skip_mtls_uri_regex: vec!["/x".into()],
+        skip_mtls_uri_regex: vec!["^/free".into()],
         ..ssl("lax.test", sign("lax.test"))
     };
-    with_listener(false, vec![strict, lax], |addr| async move {
+    let open = ssl("open.test", sign("open.test"));
+    with_listener(false, vec![strict, lax, open], |addr| async move {
         let (good, bad) = (Some((&*good.0, &*good.1)), Some((&*bad.0, &*bad.1)));
         assert!(talk_tls(addr, "strict.test", good).await.expect("answers").contains("\"SUCCESS\""));
         assert!(talk_tls(addr, "strict.test", bad).await.is_err());
         assert!(talk_tls(addr, "strict.test", None).await.is_err());
         assert!(talk_tls(addr, "lax.test", good).await.expect("answers").contains("\"SUCCESS\""));
-        assert!(talk_tls(addr, "lax.test", bad).await.expect("answers").contains("\"FAILED:"));
-        assert!(talk_tls(addr, "lax.test", None).await.expect("answers").contains("\"NONE\""));
+        for pair in [None, bad] {
+            let skipped = ask_tls(addr, "lax.test", pair, "/free", "lax.test").await.expect("answers");
+            assert!(skipped.ends_with("GET /free "), "{skipped}");
+            let refused = ask_tls(addr, "lax.test", pair, "/conn", "lax.test").await.expect("answers");
+            assert!(refused.starts_with("HTTP/1.1 400 "), "{refused}");
+        }
+        // A certificate for one name opens no other.
+        for (sni, pair) in [("open.test", None), ("lax.test", good)] {
+            let refused = ask_tls(addr, sni, pair, "/free", "strict.test").await.expect("answers");
+            assert!(refused.starts_with("HTTP/1.1 400 "), "{refused}");
+            let fine = ask_tls(addr, sni, pair, "/free", "open.test").await.expect("answers");
+            assert!(fine.ends_with("GET /free "), "{fine}");
+        }
     })
 }

@@ -10,6 +10,7 @@ use std::{
 
 use imbl::HashMap as Table;
 use moka::sync::Cache;
+use pcre2::bytes::Regex;
 use rustls::{
     CipherSuite, DigitallySignedStruct, DistinguishedName, HandshakeKind, ProtocolVersion, RootCertStore, ServerConfig,
     ServerConnection, SignatureScheme, SupportedProtocolVersion,
@@ -69,6 +70,8 @@ struct Prepared {
     config: Arc<ServerConfig>,
     /// Set when the object asks for client certificates: `$ssl_client_verify` is what it says.
     verifier: Option<Arc<dyn ClientCertVerifier>>,
+    /// `client.skip_mtls_uri_regex`
+    skip: Vec<Regex>,
 }
 
 /// Objects by name; of several, the one changed last.
@@ -80,9 +83,16 @@ struct Index {
 impl Server {
     pub fn new(options: ServerOptions) -> Result<Self> {
         let provider = Arc::new(ring::default_provider());
-        let known = versions(options.protocols.iter().map(|p| &**p)).0;
+        let (known, unknown) = versions(options.protocols.iter().map(|p| &**p));
+        if known.is_empty() {
+            let text = format!("apisix.ssl.ssl_protocols: none of {unknown:?} is available; name TLSv1.2 or TLSv1.3");
+            return Err(Error::config(Kind::Tls).context(text));
+        }
+        if !unknown.is_empty() {
+            tracing::warn!("apisix.ssl.ssl_protocols: {unknown:?} are not available and ignored");
+        }
         let nothing = ServerConfig::builder_with_provider(provider.clone())
-            .with_protocol_versions(if known.is_empty() { rustls::ALL_VERSIONS } else { &known })
+            .with_protocol_versions(&known)
             .map_err(|e| Error::config(Kind::Tls).cause(e).context("apisix.ssl.ssl_protocols"))?
             .with_no_client_auth()
             .with_cert_resolver(Arc::new(Keys(Vec::new())));
@@ -118,6 +128,44 @@ impl Server {
         Ok((stream, info))
     }
 
+    /// Whether a request for `host` and `uri` may be served on a connection that began as `info` says; the error is for
+    /// the log, the answer is 400. A certificate checked for one name is none for another whose object asks for its own.
+    pub fn check_client(&self, info: &TlsInfo, host: &[u8], uri: &[u8], ssls: &Ssls) -> Result<(), String> {
+        let Some(ssl) = &info.ssl else { return Ok(()) };
+        if ssl.value.client_ca.is_some() && &*info.client_verify != "SUCCESS" && !self.skips(ssl, uri) {
+            return Err(match &*info.client_verify {
+                "NONE" => "client certificate was not present".into(),
+                failed => format!("client certificate verification is not passed: {failed}"),
+            });
+        }
+        let sni = info.sni.as_deref().unwrap_or_default();
+        let host = std::str::from_utf8(host).unwrap_or_default();
+        if host == sni {
+            return Ok(());
+        }
+        match self.index(ssls).find(host) {
+            Some(other) if other.value.client_ca.is_some() && other.id != ssl.id => {
+                Err(format!("client certificate verified with SNI {sni}, but the host is {host}"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn skips(&self, ssl: &Arc<Object<Ssl>>, uri: &[u8]) -> bool {
+        // A match that fails (a limit was hit) does not skip.
+        self.prepared(ssl).is_some_and(|p| p.skip.iter().any(|r| r.is_match(uri).unwrap_or(false)))
+    }
+
+    fn prepared(&self, ssl: &Arc<Object<Ssl>>) -> Option<Arc<Prepared>> {
+        self.configs.get_with(ssl.uid, || match self.prepare(&ssl.value) {
+            Ok(prepared) => Some(Arc::new(prepared)),
+            Err(e) => {
+                tracing::error!("ssls/{}: {e}", ssl.id);
+                None
+            }
+        })
+    }
+
     fn choose(&self, name: Option<&str>, ssls: &Ssls) -> Result<(Arc<Object<Ssl>>, Arc<Prepared>)> {
         let no = |text: String| Error::client(Kind::Tls).context(text);
         let name = name.ok_or_else(|| {
@@ -127,14 +175,7 @@ impl Server {
         })?;
         let index = self.index(ssls);
         let ssl = index.find(name).ok_or_else(|| no(format!("failed to match any SSL certificate by SNI: {name}")))?;
-        let prepared = self.configs.get_with(ssl.uid, || match self.prepare(&ssl.value) {
-            Ok(prepared) => Some(Arc::new(prepared)),
-            Err(e) => {
-                tracing::error!("ssls/{}: {e}", ssl.id);
-                None
-            }
-        });
-        let prepared = prepared.ok_or_else(|| no(format!("ssls/{} cannot be served", ssl.id)))?;
+        let prepared = self.prepared(&ssl).ok_or_else(|| no(format!("ssls/{} cannot be served", ssl.id)))?;
         Ok((ssl, prepared))
     }
 
@@ -169,7 +210,9 @@ impl Server {
         if self.options.session_tickets {
             config.ticketer = ring::Ticketer::new().map_err(failed)?;
         }
-        Ok(Prepared { config: Arc::new(config), verifier })
+        let skip = ssl.skip_mtls_uri_regex.iter().map(|r| Regex::new(r)).collect::<Result<_, _>>();
+        let skip = skip.map_err(|e| Error::config(Kind::Invalid).cause(e).context("client.skip_mtls_uri_regex"))?;
+        Ok(Prepared { config: Arc::new(config), verifier, skip })
     }
 
     fn versions(&self, ssl: &Ssl) -> Result<Vec<&'static SupportedProtocolVersion>> {
