@@ -273,7 +273,8 @@ fn restart(options: &Options) -> Result<()> {
 }
 
 fn test(options: &Options) -> Result<()> {
-    let (_, warnings) = load(options).map_err(|e| Error::config(Kind::Invalid).context(format!("configuration test failed\n{e}")))?;
+    let (_, warnings) =
+        load(options).map_err(|e| Error::config(Kind::Invalid).context(format!("configuration test failed\n{e}")))?;
     for Warning(text) in warnings {
         writeln!(io::stderr(), "warning: {text}")?;
     }
