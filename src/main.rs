@@ -2,20 +2,11 @@
 
 use std::process::ExitCode;
 
-use moongate::{
-    cli,
-    conf::{Config, Warning},
-    error::{Error, Kind, Result},
-};
+use moongate::{app, cli};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    cli::main(run)
-}
-
-/// Says so instead of pretending: the listeners are not wired up in this version.
-fn run(_: Config, _: Vec<Warning>) -> Result<()> {
-    Err(Error::internal(Kind::Other).context("this version checks its configuration but does not serve yet"))
+    cli::main(app::run)
 }

@@ -1,3 +1,55 @@
 //! Wires it all: configuration to listeners, workers, the two APIs; runs it; drains it.
+//!
+//! The thread that calls `run` becomes the control thread (`control`): it watches the store, serves the Admin and control
+//! APIs and the metrics page, and hears signals. `worker` is one data thread; `listeners` binds what it accepts on. A
+//! connection's panic ends that connection; a worker's own ends the process with an error, after a drain: a supervisor
+//! starts a whole gateway again, which is better than one that goes on with fewer workers than it was given.
 
 pub mod banner;
+mod control;
+mod ending;
+mod listeners;
+mod plugins;
+mod reload;
+mod settings;
+mod worker;
+
+use std::fs;
+
+use tokio::{runtime::Builder, task::LocalSet};
+
+use crate::{
+    conf::{Config, Warning},
+    error::{Error, Kind, Result},
+    lua::ngx,
+    shdict, tls,
+};
+
+/// What is left of the control thread's blocking work when it ends gets this long.
+const LAST_WORK: std::time::Duration = std::time::Duration::from_millis(500);
+
+/// Runs the gateway until a signal ends it.
+pub fn run(config: Config, _warnings: Vec<Warning>) -> Result<()> {
+    for dir in ["data", "logs"] {
+        let path = config.prefix.join(dir);
+        fs::create_dir_all(&path)
+            .map_err(|e| Error::config(Kind::Io).cause(e).context(format!("make {}", path.display())))?;
+    }
+    for (name, size) in &config.shared_dicts {
+        shdict::store().declare(name, *size);
+    }
+    trust(&config)?;
+    ngx::worker::set_count(config.workers);
+    let runtime = Builder::new_current_thread().enable_all().build()?;
+    let ended = LocalSet::new().block_on(&runtime, control::run(config));
+    runtime.shutdown_timeout(LAST_WORK);
+    ended
+}
+
+/// Whom upstreams' certificates must chain to. The system's are read when they are needed.
+fn trust(config: &Config) -> Result<()> {
+    if let Some(path) = &config.tls.trusted_certificate {
+        tls::client::trust(&path.to_string_lossy()).map_err(|e| e.context("apisix.ssl.ssl_trusted_certificate"))?;
+    }
+    Ok(())
+}

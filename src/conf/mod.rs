@@ -29,6 +29,8 @@ const DEFAULTS: &str = include_str!("../../conf/config.default.yaml");
 pub struct Config {
     /// conf/, logs/ and data/ are relative to it.
     pub prefix: PathBuf,
+    /// The file that was named instead of conf/config.yaml.
+    pub file: Option<PathBuf>,
     /// The whole effective configuration, defaults filled in: what Lua sees as `local_conf`.
     pub json: Arc<Value>,
     /// Plain listeners for requests.
@@ -210,9 +212,11 @@ pub fn load(prefix: &Path, file: Option<&Path>) -> Result<(Config, Vec<Warning>)
         Err(e) if e.kind() == std::io::ErrorKind::NotFound && file.is_none() => String::new(),
         Err(e) => return Err(Mistakes(vec![format!("{}: {e}", path.display())])),
     };
-    parse(prefix, &text).map_err(|Mistakes(lines)| {
+    let (mut config, warnings) = parse(prefix, &text).map_err(|Mistakes(lines)| {
         Mistakes(lines.into_iter().map(|line| format!("{}: {line}", path.display())).collect())
-    })
+    })?;
+    config.file = file.map(|file| std::path::absolute(file).unwrap_or_else(|_| file.to_owned()));
+    Ok((config, warnings))
 }
 
 /// The same from a text.

@@ -93,6 +93,7 @@ pub(super) fn read(
         real_ip,
         trusted_addresses,
         prefix,
+        file: None,
         json: Arc::new(json.clone()),
     })
 }

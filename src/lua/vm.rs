@@ -265,6 +265,12 @@ impl Vm {
         self.timers.close();
     }
 
+    /// Timers that run or wait for their time.
+    pub fn open_timers(&self) -> usize {
+        let (running, pending) = self.timers.counts();
+        running + pending
+    }
+
     /// The table of what this VM offers to scripts.
     pub fn entries(&self) -> &[Entry] {
         &self.entries

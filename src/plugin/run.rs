@@ -318,6 +318,12 @@ impl Runner {
         }
     }
 
+    /// Timers of scripts that have not ended.
+    pub fn timers(&self) -> usize {
+        let functions: usize = self.functions.borrow().iter().flatten().map(|vm| vm.vm.open_timers()).sum();
+        self.generation.borrow().vm.open_timers() + functions
+    }
+
     /// The request's plan when it has something for `phase`.
     fn at(&self, x: &mut Exchange, phase: Phase) -> Option<(Rc<Plan>, u32)> {
         let run = run_of(x)?;

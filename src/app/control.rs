@@ -1,0 +1,369 @@
+//! The control thread: the store, the two APIs, the metrics page and the signals, so that none of them stands in a
+//! request's way.
+
+use std::{fs, io, net::SocketAddr, path::PathBuf, rc::Rc, sync::Arc, time::Duration};
+
+use tokio::{
+    net::TcpListener,
+    runtime::Handle,
+    signal::unix::{Signal, SignalKind, signal},
+    sync::{mpsc, watch},
+    task::{JoinSet, spawn_local},
+    time::{sleep, timeout},
+};
+
+use super::{
+    banner::{self, Listening},
+    ending::Endings,
+    listeners::{self, Sockets},
+    plugins::Plugins,
+    reload, settings,
+    worker::{self, Blueprint, Line, Order, Report},
+};
+use crate::{
+    admin,
+    conf::{Config, admin_key},
+    control,
+    dns::Resolver,
+    error::{Error, Kind, Result},
+    observe::{log, metrics},
+    plugin::Setup,
+    store::{self, Published, Started, Store},
+};
+
+/// Workers that were told to end at once get this long: one may be inside a script.
+const STOP_PATIENCE: Duration = Duration::from_secs(2);
+/// What a drain may take beside `worker_shutdown_timeout`: timers of plugins, and the way there.
+const DRAIN_MARGIN: Duration = Duration::from_secs(10);
+
+pub async fn run(mut config: Config) -> Result<()> {
+    let mut signals = Signals::new()?;
+    let sockets = listeners::bind(&config)?;
+    let ports = Ports::bind(&config).await?;
+    let at = ports.listening(&sockets)?;
+    let setup = Setup { prefix: config.prefix.clone(), config: config.json.clone() };
+    let plugins = Plugins::new(setup.clone())?;
+    let store = store::open(&config)?;
+    let started = tokio::select! {
+        started = open(&config, &plugins, &store) => started?,
+        // Nothing is served yet that could be drained.
+        _ = signals.end() => return Ok(()),
+    };
+    let metrics = metrics::Metrics::new(metrics::Settings::from_attr(&config.json["plugin_attr"]["prometheus"]));
+    let resolver = Resolver::new(&settings::dns(&config), Handle::current());
+    let blueprint = Blueprint {
+        config: Arc::new(config.clone()),
+        published: started.published.clone(),
+        resolver: Arc::new(resolver),
+        setup,
+        endings: Endings { metrics: metrics.clone() },
+    };
+    let mut workers = Workers::start(blueprint, sockets)?;
+    workers.ready().await?;
+    let (finish, finished) = watch::channel(false);
+    let apis = Apis { config: &config, plugins, store: store.clone(), started, metrics, finished };
+    let mut serving = apis.serve(ports)?;
+    announce(&config, &at, &*store)?;
+    let ended = attend(&mut config, &mut signals, &mut workers).await;
+    finish.send_replace(true);
+    workers.end(&mut signals).await;
+    let _ = timeout(STOP_PATIENCE, async { while serving.join_next().await.is_some() {} }).await;
+    remove_listen_file(&config);
+    ended
+}
+
+/// Waits for the first snapshot.
+async fn open(config: &Config, plugins: &Plugins, store: &Arc<dyn Store>) -> Result<Started> {
+    let keyring = Arc::new(admin::keyring(&config.json)?);
+    let setup = store::Setup {
+        parser: store::parser(keyring, Some(plugins.fields.clone())),
+        checker: Some(Box::new(plugins.clone())),
+        router: settings::router(config),
+        last_good: Some(store::last_good_path(config)),
+    };
+    store::start(store.clone(), setup).await
+}
+
+/// Hears signals and workers until the gateway is to end.
+async fn attend(config: &mut Config, signals: &mut Signals, workers: &mut Workers) -> Result<()> {
+    loop {
+        let heard = tokio::select! {
+            heard = signals.next() => heard,
+            report = workers.reports.recv() => {
+                let ended = match report {
+                    Some(Report::Ended(ended)) => ended,
+                    Some(Report::Ready) => continue,
+                    None => Ok(()),
+                };
+                workers.left = workers.left.saturating_sub(1);
+                let e = ended.err().unwrap_or_else(|| Error::internal(Kind::Other).context("a worker has ended"));
+                tracing::error!("{e}; the gateway ends when the requests in flight are answered");
+                workers.tell(Order::Drain);
+                return Err(e);
+            }
+        };
+        match heard {
+            Heard::Drain => {
+                workers.tell(Order::Drain);
+                return Ok(());
+            }
+            Heard::Stop => {
+                workers.tell(Order::Stop);
+                return Ok(());
+            }
+            Heard::Reload => reload::reload(config),
+            Heard::Reopen => log::reopen_all(),
+        }
+    }
+}
+
+/// The data threads.
+struct Workers {
+    orders: watch::Sender<Order>,
+    reports: mpsc::UnboundedReceiver<Report>,
+    /// Those that have not ended.
+    left: usize,
+    drain_limit: Duration,
+}
+
+impl Workers {
+    fn start(blueprint: Blueprint, sockets: Sockets) -> Result<Workers> {
+        let (orders, _) = watch::channel(Order::Serve);
+        let (sender, reports) = mpsc::unbounded_channel();
+        let drain_limit = blueprint.config.shutdown_timeout + DRAIN_MARGIN;
+        let mut workers = Workers { orders, reports, left: 0, drain_limit };
+        for (id, sockets) in sockets.workers.into_iter().enumerate() {
+            let line = Line { orders: workers.orders.subscribe(), reports: sender.clone() };
+            worker::spawn(id, blueprint.clone(), sockets, line)?;
+            workers.left += 1;
+        }
+        Ok(workers)
+    }
+
+    /// Waits until all accept connections.
+    async fn ready(&mut self) -> Result<()> {
+        for _ in 0..self.left {
+            match self.reports.recv().await {
+                Some(Report::Ready) => {}
+                Some(Report::Ended(Err(e))) => return Err(e),
+                _ => return Err(Error::internal(Kind::Other).context("a worker ended while the gateway started")),
+            }
+        }
+        Ok(())
+    }
+
+    fn tell(&self, order: Order) {
+        self.orders.send_replace(order);
+    }
+
+    /// Waits for all to end. A second signal to end makes the drain a stop.
+    async fn end(&mut self, signals: &mut Signals) {
+        if *self.orders.borrow() == Order::Drain {
+            let limit = self.drain_limit;
+            tokio::select! {
+                () = self.ended() => return,
+                _ = signals.end() => {}
+                () = sleep(limit) => tracing::error!("{} workers do not end", self.left),
+            }
+            self.tell(Order::Stop);
+        }
+        if timeout(STOP_PATIENCE, self.ended()).await.is_err() {
+            tracing::error!("{} workers are cut off", self.left);
+        }
+    }
+
+    async fn ended(&mut self) {
+        while self.left > 0 {
+            match self.reports.recv().await {
+                Some(Report::Ready) => {}
+                Some(Report::Ended(ended)) => {
+                    self.left -= 1;
+                    if let Err(e) = ended {
+                        tracing::error!("{e}");
+                    }
+                }
+                None => return,
+            }
+        }
+    }
+}
+
+/// What a signal asks for.
+enum Heard {
+    Drain,
+    Stop,
+    Reload,
+    Reopen,
+}
+
+struct Signals {
+    interrupt: Signal,
+    quit: Signal,
+    terminate: Signal,
+    hang_up: Signal,
+    user1: Signal,
+}
+
+impl Signals {
+    fn new() -> Result<Signals> {
+        Ok(Signals {
+            interrupt: signal(SignalKind::interrupt())?,
+            quit: signal(SignalKind::quit())?,
+            terminate: signal(SignalKind::terminate())?,
+            hang_up: signal(SignalKind::hangup())?,
+            user1: signal(SignalKind::user_defined1())?,
+        })
+    }
+
+    async fn next(&mut self) -> Heard {
+        tokio::select! {
+            _ = self.interrupt.recv() => Heard::Drain,
+            _ = self.quit.recv() => Heard::Drain,
+            _ = self.terminate.recv() => Heard::Stop,
+            _ = self.hang_up.recv() => Heard::Reload,
+            _ = self.user1.recv() => Heard::Reopen,
+        }
+    }
+
+    /// The next one that asks for an end.
+    async fn end(&mut self) {
+        loop {
+            match self.next().await {
+                Heard::Drain | Heard::Stop => return,
+                Heard::Reopen => log::reopen_all(),
+                Heard::Reload => {}
+            }
+        }
+    }
+}
+
+/// The control thread's own sockets.
+struct Ports {
+    admin: Option<TcpListener>,
+    control: Option<TcpListener>,
+    prometheus: Option<TcpListener>,
+}
+
+impl Ports {
+    async fn bind(config: &Config) -> Result<Ports> {
+        let admin = config.admin.as_ref().map(|admin| admin.addr);
+        Ok(Ports {
+            admin: bind("deployment.admin.admin_listen", admin).await?,
+            control: bind("apisix.control", config.control).await?,
+            prometheus: bind("plugin_attr.prometheus.export_addr", config.prometheus.addr).await?,
+        })
+    }
+
+    fn listening(&self, sockets: &Sockets) -> Result<Listening> {
+        let address = |listener: &Option<TcpListener>| -> io::Result<Option<SocketAddr>> {
+            listener.as_ref().map(TcpListener::local_addr).transpose()
+        };
+        Ok(Listening {
+            proxy: sockets.plain.clone(),
+            proxy_tls: sockets.tls.clone(),
+            admin: address(&self.admin)?,
+            control: address(&self.control)?,
+            prometheus: address(&self.prometheus)?,
+        })
+    }
+}
+
+async fn bind(key: &str, addr: Option<SocketAddr>) -> Result<Option<TcpListener>> {
+    let Some(addr) = addr else { return Ok(None) };
+    let bound = TcpListener::bind(addr).await;
+    bound.map(Some).map_err(|e| Error::config(Kind::Io).cause(e).context(format!("{key}: listen on {addr}")))
+}
+
+/// What the APIs and the metrics page answer from.
+struct Apis<'a> {
+    config: &'a Config,
+    plugins: Plugins,
+    store: Arc<dyn Store>,
+    started: Started,
+    metrics: Arc<metrics::Metrics>,
+    /// True: accept no more.
+    finished: watch::Receiver<bool>,
+}
+
+impl Apis<'_> {
+    fn serve(self, ports: Ports) -> Result<JoinSet<()>> {
+        let mut serving = JoinSet::new();
+        let plugins: Rc<dyn admin::PluginHost> = Rc::new(self.plugins.clone());
+        if let Some(listener) = ports.admin {
+            let state = Rc::new(admin::State {
+                settings: admin::Settings::from_config(&self.config.json, &settings::server(self.config))?,
+                store: self.store.clone(),
+                published: self.started.published.clone(),
+                plugins: plugins.clone(),
+                fields: Some(self.plugins.fields.clone()),
+                pipeline: Some(self.started.handle.clone()),
+            });
+            serving.spawn_local(admin::serve(listener, state, over(self.finished.clone())));
+        }
+        if let Some(listener) = ports.control {
+            let state = Rc::new(control::State {
+                published: self.started.published.clone(),
+                source: self.started.source.clone(),
+                plugins,
+                collect: None,
+                health: None,
+            });
+            serving.spawn_local(control::serve(listener, state, over(self.finished.clone())));
+        }
+        if let Some(listener) = ports.prometheus {
+            let page = metrics::serve(listener, self.metrics.clone(), self.config.prometheus.uri.as_str().into());
+            let finished = over(self.finished.clone());
+            serving.spawn_local(async move {
+                tokio::select! {
+                    () = page => {}
+                    () = finished => {}
+                }
+            });
+        }
+        spawn_local(follow_labels(self.started.published.clone(), self.metrics));
+        Ok(serving)
+    }
+}
+
+async fn over(mut finished: watch::Receiver<bool>) {
+    let _ = finished.wait_for(|finished| *finished).await;
+}
+
+/// Keeps `disabled_labels` as the metadata of the prometheus plugin has them.
+async fn follow_labels(published: Arc<Published>, metrics: Arc<metrics::Metrics>) {
+    let mut revisions = published.subscribe();
+    loop {
+        let snapshot = published.load();
+        let text = snapshot.plugin_metadata.get("prometheus").map(|object| object.json.clone());
+        let metadata = text.and_then(|text| serde_json::from_str(&text).ok());
+        metrics.disable_labels(metadata.as_ref());
+        if revisions.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Says where it listens, on the terminal and in logs/listen.json: from now on requests are served.
+fn announce(config: &Config, at: &Listening, store: &dyn Store) -> Result<()> {
+    let place = match (store.name(), store.identity()) {
+        ("embedded", _) => format!("embedded ({})", config.prefix.join("data").display()),
+        (_, Some(identity)) => identity,
+        (name, None) => name.to_owned(),
+    };
+    // A terminal that is gone is no reason to end.
+    let _ = banner::print_banner(&mut io::stdout(), config, at, &place, generated_key(config).as_ref());
+    banner::write_listen_json(&config.prefix, at)
+        .map_err(|e| Error::config(Kind::Io).cause(e).context(format!("write {}", banner::LISTEN_FILE)))
+}
+
+/// The file of the admin key, when the key in use is the one in it.
+fn generated_key(config: &Config) -> Option<PathBuf> {
+    let path = config.prefix.join(admin_key::FILE);
+    let text = fs::read_to_string(&path).ok()?;
+    let keys = &config.admin.as_ref()?.keys;
+    keys.iter().any(|key| key.key == text.trim()).then_some(path)
+}
+
+fn remove_listen_file(config: &Config) {
+    let _ = fs::remove_file(config.prefix.join(banner::LISTEN_FILE));
+}

@@ -1,0 +1,137 @@
+//! The control thread's plugin VM, as the store and the Admin API want to see it.
+
+use std::{
+    collections::HashMap,
+    rc::Rc,
+    sync::{Arc, PoisonError, RwLock},
+};
+
+use serde_json::Value;
+
+use crate::{
+    admin::{PluginHost, PluginInfo},
+    error::Result,
+    model::{SchemaKind, crypt::EncryptFields},
+    plugin::{Checker, Setup},
+    store::{PluginChecker, PluginSchema, Refusal, Snapshot},
+};
+
+/// Asks the plugins themselves. One for the control thread; clones share it.
+#[derive(Clone)]
+pub struct Plugins {
+    checker: Rc<Checker>,
+    pub fields: Arc<Fields>,
+}
+
+impl Plugins {
+    /// Loads the plugins of the binary and the disk; those of the store come with `reload`.
+    pub fn new(setup: Setup) -> Result<Plugins> {
+        let checker = Rc::new(Checker::new(setup, &Snapshot::default())?);
+        let plugins = Plugins { checker, fields: Arc::default() };
+        plugins.note_fields();
+        Ok(plugins)
+    }
+
+    fn note_fields(&self) {
+        let all = self.checker.list().into_iter().map(|plugin| (plugin.name.clone(), Encrypted::of(&plugin.json)));
+        let all = all.filter(|(_, encrypted)| !encrypted.is_empty()).collect();
+        *self.fields.0.write().unwrap_or_else(PoisonError::into_inner) = all;
+    }
+}
+
+impl PluginChecker for Plugins {
+    fn check(&self, plugin: &str, conf: &str, schema: PluginSchema) -> Result<(), Refusal> {
+        PluginChecker::check(&*self.checker, plugin, conf, schema)
+    }
+
+    fn reload(&self, snapshot: &Snapshot) {
+        PluginChecker::reload(&*self.checker, snapshot);
+        self.note_fields();
+    }
+}
+
+impl PluginHost for Plugins {
+    fn check(&self, plugin: &str, conf: &mut Value, schema: PluginSchema) -> Result<(), Refusal> {
+        self.checker.check_conf(plugin, conf, schema)
+    }
+
+    fn compile_function(&self, id: &str, source: &str) -> Result<(), String> {
+        self.checker.compile_function(id, source)
+    }
+
+    fn compile_chunk(&self, source: &str) -> Result<(), String> {
+        self.checker.compile_function("filter_func", source)
+    }
+
+    fn inspect_plugin(&self, name: &str, source: &str) -> Result<(), String> {
+        self.checker.inspect_plugin(name, source).map(drop)
+    }
+
+    fn list(&self) -> Vec<PluginInfo> {
+        let info = |plugin: Arc<crate::plugin::PluginInfo>| PluginInfo {
+            name: plugin.name.to_string(),
+            priority: plugin.priority,
+            about: plugin.json.as_object().cloned().unwrap_or_default(),
+        };
+        self.checker.list().into_iter().map(info).collect()
+    }
+}
+
+/// Which fields of the plugins' confs are stored encrypted. Read by the threads that parse the store's objects.
+#[derive(Default)]
+pub struct Fields(RwLock<HashMap<Box<str>, Encrypted>>);
+
+/// Paths of one plugin's secret fields, by schema.
+#[derive(Clone, Debug, Default)]
+struct Encrypted {
+    route: Vec<Box<str>>,
+    consumer: Vec<Box<str>>,
+    metadata: Vec<Box<str>>,
+}
+
+impl Encrypted {
+    fn of(plugin: &Value) -> Encrypted {
+        let fields = |schema: &str| {
+            let listed = plugin.get(schema).and_then(|s| s.get("encrypt_fields")).and_then(Value::as_array);
+            listed.into_iter().flatten().filter_map(Value::as_str).map(Box::from).collect()
+        };
+        Encrypted { route: fields("schema"), consumer: fields("consumer_schema"), metadata: fields("metadata_schema") }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.route.is_empty() && self.consumer.is_empty() && self.metadata.is_empty()
+    }
+}
+
+impl EncryptFields for Fields {
+    fn encrypt_fields(&self, plugin: &str, kind: SchemaKind) -> Vec<Box<str>> {
+        let all = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        let Some(encrypted) = all.get(plugin) else { return Vec::new() };
+        match kind {
+            SchemaKind::Route => encrypted.route.clone(),
+            SchemaKind::Consumer => encrypted.consumer.clone(),
+            SchemaKind::Metadata => encrypted.metadata.clone(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn secret_fields_of_own_plugins_are_known_by_schema() {
+        let json = json!({
+            "schema": {"encrypt_fields": ["a", "b.c"]},
+            "consumer_schema": {"encrypt_fields": ["d"]},
+        });
+        let fields = Fields::default();
+        fields.0.write().unwrap().insert("mine".into(), Encrypted::of(&json));
+        assert_eq!(fields.encrypt_fields("mine", SchemaKind::Route), ["a".into(), "b.c".into()]);
+        assert_eq!(fields.encrypt_fields("mine", SchemaKind::Consumer), ["d".into()]);
+        assert!(fields.encrypt_fields("mine", SchemaKind::Metadata).is_empty());
+        assert!(fields.encrypt_fields("other", SchemaKind::Route).is_empty());
+    }
+}

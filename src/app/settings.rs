@@ -1,0 +1,82 @@
+//! config.yaml's values in the terms of the layers that obey them.
+
+use std::sync::Arc;
+
+use serde_json::Value;
+
+use crate::{
+    conf::{Config, Router},
+    dns,
+    error::Result,
+    model, net, proxy,
+    router::RouterKind,
+    tls,
+};
+
+/// The `Server` field.
+pub fn server(config: &Config) -> String {
+    match config.enable_server_tokens {
+        true => concat!("moongate/", env!("CARGO_PKG_VERSION")).to_owned(),
+        false => "moongate".to_owned(),
+    }
+}
+
+pub fn router(config: &Config) -> RouterKind {
+    match config.router {
+        Router::HostUri => RouterKind::RadixtreeHostUri,
+        Router::Uri => RouterKind::RadixtreeUri,
+        Router::UriWithParameter => RouterKind::RadixtreeUriWithParameter,
+    }
+}
+
+/// For listeners without TLS, which know HTTP/2 only by `http2`.
+pub fn net(config: &Config, http2: bool) -> net::Settings {
+    net::Settings {
+        header_timeout: config.client.header_timeout,
+        body_timeout: config.client.body_timeout,
+        send_timeout: config.client.send_timeout,
+        keepalive_timeout: config.client.keepalive_timeout,
+        max_body: config.client.max_body,
+        max_connections: config.worker_connections,
+        http2,
+        ..net::Settings::default()
+    }
+}
+
+pub fn proxy(config: &Config) -> proxy::Settings {
+    let timeout = proxy::DEFAULT_TIMEOUT;
+    proxy::Settings {
+        server: server(config),
+        delete_uri_tail_slash: config.delete_uri_tail_slash,
+        show_upstream_status: config.show_upstream_status,
+        keepalive: keepalive(config),
+        timeout: model::route::Timeouts { connect: timeout, send: timeout, read: timeout },
+        trusted: config.trusted_addresses.clone(),
+        real_ip: config.real_ip.clone(),
+    }
+}
+
+pub fn keepalive(config: &Config) -> model::upstream::Keepalive {
+    let keepalive = &config.upstream_keepalive;
+    model::upstream::Keepalive { size: keepalive.size, idle_timeout: keepalive.timeout, requests: keepalive.requests }
+}
+
+pub fn dns(config: &Config) -> dns::Config {
+    dns::Config {
+        servers: config.resolver.servers.clone(),
+        valid: config.resolver.valid,
+        timeout: config.resolver.timeout,
+        search: config.json.pointer("/apisix/enable_resolv_search_opt").and_then(Value::as_bool).unwrap_or(true),
+    }
+}
+
+/// What answers handshakes, for listeners that offer HTTP/2 or do not.
+pub fn tls(config: &Config, http2: bool) -> Result<Arc<tls::Server>> {
+    let options = tls::ServerOptions {
+        protocols: config.tls.protocols.iter().map(|name| name.as_str().into()).collect(),
+        session_tickets: config.tls.session_tickets,
+        fallback_sni: config.tls.fallback_sni.as_deref().map(Box::from),
+        http2,
+    };
+    tls::Server::new(options).map(Arc::new)
+}

@@ -1,0 +1,211 @@
+//! One data thread: its runtime, plugins, proxy and connections, from its start to its drain.
+
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    rc::Rc,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    runtime::Builder,
+    sync::{mpsc, watch},
+    task::{JoinSet, LocalSet, spawn_local},
+    time::{interval, sleep, timeout},
+};
+
+use super::{ending::Endings, listeners::Bound, settings};
+use crate::{
+    conf::Config,
+    dns::Resolver,
+    error::{Error, Kind, Result},
+    net::{Drain, ExchangePool, Server, listener},
+    plugin::{Runner, Setup},
+    proxy::Proxy,
+    store::Published,
+};
+
+/// Address space for deep Lua and regex recursion; pages that are not touched cost nothing.
+const STACK: usize = 8 << 20;
+/// Between two looks at idle upstream connections.
+const SWEEP_EVERY: Duration = Duration::from_secs(5);
+/// Timers of plugins that run once more at the end (the last batch of a logger) get this long.
+const TIMERS_PATIENCE: Duration = Duration::from_secs(5);
+/// The same when the gateway is told to end at once.
+const TIMERS_HASTE: Duration = Duration::from_millis(300);
+/// Between two looks at those timers.
+const TIMERS_PAUSE: Duration = Duration::from_millis(5);
+
+/// What workers are told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    Serve,
+    /// End when the requests in flight are answered.
+    Drain,
+    /// End at once.
+    Stop,
+}
+
+/// What a worker tells.
+pub enum Report {
+    /// It accepts connections.
+    Ready,
+    Ended(Result<()>),
+}
+
+/// What all workers are made from.
+#[derive(Clone)]
+pub struct Blueprint {
+    pub config: Arc<Config>,
+    pub published: Arc<Published>,
+    pub resolver: Arc<Resolver>,
+    pub setup: Setup,
+    pub endings: Endings,
+}
+
+/// The two ends of the talk with the control thread. At most two reports per worker, so they need no bound.
+pub struct Line {
+    pub orders: watch::Receiver<Order>,
+    pub reports: mpsc::UnboundedSender<Report>,
+}
+
+/// Starts a worker on its thread. Its end is reported, whatever ends it.
+pub fn spawn(worker: usize, blueprint: Blueprint, sockets: Vec<Bound>, line: Line) -> Result<()> {
+    let reports = line.reports.clone();
+    let body = move || {
+        if blueprint.config.cpu_affinity {
+            pin(worker);
+        }
+        let run = AssertUnwindSafe(|| run(worker, blueprint, sockets, line));
+        let ended = catch_unwind(run).unwrap_or_else(|_| {
+            Err(Error::internal(Kind::Other)
+                .context(format!("worker {worker} panicked; its last words are in error.log")))
+        });
+        // Nobody listens only when the process ends anyway.
+        let _ = reports.send(Report::Ended(ended));
+    };
+    thread::Builder::new().name(format!("worker-{worker}")).stack_size(STACK).spawn(body)?;
+    Ok(())
+}
+
+fn run(worker: usize, blueprint: Blueprint, sockets: Vec<Bound>, line: Line) -> Result<()> {
+    let runtime = Builder::new_current_thread().enable_all().build()?;
+    LocalSet::new().block_on(&runtime, serve(worker, blueprint, sockets, line))
+}
+
+async fn serve(worker: usize, blueprint: Blueprint, sockets: Vec<Bound>, line: Line) -> Result<()> {
+    let Line { mut orders, reports } = line;
+    let config = blueprint.config.clone();
+    let proxy = Rc::new(new_proxy(worker, &blueprint)?);
+    let drain = Drain::default();
+    let mut listeners = listen(&blueprint, &proxy, &drain, sockets);
+    let sweeper = spawn_local(sweep(proxy.clone()));
+    let _ = reports.send(Report::Ready);
+    let ended = tokio::select! {
+        () = ordered(&mut orders, |order| order != Order::Serve) => Ok(()),
+        ended = listeners.join_next() => Err(too_early(worker, ended)),
+    };
+    if *orders.borrow() == Order::Stop {
+        close(&proxy.runner, TIMERS_HASTE).await;
+        return ended;
+    }
+    drain.begin();
+    while listeners.join_next().await.is_some() {}
+    tokio::select! {
+        () = drain.done() => close(&proxy.runner, TIMERS_PATIENCE).await,
+        () = sleep(config.shutdown_timeout) => {
+            let (open, limit) = (drain.open(), config.shutdown_timeout);
+            tracing::warn!("{open} connections are cut: worker_shutdown_timeout ({limit:?}) is over");
+        }
+        () = ordered(&mut orders, |order| order == Order::Stop) => {}
+    }
+    sweeper.abort();
+    close(&proxy.runner, TIMERS_HASTE).await;
+    ended
+}
+
+fn new_proxy(worker: usize, blueprint: &Blueprint) -> Result<Proxy> {
+    let snapshot = blueprint.published.load();
+    let runner = Runner::new(blueprint.setup.clone(), worker, &snapshot)
+        .map_err(|e| e.context(format!("worker {worker}: load the plugins")))?;
+    Ok(Proxy::new(
+        settings::proxy(&blueprint.config),
+        blueprint.published.clone(),
+        runner,
+        blueprint.resolver.clone(),
+        Box::new(blueprint.endings.of_worker()),
+    ))
+}
+
+/// One task per socket. Two servers at most: with HTTP/2 on plain connections and without.
+fn listen(blueprint: &Blueprint, proxy: &Rc<Proxy>, drain: &Drain, sockets: Vec<Bound>) -> JoinSet<Result<()>> {
+    let server = |http2| {
+        Rc::new(Server {
+            handler: proxy.clone(),
+            settings: settings::net(&blueprint.config, http2),
+            pool: ExchangePool::new(),
+            drain: drain.clone(),
+        })
+    };
+    let (with_http2, without) = (server(true), server(false));
+    let mut listeners = JoinSet::new();
+    for Bound { socket, proxy_protocol, http2, tls } in sockets {
+        let published = &blueprint.published;
+        let tls = tls.map(|server| listener::Tls { server, published: published.clone() });
+        let server = if http2 { with_http2.clone() } else { without.clone() };
+        listeners.spawn_local(listener::run(server, listener::Listener { socket, proxy_protocol, tls }));
+    }
+    listeners
+}
+
+/// Waits until the order is one that `meant` says yes to. An absent control thread means stop.
+async fn ordered(orders: &mut watch::Receiver<Order>, meant: impl Fn(Order) -> bool) {
+    let _ = orders.wait_for(|order| meant(*order)).await;
+}
+
+/// A listener ends before anybody told it to: an error, or a panic.
+fn too_early(worker: usize, ended: Option<Result<Result<()>, tokio::task::JoinError>>) -> Error {
+    match ended {
+        Some(Ok(Err(e))) => e.context(format!("worker {worker}")),
+        Some(Err(e)) => Error::internal(Kind::Other).cause(e).context(format!("worker {worker}: a listener ended")),
+        _ => Error::internal(Kind::Other).context(format!("worker {worker}: nothing to listen on")),
+    }
+}
+
+/// Closes upstream connections that were idle for too long or that their node has closed.
+async fn sweep(proxy: Rc<Proxy>) {
+    let mut tick = interval(SWEEP_EVERY);
+    loop {
+        tick.tick().await;
+        proxy.pool.sweep(Instant::now());
+    }
+}
+
+/// Ends the timers of plugins: each runs once more, told that it is early.
+async fn close(runner: &Runner, patience: Duration) {
+    runner.close();
+    let over = async {
+        while runner.timers() > 0 {
+            sleep(TIMERS_PAUSE).await;
+        }
+    };
+    if timeout(patience, over).await.is_err() {
+        tracing::warn!("{} timers of plugins are cut off", runner.timers());
+    }
+}
+
+/// One worker per processor, as far as they go.
+fn pin(worker: usize) {
+    let cpus = thread::available_parallelism().map_or(1, usize::from);
+    // SAFETY: the set is plain memory, zero is its empty value, the index is bounded, and pid 0 is this thread.
+    let result = unsafe {
+        let mut set: libc::cpu_set_t = std::mem::zeroed();
+        libc::CPU_SET((worker % cpus) % libc::CPU_SETSIZE as usize, &mut set);
+        libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &raw const set)
+    };
+    if result != 0 {
+        let e = std::io::Error::last_os_error();
+        tracing::warn!("nginx_config.enable_cpu_affinity: worker {worker} is not bound to a processor: {e}");
+    }
+}
