@@ -1,29 +1,50 @@
-# The commands of the README. Everything else is cargo's own.
+# make run    builds the gateway and runs it in the foreground, with what ARGS says
+# make test   formats, lints, and every test against real peers: what .ci/run runs
+# make bench  measures it beside nginx and haproxy (benches/gateway --help)
 
-.PHONY: run test check deps test-deps
+CARGO ?= cargo
+LUACHECK ?= luacheck
+has = $(shell command -v $(1) 2>/dev/null)
+# $(call need,what is there,the package that brings it): the package when nothing is there
+need = $(if $(strip $(1)),,$(2))
 
-# The gateway in the foreground, under this directory.
+PROTOC ?= $(call has,protoc)
+# protoc finds its own .proto files beside itself; Debian packs them apart.
+PROTO_FILES = $(wildcard $(dir $(PROTOC))../include/google/protobuf/empty.proto)
+BUILD_PACKAGES = $(call need,$(PROTOC),protobuf-compiler) $(call need,$(PROTO_FILES),libprotobuf-dev)
+TEST_PACKAGES = $(call need,$(call has,etcd),etcd-server) $(call need,$(call has,etcdctl),etcd-client) \
+	$(call need,$(call has,redis-server),redis-server) $(call need,$(call has,$(LUACHECK)),lua-check)
+
+.PHONY: run build test lint tests bench deps test-deps
+
 run: deps
-	cargo run --release --locked
+	$(CARGO) run --locked --release -- $(ARGS)
 
-# What CI runs: format, lints, then every test against real peers.
-test: deps test-deps check
-	@if cargo nextest --version >/dev/null 2>&1; then \
-		echo "cargo nextest run"; cargo nextest run --locked; \
-	else \
-		echo "cargo test"; cargo test --locked; \
-	fi
+build: deps
+	$(CARGO) build --locked --release
 
-check: deps
-	cargo fmt --check
-	cargo clippy --locked --all-targets -- -D warnings
+test: lint tests
 
-# protoc and its include files: building the etcd client needs both.
+lint: deps test-deps
+	$(CARGO) fmt --check
+	$(CARGO) clippy --locked --all-targets -- -D warnings
+	$(LUACHECK) -q .
+
+# After lint, also under make -j: what does not lint is not worth the minutes.
+tests: lint
+	@if $(CARGO) nextest --version >/dev/null 2>&1; \
+	then set -x; $(CARGO) nextest run --locked --no-fail-fast; \
+	else set -x; $(CARGO) test --locked --no-fail-fast; fi
+
+bench: deps
+	benches/gateway $(ARGS)
+
+# What building needs: the etcd client compiles etcd's .proto files.
 deps:
-	@tools/need protoc protobuf-compiler
-	@tools/need /usr/include/google/protobuf/any.proto libprotobuf-dev
+	@$(if $(strip $(BUILD_PACKAGES)),.ci/install $(strip $(BUILD_PACKAGES)),:)
 
-# What the tests start. A peer that does not run beforehand is no obstacle: each test starts its own.
-test-deps:
-	@tools/need etcd etcd-server
-	@tools/need redis-server redis-server
+# What testing needs: real peers, which each test starts for itself, and the linters.
+test-deps: deps
+	@$(if $(strip $(TEST_PACKAGES)),.ci/install $(strip $(TEST_PACKAGES)),:)
+	@$(CARGO) fmt --version >/dev/null 2>&1 || rustup component add rustfmt
+	@$(CARGO) clippy --version >/dev/null 2>&1 || rustup component add clippy

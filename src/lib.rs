@@ -10,7 +10,6 @@ pub mod dns;
 pub mod error;
 pub mod exchange;
 pub mod expr;
-pub mod health;
 pub mod lua;
 pub mod model;
 pub mod net;

@@ -1,12 +1,11 @@
-//! What of the architecture a machine can hold: who imports whom, who may name mlua, which tests run, what stays out of the code.
+//! What of docs/architecture.md a machine can check: who imports whom, and rules that clippy and luacheck do not know.
 
 use std::{
-    collections::BTreeSet,
     fs,
     path::{Path, PathBuf},
 };
 
-/// From the bottom up. A module imports only from the lines below its own.
+/// From the bottom up. A module imports from the lines above its own, never from its own line or below.
 const LAYERS: &[&[&str]] = &[
     &["error"],
     &["observe", "expr", "schema", "conf", "shdict"],
@@ -16,279 +15,377 @@ const LAYERS: &[&[&str]] = &[
     &["exchange"],
     &["tls"],
     &["net", "upstream"],
-    &["health"],
     &["lua"],
     &["plugin"],
-    &["proxy", "stream", "admin"],
-    // Shares the HTTP side of the Admin API.
-    &["control"],
+    &["proxy"],
+    &["admin", "control"],
     &["app"],
     &["cli"],
 ];
 
-/// Everything else speaks to scripts through these.
-const MAY_NAME_MLUA: &[&str] = &["lua", "plugin"];
+/// Importer, imported, and why it may.
+const EXCEPTIONS: &[(&str, &str, &str)] =
+    &[("control", "admin", "the two APIs have one HTTP server, and the control API shows what the Admin API keeps")];
 
-/// What a finished program does not have.
-const UNFINISHED: &[&str] = &["todo!(", "unimplemented!(", "dbg!("];
+/// May write to standard output: they speak to who started the gateway.
+const PRINTS: &[&str] = &["src/cli.rs", "src/main.rs", "src/app"];
+
+/// Everybody else speaks to scripts through these.
+const NAME_MLUA: &[&str] = &["lua", "plugin"];
+
+/// A file that is longer holds two things.
+const MAX_LINES: usize = 1500;
+
+#[test]
+fn imports_go_downwards() {
+    let mut found = Vec::new();
+    for file in rust_sources() {
+        let Some(from) = file.module() else { continue };
+        for (line, to) in file.imports() {
+            if layer(&to) >= layer(&from) && to != from && !excepted(&from, &to) {
+                found.push(format!("{}:{line}: {from} must not import {to}", file.path));
+            }
+        }
+    }
+    report(found);
+}
+
+#[test]
+fn every_module_has_its_layer_and_every_exception_its_use() {
+    let mut found = Vec::new();
+    let mut used = Vec::new();
+    for file in rust_sources() {
+        let Some(from) = file.module() else { continue };
+        if !LAYERS.concat().contains(&from.as_str()) {
+            found.push(format!("{}: {from} is not in LAYERS", file.path));
+        }
+        used.extend(file.imports().into_iter().map(|(_, to)| (from.clone(), to)));
+    }
+    for (from, to, _) in EXCEPTIONS {
+        if !used.iter().any(|(a, b)| a == from && b == to) {
+            found.push(format!("the exception {from} -> {to} is not needed"));
+        }
+    }
+    report(found);
+}
+
+#[test]
+fn rust_sources_keep_the_rules() {
+    let mut found = Vec::new();
+    for file in rust_sources() {
+        if !file.text.starts_with("//!") {
+            found.push(format!("{}:1: starts with a //! comment that says what it is for", file.path));
+        }
+        found.extend(file.lines_with(".unwrap()", "unwrap is for tests: return the error, or expect() with a reason"));
+        if !PRINTS.iter().any(|p| file.path.starts_with(p)) {
+            found.extend(file.lines_with("println!", "standard output belongs to cli and app"));
+            found.extend(file.lines_with("print!", "standard output belongs to cli and app"));
+        }
+        if !file.module().is_some_and(|module| NAME_MLUA.contains(&module.as_str())) {
+            found.extend(file.lines_with("mlua::", "only lua and plugin know the VM; everybody else asks them"));
+        }
+    }
+    found.sort();
+    found.dedup();
+    report(found);
+}
+
+#[test]
+fn lua_requires_go_downwards() {
+    // Where a file lies, and what it must not require.
+    let rules: &[(&str, &[&str])] = &[
+        ("lua/resty/", &["apisix."]),
+        ("lua/ngx/", &["apisix."]),
+        ("lua/apisix/core/", &["apisix.plugins.", "apisix.utils.", "apisix.plugin\""]),
+        ("lua/apisix/", &["apisix.plugins."]),
+    ];
+    let mut found = Vec::new();
+    for file in sources(&["lua", "plugins"], "lua") {
+        if !file.text.starts_with("---") {
+            found.push(format!("{}:1: starts with a --- comment that says what it is for", file.path));
+        }
+        let above = rules.iter().filter(|(dir, _)| file.path.starts_with(dir)).flat_map(|(_, names)| *names);
+        for name in above {
+            let (call, bare) = (format!("require(\"{name}"), format!("require \"{name}"));
+            for (number, line) in file.text.lines().enumerate() {
+                if line.contains(&call) || line.contains(&bare) {
+                    found.push(format!("{}:{}: must not require {name}*", file.path, number + 1));
+                }
+            }
+        }
+    }
+    report(found);
+}
+
+#[test]
+fn every_file_is_finished() {
+    // In two parts, so that this file does not find itself.
+    let marks = [concat!("TO", "DO"), concat!("FIX", "ME"), concat!("XX", "X:")];
+    let mut found = Vec::new();
+    for extension in ["rs", "lua", "md", "yaml", "toml"] {
+        for file in sources(&["src", "t", "benches", "lua", "plugins", "conf", "docs", "README.md"], extension) {
+            let lines = file.text.lines().count();
+            if lines > MAX_LINES && !file.path.ends_with(".md") {
+                found.push(format!("{}: {lines} lines, more than {MAX_LINES}", file.path));
+            }
+            for (number, line) in file.text.lines().enumerate() {
+                if line.ends_with([' ', '\t', '\r']) {
+                    found.push(format!("{}:{}: ends with white space", file.path, number + 1));
+                }
+                if marks.iter().any(|mark| line.contains(mark)) {
+                    found.push(format!("{}:{}: do it, or open an issue", file.path, number + 1));
+                }
+            }
+        }
+    }
+    report(found);
+}
+
+#[test]
+fn the_map_names_every_folder() {
+    let map = read("docs/architecture.md");
+    let mut found = Vec::new();
+    for module in LAYERS.concat() {
+        if !map.contains(&format!("`src/{module}`")) && !map.contains(&format!("`src/{module}.rs`")) {
+            found.push(format!("docs/architecture.md does not name `src/{module}`"));
+        }
+    }
+    report(found);
+}
+
+/// Cargo does not look for tests by itself here: a program that is not named would never run.
+#[test]
+fn every_test_program_is_named_in_cargo_toml() {
+    let manifest = read("Cargo.toml");
+    let programs =
+        sources(&["t"], "rs").into_iter().map(|file| file.path).filter(|path| path.matches('/').count() == 1);
+    report(programs.filter(|path| !manifest.contains(&format!("path = \"{path}\""))).collect());
+}
+
+#[test]
+fn the_makefile_has_what_the_readme_names() {
+    let (makefile, readme) = (read("Makefile"), read("README.md"));
+    let named: Vec<String> =
+        readme.lines().filter_map(|line| line.strip_prefix("make ")).flat_map(first_names).collect();
+    assert!(named.iter().any(|target| target == "test"), "the README names its commands: {named:?}");
+    report(named.into_iter().filter(|target| !makefile.contains(&format!("\n{target}:"))).collect());
+}
+
+#[test]
+fn the_reader_of_sources_sees_code_only() {
+    let text = r####"
+        use crate::{error::Error, model::{self, Route}};
+        // use crate::app;
+        /* /* crate::app::x */ crate::app::x */
+        let s = "crate::app::x \" crate::app"; let r = r#"crate::app::"x"#; let c = '"'; fn f<'a>(x: &'a str) {}
+        fn g() { crate::dns::look() }
+        #[cfg(test)]
+        mod tests { use crate::cli::x; fn f() { "}" } }
+        #[cfg(test)]
+        mod more;
+        use super::tls;
+    "####;
+    let file = Source::new("src/net/mod.rs".into(), text.into());
+    let names: Vec<_> = file.imports().into_iter().map(|(line, name)| format!("{line} {name}")).collect();
+    assert_eq!(names, ["2 error", "2 model", "6 dns", "11 tls"]);
+}
+
+fn report(found: Vec<String>) {
+    assert!(found.is_empty(), "\n{}", found.join("\n"));
+}
+
+/// Higher is nearer to the command line. A module that has no layer is reported by its own test.
+fn layer(module: &str) -> usize {
+    LAYERS.iter().position(|line| line.contains(&module)).unwrap_or(LAYERS.len())
+}
+
+fn excepted(from: &str, to: &str) -> bool {
+    EXCEPTIONS.iter().any(|(a, b, _)| *a == from && *b == to)
+}
 
 struct Source {
-    path: PathBuf,
-    /// `src/a/b.rs` and `src/a.rs` belong to `a`.
-    module: String,
-    /// Without comments, literals and unit tests.
+    path: String,
+    text: String,
+    /// The text without comments, literals and what is compiled for tests only, line by line as in `text`.
     code: String,
+}
+
+impl Source {
+    fn new(path: String, text: String) -> Self {
+        let code = if path.ends_with(".rs") { without_tests(without_literals(&text)) } else { String::new() };
+        Source { path, text, code }
+    }
+
+    /// The folder or file right below src that this file is part of; `None` for the crate's roots.
+    fn module(&self) -> Option<String> {
+        let name = self.path.strip_prefix("src/")?.split('/').next()?.trim_end_matches(".rs");
+        (name != "lib" && name != "main").then(|| name.to_owned())
+    }
+
+    /// The crate's modules that this file names, with the line of each.
+    fn imports(&self) -> Vec<(usize, String)> {
+        let mut found = Vec::new();
+        // In the file at the top of a module, `super` is the crate.
+        let top = self.path.ends_with("/mod.rs") || self.path.matches('/').count() == 1;
+        let top = top && self.path.matches('/').count() <= 2;
+        for root in ["crate::", "super::"].into_iter().take(1 + usize::from(top)) {
+            for (at, _) in self.code.match_indices(root) {
+                let line = self.code[..at].matches('\n').count() + 1;
+                let names = first_names(&self.code[at + root.len()..]);
+                found.extend(names.into_iter().map(|name| (line, name)));
+            }
+        }
+        let known = LAYERS.concat();
+        found.retain(|(_, name)| known.contains(&name.as_str()));
+        found
+    }
+
+    fn lines_with<'a>(&'a self, what: &'a str, rule: &'a str) -> impl Iterator<Item = String> + 'a {
+        let lines = self.code.lines().enumerate().filter(move |(_, line)| line.contains(what));
+        lines.map(move |(number, _)| format!("{}:{}: {rule}", self.path, number + 1))
+    }
+}
+
+/// `a::b` is a; `{a::b, c::{d, e}}` is a and c.
+fn first_names(path: &str) -> Vec<String> {
+    let name =
+        |text: &str| -> String { text.trim_start().chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect() };
+    let Some(group) = path.strip_prefix('{') else { return vec![name(path)] };
+    let (mut depth, mut names, mut start) = (0, Vec::new(), 0);
+    for (at, c) in group.char_indices() {
+        match c {
+            '{' => depth += 1,
+            '}' if depth > 0 => depth -= 1,
+            ',' | '}' if depth == 0 => {
+                names.push(name(&group[start..at]));
+                start = at + 1;
+                if c == '}' {
+                    break;
+                }
+            }
+            _ => {}
+        }
+    }
+    names
+}
+
+/// Comments and the insides of literals become spaces; line ends stay.
+fn without_literals(text: &str) -> String {
+    let chars: Vec<char> = text.chars().collect();
+    let mut code = String::with_capacity(text.len());
+    let mut at = 0;
+    while at < chars.len() {
+        let end = literal_end(&chars, at);
+        code.extend(chars[at..end.max(at + 1)].iter().map(|&c| if end > at && c != '\n' { ' ' } else { c }));
+        at = end.max(at + 1);
+    }
+    code
+}
+
+/// Where the comment or literal that starts at `at` ends; `at` when none starts there.
+fn literal_end(chars: &[char], at: usize) -> usize {
+    let next = |n: usize| chars.get(at + n).copied().unwrap_or('\0');
+    let word_before = at > 0 && (chars[at - 1].is_alphanumeric() || chars[at - 1] == '_');
+    match (chars[at], next(1)) {
+        ('/', '/') => (at..chars.len()).find(|&i| chars[i] == '\n').unwrap_or(chars.len()),
+        ('/', '*') => block_comment_end(chars, at),
+        ('r', '"' | '#') if !word_before || chars[at - 1] == 'b' => raw_string_end(chars, at),
+        ('"', _) => quoted_end(chars, at, '"'),
+        // A lifetime has no closing quote after one character.
+        ('\'', '\\') => quoted_end(chars, at, '\''),
+        ('\'', _) if next(2) == '\'' => at + 3,
+        _ => at,
+    }
+}
+
+fn quoted_end(chars: &[char], start: usize, quote: char) -> usize {
+    let mut at = start + 1;
+    while at < chars.len() && chars[at] != quote {
+        at += if chars[at] == '\\' { 2 } else { 1 };
+    }
+    (at + 1).min(chars.len())
+}
+
+fn block_comment_end(chars: &[char], start: usize) -> usize {
+    let (mut depth, mut at) = (0, start);
+    while at + 1 < chars.len() {
+        match (chars[at], chars[at + 1]) {
+            ('/', '*') => (depth, at) = (depth + 1, at + 2),
+            ('*', '/') if depth == 1 => return at + 2,
+            ('*', '/') => (depth, at) = (depth - 1, at + 2),
+            _ => at += 1,
+        }
+    }
+    chars.len()
+}
+
+/// `start` when it is a name that begins with r#, not a string.
+fn raw_string_end(chars: &[char], start: usize) -> usize {
+    let hashes = chars[start + 1..].iter().take_while(|c| **c == '#').count();
+    let open = start + 1 + hashes;
+    if chars.get(open) != Some(&'"') {
+        return start;
+    }
+    let closes = |i: &usize| chars[*i] == '"' && chars[i + 1..].iter().take_while(|c| **c == '#').count() >= hashes;
+    (open + 1..chars.len()).find(closes).map_or(chars.len(), |i| i + 1 + hashes)
+}
+
+/// Items under `#[cfg(test)]` become spaces.
+fn without_tests(mut code: String) -> String {
+    while let Some(start) = code.find("#[cfg(test)]") {
+        let (mut depth, mut end) = (0, code.len());
+        for (at, c) in code[start..].char_indices() {
+            match c {
+                '{' => depth += 1,
+                '}' if depth == 1 => end = start + at + 1,
+                '}' => depth -= 1,
+                ';' if depth == 0 => end = start + at + 1,
+                _ => continue,
+            }
+            if end < code.len() {
+                break;
+            }
+        }
+        let blank: String = code[start..end].chars().map(|c| if c == '\n' { '\n' } else { ' ' }).collect();
+        code.replace_range(start..end, &blank);
+    }
+    code
+}
+
+/// The crate's sources but for files of tests.
+fn rust_sources() -> Vec<Source> {
+    let mut files = sources(&["src"], "rs");
+    files.retain(|file| !file.path.ends_with("/tests.rs") && !file.path.contains("/tests/"));
+    files
+}
+
+fn sources(places: &[&str], extension: &str) -> Vec<Source> {
+    let mut paths = Vec::new();
+    for place in places {
+        collect(&root().join(place), extension, &mut paths);
+    }
+    paths.sort();
+    let read = |path: &PathBuf| {
+        let name = path.strip_prefix(root()).expect("below the root").to_string_lossy().into_owned();
+        Source::new(name, fs::read_to_string(path).expect("a text file"))
+    };
+    let files: Vec<_> = paths.iter().map(read).collect();
+    assert!(!files.is_empty() || extension == "toml", "no .{extension} file in {places:?}");
+    files
+}
+
+fn collect(path: &Path, extension: &str, into: &mut Vec<PathBuf>) {
+    if let Ok(entries) = fs::read_dir(path) {
+        entries.flatten().for_each(|entry| collect(&entry.path(), extension, into));
+    } else if path.extension().is_some_and(|e| e == extension) {
+        into.push(path.to_owned());
+    }
+}
+
+fn read(name: &str) -> String {
+    fs::read_to_string(root().join(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
 }
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
-}
-
-fn read(name: &str) -> String {
-    fs::read_to_string(root().join(name)).unwrap_or_else(|e| panic!("{name}: {e}"))
-}
-
-fn files(dir: &Path, found: &mut Vec<PathBuf>) {
-    for entry in fs::read_dir(dir).unwrap_or_else(|e| panic!("{}: {e}", dir.display())) {
-        let path = entry.expect("a directory entry").path();
-        match path.is_dir() {
-            true => files(&path, found),
-            false if path.extension().is_some_and(|e| e == "rs") => found.push(path),
-            false => {}
-        }
-    }
-}
-
-/// The library's modules and main.rs, without files that hold only tests.
-fn sources() -> Vec<Source> {
-    let src = root().join("src");
-    let mut paths = Vec::new();
-    files(&src, &mut paths);
-    let sources = paths.into_iter().filter_map(|path| {
-        let inner = path.strip_prefix(&src).expect("it was found under src").to_owned();
-        if inner.components().any(|c| c.as_os_str().to_string_lossy().trim_end_matches(".rs").starts_with("test")) {
-            return None;
-        }
-        let module = inner.components().next()?.as_os_str().to_string_lossy().trim_end_matches(".rs").to_owned();
-        let code = code_of(&fs::read_to_string(&path).expect("a readable source"));
-        Some(Source { path: inner, module, code })
-    });
-    sources.collect()
-}
-
-/// Blanks comments and literals, then cuts the unit tests off: they stand at the bottom.
-fn code_of(text: &str) -> String {
-    let text = blank(text);
-    let tests = text.find("#[cfg(test)]\nmod tests {").unwrap_or(text.len());
-    text[..tests].to_owned()
-}
-
-/// A scanner, not a parser: enough to tell code from what only looks like it. Line breaks stay.
-fn blank(text: &str) -> String {
-    let chars: Vec<char> = text.chars().collect();
-    let mut out = String::with_capacity(text.len());
-    let mut i = 0;
-    while i < chars.len() {
-        let end = match chars[i] {
-            '/' if chars.get(i + 1) == Some(&'/') => find(&chars, i, &['\n']),
-            '/' if chars.get(i + 1) == Some(&'*') => find(&chars, i + 2, &['*', '/']) + 2,
-            '"' => string_end(&chars, i),
-            'r' if !i.checked_sub(1).is_some_and(|b| is_word(chars[b]) && chars[b] != 'b') => raw_string_end(&chars, i),
-            '\'' => char_end(&chars, i),
-            _ => i,
-        }
-        .min(chars.len());
-        if end <= i {
-            out.push(chars[i]);
-            i += 1;
-        } else {
-            out.extend(chars[i..end].iter().filter(|c| **c == '\n'));
-            i = end;
-        }
-    }
-    out
-}
-
-fn is_word(c: char) -> bool {
-    c.is_alphanumeric() || c == '_'
-}
-
-/// Where `what` starts, at `from` or later.
-fn find(chars: &[char], from: usize, what: &[char]) -> usize {
-    (from..chars.len()).find(|&i| chars[i..].starts_with(what)).unwrap_or(chars.len())
-}
-
-fn string_end(chars: &[char], start: usize) -> usize {
-    let mut i = start + 1;
-    while i < chars.len() && chars[i] != '"' {
-        i += if chars[i] == '\\' { 2 } else { 1 };
-    }
-    i + 1
-}
-
-/// `start` when no raw string begins there.
-fn raw_string_end(chars: &[char], start: usize) -> usize {
-    let hashes = chars[start + 1..].iter().take_while(|c| **c == '#').count();
-    if chars.get(start + 1 + hashes) != Some(&'"') {
-        return start;
-    }
-    let close: Vec<char> = std::iter::once('"').chain(std::iter::repeat_n('#', hashes)).collect();
-    find(chars, start + 2 + hashes, &close) + close.len()
-}
-
-/// `start` when it is a lifetime.
-fn char_end(chars: &[char], start: usize) -> usize {
-    match (chars.get(start + 1), chars.get(start + 2)) {
-        (Some('\\'), _) => find(chars, start + 3, &['\'']) + 1,
-        (Some(_), Some('\'')) => start + 3,
-        _ => start,
-    }
-}
-
-/// First segments of `crate::a::…`, `crate::{a, b::{…}}` and, in main.rs, of `moongate::…`.
-fn imports(code: &str) -> BTreeSet<String> {
-    let mut found = BTreeSet::new();
-    for start in ["crate::", "moongate::"] {
-        for (at, _) in code.match_indices(start) {
-            let rest = &code[at + start.len()..];
-            match rest.strip_prefix('{') {
-                Some(group) => found.extend(heads(group)),
-                None => found.extend(head(rest)),
-            }
-        }
-    }
-    found
-}
-
-/// The first segments inside a group, without what its inner groups hold.
-fn heads(group: &str) -> Vec<String> {
-    let mut found = Vec::new();
-    let mut depth = 0usize;
-    let mut item = String::new();
-    for c in group.chars() {
-        match c {
-            '{' => depth += 1,
-            '}' if depth == 0 => break,
-            '}' => depth -= 1,
-            ',' if depth == 0 => found.extend(head(&std::mem::take(&mut item))),
-            c if depth == 0 => item.push(c),
-            _ => {}
-        }
-    }
-    found.extend(head(&item));
-    found
-}
-
-fn head(path: &str) -> Option<String> {
-    let name: String = path.trim_start().chars().take_while(|c| is_word(*c)).collect();
-    Some(name).filter(|name| !name.is_empty())
-}
-
-fn layer(module: &str) -> Option<usize> {
-    LAYERS.iter().position(|layer| layer.contains(&module))
-}
-
-#[track_caller]
-fn none(what: &str, found: Vec<String>) {
-    assert!(found.is_empty(), "{what}:\n  {}", found.join("\n  "));
-}
-
-#[test]
-fn imports_go_downwards() {
-    let mut wrong = Vec::new();
-    for source in sources() {
-        if matches!(source.module.as_str(), "lib" | "main") {
-            continue;
-        }
-        let Some(own) = layer(&source.module) else {
-            wrong.push(format!("{}: module {} has no layer in t/tidy.rs", source.path.display(), source.module));
-            continue;
-        };
-        for import in imports(&source.code).iter().filter(|i| **i != source.module) {
-            // What is no module is a macro or an item of the crate's root.
-            if layer(import).is_some_and(|theirs| theirs >= own) {
-                wrong.push(format!("{}: {} must not import {import}", source.path.display(), source.module));
-            }
-        }
-    }
-    none("imports that go upwards or sideways (docs/architecture.md, LAYERS in t/tidy.rs)", wrong);
-}
-
-#[test]
-fn every_module_of_the_library_has_a_layer() {
-    let lib = code_of(&read("src/lib.rs"));
-    let modules = lib.split("pub mod ").skip(1).filter_map(head);
-    none("modules without a layer", modules.filter(|m| layer(m).is_none()).collect());
-}
-
-#[test]
-fn only_lua_and_plugin_name_mlua() {
-    let found = sources().into_iter().filter(|s| !MAY_NAME_MLUA.contains(&s.module.as_str()));
-    let found = found.filter(|s| s.code.contains("mlua::")).map(|s| s.path.display().to_string());
-    none("files that name mlua", found.collect());
-}
-
-#[test]
-fn nothing_panics_for_want_of_a_reason_and_nothing_is_left_to_do() {
-    let mut found = Vec::new();
-    for source in sources() {
-        for (number, line) in source.code.lines().enumerate() {
-            let at = format!("{}:{}", source.path.display(), number + 1);
-            if line.contains(".unwrap()") {
-                found.push(format!("{at}: unwrap(); return an error, or say with expect() why it cannot fail"));
-            }
-            found.extend(UNFINISHED.iter().filter(|u| line.contains(**u)).map(|u| format!("{at}: {u}…)")));
-        }
-    }
-    none("not fit for production", found);
-}
-
-#[test]
-fn every_module_says_what_it_is_for() {
-    let mut paths = Vec::new();
-    files(&root().join("src"), &mut paths);
-    files(&root().join("t"), &mut paths);
-    let bare = paths.into_iter().filter(|path| {
-        let text = fs::read_to_string(path).expect("a readable source");
-        let tests = path.to_string_lossy().ends_with("tests.rs");
-        !tests && !text.starts_with("//!")
-    });
-    none("files without a module comment", bare.map(|p| p.display().to_string()).collect());
-}
-
-/// Cargo does not look for tests by itself here: one that is not named would never run.
-#[test]
-fn every_test_program_is_named_in_cargo_toml() {
-    let manifest = read("Cargo.toml");
-    let mut missing = Vec::new();
-    for entry in fs::read_dir(root().join("t")).expect("t/") {
-        let path = entry.expect("a directory entry").path();
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        if name.ends_with(".rs") && !manifest.contains(&format!("path = \"t/{name}\"")) {
-            missing.push(format!("t/{name}"));
-        }
-    }
-    none("test programs that are not in Cargo.toml", missing);
-}
-
-#[test]
-fn the_readme_s_commands_exist() {
-    let makefile = read("Makefile");
-    let readme = read("README.md");
-    let named = readme.lines().filter_map(|line| line.strip_prefix("make ")).filter_map(head);
-    let named: BTreeSet<String> = named.collect();
-    assert!(named.contains("run") && named.contains("test"), "the README names its two commands: {named:?}");
-    none(
-        "targets that the Makefile lacks",
-        named.into_iter().filter(|t| !makefile.contains(&format!("\n{t}:"))).collect(),
-    );
-}
-
-#[test]
-fn the_scanner_tells_code_from_what_looks_like_it() {
-    let text = "use crate::{a, b::{c, d}, e as f}; // crate::g\nlet s = \"crate::h \\\" {\"; let r = r#\"crate::i\"#;\n\
-                let c = '\"'; fn x<'a>() { crate::j::k(); $crate::l!() }\n#[cfg(test)]\nmod tests { use crate::m; }";
-    let found: Vec<String> = imports(&code_of(text)).into_iter().collect();
-    assert_eq!(found, ["a", "b", "e", "j", "l"]);
-    assert_eq!(blank("a /* x\n y */ b"), "a \n b");
 }
