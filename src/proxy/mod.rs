@@ -3,6 +3,7 @@
 //! `request` is the path from top to bottom, `forward` speaks to the upstream, `head` writes what goes there, `rescue` turns
 //! errors into answers. Nothing here names a VM: plugins are `plugin::run` and an `Exchange`.
 
+pub mod access_log;
 pub mod forward;
 pub mod head;
 pub mod real_ip;

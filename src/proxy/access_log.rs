@@ -1,0 +1,255 @@
+//! access.log: nginx's format string, parsed once, one line per request.
+//!
+//! One per worker: lines gather in its buffer and go to the file, which all workers share, when the buffer is full,
+//! and a second after its first line at the latest.
+
+use std::{cell::RefCell, time::Duration};
+
+use tokio::sync::Notify;
+
+use crate::{
+    conf,
+    exchange::{Exchange, Var},
+    observe::log::LogFile,
+};
+
+/// A line is in the file after this long at the latest.
+const FLUSH_AFTER: Duration = Duration::from_secs(1);
+
+/// The longest value that is written: a header of a client must not fill the disk faster than its bytes came.
+const VALUE_MAX: usize = 64 * 1024;
+
+pub struct AccessLog {
+    format: Vec<Segment>,
+    escape: Escape,
+    file: LogFile,
+    /// The buffer's size; 0: each line goes at once.
+    size: usize,
+    state: RefCell<State>,
+    begun: Notify,
+}
+
+#[derive(Default)]
+struct State {
+    buffer: Vec<u8>,
+    scratch: Vec<u8>,
+}
+
+#[derive(Debug, PartialEq)]
+enum Segment {
+    Text(Box<str>),
+    Var(Var),
+}
+
+/// `access_log_format_escape`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Escape {
+    Default,
+    Json,
+    None,
+}
+
+impl AccessLog {
+    pub fn new(config: &conf::AccessLog, file: LogFile) -> Self {
+        let escape = match config.escape.as_str() {
+            "json" => Escape::Json,
+            "none" => Escape::None,
+            _ => Escape::Default,
+        };
+        let (state, begun) = Default::default();
+        AccessLog { format: parse(&config.format), escape, file, size: config.buffer, state, begun }
+    }
+
+    /// Writes the request's line.
+    pub fn log(&self, x: &Exchange) {
+        let State { buffer, scratch } = &mut *self.state.borrow_mut();
+        let first = buffer.is_empty();
+        for segment in &self.format {
+            match segment {
+                Segment::Text(text) => buffer.extend_from_slice(text.as_bytes()),
+                Segment::Var(var) => self.write_value(x.var(var, scratch), buffer),
+            }
+        }
+        buffer.push(b'\n');
+        if buffer.len() >= self.size {
+            self.file.write(buffer, false);
+            buffer.clear();
+        } else if first {
+            self.begun.notify_one();
+        }
+    }
+
+    fn write_value(&self, value: Option<&[u8]>, out: &mut Vec<u8>) {
+        let Some(value) = value else {
+            // As nginx: a JSON string stays empty, else a dash stands for what is not there (not for what is empty).
+            if self.escape == Escape::Default {
+                out.push(b'-');
+            }
+            return;
+        };
+        let value = &value[..value.len().min(VALUE_MAX)];
+        match self.escape {
+            Escape::Default => escape(value, is_special, escape_hex, out),
+            Escape::Json => escape(value, |b| matches!(b, b'"' | b'\\' | 0..=0x1f), escape_json, out),
+            Escape::None => out.extend_from_slice(value),
+        }
+    }
+
+    /// Hands what was gathered to the file.
+    pub fn flush(&self) {
+        let state = &mut *self.state.borrow_mut();
+        if !state.buffer.is_empty() {
+            self.file.write(&state.buffer, false);
+            state.buffer.clear();
+        }
+    }
+
+    /// Flushes in time until it is dropped. To be run beside the worker's requests; sleeps while there are none.
+    pub async fn flush_in_time(&self) {
+        loop {
+            self.begun.notified().await;
+            tokio::time::sleep(FLUSH_AFTER).await;
+            self.flush();
+        }
+    }
+}
+
+impl Drop for AccessLog {
+    fn drop(&mut self) {
+        self.flush();
+    }
+}
+
+/// `$name` and `${name}` are variables, all else is text.
+fn parse(format: &str) -> Vec<Segment> {
+    let mut segments = Vec::new();
+    let mut text = String::new();
+    let mut rest = format;
+    while let Some(at) = rest.find('$') {
+        text.push_str(&rest[..at]);
+        rest = &rest[at + 1..];
+        let (name, after) = match rest.strip_prefix('{').and_then(|braced| braced.split_once('}')) {
+            Some(found) => found,
+            None => rest.split_at(rest.find(|c: char| !c.is_ascii_alphanumeric() && c != '_').unwrap_or(rest.len())),
+        };
+        if name.is_empty() {
+            text.push('$');
+            continue;
+        }
+        if !text.is_empty() {
+            segments.push(Segment::Text(std::mem::take(&mut text).into()));
+        }
+        segments.push(Segment::Var(Var::parse(name)));
+        rest = after;
+    }
+    text.push_str(rest);
+    if !text.is_empty() {
+        segments.push(Segment::Text(text.into()));
+    }
+    segments
+}
+
+/// Copies whole stretches between the bytes that need another form.
+fn escape(value: &[u8], is_special: impl Fn(u8) -> bool, write: impl Fn(u8, &mut Vec<u8>), out: &mut Vec<u8>) {
+    let mut rest = value;
+    while let Some(at) = rest.iter().position(|b| is_special(*b)) {
+        out.extend_from_slice(&rest[..at]);
+        write(rest[at], out);
+        rest = &rest[at + 1..];
+    }
+    out.extend_from_slice(rest);
+}
+
+/// What could end the value's quotes or its line, or is no ASCII text.
+fn is_special(b: u8) -> bool {
+    matches!(b, b'"' | b'\\' | 0..=0x1f | 0x7f..)
+}
+
+fn escape_hex(b: u8, out: &mut Vec<u8>) {
+    let digit = |n: u8| b"0123456789ABCDEF"[usize::from(n)];
+    out.extend_from_slice(&[b'\\', b'x', digit(b >> 4), digit(b & 15)]);
+}
+
+fn escape_json(b: u8, out: &mut Vec<u8>) {
+    match b {
+        b'"' | b'\\' => out.extend_from_slice(&[b'\\', b]),
+        b'\n' => out.extend_from_slice(b"\\n"),
+        b'\r' => out.extend_from_slice(b"\\r"),
+        b'\t' => out.extend_from_slice(b"\\t"),
+        0x08 => out.extend_from_slice(b"\\b"),
+        0x0c => out.extend_from_slice(b"\\f"),
+        b => {
+            let digit = |n: u8| b"0123456789ABCDEF"[usize::from(n)];
+            out.extend_from_slice(b"\\u00");
+            out.extend_from_slice(&[digit(b >> 4), digit(b & 15)]);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{rc::Rc, sync::Arc};
+
+    use super::*;
+    use crate::exchange::Connection;
+
+    fn log(dir: &tempfile::TempDir, format: &str, escape: &str, buffer: usize) -> AccessLog {
+        let path = dir.path().join("access.log");
+        let file = LogFile::open(&path).unwrap();
+        AccessLog::new(&conf::AccessLog { path, format: format.into(), escape: escape.into(), buffer }, file)
+    }
+
+    fn exchange() -> Exchange {
+        let addr = "10.0.0.9:5000".parse().unwrap();
+        let conn = Connection { serial: 1, peer: addr, local: addr, tls: None, proxy: None };
+        let mut x = Exchange::new(Rc::new(conn), Arc::default());
+        x.request.method.extend_from_slice(b"GET");
+        x.request.target.extend_from_slice(b"/");
+        x.request.headers.append("User-Agent", b"a\"b\\c\n\xc3\xa9");
+        x.response.status = 200;
+        x
+    }
+
+    fn gathered(log: &AccessLog) -> String {
+        String::from_utf8(log.state.borrow().buffer.clone()).unwrap()
+    }
+
+    #[test]
+    fn parses_text_and_variables() {
+        let got = parse("a $status\"${host}_x\" $ 1$");
+        let text = |t: &str| Segment::Text(t.into());
+        let var = |n| Segment::Var(Var::parse(n));
+        assert_eq!(got, [text("a "), var("status"), text("\""), var("host"), text("_x\" $ 1$")]);
+    }
+
+    #[test]
+    fn escapes_as_nginx_does() {
+        let dir = tempfile::tempdir().unwrap();
+        for (escape, want) in [
+            ("default", "\"a\\x22b\\x5Cc\\x0A\\xC3\\xA9\" - GET / HTTP/1.1 200\n"),
+            ("json", "\"a\\\"b\\\\c\\né\"  GET / HTTP/1.1 200\n"),
+            ("none", "\"a\"b\\c\né\"  GET / HTTP/1.1 200\n"),
+        ] {
+            let log = log(&dir, "\"$http_user_agent\" $http_referer $request $status", escape, 4096);
+            log.log(&exchange());
+            assert_eq!(gathered(&log), want, "{escape}");
+        }
+    }
+
+    #[test]
+    fn gathers_up_to_its_size_and_writes_the_rest_when_it_ends() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = log(&dir, "12345678", "default", 20);
+        log.log(&exchange());
+        log.log(&exchange());
+        assert_eq!(gathered(&log).len(), 18);
+        log.log(&exchange());
+        assert_eq!(gathered(&log), "");
+        log.log(&exchange());
+        let file = log.file.clone();
+        drop(log);
+        file.write(b"", true);
+        let text = std::fs::read_to_string(dir.path().join("access.log")).unwrap();
+        assert_eq!(text, "12345678\n".repeat(4));
+    }
+}
