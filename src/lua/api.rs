@@ -40,7 +40,7 @@ impl Phases {
     pub const TIMER: Phases = Phases::of(Phase::Timer);
     pub const ANY: Phases = Phases(u16::MAX);
     /// Every phase of a request.
-    pub const REQUEST: Phases = Phases(u16::MAX & !(Self::INIT.0 | Self::TIMER.0 | Self::SSL.0));
+    pub const REQUEST: Phases = Phases(!(Self::INIT.0 | Self::TIMER.0 | Self::SSL.0));
     /// Before the response's head: where a request may still be answered.
     pub const BEFORE_HEAD: Phases = Phases(Self::REWRITE.0 | Self::ACCESS.0 | Self::CONTENT.0);
 
@@ -144,13 +144,13 @@ impl<'lua> Api<'lua> {
     /// A raw C function. `f` must capture nothing.
     pub fn func<F: HostFn>(&mut self, name: &'static str, phases: Phases, doc: &'static str, _f: F) -> Result<()> {
         const { assert!(size_of::<F>() == 0, "a host function captures nothing") };
-        self.c_function(name, phases, How::Func, doc, call_host::<F>)
+        self.c_function(name, phases, How::Func, doc, as_lua(call_host::<F>))
     }
 
     /// A function that may park the coroutine. `f` must capture nothing.
     pub fn wait<F: HostWait>(&mut self, name: &'static str, phases: Phases, doc: &'static str, _f: F) -> Result<()> {
         const { assert!(size_of::<F>() == 0, "a host function captures nothing") };
-        self.c_function(name, phases, How::Wait, doc, wait_host::<F>)
+        self.c_function(name, phases, How::Wait, doc, as_lua(wait_host::<F>))
     }
 
     /// An `extern "C"` function of `fast` for LuaJIT's FFI: `signature` is the C type of the function,
@@ -517,12 +517,26 @@ const unsafe fn ffi_upvalue(n: c_int) -> c_int {
     ffi::lua_upvalueindex(n)
 }
 
-unsafe extern "C-unwind" fn call_host<F: HostFn>(l: *mut ffi::lua_State) -> c_int {
+/// A `lua_CFunction` as LuaJIT takes it: on x86-64 its interpreter computes with the whole register that holds the
+/// number of results, while the ABI lets a callee that returns an `int` leave anything in the upper half.
+type HostEntry = unsafe extern "C-unwind" fn(*mut ffi::lua_State) -> usize;
+
+fn as_lua(f: HostEntry) -> ffi::lua_CFunction {
+    // SAFETY: the two types differ in the width of the result only, and both are returned in the same register; the
+    // lower half is the `int` that every caller reads.
+    unsafe { std::mem::transmute::<HostEntry, ffi::lua_CFunction>(f) }
+}
+
+fn widened(results: c_int) -> usize {
+    results as u32 as usize
+}
+
+unsafe extern "C-unwind" fn call_host<F: HostFn>(l: *mut ffi::lua_State) -> usize {
     // SAFETY: Lua calls this with a live state; F is a zero-sized function item, so any aligned pointer reads as one.
     let (stack, f) = unsafe { (Stack::new(l), ptr::NonNull::<F>::dangling().as_ptr().read()) };
     if allowed(&stack) {
         match catch_unwind(AssertUnwindSafe(|| f(&stack))) {
-            Ok(Ok(results)) => return results,
+            Ok(Ok(results)) => return widened(results),
             Ok(Err(raise)) => push_raise(&stack, raise),
             Err(panic) => push_panic(&stack, panic),
         }
@@ -531,12 +545,12 @@ unsafe extern "C-unwind" fn call_host<F: HostFn>(l: *mut ffi::lua_State) -> c_in
     unsafe { ffi::lua_error(l) }
 }
 
-unsafe extern "C-unwind" fn wait_host<F: HostWait>(l: *mut ffi::lua_State) -> c_int {
+unsafe extern "C-unwind" fn wait_host<F: HostWait>(l: *mut ffi::lua_State) -> usize {
     // SAFETY: as call_host.
     let (stack, f) = unsafe { (Stack::new(l), ptr::NonNull::<F>::dangling().as_ptr().read()) };
     if allowed(&stack) {
         match catch_unwind(AssertUnwindSafe(|| f(&stack))) {
-            Ok(Ok(Wait::Ready(results))) => return results,
+            Ok(Ok(Wait::Ready(results))) => return widened(results),
             Ok(Ok(Wait::Park(op))) => {
                 super::sched::park(op);
                 stack.push_nil();
@@ -544,7 +558,7 @@ unsafe extern "C-unwind" fn wait_host<F: HostWait>(l: *mut ffi::lua_State) -> c_
                 unsafe {
                     ffi::lua_pop(l, 1);
                     ffi::lua_pushlightuserdata(l, super::sched::marker());
-                    return ffi::lua_yield(l, 1);
+                    return widened(ffi::lua_yield(l, 1));
                 }
             }
             Ok(Err(raise)) => push_raise(&stack, raise),

@@ -160,9 +160,9 @@ impl Drop for Run {
 }
 
 /// Megabytes that the VM holds.
-pub fn memory_mb(main: *mut ffi::lua_State) -> usize {
-    // SAFETY: counting is allowed at any time on a live state.
-    unsafe { ffi::lua_gc(main, ffi::LUA_GCCOUNT, 0) as usize / 1024 }
+pub fn memory_mb(vm: &super::Vm) -> usize {
+    // SAFETY: the state is live as long as the VM, and counting is allowed at any time.
+    unsafe { ffi::lua_gc(vm.main(), ffi::LUA_GCCOUNT, 0) as usize / 1024 }
 }
 
 /// Starts the watchdog once per process.
@@ -248,7 +248,7 @@ fn watch() {
 fn look(beat: &Beat, seen: &mut Vec<Seen>) {
     let serial = beat.serial.load(Ordering::Acquire);
     let thread = beat.thread.load(Ordering::Relaxed);
-    if serial % 2 == 0 {
+    if serial.is_multiple_of(2) {
         return;
     }
     let Some(cpu) = cpu_time(thread) else { return };

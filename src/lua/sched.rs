@@ -66,12 +66,15 @@ pub fn failed(text: impl Into<Vec<u8>>) -> Values {
     smallvec::smallvec![Value::Nil, Value::text(text)]
 }
 
+/// Polled with the request that waits.
+pub type PollWithExchange = Box<dyn FnMut(&mut Context<'_>, &mut Exchange) -> Poll<Values>>;
+
 /// What a parked coroutine waits for. Whoever makes one bounds its time.
 pub enum Op {
     /// Needs nothing of the request.
     Future(Pin<Box<dyn Future<Output = Values>>>),
     /// Is polled with the request (its body, its client).
-    Exchange(Box<dyn FnMut(&mut Context<'_>, &mut Exchange) -> Poll<Values>>),
+    Exchange(PollWithExchange),
     /// `ngx.exit` and its like: the coroutine is not resumed, all light threads of the call end. The host function
     /// has put what is to be answered into the exchange; the number is what it was called with.
     Exit(i64),

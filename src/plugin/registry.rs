@@ -130,8 +130,8 @@ impl Setup {
 fn packed_plugins() -> impl Iterator<Item = &'static str> {
     vm::PACKED
         .iter()
-        .filter_map(|(module, file, _)| file.starts_with("plugins/").then(|| module.strip_prefix("apisix.plugins.")))
-        .flatten()
+        .filter(|(_, file, _)| file.starts_with("plugins/"))
+        .filter_map(|(module, ..)| module.strip_prefix("apisix.plugins."))
         .filter(|name| !name.contains('.'))
 }
 

@@ -297,7 +297,7 @@ impl Runner {
             Ok((vm, callable)) => {
                 vm.vm.set_snapshot(&x.snapshot);
                 let flow = vm.call(x, callable).await;
-                if limits::last_run_condemned() || limits::memory_mb(vm.vm.main()) > vm.vm.limits().memory_mb {
+                if limits::last_run_condemned() || limits::memory_mb(&vm.vm) > vm.vm.limits().memory_mb {
                     self.replace_function_vm(at, &vm);
                 }
                 flow
@@ -420,7 +420,7 @@ impl Runner {
         self.until_memory_check.set(MEMORY_CHECK_EVERY);
         let vm = self.generation.borrow().vm.clone();
         let limit = vm.limits().memory_mb;
-        if limits::memory_mb(vm.main()) > limit {
+        if limits::memory_mb(&vm) > limit {
             tracing::error!(target: "lua", "the plugin VM holds more than lua.limits.memory_mb ({limit}): it is replaced");
             self.renew(&vm.snapshot());
         }
@@ -1232,7 +1232,8 @@ mod tests {
             "h",
             1,
             "",
-            "function _M.access(conf, ctx) ctx.a = conf.n end function _M.log(conf, ctx) ctx.b = ctx.a end",
+            "function _M.access(conf, ctx) ctx.a = ctx.var.arg_v ngx.req.set_header('X-A', conf.n) end
+            function _M.log(conf, ctx) ctx.b = ctx.a end",
         );
         let s = Scene::new().plugin("h", &source).route(json!({"h": {"n": 1}})).start();
         let mut x = s.exchange();
