@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     admin,
-    conf::{Config, admin_key},
+    conf::{self, Config, admin_key},
     control,
     dns::Resolver,
     error::{Error, Kind, Result},
@@ -56,7 +56,10 @@ pub async fn run(mut config: Config) -> Result<()> {
         published: started.published.clone(),
         resolver: Arc::new(resolver),
         setup,
-        endings: Endings { metrics: metrics.clone() },
+        endings: Endings {
+            metrics: metrics.clone(),
+            access_log: access_log(&config)?,
+        },
     };
     let mut workers = Workers::start(blueprint, sockets)?;
     workers.ready().await?;
@@ -366,4 +369,12 @@ fn generated_key(config: &Config) -> Option<PathBuf> {
 
 fn remove_listen_file(config: &Config) {
     let _ = fs::remove_file(config.prefix.join(banner::LISTEN_FILE));
+}
+
+fn access_log(config: &Config) -> Result<Option<(conf::AccessLog, log::LogFile)>> {
+    let Some(format) = &config.access_log else { return Ok(None) };
+    let file = log::LogFile::open(&format.path).map_err(|e| {
+        Error::config(Kind::Io).cause(e).context(format!("open the access log {}", format.path.display()))
+    })?;
+    Ok(Some((format.clone(), file)))
 }

@@ -5,29 +5,35 @@ use std::{cell::RefCell, sync::Arc, time::Instant};
 use smallvec::SmallVec;
 
 use crate::{
+    conf,
     exchange::{Exchange, Source, Var},
+    observe::log::LogFile,
     observe::metrics::{Metrics, Node, Recorder, RequestSample},
     plugin::Runner,
-    proxy,
+    proxy::{self, access_log::AccessLog},
 };
 
 /// What all workers count and log into.
 #[derive(Clone)]
 pub struct Endings {
     pub metrics: Arc<Metrics>,
+    /// Its format and its file, which all workers write to.
+    pub access_log: Option<(conf::AccessLog, LogFile)>,
 }
 
 impl Endings {
     pub fn of_worker(&self) -> Ending {
         let recorder = self.metrics.recorder();
         let extra = recorder.settings().extra.iter().map(|label| Var::parse(&label.variable)).collect();
-        Ending { recorder, extra, scratch: RefCell::default() }
+        let access_log = self.access_log.as_ref().map(|(format, file)| AccessLog::new(format, file.clone()));
+        Ending { recorder, access_log, extra, scratch: RefCell::default() }
     }
 }
 
 /// One worker's.
 pub struct Ending {
     recorder: Recorder,
+    access_log: Option<AccessLog>,
     /// The variables of `extra_labels`.
     extra: Vec<Var>,
     scratch: RefCell<Vec<u8>>,
@@ -37,6 +43,15 @@ impl proxy::Ending for Ending {
     fn ended(&self, x: &Exchange, runner: &Runner) {
         if let Some(prefer_name) = runner.prometheus(x) {
             self.count(x, prefer_name);
+        }
+        if let Some(log) = &self.access_log {
+            log.log(x);
+        }
+    }
+
+    fn flush(&self) {
+        if let Some(log) = &self.access_log {
+            log.flush();
         }
     }
 }

@@ -30,6 +30,8 @@ use crate::{
 const STACK: usize = 8 << 20;
 /// Between two looks at idle upstream connections.
 const SWEEP_EVERY: Duration = Duration::from_secs(5);
+/// How long a log line may wait in a worker.
+const FLUSH_EVERY: Duration = Duration::from_secs(1);
 /// Timers of plugins that run once more at the end (the last batch of a logger) get this long.
 const TIMERS_PATIENCE: Duration = Duration::from_secs(5);
 /// The same when the gateway is told to end at once.
@@ -101,6 +103,7 @@ async fn serve(worker: usize, blueprint: Blueprint, sockets: Vec<Bound>, line: L
     let drain = Drain::default();
     let mut listeners = listen(&blueprint, &proxy, &drain, sockets);
     let sweeper = spawn_local(sweep(proxy.clone()));
+    let flusher = spawn_local(flush(proxy.clone()));
     let _ = reports.send(Report::Ready);
     let ended = tokio::select! {
         () = ordered(&mut orders, |order| order != Order::Serve) => Ok(()),
@@ -108,6 +111,7 @@ async fn serve(worker: usize, blueprint: Blueprint, sockets: Vec<Bound>, line: L
     };
     if *orders.borrow() == Order::Stop {
         close(&proxy.runner, TIMERS_HASTE).await;
+        proxy.flush();
         return ended;
     }
     drain.begin();
@@ -121,6 +125,8 @@ async fn serve(worker: usize, blueprint: Blueprint, sockets: Vec<Bound>, line: L
         () = ordered(&mut orders, |order| order == Order::Stop) => {}
     }
     sweeper.abort();
+    flusher.abort();
+    proxy.flush();
     close(&proxy.runner, TIMERS_HASTE).await;
     ended
 }
@@ -170,6 +176,15 @@ fn too_early(worker: usize, ended: Option<Result<Result<()>, tokio::task::JoinEr
         Some(Ok(Err(e))) => e.context(format!("worker {worker}")),
         Some(Err(e)) => Error::internal(Kind::Other).cause(e).context(format!("worker {worker}: a listener ended")),
         _ => Error::internal(Kind::Other).context(format!("worker {worker}: nothing to listen on")),
+    }
+}
+
+/// Sends log lines on their way.
+async fn flush(proxy: Rc<Proxy>) {
+    let mut tick = interval(FLUSH_EVERY);
+    loop {
+        tick.tick().await;
+        proxy.flush();
     }
 }
 
