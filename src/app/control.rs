@@ -56,10 +56,7 @@ pub async fn run(mut config: Config) -> Result<()> {
         published: started.published.clone(),
         resolver: Arc::new(resolver),
         setup,
-        endings: Endings {
-            metrics: metrics.clone(),
-            access_log: access_log(&config)?,
-        },
+        endings: Endings { metrics: metrics.clone(), access_log: access_log(&config)? },
     };
     let mut workers = Workers::start(blueprint, sockets)?;
     workers.ready().await?;
