@@ -21,7 +21,7 @@ fn main() -> io::Result<()> {
     fs::write(target, out)
 }
 
-/// `dir/a/b.lua` is the module `{prefix}a.b`, `a/init.lua` is `{prefix}a.init`: a plugin `a.lua` may stand beside its parts.
+/// `dir/a/b.lua` is the module `{prefix}a.b`; `a/init.lua` is also `{prefix}a`.
 fn pack(root: &Path, dir: &Path, prefix: &str, packed: &mut Vec<(String, String)>) -> io::Result<()> {
     println!("cargo:rerun-if-changed={}", root.join(dir).display());
     let Ok(entries) = fs::read_dir(root.join(dir)) else { return Ok(()) };
@@ -33,7 +33,12 @@ fn pack(root: &Path, dir: &Path, prefix: &str, packed: &mut Vec<(String, String)
             pack(root, &path, &format!("{prefix}{name}."), packed)?;
         } else if let Some(stem) = name.strip_suffix(".lua") {
             println!("cargo:rerun-if-changed={}", root.join(&path).display());
-            packed.push((format!("{prefix}{stem}"), path.display().to_string()));
+            let file = path.display().to_string();
+            packed.push((format!("{prefix}{stem}"), file.clone()));
+            // As on a disk: `a.lua` comes before `a/init.lua`.
+            if stem == "init" && !root.join(dir).with_extension("lua").exists() {
+                packed.push((prefix.trim_end_matches('.').to_owned(), file));
+            }
         }
     }
     Ok(())

@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     admin,
-    conf::{self, Config, admin_key},
+    conf::{Config, admin_key},
     control,
     dns::Resolver,
     error::{Error, Kind, Result},
@@ -50,18 +50,20 @@ pub async fn run(mut config: Config) -> Result<()> {
         _ = signals.end() => return Ok(()),
     };
     let metrics = metrics::Metrics::new(metrics::Settings::from_attr(&config.json["plugin_attr"]["prometheus"]));
+    metrics.install();
     let resolver = Resolver::new(&settings::dns(&config), Handle::current());
     let blueprint = Blueprint {
         config: Arc::new(config.clone()),
         published: started.published.clone(),
         resolver: Arc::new(resolver),
         setup,
-        endings: Endings { metrics: metrics.clone(), access_log: access_log(&config)? },
+        endings: Endings::new(&config, metrics.clone())?,
     };
     let mut workers = Workers::start(blueprint, sockets)?;
     workers.ready().await?;
     let (finish, finished) = watch::channel(false);
-    let apis = Apis { config: &config, plugins, store: store.clone(), started, metrics, finished };
+    let collect = workers.collections.clone();
+    let apis = Apis { config: &config, plugins, store: store.clone(), started, metrics, finished, collect };
     let mut serving = apis.serve(ports)?;
     announce(&config, &at, &*store)?;
     let ended = attend(&mut config, &mut signals, &mut workers).await;
@@ -120,6 +122,8 @@ async fn attend(config: &mut Config, signals: &mut Signals, workers: &mut Worker
 /// The data threads.
 struct Workers {
     orders: watch::Sender<Order>,
+    /// Counts requests to collect garbage.
+    collections: watch::Sender<u64>,
     reports: mpsc::UnboundedReceiver<Report>,
     /// Those that have not ended.
     left: usize,
@@ -131,9 +135,11 @@ impl Workers {
         let (orders, _) = watch::channel(Order::Serve);
         let (sender, reports) = mpsc::unbounded_channel();
         let drain_limit = blueprint.config.shutdown_timeout + DRAIN_MARGIN;
-        let mut workers = Workers { orders, reports, left: 0, drain_limit };
+        let (collections, _) = watch::channel(0);
+        let mut workers = Workers { orders, collections, reports, left: 0, drain_limit };
         for (id, sockets) in sockets.workers.into_iter().enumerate() {
-            let line = Line { orders: workers.orders.subscribe(), reports: sender.clone() };
+            let (orders, collections) = (workers.orders.subscribe(), workers.collections.subscribe());
+            let line = Line { orders, collections, reports: sender.clone() };
             worker::spawn(id, blueprint.clone(), sockets, line)?;
             workers.left += 1;
         }
@@ -283,6 +289,7 @@ struct Apis<'a> {
     metrics: Arc<metrics::Metrics>,
     /// True: accept no more.
     finished: watch::Receiver<bool>,
+    collect: watch::Sender<u64>,
 }
 
 impl Apis<'_> {
@@ -305,7 +312,7 @@ impl Apis<'_> {
                 published: self.started.published.clone(),
                 source: self.started.source.clone(),
                 plugins,
-                collect: None,
+                collect: Some(Box::new(move || self.collect.send_modify(|n| *n += 1))),
                 health: None,
             });
             serving.spawn_local(control::serve(listener, state, over(self.finished.clone())));
@@ -366,12 +373,4 @@ fn generated_key(config: &Config) -> Option<PathBuf> {
 
 fn remove_listen_file(config: &Config) {
     let _ = fs::remove_file(config.prefix.join(banner::LISTEN_FILE));
-}
-
-fn access_log(config: &Config) -> Result<Option<(conf::AccessLog, log::LogFile)>> {
-    let Some(format) = &config.access_log else { return Ok(None) };
-    let file = log::LogFile::open(&format.path).map_err(|e| {
-        Error::config(Kind::Io).cause(e).context(format!("open the access log {}", format.path.display()))
-    })?;
-    Ok(Some((format.clone(), file)))
 }

@@ -1,14 +1,17 @@
 //! What is left of a request when it is over: its counters and its line in access.log.
 
-use std::{cell::RefCell, sync::Arc, time::Instant};
+use std::{cell::RefCell, rc::Rc, sync::Arc, time::Instant};
 
 use smallvec::SmallVec;
 
 use crate::{
-    conf,
+    conf::Config,
+    error::{Error, Kind, Result},
     exchange::{Exchange, Source, Var},
-    observe::log::LogFile,
-    observe::metrics::{Metrics, Node, Recorder, RequestSample},
+    observe::{
+        log::LogFile,
+        metrics::{Metrics, Node, Recorder, RequestSample},
+    },
     plugin::Runner,
     proxy::{self, access_log::AccessLog},
 };
@@ -16,47 +19,65 @@ use crate::{
 /// What all workers count and log into.
 #[derive(Clone)]
 pub struct Endings {
-    pub metrics: Arc<Metrics>,
-    /// Its format and its file, which all workers write to.
-    pub access_log: Option<(conf::AccessLog, LogFile)>,
+    metrics: Arc<Metrics>,
+    access_log: Option<LogFile>,
 }
 
 impl Endings {
-    pub fn of_worker(&self) -> Ending {
+    pub fn new(config: &Config, metrics: Arc<Metrics>) -> Result<Endings> {
+        let open = |log: &crate::conf::AccessLog| {
+            let failed = |e| Error::config(Kind::Io).cause(e).context(log.path.display().to_string());
+            LogFile::open(&log.path).map_err(failed)
+        };
+        Ok(Endings { metrics, access_log: config.access_log.as_ref().map(open).transpose()? })
+    }
+
+    pub fn of_worker(&self, config: &Config) -> Ending {
         let recorder = self.metrics.recorder();
         let extra = recorder.settings().extra.iter().map(|label| Var::parse(&label.variable)).collect();
-        let access_log = self.access_log.as_ref().map(|(format, file)| AccessLog::new(format, file.clone()));
-        Ending { recorder, access_log, extra, scratch: RefCell::default() }
+        let access_log = match (&config.access_log, &self.access_log) {
+            (Some(log), Some(file)) => Some(AccessLog::new(log, file.clone())),
+            _ => None,
+        };
+        Ending { access_log, recorder, extra, scratch: RefCell::default() }
     }
 }
 
 /// One worker's.
 pub struct Ending {
-    recorder: Recorder,
-    access_log: Option<AccessLog>,
+    pub access_log: Option<AccessLog>,
+    pub recorder: Recorder,
     /// The variables of `extra_labels`.
     extra: Vec<Var>,
     scratch: RefCell<Vec<u8>>,
 }
 
-impl proxy::Ending for Ending {
+impl proxy::Ending for Rc<Ending> {
     fn ended(&self, x: &Exchange, runner: &Runner) {
         if let Some(prefer_name) = runner.prometheus(x) {
             self.count(x, prefer_name);
         }
-        if let Some(log) = &self.access_log {
-            log.log(x);
-        }
-    }
-
-    fn flush(&self) {
-        if let Some(log) = &self.access_log {
-            log.flush();
+        if let Some(access_log) = &self.access_log {
+            access_log.log(x);
         }
     }
 }
 
 impl Ending {
+    /// Hands the last lines of access.log to its file.
+    pub fn flush(&self) {
+        if let Some(access_log) = &self.access_log {
+            access_log.flush();
+        }
+    }
+
+    /// Writes access.log in time, until it is dropped.
+    pub async fn flush_in_time(&self) {
+        if let Some(access_log) = &self.access_log {
+            access_log.flush_in_time().await;
+        }
+    }
+
     fn count(&self, x: &Exchange, prefer_name: bool) {
         let values = self.extra_values(x);
         let extra: SmallVec<[&[u8]; 8]> = values.iter().map(Vec::as_slice).collect();

@@ -11,16 +11,21 @@ use std::{
 use tokio::{
     runtime::Builder,
     sync::{mpsc, watch},
-    task::{JoinSet, LocalSet, spawn_local},
+    task::{JoinSet, LocalSet},
     time::{interval, sleep, timeout},
 };
 
-use super::{ending::Endings, listeners::Bound, settings};
+use super::{
+    ending::{Ending, Endings},
+    listeners::Bound,
+    settings,
+};
 use crate::{
     conf::Config,
     dns::Resolver,
     error::{Error, Kind, Result},
-    net::{Drain, ExchangePool, Server, listener},
+    exchange::Exchange,
+    net::{Drain, ExchangePool, Handler, Server, listener},
     plugin::{Runner, Setup},
     proxy::Proxy,
     store::Published,
@@ -30,8 +35,6 @@ use crate::{
 const STACK: usize = 8 << 20;
 /// Between two looks at idle upstream connections.
 const SWEEP_EVERY: Duration = Duration::from_secs(5);
-/// How long a log line may wait in a worker.
-const FLUSH_EVERY: Duration = Duration::from_secs(1);
 /// Timers of plugins that run once more at the end (the last batch of a logger) get this long.
 const TIMERS_PATIENCE: Duration = Duration::from_secs(5);
 /// The same when the gateway is told to end at once.
@@ -70,6 +73,8 @@ pub struct Blueprint {
 pub struct Line {
     pub orders: watch::Receiver<Order>,
     pub reports: mpsc::UnboundedSender<Report>,
+    /// Changes when the VMs are to collect their garbage.
+    pub collections: watch::Receiver<u64>,
 }
 
 /// Starts a worker on its thread. Its end is reported, whatever ends it.
@@ -97,13 +102,18 @@ fn run(worker: usize, blueprint: Blueprint, sockets: Vec<Bound>, line: Line) -> 
 }
 
 async fn serve(worker: usize, blueprint: Blueprint, sockets: Vec<Bound>, line: Line) -> Result<()> {
-    let Line { mut orders, reports } = line;
+    let Line { mut orders, reports, .. } = line;
     let config = blueprint.config.clone();
-    let proxy = Rc::new(new_proxy(worker, &blueprint)?);
-    let drain = Drain::default();
-    let mut listeners = listen(&blueprint, &proxy, &drain, sockets);
-    let sweeper = spawn_local(sweep(proxy.clone()));
-    let flusher = spawn_local(flush(proxy.clone()));
+    let ending = Rc::new(blueprint.endings.of_worker(&config));
+    let proxy = Rc::new(new_proxy(worker, &blueprint, ending.clone())?);
+    let counter = ending.clone();
+    let drain = Drain::telling(move |opened| match opened {
+        true => counter.recorder.connections().opened(),
+        false => counter.recorder.connections().closed(),
+    });
+    let handler = Counted { proxy: proxy.clone(), ending: ending.clone() };
+    let mut listeners = listen(&blueprint, &handler, &drain, sockets);
+    let chores = chores(&proxy, &ending, line.collections);
     let _ = reports.send(Report::Ready);
     let ended = tokio::select! {
         () = ordered(&mut orders, |order| order != Order::Serve) => Ok(()),
@@ -111,7 +121,7 @@ async fn serve(worker: usize, blueprint: Blueprint, sockets: Vec<Bound>, line: L
     };
     if *orders.borrow() == Order::Stop {
         close(&proxy.runner, TIMERS_HASTE).await;
-        proxy.flush();
+        ending.flush();
         return ended;
     }
     drain.begin();
@@ -124,14 +134,13 @@ async fn serve(worker: usize, blueprint: Blueprint, sockets: Vec<Bound>, line: L
         }
         () = ordered(&mut orders, |order| order == Order::Stop) => {}
     }
-    sweeper.abort();
-    flusher.abort();
-    proxy.flush();
+    drop(chores);
     close(&proxy.runner, TIMERS_HASTE).await;
+    ending.flush();
     ended
 }
 
-fn new_proxy(worker: usize, blueprint: &Blueprint) -> Result<Proxy> {
+fn new_proxy(worker: usize, blueprint: &Blueprint, ending: Rc<Ending>) -> Result<Proxy> {
     let snapshot = blueprint.published.load();
     let runner = Runner::new(blueprint.setup.clone(), worker, &snapshot)
         .map_err(|e| e.context(format!("worker {worker}: load the plugins")))?;
@@ -140,15 +149,15 @@ fn new_proxy(worker: usize, blueprint: &Blueprint) -> Result<Proxy> {
         blueprint.published.clone(),
         runner,
         blueprint.resolver.clone(),
-        Box::new(blueprint.endings.of_worker()),
+        Box::new(ending),
     ))
 }
 
 /// One task per socket. Two servers at most: with HTTP/2 on plain connections and without.
-fn listen(blueprint: &Blueprint, proxy: &Rc<Proxy>, drain: &Drain, sockets: Vec<Bound>) -> JoinSet<Result<()>> {
+fn listen(blueprint: &Blueprint, handler: &Counted, drain: &Drain, sockets: Vec<Bound>) -> JoinSet<Result<()>> {
     let server = |http2| {
         Rc::new(Server {
-            handler: proxy.clone(),
+            handler: handler.clone(),
             settings: settings::net(&blueprint.config, http2),
             pool: ExchangePool::new(),
             drain: drain.clone(),
@@ -179,12 +188,55 @@ fn too_early(worker: usize, ended: Option<Result<Result<()>, tokio::task::JoinEr
     }
 }
 
-/// Sends log lines on their way.
-async fn flush(proxy: Rc<Proxy>) {
-    let mut tick = interval(FLUSH_EVERY);
-    loop {
-        tick.tick().await;
-        proxy.flush();
+/// The proxy, with its requests counted.
+#[derive(Clone)]
+struct Counted {
+    proxy: Rc<Proxy>,
+    ending: Rc<Ending>,
+}
+
+impl Handler for Counted {
+    async fn handle(&self, x: Box<Exchange>) -> Box<Exchange> {
+        let _running = Running::new(&self.ending);
+        self.proxy.handle(x).await
+    }
+
+    async fn reject(&self, x: Box<Exchange>, why: &'static str) -> Box<Exchange> {
+        let _running = Running::new(&self.ending);
+        self.proxy.reject(x, why).await
+    }
+}
+
+/// A request that is counted as running; an HTTP/2 stream that is reset drops it half way.
+struct Running<'a>(&'a Ending);
+
+impl<'a> Running<'a> {
+    fn new(ending: &'a Ending) -> Self {
+        ending.recorder.connections().request_started();
+        Running(ending)
+    }
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.0.recorder.connections().request_ended();
+    }
+}
+
+/// What a worker does beside requests, until the result is dropped.
+fn chores(proxy: &Rc<Proxy>, ending: &Rc<Ending>, collections: watch::Receiver<u64>) -> JoinSet<()> {
+    let mut chores = JoinSet::new();
+    chores.spawn_local(sweep(proxy.clone()));
+    chores.spawn_local(collect(proxy.clone(), collections));
+    let ending = ending.clone();
+    chores.spawn_local(async move { ending.flush_in_time().await });
+    chores
+}
+
+/// Collects the garbage of scripts whenever it is asked for.
+async fn collect(proxy: Rc<Proxy>, mut collections: watch::Receiver<u64>) {
+    while collections.changed().await.is_ok() {
+        proxy.runner.collect();
     }
 }
 

@@ -242,6 +242,8 @@ pub struct LuaState {
     pub slot: Option<u32>,
     /// The VM generation and the plan that the request runs on: owned by `plugin::run`, opaque here.
     pub run: Option<Rc<dyn Any>>,
+    /// The plan holds the prometheus plugin: the request is counted, by names where they are preferred.
+    pub counted: Option<bool>,
 }
 
 /// The client's side of one request: where the body comes from and the response goes. HTTP/1 and HTTP/2

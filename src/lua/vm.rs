@@ -265,6 +265,13 @@ impl Vm {
         self.timers.close();
     }
 
+    /// Collects all garbage now.
+    pub fn collect(&self) {
+        if let Err(e) = self.lua.gc_collect() {
+            tracing::error!(target: "lua", "failed to collect garbage: {e}");
+        }
+    }
+
     /// Timers that run or wait for their time.
     pub fn open_timers(&self) -> usize {
         let (running, pending) = self.timers.counts();

@@ -18,9 +18,16 @@ struct Inner {
     draining: Cell<bool>,
     open: Cell<usize>,
     waiting: RefCell<Option<Waker>>,
+    /// Told of each connection that opens (true) or closes.
+    changed: Option<Box<dyn Fn(bool)>>,
 }
 
 impl Drain {
+    /// Tells `changed` of each connection that opens (true) or closes.
+    pub fn telling(changed: impl Fn(bool) + 'static) -> Self {
+        Drain(Rc::new(Inner { changed: Some(Box::new(changed)), ..Inner::default() }))
+    }
+
     /// Idle connections close now, the others after their request; listeners stop accepting.
     pub fn begin(&self) {
         self.0.draining.set(true);
@@ -51,7 +58,16 @@ impl Drain {
     /// Counts a connection while the result lives.
     pub fn enter(&self) -> Open {
         self.0.open.set(self.0.open.get() + 1);
+        self.0.tell(true);
         Open(self.0.clone())
+    }
+}
+
+impl Inner {
+    fn tell(&self, opened: bool) {
+        if let Some(changed) = &self.changed {
+            changed(opened);
+        }
     }
 }
 
@@ -62,6 +78,7 @@ impl Drop for Open {
     fn drop(&mut self) {
         let open = self.0.open.get() - 1;
         self.0.open.set(open);
+        self.0.tell(false);
         if open == 0
             && let Some(waker) = self.0.waiting.borrow_mut().take()
         {

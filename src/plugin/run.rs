@@ -189,6 +189,7 @@ impl Runner {
         }
         let Some(plan) = self.plan(&sources) else { return PhaseMask::default() };
         let mask = plan.mask;
+        x.lua.counted = plan.prometheus;
         if mask != PhaseMask::default() {
             let slot = plan.generation.vm.take_slot();
             x.lua.slot = Some(slot);
@@ -204,7 +205,7 @@ impl Runner {
 
     /// `prefer_name` of the prometheus plugin when the request has it.
     pub fn prometheus(&self, x: &Exchange) -> Option<bool> {
-        run_of(x).and_then(|run| run.plan.borrow().prometheus)
+        x.lua.counted
     }
 
     /// Rewrite and access: global rules, the route, and the consumer's plugins when one was attached.
@@ -222,6 +223,7 @@ impl Runner {
         let plan = match joined.then(|| self.plan_in(&plan.generation, &Sources::of(x))).flatten() {
             Some(joined) => {
                 *run.plan.borrow_mut() = joined.clone();
+                x.lua.counted = joined.prometheus;
                 joined
             }
             None => plan,
@@ -315,6 +317,14 @@ impl Runner {
         self.generation.borrow().vm.close();
         for vm in self.functions.borrow().iter().flatten() {
             vm.vm.close();
+        }
+    }
+
+    /// Collects garbage in every VM of the worker.
+    pub fn collect(&self) {
+        self.generation.borrow().vm.collect();
+        for vm in self.functions.borrow().iter().flatten() {
+            vm.vm.collect();
         }
     }
 

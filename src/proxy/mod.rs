@@ -57,9 +57,6 @@ pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(60);
 /// Called when a request is over: its log line and its counters.
 pub trait Ending {
     fn ended(&self, x: &Exchange, runner: &Runner);
-
-    /// Hands on what it gathered: called once a second and at the end.
-    fn flush(&self);
 }
 
 /// The proxy of one worker.
@@ -114,11 +111,6 @@ impl Proxy {
             pickers: RefCell::default(),
             buffers: RefCell::default(),
         }
-    }
-
-    /// Lets log lines go.
-    pub fn flush(&self) {
-        self.ending.flush();
     }
 
     /// The configuration that a request which starts now is served by.

@@ -11,18 +11,25 @@ use crate::{
     error::{Error, Kind, Result},
     exchange::Source,
     lua::{
-        api::{Api, Phases, Raise, Stack, request, script},
+        api::{Api, Phases, Raise, Stack, Wait, request, script},
         convert::push_json,
         fast,
+        sched::Op,
     },
     model::{self, Id, Keyring, Object, ParseContext, Parsed, PluginConf, consumer::AuthKey, parse},
-    observe::append,
+    observe::{append, metrics},
     schema,
     store::Snapshot,
 };
 
 pub(super) fn register(api: &mut Api) -> Result<()> {
     node(api)?;
+    api.wait(
+        "native.apisix.scrape",
+        Phases::BEFORE_HEAD,
+        "scrape() -> string: all metrics in Prometheus' format.",
+        scrape,
+    )?;
     schemas(api)?;
     consumers(api)?;
     metadata(api)?;
@@ -44,6 +51,21 @@ fn node(api: &mut Api) -> Result<()> {
         "inflate(\"gzip\" | \"deflate\", bytes, max) -> string | nil, err: at most max bytes of the decoded text.",
         inflate,
     )
+}
+
+/// Put together on another thread: with thousands of series it takes milliseconds, and requests wait on this one.
+fn scrape(_: &Stack) -> Result<Wait, Raise> {
+    let page = || {
+        let mut page = String::new();
+        if let Some(metrics) = metrics::process() {
+            metrics.scrape(&mut page);
+        }
+        page
+    };
+    Ok(Wait::Park(Op::future(async move {
+        let page = tokio::task::spawn_blocking(page).await.unwrap_or_default();
+        smallvec::smallvec![crate::lua::Value::text(page)]
+    })))
 }
 
 fn hostname(s: &Stack) -> Answer {

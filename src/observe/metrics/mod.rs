@@ -13,7 +13,7 @@ mod settings;
 use std::{
     net::IpAddr,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicU32, AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, Instant},
@@ -177,7 +177,19 @@ impl Drop for Recorder {
     }
 }
 
+static PROCESS: OnceLock<Arc<Metrics>> = OnceLock::new();
+
+/// The process's metrics, once it serves: what scripts add to and scrape.
+pub fn process() -> Option<&'static Arc<Metrics>> {
+    PROCESS.get()
+}
+
 impl Metrics {
+    /// Makes these the process's. Only the first ones become it.
+    pub fn install(self: &Arc<Self>) {
+        let _ = PROCESS.set(self.clone());
+    }
+
     pub fn new(settings: Settings) -> Arc<Self> {
         Arc::new(Metrics {
             settings,
