@@ -33,12 +33,19 @@ impl Text {
 }
 
 /// A place for texts that are made on demand; one per thread, as Lua copies before the next call.
-pub fn scratch(out: &mut Text, fill: impl FnOnce(&mut Vec<u8>)) {
+pub fn with_scratch<R>(fill: impl FnOnce(&mut Vec<u8>) -> R) -> R {
     thread_local! {
         static SCRATCH: std::cell::RefCell<Vec<u8>> = const { std::cell::RefCell::new(Vec::new()) };
     }
     SCRATCH.with_borrow_mut(|buffer| {
         buffer.clear();
+        fill(buffer)
+    })
+}
+
+/// Points `out` at what `fill` writes.
+pub fn scratch(out: &mut Text, fill: impl FnOnce(&mut Vec<u8>)) {
+    with_scratch(|buffer| {
         fill(buffer);
         out.set(buffer);
     });
