@@ -456,6 +456,7 @@ function worker.exiting() return false end
 -- The rest ----------------------------------------------------------------------------------------------------------
 
 ngx.shared = require("moongate.shdict")
+ngx.socket = require("moongate.socket")
 
 local re = require("moongate.re")
 ngx.re = { match = re.match, find = re.find, gmatch = re.gmatch, sub = re.sub, gsub = re.gsub }

@@ -7,9 +7,13 @@
 pub mod codec;
 pub mod header;
 pub mod log;
+pub mod object;
 pub mod req;
 pub mod resp;
+pub mod semaphore;
 pub mod shdict;
+pub mod socket_tcp;
+pub mod socket_udp;
 pub mod time;
 pub mod var;
 pub mod worker;
@@ -57,7 +61,10 @@ pub fn register(api: &mut Api) -> Result<()> {
     log::register(api)?;
     req::register(api)?;
     resp::register(api)?;
+    semaphore::register(api)?;
     shdict::register(api)?;
+    socket_tcp::register(api)?;
+    socket_udp::register(api)?;
     time::register(api)?;
     var::register(api)?;
     worker::register(api)

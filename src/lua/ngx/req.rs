@@ -147,20 +147,8 @@ fn set_uri(s: &Stack) -> Answer {
     let x = request()?;
     x.request.path.clear();
     x.request.path.extend_from_slice(uri);
-    // The upstream gets what `$upstream_uri` says; empty, it gets the client's target.
-    let mut upstream = Vec::with_capacity(uri.len());
-    codec::escape_into(&mut upstream, uri, |b| b > 0x20 && b < 0x7f && !matches!(b, b'?' | b'#' | b'%'));
-    x.upstream.uri = upstream;
-    append_args(x);
+    x.request.uri_changed = true;
     Ok(0)
-}
-
-/// The query belongs to the upstream's URI once that is set.
-fn append_args(x: &mut Exchange) {
-    if !x.request.args.is_empty() {
-        x.upstream.uri.push(b'?');
-        x.upstream.uri.extend_from_slice(&x.request.args);
-    }
 }
 
 fn set_uri_args(s: &Stack) -> Answer {
@@ -173,13 +161,7 @@ fn set_uri_args(s: &Stack) -> Answer {
     }
     let x = request()?;
     x.request.args = out;
-    if x.upstream.uri.is_empty() {
-        let end = memchr::memchr(b'?', &x.request.target).unwrap_or(x.request.target.len());
-        x.upstream.uri.extend_from_slice(&x.request.target[..end]);
-    } else if let Some(at) = memchr::memchr(b'?', &x.upstream.uri) {
-        x.upstream.uri.truncate(at);
-    }
-    append_args(x);
+    x.request.uri_changed = true;
     Ok(0)
 }
 
@@ -334,9 +316,10 @@ mod tests {
     #[test]
     fn changes_the_request() {
         let x = serve(prepare, "ngx.req.set_method(ngx.HTTP_PUT) ngx.req.set_uri('/c d') return ngx.var.uri", "/c d");
-        assert_eq!((x.request.method, x.upstream.uri), (b"PUT".to_vec(), b"/c%20d?x=1&y".to_vec()));
+        assert_eq!((x.request.method, x.request.path), (b"PUT".to_vec(), b"/c d".to_vec()));
+        assert!(x.request.uri_changed);
         let x = serve(prepare, "ngx.req.set_uri_args({z = 'a b'}) return ngx.var.args", "z=a%20b");
-        assert_eq!(x.upstream.uri, b"/a%20b?z=a%20b");
+        assert!(x.request.uri_changed);
         let x = serve(prepare, "ngx.req.set_body_data('hello') return ngx.req.get_body_data()", "hello");
         assert_eq!(x.request.headers.get("content-length"), Some(&b"5"[..]));
         let chunk = "ngx.req.init_body() ngx.req.append_body('a') ngx.req.append_body('b') ngx.req.finish_body()
