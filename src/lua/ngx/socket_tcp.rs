@@ -365,7 +365,8 @@ fn handshake(s: &Stack) -> std::result::Result<Wait, Raise> {
             let config = tls::client::client_config(verify, None, &[]).map_err(|e| e.to_string())?;
             // Without a name there is no SNI; the protocol wants some name all the same.
             let server = name.as_deref().unwrap_or("localhost").to_owned();
-            let server = rustls_pki_types::ServerName::try_from(server).map_err(|_| "invalid server name".to_owned())?;
+            let server =
+                rustls_pki_types::ServerName::try_from(server).map_err(|_| "invalid server name".to_owned())?;
             let connector = tokio_rustls::TlsConnector::from(config);
             connector.connect(server, io).await.map_err(|e| handshake_text(&e))
         });
@@ -444,12 +445,7 @@ fn send(s: &Stack) -> std::result::Result<Wait, Raise> {
     })))
 }
 
-fn poll_send(
-    cx: &mut Context<'_>,
-    tcp: &Tcp,
-    data: &[u8],
-    at: &mut usize,
-) -> Poll<std::result::Result<(), String>> {
+fn poll_send(cx: &mut Context<'_>, tcp: &Tcp, data: &[u8], at: &mut usize) -> Poll<std::result::Result<(), String>> {
     let mut open = tcp.open.borrow_mut();
     let Some(open) = open.as_mut() else { return Poll::Ready(Err("closed".into())) };
     while *at < data.len() {
@@ -753,7 +749,11 @@ mod tests {
 
     #[test]
     fn the_http_client_asks_and_reads() {
-        let plain = server(1, 16, b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nX-A: 1\r\nX-A: 2\r\nConnection: close\r\n\r\nhello");
+        let plain = server(
+            1,
+            16,
+            b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nX-A: 1\r\nX-A: 2\r\nConnection: close\r\n\r\nhello",
+        );
         gives(
             &format!(
                 "local res, e = require('resty.http').new():request_uri('http://127.0.0.1:{plain}/a?b=c', {{method = 'POST', body = 'x'}})
@@ -761,7 +761,11 @@ mod tests {
             ),
             "200hello2",
         );
-        let chunked = server(1, 16, b"HTTP/1.1 201 Created\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n");
+        let chunked = server(
+            1,
+            16,
+            b"HTTP/1.1 201 Created\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n",
+        );
         gives(
             &format!(
                 "local h = require('resty.http').new() assert(h:connect('127.0.0.1', {chunked}))
