@@ -4,7 +4,7 @@
 mod support;
 
 use serde_json::json;
-use support::{Client, Gateway, Upstream, raw};
+use support::{Client, Gateway, Upstream, http::raw};
 
 const GOOD: &str = "GET /good HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n";
 

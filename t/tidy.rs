@@ -90,6 +90,26 @@ fn rust_sources_keep_the_rules() {
     report(found);
 }
 
+/// Clippy wants a reason at each unsafe block; the exports of an `export!` have theirs or share one above it.
+#[test]
+fn exports_say_what_lua_owes_them() {
+    let mut found = Vec::new();
+    for file in rust_sources() {
+        for (at, start) in file.text.match_indices("export! {\n") {
+            let block = file.text[at + start.len()..].split("\n}").next().unwrap_or_default();
+            let comment =
+                file.text[..at].trim_end_matches("crate::").lines().rev().take_while(|line| line.starts_with("//"));
+            if block.contains("unsafe")
+                && !block.contains("// SAFETY")
+                && !comment.into_iter().any(|line| line.starts_with("// SAFETY"))
+            {
+                found.push(format!("{}:{}: a SAFETY comment", file.path, file.text[..at].lines().count()));
+            }
+        }
+    }
+    report(found);
+}
+
 #[test]
 fn lua_requires_go_downwards() {
     // Where a file lies, and what it must not require.

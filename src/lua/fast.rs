@@ -70,11 +70,12 @@ pub fn guard<R>(on_panic: R, body: impl FnOnce() -> R) -> R {
 }
 
 /// Declares `extern "C"` functions for FFI: `export! { fn name(a: *const u8, n: usize) -> c_int, -1 => { … } }`, where
-/// the expression after the return type is what a panic returns.
+/// the expression after the return type is what a panic returns. What Lua owes to all of them is said once, above.
 #[macro_export]
 macro_rules! export {
     ($($(#[$meta:meta])* fn $name:ident($($arg:ident: $ty:ty),* $(,)?) -> $ret:ty, $on_panic:expr => $body:block)*) => {$(
         $(#[$meta])*
+        #[allow(clippy::undocumented_unsafe_blocks, reason = "t/tidy.rs: each has one, or one stands above all")]
         pub(crate) extern "C" fn $name($($arg: $ty),*) -> $ret {
             $crate::lua::fast::guard($on_panic, move || $body)
         }

@@ -20,7 +20,7 @@ use std::{
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-pub use http::{Client, Reply, get, raw, request};
+pub use http::{Client, Reply, get, request};
 pub use upstream::Upstream;
 
 /// How long a fact may take. Far more than it ever should: the machine may be busy.

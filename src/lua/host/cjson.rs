@@ -331,6 +331,7 @@ impl Encoder<'_> {
             ffi::LUA_TBOOLEAN => self.out.extend_from_slice(if s.boolean(-1) { b"true" } else { b"false" }),
             ffi::LUA_TNIL => self.out.extend_from_slice(b"null"),
             ffi::LUA_TTABLE => self.table(depth + 1)?,
+            // SAFETY: there is a value on top; reading it changes nothing.
             ffi::LUA_TLIGHTUSERDATA => match unsafe { ffi::lua_touserdata(s.raw(), -1) } {
                 p if p.is_null() => self.out.extend_from_slice(b"null"),
                 p if p == key(&EMPTY_ARRAY) => self.out.extend_from_slice(b"[]"),
@@ -395,8 +396,9 @@ impl Encoder<'_> {
         let s = self.s;
         let (mut max, mut items) = (0.0_f64, 0.0_f64);
         s.push_nil();
+        // SAFETY: the table lies below the key, which `lua_next` itself left there or which is nil.
         while unsafe { ffi::lua_next(s.raw(), -2) } != 0 {
-            let n = if s.kind(-2) == ffi::LUA_TNUMBER { unsafe { ffi::lua_tonumber(s.raw(), -2) } } else { 0.0 };
+            let n = if s.kind(-2) == ffi::LUA_TNUMBER { s.number(-2).unwrap_or_default() } else { 0.0 };
             if n < 1.0 || n.floor() != n {
                 s.pop(2);
                 return Ok(None);
@@ -438,6 +440,7 @@ impl Encoder<'_> {
         self.out.push(b'{');
         let mut first = true;
         s.push_nil();
+        // SAFETY: the table lies below the key, which `lua_next` itself left there or which is nil.
         while unsafe { ffi::lua_next(s.raw(), -2) } != 0 {
             let before = self.out.len();
             if !first {
@@ -447,7 +450,7 @@ impl Encoder<'_> {
                 ffi::LUA_TSTRING => self.string(s.bytes(-2).unwrap_or_default()),
                 ffi::LUA_TNUMBER => {
                     self.out.push(b'"');
-                    self.number(unsafe { ffi::lua_tonumber(s.raw(), -2) })?;
+                    self.number(s.number(-2).unwrap_or_default())?;
                     self.out.push(b'"');
                 }
                 _ => {
@@ -922,8 +925,8 @@ impl Decoder<'_> {
         self.descend()?;
         self.s.push_table(0, 0);
         if self.set.decode_array_mt {
-            // SAFETY: the new table is on top.
             push_array_mt(self.s);
+            // SAFETY: the new table is on top, its metatable above it.
             unsafe { ffi::lua_setmetatable(self.s.raw(), -2) };
         }
         let mut token = self.next();

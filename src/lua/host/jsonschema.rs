@@ -45,6 +45,7 @@ fn compile(s: &Stack) -> Answer {
 /// Leaves one table on the stack.
 unsafe fn push_metatable(s: &Stack) {
     let (l, key) = (s.raw(), (&raw const METATABLE).cast_mut().cast::<c_void>());
+    // SAFETY: the stack of a function that runs, which has room for what a C function may push.
     unsafe {
         ffi::lua_pushlightuserdata(l, key);
         ffi::lua_rawget_(l, ffi::LUA_REGISTRYINDEX);

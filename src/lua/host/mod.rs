@@ -42,6 +42,7 @@ pub(crate) use native;
 /// `l` is the state of the running C function.
 pub(crate) unsafe fn throw(l: *mut mlua::ffi::lua_State, raise: Raise) -> c_int {
     use mlua::ffi;
+    // SAFETY: by contract; nothing here is left to drop when `lua_error` jumps.
     unsafe {
         ffi::luaL_where(l, 1);
         ffi::lua_pushlstring_(l, raise.0.as_ptr().cast(), raise.0.len());

@@ -41,7 +41,11 @@ impl Val {
         match self.kind {
             BOOLEAN => Some(Value::Bool(self.number != 0.0)),
             NUMBER => Some(Value::Num(self.number)),
-            STRING => Some(Value::Str(unsafe { fast::bytes(self.text.ptr, self.text.len) }.into())),
+            STRING => {
+                // SAFETY: by contract.
+                let text = unsafe { fast::bytes(self.text.ptr, self.text.len) };
+                Some(Value::Str(text.into()))
+            }
             _ => None,
         }
     }
