@@ -165,6 +165,8 @@ pub struct Response {
     pub reason: Vec<u8>,
     /// Without hop-by-hop fields. `Content-Length` stands here as a field: filters may remove it.
     pub headers: Headers,
+    /// Fields that plugins set before the upstream was asked: they go out beside its own.
+    pub early: Headers,
     pub source: Source,
     /// The head is on its way: `ngx.headers_sent`.
     pub head_sent: bool,
@@ -332,6 +334,7 @@ impl Response {
         self.status = 0;
         self.reason.clear();
         self.headers.clear();
+        self.early.clear();
         self.source = Source::Gateway;
         self.head_sent = false;
         self.ended = false;

@@ -14,7 +14,7 @@ use super::{Proxy, head, head::BodyFraming, rescue, tunnel, upload::Upload};
 use crate::{
     balancer::{NoNode, Tried},
     error::{Error, Kind, Origin, Result, Retry},
-    exchange::{Client, Exchange, RequestBody, Source, Try, Var},
+    exchange::{Client, Exchange, RequestBody, Response, Source, Try, Var},
     model::{
         route::Timeouts,
         upstream::{Balance, HashOn, Keepalive, Node, Scheme, Upstream},
@@ -57,6 +57,7 @@ struct Way<'a> {
 
 impl Way<'_> {
     async fn run(&mut self, x: &mut Exchange) -> Result<()> {
+        std::mem::swap(&mut x.response.headers, &mut x.response.early);
         let (mut conn, key, head) = self.reach(x).await?;
         if head.status == 101 {
             return self.switch(x, conn).await;
@@ -241,6 +242,7 @@ impl Way<'_> {
             x.upstream.headers.clone_from(&x.response.headers);
         }
         x.response.headers.set("Server", &self.p.settings.server);
+        add_early(&mut x.response);
         rescue::upstream_status(self.p, x);
         output::filter_head(x, &self.p.runner).await?;
         let length = output::remaining_length(x);
@@ -409,6 +411,21 @@ fn is_websocket(x: &Exchange) -> bool {
     let Some(matched) = &x.matched else { return false };
     let of_service = matched.service.as_ref().and_then(|s| s.value.enable_websocket);
     matched.route().value.enable_websocket.or(of_service).unwrap_or(false)
+}
+
+/// Adds what plugins have set before; what describes the body is the node's to say.
+fn add_early(response: &mut Response) {
+    for (name, value) in response.early.iter() {
+        let of_body = [&b"content-type"[..], b"content-length", b"content-encoding"];
+        if of_body.iter().any(|n| n.eq_ignore_ascii_case(name)) && response.headers.contains(name) {
+            continue;
+        }
+        match name.eq_ignore_ascii_case(b"server") {
+            true => response.headers.set(name, value),
+            false => response.headers.append(name, value),
+        }
+    }
+    response.early.clear();
 }
 
 /// What chash hashes; empty for the other policies. A key without a value falls back to the client's address, as APISIX does.

@@ -20,7 +20,9 @@ pub(super) async fn answer(p: &Proxy, x: &mut Exchange, e: Error) {
         }
         return;
     }
+    // What plugins have set stays; what came of the upstream does not.
     x.response.headers.clear();
+    std::mem::swap(&mut x.response.headers, &mut x.response.early);
     x.response.source = Source::Gateway;
     if status == CLIENT_CLOSED {
         x.response.status = status;

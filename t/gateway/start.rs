@@ -121,3 +121,111 @@ fn usr1_reopens_the_logs() {
     });
     assert!(!gw.dir.read("logs/access.log").contains("/before"));
 }
+
+#[test]
+fn terminate_ends_at_once_and_cleans_up() {
+    let up = Upstream::answering(|_| {
+        std::thread::park();
+        ""
+    });
+    let mut gw = Gateway::start();
+    gw.route("1", "/never", &up, json!({}));
+    let mut client = Client::connect(&gw.proxy());
+    client.send("GET", "/never", &[], b"");
+    eventually("the upstream has it", || (!up.seen().is_empty()).then_some(()));
+    gw.signal(libc::SIGTERM);
+    assert!(gw.wait().success());
+    assert!(!gw.dir.join("logs/moongate.pid").exists() && !gw.dir.join("logs/listen.json").exists());
+}
+
+#[test]
+fn a_second_interrupt_does_not_wait_for_the_requests_in_flight() {
+    let up = Upstream::answering(|_| {
+        std::thread::park();
+        ""
+    });
+    let mut gw = Gateway::start();
+    gw.route("1", "/never", &up, json!({}));
+    let proxy = gw.proxy();
+    let mut client = Client::connect(&proxy);
+    client.send("GET", "/never", &[], b"");
+    eventually("the upstream has it", || (!up.seen().is_empty()).then_some(()));
+    gw.signal(libc::SIGINT);
+    eventually("new connections are refused", || std::net::TcpStream::connect(&proxy).err());
+    gw.signal(libc::SIGINT);
+    assert!(gw.wait().success());
+}
+
+#[test]
+fn hang_up_reads_the_configuration_again_and_refuses_a_broken_one() {
+    let gw = Gateway::start();
+    gw.dir.write("conf/config.yaml", "apisix: {node_listen: [99999]}\n");
+    gw.signal(libc::SIGHUP);
+    gw.expect_log("apisix.node_listen");
+    gw.expect_log("the old one goes on");
+    gw.dir.configure(json!({"apisix": {"delete_uri_tail_slash": true}, "nginx_config": {"error_log_level": "debug"}}));
+    gw.signal(libc::SIGHUP);
+    gw.expect_log("need a restart: apisix.delete_uri_tail_slash\n");
+    assert_eq!(gw.get("/").status, 404);
+}
+
+#[test]
+fn the_verbs_find_the_gateway_by_its_directory() {
+    let dir = Dir::new();
+    dir.configure(json!({}));
+    let verb = |verb: &str| {
+        let mut command = dir.command();
+        command.arg(verb);
+        run(command)
+    };
+    let (status, text) = verb("stop");
+    assert!(!status.success() && text.contains("no gateway runs"), "{text}");
+    let (status, text) = verb("start");
+    assert!(status.success() && text.contains("X-API-KEY"), "{text}");
+    let _stopped = Stopped(&dir);
+    let pid = dir.read("logs/moongate.pid");
+    let (status, text) = verb("start");
+    assert!(!status.success() && text.contains(pid.trim()), "{text}");
+    let (status, text) = verb("reload");
+    assert!(status.success(), "{text}");
+    let (status, text) = verb("restart");
+    assert!(status.success(), "{text}");
+    assert_ne!(dir.read("logs/moongate.pid"), pid);
+    let (status, text) = verb("quit");
+    assert!(status.success(), "{text}");
+    eventually("the gateway ends", || (!dir.join("logs/moongate.pid").exists()).then_some(()));
+}
+
+/// Ends a gateway in the background, whatever becomes of the test.
+struct Stopped<'a>(&'a Dir);
+
+impl Drop for Stopped<'_> {
+    fn drop(&mut self) {
+        let mut command = self.0.command();
+        command.arg("stop");
+        run(command);
+    }
+}
+
+#[test]
+fn connections_requests_and_garbage_are_accounted_for() {
+    let gw = Gateway::start();
+    let mut client = Client::connect(&gw.proxy());
+    for _ in 0..3 {
+        client.send("GET", "/", &[], b"");
+        assert_eq!(client.reply("GET").status, 404);
+    }
+    let text = crate::support::get(&gw.prometheus(), "/apisix/prometheus/metrics").text();
+    for line in [
+        "apisix_nginx_http_current_connections{state=\"accepted\"} 1",
+        "apisix_nginx_http_current_connections{state=\"active\"} 1",
+        "apisix_nginx_http_current_connections{state=\"writing\"} 0",
+        "apisix_http_requests_total 3",
+    ] {
+        assert!(text.lines().any(|l| l == line), "{line} in {text}");
+    }
+    let reply = crate::support::request(&gw.control(), "POST", "/v1/gc", &[], b"");
+    assert_eq!(reply.status, 200);
+    client.send("GET", "/", &[], b"");
+    assert_eq!(client.reply("GET").status, 404);
+}
