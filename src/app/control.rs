@@ -51,11 +51,12 @@ pub async fn run(mut config: Config) -> Result<()> {
     };
     let metrics = metrics::Metrics::new(metrics::Settings::from_attr(&config.json["plugin_attr"]["prometheus"]));
     metrics.install();
-    let resolver = Resolver::new(&settings::dns(&config), Handle::current());
+    let resolver = Arc::new(Resolver::new(&settings::dns(&config), Handle::current()));
+    crate::lua::ngx::socket_tcp::set_resolver(resolver.clone());
     let blueprint = Blueprint {
         config: Arc::new(config.clone()),
         published: started.published.clone(),
-        resolver: Arc::new(resolver),
+        resolver,
         setup,
         endings: Endings::new(&config, metrics.clone())?,
     };

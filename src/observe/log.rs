@@ -123,6 +123,11 @@ pub fn set_level(level: Level) {
     LEVEL.store(level as u8, Ordering::Relaxed);
 }
 
+/// The least severe that is written.
+pub fn level() -> u8 {
+    LEVEL.load(Ordering::Relaxed)
+}
+
 /// Whether a line of this severity is written: asked before a message is put together.
 pub fn enabled(level: Level) -> bool {
     level as u8 <= LEVEL.load(Ordering::Relaxed)

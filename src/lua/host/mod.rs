@@ -187,4 +187,28 @@ mod libraries {
             "truenil",
         );
     }
+
+    #[test]
+    fn radixtree_matches_as_documented() {
+        let tree = "local t = require('resty.radixtree').new({
+            {paths = '/a', metadata = 'exact'},
+            {paths = '/a*', metadata = 'prefix', methods = {'GET'}},
+            {paths = '/user/:id/posts', metadata = 'param'},
+            {paths = '/h', hosts = '*.foo.com', metadata = 'host'},
+            {paths = '/h', priority = 1, vars = {{'arg_x', '==', '1'}}, metadata = 'vars'},
+            {paths = '/n', remote_addrs = {'10.0.0.0/8'}, metadata = 'addr'}}) ";
+        for (call, expected) in [
+            ("t:match('/a', {})", "exact"),
+            ("t:match('/ab', {method = 'GET'})", "prefix"),
+            ("t:match('/ab', {method = 'PUT'})", "nil"),
+            ("t:match('/user/5/posts', {})", "param"),
+            ("t:match('/user//posts', {})", "nil"),
+            ("t:match('/h', {host = 'A.foo.com', vars = {}})", "host"),
+            ("t:match('/h', {vars = {arg_x = '1'}})", "vars"),
+            ("t:match('/n', {remote_addr = '10.1.1.1'})", "addr"),
+            ("(function() local m = {} t:match('/user/7/posts', {matched = m}) return m.id .. m._path end)()", "7/user/:id/posts"),
+        ] {
+            check(&format!("{tree} return tostring(({call}))"), expected);
+        }
+    }
 }

@@ -2,42 +2,25 @@
 
 use std::{
     ffi::{CStr, c_int, c_void},
-    sync::atomic::{AtomicI32, Ordering},
+    fmt::Write,
 };
 
 use mlua::ffi;
 
 use crate::{
     error::Result,
+    exchange::vars,
     lua::{
         api::{Api, Phases, Stack},
         fast,
         host::Answer,
     },
+    observe::log::{self, Level, RequestContext},
 };
-
-/// nginx's levels, 0 to 8.
-pub const LEVELS: [&str; 9] = ["stderr", "emerg", "alert", "crit", "error", "warn", "notice", "info", "debug"];
-
-/// Longest text of one line, as nginx cuts it.
-const MAX_LINE: usize = 4096;
-
-/// What is written: lines of this level and more severe ones. `warn`, until `set_level`.
-static LEVEL: AtomicI32 = AtomicI32::new(5);
-
-/// `error_log_level`: 0 to 8.
-pub fn set_level(level: i32) {
-    LEVEL.store(level.clamp(0, 8), Ordering::Relaxed);
-}
-
-/// The number of a level's name in config.yaml.
-pub fn level_of(name: &str) -> Option<i32> {
-    LEVELS.iter().position(|l| *l == name || (*l == "error" && name == "err")).map(|n| n as i32)
-}
 
 crate::export! {
     fn log_level() -> c_int, 5 => {
-        LEVEL.load(Ordering::Relaxed)
+        c_int::from(log::level())
     }
 }
 
@@ -48,10 +31,11 @@ pub fn register(api: &mut Api) -> Result<()> {
 }
 
 fn write(s: &Stack) -> Answer {
-    let level = s.arg_number(1)? as i32;
-    let text = s.arg_bytes(2)?;
-    let text = String::from_utf8_lossy(&text[..text.len().min(MAX_LINE)]);
-    emit(level, &format!("{}{text}", caller(s)));
+    let level = Level::from_number(s.arg_number(1)?.clamp(0.0, 8.0) as u8).unwrap_or(Level::Error);
+    let mut line = b"[lua] ".to_vec();
+    line.extend_from_slice(caller(s).as_bytes());
+    line.extend_from_slice(s.arg_bytes(2)?);
+    emit(level, &line);
     Ok(0)
 }
 
@@ -72,32 +56,29 @@ fn caller(s: &Stack) -> String {
     }
 }
 
-/// Writes a line, with the request that runs.
-pub fn emit(level: i32, text: &str) {
-    let name = LEVELS[level.clamp(0, 8) as usize];
-    macro_rules! line {
-        ($level:ident) => {
-            match fast::exchange() {
-                Some(x) => {
-                    let method = String::from_utf8_lossy(&x.request.method);
-                    let target = String::from_utf8_lossy(&x.request.target);
-                    tracing::$level!(
-                        target: "lua",
-                        level = name,
-                        connection = x.conn.serial,
-                        client = %x.remote().ip(),
-                        request = %format_args!("{method} {target}"),
-                        "{text}"
-                    )
-                }
-                None => tracing::$level!(target: "lua", level = name, "{text}"),
-            }
-        };
-    }
-    match level {
-        ..=4 => line!(error),
-        5 => line!(warn),
-        6 | 7 => line!(info),
-        _ => line!(debug),
-    }
+/// Writes a line, with the request that runs; a timer has none.
+fn emit(level: Level, line: &[u8]) {
+    let Some(x) = fast::exchange().filter(|x| !x.request.method.is_empty()) else {
+        return log::line(level, line, None);
+    };
+    let client = x.remote().ip().to_string();
+    let mut request = String::new();
+    // Writing to a string cannot fail.
+    let _ = write!(
+        request,
+        "{} {} {}",
+        String::from_utf8_lossy(&x.request.method),
+        String::from_utf8_lossy(&x.request.target),
+        String::from_utf8_lossy(vars::version(x.request.version))
+    );
+    let host = x.request.headers.get("host").map(String::from_utf8_lossy).unwrap_or_default();
+    let context = RequestContext {
+        connection: x.conn.serial,
+        client: &client,
+        server: "_",
+        request: &request,
+        host: &host,
+        upstream: None,
+    };
+    log::line(level, line, Some(&context));
 }

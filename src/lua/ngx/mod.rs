@@ -2,8 +2,9 @@
 //!
 //! What is hot goes through FFI (`fast` entries) with a facade in lua/moongate/ngx.lua that the JIT compiles; what
 //! waits or builds tables is a host function. Semantics are those of lua-nginx-module's README; the head of a response
-//! is kept until the first flush or the phase's end, so it may still change after the first `ngx.print`.
+//! is kept until the phase's end, so it may still change after the first `ngx.print`.
 
+pub mod balancer;
 pub mod codec;
 pub mod header;
 pub mod log;
@@ -56,6 +57,7 @@ pub fn scratch(out: &mut Text, fill: impl FnOnce(&mut Vec<u8>)) {
 }
 
 pub fn register(api: &mut Api) -> Result<()> {
+    balancer::register(api)?;
     codec::register(api)?;
     header::register(api)?;
     log::register(api)?;

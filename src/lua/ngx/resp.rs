@@ -1,6 +1,7 @@
 //! The answer: `ngx.say`, `print`, `flush`, `exit`, `redirect`, `status`.
 //!
-//! What is printed is kept in `Exchange::printed` until a flush or the end of the phase sends it.
+//! What is printed is kept in `Exchange::printed` until the end of the phase sends it through the filters: `ngx.flush` does not
+//! send earlier, and says so in its doc line.
 
 use std::{
     borrow::Cow,
@@ -34,7 +35,12 @@ pub fn register(api: &mut Api) -> Result<()> {
     let request = Phases::REQUEST;
     api.func("ngx.print", PRINT, "print(...): ok, err; adds to the body", |s| print(s, false))?;
     api.func("ngx.say", PRINT, "say(...): ok, err; as print, and a newline", |s| print(s, true))?;
-    api.func("ngx.eof", PRINT, "eof(): 1; the body ends here", |s| {
+    api.func("ngx.eof", PRINT, "eof(): 1; the body ends when the phase does", |s| {
+        self::request()?;
+        Ok(s.push_number(1.0))
+    })?;
+    let doc = "flush(wait?): 1; what was printed is kept and goes out, with its length, when the phase ends";
+    api.func("ngx.flush", PRINT, doc, |s| {
         self::request()?;
         Ok(s.push_number(1.0))
     })?;
