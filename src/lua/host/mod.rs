@@ -206,7 +206,10 @@ mod libraries {
             ("t:match('/h', {host = 'A.foo.com', vars = {}})", "host"),
             ("t:match('/h', {vars = {arg_x = '1'}})", "vars"),
             ("t:match('/n', {remote_addr = '10.1.1.1'})", "addr"),
-            ("(function() local m = {} t:match('/user/7/posts', {matched = m}) return m.id .. m._path end)()", "7/user/:id/posts"),
+            (
+                "(function() local m = {} t:match('/user/7/posts', {matched = m}) return m.id .. m._path end)()",
+                "7/user/:id/posts",
+            ),
         ] {
             check(&format!("{tree} return tostring(({call}))"), expected);
         }

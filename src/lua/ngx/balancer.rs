@@ -43,7 +43,11 @@ mod tests {
     fn picks_a_node_by_address() {
         let x = serve(|_| {}, "return tostring(require('ngx.balancer').set_current_peer('10.0.0.1', 80))", "true");
         assert_eq!(x.upstream.peer, Some(("10.0.0.1".into(), 80)));
-        let x = serve(|_| {}, "return select(2, require('ngx.balancer').set_current_peer('a.name', 80))", "no host allowed");
+        let x = serve(
+            |_| {},
+            "return select(2, require('ngx.balancer').set_current_peer('a.name', 80))",
+            "no host allowed",
+        );
         assert_eq!(x.upstream.peer, None);
     }
 }
