@@ -519,15 +519,15 @@ const unsafe fn ffi_upvalue(n: c_int) -> c_int {
 
 /// A `lua_CFunction` as LuaJIT takes it: on x86-64 its interpreter computes with the whole register that holds the
 /// number of results, while the ABI lets a callee that returns an `int` leave anything in the upper half.
-type HostEntry = unsafe extern "C-unwind" fn(*mut ffi::lua_State) -> usize;
+pub(crate) type HostEntry = unsafe extern "C-unwind" fn(*mut ffi::lua_State) -> usize;
 
-fn as_lua(f: HostEntry) -> ffi::lua_CFunction {
+pub(crate) const fn as_lua(f: HostEntry) -> ffi::lua_CFunction {
     // SAFETY: the two types differ in the width of the result only, and both are returned in the same register; the
     // lower half is the `int` that every caller reads.
     unsafe { std::mem::transmute::<HostEntry, ffi::lua_CFunction>(f) }
 }
 
-fn widened(results: c_int) -> usize {
+pub(crate) fn widened(results: c_int) -> usize {
     results as u32 as usize
 }
 

@@ -1157,6 +1157,25 @@ mod tests {
     }
 
     #[test]
+    fn every_bundled_plugin_loads() {
+        let setup = Setup { prefix: Default::default(), config: json!({}).into() };
+        let names = setup.names(&Snapshot::default());
+        assert!(names.len() > 20, "{names:?}");
+        let config = setup.vm_config(Purpose::Check, 0, &Snapshot::default());
+        let (vm, plugins) = registry::load(config, &[]).expect("a VM");
+        assert!(plugins.is_empty());
+        let mut failed = Vec::new();
+        for name in &names {
+            let (info, reason): (mlua::Value, Option<String>) =
+                registry::call(&vm, "moongate.plugins", "load", &**name).expect("called");
+            if !info.is_table() {
+                failed.push(format!("{name}: {}", reason.unwrap_or_default()));
+            }
+        }
+        assert!(failed.is_empty(), "{failed:#?}");
+    }
+
+    #[test]
     fn a_panic_in_the_host_answers_500_and_nothing_else_breaks() {
         let source = plugin(
             "panic",

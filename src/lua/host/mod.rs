@@ -22,16 +22,16 @@ pub type Answer = std::result::Result<c_int, Raise>;
 /// upvalue must be the function's name, for messages.
 macro_rules! native {
     ($f:path) => {{
-        unsafe extern "C-unwind" fn native(l: *mut mlua::ffi::lua_State) -> std::ffi::c_int {
+        unsafe extern "C-unwind" fn native(l: *mut mlua::ffi::lua_State) -> usize {
             // SAFETY: called by Lua with its state; `raise` runs when nothing of Rust is left to be dropped.
             unsafe {
                 match $f(&$crate::lua::api::Stack::new(l)) {
-                    Ok(results) => results,
-                    Err(raise) => $crate::lua::host::throw(l, raise),
+                    Ok(results) => $crate::lua::api::widened(results),
+                    Err(raise) => $crate::lua::api::widened($crate::lua::host::throw(l, raise)),
                 }
             }
         }
-        native as mlua::ffi::lua_CFunction
+        $crate::lua::api::as_lua(native)
     }};
 }
 pub(crate) use native;
