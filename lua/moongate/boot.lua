@@ -22,8 +22,8 @@ local native = ...
 package.loaded["moongate.native"] = native
 
 local ffi = require("ffi")
-local getmetatable, ipairs, next, pairs, select, setmetatable, tostring, type =
-    getmetatable, ipairs, next, pairs, select, setmetatable, tostring, type
+local ipairs, next, pairs, select, setmetatable, tostring, type =
+    ipairs, next, pairs, select, setmetatable, tostring, type
 
 -- FFI functions: Rust gives {address, signature}; the cast happens once, here.
 for name, pair in pairs(native.fast) do

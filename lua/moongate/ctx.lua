@@ -4,7 +4,7 @@ local native = require("moongate.native").plugin
 local request = require("moongate.request")
 local new_tab, clear_tab = require("table.new"), require("table.clear")
 local ngx = ngx
-local pairs, rawset, setmetatable, tostring, type = pairs, rawset, setmetatable, tostring, type
+local rawset, setmetatable, tostring, type = rawset, setmetatable, tostring, type
 
 local _M = {}
 

@@ -1,8 +1,7 @@
 --- Uploaded functions: compiled in an environment without files, processes, FFI, the debug library or this VM's insides.
 
-local native = require("moongate.native").plugin
 local error, ipairs, pairs, setfenv, setmetatable, type = error, ipairs, pairs, setfenv, setmetatable, type
-local real_require, real_loadstring, real_load = require, loadstring, load
+local real_require, real_loadstring = require, loadstring
 
 local _M = {}
 

@@ -1,6 +1,6 @@
 --- The plugins that are loaded in this VM.
 
-local ipairs, pairs, pcall, require, tostring, type = ipairs, pairs, pcall, require, tostring, type
+local ipairs, pcall, require, tostring, type = ipairs, pcall, require, tostring, type
 local debug_traceback, xpcall = debug.traceback, xpcall
 
 local _M = {}

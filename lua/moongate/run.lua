@@ -9,8 +9,8 @@ local plugins = require("moongate.plugins")
 local request = require("moongate.request")
 local ctxs = request.ctxs
 local begin = ctx_of.begin
-local ipairs, loadstring, pairs, pcall, rawget, setmetatable, tostring, type =
-    ipairs, loadstring, pairs, pcall, rawget, setmetatable, tostring, type
+local ipairs, loadstring, pcall, rawget, setmetatable, tostring, type =
+    ipairs, loadstring, pcall, rawget, setmetatable, tostring, type
 
 local _M = {}
 

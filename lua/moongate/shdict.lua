@@ -87,7 +87,8 @@ function _M.get_stale(dict, key)
 end
 
 local function write(dict, mode, key, value, exptime, flags)
-    local ptr, err = pointer(dict), nil
+    local ptr = pointer(dict)
+    local err
     key, err = key_of(key)
     if not key then return nil, err end
     exptime = exptime or 0
@@ -133,7 +134,8 @@ end
 
 --- DICT:delete(key)
 function _M.delete(dict, key)
-    local ptr, err = pointer(dict), nil
+    local ptr = pointer(dict)
+    local err
     key, err = key_of(key)
     if not key then return nil, err end
     delete(ptr, key, #key)
@@ -142,7 +144,8 @@ end
 
 --- newval, err, forcible = DICT:incr(key, value, init?, init_ttl?)
 function _M.incr(dict, key, value, init, init_ttl)
-    local ptr, err = pointer(dict), nil
+    local ptr = pointer(dict)
+    local err
     key, err = key_of(key)
     if not key then return nil, err end
     if type(value) ~= "number" then value = tonumber(value) end
@@ -166,7 +169,8 @@ function _M.incr(dict, key, value, init, init_ttl)
 end
 
 local function push_at(dict, at, key, value)
-    local ptr, err = pointer(dict), nil
+    local ptr = pointer(dict)
+    local err
     key, err = key_of(key)
     if not key then return nil, err end
     local kind = type(value)
@@ -190,7 +194,8 @@ function _M.rpush(dict, key, value)
 end
 
 local function pop_at(dict, at, key)
-    local ptr, err = pointer(dict), nil
+    local ptr = pointer(dict)
+    local err
     key, err = key_of(key)
     if not key then return nil, err end
     local rc = pop(ptr, at, key, #key, val)
@@ -213,7 +218,8 @@ end
 
 --- len, err = DICT:llen(key)
 function _M.llen(dict, key)
-    local ptr, err = pointer(dict), nil
+    local ptr = pointer(dict)
+    local err
     key, err = key_of(key)
     if not key then return nil, err end
     local n = llen(ptr, key, #key, val)
@@ -223,7 +229,8 @@ end
 
 --- ttl, err = DICT:ttl(key): seconds, 0 for ever.
 function _M.ttl(dict, key)
-    local ptr, err = pointer(dict), nil
+    local ptr = pointer(dict)
+    local err
     key, err = key_of(key)
     if not key then return nil, err end
     local left = ttl(ptr, key, #key)
@@ -233,7 +240,8 @@ end
 
 --- success, err = DICT:expire(key, exptime)
 function _M.expire(dict, key, exptime)
-    local ptr, err = pointer(dict), nil
+    local ptr = pointer(dict)
+    local err
     key, err = key_of(key)
     if not key then return nil, err end
     if not exptime then error('bad "exptime" argument', 2) end

@@ -172,8 +172,7 @@ function _M.get_post_args(ctx)
 end
 
 --- The whole body, or nil; nil and the reason when it is longer than `max_size` bytes. Waits for the body.
-function _M.get_body(max_size, ctx)
-    ctx = context(ctx)
+function _M.get_body(max_size, _)
     if max_size then
         local declared = tonumber(header_value("content-length"))
         if declared and declared > max_size then
