@@ -48,6 +48,7 @@ pub fn proxy(config: &Config) -> proxy::Settings {
     proxy::Settings {
         server: server(config),
         delete_uri_tail_slash: config.delete_uri_tail_slash,
+        normalize_uri_like_servlet: config.normalize_uri_like_servlet,
         show_upstream_status: config.show_upstream_status,
         keepalive: keepalive(config),
         timeout: model::route::Timeouts { connect: timeout, send: timeout, read: timeout },

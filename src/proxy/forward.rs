@@ -36,7 +36,11 @@ pub(super) async fn forward(p: &Proxy, x: &mut Exchange) -> Result<()> {
         let scheme = crate::exchange::vars::scheme_name(conf.scheme);
         return Err(Error::upstream(Kind::Other).context(format!("upstream scheme {scheme} is not served yet")));
     }
-    let (upload, framing) = Upload::new(&x.body, p.take_buffer(), p.take_buffer())?;
+    let (upload, mut framing) = Upload::new(&x.body, p.take_buffer(), p.take_buffer())?;
+    // `Content-Length: 0` is passed on: some servers refuse a POST that says nothing.
+    if framing == BodyFraming::None && x.request.headers.contains("content-length") {
+        framing = BodyFraming::Length(0);
+    }
     let mut way = Way { p, conf: &conf, framing, websocket: is_websocket(x), times: timeouts(p, x, &conf), upload };
     let outcome = way.run(x).await;
     let (out, piece) = way.upload.into_buffers();
@@ -113,7 +117,7 @@ impl Way<'_> {
     }
 
     fn is_late(&self, started: Instant) -> bool {
-        self.conf.retry_timeout.is_some_and(|limit| started.elapsed() >= limit)
+        self.conf.retry_timeout.is_some_and(|limit| !limit.is_zero() && started.elapsed() >= limit)
     }
 
     /// As nginx's `proxy_next_upstream error timeout`: what may have been acted on is repeated only when that is harmless.
@@ -197,7 +201,7 @@ impl Way<'_> {
         if let Some(last) = x.upstream.tries.last_mut() {
             last.reused = conn.requests() > 1;
         }
-        head::write(self.p, x, node, self.framing, self.websocket, self.upload.head_mut());
+        head::write(x, node, self.framing, self.websocket, self.upload.head_mut())?;
         self.upload.resend_kept();
         let head = poll_fn(|cx| self.poll_head(cx, x, &mut conn)).await?;
         Ok((conn, head))

@@ -1,9 +1,7 @@
 //! The request's head as the upstream gets it.
 
-use std::net::IpAddr;
-
-use super::Proxy;
 use crate::{
+    error::{Error, Result},
     exchange::{Exchange, Headers},
     model::upstream::{Node, PassHost, Upstream},
 };
@@ -17,7 +15,10 @@ pub(super) enum BodyFraming {
 }
 
 /// Writes the head. `websocket`: the upgrade goes on to the node.
-pub(super) fn write(p: &Proxy, x: &Exchange, node: &Node, body: BodyFraming, websocket: bool, out: &mut Vec<u8>) {
+///
+/// A line break in what a plugin set would be a field, or a request, of its own: such a head is refused.
+pub(super) fn write(x: &Exchange, node: &Node, body: BodyFraming, websocket: bool, out: &mut Vec<u8>) -> Result<()> {
+    let start = out.len();
     let request = &x.request;
     let method = if x.upstream.method.is_empty() { &request.method } else { &x.upstream.method };
     out.extend_from_slice(method);
@@ -26,10 +27,14 @@ pub(super) fn write(p: &Proxy, x: &Exchange, node: &Node, body: BodyFraming, web
     out.extend_from_slice(b" HTTP/1.1\r\nHost: ");
     host(x, node, out);
     out.extend_from_slice(b"\r\n");
-    forwarded(p, x, out);
-    fields(&request.headers, websocket, out);
+    out.extend_from_slice(b"X-Real-IP: ");
+    crate::exchange::vars::ip(x.remote().ip(), out);
+    out.extend_from_slice(b"\r\nX-Forwarded-For: ");
+    x.forwarded_for(out);
+    out.extend_from_slice(b"\r\n");
+    let mut lines = 6 + fields(&request.headers, websocket, out);
     match body {
-        BodyFraming::None => {}
+        BodyFraming::None => lines -= 1,
         BodyFraming::Length(n) => {
             out.extend_from_slice(b"Content-Length: ");
             out.extend_from_slice(itoa::Buffer::new().format(n).as_bytes());
@@ -39,8 +44,19 @@ pub(super) fn write(p: &Proxy, x: &Exchange, node: &Node, body: BodyFraming, web
     }
     if websocket {
         out.extend_from_slice(b"Connection: upgrade\r\n");
+        lines += 1;
     }
     out.extend_from_slice(b"\r\n");
+    if is_sound(&out[start..], lines) {
+        return Ok(());
+    }
+    out.truncate(start);
+    Err(Error::script("refused to send a line break or a NUL inside the request's head to the upstream"))
+}
+
+fn is_sound(head: &[u8], lines: usize) -> bool {
+    let count = |b| memchr::memchr_iter(b, head).count();
+    count(b'\n') == lines && count(b'\r') == lines && memchr::memchr(0, head).is_none()
 }
 
 /// A plugin's URI, a URI that Lua changed, or the client's as it came.
@@ -125,53 +141,27 @@ fn client_host(x: &Exchange) -> &[u8] {
     x.request.headers.get("host").unwrap_or(&x.request.host)
 }
 
-fn forwarded(p: &Proxy, x: &Exchange, out: &mut Vec<u8>) {
-    let headers = &x.request.headers;
-    let trusted = !p.settings.trusted.is_empty() && is_trusted(p, x.conn.peer.ip());
-    out.extend_from_slice(b"X-Real-IP: ");
-    crate::exchange::vars::ip(x.remote().ip(), out);
-    out.extend_from_slice(b"\r\nX-Forwarded-For: ");
-    x.forwarded_for(out);
-    out.extend_from_slice(b"\r\nX-Forwarded-Proto: ");
-    match headers.get("x-forwarded-proto").filter(|_| trusted) {
-        Some(value) => out.extend_from_slice(value),
-        None => out.extend_from_slice(x.scheme().as_bytes()),
-    }
-    out.extend_from_slice(b"\r\nX-Forwarded-Host: ");
-    match headers.get("x-forwarded-host").filter(|_| trusted) {
-        Some(value) => out.extend_from_slice(value),
-        None => out.extend_from_slice(&x.request.host),
-    }
-    out.extend_from_slice(b"\r\nX-Forwarded-Port: ");
-    match headers.get("x-forwarded-port").filter(|_| trusted) {
-        Some(value) => out.extend_from_slice(value),
-        None => x.forwarded_port(out),
-    }
-    out.extend_from_slice(b"\r\n");
-}
-
-fn is_trusted(p: &Proxy, ip: IpAddr) -> bool {
-    p.settings.trusted.iter().any(|net| net.contains(&ip))
-}
-
-/// The client's fields, without those that are about its own connection (RFC 9110, 7.6.1) or written anew.
-fn fields(headers: &Headers, websocket: bool, out: &mut Vec<u8>) {
-    let listed = headers.get("connection");
+/// The client's fields, without those that are about its own connection (RFC 9110, 7.6.1) or written anew. How many.
+fn fields(headers: &Headers, websocket: bool, out: &mut Vec<u8>) -> usize {
+    let lists = headers.get("connection").is_some_and(|list| !names_nothing(list));
+    let mut lines = 0;
     for (name, value) in headers.iter() {
-        let dropped = is_dropped(name, websocket) || listed.is_some_and(|list| lists(list, name) && !websocket);
-        if !dropped {
-            out.extend_from_slice(name);
-            out.extend_from_slice(b": ");
-            out.extend_from_slice(value);
-            out.extend_from_slice(b"\r\n");
+        if is_dropped(name, value, websocket) || (lists && is_listed(headers, name, websocket)) {
+            continue;
         }
+        out.extend_from_slice(name);
+        out.extend_from_slice(b": ");
+        out.extend_from_slice(value);
+        out.extend_from_slice(b"\r\n");
+        lines += 1;
     }
+    lines
 }
 
-fn is_dropped(name: &[u8], websocket: bool) -> bool {
+fn is_dropped(name: &[u8], value: &[u8], websocket: bool) -> bool {
     let is = |other: &str| name.eq_ignore_ascii_case(other.as_bytes());
     match name.len() {
-        2 => is("te"),
+        2 => is("te") && !value.eq_ignore_ascii_case(b"trailers"),
         4 => is("host"),
         6 => is("expect"),
         7 => is("upgrade") && !websocket,
@@ -179,14 +169,22 @@ fn is_dropped(name: &[u8], websocket: bool) -> bool {
         10 => is("connection") || is("keep-alive"),
         14 => is("content-length"),
         15 => is("x-forwarded-for"),
-        16 => is("x-forwarded-host") || is("x-forwarded-port") || is("proxy-connection"),
-        17 => is("transfer-encoding") || is("x-forwarded-proto"),
+        16 => is("proxy-connection"),
+        17 => is("transfer-encoding"),
         _ => false,
     }
 }
 
-fn lists(connection: &[u8], name: &[u8]) -> bool {
-    connection.split(|b| *b == b',').any(|token| token.trim_ascii().eq_ignore_ascii_case(name))
+fn names_nothing(connection: &[u8]) -> bool {
+    connection.eq_ignore_ascii_case(b"keep-alive") || connection.eq_ignore_ascii_case(b"close")
+}
+
+/// Whether `Connection` names the field. Those that the gateway vouches for stay whatever a client says.
+fn is_listed(headers: &Headers, name: &[u8], websocket: bool) -> bool {
+    let stays = name.get(..12).is_some_and(|start| start.eq_ignore_ascii_case(b"x-forwarded-"))
+        || (websocket && name.eq_ignore_ascii_case(b"upgrade"));
+    let mut tokens = headers.get_all(b"connection").flat_map(|list| list.split(|b| *b == b','));
+    !stays && tokens.any(|token| token.trim_ascii().eq_ignore_ascii_case(name))
 }
 
 #[cfg(test)]
@@ -225,7 +223,10 @@ mod tests {
             headers.append(name, value);
         }
         let mut out = Vec::new();
-        fields(&headers, false, &mut out);
-        assert_eq!(out, b"X-Keep: 2\r\n");
+        headers.append("Connection", "X-Late, X-Forwarded-Proto");
+        headers.append("X-Late", "1");
+        headers.append("X-Forwarded-Proto", "http");
+        assert_eq!(fields(&headers, false, &mut out), 3);
+        assert_eq!(out, b"TE: trailers\r\nX-Keep: 2\r\nX-Forwarded-Proto: http\r\n");
     }
 }

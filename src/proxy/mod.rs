@@ -5,10 +5,12 @@
 
 pub mod access_log;
 pub mod forward;
+mod forwarded;
 pub mod head;
 pub mod real_ip;
 pub mod request;
 pub mod rescue;
+mod servlet;
 pub mod tunnel;
 pub mod upload;
 
@@ -39,6 +41,7 @@ pub struct Settings {
     /// The `Server` field.
     pub server: String,
     pub delete_uri_tail_slash: bool,
+    pub normalize_uri_like_servlet: bool,
     /// `X-APISIX-Upstream-Status` on every response, not only on 5xx.
     pub show_upstream_status: bool,
     /// For upstreams without a `keepalive_pool` of their own.

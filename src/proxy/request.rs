@@ -2,7 +2,7 @@
 
 use std::{borrow::Cow, net::IpAddr, sync::Arc};
 
-use super::{Proxy, forward, real_ip, rescue};
+use super::{Proxy, forward, forwarded, real_ip, rescue, servlet};
 use crate::{
     error::{Error, Kind, Result},
     exchange::{Exchange, Matched, Phase, Var},
@@ -18,9 +18,17 @@ use crate::{
 pub(super) async fn serve(p: &Proxy, x: &mut Exchange) {
     p.pin(x);
     real_ip::apply(&p.settings.real_ip, x);
-    find_route(p, x);
+    forwarded::apply(&p.settings.trusted, x);
+    let sound = !p.settings.normalize_uri_like_servlet || servlet::normalize(&mut x.request.path);
+    if sound {
+        find_route(p, x);
+    }
     let phases = p.runner.begin(x);
-    if let Err(e) = answer(p, x, phases).await {
+    let answered = match sound {
+        true => answer(p, x, phases).await,
+        false => Err(Error::client(Kind::Malformed).context("failed to normalize the URI like a servlet container")),
+    };
+    if let Err(e) = answered {
         rescue::answer(p, x, e).await;
     }
     end(p, x, phases).await;

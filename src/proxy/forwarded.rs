@@ -1,0 +1,132 @@
+//! `X-Forwarded-*`: what the gateway saw itself, unless the peer is one whose word counts (`apisix.trusted_addresses`).
+//!
+//! Done before the router and any plugin look at the request, so that all of them see values that can be believed, and
+//! what a plugin sets afterwards reaches the node. What the client sent stays in `$original_x_forwarded_*`.
+
+use ipnet::IpNet;
+use smallvec::SmallVec;
+
+use crate::exchange::Exchange;
+
+/// The fields, in lower case, and where what the client sent is kept.
+const FIELDS: [(&str, &str); 5] = [
+    ("x-forwarded-for", "original_x_forwarded_for"),
+    ("x-forwarded-proto", "original_x_forwarded_proto"),
+    ("x-forwarded-host", "original_x_forwarded_host"),
+    ("x-forwarded-port", "original_x_forwarded_port"),
+    ("forwarded", "original_forwarded"),
+];
+
+/// `trusted`: empty when nobody is told apart; then `X-Forwarded-For` is kept and added to, as APISIX always did.
+pub(super) fn apply(trusted: &[IpNet], x: &mut Exchange) {
+    let peer = x.conn.peer.ip();
+    let vouched = trusted.iter().any(|net| net.contains(&peer));
+    if x.request.headers.iter().any(|(name, _)| field(name).is_some()) {
+        keep_originals(x);
+        if !vouched {
+            let keeps_for = trusted.is_empty();
+            x.request.headers.retain(|name, _| match field(name) {
+                None => true,
+                Some(at) => at == 0 && keeps_for,
+            });
+        }
+    }
+    let missing = |x: &Exchange, name: &str| !vouched || x.request.headers.get(name).is_none_or(<[u8]>::is_empty);
+    if missing(x, "x-forwarded-proto") {
+        let scheme = x.scheme();
+        x.request.headers.set("X-Forwarded-Proto", scheme);
+    }
+    let mut value: SmallVec<[u8; 64]> = SmallVec::new();
+    if missing(x, "x-forwarded-host") {
+        let host = x.request.headers.get("host").filter(|host| !host.is_empty());
+        value.extend_from_slice(host.unwrap_or(&x.request.host));
+        x.request.headers.set("X-Forwarded-Host", &value);
+    }
+    if missing(x, "x-forwarded-port") {
+        let mut port = Vec::new();
+        std::mem::swap(&mut port, &mut x.printed);
+        port.clear();
+        x.forwarded_port(&mut port);
+        x.request.headers.set("X-Forwarded-Port", &port);
+        port.clear();
+        x.printed = port;
+    }
+}
+
+fn field(name: &[u8]) -> Option<usize> {
+    if !matches!(name.len(), 9 | 15..=17) {
+        return None;
+    }
+    FIELDS.iter().position(|(known, _)| name.eq_ignore_ascii_case(known.as_bytes()))
+}
+
+fn keep_originals(x: &mut Exchange) {
+    for (name, variable) in FIELDS {
+        if let Some(value) = x.request.headers.get(name) {
+            x.custom_vars.push((variable.into(), value.to_vec()));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{rc::Rc, sync::Arc};
+
+    use super::*;
+    use crate::exchange::{Connection, Var};
+
+    fn applied(trusted: &[&str], fields: &[(&str, &str)]) -> Exchange {
+        let conn = Connection {
+            serial: 1,
+            peer: "127.0.0.1:5000".parse().unwrap(),
+            local: "127.0.0.1:1984".parse().unwrap(),
+            tls: None,
+            proxy: None,
+        };
+        let mut x = Exchange::new(Rc::new(conn), Arc::default());
+        x.request.host.extend_from_slice(b"localhost");
+        fields.iter().for_each(|(n, v)| x.request.headers.append(n, v));
+        let trusted: Vec<IpNet> = trusted.iter().map(|t| t.parse().unwrap()).collect();
+        apply(&trusted, &mut x);
+        x
+    }
+
+    fn seen(x: &Exchange) -> String {
+        FIELDS.iter().map(|(n, _)| format!("{:?} ", x.request.headers.get(n).map(|v| v.escape_ascii().to_string()))).collect()
+    }
+
+    const SENT: [(&str, &str); 5] = [
+        ("X-Forwarded-For", "1.2.3.4"),
+        ("X-Forwarded-Proto", "https"),
+        ("X-Forwarded-Host", "example.com"),
+        ("X-Forwarded-Port", "8443"),
+        ("Forwarded", "for=1.2.3.4"),
+    ];
+
+    #[test]
+    fn without_trust_only_the_list_of_addresses_is_kept() {
+        let x = applied(&[], &SENT);
+        assert_eq!(seen(&x), r#"Some("1.2.3.4") Some("http") Some("localhost") Some("1984") None "#);
+        let original = x.var(&Var::parse("original_x_forwarded_proto"), &mut Vec::new()).map(<[u8]>::to_vec);
+        assert_eq!(original.as_deref(), Some(&b"https"[..]));
+    }
+
+    #[test]
+    fn a_peer_outside_of_the_trusted_loses_all_and_one_inside_nothing() {
+        let x = applied(&["10.0.0.0/8"], &SENT);
+        assert_eq!(seen(&x), r#"None Some("http") Some("localhost") Some("1984") None "#);
+        let original = x.var(&Var::parse("original_x_forwarded_for"), &mut Vec::new()).map(<[u8]>::to_vec);
+        assert_eq!(original.as_deref(), Some(&b"1.2.3.4"[..]));
+        let x = applied(&["10.0.0.0/8", "127.0.0.0/24"], &SENT);
+        assert_eq!(
+            seen(&x),
+            r#"Some("1.2.3.4") Some("https") Some("example.com") Some("8443") Some("for=1.2.3.4") "#
+        );
+    }
+
+    #[test]
+    fn a_trusted_peer_that_says_nothing_gets_what_was_seen() {
+        let x = applied(&["127.0.0.1/32"], &[("Host", "Example.COM:8443"), ("X-Forwarded-Proto", "")]);
+        assert_eq!(seen(&x), r#"None Some("http") Some("Example.COM:8443") Some("8443") None "#);
+    }
+}
