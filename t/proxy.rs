@@ -172,20 +172,34 @@ fn every_framing_of_a_response_arrives_whole() {
     let gw = Gateway::start();
     let cases: [(&str, u16, &str, Option<&str>); 9] = [
         (OK, 200, "ok", Some("2")),
-        ("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\no\r\n1;x=y\r\nk\r\n0\r\nT: 1\r\n\r\n", 200, "ok", None),
+        (
+            "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\no\r\n1;x=y\r\nk\r\n0\r\nT: 1\r\n\r\n",
+            200,
+            "ok",
+            None,
+        ),
         ("HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nok", 200, "ok", None),
         ("HTTP/1.0 200 OK\r\nConnection: close\r\n\r\nok", 200, "ok", None),
         ("HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", 200, "", Some("0")),
         ("HTTP/1.1 204 No Content\r\n\r\n", 204, "", None),
         ("HTTP/1.1 304 Not Modified\r\nContent-Length: 5\r\n\r\n", 304, "", Some("5")),
-        ("HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", 200, "ok", Some("2")),
+        (
+            "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok",
+            200,
+            "ok",
+            Some("2"),
+        ),
         ("HTTP/1.1 404 Nope\r\nContent-Length: 2\r\n\r\nno", 404, "no", Some("2")),
     ];
     for (bytes, status, body, length) in cases {
         let up = always(bytes);
         route(&gw, &[up.addr()], json!({}));
         let reply = gw.get("/");
-        assert_eq!((reply.status, reply.text().as_str(), reply.header("content-length")), (status, body, length), "{bytes}");
+        assert_eq!(
+            (reply.status, reply.text().as_str(), reply.header("content-length")),
+            (status, body, length),
+            "{bytes}"
+        );
         assert!(reply.header("server").is_some_and(|s| s.starts_with("moongate")), "{bytes}");
     }
     let up = always("HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n");
@@ -258,7 +272,9 @@ fn fields_of_the_clients_connection_stop_at_the_gateway() {
     gw.send("GET", "/a%20b//c?x=1", &sent, b"");
     let seen = up.last();
     assert_eq!(seen.target, "/a%20b//c?x=1");
-    for gone in ["Connection", "X-Hop", "Keep-Alive", "Proxy-Connection", "TE", "Upgrade", "Forwarded", "Transfer-Encoding"] {
+    for gone in
+        ["Connection", "X-Hop", "Keep-Alive", "Proxy-Connection", "TE", "Upgrade", "Forwarded", "Transfer-Encoding"]
+    {
         assert_eq!(seen.header(gone), None, "{gone}");
     }
     for (name, value) in [
@@ -490,7 +506,8 @@ fn a_gibibyte_streams_both_ways_in_constant_memory() {
     route(&gw, &[up.addr()], json!({}));
     let before = rss_kib(gw.pid());
     let mut stream = TcpStream::connect(gw.proxy()).expect("connected");
-    write!(stream, "PUT / HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: {SIZE}\r\n\r\n").expect("written");
+    write!(stream, "PUT / HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: {SIZE}\r\n\r\n")
+        .expect("written");
     let zeros = vec![0; 1 << 16];
     let mut most = before;
     for i in 0..SIZE / zeros.len() as u64 {

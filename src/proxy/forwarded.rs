@@ -92,7 +92,10 @@ mod tests {
     }
 
     fn seen(x: &Exchange) -> String {
-        FIELDS.iter().map(|(n, _)| format!("{:?} ", x.request.headers.get(n).map(|v| v.escape_ascii().to_string()))).collect()
+        FIELDS
+            .iter()
+            .map(|(n, _)| format!("{:?} ", x.request.headers.get(n).map(|v| v.escape_ascii().to_string())))
+            .collect()
     }
 
     const SENT: [(&str, &str); 5] = [
@@ -118,10 +121,7 @@ mod tests {
         let original = x.var(&Var::parse("original_x_forwarded_for"), &mut Vec::new()).map(<[u8]>::to_vec);
         assert_eq!(original.as_deref(), Some(&b"1.2.3.4"[..]));
         let x = applied(&["10.0.0.0/8", "127.0.0.0/24"], &SENT);
-        assert_eq!(
-            seen(&x),
-            r#"Some("1.2.3.4") Some("https") Some("example.com") Some("8443") Some("for=1.2.3.4") "#
-        );
+        assert_eq!(seen(&x), r#"Some("1.2.3.4") Some("https") Some("example.com") Some("8443") Some("for=1.2.3.4") "#);
     }
 
     #[test]
