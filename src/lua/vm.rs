@@ -15,6 +15,7 @@ use super::{
     api::{Api, Entry, script},
     convert,
     limits::Limits,
+    ngx,
     sched::{Coroutine, Timers},
 };
 use crate::{
@@ -72,6 +73,8 @@ pub struct Vm {
     idle: RefCell<Vec<Coroutine>>,
     slots: RefCell<Slots>,
     pub(super) timers: Timers,
+    /// `ngx.socket`: whose sockets are open, and which are idle.
+    pub(super) sockets: ngx::socket::Sockets,
     /// What timers and calls outside of requests see as the configuration.
     snapshot: RefCell<Arc<Snapshot>>,
     itself: std::rc::Weak<Vm>,
@@ -132,6 +135,7 @@ impl Vm {
             idle: RefCell::default(),
             slots: RefCell::default(),
             timers,
+            sockets: Default::default(),
             snapshot: RefCell::default(),
             itself: itself.clone(),
         });
@@ -247,8 +251,9 @@ impl Vm {
         })
     }
 
-    /// Empties a request's tables and frees their number.
+    /// Empties a request's tables, closes its sockets and frees its number.
     pub fn clear_slot(&self, slot: u32) {
+        self.sockets.end(slot);
         // SAFETY: the main state is idle; `clear` neither waits nor raises (it clears two tables).
         unsafe {
             ffi::lua_rawgeti_(self.main, ffi::LUA_REGISTRYINDEX, self.clear.get());

@@ -2,9 +2,10 @@
 //!
 //! Everything is read from the snapshot that the running request holds, so a request never sees two versions.
 
-use std::{io::Read, sync::Arc};
+use std::{io::Read, net::IpAddr, sync::Arc};
 
 use serde_json::Value;
+use smallvec::smallvec;
 
 use super::Answer;
 use crate::{
@@ -14,7 +15,8 @@ use crate::{
         api::{Api, Phases, Raise, Stack, Wait, request, script},
         convert::push_json,
         fast,
-        sched::Op,
+        ngx::socket,
+        sched::{self, Op, failed},
     },
     model::{self, Id, Keyring, Object, ParseContext, Parsed, PluginConf, consumer::AuthKey, parse},
     observe::{append, metrics},
@@ -50,7 +52,31 @@ fn node(api: &mut Api) -> Result<()> {
         Phases::ANY,
         "inflate(\"gzip\" | \"deflate\", bytes, max) -> string | nil, err: at most max bytes of the decoded text.",
         inflate,
+    )?;
+    api.wait(
+        "native.apisix.resolve",
+        Phases::ANY,
+        "resolve(host) -> array of addresses | nil, err: by the gateway's resolver, which bounds the time.",
+        resolve,
     )
+}
+
+fn resolve(s: &Stack) -> Result<Wait, Raise> {
+    let host = s.arg_str(1)?.into_owned();
+    Ok(Wait::Park(Op::future(async move {
+        match socket::addresses(&host).await {
+            Ok(addresses) => smallvec![sched::Value::Push(Box::new(move |s| push_addresses(s, &addresses)))],
+            Err(text) => failed(text),
+        }
+    })))
+}
+
+fn push_addresses(s: &Stack, addresses: &[IpAddr]) {
+    s.push_table(addresses.len(), 0);
+    for (i, address) in addresses.iter().enumerate() {
+        s.push_bytes(address.to_string());
+        s.set_index(-2, i + 1);
+    }
 }
 
 /// Put together on another thread: with thousands of series it takes milliseconds, and requests wait on this one.

@@ -13,8 +13,12 @@ pub mod req;
 pub mod resp;
 pub mod semaphore;
 pub mod shdict;
+pub mod socket;
+pub mod socket_pool;
 pub mod socket_tcp;
 pub mod socket_udp;
+#[cfg(test)]
+mod tests;
 pub mod time;
 pub mod var;
 pub mod worker;

@@ -1,814 +1,847 @@
-//! `ngx.socket.tcp`: sockets that park the coroutine instead of blocking the worker. The Lua face is lua/moongate/socket.lua.
+//! `ngx.socket.tcp`: connections of scripts over TCP or a unix socket, with TLS and keepalive pools.
 //!
-//! Idle connections of `setkeepalive` are kept per worker. A read and a write may wait at the same time, in two light
-//! threads; each borrows the stream for the time of one poll only. Beyond OpenResty they work in every phase.
+//! The face is lua/moongate/socket.lua; contract and texts are lua-nginx-module's. What is read ahead waits in one
+//! buffer per connection; every wait ends with the socket's timeout, which counts from the last byte as nginx's does.
 
 use std::{
     cell::{Cell, RefCell},
-    collections::{HashMap, VecDeque},
-    future::{Future, poll_fn},
+    ffi::c_int,
     io,
-    net::SocketAddr,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    os::fd::{AsRawFd, BorrowedFd, RawFd},
     pin::Pin,
     rc::Rc,
-    sync::{Arc, OnceLock},
-    task::{Context, Poll, Waker},
-    time::{Duration, Instant},
+    task::{Context, Poll, Waker, ready},
+    time::Duration,
 };
 
-use memchr::memmem;
-use mlua::ffi;
+use bytes::BytesMut;
+use rustls::CertificateError;
+use rustls_pki_types::ServerName;
+use smallvec::smallvec;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::{TcpStream, UnixStream},
+    net::{TcpSocket, TcpStream, UnixStream},
+    time::timeout,
 };
+use tokio_rustls::TlsConnector;
 
-use super::object;
+pub use super::socket::set_resolver;
+use super::{
+    object,
+    socket::{self, Owner, Shut, TIMEOUT, error_text},
+    socket_pool::{Lease, POOL_SIZE, Pool},
+};
 use crate::{
-    dns::Resolver,
     error::Result,
     lua::{
-        Op, Value, Values, Wait,
-        api::{Api, Phases, Raise, Stack},
-        sched::failed,
+        api::{Api, Phases, Raise, Stack, Wait},
+        host::Answer,
+        sched::{Op, Value, Values, failed},
     },
     tls,
 };
 
-/// `lua_socket_connect_timeout` and its like.
-const TIMEOUT: Duration = Duration::from_secs(60);
+/// Room for one read.
+const READ_SIZE: usize = 16 * 1024;
 
-/// `lua_socket_pool_size`
-const POOL_SIZE: usize = 30;
+/// What one `receive` may gather: a peer that never stops must not take the worker's memory.
+const MAX_RECEIVE: usize = 64 * 1024 * 1024;
 
-/// `lua_socket_keepalive_timeout`
-const KEEPALIVE: Duration = Duration::from_secs(60);
+/// `lua_socket_keepalive_timeout`: lua-nginx-module's default.
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Names of pools per worker: scripts may put anything into a name.
-const MAX_POOLS: usize = 1024;
-
-/// Bytes asked of a socket at once.
-const READ_CHUNK: usize = 16 << 10;
-
-/// What one `receive` may gather: a peer that never ends its line must not take the worker's memory.
-const MAX_RECEIVE: usize = 256 << 20;
-
-static RESOLVER: OnceLock<Arc<Resolver>> = OnceLock::new();
-
-/// Names are resolved by this from now on; before, only addresses connect. The first one stays.
-pub fn set_resolver(resolver: Arc<Resolver>) {
-    let _ = RESOLVER.set(resolver);
-}
-
-/// The addresses of a host, or the error in nginx's words.
-pub(super) async fn resolve(host: &str) -> std::result::Result<Vec<std::net::IpAddr>, String> {
-    if let Ok(ip) = host.trim_start_matches('[').trim_end_matches(']').parse() {
-        return Ok(vec![ip]);
-    }
-    let Some(resolver) = RESOLVER.get() else {
-        return Err(format!("no resolver defined to resolve \"{host}\""));
-    };
-    match resolver.resolve(host).await {
-        Ok(addrs) => Ok(addrs.to_vec()),
-        Err(_) => Err(format!("{host} could not be resolved (3: Host not found)")),
-    }
-}
-
+/// Any byte stream.
 trait Io: AsyncRead + AsyncWrite + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Unpin> Io for T {}
 
 /// An open connection.
-struct Open {
-    io: Box<dyn Io>,
-    /// Read and not yet asked for.
-    buffer: Vec<u8>,
-    reused: u32,
+pub struct Conn {
+    /// `None` while TLS is being agreed on.
+    io: Option<Box<dyn Io>>,
+    fd: RawFd,
+    peer: IpAddr,
+    /// Read, not yet received.
+    buf: BytesMut,
     tls: bool,
+    pub(super) reused: u32,
+    /// The pool that it belongs to or would go to.
+    name: Box<[u8]>,
+    pub(super) lease: Option<Lease>,
+    read_ended: bool,
+    write_ended: bool,
 }
 
-struct Tcp {
-    open: RefCell<Option<Open>>,
-    /// connect, send, read
-    timeouts: Cell<[Duration; 3]>,
-    pool: RefCell<String>,
-    busy_reading: Cell<bool>,
-    busy_writing: Cell<bool>,
+impl Conn {
+    fn new(io: impl Io + AsRawFd + 'static, peer: IpAddr, name: Box<[u8]>, lease: Option<Lease>) -> Conn {
+        let fd = io.as_raw_fd();
+        let (buf, io) = (BytesMut::new(), Some(Box::new(io) as Box<dyn Io>));
+        Conn { io, fd, peer, buf, tls: false, reused: 0, name, lease, read_ended: false, write_ended: false }
+    }
+
+    /// Ready when an idle connection is of no more use: its peer has closed it or speaks out of turn.
+    pub(super) fn poll_idle(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let Some(io) = &mut self.io else { return Poll::Ready(()) };
+        let mut byte = [0; 1];
+        Pin::new(io).poll_read(cx, &mut ReadBuf::new(&mut byte)).map(|_| ())
+    }
+
+    /// Reads once into the buffer; 0 is the end.
+    fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        let Some(io) = &mut self.io else { return Poll::Ready(Ok(0)) };
+        self.buf.reserve(READ_SIZE);
+        let mut room = ReadBuf::uninit(self.buf.spare_capacity_mut());
+        ready!(Pin::new(io).poll_read(cx, &mut room))?;
+        let n = room.filled().len();
+        // SAFETY: the first `n` bytes of the spare capacity were just filled.
+        unsafe { self.buf.set_len(self.buf.len() + n) };
+        Poll::Ready(Ok(n))
+    }
 }
 
-/// Holds a direction while an operation waits, and frees it however that ends.
+const CONNECTING: u8 = 1;
+const READING: u8 = 2;
+const WRITING: u8 = 4;
+
+struct Socket {
+    owner: Rc<Owner>,
+    conn: RefCell<Option<Conn>>,
+    busy: Cell<u8>,
+    connect_timeout: Cell<Option<Duration>>,
+    send_timeout: Cell<Option<Duration>>,
+    read_timeout: Cell<Option<Duration>>,
+    /// `bind`
+    local: Cell<Option<SocketAddr>>,
+}
+
+impl Shut for Socket {
+    fn shut(&self) {
+        self.close();
+    }
+}
+
+impl Socket {
+    fn close(&self) -> bool {
+        let conn = self.conn.take();
+        conn.is_some()
+    }
+
+    /// What another light thread does with the socket, of these.
+    fn busy_text(&self, with: u8) -> Option<&'static str> {
+        match self.busy.get() & with {
+            0 => None,
+            b if b & CONNECTING != 0 => Some("socket busy connecting"),
+            b if b & READING != 0 => Some("socket busy reading"),
+            _ => Some("socket busy writing"),
+        }
+    }
+
+    fn poll_fill(&self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        match &mut *self.conn.borrow_mut() {
+            Some(conn) => conn.poll_fill(cx),
+            None => Poll::Ready(Ok(0)),
+        }
+    }
+
+    fn poll_write(&self, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        let mut conn = self.conn.borrow_mut();
+        match conn.as_mut().and_then(|c| c.io.as_mut()) {
+            Some(io) => Pin::new(io).poll_write(cx, data),
+            None => Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into())),
+        }
+    }
+
+    fn poll_flush(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let mut conn = self.conn.borrow_mut();
+        match conn.as_mut().and_then(|c| c.io.as_mut()) {
+            Some(io) => Pin::new(io).poll_flush(cx),
+            None => Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into())),
+        }
+    }
+
+    /// Notes that one direction has failed or ended; with both the connection goes.
+    fn end(&self, of: u8) {
+        let mut conn = self.conn.borrow_mut();
+        let Some(c) = conn.as_mut() else { return };
+        c.read_ended |= of & READING != 0;
+        c.write_ended |= of & WRITING != 0;
+        let gone = if c.read_ended && c.write_ended { conn.take() } else { None };
+        drop(conn);
+        drop(gone);
+    }
+
+    /// Whether this direction can be used.
+    fn is_open(&self, of: u8) -> bool {
+        self.conn.borrow().as_ref().is_some_and(|c| if of == READING { !c.read_ended } else { !c.write_ended })
+    }
+}
+
+/// Keeps other light threads off while one waits; ends with the wait, however it ends.
 struct Busy {
-    tcp: Rc<Tcp>,
-    reading: bool,
+    socket: Rc<Socket>,
+    with: u8,
 }
 
 impl Busy {
-    fn take(tcp: &Rc<Tcp>, reading: bool) -> Option<Busy> {
-        let flag = if reading { &tcp.busy_reading } else { &tcp.busy_writing };
-        (!flag.replace(true)).then(|| Busy { tcp: tcp.clone(), reading })
+    fn new(socket: &Rc<Socket>, with: u8) -> Busy {
+        socket.busy.set(socket.busy.get() | with);
+        Busy { socket: socket.clone(), with }
     }
 }
 
 impl Drop for Busy {
     fn drop(&mut self) {
-        let flag = if self.reading { &self.tcp.busy_reading } else { &self.tcp.busy_writing };
-        flag.set(false);
+        self.socket.busy.set(self.socket.busy.get() & !self.with);
+        // A handshake that was given up has taken the stream with it.
+        let mut conn = self.socket.conn.borrow_mut();
+        let gone = if conn.as_ref().is_some_and(|c| c.io.is_none()) { conn.take() } else { None };
+        drop(conn);
+        drop(gone);
     }
-}
-
-struct Idle {
-    open: Open,
-    until: Instant,
-}
-
-thread_local! {
-    static POOLS: RefCell<HashMap<String, VecDeque<Idle>>> = RefCell::default();
 }
 
 pub fn register(api: &mut Api) -> Result<()> {
     let any = Phases::ANY;
-    api.func("native.tcp.new", any, "new(): a socket", |s| {
-        let tcp = Tcp {
-            open: RefCell::default(),
-            timeouts: Cell::new([TIMEOUT; 3]),
-            pool: RefCell::default(),
-            busy_reading: Cell::new(false),
-            busy_writing: Cell::new(false),
-        };
-        Ok(object::push(s, Rc::new(tcp)))
-    })?;
-    api.wait("native.tcp.connect", any, "connect(socket, host, port | nil, pool | nil): 1; nil, err", connect)?;
-    api.wait("native.tcp.handshake", any, "handshake(socket, name | nil, verify): true; nil, err", handshake)?;
-    api.wait("native.tcp.send", any, "send(socket, data): bytes; nil, err", send)?;
-    api.wait("native.tcp.receive", any, "receive(socket, size or pattern): data; nil, err, partial", receive)?;
-    api.wait("native.tcp.receive_any", any, "receive_any(socket, max): data; nil, err", receive_any)?;
-    api.wait("native.tcp.receive_until", any, "receive_until(socket, mark, inclusive, size | nil)", receive_until)?;
-    api.func("native.tcp.timeouts", any, "timeouts(socket, connect, send, read): milliseconds; nil keeps", |s| {
-        let tcp = object::get::<Tcp>(s, 1)?;
-        let mut all = tcp.timeouts.get();
-        for (i, timeout) in all.iter_mut().enumerate() {
-            match s.opt_number(i as i32 + 2)? {
-                Some(ms) if ms > 0.0 => *timeout = Duration::from_secs_f64((ms / 1000.0).min(1e9)),
-                Some(_) => *timeout = TIMEOUT,
-                None => {}
-            }
-        }
-        tcp.timeouts.set(all);
-        Ok(0)
-    })?;
-    api.func("native.tcp.keep", any, "keep(socket, idle ms | nil, size | nil): 1; nil, err", keep)?;
-    api.func("native.tcp.close", any, "close(socket): 1; nil, \"closed\"", |s| {
-        let tcp = object::get::<Tcp>(s, 1)?;
-        if busy(&tcp, s) {
-            return Ok(2);
-        }
-        match tcp.open.borrow_mut().take() {
-            Some(_) => Ok(s.push_number(1.0)),
-            None => s.fail("closed"),
-        }
-    })?;
-    api.func("native.tcp.reused", any, "reused(socket): how often the connection was; nil, \"closed\"", |s| {
-        match &*object::get::<Tcp>(s, 1)?.open.borrow() {
-            Some(open) => Ok(s.push_number(open.reused.into())),
-            None => s.fail("closed"),
-        }
-    })
+    api.func("native.tcp.new", any, "new() -> object: the insides of a TCP socket.", new)?;
+    api.func("native.tcp.bind", any, "bind(self, address, port?): where connections come from.", bind)?;
+    api.wait("native.tcp.connect", any, "connect(self, host, port, options?) or connect(self, \"unix:…\", …).", connect)?;
+    api.wait("native.tcp.sslhandshake", any, "sslhandshake(self, session?, name?, verify?) -> true.", handshake)?;
+    api.wait("native.tcp.send", any, "send(self, data) -> bytes.", send)?;
+    api.wait("native.tcp.receive", any, "receive(self, size | \"*a\" | \"*l\") -> data.", receive)?;
+    api.wait("native.tcp.receiveany", any, "receiveany(self, max) -> data.", receive_any)?;
+    api.func("native.tcp.receiveuntil", any, "receiveuntil(self, pattern, options?) -> object for read_until.", until)?;
+    api.wait("native.tcp.read_until", any, "read_until(self, object, size?) -> data.", read_until)?;
+    api.func("native.tcp.close", any, "close(self) -> 1.", close)?;
+    api.func("native.tcp.settimeout", any, "settimeout(self, ms): for all waits.", set_timeout)?;
+    api.func("native.tcp.settimeouts", any, "settimeouts(self, connect, send, read): in milliseconds.", set_timeouts)?;
+    api.func("native.tcp.setoption", any, "setoption(self, name, value) -> true.", set_option)?;
+    api.func("native.tcp.setkeepalive", any, "setkeepalive(self, timeout?, size?) -> 1.", set_keepalive)?;
+    api.func("native.tcp.getreusedtimes", any, "getreusedtimes(self) -> number.", reused_times)?;
+    api.func("native.tcp.getfd", any, "getfd(self) -> number.", get_fd)
 }
 
-/// Pushes `nil, "socket busy …"` when a light thread waits on the socket.
-fn busy(tcp: &Tcp, s: &Stack) -> bool {
-    let text = if tcp.busy_reading.get() {
-        "socket busy reading"
-    } else if tcp.busy_writing.get() {
-        "socket busy writing"
-    } else {
-        return false;
-    };
-    s.push_nil();
-    s.push_bytes(text);
-    true
-}
-
-fn refuse(s: &Stack, text: &str) -> std::result::Result<Wait, Raise> {
-    s.push_nil();
-    s.push_bytes(text);
-    Ok(Wait::Ready(2))
-}
-
-/// An I/O error in nginx's words.
-pub(super) fn io_text(e: &io::Error) -> String {
-    match e.kind() {
-        io::ErrorKind::ConnectionRefused => "connection refused".into(),
-        io::ErrorKind::ConnectionReset => "connection reset by peer".into(),
-        io::ErrorKind::BrokenPipe => "broken pipe".into(),
-        io::ErrorKind::TimedOut => "timeout".into(),
-        io::ErrorKind::UnexpectedEof => "closed".into(),
-        io::ErrorKind::NotFound => "no such file or directory".into(),
-        io::ErrorKind::PermissionDenied => "permission denied".into(),
-        io::ErrorKind::HostUnreachable => "no route to host".into(),
-        io::ErrorKind::NetworkUnreachable => "network is unreachable".into(),
-        _ => e.to_string().to_lowercase(),
-    }
-}
-
-async fn within<T>(
-    time: Duration,
-    f: impl Future<Output = std::result::Result<T, String>>,
-) -> std::result::Result<T, String> {
-    tokio::time::timeout(time, f).await.unwrap_or_else(|_| Err("timeout".into()))
-}
-
-fn connect(s: &Stack) -> std::result::Result<Wait, Raise> {
-    let tcp = object::get::<Tcp>(s, 1)?;
-    let host = s.arg_str(2)?.into_owned();
-    let path = host.strip_prefix("unix:").map(str::to_owned);
-    let port = match (&path, s.opt_number(3)?) {
-        (Some(_), _) => 0,
-        (None, Some(port)) if (0.0..65536.0).contains(&port) => port as u16,
-        (None, Some(port)) => return Err(s.argument_error(3, &format!("bad port number: {port}"))),
-        (None, None) => return Err(s.bad_argument(3, "number")),
-    };
-    if busy(&tcp, s) {
-        return Ok(Wait::Ready(2));
-    }
-    let pool = match s.opt_bytes(4)? {
-        Some(name) => String::from_utf8_lossy(name).into_owned(),
-        None if path.is_some() => host.clone(),
-        None => format!("{host}:{port}"),
-    };
-    *tcp.open.borrow_mut() = from_pool(&pool);
-    tcp.pool.replace(pool);
-    if tcp.open.borrow().is_some() {
-        return Ok(Wait::Ready(s.push_number(1.0)));
-    }
-    let busy = (Busy::take(&tcp, true), Busy::take(&tcp, false));
-    Ok(Wait::Park(Op::future(async move {
-        let _busy = busy;
-        let opened = within(tcp.timeouts.get()[0], async {
-            match path {
-                Some(path) => open_unix(&path).await,
-                None => open_tcp(&host, port).await,
-            }
-        });
-        match opened.await {
-            Ok(io) => {
-                *tcp.open.borrow_mut() = Some(Open { io, buffer: Vec::new(), reused: 0, tls: false });
-                smallvec::smallvec![Value::Number(1.0)]
-            }
-            Err(why) => failed(why),
-        }
-    })))
-}
-
-async fn open_unix(path: &str) -> std::result::Result<Box<dyn Io>, String> {
-    let stream = UnixStream::connect(path).await.map_err(|e| io_text(&e))?;
-    Ok(Box::new(stream))
-}
-
-/// Tries the addresses in turn.
-async fn open_tcp(host: &str, port: u16) -> std::result::Result<Box<dyn Io>, String> {
-    let mut last = "no address".to_owned();
-    for ip in resolve(host).await? {
-        match TcpStream::connect(SocketAddr::new(ip, port)).await {
-            Ok(stream) => {
-                // Small requests must not wait for acknowledgements; a socket that refuses works all the same.
-                let _ = stream.set_nodelay(true);
-                return Ok(Box::new(stream));
-            }
-            Err(e) => last = io_text(&e),
-        }
-    }
-    Err(last)
-}
-
-/// An idle connection that is still good. Ones that ran out are dropped on the way.
-fn from_pool(name: &str) -> Option<Open> {
-    POOLS.with_borrow_mut(|pools| {
-        let pool = pools.get_mut(name)?;
-        let now = Instant::now();
-        while let Some(mut idle) = pool.pop_back() {
-            if idle.until > now && quiet(&mut idle.open) {
-                idle.open.reused += 1;
-                return Some(idle.open);
-            }
-        }
-        None
-    })
-}
-
-/// The peer has neither closed nor sent anything.
-fn quiet(open: &mut Open) -> bool {
-    let mut byte = [0];
-    let mut buf = ReadBuf::new(&mut byte);
-    let mut cx = Context::from_waker(Waker::noop());
-    Pin::new(&mut open.io).poll_read(&mut cx, &mut buf).is_pending()
-}
-
-fn keep(s: &Stack) -> crate::lua::host::Answer {
-    let tcp = object::get::<Tcp>(s, 1)?;
-    let idle = s.opt_number(2)?;
-    let size = s.opt_number(3)?.map_or(POOL_SIZE, |n| n as usize);
-    if busy(&tcp, s) {
-        return Ok(2);
-    }
-    let Some(mut open) = tcp.open.borrow_mut().take() else { return s.fail("closed") };
-    if !open.buffer.is_empty() {
-        return s.fail("unread data in buffer");
-    }
-    if !quiet(&mut open) {
-        return s.fail("closed");
-    }
-    let time = match idle {
-        None => KEEPALIVE,
-        // 0: without an end; a day is as good, and bounded.
-        Some(ms) if ms <= 0.0 => Duration::from_secs(86_400),
-        Some(ms) => Duration::from_secs_f64((ms / 1000.0).min(86_400.0)),
-    };
-    put(tcp.pool.borrow().clone(), Idle { open, until: Instant::now() + time }, size.max(1));
-    Ok(s.push_number(1.0))
-}
-
-fn put(name: String, idle: Idle, size: usize) {
-    POOLS.with_borrow_mut(|pools| {
-        let now = Instant::now();
-        pools.retain(|_, pool| {
-            pool.retain(|idle| idle.until > now);
-            !pool.is_empty()
-        });
-        if pools.len() >= MAX_POOLS && !pools.contains_key(&name) {
-            return;
-        }
-        let pool = pools.entry(name).or_default();
-        while pool.len() >= size {
-            pool.pop_front();
-        }
-        pool.push_back(idle);
+fn new(s: &Stack) -> Answer {
+    let owner = socket::current_owner()?;
+    let socket = Rc::new(Socket {
+        owner: owner.clone(),
+        conn: RefCell::default(),
+        busy: Cell::new(0),
+        connect_timeout: Cell::new(None),
+        send_timeout: Cell::new(None),
+        read_timeout: Cell::new(None),
+        local: Cell::new(None),
     });
+    let weak: std::rc::Weak<Socket> = Rc::downgrade(&socket);
+    owner.adopt(weak);
+    Ok(object::push(s, socket))
 }
 
-fn handshake(s: &Stack) -> std::result::Result<Wait, Raise> {
-    let tcp = object::get::<Tcp>(s, 1)?;
-    let name = s.opt_bytes(2)?.map(|n| String::from_utf8_lossy(n).into_owned());
-    let verify = s.boolean(3);
-    if busy(&tcp, s) {
-        return Ok(Wait::Ready(2));
-    }
-    match tcp.open.borrow().as_ref() {
-        None => return refuse(s, "closed"),
-        Some(open) if open.tls => return Ok(Wait::Ready(s.push_bool(true))),
-        Some(_) => {}
-    }
-    let Some(Open { io, reused, .. }) = tcp.open.borrow_mut().take() else { return refuse(s, "closed") };
-    let busy = (Busy::take(&tcp, true), Busy::take(&tcp, false));
-    Ok(Wait::Park(Op::future(async move {
-        let _busy = busy;
-        let shaken = within(tcp.timeouts.get()[0], async {
-            let config = tls::client::client_config(verify, None, &[]).map_err(|e| e.to_string())?;
-            // Without a name there is no SNI; the protocol wants some name all the same.
-            let server = name.as_deref().unwrap_or("localhost").to_owned();
-            let server =
-                rustls_pki_types::ServerName::try_from(server).map_err(|_| "invalid server name".to_owned())?;
-            let connector = tokio_rustls::TlsConnector::from(config);
-            connector.connect(server, io).await.map_err(|e| handshake_text(&e))
-        });
-        match shaken.await {
-            Ok(stream) => {
-                *tcp.open.borrow_mut() = Some(Open { io: Box::new(stream), buffer: Vec::new(), reused, tls: true });
-                smallvec::smallvec![Value::Bool(true)]
-            }
-            Err(why) => failed(why),
+/// The socket in `self[1]`, if it belongs to whoever runs.
+fn this(s: &Stack) -> Result<Rc<Socket>, Raise> {
+    s.arg_table(1)?;
+    s.get_index(1, 1);
+    let socket = object::get::<Socket>(s, -1);
+    s.pop(1);
+    let socket = socket.map_err(|_| s.argument_error(1, "socket expected"))?;
+    socket::check_owner(&socket.owner)?;
+    Ok(socket)
+}
+
+fn refuse(s: &Stack, text: &str) -> Result<Wait, Raise> {
+    s.fail(text).map(Wait::Ready)
+}
+
+fn bind(s: &Stack) -> Answer {
+    let socket = this(s)?;
+    let port = s.opt_number(3)?.unwrap_or(0.0) as u16;
+    match socket::literal(&s.arg_str(2)?) {
+        Some(address) => {
+            socket.local.set(Some(SocketAddr::new(address, port)));
+            Ok(s.push_number(1.0))
         }
-    })))
+        None => s.fail("bad address"),
+    }
 }
 
-fn handshake_text(e: &io::Error) -> String {
-    match e.get_ref().and_then(|e| e.downcast_ref::<rustls::Error>()) {
-        Some(rustls::Error::InvalidCertificate(why)) => match why {
-            rustls::CertificateError::UnknownIssuer => "20: unable to get local issuer certificate".into(),
-            rustls::CertificateError::Expired | rustls::CertificateError::ExpiredContext { .. } => {
-                "10: certificate has expired".into()
+/// Where to connect.
+enum Target {
+    Tcp(String, u16),
+    Unix(String),
+}
+
+/// `connect`'s last argument.
+#[derive(Default)]
+struct Options {
+    pool: Option<Box<[u8]>>,
+    size: Option<usize>,
+    backlog: Option<usize>,
+}
+
+fn options(s: &Stack, i: c_int) -> Result<Options, Raise> {
+    if s.is_nil(i) {
+        return Ok(Options::default());
+    }
+    s.arg_table(i)?;
+    let count = |name: &str, least: f64| {
+        s.get(i, name);
+        let (kind, kind_name, value) = (s.kind(-1), s.kind_name(-1), s.number(-1));
+        s.pop(1);
+        match value {
+            _ if kind == mlua::ffi::LUA_TNIL => Ok(None),
+            Some(n) if kind == mlua::ffi::LUA_TNUMBER && n >= least => Ok(Some(n as usize)),
+            Some(n) if kind == mlua::ffi::LUA_TNUMBER => {
+                Err(s.argument_error(i - 1, &format!("bad \"{name}\" option value: {n}")))
             }
-            rustls::CertificateError::NotValidForName | rustls::CertificateError::NotValidForNameContext { .. } => {
-                "certificate host mismatch".into()
-            }
-            other => format!("certificate verify error: {other:?}"),
+            _ => Err(s.argument_error(i - 1, &format!("bad \"{name}\" option type: {kind_name}"))),
+        }
+    };
+    let (size, backlog) = (count("pool_size", 1.0)?, count("backlog", 0.0)?);
+    s.get(i, "pool");
+    let pool = match s.kind(-1) {
+        mlua::ffi::LUA_TNIL => None,
+        mlua::ffi::LUA_TSTRING | mlua::ffi::LUA_TNUMBER => s.bytes(-1).map(Into::into),
+        _ => return Err(s.argument_error(i - 1, &format!("bad \"pool\" option type: {}", s.kind_name(-1)))),
+    };
+    s.pop(1);
+    Ok(Options { pool, size, backlog })
+}
+
+fn connect(s: &Stack) -> Result<Wait, Raise> {
+    let socket = this(s)?;
+    let host = s.arg_str(2)?.into_owned();
+    let (target, options, name) = match socket::unix_path(&host) {
+        Some(path) => (Target::Unix(path.to_owned()), options(s, 3)?, host.clone()),
+        None => match socket::port(s, 3)? {
+            Ok(port) => (Target::Tcp(host.clone(), port), options(s, 4)?, format!("{host}:{port}")),
+            Err(text) => return refuse(s, &text),
         },
-        Some(_) => "handshake failed".into(),
-        None => io_text(e),
+    };
+    if let Some(text) = socket.busy_text(CONNECTING | READING | WRITING) {
+        return refuse(s, text);
     }
+    socket.close();
+    let name = options.pool.unwrap_or_else(|| name.into_bytes().into());
+    let pools = socket::current_vm()?.sockets.pools.clone();
+    let pool = if options.size.is_some() || options.backlog.is_some() {
+        let pool = pools.open(&name, options.size.unwrap_or(POOL_SIZE), options.backlog);
+        if pool.is_none() {
+            return refuse(s, "too many connection pools");
+        }
+        pool
+    } else {
+        pools.get(&name)
+    };
+    let lease = match &pool {
+        None => None,
+        Some(pool) => match pool.try_lease() {
+            Some(lease) => match pooled(&socket, lease) {
+                Ok(()) => return Ok(Wait::Ready(s.push_number(1.0))),
+                Err(lease) => Some(lease),
+            },
+            None if !pool.may_wait() => return refuse(s, "too many waiting connect operations"),
+            None => {
+                let place = pool.lease();
+                return Ok(Wait::Park(Op::future(queued(Busy::new(&socket, CONNECTING), target, name, place))));
+            }
+        },
+    };
+    Ok(Wait::Park(Op::future(open(Busy::new(&socket, CONNECTING), target, name, lease))))
 }
 
-/// Appends data as `tcpsock:send` takes it: strings, numbers, booleans, nil and tables of them.
-fn gather(s: &Stack, i: i32, out: &mut Vec<u8>, depth: usize) -> std::result::Result<(), Raise> {
-    const MAX_DEPTH: usize = 32;
-    match s.kind(i) {
-        ffi::LUA_TSTRING | ffi::LUA_TNUMBER => out.extend_from_slice(s.bytes(i).unwrap_or_default()),
-        ffi::LUA_TBOOLEAN => out.extend_from_slice(if s.boolean(i) { b"true" } else { b"false" }),
-        ffi::LUA_TNIL => out.extend_from_slice(b"nil"),
-        ffi::LUA_TTABLE if depth < MAX_DEPTH => {
-            s.reserve(2)?;
-            let table = s.absolute(i);
-            for n in 1..=s.len(table) {
-                s.get_index(table, n);
-                let done = gather(s, -1, out, depth + 1);
-                s.pop(1);
-                done?;
-            }
-        }
-        _ => {
-            let kind = s.kind_name(i);
-            return Err(format!("string, number, boolean, nil, or array table expected, got {kind}").into());
-        }
-    }
+/// Takes an idle connection of the lease's pool, or gives the lease back.
+fn pooled(socket: &Socket, lease: Lease) -> Result<(), Lease> {
+    let Some(mut conn) = Pool::of(&lease).pop() else { return Err(lease) };
+    conn.lease = Some(lease);
+    *socket.conn.borrow_mut() = Some(conn);
     Ok(())
 }
 
-fn send(s: &Stack) -> std::result::Result<Wait, Raise> {
-    let tcp = object::get::<Tcp>(s, 1)?;
+async fn queued(busy: Busy, target: Target, name: Box<[u8]>, place: impl Future<Output = Option<Lease>>) -> Values {
+    let limit = busy.socket.connect_timeout.get().unwrap_or(TIMEOUT);
+    match timeout(limit, place).await {
+        Err(_) => failed("timeout"),
+        Ok(None) => failed("closed"),
+        Ok(Some(lease)) => match pooled(&busy.socket, lease) {
+            Ok(()) => smallvec![Value::Number(1.0)],
+            Err(lease) => open(busy, target, name, Some(lease)).await,
+        },
+    }
+}
+
+async fn open(busy: Busy, target: Target, name: Box<[u8]>, lease: Option<Lease>) -> Values {
+    let socket = &busy.socket;
+    let limit = socket.connect_timeout.get().unwrap_or(TIMEOUT);
+    match timeout(limit, reach(target, socket.local.get(), name, lease)).await {
+        Err(_) => failed("timeout"),
+        Ok(Err(text)) => failed(text),
+        Ok(Ok(conn)) => {
+            *socket.conn.borrow_mut() = Some(conn);
+            smallvec![Value::Number(1.0)]
+        }
+    }
+}
+
+async fn reach(
+    target: Target,
+    local: Option<SocketAddr>,
+    name: Box<[u8]>,
+    lease: Option<Lease>,
+) -> Result<Conn, String> {
+    match target {
+        Target::Unix(path) => {
+            let stream = UnixStream::connect(path).await.map_err(|e| error_text(&e))?;
+            Ok(Conn::new(stream, Ipv4Addr::LOCALHOST.into(), name, lease))
+        }
+        Target::Tcp(host, port) => {
+            let address = socket::address(&host, port).await?;
+            let stream = dial(address, local).await.map_err(|e| error_text(&e))?;
+            // Requests and answers are written whole: nothing is won by waiting for more.
+            stream.set_nodelay(true).ok();
+            Ok(Conn::new(stream, address.ip(), name, lease))
+        }
+    }
+}
+
+async fn dial(address: SocketAddr, local: Option<SocketAddr>) -> io::Result<TcpStream> {
+    let Some(local) = local else { return TcpStream::connect(address).await };
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    socket.bind(local)?;
+    socket.connect(address).await
+}
+
+/// `sslhandshake(session, name, verify)`. Sessions are resumed by the TLS configuration itself.
+fn handshake(s: &Stack) -> Result<Wait, Raise> {
+    let socket = this(s)?;
+    let name = s.opt_bytes(3)?.map(|n| String::from_utf8_lossy(n).into_owned()).filter(|n| !n.is_empty());
+    let verify = s.boolean(4);
+    if let Some(text) = socket.busy_text(CONNECTING | READING | WRITING) {
+        return refuse(s, text);
+    }
+    let (io, peer) = match &mut *socket.conn.borrow_mut() {
+        None => return refuse(s, "closed"),
+        Some(conn) if conn.read_ended || conn.write_ended => return refuse(s, "closed"),
+        Some(conn) if conn.tls => return Ok(Wait::Ready(s.push_bool(true))),
+        Some(conn) if !conn.buf.is_empty() => return refuse(s, "unread data in buffer"),
+        Some(conn) => (conn.io.take(), conn.peer),
+    };
+    let Some(io) = io else { return refuse(s, "closed") };
+    Ok(Wait::Park(Op::future(agree(Busy::new(&socket, CONNECTING), io, peer, name, verify))))
+}
+
+async fn agree(busy: Busy, io: Box<dyn Io>, peer: IpAddr, name: Option<String>, verify: bool) -> Values {
+    let name = match name {
+        // An address sends no name.
+        None => Ok(ServerName::IpAddress(peer.into())),
+        Some(name) => ServerName::try_from(name).map_err(|_| "invalid server name"),
+    };
+    let (name, config) = match (name, tls::client_config(verify, None, &[])) {
+        (Ok(name), Ok(config)) => (name, config),
+        (Err(text), _) => return failed(text),
+        (_, Err(e)) => return failed(e.to_string()),
+    };
+    let limit = busy.socket.connect_timeout.get().unwrap_or(TIMEOUT);
+    match timeout(limit, TlsConnector::from(config).connect(name, io)).await {
+        Err(_) => failed("timeout"),
+        Ok(Err(e)) => failed(tls_text(&e)),
+        Ok(Ok(stream)) => {
+            let mut conn = busy.socket.conn.borrow_mut();
+            let Some(conn) = conn.as_mut() else { return failed("closed") };
+            conn.io = Some(Box::new(stream));
+            conn.tls = true;
+            smallvec![Value::Bool(true)]
+        }
+    }
+}
+
+/// Why a handshake failed, in OpenSSL's words where scripts may look for them.
+fn tls_text(e: &io::Error) -> String {
+    let Some(error) = e.get_ref().and_then(|e| e.downcast_ref::<rustls::Error>()) else {
+        return if e.kind() == io::ErrorKind::UnexpectedEof { "handshake failed".into() } else { error_text(e) };
+    };
+    let rustls::Error::InvalidCertificate(why) = error else { return "handshake failed".into() };
+    match why {
+        CertificateError::UnknownIssuer => "20: unable to get local issuer certificate",
+        CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
+            "certificate host mismatch"
+        }
+        CertificateError::Expired | CertificateError::ExpiredContext { .. } => "10: certificate has expired",
+        CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => {
+            "9: certificate is not yet valid"
+        }
+        CertificateError::Revoked => "23: certificate revoked",
+        _ => "handshake failed",
+    }
+    .into()
+}
+
+fn send(s: &Stack) -> Result<Wait, Raise> {
+    let socket = this(s)?;
     let mut data = Vec::new();
-    gather(s, 2, &mut data, 0)?;
-    if tcp.open.borrow().is_none() {
+    socket::gather(s, 2, &mut data)?;
+    if let Some(text) = socket.busy_text(CONNECTING | WRITING) {
+        return refuse(s, text);
+    }
+    if !socket.is_open(WRITING) {
         return refuse(s, "closed");
     }
-    let Some(busy) = Busy::take(&tcp, false) else { return refuse(s, "socket busy writing") };
-    let len = data.len() as f64;
-    Ok(Wait::Park(Op::future(async move {
-        let _busy = busy;
-        let mut at = 0;
-        let written = within(tcp.timeouts.get()[1], poll_fn(|cx| poll_send(cx, &tcp, &data, &mut at)));
-        match written.await {
-            Ok(()) => smallvec::smallvec![Value::Number(len)],
-            Err(why) => {
-                tcp.open.borrow_mut().take();
-                failed(why)
-            }
-        }
-    })))
+    Ok(Wait::Park(Op::future(write(Busy::new(&socket, WRITING), data))))
 }
 
-fn poll_send(cx: &mut Context<'_>, tcp: &Tcp, data: &[u8], at: &mut usize) -> Poll<std::result::Result<(), String>> {
-    let mut open = tcp.open.borrow_mut();
-    let Some(open) = open.as_mut() else { return Poll::Ready(Err("closed".into())) };
-    while *at < data.len() {
-        match Pin::new(&mut open.io).poll_write(cx, &data[*at..]) {
-            Poll::Ready(Ok(0)) => return Poll::Ready(Err("closed".into())),
-            Poll::Ready(Ok(n)) => *at += n,
-            Poll::Ready(Err(e)) => return Poll::Ready(Err(io_text(&e))),
-            Poll::Pending => return Poll::Pending,
+async fn write(busy: Busy, data: Vec<u8>) -> Values {
+    let socket = &busy.socket;
+    match write_all(socket, &data).await {
+        Ok(()) => smallvec![Value::Number(data.len() as f64)],
+        Err(e) => {
+            socket.end(WRITING);
+            failed(error_text(&e))
         }
     }
-    Pin::new(&mut open.io).poll_flush(cx).map_err(|e| io_text(&e))
 }
 
-/// What a read looks for in the bytes so far: how many to give, and how many to take.
-type Want = Box<dyn FnMut(&[u8]) -> Option<(usize, usize)>>;
-
-/// How a read ended, other than by finding what it wants.
-enum Short {
-    Closed,
-    Failed(String),
+async fn write_all(socket: &Socket, mut data: &[u8]) -> io::Result<()> {
+    let timed_out = |_| io::Error::from(io::ErrorKind::TimedOut);
+    while !data.is_empty() {
+        let limit = socket.send_timeout.get().unwrap_or(TIMEOUT);
+        let write = std::future::poll_fn(|cx| socket.poll_write(cx, data));
+        match timeout(limit, write).await.map_err(timed_out)?? {
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            n => data = &data[n..],
+        }
+    }
+    let limit = socket.send_timeout.get().unwrap_or(TIMEOUT);
+    timeout(limit, std::future::poll_fn(|cx| socket.poll_flush(cx))).await.map_err(timed_out)?
 }
 
-/// Reads until `want` is content. The bytes are in the buffer; it says which.
-fn poll_want(cx: &mut Context<'_>, tcp: &Tcp, want: &mut Want) -> Poll<std::result::Result<(usize, usize), Short>> {
-    let mut open = tcp.open.borrow_mut();
-    let Some(open) = open.as_mut() else { return Poll::Ready(Err(Short::Closed)) };
-    loop {
-        if let Some(found) = want(&open.buffer) {
-            return Poll::Ready(Ok(found));
+/// What a call waits to see in the buffer.
+enum Want {
+    /// Without its end; the number says how far there is none.
+    Line(usize),
+    Exactly(usize),
+    All,
+    Any(usize),
+    Until(Rc<Until>, Option<usize>),
+}
+
+/// A `receiveuntil` iterator.
+struct Until {
+    pattern: Box<[u8]>,
+    inclusive: bool,
+    /// The pattern was seen behind the last piece: the next call says so.
+    done: Cell<bool>,
+}
+
+enum Got {
+    Data(Vec<u8>),
+    /// The iterator has come to its pattern.
+    End,
+}
+
+impl Got {
+    fn values(self) -> Values {
+        match self {
+            Got::Data(data) => smallvec![Value::Bytes(data)],
+            Got::End => smallvec![Value::Nil],
         }
-        if open.buffer.len() > MAX_RECEIVE {
-            return Poll::Ready(Err(Short::Failed("too much data".into())));
-        }
-        open.buffer.reserve(READ_CHUNK);
-        let mut buf = ReadBuf::uninit(open.buffer.spare_capacity_mut());
-        match Pin::new(&mut open.io).poll_read(cx, &mut buf) {
-            Poll::Pending => return Poll::Pending,
-            Poll::Ready(Err(e)) if e.kind() != io::ErrorKind::UnexpectedEof => {
-                return Poll::Ready(Err(Short::Failed(io_text(&e))));
-            }
-            read => {
-                let n = if read.is_ready() { buf.filled().len() } else { 0 };
-                if n == 0 {
-                    return Poll::Ready(Err(Short::Closed));
+    }
+}
+
+impl Want {
+    /// Takes what is wanted, if it is there.
+    fn take(&mut self, buf: &mut BytesMut) -> Option<Got> {
+        let data = match self {
+            Want::Line(seen) => match memchr::memchr(b'\n', &buf[*seen..]) {
+                Some(at) => {
+                    let line = buf.split_to(*seen + at + 1);
+                    without_cr(&line[..line.len() - 1])
                 }
-                // SAFETY: the first `n` bytes of the spare capacity were just filled.
-                unsafe { open.buffer.set_len(open.buffer.len() + n) };
-            }
-        }
-    }
-}
-
-/// Starts a read; `whole_at_end`: the end of the stream is what was asked for (`*a`).
-fn read(s: &Stack, tcp: Rc<Tcp>, mut want: Want, whole_at_end: bool) -> std::result::Result<Wait, Raise> {
-    let Some(busy) = Busy::take(&tcp, true) else { return refuse(s, "socket busy reading") };
-    // What has been read already is answered at once.
-    let ready = match tcp.open.borrow_mut().as_mut() {
-        None => return refuse(s, "closed"),
-        Some(open) => want(&open.buffer).map(|found| take(&mut open.buffer, found)),
-    };
-    if let Some(data) = ready {
-        return Ok(Wait::Ready(s.push_bytes(data)));
-    }
-    Ok(Wait::Park(Op::future(async move {
-        let _busy = busy;
-        let time = tcp.timeouts.get()[2];
-        let done = tokio::time::timeout(time, poll_fn(|cx| poll_want(cx, &tcp, &mut want))).await;
-        let mut slot = tcp.open.borrow_mut();
-        let Some(open) = slot.as_mut() else { return failed("closed") };
-        let partial = |why: &str, data: Vec<u8>| -> Values {
-            smallvec::smallvec![Value::Nil, Value::text(why), Value::Bytes(data)]
+                None => {
+                    *seen = buf.len();
+                    return None;
+                }
+            },
+            Want::Exactly(n) if buf.len() >= *n => buf.split_to(*n).to_vec(),
+            Want::Any(max) if !buf.is_empty() => buf.split_to((*max).min(buf.len())).to_vec(),
+            Want::Until(until, size) => return until.take(*size, buf),
+            _ => return None,
         };
-        match done {
-            Ok(Ok(found)) => smallvec::smallvec![Value::Bytes(take(&mut open.buffer, found))],
-            // A read that timed out may be tried again.
-            Err(_) => partial("timeout", std::mem::take(&mut open.buffer)),
-            Ok(Err(short)) => {
-                let data = std::mem::take(&mut open.buffer);
-                *slot = None;
-                match short {
-                    Short::Closed if whole_at_end => smallvec::smallvec![Value::Bytes(data)],
-                    Short::Closed => partial("closed", data),
-                    Short::Failed(why) => partial(&why, data),
-                }
+        Some(Got::Data(data))
+    }
+
+    /// What there is when no more comes, or not in time.
+    fn partial(&self, buf: &mut BytesMut, ended: bool) -> Vec<u8> {
+        let all = match self {
+            // What may yet become the pattern waits for the next call.
+            Want::Until(until, _) if !ended => buf.split_to(buf.len() - until.overlap(buf)),
+            _ => buf.split(),
+        };
+        if let Want::Line(_) = self { without_cr(&all) } else { all.to_vec() }
+    }
+}
+
+fn without_cr(line: &[u8]) -> Vec<u8> {
+    line.iter().copied().filter(|b| *b != b'\r').collect()
+}
+
+impl Until {
+    fn take(&self, size: Option<usize>, buf: &mut BytesMut) -> Option<Got> {
+        if self.done.replace(false) && size.is_some() {
+            return Some(Got::End);
+        }
+        let len = self.pattern.len();
+        let Some(at) = memchr::memmem::find(buf, &self.pattern) else {
+            // Of what cannot be the pattern's begin, as much as was asked for.
+            let size = size.filter(|size| buf.len() - self.overlap(buf) >= *size)?;
+            return Some(Got::Data(buf.split_to(size).to_vec()));
+        };
+        let end = if self.inclusive { at + len } else { at };
+        if let Some(size) = size {
+            if at > size {
+                return Some(Got::Data(buf.split_to(size).to_vec()));
             }
+            if end == 0 {
+                let _ = buf.split_to(len);
+                return Some(Got::End);
+            }
+            self.done.set(true);
         }
-    })))
-}
-
-/// Takes what a want found out of the buffer.
-fn take(buffer: &mut Vec<u8>, (give, eat): (usize, usize)) -> Vec<u8> {
-    if eat == buffer.len() {
-        let mut data = std::mem::take(buffer);
-        data.truncate(give);
-        return data;
+        let mut data = buf.split_to(at + len);
+        data.truncate(end);
+        Some(Got::Data(data.to_vec()))
     }
-    let data = buffer[..give].to_vec();
-    buffer.drain(..eat);
-    data
-}
 
-fn receive(s: &Stack) -> std::result::Result<Wait, Raise> {
-    let tcp = object::get::<Tcp>(s, 1)?;
-    if let Some(size) = s.number(2) {
-        if size < 0.0 {
-            return Err(s.argument_error(2, "bad pattern argument"));
-        }
-        let size = size as usize;
-        return read(s, tcp, Box::new(move |b| (b.len() >= size).then_some((size, size))), false);
-    }
-    match s.opt_bytes(2)? {
-        None | Some(b"*l" | b"l") => receive_line(s, tcp),
-        Some(b"*a" | b"a") => read(s, tcp, Box::new(|_| None), true),
-        Some(_) => Err(s.argument_error(2, "bad pattern argument")),
+    /// How many of the last bytes may be the begin of the pattern.
+    fn overlap(&self, buf: &[u8]) -> usize {
+        let most = (self.pattern.len() - 1).min(buf.len());
+        (1..=most).rev().find(|n| buf.ends_with(&self.pattern[..*n])).unwrap_or(0)
     }
 }
 
-/// A line without its end; all carriage returns are left out, as documented.
-fn receive_line(s: &Stack, tcp: Rc<Tcp>) -> std::result::Result<Wait, Raise> {
-    let mut seen = 0;
-    let want: Want = Box::new(move |b| {
-        let found = memchr::memchr(b'\n', &b[seen.min(b.len())..]).map(|at| at + seen.min(b.len()));
-        seen = b.len();
-        let end = found?;
-        let give = if end > 0 && b[end - 1] == b'\r' { end - 1 } else { end };
-        Some((give, end + 1))
-    });
-    read(s, tcp, want, false)
-}
-
-fn receive_any(s: &Stack) -> std::result::Result<Wait, Raise> {
-    let tcp = object::get::<Tcp>(s, 1)?;
-    let max = s.arg_number(2)?;
-    if max < 1.0 {
-        return Err(s.argument_error(2, "bad max argument"));
-    }
-    let max = max as usize;
-    let want: Want = Box::new(move |b| (!b.is_empty()).then(|| (b.len().min(max), b.len().min(max))));
-    read(s, tcp, want, false)
-}
-
-/// Data up to a mark, which is taken, too. With a size: at most that much, and less only when the mark comes next; it
-/// stays for the Lua face to read.
-fn receive_until(s: &Stack) -> std::result::Result<Wait, Raise> {
-    let tcp = object::get::<Tcp>(s, 1)?;
-    let mark = s.arg_bytes(2)?.to_vec();
-    let inclusive = s.boolean(3);
-    let size = s.opt_number(4)?.map(|n| n.max(1.0) as usize);
-    let finder = memmem::Finder::new(&mark).into_owned();
-    let len = mark.len();
-    let mut seen = 0_usize;
-    let want: Want = Box::new(move |b| {
-        let from = seen.saturating_sub(len);
-        let found = finder.find(&b[from.min(b.len())..]).map(|at| at + from);
-        seen = b.len();
-        match (found, size) {
-            (Some(at), None) => Some((if inclusive { at + len } else { at }, at + len)),
-            // At the mark itself the Lua face asks for it with a read of its length.
-            (Some(at), Some(size)) => Some((at.min(size), at.min(size))),
-            // What could be the mark's beginning is not given away.
-            (None, Some(size)) if b.len() >= size + len => Some((size, size)),
-            _ => None,
-        }
-    });
-    read(s, tcp, want, false)
-}
-
-#[cfg(test)]
-mod tests {
-    use std::{
-        io::{Read, Write},
-        net::TcpListener,
+fn receive(s: &Stack) -> Result<Wait, Raise> {
+    let socket = this(s)?;
+    let want = match s.number(2) {
+        _ if s.is_nil(2) => Want::Line(0),
+        Some(n) if n >= 0.0 => Want::Exactly(n as usize),
+        Some(_) => return Err(s.argument_error(1, "bad number argument")),
+        None => match s.arg_bytes(2)? {
+            b"*l" => Want::Line(0),
+            b"*a" => Want::All,
+            other => {
+                let text = format!("bad pattern argument: {}", String::from_utf8_lossy(other));
+                return Err(s.argument_error(1, &text));
+            }
+        },
     };
+    read(s, &socket, want)
+}
 
-    use crate::lua::{Vm, VmConfig, sched};
-
-    /// Answers each connection with `reply` after it has read `ask` bytes, then closes; `connections` times.
-    fn server(connections: usize, ask: usize, reply: &'static [u8]) -> u16 {
-        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
-        let port = listener.local_addr().expect("bound").port();
-        std::thread::spawn(move || {
-            for _ in 0..connections {
-                let (mut peer, _) = listener.accept().expect("a client");
-                let _ = peer.read_exact(&mut vec![0; ask]);
-                let _ = peer.write_all(reply);
-            }
-        });
-        port
+fn receive_any(s: &Stack) -> Result<Wait, Raise> {
+    if s.top() < 2 {
+        return Err(format!("expecting 2 arguments (including the object), but got {}", s.top()).into());
     }
+    let socket = this(s)?;
+    match s.number(2) {
+        Some(max) if max >= 1.0 => read(s, &socket, Want::Any(max as usize)),
+        _ => Err(s.argument_error(2, "bad max argument")),
+    }
+}
 
-    #[track_caller]
-    fn gives(chunk: &str, expected: &str) {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("rt");
-        let local = tokio::task::LocalSet::new();
-        let got = local.block_on(&runtime, async {
-            let vm = Vm::new(VmConfig::default()).expect("a VM");
-            let f = vm.lua.load(chunk).set_name("=test").into_function().expect("compiles");
-            vm.lua.globals().raw_set("under_test", f).expect("set");
-            let mut x = sched::background(&vm);
-            let outcome = sched::call(
-                &vm,
-                &mut x,
-                |s| {
-                    // SAFETY: pushes the global function.
-                    unsafe { mlua::ffi::lua_getglobal(s.raw(), c"under_test".as_ptr()) };
-                    0
-                },
-                |s| String::from_utf8_lossy(s.bytes(-1).unwrap_or_default()).into_owned(),
-            );
-            let outcome = outcome.await;
-            sched::end_background(&vm, &mut x);
-            outcome
-        });
-        match got {
-            sched::Outcome::Done(text) => assert_eq!(text, expected, "{chunk}"),
-            other => panic!("{chunk}\n{other:?}"),
+fn until(s: &Stack) -> Answer {
+    if s.top() < 2 {
+        return Err(format!("expecting 2 arguments (including the object), but got {}", s.top()).into());
+    }
+    this(s)?;
+    let pattern: Box<[u8]> = s.arg_bytes(2)?.into();
+    if pattern.is_empty() {
+        return s.fail("pattern is empty");
+    }
+    let inclusive = match s.kind(3) {
+        mlua::ffi::LUA_TTABLE => {
+            s.get(3, "inclusive");
+            let inclusive = s.boolean(-1);
+            s.pop(1);
+            inclusive
         }
-    }
+        _ => false,
+    };
+    Ok(object::push(s, Rc::new(Until { pattern, inclusive, done: Cell::new(false) })))
+}
 
-    #[test]
-    fn reads_lines_sizes_and_the_rest() {
-        let port = server(1, 4, b"one\r\ntwo\n12345rest");
-        gives(
-            &format!(
-                "local s = ngx.socket.tcp() s:settimeout(5000)
-                 assert(s:connect('127.0.0.1', {port})) assert(s:send({{'p', {{'in', 'g'}}}}) == 4)
-                 return table.concat({{s:receive(), s:receive('*l'), s:receive(3), s:receiveany(2), s:receive('*a')}}, '|')"
-            ),
-            "one|two|123|45|rest",
-        );
-    }
+fn read_until(s: &Stack) -> Result<Wait, Raise> {
+    let socket = this(s)?;
+    let until = object::get::<Until>(s, 2)?;
+    let size = match s.opt_number(3)? {
+        Some(n) if n < 0.0 => return Err(s.argument_error(1, "bad size argument")),
+        // 0 and nil: all at once.
+        size => size.map(|n| n as usize).filter(|n| *n > 0),
+    };
+    read(s, &socket, Want::Until(until, size))
+}
 
-    #[test]
-    fn tells_how_it_failed() {
-        let port = server(1, 0, b"part");
-        gives(
-            &format!(
-                "local s = ngx.socket.tcp() s:settimeout(5000) s:connect('127.0.0.1', {port})
-                 local d, e, p = s:receive() local ok, again = s:send('x')
-                 return tostring(d) .. e .. p .. tostring(ok) .. again .. select(2, s:close())"
-            ),
-            "nilclosedpartnilclosedclosed",
-        );
-        let closed = TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("bound").port();
-        gives(&format!("return select(2, ngx.socket.tcp():connect('127.0.0.1', {closed}))"), "connection refused");
-        gives(
-            "return select(2, ngx.socket.tcp():connect('some.name', 80))",
-            "no resolver defined to resolve \"some.name\"",
-        );
-        gives("return select(2, ngx.socket.tcp():receive())", "closed");
+fn read(s: &Stack, socket: &Rc<Socket>, mut want: Want) -> Result<Wait, Raise> {
+    if let Some(text) = socket.busy_text(CONNECTING | READING) {
+        return refuse(s, text);
     }
-
-    #[test]
-    fn a_read_that_timed_out_may_go_on() {
-        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
-        let port = listener.local_addr().expect("bound").port();
-        gives(
-            &format!(
-                "local s = ngx.socket.tcp() s:settimeouts(5000, 5000, 5) assert(s:connect('127.0.0.1', {port}))
-                 local d, e, p = s:receive(3) local ok = s:send('x')
-                 return tostring(d) .. e .. p .. ok"
-            ),
-            "niltimeout1",
-        );
+    if !socket.is_open(READING) {
+        return refuse(s, "closed");
     }
-
-    #[test]
-    fn reads_until_a_mark() {
-        let port = server(2, 0, b"hello, world! -agentzh\n--abcedhb blah");
-        gives(
-            &format!(
-                "local s = ngx.socket.tcp() s:connect('127.0.0.1', {port}) local r = s:receiveuntil('--abcedhb')
-                 return r() .. '|' .. s:receive('*a')"
-            ),
-            "hello, world! -agentzh\n| blah",
-        );
-        gives(
-            &format!(
-                "local s = ngx.socket.tcp() s:connect('127.0.0.1', {port}) local r = s:receiveuntil('--abcedhb')
-                 local t = {{}} while true do local d = r(4) if not d then break end t[#t + 1] = '[' .. d .. ']' end
-                 return table.concat(t) .. s:receive('*a')"
-            ),
-            "[hell][o, w][orld][! -a][gent][zh\n] blah",
-        );
+    if matches!(want, Want::Exactly(n) if n > MAX_RECEIVE) {
+        return refuse(s, "too much data");
     }
+    let got = socket.conn.borrow_mut().as_mut().and_then(|c| want.take(&mut c.buf));
+    Ok(match got {
+        Some(Got::Data(data)) => Wait::Ready(s.push_bytes(data)),
+        Some(Got::End) => Wait::Ready(s.push_nil()),
+        None => Wait::Park(Op::future(read_more(Busy::new(socket, READING), want))),
+    })
+}
 
-    #[test]
-    fn idle_connections_are_used_again() {
-        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
-        let port = listener.local_addr().expect("bound").port();
-        gives(
-            &format!(
-                "local s = ngx.socket.tcp() assert(s:connect('127.0.0.1', {port})) local a = s:getreusedtimes()
-                 assert(s:setkeepalive(60000, 2)) local closed = select(2, s:send('x'))
-                 local t = ngx.socket.tcp() assert(t:connect('127.0.0.1', {port}))
-                 return a .. closed .. t:getreusedtimes()"
-            ),
-            "0closed1",
-        );
+async fn read_more(busy: Busy, mut want: Want) -> Values {
+    let socket = &busy.socket;
+    loop {
+        let limit = socket.read_timeout.get().unwrap_or(TIMEOUT);
+        let filled = timeout(limit, std::future::poll_fn(|cx| socket.poll_fill(cx))).await;
+        let mut conn = socket.conn.borrow_mut();
+        let Some(buf) = conn.as_mut().map(|c| &mut c.buf) else { return failed("closed") };
+        let (text, ended) = match filled {
+            Err(_) => ("timeout".to_owned(), false),
+            Ok(Ok(0)) if matches!(want, Want::All) => {
+                let all = buf.split().to_vec();
+                drop(conn);
+                socket.end(READING);
+                return smallvec![Value::Bytes(all)];
+            }
+            Ok(Ok(0)) => ("closed".to_owned(), true),
+            Ok(Ok(_)) => match want.take(buf) {
+                Some(got) => return got.values(),
+                None if buf.len() <= MAX_RECEIVE => continue,
+                None => {
+                    buf.clear();
+                    ("too much data".to_owned(), true)
+                }
+            },
+            // A peer that ends TLS without saying so has closed.
+            Ok(Err(e)) => (error_text(&e), true),
+        };
+        let partial = want.partial(buf, ended);
+        drop(conn);
+        if ended {
+            socket.end(READING);
+        }
+        return smallvec![Value::Nil, Value::text(text), Value::Bytes(partial)];
     }
+}
 
-    #[test]
-    fn the_http_client_asks_and_reads() {
-        let plain = server(
-            1,
-            16,
-            b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nX-A: 1\r\nX-A: 2\r\nConnection: close\r\n\r\nhello",
-        );
-        gives(
-            &format!(
-                "local res, e = require('resty.http').new():request_uri('http://127.0.0.1:{plain}/a?b=c', {{method = 'POST', body = 'x'}})
-                 assert(res, e) return res.status .. res.body .. res.headers['x-a'][2]"
-            ),
-            "200hello2",
-        );
-        let chunked = server(
-            1,
-            16,
-            b"HTTP/1.1 201 Created\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n",
-        );
-        gives(
-            &format!(
-                "local h = require('resty.http').new() assert(h:connect('127.0.0.1', {chunked}))
-                 local res = assert(h:request({{path = '/'}})) return res.status .. res:read_body() .. res.reason"
-            ),
-            "201abcdeCreated",
-        );
-        gives("return select(2, require('resty.http').new():request_uri('nonsense'))", "bad uri: nonsense");
+fn close(s: &Stack) -> Answer {
+    let socket = this(s)?;
+    match socket.busy_text(CONNECTING | READING | WRITING) {
+        Some(text) => s.fail(text),
+        None if socket.close() => Ok(s.push_number(1.0)),
+        None => s.fail("closed"),
     }
+}
 
-    #[test]
-    fn semaphores_and_locks_wait() {
-        crate::shdict::store().declare("test-locks", 1 << 20);
-        gives(
-            "local sema = require('ngx.semaphore').new() local order = {}
-             local t = ngx.thread.spawn(function() order[1] = tostring(sema:count()) sema:wait(5) order[3] = 'woken' end)
-             order[2] = tostring(sema:count()) sema:post() ngx.thread.wait(t)
-             local _, e = sema:wait(0) return table.concat(order, ' ') .. e",
-            "0 -1 wokentimeout",
-        );
-        gives(
-            "local lock = require('resty.lock')
-             local a, b = lock:new('test-locks'), lock:new('test-locks', {timeout = 0.01})
-             assert(a:lock('k')) local _, e = b:lock('k') a:unlock() return e .. tostring(b:lock('k') ~= nil)",
-            "timeouttrue",
-        );
+fn set_timeout(s: &Stack) -> Answer {
+    let (socket, limit) = (this(s)?, socket::timeout(s, 2)?);
+    socket.connect_timeout.set(limit);
+    socket.send_timeout.set(limit);
+    socket.read_timeout.set(limit);
+    Ok(0)
+}
+
+fn set_timeouts(s: &Stack) -> Answer {
+    let socket = this(s)?;
+    let (connect, send, read) = (socket::timeout(s, 2)?, socket::timeout(s, 3)?, socket::timeout(s, 4)?);
+    socket.connect_timeout.set(connect);
+    socket.send_timeout.set(send);
+    socket.read_timeout.set(read);
+    Ok(0)
+}
+
+fn set_option(s: &Stack) -> Answer {
+    let socket = this(s)?;
+    let name = s.arg_bytes(2)?.to_vec();
+    let Some(fd) = socket.conn.borrow().as_ref().map(|c| c.fd) else { return s.fail("closed") };
+    if s.is_nil(3) {
+        return s.fail("missing the \"value\" argument");
     }
+    let number = s.number(3);
+    let on = number.map_or_else(|| s.boolean(3), |n| n != 0.0);
+    let size = number.unwrap_or(0.0).max(0.0) as usize;
+    // SAFETY: the connection owns the descriptor and outlives this call.
+    let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+    let socket = socket2::SockRef::from(&fd);
+    let set = match &*name {
+        b"keepalive" => socket.set_keepalive(on),
+        b"reuseaddr" => socket.set_reuse_address(on),
+        b"tcp-nodelay" => socket.set_tcp_nodelay(on),
+        b"sndbuf" => socket.set_send_buffer_size(size),
+        b"rcvbuf" => socket.set_recv_buffer_size(size),
+        other => return s.fail(format!("unsupported option: {}", String::from_utf8_lossy(other))),
+    };
+    match set {
+        Ok(()) => Ok(s.push_bool(true)),
+        Err(e) => s.fail(error_text(&e)),
+    }
+}
 
-    #[test]
-    fn datagrams_go_both_ways() {
-        let peer = std::net::UdpSocket::bind("127.0.0.1:0").expect("a port");
-        let port = peer.local_addr().expect("bound").port();
-        std::thread::spawn(move || {
-            let mut data = [0; 16];
-            let (n, from) = peer.recv_from(&mut data).expect("a datagram");
-            peer.send_to(&data[..n], from).expect("sent");
-        });
-        gives(
-            &format!(
-                "local s = ngx.socket.udp() s:settimeout(5000) assert(s:setpeername('127.0.0.1', {port}))
-                 assert(s:send('ping') == 1) return s:receive()"
-            ),
-            "ping",
-        );
+fn set_keepalive(s: &Stack) -> Answer {
+    let socket = this(s)?;
+    let number = |i: c_int| s.opt_number(i).map_err(|_| {
+        s.argument_error(i - 1, &format!("number expected, got {}", s.kind_name(i)))
+    });
+    let limit = match number(2)? {
+        None => Some(KEEPALIVE_TIMEOUT),
+        Some(ms) if ms >= 1.0 => Some(Duration::from_millis(ms as u64)),
+        Some(_) => None,
+    };
+    let size = number(3)?.map_or(POOL_SIZE, |n| n.max(1.0) as usize);
+    if let Some(text) = socket.busy_text(CONNECTING | READING | WRITING) {
+        return s.fail(text);
+    }
+    let Some(mut conn) = socket.conn.take() else { return s.fail("closed") };
+    if conn.read_ended || conn.write_ended {
+        return s.fail("closed");
+    }
+    if let Some(text) = dubious(&mut conn) {
+        return s.fail(text);
+    }
+    let pools = socket::current_vm()?.sockets.pools.clone();
+    let pool = match &conn.lease {
+        Some(lease) => Some(Pool::of(lease)),
+        None => pools.open(&conn.name, size, None),
+    };
+    // Where there are too many pools already, nothing is kept.
+    if let Some(pool) = pool {
+        pool.keep(conn, limit);
+    }
+    Ok(s.push_number(1.0))
+}
+
+/// Why a connection must not be used again.
+fn dubious(conn: &mut Conn) -> Option<&'static str> {
+    if !conn.buf.is_empty() {
+        return Some("unread data in buffer");
+    }
+    match conn.poll_fill(&mut Context::from_waker(Waker::noop())) {
+        Poll::Pending => {
+            conn.buf = BytesMut::new();
+            None
+        }
+        Poll::Ready(Ok(0)) => Some("closed"),
+        Poll::Ready(_) => Some("connection in dubious state"),
+    }
+}
+
+fn reused_times(s: &Stack) -> Answer {
+    match this(s)?.conn.borrow().as_ref().map(|c| c.reused) {
+        Some(times) => Ok(s.push_number(f64::from(times))),
+        None => s.fail("closed"),
+    }
+}
+
+fn get_fd(s: &Stack) -> Answer {
+    match this(s)?.conn.borrow().as_ref().map(|c| c.fd) {
+        Some(fd) => Ok(s.push_number(f64::from(fd))),
+        None => s.fail("closed"),
     }
 }

@@ -1,145 +1,216 @@
-//! `ngx.socket.udp`: datagrams to one peer. The Lua face is lua/moongate/socket.lua.
+//! `ngx.socket.udp`: datagrams over UDP or a unix socket. The face is lua/moongate/socket.lua.
 
 use std::{
     cell::{Cell, RefCell},
-    net::SocketAddr,
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     rc::Rc,
     time::Duration,
 };
 
-use tokio::net::{UdpSocket, UnixDatagram};
+use smallvec::smallvec;
+use tokio::{
+    net::{UdpSocket, UnixDatagram},
+    time::timeout,
+};
 
 use super::{
     object,
-    socket_tcp::{io_text, resolve},
+    socket::{self, Owner, Shut, TIMEOUT, error_text},
 };
 use crate::{
     error::Result,
     lua::{
-        Op, Value, Wait,
-        api::{Api, Phases, Raise, Stack},
-        sched::failed,
+        api::{Api, Phases, Raise, Stack, Wait},
+        host::Answer,
+        sched::{Op, Value, failed},
     },
 };
 
-/// `lua_socket_read_timeout`
-const TIMEOUT: Duration = Duration::from_secs(60);
+/// The largest datagram that `receive` gives, as in lua-nginx-module.
+const MAX_DATAGRAM: usize = 8192;
 
-/// The largest datagram that OpenResty reads.
-const MAX_DATAGRAM: usize = 65536;
-
-#[derive(Clone)]
 enum Peer {
-    Udp(Rc<UdpSocket>),
-    Unix(Rc<UnixDatagram>),
+    Udp(UdpSocket),
+    Unix(UnixDatagram),
 }
 
-struct Udp {
-    peer: RefCell<Option<Peer>>,
-    timeout: Cell<Duration>,
+impl Peer {
+    async fn send(&self, data: &[u8]) -> io::Result<usize> {
+        match self {
+            Peer::Udp(s) => s.send(data).await,
+            Peer::Unix(s) => s.send(data).await,
+        }
+    }
+
+    async fn receive(&self, into: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Peer::Udp(s) => s.recv(into).await,
+            Peer::Unix(s) => s.recv(into).await,
+        }
+    }
+}
+
+struct Socket {
+    owner: Rc<Owner>,
+    peer: RefCell<Option<Rc<Peer>>>,
+    receiving: Cell<bool>,
+    timeout: Cell<Option<Duration>>,
+    /// `bind`
+    local: Cell<Option<IpAddr>>,
+}
+
+impl Shut for Socket {
+    fn shut(&self) {
+        self.peer.take();
+    }
+}
+
+/// One light thread receives at a time.
+struct Receiving(Rc<Socket>);
+
+impl Drop for Receiving {
+    fn drop(&mut self) {
+        self.0.receiving.set(false);
+    }
 }
 
 pub fn register(api: &mut Api) -> Result<()> {
     let any = Phases::ANY;
-    api.func("native.udp.new", any, "new(): a socket", |s| {
-        Ok(object::push(s, Rc::new(Udp { peer: RefCell::default(), timeout: Cell::new(TIMEOUT) })))
-    })?;
-    api.wait("native.udp.set_peer", any, "set_peer(socket, host, port | nil): 1; nil, err", set_peer)?;
-    api.wait("native.udp.send", any, "send(socket, data): 1; nil, err", send)?;
-    api.wait("native.udp.receive", any, "receive(socket, size | nil): data; nil, err", receive)?;
-    api.func("native.udp.timeout", any, "timeout(socket, ms)", |s| {
-        let ms = s.arg_number(2)?;
-        let time = if ms > 0.0 { Duration::from_secs_f64((ms / 1000.0).min(1e9)) } else { TIMEOUT };
-        object::get::<Udp>(s, 1)?.timeout.set(time);
-        Ok(0)
-    })?;
-    api.func("native.udp.close", any, "close(socket): 1; nil, \"closed\"", |s| {
-        match object::get::<Udp>(s, 1)?.peer.borrow_mut().take() {
-            Some(_) => Ok(s.push_number(1.0)),
-            None => s.fail("closed"),
-        }
-    })
+    api.func("native.udp.new", any, "new() -> object: the insides of a UDP socket.", new)?;
+    api.func("native.udp.bind", any, "bind(self, address): where datagrams come from.", bind)?;
+    api.wait("native.udp.setpeername", any, "setpeername(self, host, port) or setpeername(self, \"unix:…\").", set_peer)?;
+    api.wait("native.udp.send", any, "send(self, data) -> 1.", send)?;
+    api.wait("native.udp.receive", any, "receive(self, size?) -> data.", receive)?;
+    api.func("native.udp.settimeout", any, "settimeout(self, ms).", set_timeout)?;
+    api.func("native.udp.close", any, "close(self) -> 1.", close)
 }
 
-fn set_peer(s: &Stack) -> std::result::Result<Wait, Raise> {
-    let udp = object::get::<Udp>(s, 1)?;
-    let host = s.arg_str(2)?.into_owned();
-    let port = s.opt_number(3)?.unwrap_or(0.0) as u16;
-    Ok(Wait::Park(Op::future(async move {
-        let opened = tokio::time::timeout(udp.timeout.get(), open(&host, port)).await;
-        match opened.unwrap_or_else(|_| Err("timeout".into())) {
-            Ok(peer) => {
-                *udp.peer.borrow_mut() = Some(peer);
-                smallvec::smallvec![Value::Number(1.0)]
-            }
-            Err(why) => failed(why),
-        }
-    })))
+fn new(s: &Stack) -> Answer {
+    let owner = socket::current_owner()?;
+    let socket = Rc::new(Socket {
+        owner: owner.clone(),
+        peer: RefCell::default(),
+        receiving: Cell::new(false),
+        timeout: Cell::new(None),
+        local: Cell::new(None),
+    });
+    let weak: std::rc::Weak<Socket> = Rc::downgrade(&socket);
+    owner.adopt(weak);
+    Ok(object::push(s, socket))
 }
 
-async fn open(host: &str, port: u16) -> std::result::Result<Peer, String> {
-    if let Some(path) = host.strip_prefix("unix:") {
-        let socket = UnixDatagram::unbound().map_err(|e| io_text(&e))?;
-        socket.connect(path).map_err(|e| io_text(&e))?;
-        return Ok(Peer::Unix(Rc::new(socket)));
+/// The socket in `self[1]`, if it belongs to whoever runs.
+fn this(s: &Stack) -> Result<Rc<Socket>, Raise> {
+    s.arg_table(1)?;
+    s.get_index(1, 1);
+    let socket = object::get::<Socket>(s, -1);
+    s.pop(1);
+    let socket = socket.map_err(|_| s.argument_error(1, "socket expected"))?;
+    socket::check_owner(&socket.owner)?;
+    Ok(socket)
+}
+
+fn bind(s: &Stack) -> Answer {
+    let socket = this(s)?;
+    match socket::literal(&s.arg_str(2)?) {
+        Some(address) => {
+            socket.local.set(Some(address));
+            Ok(s.push_number(1.0))
+        }
+        None => s.fail("bad address"),
     }
-    let ip = *resolve(host).await?.first().ok_or("no address")?;
-    let any: SocketAddr = if ip.is_ipv4() { ([0, 0, 0, 0], 0).into() } else { ([0_u16; 8], 0).into() };
-    let socket = UdpSocket::bind(any).await.map_err(|e| io_text(&e))?;
-    socket.connect((ip, port)).await.map_err(|e| io_text(&e))?;
-    Ok(Peer::Udp(Rc::new(socket)))
 }
 
-fn peer(s: &Stack, udp: &Udp) -> std::result::Result<Peer, Wait> {
-    udp.peer.borrow().clone().ok_or_else(|| {
-        s.push_nil();
-        s.push_bytes("closed");
-        Wait::Ready(2)
-    })
-}
-
-fn send(s: &Stack) -> std::result::Result<Wait, Raise> {
-    let udp = object::get::<Udp>(s, 1)?;
-    let data = s.arg_bytes(2)?.to_vec();
-    let peer = match peer(s, &udp) {
-        Ok(peer) => peer,
-        Err(closed) => return Ok(closed),
+fn set_peer(s: &Stack) -> Result<Wait, Raise> {
+    let socket = this(s)?;
+    let host = s.arg_str(2)?.into_owned();
+    let port = match socket::unix_path(&host) {
+        Some(_) => 0,
+        None => match socket::port(s, 3)? {
+            Ok(port) => port,
+            Err(text) => return s.fail(text).map(Wait::Ready),
+        },
     };
+    if socket.receiving.get() {
+        return s.fail("socket busy").map(Wait::Ready);
+    }
+    socket.shut();
     Ok(Wait::Park(Op::future(async move {
-        let sent = match peer {
-            Peer::Udp(socket) => socket.send(&data).await,
-            Peer::Unix(socket) => socket.send(&data).await,
-        };
-        match sent {
-            Ok(_) => smallvec::smallvec![Value::Number(1.0)],
-            Err(e) => failed(io_text(&e)),
+        match timeout(socket.timeout.get().unwrap_or(TIMEOUT), reach(&host, port, socket.local.get())).await {
+            Err(_) => failed("timeout"),
+            Ok(Err(text)) => failed(text),
+            Ok(Ok(peer)) => {
+                *socket.peer.borrow_mut() = Some(Rc::new(peer));
+                smallvec![Value::Number(1.0)]
+            }
         }
     })))
 }
 
-fn receive(s: &Stack) -> std::result::Result<Wait, Raise> {
-    let udp = object::get::<Udp>(s, 1)?;
-    let size = s.opt_number(2)?.map_or(MAX_DATAGRAM, |n| (n.max(1.0) as usize).min(MAX_DATAGRAM));
-    let peer = match peer(s, &udp) {
-        Ok(peer) => peer,
-        Err(closed) => return Ok(closed),
-    };
-    let time = udp.timeout.get();
+async fn reach(host: &str, port: u16, local: Option<IpAddr>) -> Result<Peer, String> {
+    let text = |e: io::Error| error_text(&e);
+    if let Some(path) = socket::unix_path(host) {
+        // The empty name has the kernel choose one, so that the peer can answer.
+        let socket = UnixDatagram::bind("").map_err(text)?;
+        socket.connect(path).map_err(text)?;
+        return Ok(Peer::Unix(socket));
+    }
+    let address = socket::address(host, port).await?;
+    let any = if address.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let socket = UdpSocket::bind(SocketAddr::new(local.unwrap_or(any), 0)).await.map_err(text)?;
+    socket.connect(address).await.map_err(text)?;
+    Ok(Peer::Udp(socket))
+}
+
+fn send(s: &Stack) -> Result<Wait, Raise> {
+    let socket = this(s)?;
+    let mut data = Vec::new();
+    socket::gather(s, 2, &mut data)?;
+    let Some(peer) = socket.peer.borrow().clone() else { return s.fail("closed").map(Wait::Ready) };
+    Ok(Wait::Park(Op::future(async move {
+        match timeout(socket.timeout.get().unwrap_or(TIMEOUT), peer.send(&data)).await {
+            Err(_) => failed("timeout"),
+            Ok(Err(e)) => failed(error_text(&e)),
+            Ok(Ok(_)) => smallvec![Value::Number(1.0)],
+        }
+    })))
+}
+
+fn receive(s: &Stack) -> Result<Wait, Raise> {
+    let socket = this(s)?;
+    let size = s.opt_number(2)?.map_or(MAX_DATAGRAM, |n| n as usize).clamp(1, MAX_DATAGRAM);
+    let Some(peer) = socket.peer.borrow().clone() else { return s.fail("closed").map(Wait::Ready) };
+    if socket.receiving.replace(true) {
+        return s.fail("socket busy").map(Wait::Ready);
+    }
+    let receiving = Receiving(socket);
     Ok(Wait::Park(Op::future(async move {
         let mut data = vec![0; size];
-        let read = tokio::time::timeout(time, async {
-            match peer {
-                Peer::Udp(socket) => socket.recv(&mut data).await,
-                Peer::Unix(socket) => socket.recv(&mut data).await,
-            }
-        });
-        match read.await {
+        match timeout(receiving.0.timeout.get().unwrap_or(TIMEOUT), peer.receive(&mut data)).await {
+            Err(_) => failed("timeout"),
+            Ok(Err(e)) => failed(error_text(&e)),
             Ok(Ok(n)) => {
                 data.truncate(n);
-                smallvec::smallvec![Value::Bytes(data)]
+                smallvec![Value::Bytes(data)]
             }
-            Ok(Err(e)) => failed(io_text(&e)),
-            Err(_) => failed("timeout"),
         }
     })))
+}
+
+fn set_timeout(s: &Stack) -> Answer {
+    let (socket, limit) = (this(s)?, socket::timeout(s, 2)?);
+    socket.timeout.set(limit);
+    Ok(0)
+}
+
+fn close(s: &Stack) -> Answer {
+    let socket = this(s)?;
+    if socket.receiving.get() {
+        return s.fail("socket busy");
+    }
+    match socket.peer.take() {
+        Some(_) => Ok(s.push_number(1.0)),
+        None => s.fail("closed"),
+    }
 }
