@@ -137,7 +137,10 @@ pub fn gather(s: &Stack, i: std::ffi::c_int, into: &mut Vec<u8>) -> Result<(), R
             into.extend_from_slice(s.bytes(i).unwrap_or_default());
             Ok(())
         }
-        _ => Err(s.argument_error(1, &format!("string, number, boolean, nil, or array table expected, got {}", s.kind_name(i)))),
+        _ => Err(s.argument_error(
+            1,
+            &format!("string, number, boolean, nil, or array table expected, got {}", s.kind_name(i)),
+        )),
     }
 }
 

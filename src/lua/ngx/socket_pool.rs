@@ -92,11 +92,8 @@ impl Pools {
             return None;
         }
         let size = size.clamp(1, MAX_POOL_SIZE);
-        let gate = backlog.map(|backlog| Gate {
-            permits: Arc::new(Semaphore::new(size)),
-            backlog,
-            waiting: Cell::new(0),
-        });
+        let gate =
+            backlog.map(|backlog| Gate { permits: Arc::new(Semaphore::new(size)), backlog, waiting: Cell::new(0) });
         let pool = Rc::new(Pool {
             name: name.into(),
             size,

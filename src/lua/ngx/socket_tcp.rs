@@ -204,7 +204,12 @@ pub fn register(api: &mut Api) -> Result<()> {
     let any = Phases::ANY;
     api.func("native.tcp.new", any, "new() -> object: the insides of a TCP socket.", new)?;
     api.func("native.tcp.bind", any, "bind(self, address, port?): where connections come from.", bind)?;
-    api.wait("native.tcp.connect", any, "connect(self, host, port, options?) or connect(self, \"unix:…\", …).", connect)?;
+    api.wait(
+        "native.tcp.connect",
+        any,
+        "connect(self, host, port, options?) or connect(self, \"unix:…\", …).",
+        connect,
+    )?;
     api.wait("native.tcp.sslhandshake", any, "sslhandshake(self, session?, name?, verify?) -> true.", handshake)?;
     api.wait("native.tcp.send", any, "send(self, data) -> bytes.", send)?;
     api.wait("native.tcp.receive", any, "receive(self, size | \"*a\" | \"*l\") -> data.", receive)?;
@@ -786,9 +791,9 @@ fn set_option(s: &Stack) -> Answer {
 
 fn set_keepalive(s: &Stack) -> Answer {
     let socket = this(s)?;
-    let number = |i: c_int| s.opt_number(i).map_err(|_| {
-        s.argument_error(i - 1, &format!("number expected, got {}", s.kind_name(i)))
-    });
+    let number = |i: c_int| {
+        s.opt_number(i).map_err(|_| s.argument_error(i - 1, &format!("number expected, got {}", s.kind_name(i))))
+    };
     let limit = match number(2)? {
         None => Some(KEEPALIVE_TIMEOUT),
         Some(ms) if ms >= 1.0 => Some(Duration::from_millis(ms as u64)),

@@ -79,7 +79,12 @@ pub fn register(api: &mut Api) -> Result<()> {
     let any = Phases::ANY;
     api.func("native.udp.new", any, "new() -> object: the insides of a UDP socket.", new)?;
     api.func("native.udp.bind", any, "bind(self, address): where datagrams come from.", bind)?;
-    api.wait("native.udp.setpeername", any, "setpeername(self, host, port) or setpeername(self, \"unix:…\").", set_peer)?;
+    api.wait(
+        "native.udp.setpeername",
+        any,
+        "setpeername(self, host, port) or setpeername(self, \"unix:…\").",
+        set_peer,
+    )?;
     api.wait("native.udp.send", any, "send(self, data) -> 1.", send)?;
     api.wait("native.udp.receive", any, "receive(self, size?) -> data.", receive)?;
     api.func("native.udp.settimeout", any, "settimeout(self, ms).", set_timeout)?;

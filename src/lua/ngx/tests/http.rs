@@ -85,7 +85,8 @@ fn request_uri_gives_the_whole_response_and_keeps_the_connection() {
 
 #[test]
 fn bodies_come_in_every_framing() {
-    let chunked = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\nA;x=y\r\n0123456789\r\n0\r\nX-End: t\r\n\r\n";
+    let chunked =
+        "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\nA;x=y\r\n0123456789\r\n0\r\nX-End: t\r\n\r\n";
     gives(
         &[chunked],
         "client:connect('127.0.0.1', PORT)
@@ -107,8 +108,16 @@ fn bodies_come_in_every_framing() {
         "local res = assert(client:request_uri(uri)) return show(res.body, client:get_reused_times())",
         "to the end nil closed",
     );
-    gives(&["HTTP/1.1 200\r\nContent-Length: 0\r\n\r\n"], "local res = client:request_uri(uri) return show(res.status, res.has_body, '[' .. res.body .. ']')", "200 true []");
-    for (method, head) in [("HEAD", "200 OK\r\nContent-Length: 5"), ("GET", "204 No Content"), ("GET", "304 Not Modified\r\nContent-Length: 5")] {
+    gives(
+        &["HTTP/1.1 200\r\nContent-Length: 0\r\n\r\n"],
+        "local res = client:request_uri(uri) return show(res.status, res.has_body, '[' .. res.body .. ']')",
+        "200 true []",
+    );
+    for (method, head) in [
+        ("HEAD", "200 OK\r\nContent-Length: 5"),
+        ("GET", "204 No Content"),
+        ("GET", "304 Not Modified\r\nContent-Length: 5"),
+    ] {
         gives(
             &[&format!("HTTP/1.1 {head}\r\n\r\n"), OK],
             &format!(
@@ -130,7 +139,10 @@ fn bodies_come_in_every_framing() {
 #[test]
 fn a_response_that_can_be_read_in_two_ways_is_refused() {
     for (head, expected) in [
-        ("HTTP/1.1 200 OK\r\nContent-Length: 5\r\nTransfer-Encoding: chunked", "response with Transfer-Encoding and Content-Length"),
+        (
+            "HTTP/1.1 200 OK\r\nContent-Length: 5\r\nTransfer-Encoding: chunked",
+            "response with Transfer-Encoding and Content-Length",
+        ),
         ("HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6", "response with several lengths"),
         ("HTTP/1.1 200 OK\r\nContent-Length: -5", "invalid Content-Length in response"),
         ("HTTP/1.1 200 OK\r\nContent-Length: 5, 5", "invalid Content-Length in response"),
@@ -141,11 +153,17 @@ fn a_response_that_can_be_read_in_two_ways_is_refused() {
     ] {
         gives(&[&format!("{head}\r\n\r\nhello")], "return show(client:request_uri(uri))", &format!("nil {expected}"));
     }
-    for (body, expected) in [("xyz\r\n", "unable to read chunksize"), ("3\r\nabcd\r\n", "unexpected data after a chunk")] {
+    for (body, expected) in
+        [("xyz\r\n", "unable to read chunksize"), ("3\r\nabcd\r\n", "unexpected data after a chunk")]
+    {
         let text = format!("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n{body}");
         gives(&[&text], "return show(client:request_uri(uri))", &format!("nil {expected}"));
     }
-    gives(&["HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nshortCLOSE"], "return show(client:request_uri(uri))", "nil closed");
+    gives(
+        &["HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nshortCLOSE"],
+        "return show(client:request_uri(uri))",
+        "nil closed",
+    );
 }
 
 #[test]
@@ -155,11 +173,17 @@ fn nothing_slips_into_a_request() {
         ("{ headers = { ['A b'] = 'c' } }", "invalid header name"),
         ("{ method = 'GET /x' }", "invalid method"),
         ("{ body = function() end }", "a body from an iterator needs Content-Length or Transfer-Encoding: chunked"),
-        ("{ method = 'PUT', body = function() end, headers = { ['Content-Length'] = 3 } }", "body is shorter than Content-Length"),
+        (
+            "{ method = 'PUT', body = function() end, headers = { ['Content-Length'] = 3 } }",
+            "body is shorter than Content-Length",
+        ),
     ] {
         gives(&[OK], &format!("return show(client:request_uri(uri, {params}))"), &format!("nil {expected}"));
     }
-    let (_, seen) = exchange(&[OK], "return show(client:request_uri(uri, { path = '/a\\r\\nX: y', headers = { ['content-length'] = 99, ['Transfer-Encoding'] = 'chunked' }, body = 'x' }))");
+    let (_, seen) = exchange(
+        &[OK],
+        "return show(client:request_uri(uri, { path = '/a\\r\\nX: y', headers = { ['content-length'] = 99, ['Transfer-Encoding'] = 'chunked' }, body = 'x' }))",
+    );
     assert!(seen.starts_with("GET /a%0D%0AX:%20y HTTP/1.1\r\n") && seen.contains("ontent-length: 1\r\n"), "{seen}");
     assert!(!seen.contains("hunked"), "{seen}");
 }
@@ -248,7 +272,15 @@ fn a_proxy_gets_the_whole_target() {
 
 #[test]
 fn says_why_it_fails() {
-    gives(&[], "client:set_timeout(20) return show(client:request_uri('http://127.0.0.1:1/'))", "nil connection refused");
+    gives(
+        &[],
+        "client:set_timeout(20) return show(client:request_uri('http://127.0.0.1:1/'))",
+        "nil connection refused",
+    );
     gives(&[], "return show(client:request({ path = '/' })) .. show(client:close())", "nil closednil closed");
-    gives(&["HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nslow"], "client:set_timeouts(20, 20, 20) return show(client:request_uri(uri))", "nil timeout");
+    gives(
+        &["HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nslow"],
+        "client:set_timeouts(20, 20, 20) return show(client:request_uri(uri))",
+        "nil timeout",
+    );
 }

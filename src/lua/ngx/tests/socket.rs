@@ -100,7 +100,11 @@ fn receiveany_gives_what_comes() {
         "return show(sock:receiveany(4), sock:receiveany(10)) .. show(pcall(sock.receiveany, sock))",
         "abcd effalse expecting 2 arguments (including the object), but got 1",
     );
-    check(stalls(""), "return show(pcall(sock.receiveany, sock, -1))", "false bad argument #2 to 'receiveany' (bad max argument)");
+    check(
+        stalls(""),
+        "return show(pcall(sock.receiveany, sock, -1))",
+        "false bad argument #2 to 'receiveany' (bad max argument)",
+    );
 }
 
 #[test]
@@ -139,7 +143,11 @@ fn receiveuntil_reads_up_to_the_pattern() {
 
 #[test]
 fn patterns_that_overlap_themselves_are_found() {
-    check(says("abcabcabdabcabdx"), "local r = sock:receiveuntil('abcabd') return show(r(), r(), sock:receive(1))", "abc  x");
+    check(
+        says("abcabcabdabcabdx"),
+        "local r = sock:receiveuntil('abcabd') return show(r(), r(), sock:receive(1))",
+        "abc  x",
+    );
     // Byte by byte, so that every split of the pattern is seen.
     let slow = server(|mut s| async move {
         for byte in b"ababcabcabdz" {
@@ -164,7 +172,9 @@ fn sends_strings_numbers_and_nested_tables() {
         ("{ngx.null}", "bad data type userdata found"),
         ("{a = 1}", "non-array table found"),
     ] {
-        let got = on_a_worker(async { run(&vm(), &unconnected(0, &format!("return show(pcall(sock.send, sock, {data}))"))).await });
+        let got = on_a_worker(async {
+            run(&vm(), &unconnected(0, &format!("return show(pcall(sock.send, sock, {data}))"))).await
+        });
         assert_eq!(got, format!("false bad argument #1 to 'send' ({text})"));
     }
 }
@@ -188,7 +198,14 @@ fn says_why_it_cannot_connect() {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
         let port = listener.local_addr().expect("an address").port();
         drop(listener);
-        run(&vm(), &unconnected(port, "return show(sock:connect('127.0.0.1', PORT)) .. '|' .. show(ngx.socket.connect('127.0.0.1', PORT))")).await
+        run(
+            &vm(),
+            &unconnected(
+                port,
+                "return show(sock:connect('127.0.0.1', PORT)) .. '|' .. show(ngx.socket.connect('127.0.0.1', PORT))",
+            ),
+        )
+        .await
     });
     assert_eq!(refused, "nil connection refused|nil connection refused");
     for (call, expected) in [
@@ -196,10 +213,22 @@ fn says_why_it_cannot_connect() {
         ("sock:connect('127.0.0.1', 65536)", "nil bad port number: 65536"),
         ("sock:connect('agentzh.org', 80)", "nil no resolver defined to resolve \"agentzh.org\""),
         ("sock:connect('unix:/nowhere/at.all')", "nil no such file or directory"),
-        ("pcall(sock.connect, sock, '::1', 1, { pool_size = 0 })", "false bad argument #3 to 'connect' (bad \"pool_size\" option value: 0)"),
-        ("pcall(sock.connect, sock, '::1', 1, { pool_size = 'a' })", "false bad argument #3 to 'connect' (bad \"pool_size\" option type: string)"),
-        ("pcall(sock.connect, sock, '::1', 1, { backlog = -1 })", "false bad argument #3 to 'connect' (bad \"backlog\" option value: -1)"),
-        ("pcall(sock.connect, sock, '::1', 1, { pool = {} })", "false bad argument #3 to 'connect' (bad \"pool\" option type: table)"),
+        (
+            "pcall(sock.connect, sock, '::1', 1, { pool_size = 0 })",
+            "false bad argument #3 to 'connect' (bad \"pool_size\" option value: 0)",
+        ),
+        (
+            "pcall(sock.connect, sock, '::1', 1, { pool_size = 'a' })",
+            "false bad argument #3 to 'connect' (bad \"pool_size\" option type: string)",
+        ),
+        (
+            "pcall(sock.connect, sock, '::1', 1, { backlog = -1 })",
+            "false bad argument #3 to 'connect' (bad \"backlog\" option value: -1)",
+        ),
+        (
+            "pcall(sock.connect, sock, '::1', 1, { pool = {} })",
+            "false bad argument #3 to 'connect' (bad \"pool\" option type: table)",
+        ),
         ("pcall(sock.settimeout, sock, -1)", "false bad timeout value"),
         ("pcall(sock.receive, 'x')", "false bad argument #1 to 'receive' (table expected, got string)"),
         ("pcall(sock.receive, { io.stdout })", "false bad argument #1 to 'receive' (socket expected)"),
@@ -218,7 +247,8 @@ fn says_why_it_cannot_connect() {
 #[test]
 fn a_name_resolves_or_says_that_it_does_not() {
     let got = on_a_worker(async {
-        let config = crate::dns::Config { servers: vec!["127.0.0.1:1".parse().expect("an address")], ..Default::default() };
+        let config =
+            crate::dns::Config { servers: vec!["127.0.0.1:1".parse().expect("an address")], ..Default::default() };
         let resolver = crate::dns::Resolver::new(&config, tokio::runtime::Handle::current());
         crate::lua::ngx::socket::TEST_RESOLVER.set(Some(resolver.into()));
         let port = says("hi").await;
@@ -237,7 +267,11 @@ fn connecting_gives_up_in_time() {
         let address = listener.local_addr().expect("an address");
         let fill: Vec<_> = (0..8).map(|_| tokio::task::spawn_local(TcpStream::connect(address))).collect();
         tokio::task::yield_now().await;
-        let text = run(&vm(), &unconnected(address.port(), "sock:settimeout(30) return show(sock:connect('127.0.0.1', PORT))")).await;
+        let text = run(
+            &vm(),
+            &unconnected(address.port(), "sock:settimeout(30) return show(sock:connect('127.0.0.1', PORT))"),
+        )
+        .await;
         fill.iter().for_each(|f| f.abort());
         text
     });
@@ -295,16 +329,8 @@ fn a_connection_with_unread_data_is_not_kept() {
         "sock:receive(1) return show(sock:setkeepalive()) .. '|' .. show(sock:connect('127.0.0.1', PORT)) .. show(sock:getreusedtimes())",
         "nil unread data in buffer|10",
     );
-    check(
-        stalls("abc"),
-        "ngx.sleep(0.02) return show(sock:setkeepalive())",
-        "nil connection in dubious state",
-    );
-    check(
-        says(""),
-        "ngx.sleep(0.02) return show(sock:setkeepalive())",
-        "nil closed",
-    );
+    check(stalls("abc"), "ngx.sleep(0.02) return show(sock:setkeepalive())", "nil connection in dubious state");
+    check(says(""), "ngx.sleep(0.02) return show(sock:setkeepalive())", "nil closed");
 }
 
 #[test]
@@ -408,7 +434,14 @@ fn a_socket_belongs_to_its_request_and_ends_with_it() {
         run(&vm, &connected(port, "kept, iterator = sock, sock:receiveuntil('x')")).await;
         // The peer sees the end though the script still holds the object.
         let closed = end.recv().await;
-        let calls = ["kept:receive()", "kept:send('x')", "kept:close()", "kept:connect('127.0.0.1', 1)", "kept:setkeepalive()", "iterator()"];
+        let calls = [
+            "kept:receive()",
+            "kept:send('x')",
+            "kept:close()",
+            "kept:connect('127.0.0.1', 1)",
+            "kept:setkeepalive()",
+            "iterator()",
+        ];
         let mut other = Vec::new();
         for call in calls {
             other.push(run(&vm, &format!("return select(2, pcall(function() return {call} end))")).await);
@@ -466,10 +499,7 @@ fn speaks_tls_and_says_why_it_does_not() {
             return out .. '|' .. show(sock:sslhandshake(nil, 'localhost', true)) .. '|' .. show(sock:send('x'))";
         run(&vm(), &connected(port, source)).await
     });
-    assert_eq!(
-        got,
-        "cdata secret true 1 true 1 x|nil 20: unable to get local issuer certificate|nil closed"
-    );
+    assert_eq!(got, "cdata secret true 1 true 1 x|nil 20: unable to get local issuer certificate|nil closed");
     check(
         says("not TLS at all\r\n\r\n"),
         "return show(sock:sslhandshake(nil, 'localhost', false))",

@@ -69,7 +69,8 @@ fn semaphores_wake_in_order_across_requests() {
     let got = on_a_worker(async {
         let vm = vm();
         run(&vm, "sem, order = require('ngx.semaphore').new(1), {}").await;
-        let waiter = |name: &str| format!("local ok = sem:wait(5) order[#order + 1] = '{name}' .. tostring(ok) return ''");
+        let waiter =
+            |name: &str| format!("local ok = sem:wait(5) order[#order + 1] = '{name}' .. tostring(ok) return ''");
         let (a, b, c) = (waiter("a"), waiter("b"), waiter("c"));
         let post = "while sem:count() > -2 do ngx.sleep(0) end
             local count = sem:count() assert(sem:post(2)) ngx.sleep(0.01)
