@@ -67,12 +67,21 @@ pub async fn addresses(host: &str) -> Result<crate::dns::Addrs, String> {
     })
 }
 
-/// One of the addresses, at random.
+/// One of the addresses, at random among those of the first's family: nobody says whether a datagram arrived.
 pub async fn address(host: &str, port: u16) -> Result<SocketAddr, String> {
     let all = addresses(host).await?;
-    let at = (random() as usize) % all.len().max(1);
-    let address = all.get(at).ok_or_else(|| format!("{host} could not be resolved (3: Host not found)"))?;
-    Ok(SocketAddr::new(*address, port))
+    let first = all.first().ok_or_else(|| format!("{host} could not be resolved (3: Host not found)"))?;
+    let mut same: crate::dns::Addrs = all.iter().filter(|a| a.is_ipv4() == first.is_ipv4()).copied().collect();
+    shuffle(&mut same);
+    Ok(SocketAddr::new(same.first().copied().unwrap_or(*first), port))
+}
+
+/// Begins anywhere, in the order of the answer from there.
+pub fn shuffle(addresses: &mut [IpAddr]) {
+    if addresses.len() > 1 {
+        let at = random() as usize % addresses.len();
+        addresses.rotate_left(at);
+    }
 }
 
 pub fn literal(host: &str) -> Option<IpAddr> {

@@ -398,16 +398,29 @@ async fn reach(
             Ok(Conn::new(stream, Ipv4Addr::LOCALHOST.into(), name, lease))
         }
         Target::Tcp(host, port) => {
-            let address = socket::address(&host, port).await?;
-            let stream = dial(address, local).await.map_err(|e| error_text(&e))?;
+            let (stream, peer) = dial(&host, port, local).await?;
             // Requests and answers are written whole: nothing is won by waiting for more.
             stream.set_nodelay(true).ok();
-            Ok(Conn::new(stream, address.ip(), name, lease))
+            Ok(Conn::new(stream, peer, name, lease))
         }
     }
 }
 
-async fn dial(address: SocketAddr, local: Option<SocketAddr>) -> io::Result<TcpStream> {
+/// Begins with an address at random, as nginx; goes on to the others where nginx gives up.
+async fn dial(host: &str, port: u16, local: Option<SocketAddr>) -> Result<(TcpStream, IpAddr), String> {
+    let mut addresses = socket::addresses(host).await?;
+    socket::shuffle(&mut addresses);
+    let mut last = format!("{host} could not be resolved (3: Host not found)");
+    for address in addresses {
+        match dial_one(SocketAddr::new(address, port), local).await {
+            Ok(stream) => return Ok((stream, address)),
+            Err(e) => last = error_text(&e),
+        }
+    }
+    Err(last)
+}
+
+async fn dial_one(address: SocketAddr, local: Option<SocketAddr>) -> io::Result<TcpStream> {
     let Some(local) = local else { return TcpStream::connect(address).await };
     let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
     socket.bind(local)?;
