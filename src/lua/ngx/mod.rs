@@ -75,3 +75,74 @@ pub fn register(api: &mut Api) -> Result<()> {
     var::register(api)?;
     worker::register(api)
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::lua::host::tests::serve;
+
+    /// What stands in the documents as hot must be compiled: a loop over it ends up in a trace that never leaves it.
+    #[test]
+    fn the_hot_facades_are_compiled() {
+        crate::shdict::store().declare("test-hot", 1 << 20);
+        for call in [
+            "ngx.header['X-A'] = 'b'",
+            "x = ngx.header['X-A']",
+            "x = ngx.var.host",
+            "x = ngx.var.arg_a",
+            "ngx.var.mine = 'v'",
+            "x = ngx.ctx",
+            "x = ngx.status",
+            "x = ngx.now()",
+            "x = ngx.req.get_method()",
+            "x = ngx.get_phase()",
+            "d:set('k', i)",
+            "x = d:get('k')",
+            "x = d:incr('n', 1, 0)",
+            "ngx.log(ngx.DEBUG, 'never', i)",
+            "x = ngx.re.find('abc1', '[0-9]', 'jo')",
+            "x = m:match('10.2.3.4')",
+            "ngx.req.set_header('X-B', 'c')",
+        ] {
+            let chunk = format!(
+                "local d, x = ngx.shared['test-hot'], nil
+                 local m = require('resty.ipmatcher').new({{'10.0.0.0/8'}})
+                 local why, loops = 'no trace', 0
+                 jit.attach(function(what, trace, _, _, code)
+                     if what == 'abort' then why = 'abort ' .. tostring(code) end
+                     if what == 'stop' then
+                         why = require('jit.util').traceinfo(trace).linktype
+                         if why == 'loop' then loops = loops + 1 end
+                     end
+                 end, 'trace')
+                 for i = 1, 500 do {call} end
+                 jit.attach(function() end)
+                 return loops > 0 and 'compiled' or why"
+            );
+            serve(
+                |x| {
+                    x.request.method = b"GET".to_vec();
+                    x.request.host = b"h".to_vec();
+                    x.request.args = b"a=1".to_vec();
+                },
+                &chunk,
+                "compiled",
+            );
+        }
+    }
+
+    /// So that the test above can fail: a host function is no part of a loop's trace.
+    #[test]
+    fn a_host_function_ends_a_trace() {
+        serve(
+            |_| {},
+            "local loops = 0
+             jit.attach(function(what, trace)
+                 if what == 'stop' and require('jit.util').traceinfo(trace).linktype == 'loop' then loops = loops + 1 end
+             end, 'trace')
+             for i = 1, 500 do ngx.md5('x') end
+             jit.attach(function() end)
+             return tostring(loops)",
+            "0",
+        );
+    }
+}
