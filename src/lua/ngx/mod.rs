@@ -77,7 +77,7 @@ pub fn register(api: &mut Api) -> Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
+mod compiled {
     use crate::lua::host::tests::serve;
 
     /// What stands in the documents as hot must be compiled: a loop over it ends up in a trace that never leaves it.
