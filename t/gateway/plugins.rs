@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use crate::support::{Gateway, Upstream, get};
+use crate::support::{Gateway, Upstream, eventually, get};
 
 #[test]
 fn key_auth_and_limit_count_answer_401_then_200_then_503() {
@@ -247,13 +247,13 @@ fn prometheus_counts_by_route_and_code() {
     for _ in 0..3 {
         gw.get("/counted");
     }
-    let text = get(&gw.prometheus(), "/apisix/prometheus/metrics").text();
-    let line = text.lines().find(|l| l.starts_with("apisix_http_status{") && l.contains("code=\"200\""));
-    let line = line.unwrap_or_else(|| panic!("no http_status in {text}"));
-    assert!(
-        line.contains("route=\"1\"") && line.contains("matched_uri=\"/counted\"") && line.ends_with(" 3"),
-        "{line}"
-    );
+    // The log phase counts, and it follows the answer.
+    let line = eventually("three requests are counted", || {
+        let text = get(&gw.prometheus(), "/apisix/prometheus/metrics").text();
+        let line = text.lines().find(|l| l.starts_with("apisix_http_status{") && l.contains("code=\"200\""))?;
+        line.ends_with(" 3").then(|| line.to_owned())
+    });
+    assert!(line.contains("route=\"1\"") && line.contains("matched_uri=\"/counted\""), "{line}");
 }
 
 #[test]

@@ -107,7 +107,7 @@ impl Pools {
     }
 
     #[cfg(test)]
-    pub fn len(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.map.borrow().len()
     }
 }

@@ -340,11 +340,11 @@ fn an_idle_connection_ends_with_its_time_or_its_peer() {
         let port = server(echo).await;
         let keep = connected(port, "assert(sock:setkeepalive(10)) return 'kept'");
         assert_eq!(run(&vm, &keep).await, "kept");
-        assert_eq!(vm.sockets.pools.len(), 1);
+        assert_eq!(vm.sockets.pools.count(), 1);
         let later = connected(port, "");
         let source = format!("ngx.sleep(0.05) {later} return show(sock:getreusedtimes())");
         let reused = run(&vm, &source).await;
-        (reused, vm.sockets.pools.len())
+        (reused, vm.sockets.pools.count())
     });
     assert_eq!(got, ("0".to_owned(), 0));
 }
