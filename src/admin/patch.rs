@@ -18,7 +18,7 @@ pub(super) fn merge(target: &mut Value, patch: &Value) {
     for (name, value) in patch {
         match value {
             Value::Null => {
-                target.shift_remove(name);
+                target.remove(name);
             }
             value => merge(target.entry(name.as_str()).or_insert(Value::Null), value),
         }
@@ -42,7 +42,7 @@ pub(super) fn put_at(target: &mut Value, path: &str, value: Value) -> Result<(),
     if value.is_null()
         && let Value::Object(map) = place
     {
-        map.shift_remove(*last);
+        map.remove(*last);
         return Ok(());
     }
     *step(place, last).ok_or_else(|| format!("invalid sub-path: {last}"))? = value;

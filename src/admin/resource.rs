@@ -125,8 +125,8 @@ fn shown(state: &State, kind: Kind, entry: &Entry) -> Shown {
     let mut value: Value = serde_json::from_str(&entry.value).unwrap_or(Value::Null);
     decrypt(state, kind, entry, &mut value);
     if let (Kind::Ssl, Value::Object(map)) = (kind, &mut value) {
-        map.shift_remove("key");
-        map.shift_remove("keys");
+        map.remove("key");
+        map.remove("keys");
     }
     Shown {
         key: format!("{}{}", state.settings.prefix, entry.key),

@@ -23,7 +23,7 @@ use std::{
 
 use smallvec::SmallVec;
 
-pub use body::{Chunk, RequestBody};
+pub use body::{Chunk, RequestBody, Spooled};
 pub use headers::Headers;
 pub use vars::Var;
 

@@ -66,7 +66,7 @@ impl Upload {
                 (Source::Memory { body: bytes.clone(), at: 0 }, BodyFraming::Length(bytes.len() as u64))
             }
             RequestBody::File { path, length } => {
-                let file = File::open(path).map_err(|e| {
+                let file = File::open(&**path).map_err(|e| {
                     Error::internal(Kind::Io).cause(e).context(format!("request body in {}", path.display()))
                 })?;
                 (Source::File { file, left: *length }, BodyFraming::Length(*length))
@@ -100,7 +100,7 @@ impl Upload {
                 &mut Vec::new()
             }
             (_, RequestBody::File { path, length }) => {
-                let Ok(file) = File::open(path) else { return false };
+                let Ok(file) = File::open(&**path) else { return false };
                 self.source = Source::File { file, left: *length };
                 &mut Vec::new()
             }

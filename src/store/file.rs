@@ -433,7 +433,7 @@ mod tests {
             "/routes/arr_1",
         ];
         assert_eq!(keys, expected);
-        assert_eq!(&*entries["/routes/arr_1"], r#"{"uri":"/a","plugins":{"key-auth":{}},"id":"arr_1"}"#);
+        assert_eq!(&*entries["/routes/arr_1"], r#"{"id":"arr_1","plugins":{"key-auth":{}},"uri":"/a"}"#);
         assert_eq!(&*entries["/routes/7"], r#"{"id":7,"uri":"/b"}"#);
         assert_eq!(&*entries["/consumers/jack"], r#"{"username":"jack"}"#);
     }
@@ -445,7 +445,7 @@ mod tests {
              \"${{HOST}}:${{PORT}}\": 1\n#END",
         )
         .unwrap();
-        let expected = r#"{"id":1,"status":80,"uri":"/x","desc":"356002209726529540","nodes":{"127.0.0.1:80":1}}"#;
+        let expected = r#"{"desc":"356002209726529540","id":1,"nodes":{"127.0.0.1:80":1},"status":80,"uri":"/x"}"#;
         assert_eq!(&*entries["/routes/1"], expected);
         let e = yaml("routes:\n  - uri: ${{NOT_SET}}\n#END").unwrap_err();
         assert_eq!(e.to_string(), "can't find environment variable NOT_SET");

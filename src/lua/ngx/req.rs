@@ -11,7 +11,7 @@ use bytes::Bytes;
 use super::{Text, codec, header::change_request};
 use crate::{
     error::Result,
-    exchange::{Exchange, RequestBody, Version},
+    exchange::{Exchange, RequestBody, Spooled, Version},
     lua::{
         Op, Values, Wait,
         api::{Api, Phases, Raise, Stack, request},
@@ -98,6 +98,7 @@ pub fn register(api: &mut Api) -> Result<()> {
             return Err("request body not read yet".into());
         }
         let length = std::fs::metadata(&path).map_err(|e| e.to_string())?.len();
+        let path = if s.boolean(2) { Spooled::ours(path) } else { Spooled::theirs(path) };
         replace_body(x, RequestBody::File { path, length }, length);
         Ok(0)
     })
@@ -195,10 +196,6 @@ fn get_body_data(s: &Stack) -> Answer {
 
 /// Puts another body in the place of the client's.
 fn replace_body(x: &mut Exchange, body: RequestBody, length: u64) {
-    if let RequestBody::File { path, .. } = &x.body {
-        // Ours, from `read_body`; nobody reads it any more.
-        let _ = std::fs::remove_file(path);
-    }
     x.body = body;
     change_request(x, b"transfer-encoding", b"", 2);
     change_request(x, b"content-length", length.to_string().as_bytes(), 0);
@@ -272,7 +269,7 @@ fn poll_body(cx: &mut Context<'_>, x: &mut Exchange, reading: &mut Reading, keep
     }
     x.body = match (keep, reading.file.take()) {
         (false, _) => RequestBody::Consumed,
-        (true, Some((path, _))) => RequestBody::File { path, length: reading.length },
+        (true, Some((path, _))) => RequestBody::File { path: Spooled::ours(path), length: reading.length },
         (true, None) => RequestBody::Memory(Bytes::from(std::mem::take(&mut reading.memory))),
     };
     Poll::Ready(Values::new())

@@ -149,7 +149,7 @@ fn consumers_index_their_decrypted_keys() {
     }});
     let Ok(Parsed::Consumer(consumer)) = parsed(Kind::Consumer, "foo", value) else { panic!("a consumer") };
     let keys: Vec<_> = consumer.auth_keys.iter().map(|k| (&*k.plugin, &*k.field, &*k.value)).collect();
-    assert_eq!(keys, [("basic-auth", "username", "foo"), ("basic-auth", "password", "bar")]);
+    assert_eq!(keys, [("basic-auth", "password", "bar"), ("basic-auth", "username", "foo")]);
     assert_eq!(consumer.group_id.as_deref(), Some("5"));
     assert!(consumer.plugins.get("basic-auth").is_some_and(|conf| conf.json.contains("\"bar\"")));
 }
