@@ -33,9 +33,9 @@ local function conf_table(item, plugin)
     conf = native.decode(item.json)
     local ok, passed, err = pcall(plugin.check_schema, conf, item.consumer and TYPE_CONSUMER or nil)
     if not ok or not passed then
-        native.log_error("failed to check the configuration of plugin " .. item.name .. " err: "
-            .. tostring(ok and err or passed))
-        return nil
+        -- The store let it in, this VM does not: a request must not go on without it.
+        error("failed to check the configuration of plugin " .. item.name .. " err: "
+            .. tostring(ok and err or passed), 0)
     end
     local meta = conf._meta
     if type(meta) ~= "table" then

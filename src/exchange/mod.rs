@@ -246,6 +246,8 @@ pub struct LuaState {
     pub run: Option<Rc<dyn Any>>,
     /// The plan holds the prometheus plugin: the request is counted, by names where they are preferred.
     pub counted: Option<bool>,
+    /// The plugins of the request could not be prepared: it must not go on without them.
+    pub unprepared: bool,
 }
 
 /// The client's side of one request: where the body comes from and the response goes. HTTP/1 and HTTP/2

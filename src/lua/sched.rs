@@ -507,7 +507,8 @@ fn value_text(vm: &Rc<Vm>, l: *mut ffi::lua_State) -> String {
             ffi::lua_pushvalue(l, -1);
             ffi::lua_xmove(l, main, 1);
         });
-        let text = value.and_then(|v| v.to_string());
+        // The metamethod is the script's: it may not end either.
+        let text = value.and_then(|v| vm.entered(|| limits::bounded(vm.main(), vm.limits(), || v.to_string())));
         text.unwrap_or_else(|_| format!("(error object is a {kind} value)"))
     }
 }
@@ -928,6 +929,14 @@ mod tests {
     fn an_error_object_that_is_a_table_is_named() {
         match run("error(setmetatable({}, {__tostring = function() return 'custom' end}))") {
             Outcome::Failed(text) => assert!(text.starts_with("custom"), "{text}"),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn an_error_object_whose_text_never_ends_is_cut_off() {
+        match run("error(setmetatable({}, {__tostring = function() while true do end end}))") {
+            Outcome::Failed(text) => assert!(text.starts_with("(error object is a table value)"), "{text}"),
             other => panic!("{other:?}"),
         }
     }

@@ -187,7 +187,13 @@ impl Runner {
         if sources.is_empty() {
             return PhaseMask::default();
         }
-        let Some(plan) = self.plan(&sources) else { return PhaseMask::default() };
+        let Some(plan) = self.plan(&sources) else {
+            // One of them may be what keeps strangers out: rewrite_access answers, nobody passes.
+            x.lua.unprepared = true;
+            let mut mask = PhaseMask::default();
+            mask.add(Phase::Rewrite);
+            return mask;
+        };
         let mask = plan.mask;
         x.lua.counted = plan.prometheus;
         if mask != PhaseMask::default() {
@@ -210,6 +216,9 @@ impl Runner {
 
     /// Rewrite and access: global rules, the route, and the consumer's plugins when one was attached.
     pub async fn rewrite_access(&self, x: &mut Exchange) -> Flow {
+        if x.lua.unprepared {
+            return failed(x);
+        }
         let Some(run) = run_of(x) else { return Flow::Next };
         let plan = run.plan.borrow().clone();
         x.phase = Phase::Rewrite;
@@ -220,13 +229,13 @@ impl Runner {
         }
         x.phase = Phase::Access;
         let joined = x.consumer.is_some();
-        let plan = match joined.then(|| self.plan_in(&plan.generation, &Sources::of(x))).flatten() {
-            Some(joined) => {
-                *run.plan.borrow_mut() = joined.clone();
-                x.lua.counted = joined.prometheus;
-                joined
-            }
-            None => plan,
+        let plan = if joined {
+            let Some(joined) = self.plan_in(&plan.generation, &Sources::of(x)) else { return failed(x) };
+            *run.plan.borrow_mut() = joined.clone();
+            x.lua.counted = joined.prometheus;
+            joined
+        } else {
+            plan
         };
         let entry = plan.generation.entry.access;
         self.answering(x, &plan, entry, run.slot, joined).await
@@ -612,6 +621,10 @@ fn settle(x: &mut Exchange, outcome: Outcome<Option<(u16, Vec<u8>)>>) -> Flow {
         Outcome::Done(None) if x.response.ended => Flow::Sent,
         Outcome::Done(None) if x.response.head_sent || !x.printed.is_empty() => Flow::Answer,
         Outcome::Done(None) => Flow::Next,
+        Outcome::Done(Some((status, _))) if !(100..=999).contains(&status) => {
+            log_error(x, &format!("{} answered with status {status}", crate::lua::api::context_name(x.phase)));
+            failed(x)
+        }
         Outcome::Done(Some((status, body))) => {
             answer(x, status);
             x.printed.extend_from_slice(&body);
@@ -1000,6 +1013,25 @@ mod tests {
         let (flow, status, body, trace) = s.request();
         assert_eq!((flow, status, body.as_str()), (Flow::Answer, 403, "{\"message\":\"no\"}\n"));
         assert!(trace.starts_with("rewrite access header_filter"), "{trace}");
+    }
+
+    #[test]
+    fn a_request_whose_plugins_cannot_be_prepared_is_refused() {
+        for check in ["while true do end", "error('no memory')", "return false, 'no'"] {
+            let source = plugin("sick", 1, "", &format!("function _M.check_schema(conf) {check} end"));
+            let s = Scene::new().plugin("sick", &source).route(json!({"sick": {}})).start();
+            let (flow, status, ..) = s.request();
+            assert_eq!((flow, status), (Flow::Answer, 500), "{check}");
+        }
+    }
+
+    #[test]
+    fn a_status_out_of_range_is_an_error() {
+        for code in [0, 99, 1000, 99999] {
+            let s = Scene::new().route(json!({"t": {"answer": "access", "code": code}})).start();
+            let (flow, status, ..) = s.request();
+            assert_eq!((flow, status), (Flow::Answer, 500), "{code}");
+        }
     }
 
     #[test]
