@@ -28,7 +28,7 @@ end
 local function parse(header)
     local space = find(header, " ", 1, true)
     if not space or lower(sub(header, 1, space - 1)) ~= "basic" then
-        return nil, nil, "Invalid authorization in request"
+        return nil, nil, "Invalid authorization header format"
     end
     local decoded = ngx_decode((sub(header, space + 1):gsub("%s+", "")))
     if not decoded then
@@ -36,7 +36,7 @@ local function parse(header)
     end
     local colon = find(decoded, ":", 1, true)
     if not colon then
-        return nil, nil, "Split authorization err: invalid decoded data"
+        return nil, nil, "Split authorization err: invalid decoded data: " .. decoded
     end
     return (sub(decoded, 1, colon - 1):gsub("%s+", "")), (sub(decoded, colon + 1):gsub("%s+", ""))
 end
@@ -55,6 +55,7 @@ local function identify(ctx)
     if not consumer then
         return nil, nil, "Invalid user authorization"
     end
+    core.log.info("find consumer ", username)
     if not core.utils.equal_in_constant_time(consumer.auth_conf.password, password) then
         return nil, nil, "Invalid user authorization"
     end

@@ -56,6 +56,7 @@ local function identify(conf, ctx)
     end
     local consumer, consumer_conf = consumer_mod.find_consumer(name, "key", key)
     if not consumer then
+        core.log.warn("invalid api key: consumer not found")
         return nil, nil, "Invalid API key in request"
     end
     if conf.hide_credentials then

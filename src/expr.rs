@@ -93,6 +93,8 @@ fn rule(item: &Value, depth: usize) -> Result<Term, String> {
     };
     match items.first().map(Value::as_str) {
         None => Err("rule too short".into()),
+        // Rules in brackets of their own hold together.
+        Some(None) if items[0].is_array() => group(items, depth),
         Some(None) => Err("invalid expression".into()),
         Some(Some("AND" | "OR" | "!AND" | "!OR")) => group(items, depth),
         Some(Some(var)) => comparison(var, &items[1..]),
@@ -310,7 +312,8 @@ mod tests {
             (json!([[]]), "rule too short"),
             (json!([["arg_x"]]), "rule too short"),
             (json!([["arg_x", "!", "=="]]), "rule too short"),
-            (json!([[["arg_x", "has", "y"]]]), "invalid expression"),
+            (json!([[7, "==", "y"]]), "invalid expression"),
+            (json!([[["arg_x", "=", "y"]]]), "invalid operator '='"),
             (json!([["remote_addr", "ipmatch", ["x"]]]), "invalid ip address: x"),
         ] {
             assert_eq!(Expr::compile(&vars).expect_err("refused"), text, "{vars}");

@@ -3,7 +3,8 @@
 -- Look-ups go to an index that the gateway keeps for every string field of an auth plugin's conf, so a hundred thousand
 -- consumers cost what ten do. A consumer's table is made once per VM and version.
 local native = require("moongate.native").apisix
-local setmetatable, type = setmetatable, type
+local secret = require("apisix.secret")
+local ipairs, setmetatable, type = ipairs, setmetatable, type
 
 local consumers_version = native.consumers_version
 
@@ -36,7 +37,7 @@ local function build(plugin_name, field, value)
         -- Fills the defaults of the consumer's conf.
         loaded.check_schema(auth_conf, require("apisix.core.schema").TYPE_CONSUMER)
     end
-    require("apisix.secret").fetch_in_place(auth_conf)
+    secret.fetch_in_place(auth_conf)
     return shape(consumer, username, revision, auth_conf, credential_id)
 end
 
@@ -67,6 +68,45 @@ local function recall(plugin_name, field, value)
     return by_value and by_value[value]
 end
 
+-- plugin -> field -> value -> the reference that stands for it, of one version of the consumers.
+local meant, meant_version = {}, nil
+
+-- The index knows what is written, so values behind references are looked up by the reference. The references are
+-- resolved once per version, by the first request that is not found otherwise.
+local function reference_for(plugin_name, field, value)
+    local version = consumers_version()
+    if version ~= meant_version then
+        meant, meant_version = {}, version
+    end
+    local by_field = meant[plugin_name] or {}
+    meant[plugin_name] = by_field
+    local by_value = by_field[field]
+    if not by_value then
+        by_value = {}
+        for _, reference in ipairs(native.consumer_references(plugin_name, field)) do
+            local resolved = secret.fetch_by_uri(reference)
+            if type(resolved) == "string" and resolved ~= "" then
+                by_value[resolved] = reference
+            end
+        end
+        by_field[field] = by_value
+    end
+    return by_value[value]
+end
+
+-- A reference is no credential: it stands in confs for all to read, and one that cannot be resolved admits nobody.
+local function look_up(plugin_name, field, value)
+    if secret.is_reference(value) then
+        return nil
+    end
+    local consumer = build(plugin_name, field, value)
+    if consumer then
+        return consumer
+    end
+    local reference = reference_for(plugin_name, field, value)
+    return reference and build(plugin_name, field, reference)
+end
+
 --- The consumer whose conf of `plugin_name` has `value` in `field`: the consumer, and `{ conf_version }` for
 -- `attach_consumer`; nil when there is none.
 function _M.find_consumer(plugin_name, field, value)
@@ -77,7 +117,7 @@ function _M.find_consumer(plugin_name, field, value)
     if recalled then
         return recalled, conf_face
     end
-    local consumer = build(plugin_name, field, value)
+    local consumer = look_up(plugin_name, field, value)
     if not consumer then
         return nil, nil, "consumer not found"
     end

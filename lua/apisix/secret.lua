@@ -16,6 +16,11 @@ local function fetch(uri)
     return uri
 end
 
+--- Whether `text` names a secret rather than being one.
+function _M.is_reference(text)
+    return upper(sub(text, 1, 7)) == "$ENV://" or upper(sub(text, 1, 10)) == "$SECRET://"
+end
+
 --- The value that a reference stands for; other texts as they are. nil and the reason when it cannot be had.
 function _M.fetch_by_uri(uri)
     return fetch(uri)

@@ -25,6 +25,7 @@ const HEADER_PATIENCE: Duration = Duration::from_secs(30);
 const BODY_PATIENCE: Duration = Duration::from_secs(60);
 /// Wait after `accept` failed (out of descriptors), so that the loop does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+const JSON: &str = "application/json";
 /// How long a drain waits for requests in flight.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -66,7 +67,7 @@ impl Answer {
     /// JSON that is text already.
     pub fn json_text(status: u16, text: impl Into<Bytes>) -> Answer {
         let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        Answer { status, body: text.into(), content_type: "application/json", headers: Vec::new() }
+        Answer { status, body: text.into(), content_type: JSON, headers: Vec::new() }
     }
 
     pub fn text(status: u16, text: impl Into<Bytes>) -> Answer {
@@ -85,8 +86,13 @@ impl Answer {
         self
     }
 
+    /// JSON ends with a line feed, as APISIX's answers do.
     fn into_response(self) -> Response<Full<Bytes>> {
-        let mut response = Response::new(Full::new(self.body));
+        let body = match self.content_type {
+            JSON if !self.body.is_empty() && !self.body.ends_with(b"\n") => [&self.body, &b"\n"[..]].concat().into(),
+            _ => self.body,
+        };
+        let mut response = Response::new(Full::new(body));
         *response.status_mut() = self.status;
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(self.content_type));

@@ -26,6 +26,11 @@ impl Shown {
 
 /// `{"list": […], "total": n}`: `total` counts what the filters leave, on all pages.
 pub(super) fn answer(kind: Kind, call: &Call, mut items: Vec<Shown>) -> Answer {
+    let size = call.arg("page_size").and_then(|text| text.parse::<i64>().ok());
+    if size.is_some_and(|n| !usize::try_from(n).is_ok_and(|n| PAGE_SIZES.contains(&n))) {
+        let text = format!("page_size must be between {} and {}", PAGE_SIZES.start(), PAGE_SIZES.end());
+        return Answer::text(400, text);
+    }
     items.retain(|item| passes(kind, call, &item.value));
     items.sort_by(|a, b| a.created.cmp(&b.created).then_with(|| a.key.cmp(&b.key)));
     let total = items.len();

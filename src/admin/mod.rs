@@ -164,6 +164,9 @@ async fn route(state: &State, call: &Call) -> Result<Answer, Answer> {
     match (&call.method, segments.as_slice()) {
         (&Method::GET | &Method::HEAD, []) => Ok(Answer::text(200, "")),
         (&Method::PUT, ["plugins", "reload"]) => reload(state).await,
+        (&Method::GET, ["plugins", "reload"]) => {
+            Err(Answer::refuse(405, "please use PUT method to reload the plugins, GET method is not allowed."))
+        }
         (&Method::GET | &Method::HEAD, ["plugins"]) => Ok(plugins::get(&*state.plugins, call, None)),
         (&Method::GET | &Method::HEAD, ["plugins", name]) => Ok(plugins::get(&*state.plugins, call, Some(name))),
         (&Method::POST, ["schema", "validate", resource]) => validate(call, resource),
@@ -181,7 +184,7 @@ async fn reload(state: &State) -> Result<Answer, Answer> {
         return Err(Answer::refuse(503, "plugins cannot be reloaded"));
     };
     match pipeline.reload_plugins().await {
-        Ok(_) => Ok(Answer::text(200, "done\n")),
+        Ok(_) => Ok(Answer::text(200, "done")),
         Err(e) => Err(store_error(&e)),
     }
 }

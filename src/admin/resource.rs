@@ -104,7 +104,7 @@ async fn get(state: &State, target: &Target, call: &Call) -> Outcome {
 async fn get_list(state: &State, target: &Target, call: &Call) -> Outcome {
     let prefix = match &target.owner {
         Some(username) => {
-            require_consumer(state, username).await?;
+            require_consumer(state, username).await.map_err(|_| not_found())?;
             format!("/consumers/{username}/credentials/")
         }
         None => format!("/{}/", target.kind.plural()),
@@ -142,8 +142,8 @@ fn not_found() -> Answer {
 
 async fn put(state: &State, mut target: Target, call: &Call) -> Outcome {
     let mut value = body(target.kind, call)?;
-    let id = identify(&mut target, &mut value)?;
     let ttl = ttl(call)?;
+    let id = identify(&mut target, &mut value)?;
     forbid_times(&value)?;
     check(state, target.kind, &id, &value).await?;
     let key = key_of(target.kind, &id);
@@ -216,6 +216,9 @@ async fn patch(state: &State, target: Target, call: &Call) -> Outcome {
         let sub_path = target.sub_path.as_deref().unwrap_or("");
         patch::put_at(&mut value, sub_path, change.clone()).map_err(|e| Answer::refuse(400, e))?;
         same_id(&target, &value)?;
+        if value.get("id").is_some() {
+            set_id(&mut value, target.short_id().unwrap_or(id));
+        }
         check(state, target.kind, id, &value).await?;
         stamp(&mut value, Some(&entry), Some(&change).filter(|_| sub_path.is_empty()));
         let text = stored_text(state, target.kind, &value);
@@ -264,7 +267,33 @@ fn json_body(call: &Call) -> Outcome<Value> {
     if call.body.is_empty() {
         return Err(Answer::refuse(400, "missing configurations"));
     }
-    serde_json::from_slice(&call.body).map_err(|e| Answer::refuse(400, format!("invalid request body: {e}")))
+    parse(&call.body).map_err(|e| Answer::refuse(400, format!("invalid request body: {e}")))
+}
+
+/// JSON whose strings may hold line breaks and other control characters as they are: people paste protos and Lua.
+fn parse(bytes: &[u8]) -> serde_json::Result<Value> {
+    serde_json::from_slice(bytes).or_else(|strict| {
+        let is_raw = |b: &u8| *b < 0x20;
+        if !bytes.iter().any(is_raw) {
+            return Err(strict);
+        }
+        serde_json::from_slice(&escaped(bytes)).map_err(|_| strict)
+    })
+}
+
+fn escaped(bytes: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(bytes.len() + bytes.len() / 16);
+    let (mut in_string, mut after_backslash) = (false, false);
+    for &byte in bytes {
+        if in_string && byte < 0x20 {
+            out.extend_from_slice(format!("\\u{byte:04x}").as_bytes());
+        } else {
+            out.push(byte);
+        }
+        in_string ^= byte == b'"' && !after_backslash;
+        after_backslash = in_string && byte == b'\\' && !after_backslash;
+    }
+    out
 }
 
 /// An object. Lua may be sent as it is.
@@ -427,6 +456,10 @@ fn check_plugins(state: &State, kind: Kind, owner: &mut Value) -> Outcome<()> {
     };
     let Some(Value::Object(plugins)) = owner.get_mut("plugins") else { return Ok(()) };
     for (name, conf) in plugins {
+        if !conf.is_object() && !conf.is_array() {
+            let text = format!("{before}invalid plugin conf {conf} for plugin [{name}]");
+            return Err(Answer::refuse(400, text));
+        }
         let text = match state.plugins.check(name, conf, schema) {
             Ok(()) => continue,
             Err(Refusal::Unknown) => format!("{before}unknown plugin [{name}]"),

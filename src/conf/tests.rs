@@ -95,3 +95,18 @@ fn times_and_sizes_read_as_in_nginx() {
         assert_eq!(typed::size(text), expected, "{text}");
     }
 }
+
+#[test]
+fn an_old_tls_version_beside_a_served_one_costs_a_warning() {
+    let (config, warnings) = ok("apisix: {ssl: {ssl_protocols: TLSv1.1 TLSv1.3}}");
+    assert_eq!(config.tls.protocols, ["TLSv1.1", "TLSv1.3"]);
+    assert!(warnings.iter().any(|w| w.0.contains("TLSv1.1 is not served")), "{warnings:?}");
+    assert!(mistakes("apisix: {ssl: {ssl_protocols: TLSv1.1}}")[0].contains("TLSv1.1 is not served"));
+    assert!(mistakes("apisix: {ssl: {ssl_protocols: TLSv1.3 TLSv9}}")[0].contains("TLSv9"));
+}
+
+#[test]
+fn an_admin_api_without_a_key_is_warned_about() {
+    let (_, warnings) = ok("deployment: {admin: {admin_key_required: false}}");
+    assert!(warnings.iter().any(|w| w.0.contains("Admin key is bypassed!")), "{warnings:?}");
+}

@@ -34,7 +34,7 @@ pub(super) fn read(
     r.role(warnings);
     let listen = r.listeners("apisix.node_listen");
     let listen_tls = if r.flag("apisix.ssl.enable") { r.listeners("apisix.ssl.listen") } else { Vec::new() };
-    let tls = r.tls(&prefix);
+    let tls = r.tls(&prefix, warnings);
     let router = r.one_of(
         "apisix.router.http",
         &[
@@ -48,7 +48,7 @@ pub(super) fn read(
     let upstream_keepalive = r.upstream_keepalive();
     let (error_log, error_log_level) = r.error_log(&prefix);
     let access_log = r.access_log(&prefix);
-    let admin = r.admin();
+    let admin = r.admin(warnings);
     let control = r.control();
     let prometheus = r.prometheus();
     let plugins = r.texts("plugins");
@@ -272,15 +272,18 @@ impl<'a> Reader<'a> {
         }
     }
 
-    fn tls(&mut self, prefix: &Path) -> Tls {
+    fn tls(&mut self, prefix: &Path, warnings: &mut Vec<Warning>) -> Tls {
         let protocols: Vec<String> =
             self.text("apisix.ssl.ssl_protocols").split_whitespace().map(str::to_owned).collect();
-        for protocol in &protocols {
-            if !matches!(protocol.as_str(), "TLSv1.2" | "TLSv1.3") {
-                self.wrong(
-                    "apisix.ssl.ssl_protocols",
-                    format!("{protocol} is not served; TLSv1.2 and TLSv1.3 are, older ones are broken"),
-                );
+        let path = "apisix.ssl.ssl_protocols";
+        let served = |p: &&String| matches!(p.as_str(), "TLSv1.2" | "TLSv1.3");
+        let one_is = protocols.iter().any(|p| served(&p));
+        for protocol in protocols.iter().filter(|p| !served(p)) {
+            let text = format!("{protocol} is not served; TLSv1.2 and TLSv1.3 are, older ones are broken");
+            // Beside one that is served, an old one costs only clients that know nothing newer.
+            match protocol.as_str() {
+                "SSLv2" | "SSLv3" | "TLSv1" | "TLSv1.1" if one_is => warnings.push(Warning(format!("{path}: {text}"))),
+                _ => self.wrong(path, text),
             }
         }
         let trusted = self.text("apisix.ssl.ssl_trusted_certificate");
@@ -346,15 +349,21 @@ impl<'a> Reader<'a> {
         })
     }
 
-    fn admin(&mut self) -> Option<Admin> {
+    fn admin(&mut self, warnings: &mut Vec<Warning>) -> Option<Admin> {
         let is_data_plane = self.text("deployment.role") == "data_plane";
         if !self.flag("apisix.enable_admin") || is_data_plane {
             return None;
         }
+        let key_required = self.flag("deployment.admin.admin_key_required");
+        if !key_required {
+            let path = "deployment.admin.admin_key_required";
+            warnings
+                .push(Warning(format!("{path}: Admin key is bypassed! Whoever reaches the Admin API may change all")));
+        }
         Some(Admin {
             addr: self.address("deployment.admin.admin_listen")?,
             keys: self.admin_keys(),
-            key_required: self.flag("deployment.admin.admin_key_required"),
+            key_required,
             allow: self.networks("deployment.admin.allow_admin"),
             cors: self.flag("deployment.admin.enable_admin_cors"),
         })

@@ -187,11 +187,7 @@ fn node_of_entry(place: &str, weight: &Value, scheme: Scheme) -> Result<Node> {
 }
 
 fn node_of_object(map: &Map<String, Value>, scheme: Scheme) -> Result<Node> {
-    let (host, port) = match text(map, "host").unwrap_or_default() {
-        host if host.starts_with('[') => split_place(host)?,
-        host if host.contains(':') => return Err(unenclosed()),
-        host => (host, None),
-    };
+    let (host, port) = split_place(text(map, "host").unwrap_or_default())?;
     let written = number(map, "port").and_then(|n| u16::try_from(n).ok());
     let weight = number(map, "weight").unwrap_or(0);
     Ok(node(host, written.or(port), scheme, weight, number(map, "priority").unwrap_or(0)))

@@ -324,3 +324,43 @@ fn plugins_come_from_route_service_plugin_config_consumer_and_global_rules() {
     let reply = gw.send("GET", "/auth", &[("apikey", "k")], b"");
     assert_eq!((reply.status, reply.header("x-group")), (200, Some("1")), "{}", reply.text());
 }
+
+#[test]
+fn a_key_behind_a_reference_is_asked_for_and_the_reference_is_none() {
+    let up = Upstream::echo();
+    let gw = Gateway::start();
+    gw.route("1", "/get", &up, json!({"key-auth": {}}));
+    gw.put("/consumers", json!({"username": "set", "plugins": {"key-auth": {"key": "$env://PATH"}}}));
+    gw.put("/consumers", json!({"username": "unset", "plugins": {"key-auth": {"key": "$env://NOT_SET_ANYWHERE"}}}));
+    let path = std::env::var("PATH").unwrap();
+    assert_eq!(gw.send("GET", "/get", &[("apikey", &path)], b"").status, 200);
+    assert_eq!(up.last().header("x-consumer-username"), Some("set"));
+    for reference in ["$env://PATH", "$ENV://PATH", "$env://NOT_SET_ANYWHERE"] {
+        assert_eq!(gw.send("GET", "/get", &[("apikey", reference)], b"").status, 401, "{reference}");
+    }
+    gw.expect_log("invalid api key");
+}
+
+#[test]
+fn an_expired_token_is_refused_even_where_no_claim_is_named() {
+    let up = Upstream::echo();
+    let gw = Gateway::start();
+    gw.route("1", "/get", &up, json!({"jwt-auth": {"claims_to_verify": []}}));
+    let conf = json!({"key": "moon", "secret": "a-long-enough-shared-secret"});
+    gw.put("/consumers", json!({"username": "jack", "plugins": {"jwt-auth": conf}}));
+    let expired = "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJrZXkiOiJtb29uIiwiZXhwIjoxMDAwMDAwMDAwfQ.8NvTtORBCW6UxXhdrMP5WMg1vCHaEcXx2_aVKUcLa20";
+    let reply = gw.send("GET", "/get", &[("Authorization", expired)], b"");
+    assert_eq!((reply.status, reply.json()), (401, json!({"message": "failed to verify jwt"})));
+    gw.expect_log("failed to verify jwt: 'exp' claim expired at Sun, 09 Sep 2001 01:46:40 GMT");
+}
+
+#[test]
+fn basic_auth_logs_why_it_refuses() {
+    let up = Upstream::echo();
+    let gw = Gateway::start();
+    gw.route("1", "/get", &up, json!({"basic-auth": {}}));
+    assert_eq!(gw.send("GET", "/get", &[("Authorization", "Digest Zm9v")], b"").status, 401);
+    gw.expect_log("Invalid authorization header format");
+    assert_eq!(gw.send("GET", "/get", &[("Authorization", "Basic bW9vbg==")], b"").status, 401);
+    gw.expect_log("Split authorization err: invalid decoded data: moon");
+}

@@ -139,3 +139,29 @@ fn routes_match_by_host_method_and_vars() {
     assert_eq!(gw.get("/m").status, 404);
     assert_eq!((gw.get("/v?k=1").status, gw.get("/v?k=2").status), (200, 404));
 }
+
+#[test]
+fn admin_answers_are_apisix_own_to_the_last_byte() {
+    let gw = Gateway::start();
+    let upstream = json!({"nodes": {"127.0.0.1:1": 1}});
+    let written = gw.admin("PUT", "/routes/1", json!({"id": 1, "uri": "/a", "upstream": upstream}));
+    assert!(written.text().ends_with("}\n"), "{:?}", written.text());
+    assert_eq!(written.json()["value"]["id"], 1);
+    let in_brackets = json!({"uri": "/c", "upstream": {"nodes": [{"host": "127.0.0.1:1980", "weight": 1}]},
+        "vars": [[["arg_x", "==", "y"]]]});
+    assert_eq!(gw.admin("PUT", "/routes/3", in_brackets).status, 201);
+    let raw =
+        gw.admin_text("PUT", "/routes/4", "{\"uri\":\"/d\",\"desc\":\"a\nb\\\"c\nd\",\"plugins\":{}}", "text/plain");
+    assert_eq!((raw.status, &raw.json()["value"]["desc"]), (201, &json!("a\nb\"c\nd")));
+    let few = gw.admin("GET", "/routes?page=1&page_size=2", json!(null));
+    assert_eq!((few.status, few.text().as_str()), (400, "page_size must be between 10 and 500"));
+    let reload = gw.admin("GET", "/plugins/reload", json!(null));
+    assert_eq!(reload.status, 405, "{}", reload.text());
+    let nobody = gw.admin("GET", "/consumers/nobody/credentials", json!(null));
+    assert_eq!((nobody.status, nobody.json()), (404, json!({"message": "Key not found"})));
+    let patched = gw.admin("PATCH", "/routes/1", json!({"desc": "d"}));
+    assert_eq!((patched.status, &patched.json()["value"]["id"]), (200, &json!("1")));
+    let refused = gw.admin("PUT", "/routes/2", json!({"uri": "/b", "plugins": {"cors": "all"}}));
+    assert_eq!(refused.status, 400);
+    assert_eq!(refused.text(), "{\"error_msg\":\"invalid plugin conf \\\"all\\\" for plugin [cors]\"}\n");
+}

@@ -159,6 +159,12 @@ fn consumers(api: &mut Api) -> Result<()> {
         consumer_by_name,
     )?;
     api.func(
+        "native.apisix.consumer_references",
+        Phases::REQUEST,
+        "consumer_references(plugin, field) -> array: the values of that field that refer to a secret.",
+        consumer_references,
+    )?;
+    api.func(
         "native.apisix.consumers_with",
         Phases::ANY,
         "consumers_with(plugin) -> array of { consumer, username, revision, auth_conf, credential_id }.",
@@ -195,6 +201,19 @@ fn consumer_by_name(s: &Stack) -> Answer {
     push_object(s, &consumer.json)?;
     s.push_number(consumer.mod_revision as f64);
     Ok(2)
+}
+
+fn consumer_references(s: &Stack) -> Answer {
+    let (plugin, field) = (s.arg_str(1)?, s.arg_str(2)?);
+    s.push_table(0, 0);
+    let Some(config) = snapshot() else { return Ok(1) };
+    let refers =
+        |key: &&AuthKey| *key.plugin == *plugin && *key.field == *field && model::crypt::is_reference(&key.value);
+    for (n, key) in config.auth_index.keys().filter(refers).enumerate() {
+        s.push_bytes(key.value.as_bytes());
+        s.set_index(-2, n + 1);
+    }
+    Ok(1)
 }
 
 fn consumers_with(s: &Stack) -> Answer {
