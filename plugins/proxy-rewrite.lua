@@ -31,13 +31,44 @@ local function check_regex_uri(patterns)
     return true
 end
 
-local function check_headers(headers)
-    for field in pairs(headers.set or headers.add and {} or headers) do
-        if type(field) ~= "string" or field == "" then
-            return false, "invalid type as header field"
+-- A value may come as a list of values.
+local function check_value(value)
+    if type(value) ~= "table" then
+        return not find(tostring(value), "[%z\1-\8\10-\31\127]")
+    end
+    for _, one in ipairs(value) do
+        if not check_value(one) then
+            return false
         end
     end
     return true
+end
+
+local function check_fields(fields)
+    for field, value in pairs(fields) do
+        if type(field) ~= "string" or field == "" then
+            return false, "invalid type as header field"
+        end
+        if find(field, "[^%w!#$%%&'*+%-.^_`|~]") then
+            core.log.error("header field: ", field)
+            return false, "invalid field character"
+        end
+        if not check_value(value) then
+            return false, "invalid value character"
+        end
+    end
+    return true
+end
+
+local function check_headers(headers)
+    if not (headers.set or headers.add or headers.remove) then
+        return check_fields(headers)
+    end
+    local ok, err = check_fields(headers.set or {})
+    if not ok then
+        return false, err
+    end
+    return check_fields(headers.add or {})
 end
 
 function _M.check_schema(conf)
@@ -113,13 +144,18 @@ local function rewrite_headers(conf, ctx)
     local actions = header_actions(conf)
     local add, set, remove = actions.add, actions.set, actions.remove
     for i = 1, #add, 2 do
-        core.request.add_header(ctx, add[i], value_for(ctx, add[i + 1]))
+        local value = value_for(ctx, add[i + 1])
+        if value ~= "" then
+            core.request.add_header(ctx, add[i], value)
+        end
     end
     for i = 1, #remove do
         core.request.set_header(ctx, remove[i], nil)
     end
     for i = 1, #set, 2 do
-        core.request.set_header(ctx, set[i], value_for(ctx, set[i + 1]))
+        local value = value_for(ctx, set[i + 1])
+        -- An empty value, such as that of a variable that is not there, takes the field away.
+        core.request.set_header(ctx, set[i], value ~= "" and value or nil)
     end
 end
 

@@ -364,3 +364,21 @@ fn basic_auth_logs_why_it_refuses() {
     assert_eq!(gw.send("GET", "/get", &[("Authorization", "Basic bW9vbg==")], b"").status, 401);
     gw.expect_log("Split authorization err: invalid decoded data: moon");
 }
+
+#[test]
+fn proxy_rewrite_sends_no_empty_field_and_refuses_what_is_none() {
+    let up = Upstream::echo();
+    let gw = Gateway::start();
+    let set = json!({"X-Old": "", "X-None": "$there_is_no_such_variable", "X-Kept": "v"});
+    gw.route("1", "/get", &up, json!({"proxy-rewrite": {"headers": {"set": set}}}));
+    assert_eq!(gw.send("GET", "/get", &[("X-Old", "1"), ("X-None", "1")], b"").status, 200);
+    let seen = up.last();
+    assert_eq!((seen.header("x-old"), seen.header("x-none"), seen.header("x-kept")), (None, None, Some("v")));
+    for (field, value, text) in [("X:Y", "v", "invalid field character"), ("X-Y", "v\r\n", "invalid value character")] {
+        let route = json!({"uri": "/x", "upstream": {"nodes": {"127.0.0.1:1": 1}},
+            "plugins": {"proxy-rewrite": {"headers": {field: value}}}});
+        let reply = gw.admin("PUT", "/routes/2", route);
+        assert_eq!(reply.status, 400);
+        assert!(reply.text().contains(text), "{}", reply.text());
+    }
+}
