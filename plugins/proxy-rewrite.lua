@@ -82,7 +82,10 @@ function _M.check_schema(conf)
             return false, err
         end
     end
-    return not conf.headers or check_headers(conf.headers)
+    if conf.headers then
+        return check_headers(conf.headers)
+    end
+    return true
 end
 
 -- conf -> its header actions as arrays: { add = { name, value, … }, set = …, remove = { name, … } }.
