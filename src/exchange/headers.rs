@@ -21,6 +21,8 @@ struct Span {
 pub struct Headers {
     bytes: Vec<u8>,
     fields: Vec<Field>,
+    /// Bit n: a name of n bytes (modulo 64) was added. Most look-ups are for fields that are not there, and end here.
+    lengths: u64,
 }
 
 impl Headers {
@@ -31,6 +33,7 @@ impl Headers {
     pub fn clear(&mut self) {
         self.bytes.clear();
         self.fields.clear();
+        self.lengths = 0;
     }
 
     pub fn len(&self) -> usize {
@@ -44,6 +47,9 @@ impl Headers {
     /// The first value of `name`.
     pub fn get(&self, name: impl AsRef<[u8]>) -> Option<&[u8]> {
         let name = name.as_ref();
+        if !self.may_have(name) {
+            return None;
+        }
         self.fields.iter().find(|f| self.is(f, name)).map(|f| self.slice(f.value))
     }
 
@@ -60,26 +66,31 @@ impl Headers {
         self.fields.iter().map(|f| (self.slice(f.name), self.slice(f.value)))
     }
 
+    /// Names, values, and where it stands in one piece the whole line with its CRLF, which is then one copy to write.
+    pub fn lines(&self) -> impl Iterator<Item = (&[u8], &[u8], Option<&[u8]>)> {
+        self.fields.iter().map(|f| (self.slice(f.name), self.slice(f.value), self.line(f)))
+    }
+
     /// Adds a field at the end, also when one of that name exists.
     pub fn append(&mut self, name: impl AsRef<[u8]>, value: impl AsRef<[u8]>) {
-        let name = self.store(name.as_ref());
-        let value = self.store(value.as_ref());
-        self.fields.push(Field { name, value });
+        let field = self.store(name.as_ref(), value.as_ref());
+        self.fields.push(field);
     }
 
     /// Makes `value` the only value of `name`; an existing field keeps its place and the new name's case.
     pub fn set(&mut self, name: impl AsRef<[u8]>, value: impl AsRef<[u8]>) {
         let (name, value) = (name.as_ref(), value.as_ref());
-        let Some(first) = self.fields.iter().position(|f| self.is(f, name)) else {
+        let first = if self.may_have(name) { self.fields.iter().position(|f| self.is(f, name)) } else { None };
+        let Some(first) = first else {
             return self.append(name, value);
         };
         self.remove_from(first + 1, name);
-        self.fields[first] = Field { name: self.store(name), value: self.store(value) };
+        self.fields[first] = self.store(name, value);
     }
 
     /// Removes every field of that name; says whether there was one.
     pub fn remove(&mut self, name: impl AsRef<[u8]>) -> bool {
-        self.remove_from(0, name.as_ref())
+        self.may_have(name.as_ref()) && self.remove_from(0, name.as_ref())
     }
 
     /// Keeps the fields for which `keep(name, value)` holds.
@@ -90,11 +101,8 @@ impl Headers {
 
     /// Appends `Name: value\r\n` for every field.
     pub fn write_to(&self, out: &mut Vec<u8>) {
-        for f in &self.fields {
-            out.extend_from_slice(self.slice(f.name));
-            out.extend_from_slice(b": ");
-            out.extend_from_slice(self.slice(f.value));
-            out.extend_from_slice(b"\r\n");
+        for (name, value, line) in self.lines() {
+            write_line(out, name, value, line);
         }
     }
 
@@ -110,6 +118,7 @@ impl Headers {
         let base = block.as_ptr() as usize;
         let span = |s: &[u8]| Span { at: (s.as_ptr() as usize).wrapping_sub(base) as u32, len: s.len() as u32 };
         for (name, value) in fields {
+            self.lengths |= bit(name);
             self.fields.push(Field { name: span(name), value: span(value) });
         }
         debug_assert!(
@@ -136,11 +145,59 @@ impl Headers {
         span_of(&self.bytes, s)
     }
 
-    fn store(&mut self, text: &[u8]) -> Span {
-        let at = self.bytes.len() as u32;
-        self.bytes.extend_from_slice(text);
-        Span { at, len: text.len() as u32 }
+    /// False: there is surely no field whose name has so many bytes.
+    pub fn may_have_length(&self, len: usize) -> bool {
+        self.lengths & (1 << (len & 63)) != 0
     }
+
+    /// False: there is surely no such field.
+    fn may_have(&self, name: &[u8]) -> bool {
+        self.may_have_length(name.len())
+    }
+
+    fn line(&self, f: &Field) -> Option<&[u8]> {
+        let (start, middle) = (f.name.at as usize, (f.name.at + f.name.len) as usize);
+        let (value, end) = (f.value.at as usize, f.value.at as usize + f.value.len as usize);
+        let whole = value == middle + 2
+            && self.bytes.get(middle..value) == Some(b": ")
+            && self.bytes.get(end..end + 2) == Some(b"\r\n");
+        whole.then(|| &self.bytes[start..end + 2])
+    }
+
+    /// Stores a field as the line that it will be.
+    fn store(&mut self, name: &[u8], value: &[u8]) -> Field {
+        self.lengths |= bit(name);
+        self.bytes.reserve(name.len() + value.len() + 4);
+        let at = self.bytes.len() as u32;
+        write_line(&mut self.bytes, name, value, None);
+        let value_at = at + name.len() as u32 + 2;
+        Field { name: Span { at, len: name.len() as u32 }, value: Span { at: value_at, len: value.len() as u32 } }
+    }
+}
+
+/// Appends `Name: value\r\n`; `line`: the same in one piece.
+#[inline]
+pub fn write_line(out: &mut Vec<u8>, name: &[u8], value: &[u8], line: Option<&[u8]>) {
+    match line {
+        Some(line) => out.extend_from_slice(line),
+        None => {
+            out.extend_from_slice(name);
+            out.extend_from_slice(b": ");
+            out.extend_from_slice(value);
+            out.extend_from_slice(b"\r\n");
+        }
+    }
+}
+
+/// Whether a head of so many lines holds the bytes of their ends and no others: no field brought one, nor a NUL.
+pub fn is_sound(head: &[u8], lines: usize) -> bool {
+    // Pieces that a byte can count, in a form that compiles to vector instructions.
+    let ends = |piece: &[u8]| piece.iter().fold(0u8, |n, b| n + u8::from((*b == b'\n') | (*b == b'\r') | (*b == 0)));
+    head.chunks(128).map(|piece| usize::from(ends(piece))).sum::<usize>() == 2 * lines
+}
+
+fn bit(name: &[u8]) -> u64 {
+    1 << (name.len() & 63)
 }
 
 /// An empty span may point anywhere, so it must not be sliced.

@@ -18,7 +18,7 @@ use std::{
     rc::Rc,
     sync::Arc,
     task::{Context, Poll},
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 use smallvec::SmallVec;
@@ -44,7 +44,6 @@ pub struct Exchange {
     /// The client's side. `None` only while no request runs, and in requests made for tests.
     pub client: Option<Box<dyn Client>>,
     pub started: Instant,
-    pub started_at: SystemTime,
     pub phase: Phase,
 
     pub request: Request,
@@ -366,7 +365,6 @@ impl Exchange {
             conn,
             client: None,
             started: Instant::now(),
-            started_at: SystemTime::now(),
             phase: Phase::Init,
             request: Request::default(),
             body: RequestBody::None,
@@ -388,7 +386,6 @@ impl Exchange {
     /// Stamps an empty exchange with what every request gets: its times, serial and id.
     pub fn begin(&mut self) {
         self.started = Instant::now();
-        self.started_at = SystemTime::now();
         (self.serial, self.id) = random::request_id();
         self.phase = Phase::Init;
     }

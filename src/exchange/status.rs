@@ -1,9 +1,6 @@
 //! Reason phrases and the Date field.
 
-use std::{
-    cell::Cell,
-    time::{SystemTime, UNIX_EPOCH},
-};
+use std::cell::Cell;
 
 /// The text after a status: nginx's where it has one of its own, since clients and tests compare it.
 pub fn reason(status: u16) -> &'static str {
@@ -30,7 +27,7 @@ thread_local! {
 
 /// Now, as HTTP writes it (RFC 9110, 5.6.7).
 pub fn date() -> Date {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    let now = coarse_seconds();
     let (second, text) = DATE.get();
     if second == now {
         return text;
@@ -38,6 +35,14 @@ pub fn date() -> Date {
     let text = format_date(now);
     DATE.set((now, text));
     text
+}
+
+/// Seconds since the epoch, by the clock that moves every 1 to 10 ms and costs a quarter of the exact one.
+pub fn coarse_seconds() -> u64 {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `now` is a valid timespec to write to. The clock exists on every Linux; were it to fail, the time is 1970.
+    unsafe { libc::clock_gettime(libc::CLOCK_REALTIME_COARSE, &mut now) };
+    u64::try_from(now.tv_sec).unwrap_or_default()
 }
 
 fn format_date(secs: u64) -> Date {

@@ -445,6 +445,9 @@ pub fn version(version: Version) -> &'static [u8] {
 
 /// The values of a field whose name matches `name`, where dashes read as underscores. Several are joined.
 fn field<'a>(headers: &'a Headers, name: &str, scratch: &'a mut Vec<u8>) -> Option<&'a [u8]> {
+    if !headers.may_have_length(name.len()) {
+        return None;
+    }
     let matches = |n: &[u8]| {
         n.len() == name.len()
             && n.iter().zip(name.bytes()).all(|(a, b)| a.to_ascii_lowercase() == b || (*a == b'-' && b == b'_'))
@@ -508,12 +511,23 @@ fn seconds(d: Duration, out: &mut Vec<u8>) {
 pub fn ip(addr: IpAddr, out: &mut Vec<u8>) {
     match addr {
         IpAddr::V4(a) => {
-            for (i, octet) in a.octets().into_iter().enumerate() {
-                if i > 0 {
-                    out.push(b'.');
+            let (mut text, mut at) = ([0; 16], 0);
+            let mut put = |b| {
+                text[at & 15] = b;
+                at += 1;
+            };
+            for octet in a.octets() {
+                if octet >= 100 {
+                    put(b'0' + octet / 100);
                 }
-                out.extend_from_slice(itoa::Buffer::new().format(octet).as_bytes());
+                if octet >= 10 {
+                    put(b'0' + octet / 10 % 10);
+                }
+                put(b'0' + octet % 10);
+                put(b'.');
             }
+            // Without the last dot.
+            out.extend_from_slice(&text[..(at - 1).min(15)]);
         }
         IpAddr::V6(a) => {
             let _ = std::io::Write::write_fmt(out, format_args!("{a}"));
@@ -575,7 +589,7 @@ fn with_clock<R>(read: impl FnOnce(&Clock) -> R) -> R {
     thread_local! {
         static CLOCK: RefCell<Clock> = RefCell::default();
     }
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    let now = super::status::coarse_seconds();
     CLOCK.with_borrow_mut(|clock| {
         if clock.second != now {
             let time = chrono::DateTime::from_timestamp(now as i64, 0).unwrap_or_default();

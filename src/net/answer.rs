@@ -2,7 +2,7 @@
 //!
 //! What concerns the connection is decided by the codec, never by a field that a plugin or an upstream set.
 
-use crate::exchange::{Headers, Response, status};
+use crate::exchange::{Headers, Response, headers::is_sound, status};
 
 /// What the head says about the body's length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,11 +27,11 @@ pub(super) enum Closing {
 pub(super) fn write_head(out: &mut Vec<u8>, response: &Response, length: Length, closing: Closing) -> bool {
     let start = out.len();
     let closing = if closing == Closing::Stays && asks_to_close(&response.headers) { Closing::Closes } else { closing };
-    let lines = write_lines(out, response, length, closing, plain);
+    let lines = write_lines(out, response, length, closing, plain, true);
     // A line break inside a field would end it: rare enough to look for afterwards, in one pass over the block.
     if !is_sound(&out[start..], lines) {
         out.truncate(start);
-        write_lines(out, response, length, closing, cleaned);
+        write_lines(out, response, length, closing, cleaned, false);
     }
     closing == Closing::Stays
 }
@@ -55,16 +55,20 @@ fn cleaned(out: &mut Vec<u8>, text: &[u8]) {
     out.extend(text.iter().map(|b| if matches!(b, b'\r' | b'\n' | 0) { b' ' } else { *b }));
 }
 
-/// As many line ends as lines, and no part of one alone.
-fn is_sound(block: &[u8], lines: usize) -> bool {
-    memchr::memchr_iter(b'\n', block).count() == lines && memchr::memchr_iter(b'\r', block).count() == lines
-}
-
-fn write_lines(out: &mut Vec<u8>, response: &Response, length: Length, closing: Closing, write: Writer) -> usize {
+/// `whole`: lines that stand in one piece are copied as they are.
+#[inline]
+fn write_lines(
+    out: &mut Vec<u8>,
+    response: &Response,
+    length: Length,
+    closing: Closing,
+    write: Writer,
+    whole: bool,
+) -> usize {
     write_status(out, response.status, &response.reason, write);
     let mut lines = 2;
     let mut dated = false;
-    for (name, value) in response.headers.iter() {
+    for (name, value, line) in response.headers.lines() {
         match name.len() {
             4 => dated |= name.eq_ignore_ascii_case(b"date"),
             7 if closing != Closing::Upgrade && name.eq_ignore_ascii_case(b"upgrade") => continue,
@@ -73,7 +77,10 @@ fn write_lines(out: &mut Vec<u8>, response: &Response, length: Length, closing: 
             17 if name.eq_ignore_ascii_case(b"transfer-encoding") => continue,
             _ => {}
         }
-        write_field(out, name, value, write);
+        match line {
+            Some(line) if whole => out.extend_from_slice(line),
+            _ => write_field(out, name, value, write),
+        }
         lines += 1;
     }
     if !dated {
@@ -105,6 +112,9 @@ fn keeps_length(status: u16, length: Length) -> bool {
 }
 
 fn write_status(out: &mut Vec<u8>, status: u16, reason: &[u8], write: Writer) {
+    if status == 200 && (reason == b"OK" || reason.is_empty()) {
+        return out.extend_from_slice(b"HTTP/1.1 200 OK\r\n");
+    }
     out.extend_from_slice(b"HTTP/1.1 ");
     out.extend_from_slice(itoa::Buffer::new().format(status).as_bytes());
     out.push(b' ');

@@ -443,6 +443,10 @@ impl H1 {
             self.at = 0;
         }
         if self.inp.capacity() == 0 {
+            // Most looks find nothing: they need no buffer.
+            if let Io::Tcp(socket) = io {
+                ready!(socket.poll_readable(cx))?;
+            }
             self.inp = take_buffer();
         }
         if self.inp.len() == self.inp.capacity() {

@@ -38,6 +38,11 @@ impl Socket {
     pub fn tcp(&self) -> &TcpStream {
         &self.tcp
     }
+
+    /// Whether a read may find something.
+    pub fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.unread.is_empty() { self.tcp.poll_read_ready(cx) } else { Poll::Ready(Ok(())) }
+    }
 }
 
 impl Io {

@@ -1,7 +1,7 @@
 //! Exchanges and buffers that wait for their next use, so that a request allocates nothing once a worker is warm.
 
 use std::{
-    cell::{Cell, RefCell},
+    cell::RefCell,
     net::{Ipv4Addr, SocketAddr},
     rc::Rc,
     sync::Arc,
@@ -72,15 +72,12 @@ const KEPT_BUFFERS: usize = 64;
 const KEPT_BUFFER_SIZE: usize = 64 * 1024;
 
 thread_local! {
-    static BUFFERS: Cell<Vec<Vec<u8>>> = const { Cell::new(Vec::new()) };
+    static BUFFERS: RefCell<Vec<Vec<u8>>> = const { RefCell::new(Vec::new()) };
 }
 
 /// An empty buffer of at least `BUFFER_SIZE`.
 pub(super) fn take_buffer() -> Vec<u8> {
-    let mut idle = BUFFERS.take();
-    let buffer = idle.pop();
-    BUFFERS.set(idle);
-    buffer.unwrap_or_else(|| Vec::with_capacity(BUFFER_SIZE))
+    BUFFERS.with_borrow_mut(Vec::pop).unwrap_or_else(|| Vec::with_capacity(BUFFER_SIZE))
 }
 
 pub(super) fn put_buffer(mut buffer: Vec<u8>) {
@@ -88,9 +85,9 @@ pub(super) fn put_buffer(mut buffer: Vec<u8>) {
         return;
     }
     buffer.clear();
-    let mut idle = BUFFERS.take();
-    if idle.len() < KEPT_BUFFERS {
-        idle.push(buffer);
-    }
-    BUFFERS.set(idle);
+    BUFFERS.with_borrow_mut(|idle| {
+        if idle.len() < KEPT_BUFFERS {
+            idle.push(buffer);
+        }
+    });
 }

@@ -90,7 +90,7 @@ impl AccessLog {
         let value = &value[..value.len().min(VALUE_MAX)];
         match self.escape {
             Escape::Default => escape(value, is_special, escape_hex, out),
-            Escape::Json => escape(value, |b| matches!(b, b'"' | b'\\' | 0..=0x1f), escape_json, out),
+            Escape::Json => escape(value, |b| (b == b'"') | (b == b'\\') | (b < 0x20), escape_json, out),
             Escape::None => out.extend_from_slice(value),
         }
     }
@@ -151,6 +151,10 @@ fn parse(format: &str) -> Vec<Segment> {
 
 /// Copies whole stretches between the bytes that need another form.
 fn escape(value: &[u8], is_special: impl Fn(u8) -> bool, write: impl Fn(u8, &mut Vec<u8>), out: &mut Vec<u8>) {
+    // Nearly all values are copied as they are: whether one is, is asked of all bytes at once, by vector instructions.
+    if !value.iter().fold(false, |found, b| found | is_special(*b)) {
+        return out.extend_from_slice(value);
+    }
     let mut rest = value;
     while let Some(at) = rest.iter().position(|b| is_special(*b)) {
         out.extend_from_slice(&rest[..at]);
@@ -162,7 +166,7 @@ fn escape(value: &[u8], is_special: impl Fn(u8) -> bool, write: impl Fn(u8, &mut
 
 /// What could end the value's quotes or its line, or is no ASCII text.
 fn is_special(b: u8) -> bool {
-    matches!(b, b'"' | b'\\' | 0..=0x1f | 0x7f..)
+    (b == b'"') | (b == b'\\') | (b < 0x20) | (b >= 0x7f)
 }
 
 fn escape_hex(b: u8, out: &mut Vec<u8>) {

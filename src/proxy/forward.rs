@@ -62,11 +62,12 @@ struct Way<'a> {
 impl Way<'_> {
     async fn run(&mut self, x: &mut Exchange) -> Result<()> {
         std::mem::swap(&mut x.response.headers, &mut x.response.early);
-        let (mut conn, key, head) = self.reach(x).await?;
+        let (mut conn, key, head, answered) = self.reach(x).await?;
         if head.status == 101 {
             return self.switch(x, conn).await;
         }
-        let relayed = self.relay(x, &mut conn, head).await;
+        let relayed = self.relay(x, &mut conn, head, answered).await;
+        let over = answered + x.upstream.tries.last().and_then(|t| t.response_time).unwrap_or_default();
         let took = x.upstream.tries.last().and_then(|t| Some(t.header_time? + t.response_time.unwrap_or_default()));
         if let Some(last) = x.upstream.tries.last_mut() {
             last.bytes_received = conn.received();
@@ -76,20 +77,21 @@ impl Way<'_> {
         relayed?;
         // A body that the node did not wait for leaves the connection in the middle of a request.
         if self.upload.is_done() {
-            self.p.pool.put(key, conn, &keepalive(self.p, self.conf), Instant::now());
+            self.p.pool.put(key, conn, &keepalive(self.p, self.conf), over);
         }
         Ok(())
     }
 
-    /// Tries nodes until one answers with a head.
-    async fn reach(&mut self, x: &mut Exchange) -> Result<(Conn, Key, Head)> {
+    /// Tries nodes until one answers with a head, and says when it did.
+    async fn reach(&mut self, x: &mut Exchange) -> Result<(Box<Conn>, Key, Head, Instant)> {
         let started = Instant::now();
         let picked = self.p.picker(self.conf);
         let hash_key = hash_key(x, self.conf);
         let mut tried = Tried::default();
         let retries = self.conf.retries.map_or(self.conf.nodes.len().saturating_sub(1), |n| n as usize);
+        // The clock is read once per step: each reading costs as much as a copy of the head.
+        let mut now = started;
         loop {
-            let now = Instant::now();
             picked.used.set(now);
             let at = match picked.picker.pick(&hash_key, now, &tried, &|_| true) {
                 Ok(at) => at,
@@ -98,11 +100,12 @@ impl Way<'_> {
                 }
                 Err(e) => return Err(Error::upstream(Kind::Other).context(e.message())),
             };
-            let outcome = self.attempt(x, at).await;
+            let outcome = self.attempt(x, at, now).await;
             let latency = outcome.as_ref().ok().and_then(|_| x.upstream.tries.last()?.header_time);
-            picked.picker.done(at, latency, Instant::now());
+            now = latency.map_or_else(Instant::now, |latency| now + latency);
+            picked.picker.done(at, latency, now);
             let e = match outcome {
-                Ok(reached) => return Ok(reached),
+                Ok((conn, key, head)) => return Ok((conn, key, head, now)),
                 Err(e) => e,
             };
             tried.push(at);
@@ -132,9 +135,8 @@ impl Way<'_> {
     }
 
     /// One try at node `at`. A pooled connection that turns out to be closed does not count: a new one is made.
-    async fn attempt(&mut self, x: &mut Exchange, at: usize) -> Result<(Conn, Key, Head)> {
+    async fn attempt(&mut self, x: &mut Exchange, at: usize, begun: Instant) -> Result<(Box<Conn>, Key, Head)> {
         let node = &self.conf.nodes[at];
-        let begun = Instant::now();
         let addr = match self.address(x, node).await {
             Ok(addr) => addr,
             Err(e) => {
@@ -196,7 +198,7 @@ impl Way<'_> {
     }
 
     /// Sends the request on `conn` and waits for the response's head.
-    async fn ask(&mut self, x: &mut Exchange, node: &Node, mut conn: Conn) -> Result<(Conn, Head)> {
+    async fn ask(&mut self, x: &mut Exchange, node: &Node, mut conn: Box<Conn>) -> Result<(Box<Conn>, Head)> {
         conn.begin();
         if let Some(last) = x.upstream.tries.last_mut() {
             last.reused = conn.requests() > 1;
@@ -238,8 +240,7 @@ impl Way<'_> {
     }
 
     /// The response, through the filters, to the client.
-    async fn relay(&mut self, x: &mut Exchange, conn: &mut Conn, head: Head) -> Result<()> {
-        let begun = Instant::now();
+    async fn relay(&mut self, x: &mut Exchange, conn: &mut Conn, head: Head, begun: Instant) -> Result<()> {
         x.response.status = head.status;
         x.response.source = Source::Upstream;
         if self.p.runner.mask(x) != PhaseMask::default() {
@@ -321,7 +322,7 @@ impl Way<'_> {
     }
 
     /// `101`: from here on bytes are only passed on.
-    async fn switch(&mut self, x: &mut Exchange, conn: Conn) -> Result<()> {
+    async fn switch(&mut self, x: &mut Exchange, conn: Box<Conn>) -> Result<()> {
         if !self.websocket {
             return Err(
                 Error::upstream(Kind::Malformed).context("the upstream switches protocols that nobody asked for")

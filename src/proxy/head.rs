@@ -2,7 +2,10 @@
 
 use crate::{
     error::{Error, Result},
-    exchange::{Exchange, Headers},
+    exchange::{
+        Exchange, Headers,
+        headers::{is_sound, write_line},
+    },
     model::upstream::{Node, PassHost, Upstream},
 };
 
@@ -52,11 +55,6 @@ pub(super) fn write(x: &Exchange, node: &Node, body: BodyFraming, websocket: boo
     }
     out.truncate(start);
     Err(Error::script("refused to send a line break or a NUL inside the request's head to the upstream"))
-}
-
-fn is_sound(head: &[u8], lines: usize) -> bool {
-    let count = |b| memchr::memchr_iter(b, head).count();
-    count(b'\n') == lines && count(b'\r') == lines && memchr::memchr(0, head).is_none()
 }
 
 /// A plugin's URI, a URI that Lua changed, or the client's as it came.
@@ -145,14 +143,11 @@ fn client_host(x: &Exchange) -> &[u8] {
 fn fields(headers: &Headers, websocket: bool, out: &mut Vec<u8>) -> usize {
     let lists = headers.get("connection").is_some_and(|list| !names_nothing(list));
     let mut lines = 0;
-    for (name, value) in headers.iter() {
+    for (name, value, line) in headers.lines() {
         if is_dropped(name, value, websocket) || (lists && is_listed(headers, name, websocket)) {
             continue;
         }
-        out.extend_from_slice(name);
-        out.extend_from_slice(b": ");
-        out.extend_from_slice(value);
-        out.extend_from_slice(b"\r\n");
+        write_line(out, name, value, line);
         lines += 1;
     }
     lines

@@ -18,7 +18,7 @@ use crate::{
 const PIECE: usize = 16 * 1024;
 
 /// Passes bytes on until either side ends, or nothing moves for `idle` (nginx's `proxy_read_timeout`).
-pub(super) async fn run(x: &mut Exchange, conn: Conn, idle: Duration) -> Result<()> {
+pub(super) async fn run(x: &mut Exchange, conn: Box<Conn>, idle: Duration) -> Result<()> {
     let Some(mut client) = x.client.take() else { return Err(Error::client(Kind::Closed)) };
     poll_fn(|cx| client.poll_flush(cx)).await?;
     let Some(tunnel) = into_tunnel(client) else {

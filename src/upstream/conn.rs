@@ -4,7 +4,7 @@
 //! buffer is held only while something waits in it, so a kept connection costs its box and its socket.
 
 use std::{
-    cell::Cell,
+    cell::RefCell,
     ops::Range,
     pin::Pin,
     task::{Context, Poll, Waker, ready},
@@ -34,15 +34,12 @@ const BUFFER_MAX: usize = 64 * 1024;
 const KEPT_BUFFERS: usize = 64;
 
 thread_local! {
-    static BUFFERS: Cell<Vec<Vec<u8>>> = const { Cell::new(Vec::new()) };
+    static BUFFERS: RefCell<Vec<Vec<u8>>> = const { RefCell::new(Vec::new()) };
 }
 
 /// An empty buffer with room for a head and a small body.
 pub fn take_buffer() -> Vec<u8> {
-    let mut idle = BUFFERS.take();
-    let buffer = idle.pop();
-    BUFFERS.set(idle);
-    buffer.unwrap_or_else(|| Vec::with_capacity(BUFFER_SIZE))
+    BUFFERS.with_borrow_mut(Vec::pop).unwrap_or_else(|| Vec::with_capacity(BUFFER_SIZE))
 }
 
 pub fn put_buffer(mut buffer: Vec<u8>) {
@@ -50,11 +47,11 @@ pub fn put_buffer(mut buffer: Vec<u8>) {
         return;
     }
     buffer.clear();
-    let mut idle = BUFFERS.take();
-    if idle.len() < KEPT_BUFFERS {
-        idle.push(buffer);
-    }
-    BUFFERS.set(idle);
+    BUFFERS.with_borrow_mut(|idle| {
+        if idle.len() < KEPT_BUFFERS {
+            idle.push(buffer);
+        }
+    });
 }
 
 /// What is left to read of the response's body.
@@ -143,6 +140,10 @@ impl Conn {
     /// Whether an idle connection is still open and silent. Costs no system call while no event came.
     pub fn is_alive(&mut self) -> bool {
         let mut byte = [0];
+        if let Stream::Tcp(tcp) = &self.io {
+            // Unlike a poll this leaves the waker alone.
+            return matches!(tcp.try_read(&mut byte), Err(e) if e.kind() == std::io::ErrorKind::WouldBlock);
+        }
         let mut buf = ReadBuf::new(&mut byte);
         let mut cx = Context::from_waker(Waker::noop());
         Pin::new(&mut self.io).poll_read(&mut cx, &mut buf).is_pending()
@@ -368,7 +369,7 @@ impl Conn {
     }
 
     /// The raw stream after a 101, and what was read of it already.
-    pub fn into_tunnel(mut self) -> (Stream, Vec<u8>) {
+    pub fn into_tunnel(mut self: Box<Self>) -> (Stream, Vec<u8>) {
         let mut unread = std::mem::take(&mut self.inp);
         unread.drain(..self.at);
         (self.io, unread)

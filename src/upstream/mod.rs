@@ -29,7 +29,7 @@ pub struct Tls {
 }
 
 /// Opens a connection to a node, TLS included, within `limit`.
-pub async fn connect(addr: SocketAddr, tls: Option<&Tls>, limit: Duration) -> Result<Conn> {
+pub async fn connect(addr: SocketAddr, tls: Option<&Tls>, limit: Duration) -> Result<Box<Conn>> {
     let opening = async {
         let tcp = TcpStream::connect(addr).await.map_err(refused)?;
         // Heads and bodies are gathered before they are written: Nagle would only hold back their ends.
@@ -42,7 +42,7 @@ pub async fn connect(addr: SocketAddr, tls: Option<&Tls>, limit: Duration) -> Re
     let late = || Error::upstream(Kind::ConnectTimeout).retry(Retry::Safe).context("Connection timed out");
     let stream = tokio::time::timeout(limit, opening).await.map_err(|_| late());
     let stream = stream.flatten().map_err(|e| e.context(format!("connect() to {addr} failed")))?;
-    Ok(Conn::new(stream))
+    Ok(Box::new(Conn::new(stream)))
 }
 
 async fn handshake(tcp: TcpStream, tls: &Tls) -> Result<Stream> {

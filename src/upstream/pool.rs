@@ -29,7 +29,8 @@ pub struct Key {
 }
 
 struct Idle {
-    conn: Conn,
+    // Boxed: it moves through every step of a request.
+    conn: Box<Conn>,
     since: Instant,
     timeout: Duration,
 }
@@ -42,7 +43,7 @@ pub struct Pool {
 
 impl Pool {
     /// An idle connection that is still open.
-    pub fn take(&self, key: &Key, now: Instant) -> Option<Conn> {
+    pub fn take(&self, key: &Key, now: Instant) -> Option<Box<Conn>> {
         let mut idle = self.idle.borrow_mut();
         let waiting = idle.get_mut(key)?;
         while let Some(mut next) = waiting.pop() {
@@ -55,7 +56,7 @@ impl Pool {
     }
 
     /// Keeps a connection whose response was read to its end, if it may be kept.
-    pub fn put(&self, key: Key, mut conn: Conn, keepalive: &Keepalive, now: Instant) {
+    pub fn put(&self, key: Key, mut conn: Box<Conn>, keepalive: &Keepalive, now: Instant) {
         if !conn.is_reusable() || conn.requests() >= keepalive.requests || self.count.get() >= IDLE_MAX {
             return;
         }

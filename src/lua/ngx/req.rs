@@ -62,7 +62,8 @@ pub fn register(api: &mut Api) -> Result<()> {
         Ok(s.push_number(version))
     })?;
     api.func("ngx.req.start_time", READ, "start_time(): seconds since the epoch", |s| {
-        let since = request()?.started_at.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        let started = std::time::SystemTime::now().checked_sub(request()?.started.elapsed());
+        let since = started.and_then(|at| at.duration_since(std::time::UNIX_EPOCH).ok()).unwrap_or_default();
         Ok(s.push_number(since.as_millis() as f64 / 1000.0))
     })?;
     api.func("ngx.req.raw_header", READ, "raw_header(no_request_line?)", raw_header)?;
