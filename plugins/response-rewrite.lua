@@ -117,7 +117,10 @@ function _M.check_schema(conf)
             return false, "failed to validate the 'vars' expression: " .. tostring(err)
         end
     end
-    return not conf.filters or check_filters(conf.filters)
+    if conf.filters then
+        return check_filters(conf.filters)
+    end
+    return true
 end
 
 local function applies(made, ctx)

@@ -382,3 +382,16 @@ fn proxy_rewrite_sends_no_empty_field_and_refuses_what_is_none() {
         assert!(reply.text().contains(text), "{}", reply.text());
     }
 }
+
+#[test]
+fn plugins_say_why_they_refuse_a_conf() {
+    let gw = Gateway::start();
+    for (plugin, conf, text) in [
+        ("mocking", json!({"response_schema": {"type": "nothing"}}), "unsupported type: nothing"),
+        ("response-rewrite", json!({"filters": [{"regex": "(", "replace": "x"}]}), "regex \\\"(\\\" validation failed"),
+    ] {
+        let reply = gw.admin("PUT", "/routes/1", json!({"uri": "/x", "plugins": {plugin: conf}}));
+        assert_eq!(reply.status, 400);
+        assert!(reply.text().contains(text), "{}", reply.text());
+    }
+}
