@@ -35,6 +35,10 @@ pub struct Sockets {
 /// Binds `config.workers` sockets on every address.
 pub fn bind(config: &Config) -> Result<Sockets> {
     let mut sockets = Sockets { workers: (0..config.workers).map(|_| Vec::new()).collect(), ..Sockets::default() };
+    // All before the first is bound: own addresses may overlap (0.0.0.0 and 127.0.0.1).
+    for listen in config.listen.iter().chain(&config.listen_tls).filter(|listen| listen.addr.port() != 0) {
+        listener::ensure_free(listen.addr)?;
+    }
     for listen in &config.listen {
         if let Some(addr) = bind_all(&mut sockets.workers, listen, None)? {
             sockets.plain.push(addr);
@@ -77,4 +81,19 @@ fn no_ipv6(e: &Error) -> bool {
     let cause = std::error::Error::source(e).and_then(|cause| cause.downcast_ref::<io::Error>());
     let code = cause.and_then(io::Error::raw_os_error);
     matches!(code, Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_that_another_gateway_listens_on_is_refused() {
+        let taken = listener::bind(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+        let addr = taken.local_addr().unwrap();
+        let refused = listener::ensure_free(addr).unwrap_err().to_string();
+        assert!(refused.contains(&format!("listen on {addr}")), "{refused}");
+        drop(taken);
+        listener::ensure_free(addr).unwrap();
+    }
 }

@@ -74,6 +74,26 @@ impl Tls {
     }
 }
 
+/// Refuses an address that another process listens on. With SO_REUSEPORT alone both would bind it, and the kernel
+/// would share the connections out between them.
+pub fn ensure_free(addr: SocketAddr) -> Result<()> {
+    let probe = || -> io::Result<()> {
+        let socket = RawSocket::new(Domain::for_address(addr), Type::STREAM, Some(Protocol::TCP))?;
+        if addr.is_ipv6() {
+            socket.set_only_v6(true)?;
+        }
+        socket.set_reuse_address(true)?;
+        socket.bind(&SockAddr::from(addr))
+    };
+    match probe() {
+        Err(e) if e.kind() == io::ErrorKind::AddrInUse => {
+            Err(Error::config(Kind::Io).cause(e).context(format!("listen on {addr}")))
+        }
+        // What else is wrong with the address is for `bind` to say.
+        _ => Ok(()),
+    }
+}
+
 /// Binds one of the sockets on `addr`. Call it once per worker; with port 0 give the later calls the first one's address.
 pub fn bind(addr: SocketAddr) -> Result<StdListener> {
     let failed = |e: io::Error| Error::config(Kind::Io).cause(e).context(format!("listen on {addr}"));
