@@ -166,7 +166,7 @@ fn escape(value: &[u8], is_special: impl Fn(u8) -> bool, write: impl Fn(u8, &mut
 
 /// What could end the value's quotes or its line, or is no ASCII text.
 fn is_special(b: u8) -> bool {
-    (b == b'"') | (b == b'\\') | (b < 0x20) | (b >= 0x7f)
+    (b == b'"') | (b == b'\\') | !(0x20..0x7f).contains(&b)
 }
 
 fn escape_hex(b: u8, out: &mut Vec<u8>) {

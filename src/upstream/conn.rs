@@ -369,6 +369,10 @@ impl Conn {
     }
 
     /// The raw stream after a 101, and what was read of it already.
+    #[expect(
+        clippy::boxed_local,
+        reason = "connections live in their boxes; unboxing one only to take it apart copies it"
+    )]
     pub fn into_tunnel(mut self: Box<Self>) -> (Stream, Vec<u8>) {
         let mut unread = std::mem::take(&mut self.inp);
         unread.drain(..self.at);
