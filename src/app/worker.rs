@@ -1,7 +1,7 @@
 //! One data thread: its runtime, plugins, proxy and connections, from its start to its drain.
 
 use std::{
-    panic::{AssertUnwindSafe, catch_unwind},
+    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     rc::Rc,
     sync::Arc,
     thread,
@@ -11,7 +11,7 @@ use std::{
 use tokio::{
     runtime::Builder,
     sync::{mpsc, watch},
-    task::{JoinSet, LocalSet},
+    task::{JoinSet, LocalSet, spawn_local},
     time::{interval, sleep, timeout},
 };
 
@@ -98,7 +98,16 @@ pub fn spawn(worker: usize, blueprint: Blueprint, sockets: Vec<Bound>, line: Lin
 
 fn run(worker: usize, blueprint: Blueprint, sockets: Vec<Bound>, line: Line) -> Result<()> {
     let runtime = Builder::new_current_thread().enable_all().build()?;
-    LocalSet::new().block_on(&runtime, serve(worker, blueprint, sockets, line))
+    // A task of its own: what `block_on` gets itself is polled after every event of every connection.
+    LocalSet::new().block_on(&runtime, async {
+        match spawn_local(serve(worker, blueprint, sockets, line)).await {
+            Ok(ended) => ended,
+            Err(e) => match e.try_into_panic() {
+                Ok(panic) => resume_unwind(panic),
+                Err(e) => Err(Error::internal(Kind::Other).cause(e).context(format!("worker {worker}"))),
+            },
+        }
+    })
 }
 
 async fn serve(worker: usize, blueprint: Blueprint, sockets: Vec<Bound>, line: Line) -> Result<()> {

@@ -10,7 +10,7 @@ use std::{
 
 use rustls::pki_types::ServerName;
 
-use super::{Proxy, head, head::BodyFraming, rescue, tunnel, upload::Upload};
+use super::{Picked, Proxy, head, head::BodyFraming, rescue, tunnel, upload::Upload};
 use crate::{
     balancer::{NoNode, Tried},
     error::{Error, Kind, Origin, Result, Retry},
@@ -32,7 +32,11 @@ pub(super) async fn forward(p: &Proxy, x: &mut Exchange) -> Result<()> {
     let Some(conf) = x.upstream.conf.clone() else {
         return Err(Error::config(Kind::NoNode).context("missing upstream configuration in Route or Service"));
     };
-    if !matches!(conf.scheme, Scheme::Http | Scheme::Https) {
+    let served = match x.upstream.scheme.as_slice() {
+        b"" => matches!(conf.scheme, Scheme::Http | Scheme::Https),
+        set => matches!(set, b"http" | b"https"),
+    };
+    if !served {
         let scheme = crate::exchange::vars::scheme_name(conf.scheme);
         return Err(Error::upstream(Kind::Other).context(format!("upstream scheme {scheme} is not served yet")));
     }
@@ -59,55 +63,65 @@ struct Way<'a> {
     upload: Upload,
 }
 
+/// A node that has answered.
+struct Reached {
+    conn: Box<Conn>,
+    key: Key,
+    head: Head,
+    /// When its try began.
+    begun: Instant,
+}
+
 impl Way<'_> {
     async fn run(&mut self, x: &mut Exchange) -> Result<()> {
         std::mem::swap(&mut x.response.headers, &mut x.response.early);
-        let (mut conn, key, head, answered) = self.reach(x).await?;
+        let Reached { mut conn, key, head, begun } = self.reach(x).await?;
         if head.status == 101 {
             return self.switch(x, conn).await;
         }
-        let relayed = self.relay(x, &mut conn, head, answered).await;
-        let over = answered + x.upstream.tries.last().and_then(|t| t.response_time).unwrap_or_default();
-        let took = x.upstream.tries.last().and_then(|t| Some(t.header_time? + t.response_time.unwrap_or_default()));
+        let relayed = self.relay(x, &mut conn, head).await;
+        let ended = Instant::now();
         if let Some(last) = x.upstream.tries.last_mut() {
             last.bytes_received = conn.received();
             last.bytes_sent = conn.sent();
-            last.response_time = took.or(last.header_time);
+            last.response_time = Some(ended.duration_since(begun));
         }
         relayed?;
         // A body that the node did not wait for leaves the connection in the middle of a request.
         if self.upload.is_done() {
-            self.p.pool.put(key, conn, &keepalive(self.p, self.conf), over);
+            self.p.pool.put(key, conn, &keepalive(self.p, self.conf), ended);
         }
         Ok(())
     }
 
-    /// Tries nodes until one answers with a head, and says when it did.
-    async fn reach(&mut self, x: &mut Exchange) -> Result<(Box<Conn>, Key, Head, Instant)> {
+    /// Tries nodes until one answers with a head.
+    async fn reach(&mut self, x: &mut Exchange) -> Result<Reached> {
         let started = Instant::now();
         let picked = self.p.picker(self.conf);
         let hash_key = hash_key(x, self.conf);
         let mut tried = Tried::default();
         let retries = self.conf.retries.map_or(self.conf.nodes.len().saturating_sub(1), |n| n as usize);
-        // The clock is read once per step: each reading costs as much as a copy of the head.
-        let mut now = started;
+        // One look at the clock serves all that happens at the start of a try.
+        let mut begun = started;
         loop {
-            picked.used.set(now);
-            let at = match picked.picker.pick(&hash_key, now, &tried, &|_| true) {
+            picked.used.set(begun);
+            let at = match picked.picker.pick(&hash_key, begun, &tried, &|_| true) {
                 Ok(at) => at,
                 Err(NoNode::NoneValid) => {
                     return Err(Error::upstream(Kind::NoNode).context(NoNode::NoneValid.message()));
                 }
                 Err(e) => return Err(Error::upstream(Kind::Other).context(e.message())),
             };
-            let outcome = self.attempt(x, at, now).await;
-            let latency = outcome.as_ref().ok().and_then(|_| x.upstream.tries.last()?.header_time);
-            now = latency.map_or_else(Instant::now, |latency| now + latency);
-            picked.picker.done(at, latency, now);
-            let e = match outcome {
-                Ok((conn, key, head)) => return Ok((conn, key, head, now)),
+            let e = match self.attempt(x, &picked, at, begun).await {
+                Ok(reached) => {
+                    let latency = x.upstream.tries.last().and_then(|t| t.header_time);
+                    picked.picker.done(at, latency, begun + latency.unwrap_or_default());
+                    return Ok(reached);
+                }
                 Err(e) => e,
             };
+            begun = Instant::now();
+            picked.picker.done(at, None, begun);
             tried.push(at);
             if tried.len() > retries || self.is_late(started) || !self.may_repeat(x, &e) {
                 return Err(e);
@@ -135,9 +149,13 @@ impl Way<'_> {
     }
 
     /// One try at node `at`. A pooled connection that turns out to be closed does not count: a new one is made.
-    async fn attempt(&mut self, x: &mut Exchange, at: usize, begun: Instant) -> Result<(Box<Conn>, Key, Head)> {
+    async fn attempt(&mut self, x: &mut Exchange, picked: &Picked, at: usize, begun: Instant) -> Result<Reached> {
         let node = &self.conf.nodes[at];
-        let addr = match self.address(x, node).await {
+        let addr = match picked.addrs[at].filter(|_| x.upstream.peer.is_none()) {
+            Some(ip) => Ok(SocketAddr::new(ip, node.port)),
+            None => self.address(x, picked, node).await,
+        };
+        let addr = match addr {
             Ok(addr) => addr,
             Err(e) => {
                 push_try(x, SocketAddr::from(([0, 0, 0, 0], node.port)), at);
@@ -146,24 +164,24 @@ impl Way<'_> {
         };
         push_try(x, addr, at);
         let (key, tls) = self.key(x, node, addr).map_err(|e| fail(x, begun, e))?;
-        if let Some(conn) = self.p.pool.take(&key, begun) {
-            match self.ask(x, node, conn).await {
-                Ok((conn, head)) => return Ok((conn, key, succeed(x, begun, head))),
+        if let Some(mut conn) = self.p.pool.take(&key, begun) {
+            match self.ask(x, node, &mut conn).await {
+                Ok(head) => return Ok(Reached { conn, key, head: succeed(x, begun, head), begun }),
                 Err(e) if e.kind() == Kind::Closed && self.may_repeat(x, &e) && self.upload.rewind(&x.body) => {}
                 Err(e) => return Err(fail(x, begun, e)),
             }
         }
-        let conn = upstream::connect(addr, tls.as_ref(), self.times.connect).await.map_err(|e| fail(x, begun, e))?;
+        let mut conn = upstream::connect(addr, tls.as_ref(), self.times.connect).await.map_err(|e| fail(x, begun, e))?;
         if let Some(last) = x.upstream.tries.last_mut() {
             last.connect_time = Some(begun.elapsed());
         }
-        match self.ask(x, node, conn).await {
-            Ok((conn, head)) => Ok((conn, key, succeed(x, begun, head))),
+        match self.ask(x, node, &mut conn).await {
+            Ok(head) => Ok(Reached { conn, key, head: succeed(x, begun, head), begun }),
             Err(e) => Err(fail(x, begun, e)),
         }
     }
 
-    async fn address(&self, x: &mut Exchange, node: &Node) -> Result<SocketAddr> {
+    async fn address(&self, x: &mut Exchange, picked: &Picked, node: &Node) -> Result<SocketAddr> {
         // A peer set by a script wins, once.
         let (host, port) = match x.upstream.peer.take() {
             Some((host, port)) => (Cow::Owned(host.into_string()), port),
@@ -175,7 +193,9 @@ impl Way<'_> {
         let addresses = self.p.resolver.resolve(&host).await.map_err(|e| {
             Error::upstream(Kind::Resolve).retry(Retry::Safe).cause(e).context(format!("failed to resolve {host}"))
         })?;
-        match addresses.first() {
+        let turn = picked.turn.get();
+        picked.turn.set(turn.wrapping_add(1));
+        match addresses.get(turn % addresses.len().max(1)) {
             Some(ip) => Ok(SocketAddr::new(*ip, port)),
             None => Err(Error::upstream(Kind::Resolve).retry(Retry::Safe).context(format!("{host} has no address"))),
         }
@@ -188,7 +208,12 @@ impl Way<'_> {
             return Ok((Key { addr, tls: 0 }, None));
         }
         let settings = self.conf.tls.as_deref();
-        let pair = settings.and_then(|t| t.client_pair.as_ref()).map(|(cert, key)| (&**cert, &**key));
+        let of_id = || {
+            let id = settings?.client_cert_id.as_ref()?;
+            x.snapshot.ssls.get(id)?.value.pairs.first()
+        };
+        let pair = settings.and_then(|t| t.client_pair.as_ref()).or_else(of_id);
+        let pair = pair.map(|(cert, key)| (&**cert, &**key));
         let config = tls::client_config(settings.is_some_and(|t| t.verify), pair, &[])?;
         let name = server_name(x, node);
         let number = self.p.tls_number(&name, &config);
@@ -198,15 +223,14 @@ impl Way<'_> {
     }
 
     /// Sends the request on `conn` and waits for the response's head.
-    async fn ask(&mut self, x: &mut Exchange, node: &Node, mut conn: Box<Conn>) -> Result<(Box<Conn>, Head)> {
+    async fn ask(&mut self, x: &mut Exchange, node: &Node, conn: &mut Conn) -> Result<Head> {
         conn.begin();
         if let Some(last) = x.upstream.tries.last_mut() {
             last.reused = conn.requests() > 1;
         }
         head::write(x, node, self.framing, self.websocket, self.upload.head_mut())?;
         self.upload.resend_kept();
-        let head = poll_fn(|cx| self.poll_head(cx, x, &mut conn)).await?;
-        Ok((conn, head))
+        poll_fn(|cx| self.poll_head(cx, x, conn)).await
     }
 
     fn poll_head(&mut self, cx: &mut Context<'_>, x: &mut Exchange, conn: &mut Conn) -> Poll<Result<Head>> {
@@ -240,7 +264,7 @@ impl Way<'_> {
     }
 
     /// The response, through the filters, to the client.
-    async fn relay(&mut self, x: &mut Exchange, conn: &mut Conn, head: Head, begun: Instant) -> Result<()> {
+    async fn relay(&mut self, x: &mut Exchange, conn: &mut Conn, head: Head) -> Result<()> {
         x.response.status = head.status;
         x.response.source = Source::Upstream;
         if self.p.runner.mask(x) != PhaseMask::default() {
@@ -256,9 +280,6 @@ impl Way<'_> {
             self.relay_filtered(x, conn).await?;
         } else {
             poll_fn(|cx| self.poll_relay(cx, x, conn)).await?;
-        }
-        if let Some(last) = x.upstream.tries.last_mut() {
-            last.response_time = Some(begun.elapsed());
         }
         output::finish(x).await?;
         if matches!(x.body, RequestBody::Streaming { .. }) && self.upload.is_done() {

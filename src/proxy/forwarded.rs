@@ -23,31 +23,43 @@ pub(super) fn apply(trusted: &[IpNet], x: &mut Exchange) {
     let vouched = trusted.iter().any(|net| net.contains(&peer));
     if FIELDS.iter().any(|(name, _)| x.request.headers.contains(name)) {
         keep_originals(x);
-        if !vouched {
-            let keeps_for = trusted.is_empty();
-            x.request.headers.retain(|name, _| match field(name) {
-                None => true,
-                Some(at) => at == 0 && keeps_for,
-            });
+        let keeps_for = trusted.is_empty();
+        x.request.headers.retain(|name, value| match field(name) {
+            None => true,
+            Some(_) if vouched => !value.is_empty(),
+            Some(at) => at == 0 && keeps_for,
+        });
+        if vouched {
+            return complete(x);
         }
     }
-    let missing = |x: &Exchange, name: &str| !vouched || x.request.headers.get(name).is_none_or(<[u8]>::is_empty);
-    if missing(x, "x-forwarded-proto") {
+    add(x, [true; 3]);
+}
+
+/// Adds what a trusted peer did not say.
+fn complete(x: &mut Exchange) {
+    let missing = [1, 2, 3].map(|at: usize| !x.request.headers.contains(FIELDS[at].0));
+    add(x, missing);
+}
+
+/// Adds scheme, host and port as the gateway sees them, where `missing` says so.
+fn add(x: &mut Exchange, missing: [bool; 3]) {
+    if missing[0] {
         let scheme = x.scheme();
-        x.request.headers.set("X-Forwarded-Proto", scheme);
+        x.request.headers.append("X-Forwarded-Proto", scheme);
     }
     let mut value: SmallVec<[u8; 64]> = SmallVec::new();
-    if missing(x, "x-forwarded-host") {
+    if missing[1] {
         let host = x.request.headers.get("host").filter(|host| !host.is_empty());
         value.extend_from_slice(host.unwrap_or(&x.request.host));
-        x.request.headers.set("X-Forwarded-Host", &value);
+        x.request.headers.append("X-Forwarded-Host", &value);
     }
-    if missing(x, "x-forwarded-port") {
-        let mut port = Vec::new();
-        std::mem::swap(&mut port, &mut x.printed);
+    if missing[2] {
+        // Nothing is printed yet: the buffer is free.
+        let mut port = std::mem::take(&mut x.printed);
         port.clear();
         x.forwarded_port(&mut port);
-        x.request.headers.set("X-Forwarded-Port", &port);
+        x.request.headers.append("X-Forwarded-Port", &port);
         port.clear();
         x.printed = port;
     }

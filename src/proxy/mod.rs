@@ -16,6 +16,7 @@ pub mod upload;
 
 use std::{
     cell::{Cell, RefCell},
+    net::IpAddr,
     rc::Rc,
     sync::Arc,
     time::{Duration, Instant},
@@ -75,14 +76,18 @@ pub struct Proxy {
     /// By `Upstream::uid`. Swept when the configuration changes.
     pickers: RefCell<HashMap<u64, Rc<Picked>>>,
     buffers: RefCell<Vec<Vec<u8>>>,
-    /// A number per TLS name and settings, for the pool's keys.
-    tls_numbers: RefCell<HashMap<(Box<str>, usize), u64>>,
+    /// A number per TLS name and settings, for the pool's keys. The settings are held so that no others get their address.
+    tls_numbers: RefCell<HashMap<(Box<str>, usize), (u64, Arc<rustls::ClientConfig>)>>,
 }
 
 /// An upstream's balancer state, and when it was last used.
 struct Picked {
     picker: Picker,
     used: Cell<Instant>,
+    /// The nodes' addresses where they are written as such, so that no request parses them.
+    addrs: Vec<Option<IpAddr>>,
+    /// Spreads requests over the addresses of a name.
+    turn: Cell<usize>,
 }
 
 /// Upstreams whose balancer state is kept; past it those not used for `PICKER_IDLE` go.
@@ -143,7 +148,9 @@ impl Proxy {
         if pickers.len() >= MAX_PICKERS {
             pickers.retain(|_, picked| now.duration_since(picked.used.get()) < PICKER_IDLE);
         }
-        let picked = Rc::new(Picked { picker: Picker::new(upstream), used: Cell::new(now) });
+        let addrs = upstream.nodes.iter().map(|node| node.host.parse().ok()).collect();
+        let picked = Picked { picker: Picker::new(upstream), used: Cell::new(now), addrs, turn: Cell::new(0) };
+        let picked = Rc::new(picked);
         if pickers.len() < MAX_PICKERS {
             pickers.insert(upstream.uid, picked.clone());
         }
@@ -158,7 +165,7 @@ impl Proxy {
             // Numbers are never reused, so connections under forgotten ones only grow old.
             numbers.clear();
         }
-        *numbers.entry(key).or_insert_with(model::next_uid)
+        numbers.entry(key).or_insert_with(|| (model::next_uid(), config.clone())).0
     }
 
     fn take_buffer(&self) -> Vec<u8> {

@@ -28,8 +28,8 @@ pub struct Key {
     pub tls: u64,
 }
 
+/// Connections are boxed: they go from hand to hand with each request.
 struct Idle {
-    // Boxed: it moves through every step of a request.
     conn: Box<Conn>,
     since: Instant,
     timeout: Duration,
