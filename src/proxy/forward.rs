@@ -171,7 +171,8 @@ impl Way<'_> {
                 Err(e) => return Err(fail(x, begun, e)),
             }
         }
-        let mut conn = upstream::connect(addr, tls.as_ref(), self.times.connect).await.map_err(|e| fail(x, begun, e))?;
+        let mut conn =
+            upstream::connect(addr, tls.as_ref(), self.times.connect).await.map_err(|e| fail(x, begun, e))?;
         if let Some(last) = x.upstream.tries.last_mut() {
             last.connect_time = Some(begun.elapsed());
         }
