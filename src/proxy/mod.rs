@@ -77,8 +77,10 @@ pub struct Proxy {
     pickers: RefCell<HashMap<u64, Rc<Picked>>>,
     buffers: RefCell<Vec<Vec<u8>>>,
     /// A number per TLS name and settings, for the pool's keys. The settings are held so that no others get their address.
-    tls_numbers: RefCell<HashMap<(Box<str>, usize), (u64, Arc<rustls::ClientConfig>)>>,
+    tls_numbers: RefCell<HashMap<(Box<str>, usize), TlsNumber>>,
 }
+
+type TlsNumber = (u64, Arc<rustls::ClientConfig>);
 
 /// An upstream's balancer state, and when it was last used.
 struct Picked {
