@@ -20,5 +20,6 @@ pub mod router;
 pub mod schema;
 pub mod shdict;
 pub mod store;
+pub mod tcp;
 pub mod tls;
 pub mod upstream;

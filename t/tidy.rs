@@ -8,7 +8,7 @@ use std::{
 /// From the bottom up. A module imports from the lines above its own, never from its own line or below.
 const LAYERS: &[&[&str]] = &[
     &["error"],
-    &["observe", "expr", "schema", "conf", "shdict"],
+    &["observe", "expr", "schema", "conf", "shdict", "tcp"],
     &["model", "dns"],
     &["router", "balancer"],
     &["store"],

@@ -9,9 +9,9 @@ use std::{
 };
 
 use tokio::{
-    runtime::Builder,
+    runtime::{Builder, LocalOptions},
     sync::{mpsc, watch},
-    task::{JoinSet, LocalSet, spawn_local},
+    task::{JoinSet, spawn_local},
     time::{interval, sleep, timeout},
 };
 
@@ -97,9 +97,10 @@ pub fn spawn(worker: usize, blueprint: Blueprint, sockets: Vec<Bound>, line: Lin
 }
 
 fn run(worker: usize, blueprint: Blueprint, sockets: Vec<Bound>, line: Line) -> Result<()> {
-    let runtime = Builder::new_current_thread().enable_all().build()?;
+    // Not a `LocalSet`: its list of tasks inside the runtime's costs each wake-up twice.
+    let runtime = Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
     // A task of its own: what `block_on` gets itself is polled after every event of every connection.
-    LocalSet::new().block_on(&runtime, async {
+    runtime.block_on(async {
         match spawn_local(serve(worker, blueprint, sockets, line)).await {
             Ok(ended) => ended,
             Err(e) => match e.try_into_panic() {

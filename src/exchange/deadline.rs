@@ -27,6 +27,15 @@ struct Slot {
     waker: Option<Waker>,
 }
 
+impl Slot {
+    fn wakes(&mut self, cx: &Context<'_>) {
+        match &mut self.waker {
+            Some(w) => w.clone_from(cx.waker()),
+            none => *none = Some(cx.waker().clone()),
+        }
+    }
+}
+
 const NEVER: u64 = u64::MAX;
 
 /// Milliseconds of the coarse monotonic clock: it moves every 1 to 10 ms and costs a quarter of the exact one.
@@ -73,6 +82,17 @@ impl Deadline {
         TIMERS.with_borrow_mut(|t| t.slots[self.slot].at = at)
     }
 
+    /// `set`, and the task is woken when time is up: as a `poll_expired` behind it, for one look at the clock.
+    pub fn start(&self, limit: Duration, cx: &Context<'_>) {
+        let limit = u64::try_from(limit.as_millis()).unwrap_or(NEVER);
+        let at = now_ms().saturating_add(limit).saturating_add(COARSE_MS);
+        TIMERS.with_borrow_mut(|t| {
+            let slot = &mut t.slots[self.slot];
+            slot.at = at;
+            slot.wakes(cx);
+        })
+    }
+
     /// No limit.
     pub fn clear(&self) {
         TIMERS.with_borrow_mut(|t| t.slots[self.slot].at = NEVER)
@@ -85,10 +105,7 @@ impl Deadline {
             if slot.at != NEVER && slot.at <= now_ms() {
                 return true;
             }
-            match &mut slot.waker {
-                Some(w) => w.clone_from(cx.waker()),
-                none => *none = Some(cx.waker().clone()),
-            }
+            slot.wakes(cx);
             false
         })
     }

@@ -145,13 +145,18 @@ pub struct HeadLimits {
 }
 
 impl HeadScan {
+    /// Nothing was looked at yet.
+    pub fn is_new(&self) -> bool {
+        self.at == 0
+    }
+
     /// The head's length, the empty line included, once all of it stands in `input`. `input` is what the last call
     /// got, and more.
     pub fn next(&mut self, input: &[u8], limits: HeadLimits) -> Result<Option<usize>, Refusal> {
         while let Some(found) = memchr::memchr(b'\n', &input[self.at..]) {
             let lf = self.at + found;
             if lf == self.line || input[lf - 1] != b'\r' {
-                return Err(Refusal::bad("line feed without carriage return"));
+                return Err(BARE_LF);
             }
             let length = lf + 1 - self.line;
             self.check(length, limits)?;
@@ -178,6 +183,22 @@ impl HeadScan {
         }
     }
 }
+
+/// Whether every line of a whole head ends in CRLF, for a head that a parser read without `HeadScan`: a parser may take a bare
+/// LF for the end of a line. `first`: the first field's name, `values`: all values, where they stand in `head`.
+pub fn ends_in_crlf<'a>(head: &[u8], first: Option<&[u8]>, mut values: impl Iterator<Item = &'a [u8]>) -> bool {
+    let offset = |part: &[u8]| (part.as_ptr() as usize).wrapping_sub(head.as_ptr() as usize);
+    let crlf_at = |at: usize| head.get(at..).is_some_and(|rest| rest.starts_with(b"\r\n"));
+    let first_line = first.map_or(head.len().wrapping_sub(4), |name| offset(name).wrapping_sub(2));
+    let seen = crlf_at(first_line)
+        && crlf_at(head.len().wrapping_sub(2))
+        && values.all(|value| crlf_at(offset(value).wrapping_add(value.len())));
+    // Blanks at the end of a line, or a value that is empty: look at every byte.
+    seen || !(head.starts_with(b"\n") || head.windows(2).any(|pair| pair[1] == b'\n' && pair[0] != b'\r'))
+}
+
+/// What is said of a bare LF.
+pub const BARE_LF: Refusal = Refusal::bad("line feed without carriage return");
 
 const TOO_LARGE: Refusal = Refusal::bad("header too large");
 

@@ -1,5 +1,8 @@
 //! A header block: names and values as they came, in order, in one buffer.
 //!
+//! No name and no value holds a line break or a NUL, which would end its line: what is added with one has a space there
+//! instead. So a block can be written to a connection as it is.
+//!
 //! Built for the proxy path: parsing copies the block once, changes append, nothing allocates once the
 //! buffers have grown to the traffic's size. Names keep their case and match without it (RFC 9110, 5.1).
 
@@ -8,6 +11,8 @@
 struct Field {
     name: Span,
     value: Span,
+    /// It stands in the buffer as the line that it becomes: `Name: value\r\n`.
+    whole: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -66,11 +71,6 @@ impl Headers {
         self.fields.iter().map(|f| (self.slice(f.name), self.slice(f.value)))
     }
 
-    /// Names, values, and where it stands in one piece the whole line with its CRLF, which is then one copy to write.
-    pub fn lines(&self) -> impl Iterator<Item = (&[u8], &[u8], Option<&[u8]>)> {
-        self.fields.iter().map(|f| (self.slice(f.name), self.slice(f.value), self.line(f)))
-    }
-
     /// Adds a field at the end, also when one of that name exists.
     pub fn append(&mut self, name: impl AsRef<[u8]>, value: impl AsRef<[u8]>) {
         let field = self.store(name.as_ref(), value.as_ref());
@@ -84,7 +84,9 @@ impl Headers {
         let Some(first) = first else {
             return self.append(name, value);
         };
-        self.remove_from(first + 1, name);
+        if self.fields[first + 1..].iter().any(|f| self.is(f, name)) {
+            self.remove_from(first + 1, name);
+        }
         self.fields[first] = self.store(name, value);
     }
 
@@ -99,11 +101,29 @@ impl Headers {
         self.fields.retain(|f| keep(span_of(bytes, f.name), span_of(bytes, f.value)));
     }
 
-    /// Appends `Name: value\r\n` for every field.
-    pub fn write_to(&self, out: &mut Vec<u8>) {
-        for (name, value, line) in self.lines() {
-            write_line(out, name, value, line);
+    /// Appends `Name: value\r\n` for every field for which `keep(name, value)` holds; how many. Lines that stand one behind
+    /// the other are one copy.
+    #[inline]
+    pub fn write_to(&self, out: &mut Vec<u8>, mut keep: impl FnMut(&[u8], &[u8]) -> bool) -> usize {
+        let (mut start, mut end, mut lines) = (0, 0, 0);
+        for f in &self.fields {
+            let (name, value) = (self.slice(f.name), self.slice(f.value));
+            if !keep(name, value) {
+                continue;
+            }
+            lines += 1;
+            if f.whole && f.name.at as usize == end {
+                end = f.end();
+                continue;
+            }
+            out.extend_from_slice(&self.bytes[start..end]);
+            (start, end) = if f.whole { (f.name.at as usize, f.end()) } else { (0, 0) };
+            if !f.whole {
+                write_line(out, name, value);
+            }
         }
+        out.extend_from_slice(&self.bytes[start..end]);
+        lines
     }
 
     /// Bytes held, changed fields' old text included: what a bound on a block counts.
@@ -111,7 +131,7 @@ impl Headers {
         self.bytes.len()
     }
 
-    /// Replaces the block by fields that lie in `block` (what a parser found there): one copy for all.
+    /// Replaces the block by fields that lie in `block`: one copy for all. A parser has found them there, so they are sound.
     pub fn adopt<'a>(&mut self, block: &'a [u8], fields: impl Iterator<Item = (&'a [u8], &'a [u8])>) {
         self.clear();
         self.bytes.extend_from_slice(block);
@@ -119,7 +139,9 @@ impl Headers {
         let span = |s: &[u8]| Span { at: (s.as_ptr() as usize).wrapping_sub(base) as u32, len: s.len() as u32 };
         for (name, value) in fields {
             self.lengths |= bit(name);
-            self.fields.push(Field { name: span(name), value: span(value) });
+            let mut field = Field { name: span(name), value: span(value), whole: false };
+            field.whole = field.is_whole(block);
+            self.fields.push(field);
         }
         debug_assert!(
             self.fields.iter().all(|f| (f.value.at + f.value.len) as usize <= self.bytes.len() || f.value.len == 0)
@@ -132,13 +154,13 @@ impl Headers {
         let bytes = &self.bytes;
         self.fields.retain(|f| {
             at += 1;
-            at <= start || !span_of(bytes, f.name).eq_ignore_ascii_case(name)
+            at <= start || !same_name(span_of(bytes, f.name), name)
         });
         before != self.fields.len()
     }
 
     fn is(&self, f: &Field, name: &[u8]) -> bool {
-        f.name.len as usize == name.len() && self.slice(f.name).eq_ignore_ascii_case(name)
+        same_name(self.slice(f.name), name)
     }
 
     fn slice(&self, s: Span) -> &[u8] {
@@ -155,45 +177,122 @@ impl Headers {
         self.may_have_length(name.len())
     }
 
-    fn line(&self, f: &Field) -> Option<&[u8]> {
-        let (start, middle) = (f.name.at as usize, (f.name.at + f.name.len) as usize);
-        let (value, end) = (f.value.at as usize, f.value.at as usize + f.value.len as usize);
-        let whole = value == middle + 2
-            && self.bytes.get(middle..value) == Some(b": ")
-            && self.bytes.get(end..end + 2) == Some(b"\r\n");
-        whole.then(|| &self.bytes[start..end + 2])
-    }
-
     /// Stores a field as the line that it will be.
     fn store(&mut self, name: &[u8], value: &[u8]) -> Field {
-        self.lengths |= bit(name);
-        self.bytes.reserve(name.len() + value.len() + 4);
-        let at = self.bytes.len() as u32;
-        write_line(&mut self.bytes, name, value, None);
-        let value_at = at + name.len() as u32 + 2;
-        Field { name: Span { at, len: name.len() as u32 }, value: Span { at: value_at, len: value.len() as u32 } }
-    }
-}
-
-/// Appends `Name: value\r\n`; `line`: the same in one piece.
-#[inline]
-pub fn write_line(out: &mut Vec<u8>, name: &[u8], value: &[u8], line: Option<&[u8]>) {
-    match line {
-        Some(line) => out.extend_from_slice(line),
-        None => {
-            out.extend_from_slice(name);
-            out.extend_from_slice(b": ");
-            out.extend_from_slice(value);
-            out.extend_from_slice(b"\r\n");
+        if has_break(name) || has_break(value) {
+            return self.store(&cleaned(name), &cleaned(value));
         }
+        self.lengths |= bit(name);
+        let at = self.bytes.len() as u32;
+        write_line(&mut self.bytes, name, value);
+        let value_at = at + name.len() as u32 + 2;
+        let (name, value) = (name.len() as u32, value.len() as u32);
+        Field { name: Span { at, len: name }, value: Span { at: value_at, len: value }, whole: true }
     }
 }
 
-/// Whether a head of so many lines holds the bytes of their ends and no others: no field brought one, nor a NUL.
-pub fn is_sound(head: &[u8], lines: usize) -> bool {
-    // Pieces that a byte can count, in a form that compiles to vector instructions.
-    let ends = |piece: &[u8]| piece.iter().fold(0u8, |n, b| n + u8::from((*b == b'\n') | (*b == b'\r') | (*b == 0)));
-    head.chunks(128).map(|piece| usize::from(ends(piece))).sum::<usize>() == 2 * lines
+impl Field {
+    /// Behind the line end of a whole one.
+    fn end(&self) -> usize {
+        (self.value.at + self.value.len) as usize + 2
+    }
+
+    fn is_whole(&self, block: &[u8]) -> bool {
+        let middle = self.name.at.wrapping_add(self.name.len) as usize;
+        let (value, end) = (self.value.at as usize, self.value.at.wrapping_add(self.value.len) as usize);
+        value == middle + 2
+            && block.get(middle..value) == Some(b": ")
+            && block.get(end..).is_some_and(|rest| rest.starts_with(b"\r\n"))
+    }
+}
+
+/// Appends `Name: value\r\n`.
+#[inline]
+fn write_line(out: &mut Vec<u8>, name: &[u8], value: &[u8]) {
+    append_all(out, [name, b": ", value, b"\r\n"]);
+}
+
+/// Appends the pieces with one look at the room that there is: heads are put together of dozens.
+#[inline]
+pub fn append_all<const N: usize>(out: &mut Vec<u8>, pieces: [&[u8]; N]) {
+    let len: usize = pieces.iter().map(|p| p.len()).sum();
+    out.reserve(len);
+    let mut at = out.len();
+    for piece in pieces {
+        // SAFETY: there is room for all pieces, which cannot lie in a buffer that is borrowed for writing.
+        unsafe { std::ptr::copy_nonoverlapping(piece.as_ptr(), out.as_mut_ptr().add(at), piece.len()) };
+        at += piece.len();
+    }
+    // SAFETY: all bytes up to `at` were written, now or before.
+    unsafe { out.set_len(at) };
+}
+
+/// Whether the text holds what would end a line, or be read by somebody as its end: CR, LF or NUL.
+#[inline]
+pub fn has_break(text: &[u8]) -> bool {
+    // Eight bytes at a time: is there a control byte at all?
+    let low = |word: u64| word.wrapping_sub(0x10 * EACH) & !word & (0x80 * EACH) != 0;
+    let any = match text.last_chunk() {
+        Some(last) => low(u64::from_le_bytes(*last)) || text.chunks_exact(8).any(|word| low(short_word(word))),
+        // Bytes that are not there read as zero.
+        None => text.iter().any(|b| *b < 0x10),
+    };
+    any && text.iter().any(|b| matches!(b, b'\r' | b'\n' | 0))
+}
+
+#[cold]
+fn cleaned(text: &[u8]) -> Vec<u8> {
+    text.iter().map(|b| if matches!(b, b'\r' | b'\n' | 0) { b' ' } else { *b }).collect()
+}
+
+/// One in each byte of a word.
+const EACH: u64 = 0x0101_0101_0101_0101;
+
+/// Whether two names are the same but for the case of their letters (RFC 9110, 5.1). Eight bytes at a time: a request
+/// compares names some fifty times.
+#[inline]
+pub fn same_name(a: &[u8], b: &[u8]) -> bool {
+    if a.len() != b.len() {
+        return false;
+    }
+    match (a.last_chunk(), b.last_chunk()) {
+        // The last words overlap those before them.
+        (Some(x), Some(y)) => {
+            let words = a.chunks_exact(8).zip(b.chunks_exact(8));
+            same_word(u64::from_le_bytes(*x), u64::from_le_bytes(*y))
+                && words.into_iter().all(|(a, b)| same_short(a, b))
+        }
+        _ => same_short(a, b),
+    }
+}
+
+/// For up to eight bytes, as many in both.
+#[inline]
+fn same_short(a: &[u8], b: &[u8]) -> bool {
+    same_word(short_word(a), short_word(b))
+}
+
+/// Up to eight bytes as one word, some of them twice.
+#[inline]
+fn short_word(s: &[u8]) -> u64 {
+    if let (Some(start), Some(end)) = (s.first_chunk(), s.last_chunk()) {
+        return u64::from(u32::from_le_bytes(*start)) | u64::from(u32::from_le_bytes(*end)) << 32;
+    }
+    match *s {
+        [] => 0,
+        [a] => a.into(),
+        [a, b] => u64::from(a) | u64::from(b) << 8,
+        [a, b, c, ..] => u64::from(a) | u64::from(b) << 8 | u64::from(c) << 16,
+    }
+}
+
+#[inline]
+fn same_word(a: u64, b: u64) -> bool {
+    let lower = a | (0x20 * EACH);
+    let low = lower & (0x7f * EACH);
+    // The high bit of each byte that is a letter.
+    let letters = (low + 0x1f * EACH) & !(low + 0x05 * EACH) & !lower & (0x80 * EACH);
+    (a ^ b) & !(letters >> 2) == 0
 }
 
 fn bit(name: &[u8]) -> u64 {
@@ -224,8 +323,47 @@ mod tests {
         assert_eq!(h.get_all(b"X-a").count(), 2);
         assert_eq!(h.get("absent"), None);
         let mut out = Vec::new();
-        h.write_to(&mut out);
+        assert_eq!(h.write_to(&mut out, |_, _| true), 3);
         assert_eq!(out, b"Host: a\r\nX-A: 1\r\nx-a: 2\r\n");
+    }
+
+    #[test]
+    fn names_are_the_same_but_for_the_case_of_letters() {
+        let all: Vec<u8> = (0..=255).collect();
+        for n in 0..40 {
+            let name: Vec<u8> = (0..n).map(|i| b"aZ-_09~^"[i % 8]).collect();
+            assert!(same_name(&name, &name.to_ascii_uppercase()), "{n}");
+            for at in 0..n {
+                for b in &all {
+                    let mut other = name.clone();
+                    other[at] = *b;
+                    assert_eq!(same_name(&name, &other), name.eq_ignore_ascii_case(&other), "{n} {at} {b}");
+                }
+            }
+            assert!(!same_name(&name, &[&name[..], b"a"].concat()));
+        }
+    }
+
+    #[test]
+    fn a_line_break_does_not_get_in() {
+        let mut h = Headers::new();
+        h.append("X-A", "a\r\nSet-Cookie: b");
+        h.set("X\n", "\0");
+        h.append("X-B", "tab\tand \u{e9}");
+        let all: Vec<_> = h.iter().collect();
+        assert_eq!(
+            all,
+            [(&b"X-A"[..], &b"a  Set-Cookie: b"[..]), (b"X ", b" "), (b"X-B", "tab\tand \u{e9}".as_bytes())]
+        );
+        for n in 0..40 {
+            for at in 0..n {
+                for b in 0..=255 {
+                    let mut text = vec![b'a'; n];
+                    text[at] = b;
+                    assert_eq!(has_break(&text), matches!(b, b'\r' | b'\n' | 0), "{n} {at} {b}");
+                }
+            }
+        }
     }
 
     #[test]
@@ -251,5 +389,27 @@ mod tests {
         let mut h = sample();
         h.adopt(block, [(&block[0..4], &block[6..7]), (&block[9..14], &b""[..])].into_iter());
         assert_eq!(h.iter().collect::<Vec<_>>(), [(&b"Host"[..], &b"a"[..]), (b"Empty", b"")]);
+    }
+
+    #[test]
+    fn writes_what_is_kept_wherever_it_stands() {
+        let block = b"A: 1\r\nB:2\r\nC: 3\r\nD: 4\r\nE: 5  \r\nF: 6\r\nG:\r\n";
+        let field = |at: usize, value: usize, len| (&block[at..at + 1], &block[value..value + len]);
+        let fields =
+            [field(0, 3, 1), field(6, 8, 1), field(11, 14, 1), field(17, 20, 1), field(23, 26, 1), field(31, 34, 1)];
+        let mut h = Headers::new();
+        h.adopt(block, fields.into_iter().chain([(&block[37..38], &b""[..])]));
+        h.append("H", "8");
+        h.append("I", "9");
+        let written = |dropped: &[u8]| {
+            let mut out = b"> ".to_vec();
+            let lines = h.write_to(&mut out, |name, _| !dropped.contains(&name[0]));
+            (String::from_utf8(out).unwrap(), lines)
+        };
+        for dropped in [&b""[..], b"A", b"C", b"ABCDEFGHI", b"BEG", b"ADFI", b"H", b"CDEFG"] {
+            let kept = h.iter().filter(|(name, _)| !dropped.contains(&name[0]));
+            let lines: Vec<_> = kept.map(|(n, v)| format!("{}: {}\r\n", n.escape_ascii(), v.escape_ascii())).collect();
+            assert_eq!(written(dropped), (format!("> {}", lines.concat()), lines.len()));
+        }
     }
 }

@@ -14,6 +14,7 @@ pub mod vars;
 
 use std::{
     any::Any,
+    cell::OnceCell,
     net::SocketAddr,
     rc::Rc,
     sync::Arc,
@@ -100,6 +101,24 @@ pub struct Connection {
     pub tls: Option<TlsInfo>,
     /// The other end of the socket when PROXY protocol changed `peer`.
     pub proxy: Option<SocketAddr>,
+    /// The peer's address in words: each request writes it twice or more.
+    peer_text: OnceCell<SmallVec<[u8; 40]>>,
+}
+
+impl Connection {
+    /// Without TLS and PROXY protocol.
+    pub fn new(serial: u64, peer: SocketAddr, local: SocketAddr) -> Self {
+        Connection { serial, peer, local, tls: None, proxy: None, peer_text: OnceCell::new() }
+    }
+
+    /// The peer's address without its port. `peer` must not change any more.
+    pub fn peer_text(&self) -> &[u8] {
+        self.peer_text.get_or_init(|| {
+            let mut text = Vec::new();
+            vars::ip(self.peer.ip(), &mut text);
+            text.into()
+        })
+    }
 }
 
 #[derive(Debug)]
@@ -243,6 +262,8 @@ pub struct LuaState {
     pub slot: Option<u32>,
     /// The VM generation and the plan that the request runs on: owned by `plugin::run`, opaque here.
     pub run: Option<Rc<dyn Any>>,
+    /// The phases that the plan has something for, as `plugin::PhaseMask` counts them.
+    pub phases: u16,
     /// The plan holds the prometheus plugin: the request is counted, by names where they are preferred.
     pub counted: Option<bool>,
     /// The plugins of the request could not be prepared: it must not go on without them.

@@ -15,7 +15,7 @@ use std::{
 use base64::Engine;
 use hashbrown::HashMap;
 
-use super::{Exchange, Headers, RequestBody, Try, Version};
+use super::{Exchange, Headers, RequestBody, Try, Version, headers::append_all};
 use crate::model::upstream::Scheme;
 
 /// What `$nginx_version` says: the version whose contract is kept, since scripts compare it.
@@ -279,33 +279,30 @@ impl Exchange {
         }
     }
 
+    /// Appends a variable whose value must be put into words. `None`: it has no value, or is none of these.
+    pub fn append_written(&self, known: Known, out: &mut Vec<u8>) -> Option<()> {
+        self.written(known, out).map(|_| ())
+    }
+
     /// What must be put into words.
     fn written<'a>(&'a self, known: Known, out: &'a mut Vec<u8>) -> Option<&'a [u8]> {
         let r = &self.request;
         match known {
-            Known::Request => {
-                out.extend_from_slice(&r.method);
-                if !r.method.is_empty() {
-                    out.push(b' ');
-                }
-                out.extend_from_slice(&r.target);
-                if !r.method.is_empty() {
-                    out.push(b' ');
-                    out.extend_from_slice(version(r.version));
-                }
-            }
+            // A line that was none stands in the target.
+            Known::Request if r.method.is_empty() => out.extend_from_slice(&r.target),
+            Known::Request => append_all(out, [&r.method, b" ", &r.target, b" ", version(r.version)]),
             Known::RequestTime => seconds(self.started.elapsed(), out),
             Known::RequestLength => number(r.head_len + self.client.as_ref().map_or(0, |c| c.body_received()), out),
             Known::RequestId | Known::ApisixRequestId => hex(&self.id, out),
             Known::ServerAddr => ip(self.conn.local.ip(), out),
             Known::ServerPort => number(self.conn.local.port().into(), out),
-            Known::RemoteAddr => ip(self.remote().ip(), out),
+            Known::RemoteAddr => self.append_remote(out),
             Known::RemotePort => number(self.remote().port().into(), out),
             Known::BinaryRemoteAddr => match self.remote().ip() {
                 IpAddr::V4(a) => out.extend_from_slice(&a.octets()),
                 IpAddr::V6(a) => out.extend_from_slice(&a.octets()),
             },
-            Known::RealipRemoteAddr => ip(self.conn.peer.ip(), out),
+            Known::RealipRemoteAddr => out.extend_from_slice(self.conn.peer_text()),
             Known::RealipRemotePort => number(self.conn.peer.port().into(), out),
             Known::ProxyProtocolAddr => ip(self.conn.proxy.map(|_| self.conn.peer.ip())?, out),
             Known::ProxyProtocolPort => number(self.conn.proxy.map(|_| self.conn.peer.port())?.into(), out),
@@ -313,7 +310,9 @@ impl Exchange {
             Known::ProxyAddXForwardedFor => self.forwarded_for(out),
             Known::VarXForwardedPort => self.forwarded_port(out),
             Known::Status => {
-                let _ = std::io::Write::write_fmt(out, format_args!("{:03}", self.response.status));
+                let digit = |n: u16| b'0' + (n % 10) as u8;
+                let status = self.response.status;
+                out.extend_from_slice(&[digit(status / 100), digit(status / 10), digit(status)]);
             }
             Known::BytesSent => number(self.bytes_sent.max(self.client.as_ref().map_or(0, |c| c.bytes_sent())), out),
             Known::BodyBytesSent => number(self.body_bytes_sent, out),
@@ -379,16 +378,30 @@ impl Exchange {
 
     /// `X-Forwarded-For` with the client's address at the end.
     pub fn forwarded_for(&self, out: &mut Vec<u8>) {
-        for value in self.request.headers.get_all(b"x-forwarded-for") {
-            out.extend_from_slice(value);
-            out.extend_from_slice(b", ");
+        const NAME: &[u8] = b"x-forwarded-for";
+        if self.request.headers.may_have_length(NAME.len()) {
+            for value in self.request.headers.get_all(NAME) {
+                append_all(out, [value, b", "]);
+            }
         }
-        ip(self.remote().ip(), out);
+        self.append_remote(out);
+    }
+
+    /// Appends `$remote_addr`.
+    pub fn append_remote(&self, out: &mut Vec<u8>) {
+        match self.request.real_ip {
+            Some(addr) => ip(addr.ip(), out),
+            None => out.extend_from_slice(self.conn.peer_text()),
+        }
     }
 
     /// The port of the Host field, or the listener's.
     pub fn forwarded_port(&self, out: &mut Vec<u8>) {
-        let host = self.request.headers.get("host").unwrap_or_default();
+        self.port_of(self.request.headers.get("host").unwrap_or_default(), out);
+    }
+
+    /// The port that `host` names, or the listener's.
+    pub fn port_of(&self, host: &[u8], out: &mut Vec<u8>) {
         let port = host.iter().rposition(|b| *b == b':').map(|at| &host[at + 1..]);
         match port.filter(|p| !p.is_empty() && p.iter().all(u8::is_ascii_digit)) {
             Some(port) => out.extend_from_slice(port),
@@ -612,13 +625,7 @@ mod tests {
     use crate::exchange::Connection;
 
     fn exchange() -> Exchange {
-        let conn = Connection {
-            serial: 7,
-            peer: "10.0.0.9:5000".parse().unwrap(),
-            local: "[::1]:9080".parse().unwrap(),
-            tls: None,
-            proxy: None,
-        };
+        let conn = Connection::new(7, "10.0.0.9:5000".parse().unwrap(), "[::1]:9080".parse().unwrap());
         let mut x = Exchange::new(Rc::new(conn), Arc::default());
         x.begin();
         x.request.method.extend_from_slice(b"GET");

@@ -344,7 +344,7 @@ async fn fire(kept: &Kept, premature: bool) {
 /// An exchange without a client, for what runs outside of requests.
 pub fn background(vm: &Vm) -> Exchange {
     let nowhere = std::net::SocketAddr::from(([0, 0, 0, 0], 0));
-    let conn = Connection { serial: 0, peer: nowhere, local: nowhere, tls: None, proxy: None };
+    let conn = Connection::new(0, nowhere, nowhere);
     let mut x = Exchange::new(Rc::new(conn), vm.snapshot());
     x.begin();
     x.phase = Phase::Timer;

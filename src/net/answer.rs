@@ -2,7 +2,11 @@
 //!
 //! What concerns the connection is decided by the codec, never by a field that a plugin or an upstream set.
 
-use crate::exchange::{Headers, Response, headers::is_sound, status};
+use crate::exchange::{
+    Headers, Response,
+    headers::{append_all, same_name},
+    status,
+};
 
 /// What the head says about the body's length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,108 +29,62 @@ pub(super) enum Closing {
 
 /// Appends the head. `false`: the response's own `Connection: close` was honoured, so the connection must end.
 pub(super) fn write_head(out: &mut Vec<u8>, response: &Response, length: Length, closing: Closing) -> bool {
-    let start = out.len();
     let closing = if closing == Closing::Stays && asks_to_close(&response.headers) { Closing::Closes } else { closing };
-    let lines = write_lines(out, response, length, closing, plain, true);
-    // A line break inside a field would end it: rare enough to look for afterwards, in one pass over the block.
-    if !is_sound(&out[start..], lines) {
-        out.truncate(start);
-        write_lines(out, response, length, closing, cleaned, false);
-    }
-    closing == Closing::Stays
-}
-
-/// Appends a `1xx` head.
-pub(super) fn write_interim(out: &mut Vec<u8>, status: u16, headers: &Headers) {
-    write_status(out, status, b"", plain);
-    for (name, value) in headers.iter() {
-        write_field(out, name, value, cleaned);
-    }
-    out.extend_from_slice(b"\r\n");
-}
-
-type Writer = fn(&mut Vec<u8>, &[u8]);
-
-fn plain(out: &mut Vec<u8>, text: &[u8]) {
-    out.extend_from_slice(text);
-}
-
-fn cleaned(out: &mut Vec<u8>, text: &[u8]) {
-    out.extend(text.iter().map(|b| if matches!(b, b'\r' | b'\n' | 0) { b' ' } else { *b }));
-}
-
-/// `whole`: lines that stand in one piece are copied as they are.
-#[inline]
-fn write_lines(
-    out: &mut Vec<u8>,
-    response: &Response,
-    length: Length,
-    closing: Closing,
-    write: Writer,
-    whole: bool,
-) -> usize {
-    write_status(out, response.status, &response.reason, write);
-    let mut lines = 2;
+    write_status(out, response.status, &response.reason);
     let mut dated = false;
-    for (name, value, line) in response.headers.lines() {
-        match name.len() {
-            4 => dated |= name.eq_ignore_ascii_case(b"date"),
-            7 if closing != Closing::Upgrade && name.eq_ignore_ascii_case(b"upgrade") => continue,
-            10 if name.eq_ignore_ascii_case(b"connection") || name.eq_ignore_ascii_case(b"keep-alive") => continue,
-            14 if !keeps_length(response.status, length) && name.eq_ignore_ascii_case(b"content-length") => continue,
-            17 if name.eq_ignore_ascii_case(b"transfer-encoding") => continue,
-            _ => {}
+    response.headers.write_to(out, |name, _| match name.len() {
+        4 => {
+            dated |= same_name(name, b"date");
+            true
         }
-        match line {
-            Some(line) if whole => out.extend_from_slice(line),
-            _ => write_field(out, name, value, write),
-        }
-        lines += 1;
-    }
+        7 => closing == Closing::Upgrade || !same_name(name, b"upgrade"),
+        10 => !same_name(name, b"connection") && !same_name(name, b"keep-alive"),
+        14 => keeps_length(response.status, length) || !same_name(name, b"content-length"),
+        17 => !same_name(name, b"transfer-encoding"),
+        _ => true,
+    });
     if !dated {
-        write_field(out, b"Date", &status::date(), plain);
-        lines += 1;
+        append_all(out, [b"Date: ", &status::date(), b"\r\n"]);
     }
-    lines += write_length(out, response.status, length);
+    write_length(out, response.status, length);
     out.extend_from_slice(match closing {
         Closing::Stays => b"Connection: keep-alive\r\n\r\n",
         Closing::Closes => &b"Connection: close\r\n\r\n"[..],
         Closing::Upgrade => b"Connection: upgrade\r\n\r\n",
     });
-    lines + 1
+    closing == Closing::Stays
 }
 
-fn write_length(out: &mut Vec<u8>, status: u16, length: Length) -> usize {
+/// Appends a `1xx` head.
+pub(super) fn write_interim(out: &mut Vec<u8>, status: u16, headers: &Headers) {
+    write_status(out, status, b"");
+    headers.write_to(out, |_, _| true);
+    out.extend_from_slice(b"\r\n");
+}
+
+fn write_length(out: &mut Vec<u8>, status: u16, length: Length) {
     match length {
         // RFC 9110, 8.6: never in these.
-        Length::Claimed(_) if matches!(status, 100..=199 | 204) => return 0,
-        Length::Claimed(n) => write_field(out, b"Content-Length", itoa::Buffer::new().format(n).as_bytes(), plain),
+        Length::Claimed(_) if matches!(status, 100..=199 | 204) => {}
+        Length::Claimed(n) => {
+            append_all(out, [b"Content-Length: ", itoa::Buffer::new().format(n).as_bytes(), b"\r\n"]);
+        }
         Length::Chunked => out.extend_from_slice(b"Transfer-Encoding: chunked\r\n"),
-        Length::Absent | Length::AsStands => return 0,
+        Length::Absent | Length::AsStands => {}
     }
-    1
 }
 
 fn keeps_length(status: u16, length: Length) -> bool {
     length == Length::AsStands && !matches!(status, 100..=199 | 204)
 }
 
-fn write_status(out: &mut Vec<u8>, status: u16, reason: &[u8], write: Writer) {
+/// `reason` is what a parser has read, so it is sound.
+fn write_status(out: &mut Vec<u8>, status: u16, reason: &[u8]) {
     if status == 200 && (reason == b"OK" || reason.is_empty()) {
         return out.extend_from_slice(b"HTTP/1.1 200 OK\r\n");
     }
-    out.extend_from_slice(b"HTTP/1.1 ");
-    out.extend_from_slice(itoa::Buffer::new().format(status).as_bytes());
-    out.push(b' ');
-    write(out, if reason.is_empty() { status::reason(status).as_bytes() } else { reason });
-    out.extend_from_slice(b"\r\n");
-}
-
-fn write_field(out: &mut Vec<u8>, name: &[u8], value: &[u8], write: Writer) {
-    write(out, name);
-    out.extend_from_slice(b": ");
-    write(out, value);
-    out.extend_from_slice(b"\r\n");
+    let reason = if reason.is_empty() { status::reason(status).as_bytes() } else { reason };
+    append_all(out, [b"HTTP/1.1 ", itoa::Buffer::new().format(status).as_bytes(), b" ", reason, b"\r\n"]);
 }
 
 fn asks_to_close(headers: &Headers) -> bool {

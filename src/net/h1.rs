@@ -130,7 +130,7 @@ async fn refuse<H: Handler>(server: &Server<H>, mut client: Box<dyn Client>, mut
 
 /// What comes next on a connection.
 enum Next {
-    /// A whole head of so many bytes waits in `inp`.
+    /// A whole head stands in so many bytes of `inp`.
     Head(usize),
     Refused(Refusal),
     /// The preface waits in `inp`.
@@ -216,10 +216,12 @@ impl Limit {
 
     /// For a wait that cannot go on now: starts the clock with the first call, says whether time is up.
     pub(super) fn poll(&mut self, cx: &Context<'_>, limit: Duration) -> bool {
-        if !std::mem::replace(&mut self.armed, true) {
-            self.deadline.set(limit);
+        if self.armed {
+            return self.deadline.poll_expired(cx);
         }
-        self.deadline.poll_expired(cx)
+        self.armed = true;
+        self.deadline.start(limit, cx);
+        false
     }
 
     /// The wait went on: the next one has its own time.
@@ -324,10 +326,15 @@ impl H1 {
                 _ => {}
             }
         }
+        // A request without a body ends what was read. Its head needs no search: the parser finds its end, too.
+        let short = unread.len() <= self.settings.head.line.min(self.settings.head.total);
+        if short && self.scan.is_new() && unread.ends_with(b"\r\n\r\n") {
+            return Ok(Some(Next::Head(unread.len())));
+        }
         Ok(self.scan.next(unread, self.settings.head)?.map(Next::Head))
     }
 
-    /// Makes the head of `len` bytes at the front of `inp` the request of `x`.
+    /// Makes the head that stands in `len` bytes at the front of `inp` the request of `x`.
     fn begin(&mut self, len: usize, x: &mut Exchange) -> Result<(), Refusal> {
         self.scan = HeadScan::default();
         self.skipped = false;
@@ -338,7 +345,7 @@ impl H1 {
         self.continues = Continue::No;
         self.body_out = BodyOut::NotStarted;
         let framing = head::parse(&self.inp[self.at..self.at + len], &mut x.request);
-        self.at += len;
+        self.at += x.request.head_len as usize;
         self.version = x.request.version;
         let framing = framing?;
         self.keep = x.request.keep_alive

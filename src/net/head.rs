@@ -5,16 +5,19 @@
 
 use std::mem::MaybeUninit;
 
+use httparse::Status;
+
 use crate::exchange::{
     Request, Version,
-    framing::{BodyFields, Framing, Refusal},
+    framing::{BARE_LF, BodyFields, Framing, Refusal, ends_in_crlf},
+    headers::same_name,
 };
 
 /// Fields of a head. Browsers send 20, and the block is bounded anyway: this bounds the work per byte.
 const FIELDS_MAX: usize = 256;
 
-/// Reads a whole head (`HeadScan` found its end) into `request`. After a refusal `request` holds what was
-/// understood, for the log.
+/// Reads the head that `block` starts with into `request`, whose `head_len` says where it ends; the caller knows that all of it
+/// is there. After a refusal `request` holds what was understood, for the log.
 pub fn parse(block: &[u8], request: &mut Request) -> Result<Framing, Refusal> {
     request.head_len = block.len() as u64;
     let mut fields = [const { MaybeUninit::uninit() }; FIELDS_MAX];
@@ -32,6 +35,14 @@ pub fn parse(block: &[u8], request: &mut Request) -> Result<Framing, Refusal> {
     request.target.extend_from_slice(target.as_bytes());
     request.version = if minor == 0 { Version::Http10 } else { Version::Http11 };
     let fields = &*head.headers;
+    let block = match parsed {
+        Ok(Status::Complete(len)) if !block.starts_with(b"\r") => &block[..len],
+        _ => return Err(Refusal::bad("incomplete head")),
+    };
+    request.head_len = block.len() as u64;
+    if !ends_in_crlf(block, fields.first().map(|f| f.name.as_bytes()), fields.iter().map(|f| f.value)) {
+        return Err(BARE_LF);
+    }
     request.headers.adopt(block, fields.iter().map(|f| (f.name.as_bytes(), f.value)));
     check_method(method.as_bytes())?;
     let said = read_fields(fields)?;
@@ -107,7 +118,7 @@ fn read_fields<'a>(fields: &[httparse::Header<'a>]) -> Result<Said<'a>, Refusal>
     let mut said = Said::default();
     for f in fields {
         // The length sorts out nearly all others with one comparison.
-        let is = |name: &str| f.name.eq_ignore_ascii_case(name);
+        let is = |name: &str| same_name(f.name.as_bytes(), name.as_bytes());
         match f.name.len() {
             4 if is("host") && said.host.is_some() => return Err(Refusal::bad("several Host")),
             4 if is("host") => said.host = Some(f.value),
@@ -215,10 +226,29 @@ fn valid_name(name: &[u8]) -> bool {
         let address = address.strip_suffix(b"]").and_then(|a| std::str::from_utf8(a).ok());
         return address.is_some_and(|a| a.parse::<std::net::Ipv6Addr>().is_ok());
     }
-    // RFC 3986's reg-name without the comma, which is what two Host fields look like when a relay has merged them.
-    let legal = |b: &u8| b.is_ascii_alphanumeric() || b"-._~%!$&'()*+;=".contains(b);
-    name.first().is_some_and(|b| *b != b'.') && name.iter().all(legal) && !name.windows(2).any(|w| w == b"..")
+    let mut last = b'.';
+    let sound = name.iter().all(|&b| {
+        let dots = b == b'.' && last == b'.';
+        last = b;
+        REG_NAME[usize::from(b)] && !dots
+    });
+    sound && !name.is_empty()
 }
+
+/// RFC 3986's reg-name without the comma, which is what two Host fields look like when a relay has merged them.
+static REG_NAME: [bool; 256] = {
+    let mut table = [false; 256];
+    let mut b = 0u8;
+    while b < 128 {
+        table[b as usize] = b.is_ascii_alphanumeric()
+            || matches!(
+                b,
+                b'-' | b'.' | b'_' | b'~' | b'%' | b'!' | b'$' | b'&' | b'\'' | b'(' | b')' | b'*' | b'+' | b';' | b'='
+            );
+        b += 1;
+    }
+    table
+};
 
 /// Empty, or a colon and up to five digits.
 fn valid_port(port: &[u8]) -> bool {
@@ -261,12 +291,11 @@ pub fn normalize_path(raw: &[u8], out: &mut Vec<u8>) -> Result<(), Refusal> {
 
 /// Nothing to decode, merge or resolve: nearly all paths.
 fn is_plain(raw: &[u8]) -> bool {
-    let mut last = 0;
-    raw.iter().all(|&b| {
-        let plain = b != b'%' && (last != b'/' || (b != b'/' && b != b'.'));
-        last = b;
-        plain
-    })
+    let Some((first, rest)) = raw.split_first() else { return true };
+    // All bytes at once, by vector instructions, rather than up to the first that matters.
+    let pairs = raw.iter().zip(rest);
+    let odd = pairs.fold(false, |odd, (a, b)| odd | (*b == b'%') | ((*a == b'/') & ((*b == b'/') | (*b == b'.'))));
+    *first != b'%' && !odd
 }
 
 fn decode_escape(rest: &[u8]) -> Result<(u8, &[u8]), Refusal> {

@@ -12,6 +12,8 @@ use tokio::{
 };
 use tokio_rustls::server::TlsStream;
 
+use crate::tcp;
+
 /// A TCP stream from which something was read too early (after a PROXY protocol header).
 pub struct Socket {
     unread: Vec<u8>,
@@ -74,13 +76,13 @@ impl AsyncRead for Socket {
             self.unread.drain(..n);
             return Poll::Ready(Ok(()));
         }
-        Pin::new(&mut self.tcp).poll_read(cx, buf)
+        tcp::poll_read(&self.tcp, cx, buf)
     }
 }
 
 impl AsyncWrite for Socket {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.tcp).poll_write(cx, data)
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        tcp::poll_write(&self.tcp, cx, data)
     }
 
     fn poll_write_vectored(

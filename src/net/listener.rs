@@ -193,7 +193,7 @@ async fn connection<H: Handler>(server: Rc<Server<H>>, tcp: TcpStream, peer: Soc
 
 /// What must happen before the first request: PROXY protocol, then TLS.
 async fn prepare(tcp: TcpStream, peer: SocketAddr, local: SocketAddr, way: &Way) -> Result<(Io, Connection)> {
-    let mut conn = Connection { serial: next_serial(), peer, local, tls: None, proxy: None };
+    let mut conn = Connection::new(next_serial(), peer, local);
     let socket = match way.proxy_protocol {
         true => read_proxy_header(tcp, &mut conn).await?,
         false => Socket::new(tcp, Vec::new()),

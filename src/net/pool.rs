@@ -1,7 +1,7 @@
 //! Exchanges and buffers that wait for their next use, so that a request allocates nothing once a worker is warm.
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     net::{Ipv4Addr, SocketAddr},
     rc::Rc,
     sync::Arc,
@@ -20,9 +20,12 @@ pub struct ExchangePool {
     // Boxed, because a box is what requests pass around.
     #[allow(clippy::vec_box)]
     idle: RefCell<Vec<Box<Exchange>>>,
-    /// What idle exchanges hold, so that they keep no old configuration or connection alive.
+    /// What idle exchanges hold instead of a connection, or of a configuration that is not the newest seen.
     no_snapshot: Arc<Snapshot>,
     no_connection: Rc<Connection>,
+    /// The newest configuration that a request held. Idle exchanges keep it: to take it again would be two counts of a
+    /// reference that all workers share, per request.
+    newest: Cell<u64>,
 }
 
 impl ExchangePool {
@@ -31,7 +34,8 @@ impl ExchangePool {
         ExchangePool {
             idle: RefCell::default(),
             no_snapshot: Arc::default(),
-            no_connection: Rc::new(Connection { serial: 0, peer: nowhere, local: nowhere, tls: None, proxy: None }),
+            no_connection: Rc::new(Connection::new(0, nowhere, nowhere)),
+            newest: Cell::new(0),
         }
     }
 
@@ -50,8 +54,13 @@ impl ExchangePool {
     pub fn put(&self, mut x: Box<Exchange>) {
         x.reset();
         x.conn = self.no_connection.clone();
-        x.snapshot = self.no_snapshot.clone();
         let mut idle = self.idle.borrow_mut();
+        if x.snapshot.version > self.newest.get() {
+            self.newest.set(x.snapshot.version);
+            idle.iter_mut().for_each(|old| old.snapshot = self.no_snapshot.clone());
+        } else if x.snapshot.version < self.newest.get() {
+            x.snapshot = self.no_snapshot.clone();
+        }
         if idle.len() < KEPT_EXCHANGES {
             idle.push(x);
         }

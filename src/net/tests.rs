@@ -100,7 +100,7 @@ fn with_server<F: Future<Output = ()>>(settings: Settings, test: impl FnOnce(Soc
         let shared = server.clone();
         tokio::task::spawn_local(async move {
             while let Ok((tcp, peer)) = listener.accept().await {
-                let conn = Rc::new(Connection { serial: 1, peer, local: addr, tls: None, proxy: None });
+                let conn = Rc::new(Connection::new(1, peer, addr));
                 let io = Io::Tcp(Socket::new(tcp, Vec::new()));
                 tokio::task::spawn_local(serve_connection(shared.clone(), io, conn, None, shared.drain.enter()));
             }

@@ -34,6 +34,11 @@ const MAX_WAITING: usize = 4 << 20;
 /// What an `error` line waits for the disk. A healthy one takes microseconds.
 const MAX_WAIT: Duration = Duration::from_millis(10);
 
+/// Lines that nobody waits for gather up to so many bytes, or for so long, before the thread that writes them is woken: each
+/// time it runs it may take a worker's core, and at tens of thousands of requests a second it would all the time.
+const GATHERED: usize = 256 << 10;
+const GATHER_FOR: Duration = Duration::from_millis(100);
+
 /// Longest message: a deep traceback fits, a body logged by mistake does not.
 const MAX_MESSAGE: usize = 16 << 10;
 
@@ -310,6 +315,8 @@ struct State {
     accepted: u64,
     settled: u64,
     dropped: u64,
+    /// What waits is to be written now.
+    urgent: bool,
     reopen: bool,
     closed: bool,
 }
@@ -347,7 +354,12 @@ impl LogFile {
     /// Takes whole lines, or refuses and counts them when too much waits already. With `wait`, returns once the kernel has
     /// them, or after `MAX_WAIT`.
     pub fn write(&self, lines: &[u8], wait: bool) -> bool {
-        self.0.shared.write(lines, wait)
+        self.0.shared.write(lines, true, wait)
+    }
+
+    /// As `write`, for lines that may reach the file up to `GATHER_FOR` later.
+    pub fn write_soon(&self, lines: &[u8]) -> bool {
+        self.0.shared.write(lines, false, false)
     }
 }
 
@@ -363,16 +375,21 @@ impl Shared {
         self.work.notify_one();
     }
 
-    fn write(&self, lines: &[u8], wait: bool) -> bool {
+    fn write(&self, lines: &[u8], urgent: bool, wait: bool) -> bool {
         let mut state = lock(&self.state);
         if state.waiting.len() + lines.len() > MAX_WAITING {
             state.dropped += 1;
             return false;
         }
+        let asleep = state.waiting.is_empty();
         state.waiting.extend_from_slice(lines);
         state.accepted += lines.len() as u64;
         let mine = state.accepted;
-        self.work.notify_one();
+        let urgent = urgent || state.waiting.len() >= GATHERED;
+        if asleep || (urgent && !state.urgent) {
+            self.work.notify_one();
+        }
+        state.urgent |= urgent;
         if wait && !self.slow.load(Ordering::Relaxed) {
             let (state, timeout) = self
                 .done
@@ -385,8 +402,10 @@ impl Shared {
     }
 
     fn flush(&self, end: Instant) {
-        let state = lock(&self.state);
+        let mut state = lock(&self.state);
         let mine = state.accepted;
+        state.urgent = true;
+        self.work.notify_one();
         let longest = end.saturating_duration_since(Instant::now());
         let waited = self.done.wait_timeout_while(state, longest, |state| state.settled < mine);
         drop(waited.unwrap_or_else(PoisonError::into_inner));
@@ -397,7 +416,11 @@ impl Shared {
         let mut failing = false;
         loop {
             let idle = |s: &mut State| s.waiting.is_empty() && !s.reopen && !s.closed && s.dropped == 0;
-            let mut state = self.work.wait_while(lock(&self.state), idle).unwrap_or_else(PoisonError::into_inner);
+            let state = self.work.wait_while(lock(&self.state), idle).unwrap_or_else(PoisonError::into_inner);
+            let gathers = |s: &mut State| !s.urgent && !s.reopen && !s.closed;
+            let gathered = self.work.wait_timeout_while(state, GATHER_FOR, gathers);
+            let mut state = gathered.unwrap_or_else(PoisonError::into_inner).0;
+            state.urgent = false;
             mem::swap(&mut state.waiting, &mut spare);
             let (reopen, closed) = (mem::take(&mut state.reopen), state.closed);
             let dropped = mem::take(&mut state.dropped);
@@ -545,6 +568,28 @@ mod tests {
     }
 
     #[test]
+    fn lines_that_nobody_waits_for_gather_and_still_arrive() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("access.log");
+        let log = LogFile::open(&path).unwrap();
+        let end = Instant::now() + SOON;
+        let arrived = |len: u64| {
+            while fs::metadata(&path).unwrap().len() < len {
+                assert!(Instant::now() < end, "{len} bytes");
+                thread::yield_now();
+            }
+        };
+        // Alone, at the bound, and behind what waits already.
+        assert!(log.write_soon(b"one\n"));
+        arrived(4);
+        let many = vec![b'x'; GATHERED];
+        assert!(log.write_soon(&many));
+        arrived(4 + GATHERED as u64);
+        assert!(log.write_soon(b"two\n") && log.write(b"three\n", true));
+        assert!(fs::read_to_string(&path).unwrap().ends_with("xtwo\nthree\n"));
+    }
+
+    #[test]
     fn a_disk_that_does_not_answer_costs_lines_and_bounded_time() {
         // A pipe that nobody reads takes 64 KiB and then blocks its writer: the slowest disk there is.
         let (reader, writer) = io::pipe().unwrap();
@@ -559,10 +604,10 @@ mod tests {
         let run = shared.clone();
         let thread = thread::spawn(move || run.run(out));
         let line = [b'x'; 256 << 10];
-        assert!(shared.write(&line, true), "taken, though not written in time");
+        assert!(shared.write(&line, true, true), "taken, though not written in time");
         assert!(shared.slow.load(Ordering::Relaxed), "nobody waits for it again");
         let mut taken = 1;
-        while shared.write(&line, true) {
+        while shared.write(&line, true, true) {
             taken += 1;
             assert!(taken <= 2 * MAX_WAITING / line.len(), "bounded");
         }

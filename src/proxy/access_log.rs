@@ -9,7 +9,7 @@ use tokio::sync::Notify;
 
 use crate::{
     conf,
-    exchange::{Exchange, Var},
+    exchange::{Exchange, Var, vars::Known},
     observe::log::LogFile,
 };
 
@@ -38,6 +38,10 @@ struct State {
 #[derive(Debug, PartialEq)]
 enum Segment {
     Text(Box<str>),
+    /// Needs no escaping: goes straight into the line.
+    Plain(Known),
+    /// `$request`: goes there, too, and is looked at afterwards.
+    Request,
     Var(Var),
 }
 
@@ -67,15 +71,31 @@ impl AccessLog {
         for segment in &self.format {
             match segment {
                 Segment::Text(text) => buffer.extend_from_slice(text.as_bytes()),
+                Segment::Plain(known) => {
+                    if x.append_written(*known, buffer).is_none() {
+                        self.write_value(None, buffer);
+                    }
+                }
+                Segment::Request => self.write_request(x, scratch, buffer),
                 Segment::Var(var) => self.write_value(x.var(var, scratch), buffer),
             }
         }
         buffer.push(b'\n');
         if buffer.len() >= self.size {
-            self.file.write(buffer, false);
+            self.file.write_soon(buffer);
             buffer.clear();
         } else if first {
             self.begun.notify_one();
+        }
+    }
+
+    fn write_request(&self, x: &Exchange, scratch: &mut Vec<u8>, out: &mut Vec<u8>) {
+        let start = out.len();
+        let written = x.append_written(Known::Request, out).is_some();
+        let line = &out[start..];
+        if !written || line.len() > VALUE_MAX || line.iter().fold(false, |found, b| found | is_special(*b)) {
+            out.truncate(start);
+            self.write_value(x.var(&Var::Known(Known::Request), scratch), out);
         }
     }
 
@@ -99,7 +119,7 @@ impl AccessLog {
     pub fn flush(&self) {
         let state = &mut *self.state.borrow_mut();
         if !state.buffer.is_empty() {
-            self.file.write(&state.buffer, false);
+            self.file.write_soon(&state.buffer);
             state.buffer.clear();
         }
     }
@@ -139,7 +159,11 @@ fn parse(format: &str) -> Vec<Segment> {
         if !text.is_empty() {
             segments.push(Segment::Text(std::mem::take(&mut text).into()));
         }
-        segments.push(Segment::Var(Var::parse(name)));
+        segments.push(match Var::parse(name) {
+            Var::Known(known) if is_plain(known) => Segment::Plain(known),
+            Var::Known(Known::Request) => Segment::Request,
+            var => Segment::Var(var),
+        });
         rest = after;
     }
     text.push_str(rest);
@@ -147,6 +171,37 @@ fn parse(format: &str) -> Vec<Segment> {
         segments.push(Segment::Text(text.into()));
     }
     segments
+}
+
+/// Times, numbers and addresses.
+fn is_plain(known: Known) -> bool {
+    use Known::*;
+    matches!(
+        known,
+        RemoteAddr
+            | RemotePort
+            | TimeLocal
+            | TimeIso8601
+            | Msec
+            | Status
+            | BytesSent
+            | BodyBytesSent
+            | RequestTime
+            | RequestLength
+            | RequestId
+            | Connection
+            | ConnectionRequests
+            | ServerAddr
+            | ServerPort
+            | UpstreamAddr
+            | UpstreamStatus
+            | UpstreamResponseTime
+            | UpstreamConnectTime
+            | UpstreamHeaderTime
+            | UpstreamBytesSent
+            | UpstreamBytesReceived
+            | UpstreamResponseLength
+    )
 }
 
 /// Copies whole stretches between the bytes that need another form.
@@ -205,11 +260,11 @@ mod tests {
 
     fn exchange() -> Exchange {
         let addr = "10.0.0.9:5000".parse().unwrap();
-        let conn = Connection { serial: 1, peer: addr, local: addr, tls: None, proxy: None };
+        let conn = Connection::new(1, addr, addr);
         let mut x = Exchange::new(Rc::new(conn), Arc::default());
         x.request.method.extend_from_slice(b"GET");
         x.request.target.extend_from_slice(b"/");
-        x.request.headers.append("User-Agent", b"a\"b\\c\n\xc3\xa9");
+        x.request.headers.append("User-Agent", b"a\"b\\c\t\xc3\xa9");
         x.response.status = 200;
         x
     }
@@ -223,16 +278,16 @@ mod tests {
         let got = parse("a $status\"${host}_x\" $ 1$");
         let text = |t: &str| Segment::Text(t.into());
         let var = |n| Segment::Var(Var::parse(n));
-        assert_eq!(got, [text("a "), var("status"), text("\""), var("host"), text("_x\" $ 1$")]);
+        assert_eq!(got, [text("a "), Segment::Plain(Known::Status), text("\""), var("host"), text("_x\" $ 1$")]);
     }
 
     #[test]
     fn escapes_as_nginx_does() {
         let dir = tempfile::tempdir().unwrap();
         for (escape, want) in [
-            ("default", "\"a\\x22b\\x5Cc\\x0A\\xC3\\xA9\" - GET / HTTP/1.1 200\n"),
-            ("json", "\"a\\\"b\\\\c\\né\"  GET / HTTP/1.1 200\n"),
-            ("none", "\"a\"b\\c\né\"  GET / HTTP/1.1 200\n"),
+            ("default", "\"a\\x22b\\x5Cc\\x09\\xC3\\xA9\" - GET / HTTP/1.1 200\n"),
+            ("json", "\"a\\\"b\\\\c\\té\"  GET / HTTP/1.1 200\n"),
+            ("none", "\"a\"b\\c\té\"  GET / HTTP/1.1 200\n"),
         ] {
             let log = log(&dir, "\"$http_user_agent\" $http_referer $request $status", escape, 4096);
             log.log(&exchange());

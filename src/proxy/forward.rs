@@ -14,7 +14,7 @@ use super::{Picked, Proxy, head, head::BodyFraming, rescue, tunnel, upload::Uplo
 use crate::{
     balancer::{NoNode, Tried},
     error::{Error, Kind, Origin, Result, Retry},
-    exchange::{Client, Exchange, RequestBody, Response, Source, Try, Var},
+    exchange::{Client, Exchange, RequestBody, Response, Source, Try, Var, headers::same_name},
     model::{
         route::Timeouts,
         upstream::{Balance, HashOn, Keepalive, Node, Scheme, Upstream},
@@ -45,7 +45,8 @@ pub(super) async fn forward(p: &Proxy, x: &mut Exchange) -> Result<()> {
     if framing == BodyFraming::None && x.request.headers.contains("content-length") {
         framing = BodyFraming::Length(0);
     }
-    let mut way = Way { p, conf: &conf, framing, websocket: is_websocket(x), times: timeouts(p, x, &conf), upload };
+    let (websocket, times) = (is_websocket(x), timeouts(p, x, &conf));
+    let mut way = Way { p, conf: &conf, framing, websocket, times, upload, waited: false };
     let outcome = way.run(x).await;
     let (out, piece) = way.upload.into_buffers();
     p.put_buffer(out);
@@ -61,6 +62,8 @@ struct Way<'a> {
     websocket: bool,
     times: Timeouts,
     upload: Upload,
+    /// Between the response's head and its end there was a wait, or a plugin.
+    waited: bool,
 }
 
 /// A node that has answered.
@@ -80,7 +83,9 @@ impl Way<'_> {
             return self.switch(x, conn).await;
         }
         let relayed = self.relay(x, &mut conn, head).await;
-        let ended = Instant::now();
+        // A response that came whole with its head ended when it began, as far as a clock can tell.
+        let first = x.upstream.tries.last().and_then(|last| last.header_time).filter(|_| !self.waited);
+        let ended = first.map_or_else(Instant::now, |first| begun + first);
         if let Some(last) = x.upstream.tries.last_mut() {
             last.bytes_received = conn.received();
             last.bytes_sent = conn.sent();
@@ -96,7 +101,8 @@ impl Way<'_> {
 
     /// Tries nodes until one answers with a head.
     async fn reach(&mut self, x: &mut Exchange) -> Result<Reached> {
-        let started = Instant::now();
+        // Without plugins the request has hardly begun: one look at the clock less.
+        let started = if x.lua.run.is_none() { x.started } else { Instant::now() };
         let picked = self.p.picker(self.conf);
         let hash_key = hash_key(x, self.conf);
         let mut tried = Tried::default();
@@ -270,6 +276,7 @@ impl Way<'_> {
         x.response.source = Source::Upstream;
         if self.p.runner.mask(x) != PhaseMask::default() {
             x.upstream.headers.clone_from(&x.response.headers);
+            self.waited = true;
         }
         x.response.headers.set("Server", &self.p.settings.server);
         add_early(&mut x.response);
@@ -280,7 +287,12 @@ impl Way<'_> {
         if output::has_body_filter(self.p.runner.mask(x)) {
             self.relay_filtered(x, conn).await?;
         } else {
-            poll_fn(|cx| self.poll_relay(cx, x, conn)).await?;
+            poll_fn(|cx| {
+                let relayed = self.poll_relay(cx, x, conn);
+                self.waited |= relayed.is_pending();
+                relayed
+            })
+            .await?;
         }
         output::finish(x).await?;
         if matches!(x.body, RequestBody::Streaming { .. }) && self.upload.is_done() {
@@ -443,13 +455,13 @@ fn is_websocket(x: &Exchange) -> bool {
 /// Adds what plugins have set before; what describes the body is the node's to say.
 fn add_early(response: &mut Response) {
     for (name, value) in response.early.iter() {
-        let of_body = [&b"content-type"[..], b"content-length", b"content-encoding"];
-        if of_body.iter().any(|n| n.eq_ignore_ascii_case(name)) && response.headers.contains(name) {
-            continue;
-        }
-        match name.eq_ignore_ascii_case(b"server") {
-            true => response.headers.set(name, value),
-            false => response.headers.append(name, value),
+        let is = |other: &[u8]| same_name(name, other);
+        match name.len() {
+            6 if is(b"server") => response.headers.set(name, value),
+            12 if is(b"content-type") && response.headers.contains(name) => {}
+            14 if is(b"content-length") && response.headers.contains(name) => {}
+            16 if is(b"content-encoding") && response.headers.contains(name) => {}
+            _ => response.headers.append(name, value),
         }
     }
     response.early.clear();

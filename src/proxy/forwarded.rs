@@ -48,17 +48,16 @@ fn add(x: &mut Exchange, missing: [bool; 3]) {
         let scheme = x.scheme();
         x.request.headers.append("X-Forwarded-Proto", scheme);
     }
-    let mut value: SmallVec<[u8; 64]> = SmallVec::new();
+    let host = x.request.headers.get("host").filter(|host| !host.is_empty());
+    let host: SmallVec<[u8; 64]> = SmallVec::from_slice(host.unwrap_or(&x.request.host));
     if missing[1] {
-        let host = x.request.headers.get("host").filter(|host| !host.is_empty());
-        value.extend_from_slice(host.unwrap_or(&x.request.host));
-        x.request.headers.append("X-Forwarded-Host", &value);
+        x.request.headers.append("X-Forwarded-Host", &host);
     }
     if missing[2] {
         // Nothing is printed yet: the buffer is free.
         let mut port = std::mem::take(&mut x.printed);
         port.clear();
-        x.forwarded_port(&mut port);
+        x.port_of(&host, &mut port);
         x.request.headers.append("X-Forwarded-Port", &port);
         port.clear();
         x.printed = port;
@@ -88,13 +87,7 @@ mod tests {
     use crate::exchange::{Connection, Var};
 
     fn applied(trusted: &[&str], fields: &[(&str, &str)]) -> Exchange {
-        let conn = Connection {
-            serial: 1,
-            peer: "127.0.0.1:5000".parse().unwrap(),
-            local: "127.0.0.1:1984".parse().unwrap(),
-            tls: None,
-            proxy: None,
-        };
+        let conn = Connection::new(1, "127.0.0.1:5000".parse().unwrap(), "127.0.0.1:1984".parse().unwrap());
         let mut x = Exchange::new(Rc::new(conn), Arc::default());
         x.request.host.extend_from_slice(b"localhost");
         fields.iter().for_each(|(n, v)| x.request.headers.append(n, v));

@@ -4,7 +4,7 @@ use crate::{
     error::{Error, Result},
     exchange::{
         Exchange, Headers,
-        headers::{is_sound, write_line},
+        headers::{append_all, has_break, same_name},
     },
     model::upstream::{Node, PassHost, Upstream},
 };
@@ -24,37 +24,34 @@ pub(super) fn write(x: &Exchange, node: &Node, body: BodyFraming, websocket: boo
     let start = out.len();
     let request = &x.request;
     let method = if x.upstream.method.is_empty() { &request.method } else { &x.upstream.method };
-    out.extend_from_slice(method);
-    out.push(b' ');
+    append_all(out, [method, b" "]);
     target(x, out);
+    let line = out.len();
     out.extend_from_slice(b" HTTP/1.1\r\nHost: ");
+    let host_at = out.len();
     host(x, node, out);
-    out.extend_from_slice(b"\r\n");
-    out.extend_from_slice(b"X-Real-IP: ");
-    crate::exchange::vars::ip(x.remote().ip(), out);
+    if has_break(&out[start..line]) || has_break(&out[host_at..]) {
+        out.truncate(start);
+        return Err(Error::script("refused to send a line break or a NUL inside the request's head to the upstream"));
+    }
+    out.extend_from_slice(b"\r\nX-Real-IP: ");
+    x.append_remote(out);
     out.extend_from_slice(b"\r\nX-Forwarded-For: ");
     x.forwarded_for(out);
     out.extend_from_slice(b"\r\n");
-    let mut lines = 6 + fields(&request.headers, websocket, out);
+    fields(&request.headers, websocket, out);
     match body {
-        BodyFraming::None => lines -= 1,
+        BodyFraming::None => {}
         BodyFraming::Length(n) => {
-            out.extend_from_slice(b"Content-Length: ");
-            out.extend_from_slice(itoa::Buffer::new().format(n).as_bytes());
-            out.extend_from_slice(b"\r\n");
+            append_all(out, [b"Content-Length: ", itoa::Buffer::new().format(n).as_bytes(), b"\r\n"]);
         }
         BodyFraming::Chunked => out.extend_from_slice(b"Transfer-Encoding: chunked\r\n"),
     }
     if websocket {
         out.extend_from_slice(b"Connection: upgrade\r\n");
-        lines += 1;
     }
     out.extend_from_slice(b"\r\n");
-    if is_sound(&out[start..], lines) {
-        return Ok(());
-    }
-    out.truncate(start);
-    Err(Error::script("refused to send a line break or a NUL inside the request's head to the upstream"))
+    Ok(())
 }
 
 /// A plugin's URI, a URI that Lua changed, or the client's as it came.
@@ -139,22 +136,16 @@ fn client_host(x: &Exchange) -> &[u8] {
     x.request.headers.get("host").unwrap_or(&x.request.host)
 }
 
-/// The client's fields, without those that are about its own connection (RFC 9110, 7.6.1) or written anew. How many.
-fn fields(headers: &Headers, websocket: bool, out: &mut Vec<u8>) -> usize {
+/// The client's fields, without those that are about its own connection (RFC 9110, 7.6.1) or written anew.
+fn fields(headers: &Headers, websocket: bool, out: &mut Vec<u8>) {
     let lists = headers.get("connection").is_some_and(|list| !names_nothing(list));
-    let mut lines = 0;
-    for (name, value, line) in headers.lines() {
-        if is_dropped(name, value, websocket) || (lists && is_listed(headers, name, websocket)) {
-            continue;
-        }
-        write_line(out, name, value, line);
-        lines += 1;
-    }
-    lines
+    headers.write_to(out, |name, value| {
+        !(is_dropped(name, value, websocket) || lists && is_listed(headers, name, websocket))
+    });
 }
 
 fn is_dropped(name: &[u8], value: &[u8], websocket: bool) -> bool {
-    let is = |other: &str| name.eq_ignore_ascii_case(other.as_bytes());
+    let is = |other: &str| same_name(name, other.as_bytes());
     match name.len() {
         2 => is("te") && !value.eq_ignore_ascii_case(b"trailers"),
         4 => is("host"),
@@ -221,7 +212,7 @@ mod tests {
         headers.append("Connection", "X-Late, X-Forwarded-Proto");
         headers.append("X-Late", "1");
         headers.append("X-Forwarded-Proto", "http");
-        assert_eq!(fields(&headers, false, &mut out), 3);
+        fields(&headers, false, &mut out);
         assert_eq!(out, b"TE: trailers\r\nX-Keep: 2\r\nX-Forwarded-Proto: http\r\n");
     }
 }

@@ -68,9 +68,8 @@ async fn answer(p: &Proxy, x: &mut Exchange, phases: PhaseMask) -> Result<()> {
         }
     }
     let Some(matched) = &x.matched else { return rescue::no_route(p, x).await };
-    let route = matched.route().clone();
-    if let Some(id) = &route.value.function_id {
-        return function(p, x, id).await;
+    if let Some(id) = matched.route().value.function_id.clone() {
+        return function(p, x, &id).await;
     }
     choose_upstream(x)?;
     if p.runner.mask(x).has(Phase::BeforeProxy) {

@@ -22,7 +22,7 @@ use crate::{
     exchange::{
         Response,
         deadline::Deadline,
-        framing::{ChunkDecoder, Chunked, Framing, HeadScan},
+        framing::{ChunkDecoder, Chunked, Framing, HeadScan, Refusal},
     },
 };
 
@@ -184,20 +184,35 @@ impl Conn {
         into: &mut Response,
     ) -> Poll<Result<Head>> {
         loop {
-            let unread = &self.inp[self.at..];
-            if !unread.is_empty() {
-                let found = self.scan.next(unread, response::LIMITS).map_err(|r| invalid(r.why))?;
-                if let Some(len) = found {
-                    let head = response::parse(&unread[..len], to_head, into).map_err(|r| invalid(r.why))?;
-                    self.at += len;
-                    self.scan = HeadScan::default();
-                    self.start_body(&head);
-                    return Poll::Ready(Ok(head));
-                }
+            if let Some((head, len)) = self.look(to_head, into).map_err(|r| invalid(r.why))? {
+                self.at += len;
+                self.scan = HeadScan::default();
+                self.start_body(&head);
+                return Poll::Ready(Ok(head));
             }
             if !ready!(self.poll_fill(cx, limit, "reading response header from upstream"))? {
                 return Poll::Ready(Err(self.closed("reading response header from upstream")));
             }
+        }
+    }
+
+    /// A head in what was read, and its length.
+    fn look(&mut self, to_head: bool, into: &mut Response) -> Result<Option<(Head, usize)>, Refusal> {
+        let unread = &self.inp[self.at..];
+        if unread.is_empty() {
+            return Ok(None);
+        }
+        // The first look finds all of it, nearly always, and the parser finds its end: no search. Only short ones, whose lines
+        // are all within bounds.
+        if self.scan.is_new()
+            && let Some((head, len)) = response::parse(unread, to_head, into)?
+            && len <= response::LIMITS.line
+        {
+            return Ok(Some((head, len)));
+        }
+        match self.scan.next(unread, response::LIMITS)? {
+            Some(len) => response::parse(&unread[..len], to_head, into),
+            None => Ok(None),
         }
     }
 
@@ -346,10 +361,12 @@ impl Conn {
 
     /// For a wait that cannot go on now: starts the clock with the first call, says whether time is up.
     fn late(&mut self, cx: &Context<'_>, limit: Duration) -> bool {
-        if !std::mem::replace(&mut self.armed, true) {
-            self.deadline.set(limit);
+        if self.armed {
+            return self.deadline.poll_expired(cx);
         }
-        self.deadline.poll_expired(cx)
+        self.armed = true;
+        self.deadline.start(limit, cx);
+        false
     }
 
     /// A failed write: if nothing of the request left, it may go elsewhere whatever it is.

@@ -6,7 +6,8 @@ use std::mem::MaybeUninit;
 
 use crate::exchange::{
     Response,
-    framing::{BodyFields, Framing, HeadLimits, Refusal},
+    framing::{BARE_LF, BodyFields, Framing, HeadLimits, Refusal, ends_in_crlf},
+    headers::same_name,
 };
 
 /// A node's head: as long as a request's may be, twice over, since nodes set cookies that clients then send back.
@@ -31,22 +32,28 @@ impl Head {
     }
 }
 
-/// Reads a whole head into `into`. `to_head`: it answers a HEAD request.
-pub fn parse(block: &[u8], to_head: bool, into: &mut Response) -> Result<Head, Refusal> {
+/// Reads the head that `input` starts with into `into`, if all of it is there: what it says, and its length. `to_head`: it
+/// answers a HEAD request.
+pub fn parse(input: &[u8], to_head: bool, into: &mut Response) -> Result<Option<(Head, usize)>, Refusal> {
     let mut fields = [const { MaybeUninit::uninit() }; FIELDS_MAX];
     let mut head = httparse::Response::new(&mut []);
-    let parsed = httparse::ParserConfig::default().parse_response_with_uninit_headers(&mut head, block, &mut fields);
-    match parsed {
-        Ok(httparse::Status::Complete(_)) => {}
-        Ok(httparse::Status::Partial) => return Err(Refusal::bad("incomplete head")),
+    let parsed = httparse::ParserConfig::default().parse_response_with_uninit_headers(&mut head, input, &mut fields);
+    let block = match parsed {
+        Ok(httparse::Status::Complete(len)) => &input[..len],
+        Ok(httparse::Status::Partial) => return Ok(None),
         Err(httparse::Error::TooManyHeaders) => return Err(Refusal::bad("too many headers")),
         Err(_) => return Err(Refusal::bad("invalid header")),
-    }
+    };
     let (Some(status), Some(minor)) = (head.code, head.version) else { return Err(Refusal::bad("incomplete head")) };
     if !(100..=999).contains(&status) {
         return Err(Refusal::bad("invalid status"));
     }
     let fields = &*head.headers;
+    if !block.starts_with(b"H")
+        || !ends_in_crlf(block, fields.first().map(|f| f.name.as_bytes()), fields.iter().map(|f| f.value))
+    {
+        return Err(BARE_LF);
+    }
     let said = read_fields(fields)?;
     into.status = status;
     into.reason.clear();
@@ -59,7 +66,7 @@ pub fn parse(block: &[u8], to_head: bool, into: &mut Response) -> Result<Head, R
     }
     let framing = if upgrade { Framing::None } else { said.body.of_response(status, to_head)? };
     let keep_alive = !said.close && (minor == 1 || said.keep_alive) && framing != Framing::UntilClose && !upgrade;
-    Ok(Head { status, framing, keep_alive })
+    Ok(Some((Head { status, framing, keep_alive }, block.len())))
 }
 
 #[derive(Default)]
@@ -75,15 +82,15 @@ fn read_fields(fields: &[httparse::Header<'_>]) -> Result<Said, Refusal> {
     let mut said = Said::default();
     for f in fields {
         match f.name.len() {
-            10 if f.name.eq_ignore_ascii_case("connection") => tokens(f.value).for_each(|token| {
+            10 if same_name(f.name.as_bytes(), b"connection") => tokens(f.value).for_each(|token| {
                 match () {
                     () if token.eq_ignore_ascii_case(b"close") => said.close = true,
                     () if token.eq_ignore_ascii_case(b"keep-alive") => said.keep_alive = true,
                     () => said.lists = true,
                 };
             }),
-            14 if f.name.eq_ignore_ascii_case("content-length") => said.body.content_length(f.value)?,
-            17 if f.name.eq_ignore_ascii_case("transfer-encoding") => said.body.transfer_encoding(f.value)?,
+            14 if same_name(f.name.as_bytes(), b"content-length") => said.body.content_length(f.value)?,
+            17 if same_name(f.name.as_bytes(), b"transfer-encoding") => said.body.transfer_encoding(f.value)?,
             _ => {}
         }
     }
@@ -105,7 +112,7 @@ fn remove_listed(fields: &[httparse::Header<'_>], into: &mut Response) {
 }
 
 fn is_withheld(name: &[u8], upgrade: bool) -> bool {
-    let is = |other: &[u8]| name.eq_ignore_ascii_case(other);
+    let is = |other: &[u8]| same_name(name, other);
     match name.len() {
         2 => is(b"te"),
         7 => (!upgrade && is(b"upgrade")) || is(b"trailer"),
@@ -124,7 +131,9 @@ mod tests {
 
     fn read(block: &str, to_head: bool) -> Result<(Head, Response), Refusal> {
         let mut response = Response::default();
-        parse(block.as_bytes(), to_head, &mut response).map(|head| (head, response))
+        let (head, len) = parse(block.as_bytes(), to_head, &mut response)?.ok_or(Refusal::bad("incomplete"))?;
+        assert_eq!(len, block.len());
+        Ok((head, response))
     }
 
     #[test]
@@ -169,6 +178,13 @@ mod tests {
             "HTTP/2.0 200 OK\r\n\r\n",
             "HTTP/1.1 099 OK\r\n\r\n",
             "ICY 200 OK\r\n\r\n",
+            "HTTP/1.1 200 OK\nA: b\r\n\r\n",
+            "HTTP/1.1 200 OK\r\nA: b\nB: c\r\n\r\n",
+            "HTTP/1.1 200 OK\r\nA: b \nB: c\r\n\r\n",
+            "HTTP/1.1 200 OK\r\nA:\nB: c\r\n\r\n",
+            "HTTP/1.1 200 OK\r\nA: b\r\n\n",
+            "HTTP/1.1 200 OK\r\nA: b\n\r\n",
+            "\nHTTP/1.1 200 OK\r\n\r\n",
         ] {
             assert!(read(block, false).is_err(), "{block}");
         }

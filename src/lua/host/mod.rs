@@ -86,7 +86,7 @@ pub(crate) mod tests {
         use crate::{exchange, lua::fast, store::Snapshot};
         let vm = Vm::new(VmConfig::default()).expect("a VM");
         let peer = "127.0.0.1:4000".parse().expect("an address");
-        let conn = exchange::Connection { serial: 7, peer, local: peer, tls: None, proxy: None };
+        let conn = exchange::Connection::new(7, peer, peer);
         let mut x = exchange::Exchange::new(conn.into(), Snapshot::default().into());
         x.phase = exchange::Phase::Access;
         prepare(&mut x);

@@ -127,7 +127,7 @@ pub struct Recorder {
     worker: Arc<Worker>,
 }
 
-/// Client connections of one worker.
+/// Client connections of one worker, which alone counts them: others only read, so no count needs a locked operation.
 #[derive(Default)]
 pub struct Connections {
     accepted: AtomicU64,
@@ -138,22 +138,27 @@ pub struct Connections {
 
 impl Connections {
     pub fn opened(&self) {
-        self.accepted.fetch_add(1, Relaxed);
-        self.active.fetch_add(1, Relaxed);
+        add(&self.accepted, 1);
+        add(&self.active, 1);
     }
 
     pub fn closed(&self) {
-        self.active.fetch_sub(1, Relaxed);
+        add(&self.active, -1);
     }
 
     pub fn request_started(&self) {
-        self.requests.fetch_add(1, Relaxed);
-        self.writing.fetch_add(1, Relaxed);
+        add(&self.requests, 1);
+        add(&self.writing, 1);
     }
 
     pub fn request_ended(&self) {
-        self.writing.fetch_sub(1, Relaxed);
+        add(&self.writing, -1);
     }
+}
+
+/// For a count with one writer.
+fn add(count: &AtomicU64, n: i64) {
+    count.store(count.load(Relaxed).wrapping_add_signed(n), Relaxed);
 }
 
 impl Recorder {
