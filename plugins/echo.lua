@@ -16,6 +16,10 @@ function _M.check_schema(conf)
     return core.schema.check(_M.schema, conf)
 end
 
+function _M.idle_in(conf, phase)
+    return phase == "body_filter" and not (conf.before_body or conf.body or conf.after_body)
+end
+
 function _M.header_filter(conf)
     if conf.before_body or conf.body or conf.after_body then
         core.response.clear_header_as_body_modified()

@@ -57,6 +57,8 @@ local function path_of(conf)
     return metadata and metadata.value and metadata.value.path
 end
 
+_M.idle_in = log_util.idle_in
+
 function _M.access(conf, ctx)
     log_util.collect_request_body(conf, ctx)
 end

@@ -65,6 +65,8 @@ local function join(conf, entries, batch_max_size)
     return concat(lines, "\n")
 end
 
+_M.idle_in = log_util.idle_in
+
 function _M.access(conf, ctx)
     log_util.collect_request_body(conf, ctx)
 end

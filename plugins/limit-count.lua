@@ -29,7 +29,7 @@ function _M.workflow_handler()
 end
 
 core.ctx.register_var("rate_limiting_info", function(ctx)
-    local info = ctx._rate_limiting_info
+    local info = limiter.info(ctx)
     return info and core.json.encode(info)
 end, { no_cacheable = true })
 

@@ -99,10 +99,11 @@ function _M.rewrite(conf, ctx)
     end
 end
 
+function _M.idle_in(conf, phase)
+    return phase == "header_filter" and not conf.include_in_response
+end
+
 function _M.header_filter(conf, ctx)
-    if not conf.include_in_response then
-        return
-    end
     local ids = ctx["request-id"]
     local id = ids and ids[conf.header_name]
     if id and not core.response.get_header(conf.header_name) then

@@ -154,6 +154,10 @@ local function rewrite_headers(made, ctx)
     end
 end
 
+function _M.idle_in(conf, phase)
+    return phase == "body_filter" and not conf.filters and not conf.body
+end
+
 function _M.header_filter(conf, ctx)
     local made = compile(conf)
     if not applies(made, ctx) then

@@ -3,10 +3,12 @@
 -- Look-ups go to an index that the gateway keeps for every string field of an auth plugin's conf, so a hundred thousand
 -- consumers cost what ten do. A consumer's table is made once per VM and version.
 local native = require("moongate.native").apisix
+local fast = require("moongate.native").fast
 local secret = require("apisix.secret")
-local ipairs, setmetatable, type = ipairs, setmetatable, type
+local ipairs, ngx, setmetatable, type = ipairs, ngx, setmetatable, type
 
-local consumers_version = native.consumers_version
+local consumers_version, attach_kept = fast.consumers_version, fast.attach_kept
+local set_header = ngx.req.set_header
 
 local _M = {}
 
@@ -44,10 +46,19 @@ end
 -- plugin -> field -> value -> consumer, of one version of the consumers: what a request costs is three table reads.
 local found, found_count, found_version = {}, 0, nil
 
+-- consumer -> the number by which the gateway attaches it. Anew with each version: what an older one found has none.
+local kept = {}
+
+local function forget()
+    found, found_count, kept = {}, 0, {}
+    native.forget_consumers()
+end
+
 local function remember(plugin_name, field, value, consumer)
     if found_count >= MAX_CONSUMERS then
-        found, found_count = {}, 0
+        forget()
     end
+    kept[consumer] = native.keep_consumer(consumer.consumer_name, consumer.credential_id, consumer.custom_id)
     local by_field = found[plugin_name] or {}
     found[plugin_name] = by_field
     local by_value = by_field[field] or {}
@@ -59,7 +70,8 @@ end
 local function recall(plugin_name, field, value)
     local version = consumers_version()
     if version ~= found_version then
-        found, found_count, found_version = {}, 0, version
+        forget()
+        found_version = version
         conf_face.conf_version = version
         return nil
     end
@@ -153,17 +165,28 @@ end
 
 --- What custom auth plugins ask for the version of the consumers they cached.
 function _M.consumers_conf(plugin_name)
-    return { conf_version = native.consumers_version(), nodes = _M.plugin(plugin_name).nodes }
+    return { conf_version = consumers_version(), nodes = _M.plugin(plugin_name).nodes }
 end
 
 --- Every consumer that has a conf of this plugin: `{ nodes = { consumer, … }, conf_version }`.
 function _M.plugin(plugin_name)
-    local version = native.consumers_version()
+    local version = consumers_version()
     local nodes = {}
     for _, entry in ipairs(native.consumers_with(plugin_name)) do
         nodes[#nodes + 1] = shape(entry.consumer, entry.username, entry.revision, entry.auth_conf, entry.credential_id)
     end
     return { nodes = nodes, len = #nodes, conf_version = version }
+end
+
+local function attach_by_name(consumer)
+    native.attach_consumer(consumer.consumer_name, consumer.credential_id)
+    set_header("X-Consumer-Username", consumer.consumer_name)
+    if consumer.credential_id then
+        set_header("X-Credential-Identifier", consumer.credential_id)
+    end
+    if consumer.custom_id then
+        set_header("X-Consumer-Custom-Id", consumer.custom_id)
+    end
 end
 
 --- Makes `consumer` the request's: its plugins join in, its headers go upstream, `ctx` and `$consumer_name` name it.
@@ -173,16 +196,11 @@ function _M.attach_consumer(ctx, consumer, conf)
     ctx.consumer_group_id = consumer.group_id
     ctx.consumer_ver = conf and conf.conf_version
     ctx.credential_id = consumer.credential_id
-    native.attach_consumer(consumer.consumer_name, consumer.credential_id)
-    native.set_request_header("X-Consumer-Username", consumer.consumer_name)
-    if consumer.credential_id then
-        native.set_request_header("X-Credential-Identifier", consumer.credential_id)
-    end
-    if consumer.custom_id then
-        native.set_request_header("X-Consumer-Custom-Id", consumer.custom_id)
-    end
     ctx.headers = nil
+    local number = kept[consumer]
+    if not number or attach_kept(number) == 0 then
+        attach_by_name(consumer)
+    end
 end
-
 
 return _M

@@ -1,5 +1,6 @@
 --- `apisix.plugin`: the loaded plugins, their attributes and metadata.
 local native = require("moongate.native").apisix
+local config_version = require("moongate.native").fast.config_version
 local config_local = require("apisix.core.config_local")
 
 local _M = { init_plugins_syncer = function() end }
@@ -20,28 +21,34 @@ function _M.plugin_attr(name)
     return attrs and attrs[name]
 end
 
--- name -> { uid, metadata }; one entry per plugin.
+-- name -> { uid, metadata, version }; one entry per plugin.
 local metadata_of = {}
 
---- `/plugin_metadata/<name>` as `{ value = …, modifiedIndex = … }`, or nil. The same table until it changes.
-function _M.plugin_metadata(name)
-    local uid = native.metadata_uid(name)
-    if uid == 0 then
-        return nil
-    end
-    local known = metadata_of[name]
-    if known and known.uid == uid then
-        return known.metadata
-    end
+local function load_metadata(name)
     local value, revision = native.metadata(name)
     local loaded = value and _M.get(name)
     if loaded and loaded.check_schema then
         -- Fills the defaults; what does not hold was refused when it was written.
         loaded.check_schema(value, require("apisix.core.schema").TYPE_METADATA)
     end
-    local metadata = value and { value = value, modifiedIndex = revision }
-    metadata_of[name] = { uid = uid, metadata = metadata }
-    return metadata
+    return value and { value = value, modifiedIndex = revision }
+end
+
+--- `/plugin_metadata/<name>` as `{ value = …, modifiedIndex = … }`, or nil. The same table until it changes.
+function _M.plugin_metadata(name)
+    local version = config_version()
+    local known = metadata_of[name]
+    if known and known.version == version then
+        return known.metadata
+    end
+    -- Something changed, not often this.
+    local uid = native.metadata_uid(name)
+    if not known or known.uid ~= uid then
+        known = { uid = uid, metadata = uid ~= 0 and load_metadata(name) or nil }
+        metadata_of[name] = known
+    end
+    known.version = version
+    return known.metadata
 end
 
 --- The version of the conf under which the plugin runs: changes whenever the conf may have.

@@ -154,6 +154,7 @@ ngx.var = setmetatable({}, {
 
 local req_header, resp_header = fast.req_header, fast.resp_header
 local req_header_set, resp_header_set = fast.req_header_set, fast.resp_header_set
+local req_header_set_number, resp_header_set_number = fast.req_header_set_number, fast.resp_header_set_number
 local SET, ADD, REMOVE = 0, 1, 2
 
 -- Fields that hold one value: of a table the last one counts.
@@ -184,9 +185,11 @@ local function text_of(value)
     error("invalid header value: " .. kind, 4)
 end
 
-local function set_values(set, name, value)
+local function set_values(set, set_number, name, value)
     if value == nil then return set(name, #name, "", 0, REMOVE) end
-    if type(value) ~= "table" then
+    local kind = type(value)
+    if kind == "number" then return set_number(name, #name, value, SET) end
+    if kind ~= "table" then
         local text = text_of(value)
         return set(name, #name, text, #text, SET)
     end
@@ -217,7 +220,7 @@ end
 
 local function set_response_header(name, value)
     name = dashed(name)
-    local rc = set_values(resp_header_set, name, value)
+    local rc = set_values(resp_header_set, resp_header_set_number, name, value)
     if rc < 0 then
         ngx.log(ngx.ERR, "attempt to set ngx.header.", name, " after sending out response headers")
     elseif rc == 0 then
@@ -254,9 +257,27 @@ local function headers_of(read)
     end
 end
 
+local function add_values(set, name, value)
+    if type(value) ~= "table" then
+        local text = text_of(value)
+        return set(name, #name, text, #text, ADD)
+    end
+    local rc = 1
+    for i = 1, #value do
+        local text = text_of(value[i])
+        rc = set(name, #name, text, #text, ADD)
+    end
+    return rc
+end
+
 ngx.resp = ngx.resp or {}
 --- ngx.resp.get_headers(max?, raw?)
 ngx.resp.get_headers = headers_of(native.resp.headers)
+
+--- Adds a response header beside those of that name. For apisix.core.
+function native.resp.add_header(name, value)
+    if add_values(resp_header_set, dashed(name), value) == 0 then error("no request found", 2) end
+end
 
 local req = ngx.req
 --- ngx.req.get_headers(max?, raw?)
@@ -264,13 +285,18 @@ req.get_headers = headers_of(native.req.headers)
 
 --- ngx.req.set_header(name, value): nil removes, a table sets several.
 function req.set_header(name, value)
-    if set_values(req_header_set, dashed(name), value) == 0 then error("no request found", 2) end
+    if set_values(req_header_set, req_header_set_number, dashed(name), value) == 0 then error("no request found", 2) end
 end
 
 --- ngx.req.clear_header(name)
 function req.clear_header(name)
     name = dashed(name)
     req_header_set(name, #name, "", 0, REMOVE)
+end
+
+--- Adds a request header beside those of that name. For apisix.core.
+function native.req.add_header(name, value)
+    if add_values(req_header_set, dashed(name), value) == 0 then error("no request found", 2) end
 end
 
 --- One request header by name; of several the first. For apisix.core.

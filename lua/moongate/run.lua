@@ -82,10 +82,19 @@ local passes = {
     { "log", "log", global = true, route = true },
 }
 
-local function wants(pass, owner, item, plugin)
+-- A plugin may say of a conf that it has nothing to do in a phase: `idle_in(conf, phase) -> boolean`, asked once per plan.
+-- A hook that runs before the plugin wants every phase.
+local function is_idle(member, phase)
+    local idle_in = member.plugin.idle_in
+    return idle_in and not member.entry.pre_function and idle_in(member.conf, phase)
+end
+
+local function wants(pass, owner, member)
+    local item, plugin, phase = member.item, member.plugin, pass[2]
+    if type(plugin[phase]) ~= "function" or is_idle(member, phase) then return false end
     if owner.global then return pass.global end
     if pass.consumer then return item.consumer_only and plugin.type ~= "auth" end
-    if pass[2] == "rewrite" and item.consumer_only then return false end
+    if phase == "rewrite" and item.consumer_only then return false end
     return pass.route
 end
 
@@ -93,10 +102,9 @@ local function fill(plan, owner, members)
     for _, pass in ipairs(passes) do
         local section
         for _, member in ipairs(members) do
-            local f = member.plugin[pass[2]]
-            if type(f) == "function" and wants(pass, owner, member.item, member.plugin) then
+            if wants(pass, owner, member) then
                 section = section or section_of(owner)
-                add(section, f, member.conf, member.entry)
+                add(section, member.plugin[pass[2]], member.conf, member.entry)
             end
         end
         if section then
@@ -122,7 +130,6 @@ function _M.build(owners)
         -- Rewrite and access of one global rule run before the next one's.
         fill(plan, owner, members)
     end
-    plan.access_sections = plan.access
     local has = {}
     for _, phase in ipairs({ "rewrite", "consumer", "access", "before_proxy", "header_filter", "body_filter",
         "delayed_body_filter", "log" }) do
@@ -223,8 +230,7 @@ function _M.rewrite(plan, at, pause)
         local code, body = run_until_answer(sections, plan, ctx)
         if code then return code, body end
     end
-    if pause then return end
-    sections = plan.access
+    sections = not pause and plan.access
     if sections then
         local code, body = run_until_answer(sections, plan, ctx)
         if code then return code, body end

@@ -5,9 +5,10 @@
 local core = require("apisix.core")
 local plugin = require("apisix.plugin")
 local schema_def = require("apisix.schema_def")
+local ngx = ngx
 local ngx_now = ngx.now
 local ngx_shared = ngx.shared
-local set_header = core.response.set_header
+local header = ngx.header
 local resolve_var = core.utils.resolve_var
 local floor, max = math.floor, math.max
 local ipairs, pairs, tonumber, tostring, type = ipairs, pairs, tonumber, tostring, type
@@ -95,14 +96,26 @@ local function key_of(conf, ctx)
     return count ~= 0 and key or nil
 end
 
+-- conf -> how its keys begin; goes with the conf.
+local prefixes = setmetatable({}, { __mode = "k" })
+
+local function prefix_of(conf)
+    local parent = conf._meta and conf._meta.parent
+    local prefix
+    if conf.group then
+        prefix = conf.group .. ":"
+    elseif parent then
+        prefix = parent.resource_key .. ":" .. parent.resource_version .. ":"
+    end
+    prefixes[conf] = prefix
+    return prefix
+end
+
 -- Counters of different confs must not meet, those of one group must.
 local function limit_key(conf, ctx, name, value)
-    if conf.group then
-        return conf.group .. ":" .. value
-    end
-    local parent = conf._meta and conf._meta.parent
-    if parent then
-        return parent.resource_key .. ":" .. parent.resource_version .. ":" .. value
+    local prefix = prefixes[conf] or prefix_of(conf)
+    if prefix then
+        return prefix .. value
     end
     return name .. ":" .. (ctx.conf_type or "") .. (ctx.conf_id or "") .. ":" .. (ctx.conf_version or "") .. ":" .. value
 end
@@ -155,14 +168,12 @@ local function header_names(rule_prefix)
 end
 
 local function show_quota(conf, names, count, remaining, reset)
-    if not conf.show_limit_quota_header then
+    if not conf.show_limit_quota_header or ngx.headers_sent then
         return
     end
-    set_header(
-        names.limit_header or default_headers.limit_header, count,
-        names.remaining_header or default_headers.remaining_header, max(0, remaining),
-        names.reset_header or default_headers.reset_header, floor(reset * 100 + 0.5) / 100
-    )
+    header[names.limit_header or default_headers.limit_header] = count
+    header[names.remaining_header or default_headers.remaining_header] = max(0, remaining)
+    header[names.reset_header or default_headers.reset_header] = floor(reset * 100 + 0.5) / 100
 end
 
 local function reject(conf)
@@ -198,13 +209,8 @@ local function apply(conf, ctx, name, limit, cost)
     if not remaining then
         return failed(conf, reset)
     end
-    ctx._rate_limiting_info = {
-        rate_limiting_key = key,
-        rate_limiting_limit = count,
-        rate_limiting_remaining = max(0, remaining),
-        rate_limiting_reset = floor(reset + 0.5),
-        rate_limiting_window = window,
-    }
+    ctx._limit_key, ctx._limit_count, ctx._limit_window = key, count, window
+    ctx._limit_remaining, ctx._limit_reset = remaining, reset
     show_quota(conf, header_names(limit.prefix), count, remaining, reset)
     if remaining < 0 then
         return reject(conf)
@@ -232,6 +238,18 @@ end
 
 -- Reused within a call: `apply` keeps nothing of it.
 local single = {}
+
+--- What the last limit of the request came to, for `$rate_limiting_info`; nil when none was applied.
+function _M.info(ctx)
+    local key = ctx._limit_key
+    return key and {
+        rate_limiting_key = key,
+        rate_limiting_limit = ctx._limit_count,
+        rate_limiting_remaining = max(0, ctx._limit_remaining),
+        rate_limiting_reset = floor(ctx._limit_reset + 0.5),
+        rate_limiting_window = ctx._limit_window,
+    }
+end
 
 --- Counts `cost` for this request: nothing, or status and body of the refusal. Access phase.
 function _M.rate_limit(conf, ctx, name, cost)

@@ -13,7 +13,7 @@ use mlua::ffi;
 use super::{
     REGISTRARS,
     api::{Api, Entry, script},
-    convert,
+    convert, host,
     limits::Limits,
     ngx,
     sched::{Coroutine, Timers},
@@ -75,6 +75,8 @@ pub struct Vm {
     pub(super) timers: Timers,
     /// `ngx.socket`: whose sockets are open, and which are idle.
     pub(super) sockets: ngx::socket::Sockets,
+    /// Consumers that scripts attach by number.
+    pub(super) consumers: host::apisix::KeptConsumers,
     /// What timers and calls outside of requests see as the configuration.
     snapshot: RefCell<Arc<Snapshot>>,
     itself: std::rc::Weak<Vm>,
@@ -136,6 +138,7 @@ impl Vm {
             slots: RefCell::default(),
             timers,
             sockets: Default::default(),
+            consumers: Default::default(),
             snapshot: RefCell::default(),
             itself: itself.clone(),
         });

@@ -65,6 +65,15 @@ impl<'a> Sources<'a> {
         }
     }
 
+    /// Whether the consumer, its credential or its group bring plugins that run: what they authenticate with does not.
+    pub fn consumer_joins(&self, plugins: &registry::Plugins) -> bool {
+        let runs = |conf: &Arc<PluginConf>| plugins.get(&*conf.name).is_some_and(|p| !p.auth);
+        let any = |of: Option<&Plugins>| of.is_some_and(|of| of.0.iter().any(runs));
+        any(self.consumer.map(|o| &o.value.plugins))
+            || any(self.credential.map(|o| &o.value.plugins))
+            || any(self.group.map(|o| &o.value.plugins))
+    }
+
     /// Whether nothing has any plugin.
     pub fn is_empty(&self) -> bool {
         self.x.snapshot.global_rules.is_empty()

@@ -7,7 +7,6 @@
 //! one, which ends with its last request.
 
 use std::{
-    any::Any,
     borrow::Cow,
     cell::{Cell, RefCell},
     collections::HashMap,
@@ -109,6 +108,14 @@ struct Plan {
     used: Cell<bool>,
 }
 
+impl Plan {
+    /// Tells the request what those who do not know plans ask of them.
+    fn shown_to(&self, x: &mut Exchange) {
+        x.lua.phases = self.mask.0;
+        x.lua.counted = self.prometheus;
+    }
+}
+
 impl Drop for Plan {
     fn drop(&mut self) {
         self.generation.vm.release(self.anchor);
@@ -151,9 +158,8 @@ impl Drop for Generation {
     }
 }
 
-fn run_of(x: &Exchange) -> Option<Rc<Run>> {
-    let run: Rc<dyn Any> = x.lua.run.clone()?;
-    run.downcast().ok()
+fn run_of(x: &Exchange) -> Option<&Run> {
+    x.lua.run.as_deref()?.downcast_ref()
 }
 
 impl Runner {
@@ -195,7 +201,7 @@ impl Runner {
             return mask;
         };
         let mask = plan.mask;
-        x.lua.counted = plan.prometheus;
+        plan.shown_to(x);
         if mask != PhaseMask::default() {
             let slot = plan.generation.vm.take_slot();
             x.lua.slot = Some(slot);
@@ -206,7 +212,7 @@ impl Runner {
 
     /// The phases of the request now: a consumer's plugins may have joined since `begin`.
     pub fn mask(&self, x: &Exchange) -> PhaseMask {
-        run_of(x).map_or(PhaseMask::default(), |run| run.plan.borrow().mask)
+        PhaseMask(x.lua.phases)
     }
 
     /// `prefer_name` of the prometheus plugin when the request has it.
@@ -220,25 +226,29 @@ impl Runner {
             return failed(x);
         }
         let Some(run) = run_of(x) else { return Flow::Next };
-        let plan = run.plan.borrow().clone();
+        let (mut plan, slot) = (run.plan.borrow().clone(), run.slot);
         x.phase = Phase::Rewrite;
         let entry = plan.generation.entry.rewrite;
-        let flow = self.answering(x, &plan, entry, run.slot, plan.auth).await;
+        let flow = self.answering(x, &plan, entry, slot, plan.auth).await;
         if flow != Flow::Next || !plan.auth {
             return flow;
         }
         x.phase = Phase::Access;
-        let joined = x.consumer.is_some();
-        let plan = if joined {
-            let Some(joined) = self.plan_in(&plan.generation, &Sources::of(x)) else { return failed(x) };
-            *run.plan.borrow_mut() = joined.clone();
-            x.lua.counted = joined.prometheus;
-            joined
-        } else {
-            plan
-        };
+        let sources = Sources::of(x);
+        let joined = sources.consumer_joins(&plan.generation.plugins);
+        if joined {
+            let Some(next) = self.plan_in(&plan.generation, &sources) else { return failed(x) };
+            plan = next;
+            if let Some(run) = run_of(x) {
+                *run.plan.borrow_mut() = plan.clone();
+            }
+            plan.shown_to(x);
+        }
+        if !joined && !plan.mask.has(Phase::Access) {
+            return Flow::Next;
+        }
         let entry = plan.generation.entry.access;
-        self.answering(x, &plan, entry, run.slot, joined).await
+        self.answering(x, &plan, entry, slot, joined).await
     }
 
     pub async fn before_proxy(&self, x: &mut Exchange) -> Flow {
@@ -277,6 +287,7 @@ impl Runner {
         }
         if x.lua.run.take().is_some() {
             x.lua.slot = None;
+            x.lua.phases = 0;
             self.check_memory();
         }
     }
@@ -345,13 +356,12 @@ impl Runner {
 
     /// The request's plan when it has something for `phase`.
     fn at(&self, x: &mut Exchange, phase: Phase) -> Option<(Rc<Plan>, u32)> {
-        let run = run_of(x)?;
-        let plan = run.plan.borrow();
-        if !plan.mask.has(phase) {
+        if !self.mask(x).has(phase) {
             return None;
         }
         x.phase = phase;
-        Some((plan.clone(), run.slot))
+        let run = run_of(x)?;
+        Some((run.plan.borrow().clone(), run.slot))
     }
 
     async fn answering(&self, x: &mut Exchange, plan: &Plan, entry: c_int, slot: u32, flag: bool) -> Flow {
@@ -945,7 +955,7 @@ mod tests {
     impl Started {
         fn exchange(&self) -> Exchange {
             let addr = std::net::SocketAddr::from(([127, 0, 0, 1], 1));
-            let conn = Connection { serial: 1, peer: addr, local: addr, tls: None, proxy: None };
+            let conn = Connection::new(1, addr, addr);
             let mut x = Exchange::new(Rc::new(conn), self.snapshot.clone());
             x.request.method.extend_from_slice(b"GET");
             x.request.args.extend_from_slice(b"v=2");

@@ -18,8 +18,8 @@ local set_header = req.set_header
 local clear_header = req.clear_header
 local get_uri_args = req.get_uri_args
 local escape_uri = ngx.escape_uri
-local native = require("moongate.native").apisix
-local header_value = native.request_header
+local native = require("moongate.native").req
+local header_value, add_header = native.header, native.add_header
 
 local _M = {}
 
@@ -88,7 +88,7 @@ function _M.add_header(ctx, name, value)
     end
     ctx = context(ctx)
     forget(ctx)
-    native.add_request_header(name, value)
+    add_header(name, value)
 end
 
 --- The client's address, after real-ip.

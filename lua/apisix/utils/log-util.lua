@@ -124,6 +124,11 @@ function _M.request_body(conf, ctx)
     return body and sub(body, 1, limit)
 end
 
+--- `idle_in` of a plugin that logs: without bodies there is nothing to do before the log phase.
+function _M.idle_in(conf, phase)
+    return phase == "access" and not conf.include_req_body or phase == "body_filter" and not conf.include_resp_body
+end
+
 --- Access phase: reads the request's body when it is to be logged.
 function _M.collect_request_body(conf, ctx)
     if not conf.include_req_body or ctx._logged_request_body then

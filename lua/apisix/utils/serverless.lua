@@ -80,12 +80,16 @@ return function(name, priority)
         return true
     end
 
+    local function run_functions(conf, ctx)
+        return run(conf, ctx, name)
+    end
+
     for _, phase in ipairs({ "rewrite", "access", "before_proxy", "header_filter", "body_filter", "log" }) do
-        _M[phase] = function(conf, ctx)
-            if conf.phase == phase then
-                return run(conf, ctx, name)
-            end
-        end
+        _M[phase] = run_functions
+    end
+
+    function _M.idle_in(conf, phase)
+        return conf.phase ~= phase
     end
 
     return _M

@@ -2,21 +2,28 @@
 //!
 //! Everything is read from the snapshot that the running request holds, so a request never sees two versions.
 
-use std::{io::Read, net::IpAddr, sync::Arc};
+use std::{
+    cell::RefCell,
+    ffi::{c_int, c_void},
+    io::Read,
+    net::IpAddr,
+    sync::Arc,
+};
 
 use serde_json::Value;
-use smallvec::smallvec;
+use smallvec::{SmallVec, smallvec};
 
 use super::Answer;
 use crate::{
     error::{Error, Kind, Result},
-    exchange::Source,
+    exchange::{Exchange, Source},
     lua::{
         api::{Api, Phases, Raise, Stack, Wait, request, script},
         convert::push_json,
         fast,
-        ngx::socket,
+        ngx::{header::in_value, socket},
         sched::{self, Op, failed},
+        vm,
     },
     model::{self, Id, Keyring, Object, ParseContext, Parsed, PluginConf, consumer::AuthKey, parse},
     observe::{append, metrics},
@@ -140,11 +147,26 @@ fn schemas(api: &mut Api) -> Result<()> {
 }
 
 fn consumers(api: &mut Api) -> Result<()> {
+    let doc = "version of the configuration that the request holds: changes with everything; 0 without a request";
+    api.fast("config_version", "double (void)", Phases::ANY, doc, config_version as *const c_void)?;
+    let doc = "changes whenever a consumer or a credential does; 0 without a request";
+    api.fast("consumers_version", "double (void)", Phases::ANY, doc, consumers_version as *const c_void)?;
+    let doc = "the request is the consumer's that `keep_consumer` gave this number; 0: attach it by name";
+    api.fast("attach_kept", "int (unsigned)", Phases::REWRITE | Phases::ACCESS, doc, attach_kept as *const c_void)?;
     api.func(
-        "native.apisix.consumers_version",
-        Phases::ANY,
-        "consumers_version() -> number: changes whenever a consumer or a credential does.",
-        |s| Ok(s.push_number(with_snapshot(|c| c.consumers_uid).unwrap_or(0) as f64)),
+        "native.apisix.keep_consumer",
+        Phases::REQUEST,
+        "keep_consumer(username, credential_id | nil, custom_id | nil) -> number | nil: for `fast.attach_kept`.",
+        keep_consumer,
+    )?;
+    api.func(
+        "native.apisix.forget_consumers",
+        Phases::REQUEST,
+        "forget_consumers(): the numbers that `keep_consumer` gave mean nothing any more.",
+        |_| {
+            vm::current().ok_or("no VM runs")?.consumers.clear();
+            Ok(0)
+        },
     )?;
     api.func(
         "native.apisix.consumer",
@@ -268,14 +290,99 @@ fn push_credential_id(s: &Stack, id: Option<&Id>) {
 }
 
 fn attach_consumer(s: &Stack) -> Answer {
-    let username = s.arg_str(1)?;
     let x = request()?;
-    x.consumer = x.snapshot.consumers.get(&*username).cloned();
-    x.credential = s
+    (x.consumer, x.credential) = named_consumer(s, &x.snapshot)?;
+    Ok(0)
+}
+
+type Named = (Option<Arc<Object<model::Consumer>>>, Option<Arc<Object<model::Credential>>>);
+
+/// The consumer and the credential of arguments 1 and 2.
+fn named_consumer(s: &Stack, config: &Snapshot) -> Result<Named, Raise> {
+    let username = s.arg_str(1)?;
+    let credential = s
         .opt_bytes(2)?
         .map(|id| format!("{username}/credentials/{}", String::from_utf8_lossy(id)))
-        .and_then(|id| x.snapshot.credentials.get(id.as_str()).cloned());
-    Ok(0)
+        .and_then(|id| config.credentials.get(id.as_str()).cloned());
+    Ok((config.consumers.get(&*username).cloned(), credential))
+}
+
+/// Consumers that a VM attaches by number. The Lua side starts anew at the same bound.
+const MAX_KEPT: usize = 10_000;
+
+/// Consumers of one version as scripts attach them.
+#[derive(Default)]
+pub struct KeptConsumers(RefCell<Vec<KeptConsumer>>);
+
+struct KeptConsumer {
+    consumer: Arc<Object<model::Consumer>>,
+    credential: Option<Arc<Object<model::Credential>>>,
+    fields: SmallVec<[Field; 3]>,
+}
+
+/// What the node is told: a name and a value.
+type Field = (&'static str, Box<[u8]>);
+
+impl KeptConsumers {
+    fn clear(&self) {
+        self.0.borrow_mut().clear();
+    }
+
+    fn add(&self, kept: KeptConsumer) -> Option<usize> {
+        let mut all = self.0.borrow_mut();
+        all.push(kept);
+        if all.len() > MAX_KEPT {
+            all.pop();
+            return None;
+        }
+        Some(all.len() - 1)
+    }
+
+    fn attach(&self, at: usize, x: &mut Exchange) -> bool {
+        let all = self.0.borrow();
+        let Some(kept) = all.get(at) else { return false };
+        x.consumer = Some(kept.consumer.clone());
+        x.credential.clone_from(&kept.credential);
+        for (name, value) in &kept.fields {
+            x.request.headers.set(name, value);
+        }
+        true
+    }
+}
+
+/// nil: there is no such consumer, or what the node is to be told of it cannot stand in a field.
+fn keep_consumer(s: &Stack) -> Answer {
+    let x = request()?;
+    let (Some(consumer), credential) = named_consumer(s, &x.snapshot)? else { return Ok(s.push_nil()) };
+    let told = [
+        ("X-Consumer-Username", s.opt_bytes(1)?),
+        ("X-Credential-Identifier", s.opt_bytes(2)?),
+        ("X-Consumer-Custom-Id", s.opt_bytes(3)?),
+    ];
+    let fields: SmallVec<_> = told.into_iter().filter_map(|(name, value)| Some((name, value?.into()))).collect();
+    if fields.iter().any(|(_, value): &Field| !value.iter().all(|b| in_value(*b))) {
+        return Ok(s.push_nil());
+    }
+    let vm = vm::current().ok_or("no VM runs")?;
+    match vm.consumers.add(KeptConsumer { consumer, credential, fields }) {
+        Some(at) => Ok(s.push_number(at as f64)),
+        None => Ok(s.push_nil()),
+    }
+}
+
+crate::export! {
+    fn config_version() -> f64, 0.0 => {
+        with_snapshot(|c| c.version).unwrap_or(0) as f64
+    }
+
+    fn consumers_version() -> f64, 0.0 => {
+        with_snapshot(|c| c.consumers_uid).unwrap_or(0) as f64
+    }
+
+    fn attach_kept(at: u32) -> c_int, 0 => {
+        let Some(x) = fast::exchange().filter(|x| (Phases::REWRITE | Phases::ACCESS).has(x.phase)) else { return 0 };
+        vm::current().map_or(0, |vm| c_int::from(vm.consumers.attach(at as usize, x)))
+    }
 }
 
 fn metadata(api: &mut Api) -> Result<()> {
@@ -314,48 +421,6 @@ fn metadata(api: &mut Api) -> Result<()> {
 
 fn heads(api: &mut Api) -> Result<()> {
     api.func(
-        "native.apisix.request_header",
-        Phases::REQUEST,
-        "request_header(name) -> string | nil: the first of that name.",
-        |s| {
-            let name = s.arg_bytes(1)?;
-            match request()?.request.headers.get(name) {
-                Some(value) => Ok(s.push_bytes(value)),
-                None => Ok(s.push_nil()),
-            }
-        },
-    )?;
-    api.func(
-        "native.apisix.set_request_header",
-        Phases::REWRITE | Phases::ACCESS,
-        "set_request_header(name, text): replaces all of that name.",
-        |s| {
-            let (name, value) = field(s)?;
-            request()?.request.headers.set(name, value);
-            Ok(0)
-        },
-    )?;
-    api.func(
-        "native.apisix.add_request_header",
-        Phases::REWRITE | Phases::ACCESS,
-        "add_request_header(name, text): beside those of that name.",
-        |s| {
-            let (name, value) = field(s)?;
-            request()?.request.headers.append(name, value);
-            Ok(0)
-        },
-    )?;
-    api.func(
-        "native.apisix.add_response_header",
-        Phases::BEFORE_HEAD | Phases::HEADER_FILTER,
-        "add_response_header(name, text): beside those of that name.",
-        |s| {
-            let (name, value) = field(s)?;
-            request()?.response.headers.append(name, value);
-            Ok(0)
-        },
-    )?;
-    api.func(
         "native.apisix.content_type_set",
         Phases::REQUEST,
         "content_type_set() -> boolean: whether the response has a Content-Type.",
@@ -369,25 +434,13 @@ fn heads(api: &mut Api) -> Result<()> {
     )
 }
 
-fn source_name(x: &crate::exchange::Exchange) -> &'static str {
+fn source_name(x: &Exchange) -> &'static str {
     match x.response.source {
         Source::Upstream => "upstream",
         // A try that failed was answered by the proxy itself, which is nginx in APISIX's terms.
         Source::Gateway if !x.upstream.tries.is_empty() => "nginx",
         Source::Gateway => "apisix",
     }
-}
-
-/// Name and value of a field. Line breaks would end the field, so they are refused as nginx does in effect.
-fn field(s: &Stack) -> Result<(&[u8], &[u8]), Raise> {
-    let (name, value) = (s.arg_bytes(1)?, s.arg_bytes(2)?);
-    if name.is_empty() || !name.iter().all(|b| b.is_ascii_graphic() && *b != b':') {
-        return Err("invalid header name".into());
-    }
-    if value.iter().any(|b| matches!(b, b'\r' | b'\n' | 0)) {
-        return Err("invalid header value: it holds a line break".into());
-    }
-    Ok((name, value))
 }
 
 /// An upstream that a plugin described, parsed once.
@@ -450,7 +503,7 @@ fn with_snapshot<R>(read: impl FnOnce(&Snapshot) -> R) -> Option<R> {
     fast::exchange().map(|x| read(&x.snapshot))
 }
 
-fn arg(s: &Stack, i: std::ffi::c_int) -> Result<Box<str>, Raise> {
+fn arg(s: &Stack, i: c_int) -> Result<Box<str>, Raise> {
     Ok(s.arg_str(i)?.into())
 }
 

@@ -544,6 +544,15 @@ pub(crate) fn write_number(out: &mut Vec<u8>, n: f64, precision: c_int) {
         out.extend_from_slice(itoa::Buffer::new().format(n as i64).as_bytes());
         return;
     }
+    // Hundredths, such as seconds that were rounded: whole numbers are quicker to write.
+    let hundredths = n * 100.0;
+    if hundredths.fract() == 0.0 && (100.0..1e9).contains(&hundredths) && precision >= 12 {
+        let (whole, rest) = (hundredths as u64 / 100, hundredths as u64 % 100);
+        out.extend_from_slice(itoa::Buffer::new().format(whole).as_bytes());
+        let digits = [b'.', b'0' + (rest / 10) as u8, b'0' + (rest % 10) as u8];
+        out.extend_from_slice(&digits[..if rest % 10 == 0 { 2 } else { 3 }]);
+        return;
+    }
     let mut text = [0u8; 48];
     // SAFETY: the buffer's length is given; `%.16g` needs 24 bytes.
     let len = unsafe { libc::snprintf(text.as_mut_ptr().cast(), text.len(), c"%.*g".as_ptr(), precision, n) };

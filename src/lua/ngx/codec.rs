@@ -49,7 +49,7 @@ fn whole(b: u8) -> bool {
 }
 
 /// Percent-encodes what `keep` does not hold.
-pub fn escape_into(out: &mut Vec<u8>, text: &[u8], keep: fn(u8) -> bool) {
+pub fn escape_into(out: &mut Vec<u8>, text: &[u8], keep: impl Fn(u8) -> bool) {
     const HEX: &[u8; 16] = b"0123456789ABCDEF";
     for &b in text {
         if keep(b) {

@@ -181,7 +181,7 @@ fn raw_header(s: &Stack) -> Answer {
         // Writing to a vector cannot fail.
         let _ = write!(out, " HTTP/{version}\r\n");
     }
-    x.request.headers.write_to(&mut out);
+    x.request.headers.write_to(&mut out, |_, _| true);
     out.extend_from_slice(b"\r\n");
     Ok(s.push_bytes(out))
 }
