@@ -1,0 +1,157 @@
+//! Uploaded functions: sandboxed VMs of their own, so that one which is cut off takes no plugin with it.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::HashMap,
+    ffi::c_int,
+    rc::Rc,
+};
+
+use mlua::ffi;
+
+use super::{
+    super::{natives, registry},
+    Flow, read_answer, settle,
+};
+use crate::{
+    error::Result,
+    exchange::Exchange,
+    lua::{Stack, Vm, VmConfig, limits, sched},
+    model::{self, Object},
+};
+
+/// VMs per worker: one that is cut off or replaced does not stop the others.
+const VMS: usize = 2;
+
+/// Functions compiled per VM; past it the VM is replaced.
+const MAX_FUNCTIONS: usize = 1024;
+
+/// The VMs of one worker, which take turns.
+#[derive(Default)]
+pub(super) struct Functions {
+    vms: RefCell<[Option<Rc<FunctionVm>>; VMS]>,
+    turn: Cell<usize>,
+}
+
+/// A function in the VM whose turn it is.
+pub(super) struct Ready {
+    at: usize,
+    vm: Rc<FunctionVm>,
+    callable: c_int,
+}
+
+impl Functions {
+    /// Compiles the function where that was not done before. `config`: how to make a VM.
+    pub fn prepare(&self, config: impl FnOnce() -> VmConfig, function: &Object<model::Function>) -> Result<Ready> {
+        let at = self.turn.get() % VMS;
+        self.turn.set(at + 1);
+        let existing = self.vms.borrow()[at].clone().filter(|vm| vm.compiled.borrow().len() < MAX_FUNCTIONS);
+        let vm = match existing {
+            Some(vm) => vm,
+            None => {
+                let vm = Rc::new(FunctionVm::new(config())?);
+                if let Some(old) = self.vms.borrow_mut()[at].replace(vm.clone()) {
+                    old.vm.close();
+                }
+                vm
+            }
+        };
+        let callable = vm.callable(function)?;
+        Ok(Ready { at, vm, callable })
+    }
+
+    /// Runs it. A VM that was cut off or holds too much afterwards is replaced.
+    pub async fn call(&self, ready: Ready, x: &mut Exchange) -> Flow {
+        let Ready { at, vm, callable } = ready;
+        vm.vm.set_snapshot(&x.snapshot);
+        let flow = vm.call(x, callable).await;
+        if limits::last_run_condemned() || limits::memory_mb(&vm.vm) > vm.vm.limits().memory_mb {
+            self.drop_vm(at, &vm);
+        }
+        flow
+    }
+
+    pub fn each(&self, mut run: impl FnMut(&Vm)) {
+        self.vms.borrow().iter().flatten().for_each(|vm| run(&vm.vm));
+    }
+
+    fn drop_vm(&self, at: usize, broken: &Rc<FunctionVm>) {
+        let mut vms = self.vms.borrow_mut();
+        if vms[at].as_ref().is_some_and(|vm| Rc::ptr_eq(vm, broken)) {
+            vms[at] = None;
+            broken.vm.close();
+        }
+    }
+}
+
+/// A sandboxed VM for uploaded functions.
+struct FunctionVm {
+    vm: Rc<Vm>,
+    call: c_int,
+    /// uid of a function's version -> registry reference of what to call.
+    compiled: RefCell<HashMap<u64, c_int>>,
+}
+
+impl FunctionVm {
+    fn new(config: VmConfig) -> Result<FunctionVm> {
+        let vm = Vm::with(config, &[natives::register])?;
+        let call = vm.function("moongate.run", "call_function")?;
+        Ok(FunctionVm { vm, call, compiled: RefCell::default() })
+    }
+
+    fn callable(&self, function: &Object<model::Function>) -> Result<c_int> {
+        if let Some(known) = self.compiled.borrow().get(&function.uid) {
+            return Ok(*known);
+        }
+        let source = &*function.value.source;
+        let (chunk, reason): (Option<mlua::Function>, Option<String>) =
+            registry::call(&self.vm, "moongate.functions", "load", (&*function.id, source))?;
+        let Some(chunk) = chunk else { return Err(crate::error::Error::script(reason.unwrap_or_default())) };
+        let callable: mlua::Function = registry::call(&self.vm, "moongate.functions", "callable", chunk)?;
+        let anchor = self.vm.keep(callable)?;
+        self.compiled.borrow_mut().insert(function.uid, anchor);
+        Ok(anchor)
+    }
+
+    async fn call(&self, x: &mut Exchange, callable: c_int) -> Flow {
+        let lent = Lent::new(x, &self.vm);
+        let slot = lent.slot;
+        let call = self.call;
+        let push = |s: &Stack| {
+            s.get_index(ffi::LUA_REGISTRYINDEX, call as usize);
+            s.get_index(ffi::LUA_REGISTRYINDEX, callable as usize);
+            s.push_number(f64::from(slot));
+            2
+        };
+        let outcome = sched::call(&self.vm, lent.x, push, read_answer).await;
+        let flow = settle(lent.x, outcome);
+        let x = &mut *lent.x;
+        if flow == Flow::Next && x.response.status == 0 {
+            x.response.status = 200;
+        }
+        flow
+    }
+}
+
+/// While a function VM has the request, its tables are that VM's.
+struct Lent<'x> {
+    x: &'x mut Exchange,
+    vm: Rc<Vm>,
+    slot: u32,
+    own: Option<u32>,
+}
+
+impl<'x> Lent<'x> {
+    fn new(x: &'x mut Exchange, vm: &Rc<Vm>) -> Lent<'x> {
+        let slot = vm.take_slot();
+        let own = x.lua.slot.replace(slot);
+        Lent { x, vm: vm.clone(), slot, own }
+    }
+}
+
+impl Drop for Lent<'_> {
+    fn drop(&mut self) {
+        self.x.lua.slot = self.own;
+        self.vm.clear_slot(self.slot);
+    }
+}
