@@ -159,6 +159,7 @@ mod tests {
     fn upstream(balance: Balance, nodes: &[(u32, i64)]) -> Upstream {
         let node = |(at, (weight, priority)): (usize, &(u32, i64))| Node {
             host: "127.0.0.1".into(),
+            ip: None,
             port: 1980 + at as u16,
             explicit_port: true,
             weight: *weight,

@@ -219,8 +219,8 @@ impl Exchange {
     }
 
     fn uri_param(&self, name: &str) -> Option<&[u8]> {
-        let params = &self.matched.as_ref()?.found.params;
-        params.iter().find(|(n, _)| **n == *name).map(|(_, v)| v.as_bytes())
+        let mut params = self.matched.as_ref()?.found.params();
+        params.find(|(n, _)| *n == name).map(|(_, value)| value)
     }
 
     fn known<'a>(&'a self, known: Known, scratch: &'a mut Vec<u8>) -> Option<&'a [u8]> {

@@ -39,7 +39,7 @@ pub struct Route {
     pub function_id: Option<Id>,
     /// `script`: Lua source run instead of plugins.
     pub script: Option<Box<str>>,
-    pub timeout: Option<Timeouts>,
+    pub timeout: Option<Box<Timeouts>>,
     pub enable_websocket: Option<bool>,
 }
 
@@ -98,7 +98,7 @@ impl Route {
             upstream: Upstream::inline(map, context)?,
             function_id: id(map, "function_id"),
             script: boxed(map, "script"),
-            timeout: timeouts(map),
+            timeout: timeouts(map).map(Box::new),
             enable_websocket: flag(map, "enable_websocket"),
         })
     }

@@ -1,8 +1,9 @@
 //! Upstreams: the nodes, how one is picked, and how it is spoken to.
 
-use std::{sync::Arc, time::Duration};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use serde_json::{Map, Value};
+use smallvec::SmallVec;
 
 use super::{
     Id, next_uid,
@@ -21,7 +22,8 @@ pub struct Upstream {
     /// Set when it is `/upstreams/{id}`.
     pub id: Option<Id>,
     pub name: Option<Box<str>>,
-    pub nodes: Vec<Node>,
+    /// One is the rule: it lies in the upstream itself.
+    pub nodes: SmallVec<[Node; 1]>,
     pub balance: Balance,
     pub scheme: Scheme,
     pub pass_host: PassHost,
@@ -29,11 +31,12 @@ pub struct Upstream {
     pub retries: Option<u32>,
     /// No new try starts past this. Zero or unset: no limit.
     pub retry_timeout: Option<Duration>,
-    pub timeout: Option<Timeouts>,
-    pub keepalive: Option<Keepalive>,
+    /// In boxes of their own, what is rarely there: an upstream has as few cache lines as can be.
+    pub timeout: Option<Box<Timeouts>>,
+    pub keepalive: Option<Box<Keepalive>>,
     pub tls: Option<Box<UpstreamTls>>,
     /// `(discovery_type, service_name)` when the nodes come from a registry.
-    pub discovery: Option<(Box<str>, Box<str>)>,
+    pub discovery: Option<Box<(Box<str>, Box<str>)>>,
     /// `checks` as JSON text.
     pub checks: Option<Box<str>>,
 }
@@ -42,6 +45,8 @@ pub struct Upstream {
 pub struct Node {
     /// An address or a name; IPv6 without brackets.
     pub host: Box<str>,
+    /// `host` where it is an address, so that no request parses it.
+    pub ip: Option<IpAddr>,
     /// As written, or the scheme's own.
     pub port: u16,
     /// Whether the port was written: `pass_host: node` sends it then.
@@ -136,9 +141,9 @@ impl Upstream {
             pass_host: pass_host(map)?,
             retries: number(map, "retries").map(|n| u32::try_from(n).unwrap_or(u32::MAX)),
             retry_timeout: map.get("retry_timeout").and_then(seconds).filter(|d| !d.is_zero()),
-            timeout: timeouts(map),
-            keepalive: keepalive(map),
-            discovery: boxed(map, "discovery_type").zip(service),
+            timeout: timeouts(map).map(Box::new),
+            keepalive: keepalive(map).map(Box::new),
+            discovery: boxed(map, "discovery_type").zip(service).map(Box::new),
             checks: map.get("checks").map(|checks| checks.to_string().into()),
             tls: tls(map, context)?,
         })
@@ -169,13 +174,13 @@ impl Scheme {
     }
 }
 
-fn nodes(value: Option<&Value>, scheme: Scheme) -> Result<Vec<Node>> {
+fn nodes(value: Option<&Value>, scheme: Scheme) -> Result<SmallVec<[Node; 1]>> {
     match value {
         Some(Value::Object(map)) => map.iter().map(|(place, weight)| node_of_entry(place, weight, scheme)).collect(),
         Some(Value::Array(list)) => {
             list.iter().filter_map(Value::as_object).map(|node| node_of_object(node, scheme)).collect()
         }
-        _ => Ok(Vec::new()),
+        _ => Ok(SmallVec::new()),
     }
 }
 
@@ -196,6 +201,7 @@ fn node_of_object(map: &Map<String, Value>, scheme: Scheme) -> Result<Node> {
 fn node(host: &str, port: Option<u16>, scheme: Scheme, weight: i64, priority: i64) -> Node {
     Node {
         host: host.into(),
+        ip: host.parse().ok(),
         port: port.unwrap_or(scheme.default_port()),
         explicit_port: port.is_some(),
         weight: u32::try_from(weight).unwrap_or(u32::MAX),

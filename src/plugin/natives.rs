@@ -126,15 +126,15 @@ fn matched(x: &Exchange, kind: &[u8]) -> Option<Matched> {
 /// `ctx.curr_req_matched`
 fn captures(s: &Stack) -> Answer {
     let Some(m) = fast::exchange().and_then(|x| x.matched.as_ref()) else { return Ok(s.push_nil()) };
-    s.push_table(0, 2 + m.found.params.len());
+    s.push_table(0, 2 + m.found.params().len());
     s.push_bytes(m.found.path_pattern().as_bytes());
     s.set(-2, "_path");
     if let Some(host) = m.found.host_pattern() {
         s.push_bytes(host.as_bytes());
         s.set(-2, "_host");
     }
-    for (name, value) in &m.found.params {
-        s.push_bytes(value.as_bytes());
+    for (name, value) in m.found.params() {
+        s.push_bytes(value);
         s.set(-2, name.as_bytes());
     }
     Ok(1)

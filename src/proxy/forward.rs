@@ -10,7 +10,7 @@ use std::{
 
 use rustls::pki_types::ServerName;
 
-use super::{Picked, Proxy, head, head::BodyFraming, rescue, tunnel, upload::Upload};
+use super::{Proxy, head, head::BodyFraming, rescue, tunnel, upload::Upload};
 use crate::{
     balancer::{NoNode, Tried},
     error::{Error, Kind, Origin, Result, Retry},
@@ -103,31 +103,39 @@ impl Way<'_> {
     async fn reach(&mut self, x: &mut Exchange) -> Result<Reached> {
         // Without plugins the request has hardly begun: one look at the clock less.
         let started = if x.lua.run.is_none() { x.started } else { Instant::now() };
-        let picked = self.p.picker(self.conf);
+        // One node needs no state, and ten thousand upstreams of one node each need no memory for it.
+        let picked = (self.conf.nodes.len() != 1).then(|| self.p.picker(self.conf));
         let hash_key = hash_key(x, self.conf);
         let mut tried = Tried::default();
         let retries = self.conf.retries.map_or(self.conf.nodes.len().saturating_sub(1), |n| n as usize);
         // One look at the clock serves all that happens at the start of a try.
         let mut begun = started;
         loop {
-            picked.used.set(begun);
-            let at = match picked.picker.pick(&hash_key, begun, &tried, &|_| true) {
+            let choice = picked.as_ref().map_or(Ok(0), |picked| {
+                picked.used.set(begun);
+                picked.picker.pick(&hash_key, begun, &tried, &|_| true)
+            });
+            let at = match choice {
                 Ok(at) => at,
                 Err(NoNode::NoneValid) => {
                     return Err(Error::upstream(Kind::NoNode).context(NoNode::NoneValid.message()));
                 }
                 Err(e) => return Err(Error::upstream(Kind::Other).context(e.message())),
             };
-            let e = match self.attempt(x, &picked, at, begun).await {
+            let e = match self.attempt(x, at, begun).await {
                 Ok(reached) => {
                     let latency = x.upstream.tries.last().and_then(|t| t.header_time);
-                    picked.picker.done(at, latency, begun + latency.unwrap_or_default());
+                    if let Some(picked) = &picked {
+                        picked.picker.done(at, latency, begun + latency.unwrap_or_default());
+                    }
                     return Ok(reached);
                 }
                 Err(e) => e,
             };
             begun = Instant::now();
-            picked.picker.done(at, None, begun);
+            if let Some(picked) = &picked {
+                picked.picker.done(at, None, begun);
+            }
             tried.push(at);
             if tried.len() > retries || self.is_late(started) || !self.may_repeat(x, &e) {
                 return Err(e);
@@ -155,11 +163,11 @@ impl Way<'_> {
     }
 
     /// One try at node `at`. A pooled connection that turns out to be closed does not count: a new one is made.
-    async fn attempt(&mut self, x: &mut Exchange, picked: &Picked, at: usize, begun: Instant) -> Result<Reached> {
+    async fn attempt(&mut self, x: &mut Exchange, at: usize, begun: Instant) -> Result<Reached> {
         let node = &self.conf.nodes[at];
-        let addr = match picked.addrs[at].filter(|_| x.upstream.peer.is_none()) {
+        let addr = match node.ip.filter(|_| x.upstream.peer.is_none()) {
             Some(ip) => Ok(SocketAddr::new(ip, node.port)),
-            None => self.address(x, picked, node).await,
+            None => self.address(x, node).await,
         };
         let addr = match addr {
             Ok(addr) => addr,
@@ -188,7 +196,7 @@ impl Way<'_> {
         }
     }
 
-    async fn address(&self, x: &mut Exchange, picked: &Picked, node: &Node) -> Result<SocketAddr> {
+    async fn address(&self, x: &mut Exchange, node: &Node) -> Result<SocketAddr> {
         // A peer set by a script wins, once.
         let (host, port) = match x.upstream.peer.take() {
             Some((host, port)) => (Cow::Owned(host.into_string()), port),
@@ -200,8 +208,8 @@ impl Way<'_> {
         let addresses = self.p.resolver.resolve(&host).await.map_err(|e| {
             Error::upstream(Kind::Resolve).retry(Retry::Safe).cause(e).context(format!("failed to resolve {host}"))
         })?;
-        let turn = picked.turn.get();
-        picked.turn.set(turn.wrapping_add(1));
+        let turn = self.p.turn.get();
+        self.p.turn.set(turn.wrapping_add(1));
         match addresses.get(turn % addresses.len().max(1)) {
             Some(ip) => Ok(SocketAddr::new(*ip, port)),
             None => Err(Error::upstream(Kind::Resolve).retry(Retry::Safe).context(format!("{host} has no address"))),
@@ -423,12 +431,12 @@ fn fail(x: &mut Exchange, begun: Instant, e: Error) -> Error {
 
 /// The route's `timeout`, else the upstream's, else nginx's.
 fn timeouts(p: &Proxy, x: &Exchange, conf: &Upstream) -> Timeouts {
-    let route = x.matched.as_ref().and_then(|m| m.route().value.timeout);
-    route.or(conf.timeout).unwrap_or(p.settings.timeout)
+    let route = x.matched.as_ref().and_then(|m| m.route().value.timeout.as_deref());
+    *route.or(conf.timeout.as_deref()).unwrap_or(&p.settings.timeout)
 }
 
 fn keepalive(p: &Proxy, conf: &Upstream) -> Keepalive {
-    conf.keepalive.unwrap_or(p.settings.keepalive)
+    *conf.keepalive.as_deref().unwrap_or(&p.settings.keepalive)
 }
 
 /// The name for SNI and verification: the Host that is sent, without its port.

@@ -16,7 +16,6 @@ pub mod upload;
 
 use std::{
     cell::{Cell, RefCell},
-    net::IpAddr,
     rc::Rc,
     sync::Arc,
     time::{Duration, Instant},
@@ -76,6 +75,8 @@ pub struct Proxy {
     /// By `Upstream::uid`. Swept when the configuration changes.
     pickers: RefCell<HashMap<u64, Rc<Picked>>>,
     buffers: RefCell<Vec<Vec<u8>>>,
+    /// Spreads requests over the addresses of a name.
+    turn: Cell<usize>,
     /// A number per TLS name and settings, for the pool's keys. The settings are held so that no others get their address.
     tls_numbers: RefCell<HashMap<(Box<str>, usize), TlsNumber>>,
 }
@@ -86,10 +87,6 @@ type TlsNumber = (u64, Arc<rustls::ClientConfig>);
 struct Picked {
     picker: Picker,
     used: Cell<Instant>,
-    /// The nodes' addresses where they are written as such, so that no request parses them.
-    addrs: Vec<Option<IpAddr>>,
-    /// Spreads requests over the addresses of a name.
-    turn: Cell<usize>,
 }
 
 /// Upstreams whose balancer state is kept; past it those not used for `PICKER_IDLE` go.
@@ -120,6 +117,7 @@ impl Proxy {
             published,
             pickers: RefCell::default(),
             buffers: RefCell::default(),
+            turn: Cell::new(0),
         }
     }
 
@@ -150,9 +148,7 @@ impl Proxy {
         if pickers.len() >= MAX_PICKERS {
             pickers.retain(|_, picked| now.duration_since(picked.used.get()) < PICKER_IDLE);
         }
-        let addrs = upstream.nodes.iter().map(|node| node.host.parse().ok()).collect();
-        let picked = Picked { picker: Picker::new(upstream), used: Cell::new(now), addrs, turn: Cell::new(0) };
-        let picked = Rc::new(picked);
+        let picked = Rc::new(Picked { picker: Picker::new(upstream), used: Cell::new(now) });
         if pickers.len() < MAX_PICKERS {
             pickers.insert(upstream.uid, picked.clone());
         }

@@ -62,8 +62,7 @@ pub trait Facts {
 pub struct Found {
     rule: Arc<Rule>,
     host: Option<u32>,
-    /// `:name` and `*name` captures.
-    pub params: Captures,
+    captures: Captures,
 }
 
 impl Found {
@@ -74,6 +73,11 @@ impl Found {
     /// The route's uri that matched, as written: `curr_req_matched._path`.
     pub fn path_pattern(&self) -> &str {
         self.rule.uri()
+    }
+
+    /// `:name` and `*name` captures: names and values.
+    pub fn params(&self) -> impl ExactSizeIterator<Item = (&str, &[u8])> {
+        self.captures.iter().map(|(piece, value)| (self.rule.name(*piece), &value[..]))
     }
 
     /// The host that matched, in lower case: `curr_req_matched._host`.
@@ -224,6 +228,7 @@ impl Router {
                 let (shape, fixed) = Shape::of(uri, self.kind == RouterKind::RadixtreeUriWithParameter);
                 Rule {
                     route: placed.route.clone(),
+                    upstream: route.upstream.clone(),
                     service_hosts: placed.service_hosts.clone(),
                     uri: at as u32,
                     host,
@@ -314,12 +319,13 @@ impl Router {
 
 /// The rest of a rule's conditions, its place in the index apart.
 fn accept(rule: &Arc<Rule>, path: &[u8], facts: &impl Facts) -> Option<Found> {
+    rule.prefetch();
     let host = match rule.checks_host {
         true => Some(rule.host_matching(facts.host())?),
         false => rule.host,
     };
-    let params = rule.captures(path)?;
-    rule.allows(facts).then(|| Found { rule: rule.clone(), host, params })
+    let captures = rule.captures(path)?;
+    rule.allows(facts).then(|| Found { rule: rule.clone(), host, captures })
 }
 
 /// The rule that was taken out of this scope stands in the map of exact paths.

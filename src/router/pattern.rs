@@ -9,8 +9,8 @@ const MAX_STEPS: u32 = 4096;
 /// The name under which a `*` without a name captures.
 const UNNAMED: &str = ":ext";
 
-/// What stands in the path under each name.
-pub(super) type Captures = SmallVec<[(Box<str>, Box<str>); 2]>;
+/// What stands in the path for a piece of a pattern, by the piece's number. Nothing of it is allocated when it is short.
+pub(super) type Captures = SmallVec<[(u32, SmallVec<[u8; 32]>); 2]>;
 
 pub(super) enum Shape {
     Exact,
@@ -22,7 +22,7 @@ pub(super) enum Shape {
 
 /// What follows the fixed part.
 pub(super) struct Pattern {
-    pieces: Box<[Piece]>,
+    pieces: SmallVec<[Piece; 1]>,
 }
 
 enum Piece {
@@ -76,8 +76,8 @@ impl Iterator for Marks<'_> {
 }
 
 /// The pieces of what starts with a mark.
-fn pieces(text: &str, params: bool) -> Box<[Piece]> {
-    let mut pieces = Vec::new();
+fn pieces(text: &str, params: bool) -> SmallVec<[Piece; 1]> {
+    let mut pieces = SmallVec::new();
     let mut done = 0;
     for mark in (Marks { uri: text, at: 0, params }) {
         if mark > done {
@@ -99,26 +99,34 @@ fn pieces(text: &str, params: bool) -> Box<[Piece]> {
         None if done < text.len() => pieces.push(Piece::Text(text.as_bytes()[done..].into())),
         None => {}
     }
-    pieces.into()
+    pieces
 }
 
-/// A piece's name and where its capture lies.
-type Spans<'a> = SmallVec<[(&'a str, usize, usize); 4]>;
+/// A piece's number and where its capture lies.
+type Spans = SmallVec<[(usize, usize, usize); 4]>;
 
 impl Pattern {
     pub fn captures(&self, path: &[u8]) -> Option<Captures> {
         let mut spans = Spans::new();
         let mut steps = MAX_STEPS;
-        if !matches(&self.pieces, path, 0, &mut spans, &mut steps) {
+        if !matches(&self.pieces, 0, path, 0, &mut spans, &mut steps) {
             return None;
         }
-        let text = |from: usize, to: usize| String::from_utf8_lossy(&path[from..to]).into_owned().into_boxed_str();
-        Some(spans.iter().map(|(name, from, to)| (Box::from(*name), text(*from, *to))).collect())
+        Some(spans.iter().map(|&(piece, from, to)| (piece as u32, SmallVec::from_slice(&path[from..to]))).collect())
+    }
+
+    /// The name of a piece that captures.
+    pub fn name(&self, piece: u32) -> &str {
+        match self.pieces.get(piece as usize) {
+            Some(Piece::Segment(name) | Piece::Rest(name)) => name,
+            Some(Piece::Text(_)) | None => "",
+        }
     }
 }
 
-fn matches<'a>(mut pieces: &'a [Piece], path: &[u8], mut at: usize, spans: &mut Spans<'a>, steps: &mut u32) -> bool {
-    while let Some((piece, after)) = pieces.split_first() {
+/// Whether the pieces from `next` on match `path[at..]`.
+fn matches(pieces: &[Piece], mut next: usize, path: &[u8], mut at: usize, spans: &mut Spans, steps: &mut u32) -> bool {
+    while let Some(piece) = pieces.get(next) {
         if *steps == 0 {
             return false;
         }
@@ -126,36 +134,29 @@ fn matches<'a>(mut pieces: &'a [Piece], path: &[u8], mut at: usize, spans: &mut 
         match piece {
             Piece::Text(text) if path[at..].starts_with(text) => at += text.len(),
             Piece::Text(_) => return false,
-            Piece::Segment(name) => {
+            Piece::Segment(_) => {
                 let end = memchr::memchr(b'/', &path[at..]).map_or(path.len(), |slash| at + slash);
                 if end == at {
                     return false;
                 }
-                spans.push((name, at, end));
+                spans.push((next, at, end));
                 at = end;
             }
-            Piece::Rest(name) => return matches_rest(name, after, path, at, spans, steps),
+            Piece::Rest(_) => return matches_rest(pieces, next, path, at, spans, steps),
         }
-        pieces = after;
+        next += 1;
     }
     at == path.len()
 }
 
 /// Gives the star all that is left, and less and less until what follows it fits. That starts with a slash.
-fn matches_rest<'a>(
-    name: &'a str,
-    after: &'a [Piece],
-    path: &[u8],
-    at: usize,
-    spans: &mut Spans<'a>,
-    steps: &mut u32,
-) -> bool {
+fn matches_rest(pieces: &[Piece], star: usize, path: &[u8], at: usize, spans: &mut Spans, steps: &mut u32) -> bool {
     let mut end = path.len();
     let known = spans.len();
     while *steps > 0 {
         *steps -= 1;
-        spans.push((name, at, end));
-        if matches(after, path, end, spans, steps) {
+        spans.push((star, at, end));
+        if matches(pieces, star + 1, path, end, spans, steps) {
             return true;
         }
         spans.truncate(known);
@@ -181,7 +182,11 @@ mod tests {
         };
         match captures {
             None => "-".into(),
-            Some(all) => all.iter().map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>().join(","),
+            Some(all) => {
+                let name = |piece| if let Shape::Pattern(pattern) = &shape { pattern.name(piece) } else { "" };
+                let shown = all.iter().map(|(piece, value)| format!("{}={}", name(*piece), value.escape_ascii()));
+                shown.collect::<Vec<_>>().join(",")
+            }
         }
     }
 

@@ -6,11 +6,13 @@ use imbl::Vector;
 use smallvec::SmallVec;
 
 use super::{Facts, pattern::Captures, pattern::Shape};
-use crate::model::{Object, Route};
+use crate::model::{Object, Route, Upstream};
 
 /// A uri of a route, compiled.
 pub(super) struct Rule {
     pub route: Arc<Object<Route>>,
+    /// The route's own upstream, so that both can be asked for at once: see `prefetch`.
+    pub upstream: Option<Arc<Upstream>>,
     /// The service's hosts, for a route that has none of its own.
     pub service_hosts: Option<Arc<[Box<str>]>>,
     /// Index into the route's `uris`.
@@ -49,6 +51,17 @@ impl Rule {
             && (route.filter_func.is_none() || facts.filter(&self.route))
     }
 
+    /// The request is likely the rule's: what the proxy will look at first.
+    pub fn prefetch(&self) {
+        prefetch(&self.route.value);
+        if let Some(upstream) = &self.upstream {
+            prefetch(&**upstream);
+        }
+        if let Shape::Pattern(pattern) = &self.shape {
+            prefetch(&**pattern);
+        }
+    }
+
     /// The index of the host pattern that `host` matches; for a rule that stands under no host but has some.
     pub fn host_matching(&self, host: &[u8]) -> Option<u32> {
         let matches = |pattern: &str| match pattern.strip_prefix('*') {
@@ -66,6 +79,14 @@ impl Rule {
         }
     }
 
+    /// The name of a piece of the pattern.
+    pub fn name(&self, piece: u32) -> &str {
+        match &self.shape {
+            Shape::Exact | Shape::Prefix => "",
+            Shape::Pattern(pattern) => pattern.name(piece),
+        }
+    }
+
     /// Priority decides; then the longer uri, then who was there first.
     fn order(&self, other: &Rule) -> Ordering {
         let (a, b) = (&self.route, &other.route);
@@ -78,6 +99,20 @@ impl Rule {
             .then_with(|| (self.uri, self.host).cmp(&(other.uri, other.host)))
             .then_with(|| self.scope.cmp(&other.scope))
     }
+}
+
+/// Asks for the memory of `value` ahead of its use. With ten thousand routes, that of nearly every request's lies in no cache,
+/// and waits that are begun together cost as much as one.
+#[inline]
+fn prefetch<T>(value: &T) {
+    #[cfg(target_arch = "x86_64")]
+    for at in (0..size_of::<T>()).step_by(64) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a prefetch changes nothing that can be seen, and an address that is none does no harm.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>((&raw const *value).cast::<i8>().wrapping_add(at)) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = value;
 }
 
 /// A route needs more than path and host.
@@ -142,7 +177,10 @@ impl Rules {
 
     pub fn find_map<'a, R>(&'a self, mut look: impl FnMut(&'a Arc<Rule>) -> Option<R>) -> Option<R> {
         match self {
-            Rules::One(rule) => look(rule),
+            Rules::One(rule) => {
+                prefetch(&**rule);
+                look(rule)
+            }
             Rules::Many(list) => list.iter().find_map(look),
         }
     }

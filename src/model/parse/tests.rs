@@ -27,7 +27,7 @@ fn upstream(value: Value) -> Arc<Upstream> {
 }
 
 fn node(host: &str, port: u16, explicit_port: bool, weight: u32) -> Node {
-    Node { host: host.into(), port, explicit_port, weight, priority: 0 }
+    Node { host: host.into(), ip: host.parse().ok(), port, explicit_port, weight, priority: 0 }
 }
 
 #[test]
@@ -55,7 +55,7 @@ fn a_route_is_read_with_all_its_fields() {
         (route.priority, route.service_id.as_deref(), route.upstream_id.as_deref()),
         (3, Some("7"), Some("u-1"))
     );
-    assert_eq!(route.timeout.map(|t| t.send), Some(Duration::from_millis(2500)));
+    assert_eq!(route.timeout.as_deref().map(|t| t.send), Some(Duration::from_millis(2500)));
     let auth = route.plugins.get("key-auth").expect("is there");
     assert!(auth.meta.disable && auth.meta.priority == Some(9));
     assert_eq!(&*route.plugins.get("cors").expect("is there").json, "{}");
@@ -64,13 +64,16 @@ fn a_route_is_read_with_all_its_fields() {
 #[test]
 fn nodes_are_read_in_both_forms() {
     let map = upstream(json!({"nodes": {"127.0.0.1:8080": 1, "[::1]:81": 2, "foo.com": 0}, "type": "roundrobin"}));
-    assert_eq!(map.nodes, [node("127.0.0.1", 8080, true, 1), node("::1", 81, true, 2), node("foo.com", 80, false, 0)]);
+    assert_eq!(
+        map.nodes[..],
+        [node("127.0.0.1", 8080, true, 1), node("::1", 81, true, 2), node("foo.com", 80, false, 0)]
+    );
     assert_eq!((map.id.as_deref(), &map.balance, &map.pass_host), (Some("1"), &Balance::RoundRobin, &PassHost::Pass));
     let list = upstream(json!({"scheme": "https", "nodes": [
         {"host": "[::1]", "port": 80, "weight": 1}, {"host": "foo.com", "weight": 1, "priority": -1}
     ]}));
     let second = Node { priority: -1, ..node("foo.com", 443, false, 1) };
-    assert_eq!(list.nodes, [node("::1", 80, true, 1), second]);
+    assert_eq!(list.nodes[..], [node("::1", 80, true, 1), second]);
     assert!(upstream(json!({"nodes": []})).nodes.is_empty());
 }
 
@@ -82,7 +85,7 @@ fn what_is_left_out_has_the_defaults_of_the_schema() {
     let filled = upstream(value);
     assert_eq!(bare.keepalive, filled.keepalive);
     assert_eq!((&bare.balance, &bare.pass_host, bare.scheme), (&filled.balance, &filled.pass_host, filled.scheme));
-    assert_eq!(bare.keepalive.map(|k| k.size), Some(320));
+    assert_eq!(bare.keepalive.as_deref().map(|k| k.size), Some(320));
 }
 
 #[test]
