@@ -59,6 +59,8 @@ local function make_env()
 end
 
 string.dump = nil
+-- In the library itself: that is where a string finds its methods.
+for name, f in pairs(require("moongate.pattern")) do string[name] = f end
 env = make_env()
 if package.preload then
     for name in pairs(forbidden) do

@@ -220,6 +220,11 @@ unsafe fn raise(l: *mut ffi::lua_State, text: &std::ffi::CStr) -> ! {
     }
 }
 
+/// Whether the run that is under way on this thread has used up its time: for host functions that work for long.
+pub fn is_condemned() -> bool {
+    beat().is_some_and(|b| b.condemned.load(Ordering::Relaxed) == b.serial.load(Ordering::Relaxed))
+}
+
 /// Whether the run that ended last on this thread was cut off.
 pub fn last_run_condemned() -> bool {
     beat().is_some_and(|b| b.condemned.load(Ordering::Relaxed) + 1 == b.serial.load(Ordering::Relaxed))

@@ -93,3 +93,20 @@ fn a_function_that_never_ends_is_stopped() {
     gw.admin_text("PUT", "/functions/hello", "return function() return 200, 'fine' end", LUA);
     assert_eq!(gw.get("/hello").text(), "fine");
 }
+
+#[test]
+fn a_pattern_that_never_ends_is_stopped() {
+    let gw = with_hello(
+        "return function(ctx)
+            if ctx.var.arg_spin then
+                return 200, tostring(pcall(string.find, ('x'):rep(60), ('x*'):rep(60) .. 'y'))
+            end
+            return 200, (('a-b'):gsub('%-', '+'))
+        end",
+    );
+    assert_eq!(gw.get("/hello").text(), "a+b");
+    let spun = gw.get("/hello?spin=1");
+    assert_eq!(spun.status, 500, "{}", spun.text());
+    gw.expect_log("lua.limits.cpu_ms");
+    assert_eq!(gw.get("/hello").text(), "a+b", "the worker goes on");
+}

@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use crate::support::{Gateway, Upstream, eventually, get};
+use crate::support::{Client, Gateway, Upstream, eventually, get};
 
 #[test]
 fn key_auth_and_limit_count_answer_401_then_200_then_503() {
@@ -394,4 +394,39 @@ fn plugins_say_why_they_refuse_a_conf() {
         assert_eq!(reply.status, 400);
         assert!(reply.text().contains(text), "{}", reply.text());
     }
+}
+
+#[test]
+fn limit_conn_refuses_what_is_one_too_many_and_counts_down_again() {
+    let (release, hold) = std::sync::mpsc::channel::<()>();
+    let hold = std::sync::Mutex::new(hold);
+    let up = Upstream::answering(move |_| {
+        hold.lock().expect("one at a time").recv().expect("released");
+        "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+    });
+    let gw = Gateway::start();
+    let conf = json!({"conn": 1, "burst": 0, "default_conn_delay": 0.1, "key_type": "var", "key": "http_x_who",
+        "rejected_code": 429, "rejected_msg": "too many at once"});
+    gw.route("1", "/slow", &up, json!({"limit-conn": conf}));
+    let ask = |who: &str| gw.send("GET", "/slow", &[("X-Who", who)], b"");
+    for round in 1..=3 {
+        let mut first = Client::connect(&gw.proxy());
+        first.send("GET", "/slow", &[("X-Who", "a")], b"");
+        eventually("the first is under way", || (up.seen().len() == 2 * round - 1).then_some(()));
+        let refused = ask("a");
+        assert_eq!((refused.status, refused.json()), (429, json!({"error_msg": "too many at once"})));
+        let mut other = Client::connect(&gw.proxy());
+        other.send("GET", "/slow", &[("X-Who", "b")], b"");
+        eventually("another key is let in", || (up.seen().len() == 2 * round).then_some(()));
+        release.send(()).expect("the upstream waits");
+        release.send(()).expect("the upstream waits");
+        assert_eq!((first.reply("GET").status, other.reply("GET").status), (200, 200));
+    }
+    let bad = gw.admin(
+        "PUT",
+        "/routes/2",
+        json!({"uri": "/x", "plugins": {"limit-conn": {"conn": 0, "burst": 0,
+        "default_conn_delay": 0.1, "key": "remote_addr"}}}),
+    );
+    assert_eq!(bad.status, 400, "{}", bad.text());
 }

@@ -229,3 +229,20 @@ fn connections_requests_and_garbage_are_accounted_for() {
     client.send("GET", "/", &[], b"");
     assert_eq!(client.reply("GET").status, 404);
 }
+
+#[test]
+fn a_taken_port_is_said_at_start_and_nothing_is_served() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let port = taken.local_addr().expect("an address").port();
+    for (what, settings) in [
+        ("node_listen", json!({"apisix": {"node_listen": [{"ip": "127.0.0.1", "port": port}]}})),
+        ("admin", json!({"deployment": {"admin": {"admin_listen": {"ip": "127.0.0.1", "port": port}}}})),
+        ("control", json!({"apisix": {"control": {"ip": "127.0.0.1", "port": port}}})),
+    ] {
+        let dir = Dir::new();
+        dir.configure(settings);
+        let (status, text) = run(dir.command());
+        assert_eq!(status.code(), Some(1), "{what}: {text}");
+        assert!(text.contains(&format!("127.0.0.1:{port}")) && text.contains("in use"), "{what}: {text}");
+    }
+}

@@ -8,6 +8,7 @@ pub mod crypto;
 pub mod ip;
 pub mod jsonschema;
 pub mod jwt;
+pub mod pattern;
 pub mod regex;
 
 use std::ffi::c_int;
@@ -58,6 +59,7 @@ pub fn register(api: &mut Api) -> Result<()> {
     ip::register(api)?;
     jsonschema::register(api)?;
     jwt::register(api)?;
+    pattern::register(api)?;
     regex::register(api)?;
     apisix::register(api)
 }

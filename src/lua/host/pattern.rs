@@ -1,0 +1,437 @@
+//! Lua patterns (Lua 5.1 manual, 5.4.1) whose work can be cut off.
+//!
+//! LuaJIT matches a pattern inside one C call, where no hook runs: `("x"):rep(50):find(("x*"):rep(50) .. "y")` would hold its
+//! worker for ever. This matcher asks the watchdog now and then. Uploaded functions get it under the names of the
+//! string library (lua/moongate/pattern.lua); what it finds is what LuaJIT's own finds, and a test compares the two.
+
+use std::ffi::c_int;
+
+use smallvec::SmallVec;
+
+use super::Answer;
+use crate::{
+    error::Result,
+    lua::{
+        api::{Api, Phases, Raise, Stack},
+        limits,
+    },
+};
+
+pub(super) fn register(api: &mut Api) -> Result<()> {
+    api.func(
+        "native.pattern.find",
+        Phases::ANY,
+        "find(text, pattern, from, plain, anchors) -> first, last, captures… | nil: the first match at or behind byte `from`, \
+         counted from 0. `plain`: the pattern is a text; nil: it is one when it has no sign. `anchors`: a `^` ties it to `from`.",
+        find,
+    )
+}
+
+/// Captures of a pattern, as in LuaJIT.
+const MAX_CAPTURES: usize = 32;
+/// Matches inside of matches (one per capture and quantifier): LuaJIT's own bound, which protects the stack.
+const MAX_DEPTH: u32 = 200;
+/// Steps between two looks at the watchdog: some hundred microseconds.
+const LOOK_EVERY: u32 = 1 << 16;
+
+fn find(s: &Stack) -> Answer {
+    let (text, pattern) = (s.arg_bytes(1)?, s.arg_bytes(2)?);
+    let from = s.arg_int(3)?.max(0) as usize;
+    let anchors = s.boolean(5);
+    let plain = s.boolean(4) || (s.is_nil(4) && !pattern.iter().any(|b| b"^$*+?.([%-".contains(b)));
+    if from > text.len() {
+        return Ok(s.push_nil());
+    }
+    if plain {
+        return Ok(match memchr::memmem::find(&text[from..], pattern) {
+            Some(at) => push_span(s, from + at, from + at + pattern.len()),
+            None => s.push_nil(),
+        });
+    }
+    let anchored = anchors && pattern.first() == Some(&b'^');
+    let pattern = if anchored { &pattern[1..] } else { pattern };
+    let mut m = Matcher { text, pattern, captures: SmallVec::new(), depth: 0, steps: 0 };
+    for start in from..=text.len() {
+        m.captures.clear();
+        if let Some(end) = m.matches(start, 0)? {
+            let n = push_span(s, start, end);
+            return m.push_captures(s).map(|captures| n + captures);
+        }
+        if anchored {
+            break;
+        }
+    }
+    Ok(s.push_nil())
+}
+
+/// First and last byte, counted from 1.
+fn push_span(s: &Stack, start: usize, end: usize) -> c_int {
+    s.push_number((start + 1) as f64) + s.push_number(end as f64)
+}
+
+struct Matcher<'a> {
+    text: &'a [u8],
+    pattern: &'a [u8],
+    captures: SmallVec<[Capture; 4]>,
+    depth: u32,
+    steps: u32,
+}
+
+#[derive(Clone, Copy)]
+struct Capture {
+    start: usize,
+    end: End,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum End {
+    /// Its parenthesis is not closed yet.
+    Open,
+    At(usize),
+    /// `()`: the place itself.
+    Position,
+}
+
+type Matched = Result<Option<usize>, Raise>;
+
+impl Matcher<'_> {
+    /// Where a match of `pattern[p..]` at `text[at..]` ends.
+    fn matches(&mut self, at: usize, p: usize) -> Matched {
+        self.depth += 1;
+        if self.depth > MAX_DEPTH {
+            return Err("pattern too complex".into());
+        }
+        let end = self.run(at, p);
+        self.depth -= 1;
+        end
+    }
+
+    fn run(&mut self, mut at: usize, mut p: usize) -> Matched {
+        loop {
+            self.step()?;
+            let (Some(&b), next) = (self.pattern.get(p), self.pattern.get(p + 1)) else { return Ok(Some(at)) };
+            match (b, next) {
+                (b'(', Some(b')')) => return self.open(at, p + 2, End::Position),
+                (b'(', _) => return self.open(at, p + 1, End::Open),
+                (b')', _) => return self.close(at, p + 1),
+                (b'$', None) => return Ok((at == self.text.len()).then_some(at)),
+                (b'%', Some(b'b')) => match self.balanced(at, p + 2)? {
+                    Some(end) => (at, p) = (end, p + 4),
+                    None => return Ok(None),
+                },
+                (b'%', Some(b'f')) => match self.frontier(at, p + 2)? {
+                    Some(end) => p = end,
+                    None => return Ok(None),
+                },
+                (b'%', Some(digit @ b'0'..=b'9')) => match self.back_reference(at, *digit)? {
+                    Some(end) => (at, p) = (end, p + 2),
+                    None => return Ok(None),
+                },
+                _ => {
+                    let end = self.class_end(p)?;
+                    let here = self.single(at, p, end);
+                    match self.pattern.get(end) {
+                        Some(b'?') => {
+                            if here && let Some(found) = self.matches(at + 1, end + 1)? {
+                                return Ok(Some(found));
+                            }
+                            p = end + 1;
+                        }
+                        Some(b'*') => return self.most(at, p, end),
+                        Some(b'+') => return if here { self.most(at + 1, p, end) } else { Ok(None) },
+                        Some(b'-') => return self.least(at, p, end),
+                        _ if here => (at, p) = (at + 1, end),
+                        _ => return Ok(None),
+                    }
+                }
+            }
+        }
+    }
+
+    fn step(&mut self) -> Result<(), Raise> {
+        self.steps += 1;
+        if self.steps.is_multiple_of(LOOK_EVERY) && limits::is_condemned() {
+            return Err("the script ran longer than lua.limits.cpu_ms allows without waiting".into());
+        }
+        Ok(())
+    }
+
+    /// As many as there are, then fewer.
+    fn most(&mut self, at: usize, p: usize, end: usize) -> Matched {
+        let mut n = 0;
+        while self.single(at + n, p, end) {
+            self.step()?;
+            n += 1;
+        }
+        loop {
+            if let Some(found) = self.matches(at + n, end + 1)? {
+                return Ok(Some(found));
+            }
+            if n == 0 {
+                return Ok(None);
+            }
+            n -= 1;
+        }
+    }
+
+    /// As few as possible, then more.
+    fn least(&mut self, mut at: usize, p: usize, end: usize) -> Matched {
+        loop {
+            if let Some(found) = self.matches(at, end + 1)? {
+                return Ok(Some(found));
+            }
+            if !self.single(at, p, end) {
+                return Ok(None);
+            }
+            at += 1;
+        }
+    }
+
+    fn open(&mut self, at: usize, p: usize, end: End) -> Matched {
+        if self.captures.len() >= MAX_CAPTURES {
+            return Err("too many captures".into());
+        }
+        self.captures.push(Capture { start: at, end });
+        let known = self.captures.len();
+        let found = self.matches(at, p)?;
+        if found.is_none() {
+            self.captures.truncate(known - 1);
+        }
+        Ok(found)
+    }
+
+    fn close(&mut self, at: usize, p: usize) -> Matched {
+        let open = self.captures.iter().rposition(|c| c.end == End::Open).ok_or("invalid pattern capture")?;
+        self.captures[open].end = End::At(at);
+        let found = self.matches(at, p)?;
+        if found.is_none() {
+            self.captures[open].end = End::Open;
+        }
+        Ok(found)
+    }
+
+    /// `%bxy`: from an x to its y.
+    fn balanced(&mut self, at: usize, p: usize) -> Matched {
+        let (Some(&open), Some(&close)) = (self.pattern.get(p), self.pattern.get(p + 1)) else {
+            return Err("unbalanced pattern".into());
+        };
+        if self.text.get(at) != Some(&open) {
+            return Ok(None);
+        }
+        let mut level = 1;
+        for (n, b) in self.text[at + 1..].iter().enumerate() {
+            if *b == close {
+                level -= 1;
+                if level == 0 {
+                    return Ok(Some(at + n + 2));
+                }
+            } else if *b == open {
+                level += 1;
+            }
+        }
+        Ok(None)
+    }
+
+    /// `%f[set]`: between a byte outside of the set and one inside. Where the set ends in the pattern.
+    fn frontier(&mut self, at: usize, p: usize) -> Matched {
+        if self.pattern.get(p) != Some(&b'[') {
+            return Err("missing '[' after '%f' in pattern".into());
+        }
+        let end = self.class_end(p)?;
+        let before = at.checked_sub(1).map_or(0, |before| self.text[before]);
+        let here = self.text.get(at).copied().unwrap_or(0);
+        Ok((!self.in_set(before, p, end - 1) && self.in_set(here, p, end - 1)).then_some(end))
+    }
+
+    fn back_reference(&mut self, at: usize, digit: u8) -> Matched {
+        let capture = usize::from(digit).checked_sub(usize::from(b'1')).and_then(|n| self.captures.get(n));
+        let (start, end) = match capture {
+            Some(Capture { start, end: End::At(end) }) => (*start, *end),
+            Some(Capture { end: End::Position, .. }) => return Ok(None),
+            _ => return Err("invalid capture index".into()),
+        };
+        let wanted = &self.text[start..end];
+        Ok(self.text[at..].starts_with(wanted).then_some(at + wanted.len()))
+    }
+
+    /// Behind the class that starts at `p`.
+    fn class_end(&self, p: usize) -> Result<usize, Raise> {
+        let mut at = p + 1;
+        match self.pattern[p] {
+            b'%' if at >= self.pattern.len() => Err("malformed pattern (ends with '%')".into()),
+            b'%' => Ok(at + 1),
+            b'[' => {
+                if self.pattern.get(at) == Some(&b'^') {
+                    at += 1;
+                }
+                // The first byte is of the set even when it is a bracket.
+                loop {
+                    let b = *self.pattern.get(at).ok_or("malformed pattern (missing ']')")?;
+                    at += 1;
+                    if b == b'%' && at < self.pattern.len() {
+                        at += 1;
+                    }
+                    if self.pattern.get(at) == Some(&b']') {
+                        return Ok(at + 1);
+                    }
+                }
+            }
+            _ => Ok(at),
+        }
+    }
+
+    /// Whether the byte at `at` is of the class `pattern[p..end]`.
+    fn single(&self, at: usize, p: usize, end: usize) -> bool {
+        let Some(&b) = self.text.get(at) else { return false };
+        match self.pattern[p] {
+            b'.' => true,
+            b'%' => in_class(b, self.pattern[p + 1]),
+            b'[' => self.in_set(b, p, end - 1),
+            wanted => wanted == b,
+        }
+    }
+
+    /// `p` is at the `[` and `end` at the `]`.
+    fn in_set(&self, b: u8, p: usize, end: usize) -> bool {
+        let set = &self.pattern[p + 1..end];
+        let (set, inside) = match set.strip_prefix(b"^") {
+            Some(rest) => (rest, false),
+            None => (set, true),
+        };
+        let mut at = 0;
+        while at < set.len() {
+            let found = match (set[at], set.get(at + 1), set.get(at + 2)) {
+                (b'%', Some(class), _) => {
+                    at += 1;
+                    in_class(b, *class)
+                }
+                (low, Some(b'-'), Some(high)) => {
+                    at += 2;
+                    (low..=*high).contains(&b)
+                }
+                (one, ..) => one == b,
+            };
+            if found {
+                return inside;
+            }
+            at += 1;
+        }
+        !inside
+    }
+
+    fn push_captures(&self, s: &Stack) -> Answer {
+        s.reserve(self.captures.len())?;
+        for capture in &self.captures {
+            match capture.end {
+                End::Open => return Err("unfinished capture".into()),
+                End::Position => s.push_number((capture.start + 1) as f64),
+                End::At(end) => s.push_bytes(&self.text[capture.start..end]),
+            };
+        }
+        Ok(self.captures.len() as c_int)
+    }
+}
+
+/// `%a` and its like; a capital is the complement, what is no class stands for itself.
+fn in_class(b: u8, class: u8) -> bool {
+    let inside = match class.to_ascii_lowercase() {
+        b'a' => b.is_ascii_alphabetic(),
+        b'c' => b.is_ascii_control(),
+        b'd' => b.is_ascii_digit(),
+        b'g' => b.is_ascii_graphic(),
+        b'l' => b.is_ascii_lowercase(),
+        b'p' => b.is_ascii_punctuation(),
+        b's' => matches!(b, b' ' | b'\t'..=b'\r'),
+        b'u' => b.is_ascii_uppercase(),
+        b'w' => b.is_ascii_alphanumeric(),
+        b'x' => b.is_ascii_hexdigit(),
+        b'z' => b == 0,
+        _ => return class == b,
+    };
+    inside != class.is_ascii_uppercase()
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::lua::host::tests::check;
+
+    /// Random texts and patterns, by LuaJIT's own functions and by these: results, and whether there is an error. No pattern has
+    /// a NUL, at which LuaJIT takes it to end.
+    #[test]
+    fn finds_what_luajit_finds() {
+        check(
+            r##"
+            local own = require("moongate.pattern")
+            math.randomseed(7)
+            local random = math.random
+            local pieces = { "a", "b", ".", "%a", "%d", "%w", "%S", "%s", "[ab]", "[^a]", "[a-c%d]", "[]]", "[^]]", "(", ")", "()",
+                "*", "+", "-", "?", "%b()", "%f[%w]", "%1", "%2", "^", "$", "x", "1", " ", "%%", "%.", "[%]]", "%", "[", "%f", "%bx",
+                "%z", "%g", "[a-]", "%p", "%X", "[%a_]" }
+            local letters = { "a", "b", "c", "x", "1", "2", " ", "(", ")", ".", "%", "]", "\0", "\n", "-" }
+            local function text(from, n)
+                local out = {}
+                for i = 1, random(n) - 1 do out[i] = from[random(#from)] end
+                return table.concat(out)
+            end
+            local function show(ok, ...)
+                -- LuaJIT notices an open parenthesis only where its capture is asked for.
+                if not ok then return tostring((...)):find("unfinished capture", 1, true) and "unfinished" or "error" end
+                local out = {}
+                for i = 1, select("#", ...) do out[i] = type((select(i, ...))) .. tostring((select(i, ...))) end
+                return table.concat(out, "|")
+            end
+            local function all(gmatch, s, p)
+                local out = {}
+                for a, b in gmatch(s, p) do
+                    out[#out + 1] = tostring(a) .. "," .. tostring(b)
+                    if #out > 100 then break end
+                end
+                return table.concat(out, ";")
+            end
+            local replacements = { "<%0>", "%1", "%%", "x", "%1%2", "", 5, { a = "A", b = 7, [1] = "one" },
+                function(a, b) return a == "a" and "A" or nil end, function() return false end, function() return {} end, "%9", "%a" }
+            local failures, matched = {}, 0
+            local function same(what, s, p, a, b)
+                if a ~= "" and a ~= "nilnil" and a ~= "error" then matched = matched + 1 end
+                if a ~= b and b ~= "unfinished" then failures[#failures + 1] = ("%s %q %q: %s, not %s"):format(what, s, p, b, a) end
+            end
+            for i = 1, 60000 do
+                local s, p = text(letters, 12), text(pieces, 7)
+                local init = random(16) - 4
+                same("find", s, p, show(pcall(string.find, s, p, init)), show(pcall(own.find, s, p, init)))
+                same("plain", s, p, show(pcall(string.find, s, p, init, true)), show(pcall(own.find, s, p, init, true)))
+                same("match", s, p, show(pcall(string.match, s, p, init)), show(pcall(own.match, s, p, init)))
+                same("gmatch", s, p, show(pcall(all, string.gmatch, s, p)), show(pcall(all, own.gmatch, s, p)))
+                local r = replacements[random(#replacements)]
+                local max = random(4) == 1 and random(3) - 1 or nil
+                same("gsub", s, p, show(pcall(string.gsub, s, p, r, max)), show(pcall(own.gsub, s, p, r, max)))
+                if #failures > 10 then break end
+            end
+            assert(#failures > 0 or matched > 20000, matched)
+            return table.concat(failures, "\n")
+            "##,
+            "",
+        );
+    }
+
+    #[test]
+    fn arguments_are_checked_as_luajit_does() {
+        check(
+            "local out = {}
+             local function text(of, call)
+                 local run = loadstring('local string = ... return string.' .. call)
+                 local _, err = pcall(run, of)
+                 return (tostring(err):gsub('^.-:%d+: ', ''):gsub([[ to '.-']], ''))
+             end
+             for _, call in ipairs({ 'find(nil, \"a\")', 'match(\"a\")', 'find()', 'gsub(\"a\", \"b\")', 'gsub(\"a\", \"a\", true)',
+                 'find({}, \"a\")', 'gmatch(\"a\", nil)', 'gsub(\"a\", \"a\", function() return {} end)', 'find(\"a\", \"[a\")',
+                 'find(\"a\", \"%\")', 'find(\"a\", \"(a\")', 'find(\"a\", \"a)\")', 'find(\"a\", \"%1\")' }) do
+                 local real, mine = text(string, call), text(require('moongate.pattern'), call)
+                 if real ~= mine then out[#out + 1] = real .. ' / ' .. mine end
+             end
+             return table.concat(out, '\\n')",
+            "",
+        );
+        check("return require('moongate.pattern').gsub(1234, 2, 'x')", "1x34");
+    }
+}
