@@ -58,6 +58,7 @@ fn a_dead_node_costs_a_try_and_not_the_request() {
     assert_eq!(up.last().body, b"body");
     access_log(&gw, &format!("200 [502, 200] {dead}, {}", up.addr()));
     gw.expect_log("Connection refused");
+    gw.expect_log(&format!("request: \"POST / HTTP/1.1\", upstream: \"http://{dead}/\", host: \"{}\"", gw.proxy()));
 }
 
 #[test]

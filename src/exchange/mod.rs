@@ -8,6 +8,7 @@ pub mod body;
 pub mod deadline;
 pub mod framing;
 pub mod headers;
+mod log;
 mod random;
 pub mod status;
 pub mod vars;

@@ -364,7 +364,7 @@ impl Exchange {
         if self.conn.tls.is_some() { "https" } else { "http" }
     }
 
-    fn upstream_scheme(&self) -> &str {
+    pub(super) fn upstream_scheme(&self) -> &str {
         match std::str::from_utf8(&self.upstream.scheme) {
             Ok(set) if !set.is_empty() => set,
             _ => self.upstream.conf.as_ref().map_or("http", |u| scheme_name(u.scheme)),

@@ -17,20 +17,12 @@ pub use api::{Api, Phases, Raise, Stack, Wait};
 pub use sched::{Op, Value, Values};
 pub use vm::{Vm, VmConfig};
 
-use crate::error::Result;
+use crate::{error::Result, observe::log::Level};
 
 /// Everything that fills the API table, in order. An area adds its `register` here.
 pub const REGISTRARS: &[fn(&mut Api) -> Result<()>] = &[fast::register, sched::register, host::register, ngx::register];
 
 /// Says in error.log what went wrong in a script, with the request it happened in.
 pub fn log_error(x: &crate::exchange::Exchange, text: &str) {
-    let uri = String::from_utf8_lossy(&x.request.target);
-    let method = String::from_utf8_lossy(&x.request.method);
-    tracing::error!(
-        target: "lua",
-        connection = x.conn.serial,
-        client = %x.remote().ip(),
-        request = %format_args!("{method} {uri}"),
-        "{text}"
-    );
+    x.log(Level::Error, format!("[lua] {text}").as_bytes());
 }

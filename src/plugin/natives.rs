@@ -13,6 +13,7 @@ use crate::{
         fast,
     },
     model::Object,
+    observe::log::Level,
 };
 
 type Answer = Result<c_int, Raise>;
@@ -82,8 +83,11 @@ pub(super) fn register(api: &mut Api) -> Result<()> {
         Ok(0)
     })?;
     api.func("native.plugin.log_exit", any, "log_exit(plugin, status): a plugin refused the request.", |s| {
-        let (name, status) = (s.arg_str(1)?, s.arg_int(2)?);
-        tracing::warn!(target: "lua", "{name} exits with http status code {status}");
+        let text = format!("[lua] {} exits with http status code {}", s.arg_str(1)?, s.arg_int(2)?);
+        match fast::exchange() {
+            Some(x) => x.log(Level::Warn, text.as_bytes()),
+            None => tracing::warn!(target: "lua", "{text}"),
+        }
         Ok(0)
     })
 }

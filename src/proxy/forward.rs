@@ -19,6 +19,7 @@ use crate::{
         route::Timeouts,
         upstream::{Balance, HashOn, Keepalive, Node, Scheme, Upstream},
     },
+    observe::log::Level,
     plugin::{PhaseMask, output},
     tls,
     upstream::{self, Conn, Head, Key, Tls},
@@ -140,7 +141,7 @@ impl Way<'_> {
             if tried.len() > retries || self.is_late(started) || !self.may_repeat(x, &e) {
                 return Err(e);
             }
-            tracing::warn!("{e}; trying the next upstream node");
+            x.log(Level::Warn, format!("{e}; trying the next upstream node").as_bytes());
             if !self.upload.rewind(&x.body) {
                 return Err(e);
             }

@@ -7,6 +7,7 @@ use crate::{
     error::{Error, Kind, Result},
     exchange::{Exchange, Matched, Phase, Var},
     model::{Object, Route},
+    observe::log::Level,
     plugin::{
         PhaseMask, output,
         run::{Flow, Runner},
@@ -36,7 +37,7 @@ pub(super) async fn serve(p: &Proxy, x: &mut Exchange) {
 
 /// Answers what was refused before it was a request, and logs it.
 pub(super) async fn reject(p: &Proxy, x: &mut Exchange, why: &'static str) {
-    tracing::info!(target: "client", "client sent an invalid request: {why}");
+    x.log(Level::Info, format!("client sent an invalid request: {why}").as_bytes());
     let status = x.response.status;
     if x.client.is_some() {
         rescue::page(p, x, status);

@@ -4,6 +4,7 @@ use super::Proxy;
 use crate::{
     error::{Error, Kind, Origin, Result},
     exchange::{Exchange, Source, status},
+    observe::log::Level,
     plugin::output,
 };
 
@@ -61,15 +62,8 @@ fn status_of(e: &Error) -> u16 {
 }
 
 fn log(x: &Exchange, e: &Error, status: u16) {
-    let target = String::from_utf8_lossy(&x.request.target);
-    let addr = x.upstream.tries.last().map(|t| t.addr.to_string()).unwrap_or_default();
-    let method = String::from_utf8_lossy(&x.request.method);
-    let client = x.remote().ip();
-    if status == CLIENT_CLOSED {
-        tracing::info!("{e}, client: {client}, request: \"{method} {target}\", upstream: \"{addr}\"");
-    } else {
-        tracing::error!("{e}, client: {client}, request: \"{method} {target}\", upstream: \"{addr}\"");
-    }
+    let level = if status == CLIENT_CLOSED { Level::Info } else { Level::Error };
+    x.log(level, e.to_string().as_bytes());
 }
 
 /// No route matched: APISIX's body.

@@ -114,7 +114,16 @@ fn a_plugin_error_answers_500_and_logs_file_and_line() {
     );
     assert_eq!(gw.get("/x").status, 500);
     gw.expect_log("boom");
-    gw.expect_log("serverless-pre-function");
+    let log = gw.log();
+    let line = log.lines().find(|line| line.contains("boom")).unwrap_or_else(|| panic!("no boom in {log}"));
+    // `2026/11/25 10:00:00 [error] 7#9: *1 [lua] …`
+    let (head, message) = line.split_once(": ").expect("a message");
+    let head: Vec<_> = head.split(' ').collect();
+    assert!(head.len() == 4 && head[2] == "[error]" && head[3].starts_with(&format!("{}#", gw.pid())), "{line}");
+    assert!(message.starts_with('*') && message.contains(" [lua] failed to run access_by_lua*: "), "{line}");
+    assert!(message.contains("serverless-pre-function(function 1):1: boom"), "{line}");
+    let about = format!(", client: 127.0.0.1, server: _, request: \"GET /x HTTP/1.1\", host: \"{}\"", gw.proxy());
+    assert!(log.contains(&about), "{about} in {log}");
     assert!(up.seen().is_empty());
 }
 

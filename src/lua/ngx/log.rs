@@ -1,21 +1,17 @@
 //! `ngx.log`, `print` and `ngx.errlog`: lines of error.log with the position of the caller.
 
-use std::{
-    ffi::{CStr, c_int, c_void},
-    fmt::Write,
-};
+use std::ffi::{CStr, c_int, c_void};
 
 use mlua::ffi;
 
 use crate::{
     error::Result,
-    exchange::vars,
     lua::{
         api::{Api, Phases, Stack},
         fast,
         host::Answer,
     },
-    observe::log::{self, Level, RequestContext},
+    observe::log::{self, Level},
 };
 
 crate::export! {
@@ -58,27 +54,8 @@ fn caller(s: &Stack) -> String {
 
 /// Writes a line, with the request that runs; a timer has none.
 fn emit(level: Level, line: &[u8]) {
-    let Some(x) = fast::exchange().filter(|x| !x.request.method.is_empty()) else {
-        return log::line(level, line, None);
-    };
-    let client = x.remote().ip().to_string();
-    let mut request = String::new();
-    // Writing to a string cannot fail.
-    let _ = write!(
-        request,
-        "{} {} {}",
-        String::from_utf8_lossy(&x.request.method),
-        String::from_utf8_lossy(&x.request.target),
-        String::from_utf8_lossy(vars::version(x.request.version))
-    );
-    let host = x.request.headers.get("host").map(String::from_utf8_lossy).unwrap_or_default();
-    let context = RequestContext {
-        connection: x.conn.serial,
-        client: &client,
-        server: "_",
-        request: &request,
-        host: &host,
-        upstream: None,
-    };
-    log::line(level, line, Some(&context));
+    match fast::exchange() {
+        Some(x) => x.log(level, line),
+        None => log::line(level, line, None),
+    }
 }
