@@ -29,6 +29,9 @@ const JSON: &str = "application/json";
 /// How long a drain waits for requests in flight.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(10);
 
+/// What is read of a body that is too long, so that its client reads the refusal: more than anyone sends by mistake.
+const DISCARD_MAX: usize = 256 << 20;
+
 /// A request with its body read.
 pub struct Call {
     pub method: Method,
@@ -112,25 +115,48 @@ impl Incomplete {
     /// Reads the body, at most `limit` bytes of it.
     pub async fn complete(self, limit: usize) -> Result<Call, Answer> {
         let length = self.head.headers.get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<usize>().ok());
-        if let Some(length) = length.filter(|length| *length > limit) {
-            return Err(too_large(length, limit));
-        }
-        let body = match self.body.into_inner() {
-            Some(body) => read(body, limit).await?,
-            None => Bytes::new(),
+        let body = match (self.body.into_inner(), length.filter(|length| *length > limit)) {
+            (Some(mut body), Some(length)) => {
+                // A client that asks first has sent nothing yet.
+                if !self.head.headers.contains_key(header::EXPECT) {
+                    discard(&mut body).await;
+                }
+                return Err(too_large(length, limit));
+            }
+            (Some(body), None) => read(body, limit).await?,
+            (None, _) => Bytes::new(),
         };
         let Parts { method, uri, headers, .. } = self.head;
         Ok(Call { method, path: uri.path().to_owned(), query: parse_query(uri.query().unwrap_or("")), headers, body })
     }
 }
 
-async fn read(body: Incoming, limit: usize) -> Result<Bytes, Answer> {
-    match timeout(BODY_PATIENCE, Limited::new(body, limit).collect()).await {
+async fn read(mut body: Incoming, limit: usize) -> Result<Bytes, Answer> {
+    match timeout(BODY_PATIENCE, Limited::new(&mut body, limit).collect()).await {
         Ok(Ok(collected)) => Ok(collected.to_bytes()),
-        Ok(Err(e)) if e.is::<LengthLimitError>() => Err(too_large(limit + 1, limit)),
+        Ok(Err(e)) if e.is::<LengthLimitError>() => {
+            discard(&mut body).await;
+            Err(too_large(limit + 1, limit))
+        }
         Ok(Err(e)) => Err(Answer::refuse(400, format!("invalid request body: {e}"))),
         Err(_) => Err(Answer::refuse(408, "invalid request body: timeout")),
     }
+}
+
+/// Reads on and forgets, up to a bound: a connection that is closed in the middle of a body is reset, and that destroys the answer
+/// before its client has read it.
+async fn discard(body: &mut Incoming) {
+    let rest = async {
+        let mut left = DISCARD_MAX;
+        while let Some(Ok(frame)) = body.frame().await {
+            left = left.saturating_sub(frame.data_ref().map_or(0, Bytes::len));
+            if left == 0 {
+                break;
+            }
+        }
+    };
+    // Whoever is slower than this does not get the answer.
+    let _ = timeout(BODY_PATIENCE, rest).await;
 }
 
 fn too_large(size: usize, limit: usize) -> Answer {

@@ -110,3 +110,32 @@ fn an_admin_api_without_a_key_is_warned_about() {
     let (_, warnings) = ok("deployment: {admin: {admin_key_required: false}}");
     assert!(warnings.iter().any(|w| w.0.contains("Admin key is bypassed!")), "{warnings:?}");
 }
+
+#[test]
+fn mistakes_of_etcd_and_listeners_are_all_told() {
+    let mistakes = mistakes(
+        r#"{"apisix": {"ssl": {"listen": [{"port": "x"}, {"ip": "nope", "port": 1}, "foo"]}},
+            "deployment": {"role": "traditional", "role_traditional": {"config_provider": "etcd"}, "etcd": {
+                "host": ["http://127.0.0.1:2379", "https://etcd.example", "ftp://x:1", "nohost", "http://127.0.0.1:99999", 5],
+                "timeout": "soon", "prefix": 5, "tls": {"verify": "maybe", "cert": "/no/such.pem"}}}}"#,
+    );
+    for path in [
+        "apisix.ssl.listen[0]: ",
+        "apisix.ssl.listen[1]: ",
+        "apisix.ssl.listen[2]: ",
+        "deployment.etcd.host[2]: ",
+        "deployment.etcd.host[3]: ",
+        "deployment.etcd.host[4]: ",
+        "deployment.etcd.host[5]: ",
+        "deployment.etcd.timeout: ",
+        "deployment.etcd.prefix: ",
+        "deployment.etcd.tls.verify: ",
+        "deployment.etcd.tls: cert and key",
+        "deployment.etcd.tls.cert: /no/such.pem",
+    ] {
+        assert!(mistakes.iter().any(|m| m.contains(path)), "{path} in {mistakes:#?}");
+    }
+    assert_eq!(mistakes.len(), 12, "{mistakes:#?}");
+    let (_, warnings) = ok("apisix: {node_listen: [{port: 1, prot: 5}]}");
+    assert!(warnings.iter().any(|w| w.0.contains("apisix.node_listen[0].prot")), "{warnings:?}");
+}

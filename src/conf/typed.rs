@@ -32,8 +32,12 @@ pub(super) fn read(
     let prefix = std::path::absolute(prefix).unwrap_or_else(|_| prefix.to_owned());
     let mut r = Reader { json: &json, mistakes };
     r.role(warnings);
-    let listen = r.listeners("apisix.node_listen");
-    let listen_tls = if r.flag("apisix.ssl.enable") { r.listeners("apisix.ssl.listen") } else { Vec::new() };
+    r.etcd(&prefix);
+    let listen = r.listeners("apisix.node_listen", warnings);
+    let listen_tls = match r.flag("apisix.ssl.enable") {
+        true => r.listeners("apisix.ssl.listen", warnings),
+        false => Vec::new(),
+    };
     let tls = r.tls(&prefix, warnings);
     let router = r.one_of(
         "apisix.router.http",
@@ -96,6 +100,23 @@ pub(super) fn read(
         file: None,
         json: Arc::new(json.clone()),
     })
+}
+
+/// What may be said of a listener.
+const LISTENER_KEYS: [&str; 5] = ["ip", "port", "enable_http2", "enable_http3", "proxy_protocol"];
+
+/// Why this names no member of an etcd cluster; nothing when it does: `http://127.0.0.1:2379`.
+fn not_a_member(host: &Value) -> Option<String> {
+    let Some(text) = host.as_str() else { return Some(format!("{host} is not a URL")) };
+    let url = text.parse::<http::Uri>().ok();
+    let scheme = url.as_ref().and_then(|url| url.scheme_str());
+    if !matches!(scheme, Some("http" | "https")) {
+        return Some(format!("{text:?} does not start with http:// or https://"));
+    }
+    let port = text.rsplit_once(':').map_or("", |(_, port)| port.trim_end_matches('/'));
+    let bad_port = port.bytes().all(|b| b.is_ascii_digit()) && port.parse::<u16>().is_err();
+    let no_host = url.and_then(|url| url.host().map(str::is_empty)).unwrap_or(true);
+    (no_host || bad_port).then(|| format!("{text:?} is not a URL of a host and a port"))
 }
 
 struct Reader<'a> {
@@ -226,7 +247,53 @@ impl<'a> Reader<'a> {
         }
     }
 
-    fn listeners(&mut self, path: &str) -> Vec<Listen> {
+    /// `deployment.etcd` is read by the store; here only its mistakes are told, along with all others.
+    fn etcd(&mut self, prefix: &Path) {
+        let path = "deployment.etcd.host";
+        match self.get(path) {
+            Some(Value::Array(hosts)) if hosts.is_empty() => self.wrong(path, "is empty: name at least one member"),
+            Some(Value::Array(hosts)) => hosts.iter().enumerate().for_each(|(i, host)| {
+                if let Some(why) = not_a_member(host) {
+                    self.wrong(&format!("{path}[{i}]"), why);
+                }
+            }),
+            Some(host) => {
+                if let Some(why) = not_a_member(host) {
+                    self.wrong(path, why);
+                }
+            }
+            None => {}
+        }
+        let path = "deployment.etcd.timeout";
+        if let Some(timeout) = self.get(path)
+            && timeout.as_f64().is_none_or(|secs| secs <= 0.0 || secs >= 86_400.0)
+        {
+            self.wrong(path, format!("{timeout} is not a number of seconds between 0 and 86400"));
+        }
+        let path = "deployment.etcd.prefix";
+        if let Some(written) = self.get(path)
+            && !written.as_str().is_some_and(|text| text.starts_with('/'))
+        {
+            self.wrong(path, format!("{written} is not a path that starts with /"));
+        }
+        if let Some(verify) = self.get("deployment.etcd.tls.verify")
+            && !verify.is_boolean()
+        {
+            self.wrong("deployment.etcd.tls.verify", format!("{verify} is not true or false"));
+        }
+        let file = |key: &str| self.get(&format!("deployment.etcd.tls.{key}")).and_then(Value::as_str);
+        let files = ["cert", "key"].map(|key| (key, file(key).filter(|name| !name.is_empty())));
+        if files[0].1.is_some() != files[1].1.is_some() {
+            self.wrong("deployment.etcd.tls", "cert and key go together: set both or neither");
+        }
+        for (key, name) in files {
+            if let Some(Err(e)) = name.map(|name| std::fs::File::open(prefix.join(name))) {
+                self.wrong(&format!("deployment.etcd.tls.{key}"), format!("{}: {e}", name.unwrap_or_default()));
+            }
+        }
+    }
+
+    fn listeners(&mut self, path: &str, warnings: &mut Vec<Warning>) -> Vec<Listen> {
         let items = match self.get(path) {
             None => return Vec::new(),
             Some(Value::Array(items)) => items.clone(),
@@ -235,7 +302,14 @@ impl<'a> Reader<'a> {
         let http2 = self.flag("apisix.enable_http2");
         let mut out = Vec::new();
         for (i, item) in items.iter().enumerate() {
-            self.listener(&format!("{path}[{i}]"), item, http2, &mut out);
+            let path = format!("{path}[{i}]");
+            for key in item.as_object().into_iter().flatten().map(|(key, _)| key.as_str()) {
+                if !LISTENER_KEYS.contains(&key) {
+                    let known = LISTENER_KEYS.join(", ");
+                    warnings.push(Warning(format!("{path}.{key}: is not a known key; there are {known}")));
+                }
+            }
+            self.listener(&path, item, http2, &mut out);
         }
         out
     }

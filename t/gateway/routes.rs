@@ -165,3 +165,14 @@ fn admin_answers_are_apisix_own_to_the_last_byte() {
     assert_eq!(refused.status, 400);
     assert_eq!(refused.text(), "{\"error_msg\":\"invalid plugin conf \\\"all\\\" for plugin [cors]\"}\n");
 }
+
+#[test]
+fn a_body_that_is_too_long_is_refused_in_words() {
+    let gw = Gateway::start();
+    let body = vec![b' '; 40 << 20];
+    let key = gw.key();
+    let reply = request(&gw.admin_address(), "PUT", "/apisix/admin/routes/1", &[("X-API-KEY", &key)], &body);
+    assert_eq!(reply.status, 400, "{}", reply.text());
+    assert!(reply.text().contains("is greater than the maximum size"), "{}", reply.text());
+    assert_eq!(gw.admin("GET", "/routes/1", json!(null)).status, 404);
+}
