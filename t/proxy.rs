@@ -577,3 +577,33 @@ fn access_log_writes_what_its_format_says() {
     raw(&gw.proxy(), b"nonsense\r\n\r\n");
     eventually("a refused request in access.log", || gw.dir.read("logs/access.log").contains(" 400 ").then_some(()));
 }
+
+#[test]
+fn a_node_that_only_sends_interim_answers_is_given_up() {
+    let up = Upstream::answering(|seen| {
+        let interim = "HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n";
+        let times = if seen.target == "/few" { 3 } else { 200 };
+        format!("{}HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", interim.repeat(times))
+    });
+    let gw = gateway("$status");
+    route(&gw, &[up.addr()], json!({"retries": 0}));
+    assert_eq!(gw.get("/few").text(), "ok");
+    assert_eq!(gw.get("/many").status, 502);
+    gw.expect_log("too many interim responses from the upstream");
+}
+
+#[test]
+fn a_body_is_kept_for_another_try_up_to_its_bound() {
+    for (size, status) in [(1000, 200), (60 * 1024, 200), (100 * 1024, 502)] {
+        let gw = gateway("$status");
+        // Reads the whole request and closes: what was sent is lost, and only a kept body can be sent again.
+        let lossy = Upstream::serving(|_, stream| drop(read_request(&mut BufReader::new(stream))));
+        let good = always(OK);
+        route(&gw, &[lossy.addr(), good.addr()], json!({}));
+        let body = vec![b'x'; size];
+        assert_eq!(gw.send("PUT", "/", &[], &body).status, status, "{size} bytes");
+        assert_eq!(lossy.connections(), 1);
+        let arrived = good.seen().pop().map(|seen| seen.body.len());
+        assert_eq!(arrived, (status == 200).then_some(size));
+    }
+}

@@ -836,6 +836,33 @@ mod tests {
     }
 
     #[test]
+    fn light_threads_of_a_call_are_bounded() {
+        let source = "local n, err = 0, nil
+             for i = 1, LIMIT + 10 do
+                 local t, e = ngx.thread.spawn(function() ngx.sleep(0.01) end)
+                 if t then n = n + 1 else err = e end
+             end
+             return n .. ' ' .. tostring(err)";
+        gives(&source.replace("LIMIT", &MAX_THREADS.to_string()), &format!("{MAX_THREADS} too many light threads"));
+    }
+
+    #[test]
+    fn timers_that_wait_are_bounded() {
+        let config = serde_json::json!({"nginx_config": {"max_pending_timers": 3}});
+        let vm = Vm::new(VmConfig { config: config.into(), ..Default::default() }).expect("a VM");
+        let source = "local out = {}
+             for i = 1, 5 do
+                 local ok, err = ngx.timer.at(3600, function() end)
+                 out[i] = tostring(ok or err)
+             end
+             return table.concat(out, ' ') .. ' ' .. ngx.timer.pending_count()";
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("rt");
+        let outcome = tokio::task::LocalSet::new().block_on(&runtime, run_in(&vm, source));
+        let Outcome::Done(text) = outcome else { panic!("{outcome:?}") };
+        assert_eq!(text, "true true true too many pending timers too many pending timers 3");
+    }
+
+    #[test]
     fn returns_without_waiting() {
         gives("return 1 + 1", "2");
     }

@@ -296,6 +296,22 @@ mod tests {
     }
 
     #[test]
+    fn a_value_is_cut_at_its_bound() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = log(&dir, "$http_user_agent|$request", "default", 1 << 20);
+        let mut x = exchange();
+        x.request.headers.set("User-Agent", "a".repeat(VALUE_MAX + 10));
+        x.request.target = [b"/".to_vec(), vec![b'b'; VALUE_MAX + 10]].concat();
+        log.log(&x);
+        let line = gathered(&log);
+        let (agent, request) = line.trim_end().split_once('|').unwrap();
+        assert_eq!((agent.len(), request.len()), (VALUE_MAX, VALUE_MAX));
+        x.request.target.truncate(VALUE_MAX - "GET  HTTP/1.1".len());
+        log.log(&x);
+        assert!(gathered(&log).trim_end().ends_with("b HTTP/1.1"));
+    }
+
+    #[test]
     fn gathers_up_to_its_size_and_writes_the_rest_when_it_ends() {
         let dir = tempfile::tempdir().unwrap();
         let log = log(&dir, "12345678", "default", 20);

@@ -66,3 +66,22 @@ fn write(x: &mut Exchange, name: &[u8], value: Option<&[u8]>) -> bool {
         None => matches!(Var::parse(name), Var::Custom(_)) || x.set_var(name, b"").is_ok(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::MAX_CUSTOM;
+    use crate::lua::host::tests::serve;
+
+    #[test]
+    fn variables_of_scripts_are_bounded() {
+        let chunk = format!(
+            "local ok, err
+             for i = 1, {MAX_CUSTOM} do ngx.var['mine' .. i] = i end
+             ok, err = pcall(function() ngx.var.one_more = 1 end)
+             ngx.var.mine1 = 'still'
+             return tostring(ok) .. ngx.var.mine1 .. ngx.var.mine{MAX_CUSTOM}"
+        );
+        let x = serve(|_| {}, &chunk, &format!("falsestill{MAX_CUSTOM}"));
+        assert_eq!(x.custom_vars.len(), MAX_CUSTOM);
+    }
+}
