@@ -181,12 +181,9 @@ end
 local function attach_by_name(consumer)
     native.attach_consumer(consumer.consumer_name, consumer.credential_id)
     set_header("X-Consumer-Username", consumer.consumer_name)
-    if consumer.credential_id then
-        set_header("X-Credential-Identifier", consumer.credential_id)
-    end
-    if consumer.custom_id then
-        set_header("X-Consumer-Custom-Id", consumer.custom_id)
-    end
+    -- What the client says of itself does not count: nil removes it.
+    set_header("X-Credential-Identifier", consumer.credential_id)
+    set_header("X-Consumer-Custom-Id", consumer.custom_id)
 end
 
 --- Makes `consumer` the request's: its plugins join in, its headers go upstream, `ctx` and `$consumer_name` name it.

@@ -11,7 +11,7 @@ use std::{
 };
 
 use serde_json::Value;
-use smallvec::{SmallVec, smallvec};
+use smallvec::smallvec;
 
 use super::Answer;
 use crate::{
@@ -317,11 +317,11 @@ pub struct KeptConsumers(RefCell<Vec<KeptConsumer>>);
 struct KeptConsumer {
     consumer: Arc<Object<model::Consumer>>,
     credential: Option<Arc<Object<model::Credential>>>,
-    fields: SmallVec<[Field; 3]>,
+    fields: [Field; 3],
 }
 
-/// What the node is told: a name and a value.
-type Field = (&'static str, Box<[u8]>);
+/// What the node is told: a name and a value, or that there is none.
+type Field = (&'static str, Option<Box<[u8]>>);
 
 impl KeptConsumers {
     fn clear(&self) {
@@ -344,7 +344,11 @@ impl KeptConsumers {
         x.consumer = Some(kept.consumer.clone());
         x.credential.clone_from(&kept.credential);
         for (name, value) in &kept.fields {
-            x.request.headers.set(name, value);
+            match value {
+                Some(value) => x.request.headers.set(name, value),
+                // What the client says of itself does not count.
+                None => drop(x.request.headers.remove(name)),
+            }
         }
         true
     }
@@ -354,13 +358,12 @@ impl KeptConsumers {
 fn keep_consumer(s: &Stack) -> Answer {
     let x = request()?;
     let (Some(consumer), credential) = named_consumer(s, &x.snapshot)? else { return Ok(s.push_nil()) };
-    let told = [
-        ("X-Consumer-Username", s.opt_bytes(1)?),
-        ("X-Credential-Identifier", s.opt_bytes(2)?),
-        ("X-Consumer-Custom-Id", s.opt_bytes(3)?),
+    let fields: [Field; 3] = [
+        ("X-Consumer-Username", s.opt_bytes(1)?.map(Into::into)),
+        ("X-Credential-Identifier", s.opt_bytes(2)?.map(Into::into)),
+        ("X-Consumer-Custom-Id", s.opt_bytes(3)?.map(Into::into)),
     ];
-    let fields: SmallVec<_> = told.into_iter().filter_map(|(name, value)| Some((name, value?.into()))).collect();
-    if fields.iter().any(|(_, value): &Field| !value.iter().all(|b| in_value(*b))) {
+    if fields.iter().filter_map(|(_, value)| value.as_ref()).any(|value| !value.iter().all(|b| in_value(*b))) {
         return Ok(s.push_nil());
     }
     let vm = vm::current().ok_or("no VM runs")?;

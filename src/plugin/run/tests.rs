@@ -385,9 +385,14 @@ fn a_consumer_is_attached_by_number_until_consumers_change() {
     };
     let attached = |s: &Started| {
         let mut x = s.exchange();
+        for forged in ["X-Consumer-Username", "X-Credential-Identifier", "X-Consumer-Custom-Id"] {
+            x.request.headers.append(forged, "root");
+        }
         s.runner.begin(&mut x);
         s.block_on(s.runner.rewrite_access(&mut x));
         s.block_on(s.runner.log(&mut x));
+        assert!(!x.request.headers.contains("x-credential-identifier"));
+        assert!(!x.request.headers.contains("x-consumer-custom-id"));
         let told = x.request.headers.get("x-consumer-username").map(<[u8]>::to_vec);
         assert_eq!(told.as_deref(), x.consumer.as_ref().map(|_| &b"jack"[..]));
         x.consumer.map(|c| c.uid)
