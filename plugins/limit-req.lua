@@ -48,6 +48,11 @@ local function key_of(conf, ctx)
         core.log.info("The value of the configured key is empty, use client IP instead")
         key = ctx.var.remote_addr
     end
+    -- Whose conf it is keeps the counters of different confs apart, and those of one conf together, whoever asks.
+    local parent = conf._meta and conf._meta.parent
+    if parent then
+        return key .. ":" .. parent.resource_key .. ":" .. parent.resource_version
+    end
     return key .. ctx.conf_type .. ctx.conf_version
 end
 

@@ -35,10 +35,15 @@ pub fn poll_read(tcp: &TcpStream, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -
 
 /// `AsyncWrite::poll_write`.
 pub fn poll_write(tcp: &TcpStream, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+    // Nor one that takes whatever comes (a file that is sent to it).
+    let budget = ready!(coop::poll_proceed(cx));
     loop {
         match tcp.try_io(Interest::WRITABLE, || send(tcp.as_raw_fd(), data)) {
             Err(e) if e.kind() == ErrorKind::WouldBlock => ready!(tcp.poll_write_ready(cx))?,
-            done => return Poll::Ready(done),
+            done => {
+                budget.made_progress();
+                return Poll::Ready(done);
+            }
         }
     }
 }
@@ -190,5 +195,21 @@ mod tests {
             tokio::task::yield_now().await;
         }
         reader.abort();
+    }
+
+    #[tokio::test]
+    async fn one_that_takes_everything_lets_others_run() {
+        let (a, b) = pair().await;
+        let mut b = b.into_std().unwrap();
+        b.set_nonblocking(false).unwrap();
+        // Reads on a thread of its own, faster than single bytes are written.
+        let reading = std::thread::spawn(move || io::copy(&mut b, &mut io::sink()));
+        let writer = tokio::spawn(async move { while poll_fn(|cx| poll_write(&a, cx, b"x")).await.is_ok() {} });
+        for _ in 0..100 {
+            tokio::task::yield_now().await;
+        }
+        writer.abort();
+        assert!(writer.await.unwrap_err().is_cancelled());
+        assert!(reading.join().unwrap().unwrap() > 0);
     }
 }

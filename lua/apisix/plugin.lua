@@ -43,6 +43,10 @@ function _M.plugin_metadata(name)
     end
     -- Something changed, not often this.
     local uid = native.metadata_uid(name)
+    if uid == 0 and not known and not _M.get(name) then
+        -- No plugin's name: one entry per plugin is the bound.
+        return nil
+    end
     if not known or known.uid ~= uid then
         known = { uid = uid, metadata = uid ~= 0 and load_metadata(name) or nil }
         metadata_of[name] = known

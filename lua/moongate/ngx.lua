@@ -164,10 +164,13 @@ local single = {
     ["server"] = true, ["etag"] = true, ["expires"] = true, ["www-authenticate"] = true,
 }
 
+local function text_name(name)
+    return type(name) == "string" and name or tostring(name)
+end
+
+-- Underscores stand for dashes in the names of response fields alone.
 local function dashed(name)
-    if type(name) ~= "string" then
-        name = tostring(name)
-    end
+    name = text_name(name)
     if name:find("_", 1, true) then
         name = name:gsub("_", "-")
     end
@@ -285,18 +288,18 @@ req.get_headers = headers_of(native.req.headers)
 
 --- ngx.req.set_header(name, value): nil removes, a table sets several.
 function req.set_header(name, value)
-    if set_values(req_header_set, req_header_set_number, dashed(name), value) == 0 then error("no request found", 2) end
+    if set_values(req_header_set, req_header_set_number, text_name(name), value) == 0 then error("no request found", 2) end
 end
 
 --- ngx.req.clear_header(name)
 function req.clear_header(name)
-    name = dashed(name)
+    name = text_name(name)
     req_header_set(name, #name, "", 0, REMOVE)
 end
 
 --- Adds a request header beside those of that name. For apisix.core.
 function native.req.add_header(name, value)
-    if add_values(req_header_set, dashed(name), value) == 0 then error("no request found", 2) end
+    if add_values(req_header_set, text_name(name), value) == 0 then error("no request found", 2) end
 end
 
 --- One request header by name; of several the first. For apisix.core.

@@ -136,6 +136,10 @@ fn mistakes_of_etcd_and_listeners_are_all_told() {
         assert!(mistakes.iter().any(|m| m.contains(path)), "{path} in {mistakes:#?}");
     }
     assert_eq!(mistakes.len(), 12, "{mistakes:#?}");
+    ok(
+        "deployment: {role: traditional, role_traditional: {config_provider: embedded}, etcd: {host: [nohost], tls: {cert: /no/such.pem}}}",
+    );
+    ok("deployment: {role: traditional, role_traditional: {config_provider: etcd}, etcd: {prefix: '', timeout: '30'}}");
     let (_, warnings) = ok("apisix: {node_listen: [{port: 1, prot: 5}]}");
     assert!(warnings.iter().any(|w| w.0.contains("apisix.node_listen[0].prot")), "{warnings:?}");
 }

@@ -247,8 +247,12 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// `deployment.etcd` is read by the store; here only its mistakes are told, along with all others.
+    /// `deployment.etcd` is read by the store; here only its mistakes are told, along with all others, when it is in use.
     fn etcd(&mut self, prefix: &Path) {
+        let role = self.text("deployment.role");
+        if self.text(&format!("deployment.role_{role}.config_provider")) != "etcd" {
+            return;
+        }
         let path = "deployment.etcd.host";
         match self.get(path) {
             Some(Value::Array(hosts)) if hosts.is_empty() => self.wrong(path, "is empty: name at least one member"),
@@ -265,16 +269,17 @@ impl<'a> Reader<'a> {
             None => {}
         }
         let path = "deployment.etcd.timeout";
+        let seconds = |written: &Value| written.as_f64().or_else(|| written.as_str()?.trim().parse().ok());
         if let Some(timeout) = self.get(path)
-            && timeout.as_f64().is_none_or(|secs| secs <= 0.0 || secs >= 86_400.0)
+            && seconds(timeout).is_none_or(|secs: f64| secs <= 0.0 || secs >= 86_400.0)
         {
             self.wrong(path, format!("{timeout} is not a number of seconds between 0 and 86400"));
         }
         let path = "deployment.etcd.prefix";
         if let Some(written) = self.get(path)
-            && !written.as_str().is_some_and(|text| text.starts_with('/'))
+            && !written.is_string()
         {
-            self.wrong(path, format!("{written} is not a path that starts with /"));
+            self.wrong(path, format!("{written} is not a text such as /apisix"));
         }
         if let Some(verify) = self.get("deployment.etcd.tls.verify")
             && !verify.is_boolean()

@@ -72,9 +72,11 @@ impl AccessLog {
             match segment {
                 Segment::Text(text) => buffer.extend_from_slice(text.as_bytes()),
                 Segment::Plain(known) => {
+                    let start = buffer.len();
                     if x.append_written(*known, buffer).is_none() {
                         self.write_value(None, buffer);
                     }
+                    buffer.truncate(start + VALUE_MAX);
                 }
                 Segment::Request => self.write_request(x, scratch, buffer),
                 Segment::Var(var) => self.write_value(x.var(var, scratch), buffer),

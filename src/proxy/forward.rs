@@ -209,9 +209,10 @@ impl Way<'_> {
         let addresses = self.p.resolver.resolve(&host).await.map_err(|e| {
             Error::upstream(Kind::Resolve).retry(Retry::Safe).cause(e).context(format!("failed to resolve {host}"))
         })?;
-        let turn = self.p.turn.get();
-        self.p.turn.set(turn.wrapping_add(1));
-        match addresses.get(turn % addresses.len().max(1)) {
+        // Not one after the other: names that are asked for in turn would each get every other address.
+        let turn = self.p.turn.get().wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.p.turn.set(turn);
+        match addresses.get((turn >> 33) as usize % addresses.len().max(1)) {
             Some(ip) => Ok(SocketAddr::new(*ip, port)),
             None => Err(Error::upstream(Kind::Resolve).retry(Retry::Safe).context(format!("{host} has no address"))),
         }

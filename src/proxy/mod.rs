@@ -75,8 +75,8 @@ pub struct Proxy {
     /// By `Upstream::uid`. Swept when the configuration changes.
     pickers: RefCell<HashMap<u64, Rc<Picked>>>,
     buffers: RefCell<Vec<Vec<u8>>>,
-    /// Spreads requests over the addresses of a name.
-    turn: Cell<usize>,
+    /// Spreads requests over the addresses of a name: the state of a linear congruential generator.
+    turn: Cell<u64>,
     /// A number per TLS name and settings, for the pool's keys. The settings are held so that no others get their address.
     tls_numbers: RefCell<HashMap<(Box<str>, usize), TlsNumber>>,
 }

@@ -63,7 +63,9 @@ impl EtcdConfig {
         }
         let text = |v: &Value| v.as_str().filter(|s| !s.is_empty()).map(str::to_owned);
         let prefix = text(&etcd["prefix"]).unwrap_or_else(|| "/apisix".to_owned());
-        let seconds = etcd["timeout"].as_f64().filter(|t| *t > 0.0 && *t < 86_400.0).unwrap_or(30.0);
+        let timeout = &etcd["timeout"];
+        let seconds = timeout.as_f64().or_else(|| timeout.as_str()?.trim().parse().ok());
+        let seconds = seconds.filter(|t| *t > 0.0 && *t < 86_400.0).unwrap_or(30.0);
         Ok(EtcdConfig {
             hosts,
             prefix: prefix.trim_end_matches('/').to_owned(),

@@ -211,7 +211,10 @@ impl Conn {
             return Ok(Some((head, len)));
         }
         match self.scan.next(unread, response::LIMITS)? {
-            Some(len) => response::parse(&unread[..len], to_head, into),
+            // What ends like a head and is none (two line ends alone) will not become one.
+            Some(len) => {
+                response::parse(&unread[..len], to_head, into)?.map(Some).ok_or(Refusal::bad("incomplete head"))
+            }
             None => Ok(None),
         }
     }

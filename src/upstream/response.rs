@@ -49,9 +49,10 @@ pub fn parse(input: &[u8], to_head: bool, into: &mut Response) -> Result<Option<
         return Err(Refusal::bad("invalid status"));
     }
     let fields = &*head.headers;
-    if !block.starts_with(b"H")
-        || !ends_in_crlf(block, fields.first().map(|f| f.name.as_bytes()), fields.iter().map(|f| f.value))
-    {
+    if !block.starts_with(b"H") {
+        return Err(Refusal::bad("something before the status line"));
+    }
+    if !ends_in_crlf(block, fields.first().map(|f| f.name.as_bytes()), fields.iter().map(|f| f.value)) {
         return Err(BARE_LF);
     }
     let said = read_fields(fields)?;

@@ -546,7 +546,7 @@ pub(crate) fn write_number(out: &mut Vec<u8>, n: f64, precision: c_int) {
     }
     // Hundredths, such as seconds that were rounded: whole numbers are quicker to write.
     let hundredths = n * 100.0;
-    if hundredths.fract() == 0.0 && (100.0..1e9).contains(&hundredths) && precision >= 12 {
+    if hundredths.fract() == 0.0 && (100.0..1e9).contains(&hundredths) && (12..=14).contains(&precision) {
         let (whole, rest) = (hundredths as u64 / 100, hundredths as u64 % 100);
         out.extend_from_slice(itoa::Buffer::new().format(whole).as_bytes());
         let digits = [b'.', b'0' + (rest / 10) as u8, b'0' + (rest % 10) as u8];

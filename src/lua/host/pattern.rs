@@ -4,7 +4,7 @@
 //! worker for ever. This matcher asks the watchdog now and then. Uploaded functions get it under the names of the
 //! string library (lua/moongate/pattern.lua); what it finds is what LuaJIT's own finds, and a test compares the two.
 
-use std::ffi::c_int;
+use std::{cell::Cell, ffi::c_int};
 
 use smallvec::SmallVec;
 
@@ -31,8 +31,8 @@ pub(super) fn register(api: &mut Api) -> Result<()> {
 const MAX_CAPTURES: usize = 32;
 /// Matches inside of matches (one per capture and quantifier): LuaJIT's own bound, which protects the stack.
 const MAX_DEPTH: u32 = 200;
-/// Steps between two looks at the watchdog: some hundred microseconds.
-const LOOK_EVERY: u32 = 1 << 16;
+/// Bytes and pieces of a pattern between two looks at the watchdog: some hundred microseconds.
+const LOOK_EVERY: usize = 1 << 16;
 
 fn find(s: &Stack) -> Answer {
     let (text, pattern) = (s.arg_bytes(1)?, s.arg_bytes(2)?);
@@ -50,7 +50,7 @@ fn find(s: &Stack) -> Answer {
     }
     let anchored = anchors && pattern.first() == Some(&b'^');
     let pattern = if anchored { &pattern[1..] } else { pattern };
-    let mut m = Matcher { text, pattern, captures: SmallVec::new(), depth: 0, steps: 0 };
+    let mut m = Matcher { text, pattern, captures: SmallVec::new(), depth: 0, work: Cell::new(0) };
     for start in from..=text.len() {
         m.captures.clear();
         if let Some(end) = m.matches(start, 0)? {
@@ -74,7 +74,8 @@ struct Matcher<'a> {
     pattern: &'a [u8],
     captures: SmallVec<[Capture; 4]>,
     depth: u32,
-    steps: u32,
+    /// Done since the last look at the watchdog.
+    work: Cell<usize>,
 }
 
 #[derive(Clone, Copy)]
@@ -108,7 +109,7 @@ impl Matcher<'_> {
 
     fn run(&mut self, mut at: usize, mut p: usize) -> Matched {
         loop {
-            self.step()?;
+            self.charge(1)?;
             let (Some(&b), next) = (self.pattern.get(p), self.pattern.get(p + 1)) else { return Ok(Some(at)) };
             match (b, next) {
                 (b'(', Some(b')')) => return self.open(at, p + 2, End::Position),
@@ -129,6 +130,7 @@ impl Matcher<'_> {
                 },
                 _ => {
                     let end = self.class_end(p)?;
+                    self.charge(end - p)?;
                     let here = self.single(at, p, end);
                     match self.pattern.get(end) {
                         Some(b'?') => {
@@ -148,19 +150,25 @@ impl Matcher<'_> {
         }
     }
 
-    fn step(&mut self) -> Result<(), Raise> {
-        self.steps += 1;
-        if self.steps.is_multiple_of(LOOK_EVERY) && limits::is_condemned() {
-            return Err("the script ran longer than lua.limits.cpu_ms allows without waiting".into());
+    /// So many bytes were looked at.
+    fn charge(&self, n: usize) -> Result<(), Raise> {
+        let work = self.work.get() + n;
+        if work < LOOK_EVERY {
+            self.work.set(work);
+            return Ok(());
         }
-        Ok(())
+        self.work.set(0);
+        match limits::is_condemned() {
+            true => Err("the script ran longer than lua.limits.cpu_ms allows without waiting".into()),
+            false => Ok(()),
+        }
     }
 
     /// As many as there are, then fewer.
     fn most(&mut self, at: usize, p: usize, end: usize) -> Matched {
         let mut n = 0;
         while self.single(at + n, p, end) {
-            self.step()?;
+            self.charge(end - p)?;
             n += 1;
         }
         loop {
@@ -218,16 +226,21 @@ impl Matcher<'_> {
         if self.text.get(at) != Some(&open) {
             return Ok(None);
         }
-        let mut level = 1;
-        for (n, b) in self.text[at + 1..].iter().enumerate() {
-            if *b == close {
-                level -= 1;
-                if level == 0 {
-                    return Ok(Some(at + n + 2));
+        let (mut level, mut at) = (1, at + 1);
+        for piece in self.text[at..].chunks(LOOK_EVERY / 4) {
+            for (n, b) in piece.iter().enumerate() {
+                if *b == close {
+                    level -= 1;
+                    if level == 0 {
+                        self.charge(n)?;
+                        return Ok(Some(at + n + 1));
+                    }
+                } else if *b == open {
+                    level += 1;
                 }
-            } else if *b == open {
-                level += 1;
             }
+            self.charge(piece.len())?;
+            at += piece.len();
         }
         Ok(None)
     }
@@ -251,6 +264,7 @@ impl Matcher<'_> {
             _ => return Err("invalid capture index".into()),
         };
         let wanted = &self.text[start..end];
+        self.charge(wanted.len())?;
         Ok(self.text[at..].starts_with(wanted).then_some(at + wanted.len()))
     }
 
@@ -412,6 +426,26 @@ mod tests {
             "##,
             "",
         );
+    }
+
+    /// One step of these costs as much as the text or the set is long: it is the work that counts.
+    #[test]
+    fn long_work_is_cut_off_whatever_it_is() {
+        for pattern in
+            ["('('):rep(3e5), '%b()'", "('x'):rep(1e6), '^(x*)%1y'", "('a'):rep(3e5), '[' .. ('b'):rep(3e5) .. ']'"]
+        {
+            let config = serde_json::json!({"lua": {"limits": {"cpu_ms": 50}}});
+            let vm = crate::lua::VmConfig { config: config.into(), ..Default::default() };
+            let vm = crate::lua::Vm::new(vm).expect("a VM");
+            let chunk = format!("return tostring(select(2, pcall(require('moongate.pattern').find, {pattern})))");
+            let f = vm.lua.load(chunk).into_function().expect("compiles");
+            let began = std::time::Instant::now();
+            let end = vm.entered(|| crate::lua::limits::bounded(vm.main(), vm.limits(), || f.call::<String>(())));
+            let text = end.unwrap_or_else(|e| e.to_string());
+            assert!(text.contains("lua.limits.cpu_ms"), "{pattern}: {text}");
+            // Left alone they take minutes.
+            assert!(began.elapsed() < std::time::Duration::from_secs(20), "{pattern}: {:?}", began.elapsed());
+        }
     }
 
     #[test]
