@@ -15,26 +15,28 @@ use crate::{
     schema::{self, Schema},
 };
 
+/// In the order in which a request asks for it, and C's layout keeps it: what comes first shares three cache lines.
 #[derive(Debug)]
+#[repr(C)]
 pub struct Upstream {
-    /// As `Object::uid`; an upstream inside a route has its own.
-    pub uid: u64,
-    /// Set when it is `/upstreams/{id}`.
-    pub id: Option<Id>,
-    pub name: Option<Box<str>>,
     /// One is the rule: it lies in the upstream itself.
     pub nodes: SmallVec<[Node; 1]>,
-    pub balance: Balance,
     pub scheme: Scheme,
+    pub balance: Balance,
     pub pass_host: PassHost,
-    /// Further tries after the first. Unset: as many as there are other nodes.
-    pub retries: Option<u32>,
-    /// No new try starts past this. Zero or unset: no limit.
-    pub retry_timeout: Option<Duration>,
     /// In boxes of their own, what is rarely there: an upstream has as few cache lines as can be.
     pub timeout: Option<Box<Timeouts>>,
     pub keepalive: Option<Box<Keepalive>>,
+    /// Further tries after the first. Unset: as many as there are other nodes.
+    pub retries: Option<u32>,
+    /// As `Object::uid`; an upstream inside a route has its own.
+    pub uid: u64,
+    /// No new try starts past this. Zero or unset: no limit.
+    pub retry_timeout: Option<Duration>,
     pub tls: Option<Box<UpstreamTls>>,
+    /// Set when it is `/upstreams/{id}`.
+    pub id: Option<Id>,
+    pub name: Option<Box<str>>,
     /// `(discovery_type, service_name)` when the nodes come from a registry.
     pub discovery: Option<Box<(Box<str>, Box<str>)>>,
     /// `checks` as JSON text.

@@ -187,6 +187,10 @@ impl Runner {
         if x.snapshot.version != self.snapshot.get() {
             self.follow(&x.snapshot);
         }
+        let plain = x.matched.as_ref().is_some_and(|m| m.found.plain_upstream().is_some());
+        if plain && x.snapshot.global_rules.is_empty() {
+            return PhaseMask::default();
+        }
         let sources = Sources::of(x);
         if sources.is_empty() {
             return PhaseMask::default();

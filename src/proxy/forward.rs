@@ -433,7 +433,8 @@ fn fail(x: &mut Exchange, begun: Instant, e: Error) -> Error {
 
 /// The route's `timeout`, else the upstream's, else nginx's.
 fn timeouts(p: &Proxy, x: &Exchange, conf: &Upstream) -> Timeouts {
-    let route = x.matched.as_ref().and_then(|m| m.route().value.timeout.as_deref());
+    let matched = x.matched.as_ref().filter(|m| m.found.plain_upstream().is_none());
+    let route = matched.and_then(|m| m.route().value.timeout.as_deref());
     *route.or(conf.timeout.as_deref()).unwrap_or(&p.settings.timeout)
 }
 

@@ -6,13 +6,13 @@ use super::{Proxy, forward, forwarded, real_ip, rescue, servlet};
 use crate::{
     error::{Error, Kind, Result},
     exchange::{Exchange, Matched, Phase, Var},
-    model::{Object, Route},
+    model::{Object, Route, Service},
     observe::log::Level,
     plugin::{
         PhaseMask, output,
         run::{Flow, Runner},
     },
-    router::Facts,
+    router::{Facts, Found},
 };
 
 /// Serves a request whose head is there, to its log line.
@@ -69,7 +69,9 @@ async fn answer(p: &Proxy, x: &mut Exchange, phases: PhaseMask) -> Result<()> {
         }
     }
     let Some(matched) = &x.matched else { return rescue::no_route(p, x).await };
-    if let Some(id) = matched.route().value.function_id.clone() {
+    if matched.found.plain_upstream().is_none()
+        && let Some(id) = matched.route().value.function_id.clone()
+    {
         return function(p, x, &id).await;
     }
     choose_upstream(x)?;
@@ -123,6 +125,10 @@ fn choose_upstream(x: &mut Exchange) -> Result<()> {
         return Ok(());
     }
     let Some(matched) = &x.matched else { return Ok(()) };
+    if let Some(upstream) = matched.found.plain_upstream() {
+        x.upstream.conf = Some(upstream.clone());
+        return Ok(());
+    }
     let route = &matched.route().value;
     let service = matched.service.as_ref().map(|s| &s.value);
     let (inline, id) = if route.upstream.is_some() || route.upstream_id.is_some() {
@@ -154,8 +160,12 @@ fn find_route(p: &Proxy, x: &mut Exchange) {
     let tail = p.settings.delete_uri_tail_slash && x.request.path.len() > 1 && x.request.path.ends_with(b"/");
     let facts = RequestFacts { x, runner: &p.runner, path: x.request.path.len() - usize::from(tail) };
     let Some(found) = x.snapshot.router.find(&facts) else { return };
-    let service = found.route().value.service_id.as_ref().and_then(|id| x.snapshot.services.get(id)).cloned();
+    let service = if found.plain_upstream().is_some() { None } else { service_of(x, &found) };
     x.matched = Some(Matched { found, service });
+}
+
+fn service_of(x: &Exchange, found: &Found) -> Option<Arc<Object<Service>>> {
+    found.route().value.service_id.as_ref().and_then(|id| x.snapshot.services.get(id)).cloned()
 }
 
 /// The request as the router asks about it.

@@ -28,7 +28,7 @@ use self::{
 };
 use crate::{
     expr::Expr,
-    model::{Id, Object, Route},
+    model::{Id, Object, Route, Upstream},
 };
 
 /// `apisix.router.http`.
@@ -68,6 +68,11 @@ pub struct Found {
 impl Found {
     pub fn route(&self) -> &Arc<Object<Route>> {
         &self.rule.route
+    }
+
+    /// The upstream of a route that has nothing else: no service, plugin, function or timeout of its own.
+    pub fn plain_upstream(&self) -> Option<&Arc<Upstream>> {
+        self.rule.upstream.as_ref().filter(|_| self.rule.plain)
     }
 
     /// The route's uri that matched, as written: `curr_req_matched._path`.
@@ -221,7 +226,7 @@ impl Router {
         let route = &placed.route.value;
         let hosts = placed.service_hosts.as_ref().map_or(route.hosts.len(), |hosts| hosts.len()) as u32;
         let by_host = self.kind == RouterKind::RadixtreeHostUri && hosts > 0;
-        let conditional = rule::is_conditional(route);
+        let (conditional, plain) = (rule::is_conditional(route), rule::is_plain(route));
         let mut rules = SmallVec::new();
         for (at, uri) in route.uris.iter().enumerate() {
             let rule = |host: Option<u32>| {
@@ -234,6 +239,7 @@ impl Router {
                     host,
                     scope: 0,
                     conditional,
+                    plain,
                     checks_host: hosts > 0 && !by_host,
                     shape,
                     fixed: SmallVec::from_slice(fixed.as_bytes()),

@@ -1,7 +1,9 @@
 use std::{borrow::Cow, net::IpAddr, time::Instant};
 
+use serde_json::{Value, json};
+
 use super::*;
-use crate::model::next_uid;
+use crate::model::{Keyring, Kind, ParseContext, Parsed, next_uid, parse};
 
 /// A request, and which `filter_func`s let it pass.
 struct Request {
@@ -479,4 +481,33 @@ fn measure_kind(kind: RouterKind, count: u32) {
     }
     let change = started.elapsed() / 1000;
     println!("{kind:?} {count}: build {built:?}, lookup {lookup:?}, of 64 {hot:?}, change {change:?}");
+}
+
+#[test]
+fn a_route_is_plain_when_it_has_nothing_but_its_upstream() {
+    let upstream = json!({"type": "roundrobin", "nodes": {"127.0.0.1:80": 1}});
+    let plain = |more: Value| {
+        let mut json = json!({"uri": "/x", "upstream": upstream});
+        for (key, value) in more.as_object().expect("a map") {
+            json[key] = value.clone();
+        }
+        let keyring = Keyring::default();
+        let context = ParseContext::new(&keyring);
+        let text = json.to_string();
+        let Ok(Parsed::Route(value)) = parse(Kind::Route, "1", &text, &context) else { panic!("{text}") };
+        rule::is_plain(&value)
+    };
+    assert!(plain(json!({})));
+    assert!(plain(json!({"methods": ["GET"], "hosts": ["a.com"], "priority": 5, "name": "n"})));
+    for more in [
+        json!({"service_id": "1"}),
+        json!({"upstream_id": "1"}),
+        json!({"plugin_config_id": "1"}),
+        json!({"plugins": {"echo": {"body": "x"}}}),
+        json!({"timeout": {"connect": 1, "send": 1, "read": 1}}),
+        json!({"script": "local _M = {} return _M"}),
+        json!({"function_id": "f"}),
+    ] {
+        assert!(!plain(more.clone()), "{more}");
+    }
 }
