@@ -607,3 +607,11 @@ fn a_body_is_kept_for_another_try_up_to_its_bound() {
         assert_eq!(arrived, (status == 200).then_some(size));
     }
 }
+
+#[test]
+fn a_node_that_sends_only_line_ends_is_refused_at_once() {
+    let gw = gateway("$status");
+    route(&gw, &[always("\r\n\r\n").addr()], json!({"retries": 0}));
+    // Not 504 after the time limit: no byte that follows could make a head of it.
+    assert_eq!(gw.get("/").status, 502);
+}
