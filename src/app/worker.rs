@@ -97,7 +97,7 @@ pub fn spawn(worker: usize, blueprint: Blueprint, sockets: Vec<Bound>, line: Lin
 }
 
 fn run(worker: usize, blueprint: Blueprint, sockets: Vec<Bound>, line: Line) -> Result<()> {
-    // Not a `LocalSet`: its list of tasks inside the runtime's costs each wake-up twice.
+    // Local by itself, so that no `LocalSet` keeps a second list of tasks inside the runtime's.
     let runtime = Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
     // A task of its own: what `block_on` gets itself is polled after every event of every connection.
     runtime.block_on(async {

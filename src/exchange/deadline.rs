@@ -63,7 +63,7 @@ pub struct Deadline {
 }
 
 impl Deadline {
-    /// Needs a `LocalSet` around it: the first one on a thread starts the tick.
+    /// Needs a `LocalSet` or `LocalRuntime` around it: the first one on a thread starts the tick.
     pub fn new() -> Self {
         let (slot, start) = TIMERS.with_borrow_mut(|t| {
             let start = !std::mem::replace(&mut t.ticking, true);
@@ -75,14 +75,7 @@ impl Deadline {
         Deadline { slot, _local: std::marker::PhantomData }
     }
 
-    /// Time is up after `limit` from now; replaces what was set.
-    pub fn set(&self, limit: Duration) {
-        let limit = u64::try_from(limit.as_millis()).unwrap_or(NEVER);
-        let at = now_ms().saturating_add(limit).saturating_add(COARSE_MS);
-        TIMERS.with_borrow_mut(|t| t.slots[self.slot].at = at)
-    }
-
-    /// `set`, and the task is woken when time is up: as a `poll_expired` behind it, for one look at the clock.
+    /// Time is up after `limit` from now, and the task is woken then; replaces what was set.
     pub fn start(&self, limit: Duration, cx: &Context<'_>) {
         let limit = u64::try_from(limit.as_millis()).unwrap_or(NEVER);
         let at = now_ms().saturating_add(limit).saturating_add(COARSE_MS);
@@ -166,6 +159,14 @@ mod tests {
         tokio::task::LocalSet::new().block_on(&rt, f);
     }
 
+    async fn start(d: &Deadline, ms: u64) {
+        poll_fn(|cx| {
+            d.start(Duration::from_millis(ms), cx);
+            Poll::Ready(())
+        })
+        .await
+    }
+
     async fn expired(d: &Deadline) {
         poll_fn(|cx| if d.poll_expired(cx) { Poll::Ready(()) } else { Poll::Pending }).await
     }
@@ -173,11 +174,11 @@ mod tests {
     #[test]
     fn expires_after_its_limit_and_not_before() {
         local(async {
-            let (d, start) = (Deadline::new(), Instant::now());
-            d.set(Duration::from_millis(120));
+            let (d, begun) = (Deadline::new(), Instant::now());
+            start(&d, 120).await;
             expired(&d).await;
-            assert!(start.elapsed() >= Duration::from_millis(120));
-            d.set(Duration::from_secs(60));
+            assert!(begun.elapsed() >= Duration::from_millis(120));
+            start(&d, 60_000).await;
             assert!(poll_fn(|cx| Poll::Ready(!d.poll_expired(cx))).await);
             d.clear();
             assert!(poll_fn(|cx| Poll::Ready(!d.poll_expired(cx))).await);
@@ -189,7 +190,7 @@ mod tests {
         local(async {
             for _ in 0..2 {
                 let d = Deadline::new();
-                d.set(Duration::ZERO);
+                start(&d, 0).await;
                 expired(&d).await;
                 drop(d);
                 while TIMERS.with_borrow(|t| t.ticking) {

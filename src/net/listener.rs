@@ -110,7 +110,7 @@ pub fn bind(addr: SocketAddr) -> Result<StdListener> {
     Ok(socket.into())
 }
 
-/// Accepts until the worker drains. One task per connection, on the calling thread's `LocalSet`.
+/// Accepts until the worker drains. One task per connection, on the calling thread.
 pub async fn run<H: Handler>(server: Rc<Server<H>>, listener: Listener) -> Result<()> {
     let Listener { socket, proxy_protocol, tls } = listener;
     let local = socket.local_addr()?;

@@ -1,6 +1,6 @@
 //! Runs a request's plugins, phase by phase. What the proxy knows of Lua.
 //!
-//! One `Runner` per worker, made inside the worker's `LocalSet`. A request that meets no plugin gets an empty mask and
+//! One `Runner` per worker, made inside the worker's runtime. A request that meets no plugin gets an empty mask and
 //! never enters a VM. Methods take the request alone: many run at once on one runner.
 //!
 //! A request keeps the VM generation and plan it began with; when the plugins change, a new VM is built beside the old
@@ -162,7 +162,7 @@ fn run_of(x: &Exchange) -> Option<&Run> {
 }
 
 impl Runner {
-    /// Loads the plugins. Must be called inside the worker's `LocalSet`: `init` may start timers.
+    /// Loads the plugins. Must be called inside the worker's runtime: `init` may start timers.
     pub fn new(setup: Setup, worker: usize, snapshot: &Arc<Snapshot>) -> Result<Runner> {
         let generation = Generation::load(&setup, worker, snapshot)?;
         Ok(Runner {
