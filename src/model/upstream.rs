@@ -1,5 +1,7 @@
 //! Upstreams: the nodes, how one is picked, and how it is spoken to.
 
+mod shared;
+
 use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use serde_json::{Map, Value};
@@ -29,7 +31,7 @@ pub struct Upstream {
     pub keepalive: Option<Box<Keepalive>>,
     /// Further tries after the first. Unset: as many as there are other nodes.
     pub retries: Option<u32>,
-    /// As `Object::uid`; an upstream inside a route has its own.
+    /// As `Object::uid`; an upstream inside a route has its own, or that of all routes whose upstream says the same.
     pub uid: u64,
     /// No new try starts past this. Zero or unset: no limit.
     pub retry_timeout: Option<Duration>,
@@ -124,7 +126,10 @@ impl Upstream {
     /// The upstream that stands inside a route or a service.
     pub(super) fn inline(owner: &mut Map<String, Value>, context: &ParseContext<'_>) -> Result<Option<Arc<Upstream>>> {
         match owner.get_mut("upstream") {
-            Some(Value::Object(map)) => Ok(Some(Arc::new(Upstream::from_json(map, context)?))),
+            Some(Value::Object(map)) => {
+                let upstream = Upstream::from_json(map, context)?;
+                Ok(Some(shared::share(upstream, map)))
+            }
             _ => Ok(None),
         }
     }

@@ -1,10 +1,12 @@
 //! Finds the route of a request. Pure, immutable, incremental: a clone with a changed route shares all else.
 //!
-//! The index is a hash map of exact paths and a radix tree of prefixes, per host (`radixtree_host_uri`) or for all hosts.
+//! The index is a hash map of exact paths and of prefixes that end with a slash, and a radix tree of the other prefixes, per
+//! host (`radixtree_host_uri`) or for all hosts.
 //! An exact path wins over any prefix, a longer prefix over a shorter one, and priority decides among the routes of
 //! one path. A route whose conditions refuse a request lets the next candidate try. With hosts in the index, an exact
 //! host comes before a wildcard, the longer wildcard before the shorter one, and routes without a host come last.
 
+mod folders;
 mod pattern;
 mod radix;
 mod rule;
@@ -22,6 +24,7 @@ use imbl::GenericHashMap;
 use smallvec::SmallVec;
 
 use self::{
+    folders::Folders,
     pattern::{Captures, Shape},
     radix::Radix,
     rule::{Rule, Rules},
@@ -102,8 +105,8 @@ type Map<K, V, S> = GenericHashMap<K, V, S, imbl::shared_ptr::DefaultSharedPtr>;
 #[derive(Clone, Default)]
 pub struct Router {
     pub kind: RouterKind,
-    /// Rules of exact paths, by a hash of path and scope. Rules that share a hash by accident share a list.
-    exact: Map<u64, Rules, BuildHasherDefault<Hashed>>,
+    /// Rules of exact paths and of folders, by a hash of path and scope. Rules that share a hash by accident share a list.
+    hashed: Map<u64, Rules, BuildHasherDefault<Hashed>>,
     hash: DefaultHashBuilder,
     /// Rules without a host, and all rules when the kind does not index hosts.
     any: Scope,
@@ -121,7 +124,18 @@ struct Scope {
     number: u32,
     /// How many rules there are, exact ones included.
     rules: usize,
+    folders: Folders,
+    /// Those that are no folders.
     prefixes: Radix<Rules>,
+}
+
+/// The part of the index that holds a rule.
+#[derive(Clone, Copy)]
+enum Part {
+    Exact,
+    /// Of that depth.
+    Folder(usize),
+    Tree,
 }
 
 /// How a route went in, so that it can be taken out again.
@@ -139,7 +153,7 @@ enum Place<'a> {
 }
 
 /// Candidates on the way down a tree; few paths have more prefixes than this.
-type Chain<'a, T> = SmallVec<[&'a T; 16]>;
+type Chain<T> = SmallVec<[T; 16]>;
 
 impl Router {
     pub fn new(kind: RouterKind) -> Self {
@@ -203,23 +217,63 @@ impl Router {
         }
         let reversed: SmallVec<[u8; 64]> = host.iter().rev().copied().collect();
         let mut scopes = Chain::new();
-        self.wildcards.visit_prefixes(&reversed, |scope| scopes.push(scope));
+        self.wildcards.visit_prefixes(&reversed, |_, scope| scopes.push(scope));
         scopes.iter().rev().find_map(|scope| self.find_in(scope, hash, path, facts))
     }
 
     fn find_in(&self, scope: &Scope, hash: u64, path: &[u8], facts: &impl Facts) -> Option<Found> {
-        let exact = self.exact.get(&scope.key(hash)).and_then(|rules| {
-            rules.find_map(|rule| match rule.fixed[..] == *path && rule.scope == scope.number {
+        let exact =
+            self.find_hashed(scope.key(hash), |rule| match rule.fixed[..] == *path && rule.is_exact_in(scope.number) {
                 true => accept(rule, path, facts),
                 false => None,
-            })
-        });
-        if exact.is_some() || scope.prefixes.is_empty() {
+            });
+        if exact.is_some() {
             return exact;
         }
-        let mut prefixes = Chain::new();
-        scope.prefixes.visit_prefixes(path, |rules| prefixes.push(rules));
-        prefixes.iter().rev().find_map(|rules| rules.find_map(|rule| accept(rule, path, facts)))
+        match scope.prefixes.is_empty() {
+            true if scope.folders.is_empty() => None,
+            true => scope.folders.of(path).iter().rev().find_map(|end| self.find_folder(scope, *end, path, facts)),
+            false => self.find_prefix(scope, path, facts),
+        }
+    }
+
+    fn find_hashed(&self, key: u64, look: impl FnMut(&Arc<Rule>) -> Option<Found>) -> Option<Found> {
+        self.hashed.get(&key).and_then(|rules| rules.find_map(look))
+    }
+
+    /// Among the rules of the folder that is the path's first `end` bytes.
+    fn find_folder(&self, scope: &Scope, end: usize, path: &[u8], facts: &impl Facts) -> Option<Found> {
+        let folder = &path[..end];
+        self.find_hashed(scope.folder_key(self.hash.hash_one(folder)), |rule| {
+            match rule.fixed[..] == *folder && rule.is_folder_in(scope.number) {
+                true => accept(rule, path, facts),
+                false => None,
+            }
+        })
+    }
+
+    /// Folders and other prefixes of a path, from the longest to the shortest.
+    fn find_prefix(&self, scope: &Scope, path: &[u8], facts: &impl Facts) -> Option<Found> {
+        let mut others = Chain::new();
+        scope.prefixes.visit_prefixes(path, |length, rules| others.push((length, rules)));
+        let mut folders = scope.folders.of(path);
+        loop {
+            let folder = folders.last().copied();
+            let found = match (others.last().copied(), folder) {
+                (Some((length, rules)), _) if folder.is_none_or(|end| length > end) => {
+                    others.pop();
+                    rules.find_map(|rule| accept(rule, path, facts))
+                }
+                (_, Some(end)) => {
+                    folders.pop();
+                    self.find_folder(scope, end, path, facts)
+                }
+                _ => return None,
+            };
+            if found.is_some() {
+                return found;
+            }
+        }
     }
 
     fn rules_of(&self, placed: &Placed) -> SmallVec<[Rule; 1]> {
@@ -267,58 +321,54 @@ impl Router {
         };
         rule.scope = scope.number;
         scope.rules += 1;
-        match rule.shape {
-            Shape::Exact => {
-                let key = scope.key(self.hash.hash_one(&rule.fixed[..]));
-                match self.exact.get_mut(&key) {
-                    Some(rules) => rules.add(Arc::new(rule)),
-                    None => {
-                        self.exact.insert(key, Rules::One(Arc::new(rule)));
-                    }
-                }
+        let hash = self.hash.hash_one(&rule.fixed[..]);
+        let key = match rule.part() {
+            Part::Exact => scope.key(hash),
+            Part::Folder(depth) => {
+                scope.folders.add(depth);
+                scope.folder_key(hash)
             }
-            _ => Rules::add_to(scope.prefixes.slot(&rule.fixed), Arc::new(rule)),
+            Part::Tree => return Rules::add_to(scope.prefixes.slot(&rule.fixed), Arc::new(rule)),
+        };
+        match self.hashed.get_mut(&key) {
+            Some(rules) => rules.add(Arc::new(rule)),
+            None => {
+                self.hashed.insert(key, Rules::One(Arc::new(rule)));
+            }
         }
     }
 
     /// The reverse of `add`. A scope that this leaves empty goes.
     fn take_out(&mut self, mut rule: Rule) {
-        match place(&rule) {
-            Place::Any => {
-                let exact = self.any.take_out(&mut rule);
-                self.take_out_exact(exact, &rule);
-            }
+        let hash = self.hash.hash_one(&rule.fixed[..]);
+        let key = match place(&rule) {
+            Place::Any => self.any.take_out(&mut rule, hash),
             Place::Host(host) => {
                 let host: SmallVec<[u8; 64]> = host.bytes().collect();
                 let Some(scope) = self.hosts.get_mut(&host[..]) else { return };
                 let scope = Arc::make_mut(scope);
-                let exact = scope.take_out(&mut rule);
+                let key = scope.take_out(&mut rule, hash);
                 if scope.rules == 0 {
                     self.hosts.remove(&host[..]);
                 }
-                self.take_out_exact(exact, &rule);
+                key
             }
             Place::Wildcard(suffix) => {
-                let key: SmallVec<[u8; 64]> = suffix.bytes().rev().collect();
-                let mut exact = None;
-                self.wildcards.change(&key, |slot| {
+                let name: SmallVec<[u8; 64]> = suffix.bytes().rev().collect();
+                let mut key = None;
+                self.wildcards.change(&name, |slot| {
                     let Some(scope) = slot.as_mut().map(Arc::make_mut) else { return };
-                    exact = scope.take_out(&mut rule);
+                    key = scope.take_out(&mut rule, hash);
                     if scope.rules == 0 {
                         *slot = None;
                     }
                 });
-                self.take_out_exact(exact, &rule);
+                key
             }
-        }
-    }
-
-    fn take_out_exact(&mut self, scope: Option<ExactIn>, rule: &Rule) {
-        let Some(ExactIn(number)) = scope else { return };
-        let key = scope_key(number, self.hash.hash_one(&rule.fixed[..]));
-        let emptied = self.exact.get_mut(&key).is_some_and(|rules| rules.remove(rule));
-        if emptied {
-            self.exact.remove(&key);
+        };
+        let Some(key) = key else { return };
+        if self.hashed.get_mut(&key).is_some_and(|rules| rules.remove(&rule)) {
+            self.hashed.remove(&key);
         }
     }
 }
@@ -334,32 +384,37 @@ fn accept(rule: &Arc<Rule>, path: &[u8], facts: &impl Facts) -> Option<Found> {
     rule.allows(facts).then(|| Found { rule: rule.clone(), host, captures })
 }
 
-/// The rule that was taken out of this scope stands in the map of exact paths.
-struct ExactIn(u32);
-
 impl Scope {
+    /// Spreads one path's hash over the scopes that have the path.
     fn key(&self, path_hash: u64) -> u64 {
-        scope_key(self.number, path_hash)
+        path_hash ^ u64::from(self.number).wrapping_mul(0x9E37_79B9_7F4A_7C15)
     }
 
-    fn take_out(&mut self, rule: &mut Rule) -> Option<ExactIn> {
+    /// An exact path and a folder may be spelled alike.
+    fn folder_key(&self, path_hash: u64) -> u64 {
+        self.key(path_hash).rotate_left(32)
+    }
+
+    /// Takes a rule out; the key under which the map has it, if that is where it stands.
+    fn take_out(&mut self, rule: &mut Rule, hash: u64) -> Option<u64> {
         rule.scope = self.number;
         self.rules -= 1;
-        if let Shape::Exact = rule.shape {
-            return Some(ExactIn(self.number));
-        }
-        self.prefixes.change(&rule.fixed, |slot| {
-            if slot.as_mut().is_some_and(|rules| rules.remove(rule)) {
-                *slot = None;
+        match rule.part() {
+            Part::Exact => Some(self.key(hash)),
+            Part::Folder(depth) => {
+                self.folders.remove(depth);
+                Some(self.folder_key(hash))
             }
-        });
-        None
+            Part::Tree => {
+                self.prefixes.change(&rule.fixed, |slot| {
+                    if slot.as_mut().is_some_and(|rules| rules.remove(rule)) {
+                        *slot = None;
+                    }
+                });
+                None
+            }
+        }
     }
-}
-
-/// Spreads one path's hash over the scopes that have the path.
-fn scope_key(number: u32, path_hash: u64) -> u64 {
-    path_hash ^ u64::from(number).wrapping_mul(0x9E37_79B9_7F4A_7C15)
 }
 
 fn place(rule: &Rule) -> Place<'_> {

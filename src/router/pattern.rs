@@ -17,10 +17,10 @@ pub(super) enum Shape {
     /// The uri without its last byte, a star, is what the path must start with.
     Prefix,
     /// The path starts with what stands before the first mark and goes on as the pattern says.
-    Pattern(Box<Pattern>),
+    Pattern(Pattern),
 }
 
-/// What follows the fixed part.
+/// What follows the fixed part. One piece is the rule, and lies in the rule itself.
 pub(super) struct Pattern {
     pieces: SmallVec<[Piece; 1]>,
 }
@@ -45,7 +45,7 @@ impl Shape {
             (Some(first), Some(prefix)) if first == prefix.len() => (Shape::Prefix, prefix),
             (Some(first), _) => {
                 let pieces = pieces(&uri[first..], params);
-                (Shape::Pattern(Box::new(Pattern { pieces })), &uri[..first])
+                (Shape::Pattern(Pattern { pieces }), &uri[..first])
             }
         }
     }

@@ -32,12 +32,13 @@ impl<T> Radix<T> {
         self.root.value.is_none() && self.root.children.is_empty()
     }
 
-    /// Calls `visit` with the value of every key that `path` starts with, shortest key first.
-    pub fn visit_prefixes<'a>(&'a self, mut path: &[u8], mut visit: impl FnMut(&'a T)) {
+    /// Calls `visit` with length and value of every key that `path` starts with, shortest key first.
+    pub fn visit_prefixes<'a>(&'a self, path: &[u8], mut visit: impl FnMut(usize, &'a T)) {
+        let (length, mut path) = (path.len(), path);
         let mut node = &self.root;
         loop {
             if let Some(value) = &node.value {
-                visit(value);
+                visit(length - path.len(), value);
             }
             let Some(child) = path.first().and_then(|first| node.child(*first)) else { return };
             node = &node.children[child];
@@ -140,7 +141,7 @@ mod tests {
 
     fn prefixes(tree: &Radix<u32>, path: &str) -> Vec<u32> {
         let mut found = Vec::new();
-        tree.visit_prefixes(path.as_bytes(), |v| found.push(*v));
+        tree.visit_prefixes(path.as_bytes(), |_, v| found.push(*v));
         found
     }
 

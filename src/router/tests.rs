@@ -402,8 +402,8 @@ fn finds_what_a_linear_search_finds_also_after_changes() {
             for route in &routes {
                 router.remove(&route.id);
             }
-            assert!(router.exact.is_empty() && router.hosts.is_empty() && router.wildcards.is_empty());
-            assert!(router.any.prefixes.is_empty() && router.any.rules == 0);
+            assert!(router.hashed.is_empty() && router.hosts.is_empty() && router.wildcards.is_empty());
+            assert!(router.any.prefixes.is_empty() && router.any.folders.is_empty() && router.any.rules == 0);
         }
     }
 }
