@@ -10,6 +10,7 @@ pub mod dns;
 pub mod error;
 pub mod exchange;
 pub mod expr;
+pub mod location;
 pub mod lua;
 pub mod model;
 pub mod net;

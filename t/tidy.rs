@@ -10,7 +10,7 @@ const LAYERS: &[&[&str]] = &[
     &["error"],
     &["observe", "expr", "schema", "conf", "shdict", "tcp"],
     &["model", "dns"],
-    &["router", "balancer"],
+    &["router", "balancer", "location"],
     &["store"],
     &["exchange"],
     &["tls"],

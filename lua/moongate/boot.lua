@@ -119,8 +119,14 @@ if native.purpose == "functions" then
     package.path, package.cpath = "", ""
 else
     local own = prefix ~= "" and prefix .. "/lua/?.lua;" .. prefix .. "/lua/?/init.lua;" or ""
-    package.path = native.lua_path .. ";" .. own .. package.path
-    package.cpath = native.lua_cpath .. ";" .. package.cpath
+    -- As nginx's lua_package_path: `;;` stands for the default, `$prefix` for the prefix.
+    local function with_default(path, default)
+        if path == "" then return default end
+        path = path:gsub("%$prefix", function() return prefix end):gsub("%${prefix}", function() return prefix end)
+        return (path:gsub(";;", function() return ";" .. default .. ";" end, 1))
+    end
+    package.path = native.lua_path .. ";" .. with_default(native.package_path, own .. package.path)
+    package.cpath = native.lua_cpath .. ";" .. with_default(native.package_cpath, package.cpath)
 end
 
 local sources, packed = native.plugin_sources, native.packed

@@ -124,9 +124,9 @@ local var_get, var_set = fast.var_get, fast.var_set
 ngx.var = setmetatable({}, {
     __index = function(_, name)
         if type(name) ~= "string" then
-            -- ngx.var[1]: captures of a location's pattern, of which there are none.
-            if type(name) == "number" then return nil end
-            error("bad variable name", 2)
+            -- ngx.var[1]: a capture of the location's pattern.
+            if type(name) ~= "number" then error("bad variable name", 2) end
+            name = tostring(name)
         end
         local rc = var_get(name, #name, out)
         if rc == 1 then
@@ -225,7 +225,7 @@ local function set_response_header(name, value)
     name = dashed(name)
     local rc = set_values(resp_header_set, resp_header_set_number, name, value)
     if rc < 0 then
-        ngx.log(ngx.ERR, "attempt to set ngx.header.", name, " after sending out response headers")
+        ngx.log(ngx.ERR, "attempt to set ngx.header.HEADER after sending out response headers")
     elseif rc == 0 then
         error("no request found", 3)
     end
@@ -348,11 +348,6 @@ function req.finish_body()
     return req.set_body_data(concat(parts))
 end
 
---- ngx.req.socket(): the raw client connection is not handed out.
-function req.socket()
-    return nil, "not supported"
-end
-
 -- Status, ctx, arg --------------------------------------------------------------------------------------------------
 
 local status, status_set, headers_sent = fast.status, fast.status_set, fast.headers_sent
@@ -371,7 +366,8 @@ setmetatable(ngx, {
             local sent = headers_sent() ~= 0
             return sent
         elseif name == "is_subrequest" then
-            return false
+            local sub = native.location.is_subrequest()
+            return sub
         end
         return nil
     end,
@@ -431,7 +427,7 @@ ngx.arg = setmetatable({}, {
 -- By the numbers of the phases (src/exchange), in OpenResty's words: APISIX runs plugins' rewrite in access_by_lua.
 local phase_names = {
     [0] = "init_worker", "ssl_cert", "access", "access", "access", "balancer", "content", "header_filter",
-    "body_filter", "body_filter", "log", "timer",
+    "body_filter", "body_filter", "log", "timer", "set", "server_rewrite", "rewrite", "precontent",
 }
 
 --- ngx.get_phase()
@@ -440,20 +436,10 @@ function ngx.get_phase()
     return name
 end
 
---- Subrequests and internal redirects do not exist here.
-function ngx.exec()
-    error("ngx.exec is not supported: there are no locations to go to", 2)
-end
-
-ngx.location = {
-    capture = function() error("ngx.location.capture is not supported: use resty.http", 2) end,
-    capture_multi = function() error("ngx.location.capture_multi is not supported: use resty.http", 2) end,
-}
-
---- ngx.on_abort(callback): accepted; a client that goes away ends the request itself.
-function ngx.on_abort()
-    return true
-end
+local location = require("moongate.location")
+location.setup(method_names)
+ngx.exec = location.exec
+ngx.location = { capture = location.capture, capture_multi = location.capture_multi }
 
 -- The process -------------------------------------------------------------------------------------------------------
 
@@ -486,6 +472,7 @@ function worker.exiting() return false end
 
 ngx.shared = require("moongate.shdict")
 ngx.socket = require("moongate.socket")
+req.socket, ngx.socket.of_request = ngx.socket.of_request, nil
 
 local re = require("moongate.re")
 ngx.re = { match = re.match, find = re.find, gmatch = re.gmatch, sub = re.sub, gsub = re.gsub }

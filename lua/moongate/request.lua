@@ -31,6 +31,11 @@ function _M.set_ngx_ctx(t)
     ngx_ctxs[slot()] = t
 end
 
+--- Makes `t` the `ngx.ctx` of the request with the slot `at`.
+function _M.adopt(at, t)
+    ngx_ctxs[at] = t
+end
+
 _M.ctxs, _M.ngx_ctxs = ctxs, ngx_ctxs
 
 return _M

@@ -76,7 +76,8 @@ end
 --- value, flags = DICT:get(key)
 function _M.get(dict, key)
     local value, flags = read(pointer(dict), key, 0)
-    return value, flags
+    if flags ~= nil then return value, flags end
+    return value
 end
 
 --- value, flags, stale = DICT:get_stale(key)

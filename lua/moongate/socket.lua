@@ -56,6 +56,19 @@ function methods.setclientcert(_, cert, key)
     return nil, "not supported"
 end
 
+local request_mt = { __index = {
+    receive = tcp.receive, receiveany = tcp.receiveany, receiveuntil = methods.receiveuntil,
+    settimeout = tcp.settimeout, settimeouts = tcp.settimeouts,
+} }
+
+--- ngx.req.socket(raw?): reads the request's body; the connection itself is not handed out.
+function _M.of_request(raw)
+    if raw then return nil, "not supported" end
+    local socket, err = tcp.of_request()
+    if not socket then return nil, err end
+    return setmetatable({ socket }, request_mt)
+end
+
 --- ngx.socket.tcp()
 function _M.tcp()
     return setmetatable({ new() }, mt)

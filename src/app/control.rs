@@ -41,7 +41,8 @@ pub async fn run(mut config: Config) -> Result<()> {
     let sockets = listeners::bind(&config)?;
     let ports = Ports::bind(&config).await?;
     let at = ports.listening(&sockets)?;
-    let setup = Setup { prefix: config.prefix.clone(), config: config.json.clone() };
+    let setup =
+        Setup { prefix: config.prefix.clone(), config: config.json.clone(), locations: config.locations.clone() };
     let plugins = Plugins::new(setup.clone())?;
     let store = store::open(&config)?;
     let started = tokio::select! {

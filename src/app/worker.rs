@@ -158,6 +158,7 @@ fn new_proxy(worker: usize, blueprint: &Blueprint, ending: Rc<Ending>) -> Result
         settings::proxy(&blueprint.config),
         blueprint.published.clone(),
         runner,
+        &blueprint.config.locations,
         blueprint.resolver.clone(),
         Box::new(ending),
     ))

@@ -7,6 +7,7 @@
 pub mod admin_key;
 mod env;
 mod keys;
+pub mod locations;
 mod typed;
 
 use std::{
@@ -73,6 +74,7 @@ pub struct Config {
     pub real_ip: RealIp,
     /// `X-Forwarded-*` of these peers is taken as it comes.
     pub trusted_addresses: Vec<IpNet>,
+    pub locations: Arc<locations::Locations>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]

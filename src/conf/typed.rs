@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use super::{
     AccessLog, Admin, AdminKey, Client, Config, Keepalive, Listen, LuaLimits, Prometheus, RealIp, Resolver, Router,
-    Tls, Warning, keys::at,
+    Tls, Warning, keys::at, locations,
 };
 
 /// Worker threads that `auto` never exceeds: each costs a VM.
@@ -33,11 +33,12 @@ pub(super) fn read(
     let mut r = Reader { json: &json, mistakes };
     r.role(warnings);
     r.etcd(&prefix);
-    let listen = r.listeners("apisix.node_listen", warnings);
-    let listen_tls = match r.flag("apisix.ssl.enable") {
+    let mut listen = r.listeners("apisix.node_listen", warnings);
+    let mut listen_tls = match r.flag("apisix.ssl.enable") {
         true => r.listeners("apisix.ssl.listen", warnings),
         false => Vec::new(),
     };
+    r.lua_listen(&mut listen, &mut listen_tls);
     let tls = r.tls(&prefix, warnings);
     let router = r.one_of(
         "apisix.router.http",
@@ -61,6 +62,7 @@ pub(super) fn read(
     let real_ip = r.real_ip();
     let trusted_addresses = r.networks("apisix.trusted_addresses");
     let (keyring, encrypt_fields) = r.keyring();
+    let locations = Arc::new(locations::read(&json, &prefix, r.mistakes));
     Some(Config {
         listen,
         listen_tls,
@@ -96,6 +98,7 @@ pub(super) fn read(
         },
         real_ip,
         trusted_addresses,
+        locations,
         prefix,
         file: None,
         json: Arc::new(json.clone()),
@@ -382,6 +385,24 @@ impl<'a> Reader<'a> {
                 thread::available_parallelism().map_or(1, |n| n.get().min(MAX_WORKERS))
             }
             _ => self.number(path, 1, MAX_WORKERS as u64) as usize,
+        }
+    }
+
+    /// Further addresses of the node, as nginx's `listen` has them: `1987`, `127.0.0.1:9999 ssl`.
+    fn lua_listen(&mut self, plain: &mut Vec<Listen>, tls: &mut Vec<Listen>) {
+        for (i, text) in self.texts("lua_listen").into_iter().enumerate() {
+            let mut words = text.split_whitespace();
+            let place = words.next().unwrap_or_default();
+            let any = |port| SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), port);
+            let addr = place.parse::<SocketAddr>().ok().or_else(|| place.parse().ok().map(any));
+            let Some(addr) = addr else {
+                self.wrong(&format!("lua_listen[{i}]"), format!("{place:?} is not a port or an address with a port"));
+                continue;
+            };
+            let words: Vec<_> = words.collect();
+            let listen =
+                Listen { addr, http2: words.contains(&"http2"), proxy_protocol: words.contains(&"proxy_protocol") };
+            if words.contains(&"ssl") { tls.push(listen) } else { plain.push(listen) }
         }
     }
 

@@ -8,6 +8,7 @@ pub mod body;
 pub mod deadline;
 pub mod framing;
 pub mod headers;
+pub mod host;
 mod log;
 mod random;
 pub mod status;
@@ -15,7 +16,7 @@ pub mod vars;
 
 use std::{
     any::Any,
-    cell::OnceCell,
+    cell::{Cell, OnceCell},
     net::SocketAddr,
     rc::Rc,
     sync::Arc,
@@ -30,6 +31,7 @@ pub use headers::Headers;
 pub use vars::Var;
 
 use crate::{
+    conf::locations::Location,
     error::Result,
     model::{self, Object},
     router::Found,
@@ -66,6 +68,17 @@ pub struct Exchange {
 
     /// Variables that were set by name and belong to no module: `set $x`, `ctx.var.x = …`. Few, so a list.
     pub custom_vars: Vec<(Box<str>, Vec<u8>)>,
+    /// The location that serves the request, instead of a route.
+    pub location: Option<Arc<Location>>,
+    /// Where a script sent the request, until the proxy goes there.
+    pub jump: Option<Jump>,
+    /// The status with which a location's header filter ended the response.
+    pub filter_exit: Option<u16>,
+    /// How often it was sent on, and whether by `ngx.exec` or as a subrequest: `ngx.req.is_internal`.
+    pub jumps: u32,
+    pub internal: bool,
+    /// How many requests it is a subrequest within.
+    pub depth: u32,
     pub lua: LuaState,
     /// Bytes sent to the client, head included (`$bytes_sent`), and of the body (`$body_bytes_sent`).
     pub bytes_sent: u64,
@@ -89,6 +102,22 @@ pub enum Phase {
     DelayedBodyFilter,
     Log,
     Timer,
+    /// The phases that only locations have: `set_by_lua`, `server_rewrite_by_lua`, `rewrite_by_lua`, `precontent_by_lua`.
+    Set,
+    ServerRewrite,
+    RewriteByLua,
+    Precontent,
+}
+
+/// A change of location: `ngx.exec`, `ngx.req.set_uri(uri, true)`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Jump {
+    /// To a path: an internal redirect. `None`: without arguments.
+    Exec { path: Vec<u8>, args: Option<Vec<u8>> },
+    /// To `@name`.
+    Named(Box<str>),
+    /// The path was changed already: look for its location.
+    Again,
 }
 
 /// What stays the same for all requests of a client's connection.
@@ -265,6 +294,14 @@ pub struct LuaState {
     pub run: Option<Rc<dyn Any>>,
     /// The phases that the plan has something for, as `plugin::PhaseMask` counts them.
     pub phases: u16,
+    /// Who serves the request, for scripts of locations.
+    pub host: Option<Rc<dyn host::Host>>,
+    /// Subrequests under way.
+    pub subrequests: Rc<Cell<usize>>,
+    /// `ngx.on_abort`'s callback: the VM's own, opaque here.
+    pub on_abort: Option<Rc<dyn Any>>,
+    /// What `ngx.ctx` is to be in a subrequest: the VM's own, opaque here.
+    pub ctx: Option<Rc<dyn Any>>,
     /// The plan holds the prometheus plugin: the request is counted, by names where they are preferred.
     pub counted: Option<bool>,
     /// The plugins of the request could not be prepared: it must not go on without them.
@@ -399,6 +436,12 @@ impl Exchange {
             credential: None,
             upstream: UpstreamState::default(),
             custom_vars: Vec::new(),
+            location: None,
+            jump: None,
+            filter_exit: None,
+            jumps: 0,
+            internal: false,
+            depth: 0,
             lua: LuaState::default(),
             bytes_sent: 0,
             body_bytes_sent: 0,
@@ -428,6 +471,12 @@ impl Exchange {
         self.credential = None;
         self.upstream.reset();
         self.custom_vars.clear();
+        self.location = None;
+        self.jump = None;
+        self.filter_exit = None;
+        self.jumps = 0;
+        self.internal = false;
+        self.depth = 0;
         self.lua = LuaState::default();
         self.bytes_sent = 0;
         self.body_bytes_sent = 0;

@@ -16,7 +16,10 @@ use base64::Engine;
 use hashbrown::HashMap;
 
 use super::{Exchange, Headers, RequestBody, Try, Version, headers::append_all};
-use crate::model::upstream::Scheme;
+use crate::{
+    conf::locations::{Piece, Template},
+    model::upstream::Scheme,
+};
 
 /// What `$nginx_version` says: the version whose contract is kept, since scripts compare it.
 const NGINX_VERSION: &str = "1.27.1";
@@ -87,6 +90,10 @@ known! {
     RouteId "route_id", RouteName "route_name", ServiceId "service_id", ServiceName "service_name",
     VarXForwardedProto "var_x_forwarded_proto", VarXForwardedHost "var_x_forwarded_host",
     VarXForwardedPort "var_x_forwarded_port",
+    DocumentRoot "document_root", RealpathRoot "realpath_root",
+    EchoRequestMethod "echo_request_method", EchoClientRequestMethod "echo_client_request_method",
+    EchoRequestUri "echo_request_uri", EchoRequestBody "echo_request_body",
+    EchoClientRequestHeaders "echo_client_request_headers",
 }
 
 /// What APISIX's nginx.conf sets before a request starts. Everything else is absent until it is set.
@@ -191,6 +198,20 @@ impl Exchange {
         Ok(())
     }
 
+    /// What a template says now. A variable that has no value is empty.
+    pub fn fill(&self, template: &Template, out: &mut Vec<u8>) {
+        let mut scratch = Vec::new();
+        for piece in &template.0 {
+            match piece {
+                Piece::Text(text) => out.extend_from_slice(text.as_bytes()),
+                Piece::Var(name) => {
+                    scratch.clear();
+                    out.extend_from_slice(self.var_by_name(name, &mut scratch).unwrap_or_default());
+                }
+            }
+        }
+    }
+
     fn custom_place(&mut self, name: &str) -> &mut Vec<u8> {
         let at = self.custom_vars.iter().position(|(n, _)| **n == *name).unwrap_or_else(|| {
             self.custom_vars.push((name.into(), Vec::new()));
@@ -229,17 +250,20 @@ impl Exchange {
         match known {
             Known::Args | Known::QueryString => non_empty(&r.args),
             Known::IsArgs => Some(if r.args.is_empty() { b"" } else { b"?" }),
-            Known::Uri | Known::DocumentUri => Some(&r.path),
+            Known::Uri | Known::DocumentUri | Known::EchoRequestUri => Some(&r.path),
             Known::RequestUri => Some(&r.target),
-            Known::RequestMethod => Some(&r.method),
+            Known::RequestMethod | Known::EchoRequestMethod | Known::EchoClientRequestMethod => Some(&r.method),
             Known::Host => Some(&r.host),
             Known::ServerName => Some(b"_"),
             Known::ServerProtocol => Some(version(r.version)),
+            Known::DocumentRoot | Known::RealpathRoot => {
+                self.location.as_ref().map(|l| l.root.as_os_str().as_encoded_bytes())
+            }
             Known::Scheme | Known::VarXForwardedProto => Some(self.scheme().as_bytes()),
             Known::Https => Some(if self.conn.tls.is_some() { b"on" } else { b"" }),
             Known::ContentLength => r.headers.get("content-length"),
             Known::ContentType => r.headers.get("content-type"),
-            Known::RequestBody => match &self.body {
+            Known::RequestBody | Known::EchoRequestBody => match &self.body {
                 RequestBody::Memory(bytes) => Some(bytes),
                 _ => None,
             },
@@ -291,6 +315,10 @@ impl Exchange {
             // A line that was none stands in the target.
             Known::Request if r.method.is_empty() => out.extend_from_slice(&r.target),
             Known::Request => append_all(out, [&r.method, b" ", &r.target, b" ", version(r.version)]),
+            Known::EchoClientRequestHeaders => {
+                append_all(out, [&r.method, b" ", &r.target, b" ", version(r.version), b"\r\n"]);
+                r.headers.write_to(out, |_, _| true);
+            }
             Known::RequestTime => seconds(self.started.elapsed(), out),
             Known::RequestLength => number(r.head_len + self.client.as_ref().map_or(0, |c| c.body_received()), out),
             Known::RequestId | Known::ApisixRequestId => hex(&self.id, out),

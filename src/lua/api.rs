@@ -30,8 +30,10 @@ impl Phases {
     pub const INIT: Phases = Phases::of(Phase::Init);
     pub const SSL: Phases = Phases::of(Phase::Ssl);
     /// nginx's rewrite and access are one for plugins: both of their phases run there.
-    pub const REWRITE: Phases = Phases::of(Phase::Rewrite);
-    pub const ACCESS: Phases = Phases(Phases::of(Phase::Access).0 | Phases::of(Phase::BeforeProxy).0);
+    pub const REWRITE: Phases =
+        Phases(Phases::of(Phase::Rewrite).0 | Phases::of(Phase::ServerRewrite).0 | Phases::of(Phase::RewriteByLua).0);
+    pub const ACCESS: Phases =
+        Phases(Phases::of(Phase::Access).0 | Phases::of(Phase::BeforeProxy).0 | Phases::of(Phase::Precontent).0);
     pub const BALANCER: Phases = Phases::of(Phase::Balancer);
     pub const CONTENT: Phases = Phases::of(Phase::Content);
     pub const HEADER_FILTER: Phases = Phases::of(Phase::HeaderFilter);
@@ -73,6 +75,10 @@ pub fn context_name(phase: Phase) -> &'static str {
         Phase::BodyFilter | Phase::DelayedBodyFilter => "body_filter_by_lua*",
         Phase::Log => "log_by_lua*",
         Phase::Timer => "ngx.timer",
+        Phase::Set => "set_by_lua*",
+        Phase::ServerRewrite => "server_rewrite_by_lua*",
+        Phase::RewriteByLua => "rewrite_by_lua*",
+        Phase::Precontent => "precontent_by_lua*",
     }
 }
 

@@ -12,7 +12,8 @@ use std::{
     pin::Pin,
     ptr,
     rc::Rc,
-    task::{Context, Poll},
+    sync::Arc,
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
@@ -25,8 +26,13 @@ use super::{
     vm::{self, Vm},
 };
 use crate::{
+    conf::locations::Location,
     error::Result,
-    exchange::{Connection, Exchange, Phase},
+    exchange::{
+        Connection, Exchange, Phase,
+        host::{Sending, Subrequest},
+    },
+    observe::log::Level,
 };
 
 /// What an operation gives back to the coroutine: the results of the function that waited.
@@ -75,6 +81,8 @@ pub enum Op {
     Future(Pin<Box<dyn Future<Output = Values>>>),
     /// Is polled with the request (its body, its client).
     Exchange(PollWithExchange),
+    /// Asks whoever serves the request. Nothing else of the call runs meanwhile.
+    Ask(Ask),
     /// `ngx.exit` and its like: the coroutine is not resumed, all light threads of the call end. The host function
     /// has put what is to be answered into the exchange; the number is what it was called with.
     Exit(i64),
@@ -86,6 +94,66 @@ pub enum Op {
     Join(SmallVec<[*mut ffi::lua_State; 2]>),
     /// `ngx.thread.kill`
     Kill(*mut ffi::lua_State),
+}
+
+/// What `Exchange::lua.host` is asked for.
+pub enum Ask {
+    Send(Sending),
+    Subrequests(Vec<Subrequest>),
+}
+
+/// Sends what was printed; the results of the function that asked for it.
+async fn send(x: &mut Exchange, what: Sending) -> Values {
+    let Some(host) = x.lua.host.clone() else { return failed("nobody serves the request") };
+    let phase = x.phase;
+    let sent = host.send(x, what).await;
+    x.phase = phase;
+    match sent {
+        Ok(()) => smallvec::smallvec![Value::Number(1.0)],
+        Err(e) => {
+            tracing::debug!("the response was not sent: {e}");
+            failed("nginx output filter error")
+        }
+    }
+}
+
+/// Starts subrequests: they run while the coroutine waits, and others of the call with them.
+fn subrequests(x: &mut Exchange, list: Vec<Subrequest>) -> Op {
+    let Some(host) = x.lua.host.clone() else {
+        return Op::future(std::future::ready(failed("nobody serves the request")));
+    };
+    let mut running = host.subrequests(x, list);
+    let pending = Pending::new(&x.lua.subrequests);
+    Op::Exchange(Box::new(move |cx, x| {
+        let answered = ready!(running.as_mut().poll(cx));
+        pending.done();
+        if let Some(vars) = answered.vars {
+            x.custom_vars = vars;
+        }
+        Poll::Ready(answered.list.into_iter().map(super::ngx::location::answer).collect())
+    }))
+}
+
+/// Counts a call's subrequests as under way until it has their answers, or is dropped.
+struct Pending(Cell<Option<Rc<Cell<usize>>>>);
+
+impl Pending {
+    fn new(count: &Rc<Cell<usize>>) -> Self {
+        count.set(count.get() + 1);
+        Pending(Cell::new(Some(count.clone())))
+    }
+
+    fn done(&self) {
+        if let Some(count) = self.0.take() {
+            count.set(count.get() - 1);
+        }
+    }
+}
+
+impl Drop for Pending {
+    fn drop(&mut self) {
+        self.done();
+    }
 }
 
 /// A coroutine that has not run yet.
@@ -368,6 +436,9 @@ fn sleep(s: &Stack) -> Result<Wait, Raise> {
         return Err(s.argument_error(1, &format!("invalid sleep duration \"{secs}\"")));
     }
     let time = seconds(secs);
+    if let Some(x) = fast::exchange() {
+        x.log(Level::Debug, format!("lua ready to sleep for {} ms", time.as_millis()).as_bytes());
+    }
     Ok(Wait::Park(Op::future(async move {
         tokio::time::sleep(time).await;
         Values::new()
@@ -435,9 +506,9 @@ pub async fn call<T>(
         }
         Step::Parked(op) => {
             let mut threads = Threads::new(vm.clone(), co);
-            let end = match threads.apply(0, op) {
+            let end = match threads.apply(0, op, x) {
                 Some(exit) => Outcome::Exit(exit),
-                None => std::future::poll_fn(|cx| threads.poll(cx, x)).await,
+                None => threads.run(x).await,
             };
             match end {
                 Outcome::Done(()) => Outcome::Done(threads.results(read)),
@@ -518,6 +589,12 @@ unsafe extern "C-unwind" {
     fn luaL_traceback(l: *mut ffi::lua_State, of: *mut ffi::lua_State, message: *const c_char, level: c_int);
 }
 
+/// What nginx logs for a client that did not wait.
+const CLIENT_CLOSED: i64 = 499;
+
+/// Yields of a call's light threads to each other before other requests of the worker get their turn.
+const MAX_YIELDS: usize = 64;
+
 /// Light threads that one call may have at once: a bound for a loop that spawns.
 const MAX_THREADS: usize = 1024;
 
@@ -526,10 +603,15 @@ struct Threads {
     vm: Rc<Vm>,
     list: SmallVec<[Thread; 1]>,
     ready: VecDeque<usize>,
+    yields: usize,
     /// The entry function has returned.
     entry_done: bool,
     /// What ended the call before its time.
     ended: Option<Outcome<()>>,
+    /// Who waits for what was printed to be sent. Nothing else of the call runs meanwhile.
+    sending: Option<(usize, Sending)>,
+    /// Ends the call when its client goes away (`lua_check_client_abort`).
+    watches_client: bool,
 }
 
 struct Thread {
@@ -543,6 +625,8 @@ enum State {
     /// To be resumed with so many arguments, which are on its stack.
     Ready(c_int),
     Waiting(Op),
+    /// Until all of it is sent: see `Threads::sending`.
+    Sending,
     Joining(SmallVec<[*mut ffi::lua_State; 2]>),
     /// Ended and not waited for yet: whether well, and how many values are on its stack.
     Zombie(bool, c_int),
@@ -553,24 +637,86 @@ impl Threads {
     fn new(vm: Rc<Vm>, entry: Coroutine) -> Threads {
         let mut list = SmallVec::new();
         list.push(Thread { co: Some(entry), state: State::Ready(0), parent: 0 });
-        Threads { vm, list, ready: VecDeque::new(), entry_done: false, ended: None }
+        Threads {
+            vm,
+            list,
+            ready: VecDeque::new(),
+            yields: 0,
+            entry_done: false,
+            ended: None,
+            sending: None,
+            watches_client: false,
+        }
     }
 
-    fn poll(&mut self, cx: &mut Context<'_>, x: &mut Exchange) -> Poll<Outcome<()>> {
+    async fn run(&mut self, x: &mut Exchange) -> Outcome<()> {
+        let check = |l: &Arc<Location>| l.options.is_on("lua_check_client_abort", false);
+        self.watches_client = x.location.as_ref().is_some_and(check);
         loop {
+            if let Some((i, what)) = self.sending.take() {
+                let values = send(x, what).await;
+                self.wake(i, values);
+            }
+            if let Some(end) = std::future::poll_fn(|cx| self.poll(cx, x)).await {
+                return end;
+            }
+        }
+    }
+
+    /// `None`: a coroutine asks for what needs the whole request.
+    fn poll(&mut self, cx: &mut Context<'_>, x: &mut Exchange) -> Poll<Option<Outcome<()>>> {
+        loop {
+            if let Some(end) = self.ended.take() {
+                return Poll::Ready(Some(end));
+            }
             while let Some(i) = self.ready.pop_front() {
                 self.resume(i, x);
                 if let Some(end) = self.ended.take() {
-                    return Poll::Ready(end);
+                    return Poll::Ready(Some(end));
+                }
+                if self.sending.is_some() {
+                    return Poll::Ready(None);
                 }
             }
-            if self.entry_done && !self.list.iter().skip(1).any(Thread::is_alive) {
-                return Poll::Ready(Outcome::Done(()));
+            if self.sending.is_some() {
+                return Poll::Ready(None);
             }
-            if !self.poll_waits(cx, x) {
+            if self.entry_done && !self.list.iter().skip(1).any(Thread::is_alive) {
+                return Poll::Ready(Some(Outcome::Done(())));
+            }
+            if self.poll_waits(cx, x) {
+                continue;
+            }
+            if !self.poll_client(cx, x) {
                 return Poll::Pending;
             }
         }
+    }
+
+    /// Looks whether the client went away: then the request's `ngx.on_abort` runs, or the call ends. Says whether it did.
+    fn poll_client(&mut self, cx: &mut Context<'_>, x: &mut Exchange) -> bool {
+        let gone = self.watches_client && x.client.as_mut().is_some_and(|client| client.poll_gone(cx).is_ready());
+        if !gone {
+            return false;
+        }
+        self.watches_client = false;
+        x.log(Level::Info, b"client prematurely closed connection");
+        match x.lua.on_abort.take() {
+            Some(callback) => self.start(&*callback),
+            None => self.ended = Some(Outcome::Exit(CLIENT_CLOSED)),
+        }
+        true
+    }
+
+    /// Runs a kept function as a light thread of the entry.
+    fn start(&mut self, function: &dyn std::any::Any) {
+        let Some(kept) = function.downcast_ref::<super::ngx::location::Kept>() else { return };
+        let Ok(co) = self.vm.take_coroutine() else { return };
+        // SAFETY: a fresh coroutine of this VM; one value is pushed on its stack.
+        let stack = unsafe { Stack::new(co.l) };
+        kept.push(&stack);
+        self.list.push(Thread { co: Some(co), state: State::Over, parent: 0 });
+        self.set_ready(self.list.len() - 1, 0);
     }
 
     /// Polls what the coroutines wait for; says whether one can go on.
@@ -578,7 +724,8 @@ impl Threads {
         for i in 0..self.list.len() {
             let State::Waiting(op) = &mut self.list[i].state else { continue };
             let done = match op {
-                Op::Future(f) => f.as_mut().poll(cx),
+                // What reads the request's body finds it by the request that runs.
+                Op::Future(f) => fast::enter(x, || f.as_mut().poll(cx)),
                 Op::Exchange(f) => f(cx, x),
                 // The others never become a state.
                 _ => Poll::Ready(Values::new()),
@@ -615,7 +762,7 @@ impl Threads {
         let Some(l) = self.list[i].co.as_ref().map(|co| co.l) else { return };
         match step(&self.vm, l, x, args) {
             Step::Parked(op) => {
-                if let Some(exit) = self.apply(i, op) {
+                if let Some(exit) = self.apply(i, op, x) {
                     self.ended = Some(Outcome::Exit(exit));
                 }
             }
@@ -644,13 +791,25 @@ impl Threads {
     }
 
     /// Does what a coroutine has yielded for. `Some`: the call ends with that `ngx.exit`.
-    fn apply(&mut self, i: usize, op: Op) -> Option<i64> {
+    fn apply(&mut self, i: usize, op: Op, x: &mut Exchange) -> Option<i64> {
         match op {
             Op::Exit(n) => return Some(n),
-            Op::Yield => self.list[i].state = State::Waiting(Op::future(yield_now())),
+            Op::Yield if self.yields < MAX_YIELDS => {
+                self.yields += 1;
+                self.set_ready(i, 0);
+            }
+            Op::Yield => {
+                self.yields = 0;
+                self.list[i].state = State::Waiting(Op::future(yield_now()));
+            }
             Op::Spawn(new) => self.spawn(i, new),
             Op::Join(of) => self.join(i, of),
             Op::Kill(l) => self.kill(i, l),
+            Op::Ask(Ask::Send(what)) => {
+                self.list[i].state = State::Sending;
+                self.sending = Some((i, what));
+            }
+            Op::Ask(Ask::Subrequests(list)) => self.list[i].state = State::Waiting(subrequests(x, list)),
             op => self.list[i].state = State::Waiting(op),
         }
         None
@@ -677,11 +836,13 @@ impl Threads {
                 self.list.len() - 1
             }
         };
-        self.set_ready(at, args);
         if let Some(stack) = self.stack(parent) {
             push_thread(l, &stack);
         }
         self.set_ready(parent, 1);
+        // Before whoever waits for a turn.
+        self.list[at].state = State::Ready(args);
+        self.ready.push_front(at);
     }
 
     fn join(&mut self, i: usize, of: SmallVec<[*mut ffi::lua_State; 2]>) {
@@ -767,7 +928,7 @@ impl Threads {
 
 impl Thread {
     fn is_alive(&self) -> bool {
-        matches!(self.state, State::Ready(_) | State::Waiting(_) | State::Joining(_))
+        matches!(self.state, State::Ready(_) | State::Waiting(_) | State::Sending | State::Joining(_))
     }
 }
 

@@ -14,11 +14,12 @@ use super::{
     REGISTRARS,
     api::{Api, Entry, script},
     convert, host,
-    limits::Limits,
+    limits::{self, Limits},
     ngx,
     sched::{Coroutine, Timers},
 };
 use crate::{
+    conf::locations::{Script, Source},
     error::{Error, Result},
     store::Snapshot,
 };
@@ -59,6 +60,11 @@ pub struct VmConfig {
     pub worker: usize,
     /// Uploaded plugins: name and source. They win over files.
     pub plugin_sources: Vec<(Arc<str>, Arc<str>)>,
+    /// `lua_package_path`, `lua_package_cpath`: in place of the default path, which `;;` in them stands for.
+    pub package_path: String,
+    pub package_cpath: String,
+    /// `lua_init.init_by_lua`: the last thing at the start of the VM.
+    pub init: Option<Arc<Script>>,
 }
 
 /// A live VM. Its state is closed when the last handle goes.
@@ -70,6 +76,8 @@ pub struct Vm {
     limits: Limits,
     /// Registry reference of `moongate.ctx`'s `clear`.
     clear: Cell<i32>,
+    /// Of `moongate.request`'s `adopt`.
+    adopt: Cell<i32>,
     idle: RefCell<Vec<Coroutine>>,
     slots: RefCell<Slots>,
     pub(super) timers: Timers,
@@ -134,6 +142,7 @@ impl Vm {
             entries,
             limits,
             clear: Cell::new(ffi::LUA_NOREF),
+            adopt: Cell::new(ffi::LUA_NOREF),
             idle: RefCell::default(),
             slots: RefCell::default(),
             timers,
@@ -144,6 +153,10 @@ impl Vm {
         });
         vm.entered(|| boot(&vm.lua, &native, &vm.config))?;
         vm.clear.set(vm.function("moongate.ctx", "clear")?);
+        vm.adopt.set(vm.function("moongate.request", "adopt")?);
+        if let Some(init) = vm.config.init.clone() {
+            vm.run_script(&init).map_err(|e| e.context("init_by_lua error"))?;
+        }
         Ok(vm)
     }
 
@@ -268,6 +281,21 @@ impl Vm {
         self.slots.borrow_mut().free.push(slot);
     }
 
+    /// Makes a table that a script gave along `ngx.ctx` of the request with these tables.
+    pub fn adopt_ctx(&self, slot: u32, ctx: &dyn std::any::Any) {
+        let Some(kept) = ctx.downcast_ref::<ngx::location::Kept>() else { return };
+        // SAFETY: the main state is idle; `adopt` sets a field of a plain table.
+        unsafe {
+            let s = super::api::Stack::new(self.main);
+            s.get_index(ffi::LUA_REGISTRYINDEX, self.adopt.get() as usize);
+            s.push_number(f64::from(slot));
+            kept.push(&s);
+            if ffi::lua_pcall(self.main, 2, 0, 0) != 0 {
+                ffi::lua_pop(self.main, 1);
+            }
+        }
+    }
+
     /// Ends timers early, as at the end of a worker: each runs once more with `premature`.
     pub fn close(&self) {
         self.timers.close();
@@ -296,10 +324,35 @@ impl Vm {
         self.main
     }
 
+    /// Runs a script to its end outside of requests; it cannot wait.
+    pub fn run_script(&self, which: &Script) -> Result<()> {
+        let chunk = load_script(&self.lua, which).map_err(Error::script)?;
+        self.entered(|| limits::bounded(self.main, self.limits, || chunk.call::<()>(()))).map_err(script)
+    }
+
     /// Runs a chunk to its end; for set-up, not for requests.
     pub fn run(&self, file: &str, source: &str) -> Result<mlua::MultiValue> {
         load(&self.lua, file, source.as_bytes())?.call(()).map_err(script)
     }
+}
+
+/// Compiles a script of config.yaml; the error names the file or the directive, and the line.
+pub fn load_script(lua: &mlua::Lua, script: &Script) -> std::result::Result<mlua::Function, String> {
+    let (text, what) = match &script.source {
+        Source::Inline(text) => (text.as_bytes().to_vec(), "inlined Lua code".to_owned()),
+        Source::File(path) => {
+            let what = format!("external Lua file \"{}\"", path.display());
+            let text = std::fs::read(path)
+                .map_err(|e| format!("failed to load {what}: cannot open {}: {e}", path.display()))?;
+            (text, what)
+        }
+        Source::Varying(_) => return Err("a file whose name holds variables has no meaning here".into()),
+    };
+    let chunk = lua.load(text).set_name(&*script.name).set_mode(mlua::chunk::ChunkMode::Text).into_function();
+    chunk.map_err(|e| match e {
+        mlua::Error::SyntaxError { message, .. } => format!("failed to load {what}: {message}"),
+        e => format!("failed to load {what}: {e}"),
+    })
 }
 
 fn options() -> mlua::LuaOptions {
@@ -311,6 +364,8 @@ fn boot(lua: &mlua::Lua, native: &mlua::Table, config: &VmConfig) -> Result<()> 
     let set = |key: &str, value: &str| native.raw_set(key, value).map_err(script);
     set("lua_path", &config.lua_path)?;
     set("lua_cpath", &config.lua_cpath)?;
+    set("package_path", &config.package_path)?;
+    set("package_cpath", &config.package_cpath)?;
     set("prefix", &config.prefix.to_string_lossy())?;
     native.raw_set("worker", config.worker).map_err(script)?;
     set("config_json", &config.config.to_string())?;

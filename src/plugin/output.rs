@@ -67,6 +67,12 @@ pub async fn finish(x: &mut Exchange) -> Result<()> {
     end(x).await
 }
 
+/// Waits until the client's side holds nothing back.
+pub async fn flush(x: &mut Exchange) -> Result<()> {
+    let client = client(&mut x.client)?;
+    poll_fn(|cx| client.poll_flush(cx)).await
+}
+
 /// Whether a chunk has to go through Lua.
 pub fn has_body_filter(mask: PhaseMask) -> bool {
     mask.has(Phase::BodyFilter) || mask.has(Phase::DelayedBodyFilter)

@@ -12,6 +12,7 @@ use serde_json::Value;
 
 use super::{PhaseMask, natives};
 use crate::{
+    conf::locations::Locations,
     error::{Error, Result},
     exchange::Phase,
     lua::{
@@ -83,6 +84,7 @@ pub type Plugins = HashMap<Box<str>, Arc<PluginInfo>>;
 pub struct Setup {
     pub prefix: PathBuf,
     pub config: Arc<Value>,
+    pub locations: Arc<Locations>,
 }
 
 impl Setup {
@@ -101,6 +103,9 @@ impl Setup {
             config: self.config.clone(),
             worker,
             plugin_sources: sources.collect(),
+            package_path: self.locations.package_path.clone(),
+            package_cpath: self.locations.package_cpath.clone(),
+            init: self.locations.init.init.clone().filter(|_| purpose == Purpose::Plugins),
         }
     }
 

@@ -18,6 +18,7 @@ use std::{
 use mlua::ffi;
 
 mod function;
+mod script;
 #[cfg(test)]
 mod tests;
 
@@ -29,6 +30,7 @@ use super::{
     registry::{self, Plugins, Setup},
 };
 use crate::{
+    conf::locations::Script,
     error::Result,
     exchange::{Exchange, Phase, Source},
     lua::{
@@ -51,6 +53,8 @@ pub enum Flow {
     Sent,
     /// Close the connection without an answer (`ngx.exit(444)`).
     Close,
+    /// A location's script sends the request to another one: `Exchange::jump`.
+    Jump,
 }
 
 /// Plans kept per worker. Past it those that were not used since the last sweep go.
@@ -79,6 +83,8 @@ struct Generation {
     number: u64,
     plugins: Plugins,
     entry: Entry,
+    scripts: script::Compiled,
+    exit_worker: Option<Arc<Script>>,
 }
 
 /// Registry references of `moongate.run`'s functions.
@@ -123,15 +129,35 @@ impl Drop for Plan {
 
 /// What a request keeps of the runner: `Exchange::lua.run`. Its end frees the request's tables.
 pub(super) struct Run {
-    plan: RefCell<Rc<Plan>>,
+    job: Job,
     slot: u32,
 }
 
+/// What runs for the request.
+enum Job {
+    Plan(RefCell<Rc<Plan>>),
+    /// The scripts of `Exchange::location`.
+    Location(Rc<Generation>),
+}
+
 impl Run {
+    fn plan(&self) -> Option<Rc<Plan>> {
+        match &self.job {
+            Job::Plan(plan) => Some(plan.borrow().clone()),
+            Job::Location(_) => None,
+        }
+    }
+
+    fn generation(&self) -> Rc<Generation> {
+        match &self.job {
+            Job::Plan(plan) => plan.borrow().generation.clone(),
+            Job::Location(generation) => generation.clone(),
+        }
+    }
+
     /// Whether the nth filter of the request's plan lets the plugin run.
     pub(super) fn filter(x: &Exchange, n: i64) -> bool {
-        let Some(run) = run_of(x) else { return true };
-        let plan = run.plan.borrow().clone();
+        let Some(plan) = run_of(x).and_then(Run::plan) else { return true };
         let conf = usize::try_from(n - 1).ok().and_then(|n| plan.filters.get(n));
         let filter = conf.and_then(|c| c.meta.filter.as_ref());
         let variable = &mut |name: &str| {
@@ -144,12 +170,17 @@ impl Run {
 
 impl Drop for Run {
     fn drop(&mut self) {
-        self.plan.borrow().generation.vm.clear_slot(self.slot);
+        self.generation().vm.clear_slot(self.slot);
     }
 }
 
 impl Drop for Generation {
     fn drop(&mut self) {
+        if let Some(script) = &self.exit_worker
+            && let Err(e) = self.vm.run_script(script)
+        {
+            tracing::error!("exit_worker_by_lua error: {e}");
+        }
         let destroyed: Result<()> = registry::call(&self.vm, "moongate.plugins", "destroy", ());
         if let Err(e) = destroyed {
             tracing::error!(target: "lua", "failed to end the plugins: {e}");
@@ -207,7 +238,7 @@ impl Runner {
         if mask != PhaseMask::default() {
             let slot = plan.generation.vm.take_slot();
             x.lua.slot = Some(slot);
-            x.lua.run = Some(Rc::new(Run { plan: RefCell::new(plan), slot }));
+            x.lua.run = Some(Rc::new(Run { job: Job::Plan(RefCell::new(plan)), slot }));
         }
         mask
     }
@@ -227,8 +258,8 @@ impl Runner {
         if x.lua.unprepared {
             return failed(x);
         }
-        let Some(run) = run_of(x) else { return Flow::Next };
-        let (mut plan, slot) = (run.plan.borrow().clone(), run.slot);
+        let Some((run, mut plan)) = run_of(x).and_then(|run| Some((run, run.plan()?))) else { return Flow::Next };
+        let slot = run.slot;
         x.phase = Phase::Rewrite;
         let entry = plan.generation.entry.rewrite;
         let flow = self.answering(x, &plan, entry, slot, plan.auth).await;
@@ -241,8 +272,8 @@ impl Runner {
         if joined {
             let Some(next) = self.plan_in(&plan.generation, &sources) else { return failed(x) };
             plan = next;
-            if let Some(run) = run_of(x) {
-                *run.plan.borrow_mut() = plan.clone();
+            if let Some(Run { job: Job::Plan(kept), .. }) = run_of(x) {
+                *kept.borrow_mut() = plan.clone();
             }
             plan.shown_to(x);
         }
@@ -261,6 +292,9 @@ impl Runner {
 
     /// Works on `x.response`. An error: the answer can no longer be trusted, and is logged.
     pub async fn header_filter(&self, x: &mut Exchange) -> Result<()> {
+        if x.location.is_some() {
+            return self.location_filter(x, Phase::HeaderFilter).await;
+        }
         let Some((plan, slot)) = self.at(x, Phase::HeaderFilter) else { return Ok(()) };
         let entry = plan.generation.entry.header_filter;
         self.filtering(x, &plan, entry, slot).await
@@ -268,6 +302,9 @@ impl Runner {
 
     /// Works on `x.chunk`.
     pub async fn body_filter(&self, x: &mut Exchange) -> Result<()> {
+        if x.location.is_some() {
+            return self.location_filter(x, Phase::BodyFilter).await;
+        }
         let Some((plan, slot)) = self.at(x, Phase::BodyFilter) else { return Ok(()) };
         let entry = plan.generation.entry.body_filter;
         self.filtering(x, &plan, entry, slot).await
@@ -282,6 +319,10 @@ impl Runner {
 
     /// The log phase, and the end of what the request kept here. Call it for every request that `begin` was called for.
     pub async fn log(&self, x: &mut Exchange) {
+        if x.location.is_some() {
+            // Logged where it happened, as below.
+            let _ = self.location_filter(x, Phase::Log).await;
+        }
         if let Some((plan, slot)) = self.at(x, Phase::Log) {
             let entry = plan.generation.entry.log;
             // Logged where it happened; the answer is out already.
@@ -350,9 +391,10 @@ impl Runner {
         if !self.mask(x).has(phase) {
             return None;
         }
-        x.phase = phase;
         let run = run_of(x)?;
-        Some((run.plan.borrow().clone(), run.slot))
+        let (plan, slot) = (run.plan()?, run.slot);
+        x.phase = phase;
+        Some((plan, slot))
     }
 
     async fn answering(&self, x: &mut Exchange, plan: &Plan, entry: c_int, slot: u32, flag: bool) -> Flow {
@@ -481,8 +523,16 @@ impl Generation {
         for (name, text) in errors {
             tracing::error!(target: "lua", "failed to init plugin [{name}]: {text}");
         }
+        if let Some(script) = &setup.locations.init.init_worker
+            && let Err(e) = vm.run_script(script)
+        {
+            tracing::error!("init_worker_by_lua error: {e}");
+        }
         let entry = Entry::of(&vm)?;
-        Ok(Rc::new(Generation { vm, number: snapshot.plugins_generation, plugins, entry }))
+        let scripts = script::Compiled::default();
+        let exit_worker = setup.locations.init.exit_worker.clone();
+        let number = snapshot.plugins_generation;
+        Ok(Rc::new(Generation { vm, number, plugins, entry, scripts, exit_worker }))
     }
 
     /// Makes the Lua lists of `owners`.

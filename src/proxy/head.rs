@@ -1,6 +1,7 @@
 //! The request's head as the upstream gets it.
 
 use crate::{
+    conf::locations::{Location, Template},
     error::{Error, Result},
     exchange::{
         Exchange, Headers,
@@ -21,6 +22,9 @@ pub(super) enum BodyFraming {
 ///
 /// A line break in what a plugin set would be a field, or a request, of its own: such a head is refused.
 pub(super) fn write(x: &Exchange, node: &Node, body: BodyFraming, websocket: bool, out: &mut Vec<u8>) -> Result<()> {
+    if let Some(location) = x.location.clone() {
+        return write_for_location(x, &location, body, out);
+    }
     let start = out.len();
     let request = &x.request;
     let method = if x.upstream.method.is_empty() { &request.method } else { &x.upstream.method };
@@ -52,6 +56,61 @@ pub(super) fn write(x: &Exchange, node: &Node, body: BodyFraming, websocket: boo
     }
     out.extend_from_slice(b"\r\n");
     Ok(())
+}
+
+/// As nginx's proxy_pass has it: HTTP/1.0 and no connection kept unless the location says so, no field of our own.
+fn write_for_location(x: &Exchange, location: &Location, body: BodyFraming, out: &mut Vec<u8>) -> Result<()> {
+    let start = out.len();
+    let own = |name: &str| {
+        let line = location.options.all("proxy_set_header").iter().rev();
+        line.map(|line| line.split_once(' ').unwrap_or((line, ""))).find(|(n, _)| n.eq_ignore_ascii_case(name))
+    };
+    // HTTP/1.0 has no chunks.
+    let http11 = location.options.get("proxy_http_version") == Some("1.1") || body == BodyFraming::Chunked;
+    append_all(out, [&x.request.method, b" "]);
+    target(x, out);
+    let line = out.len();
+    out.extend_from_slice(if http11 { b" HTTP/1.1\r\n" } else { b" HTTP/1.0\r\n" });
+    let fields_at = out.len();
+    let mut put = |name: &str, value: &[u8]| {
+        if !value.is_empty() {
+            append_all(out, [name.as_bytes(), b": ", value, b"\r\n"]);
+        }
+    };
+    if own("host").is_none() {
+        put("Host", &x.upstream.host);
+    }
+    if own("connection").is_none() {
+        put("Connection", b"close");
+    }
+    for line in location.options.all("proxy_set_header") {
+        let (name, value) = line.split_once(' ').unwrap_or((line, ""));
+        let mut text = Vec::new();
+        x.fill(&Template::parse(value), &mut text);
+        put(name, &text);
+    }
+    if has_break(&out[start..line]) || own_fields_break(&out[fields_at..]) {
+        out.truncate(start);
+        return Err(Error::script("refused to send a line break or a NUL inside the request's head to the upstream"));
+    }
+    match body {
+        BodyFraming::None => {}
+        BodyFraming::Length(n) => {
+            append_all(out, [b"Content-Length: ", itoa::Buffer::new().format(n).as_bytes(), b"\r\n"]);
+        }
+        BodyFraming::Chunked => out.extend_from_slice(b"Transfer-Encoding: chunked\r\n"),
+    }
+    x.request.headers.write_to(out, |name, value| {
+        let named = std::str::from_utf8(name).is_ok_and(|name| own(name).is_some());
+        !named && (!is_dropped(name, value, false) || matches!(name.len(), 9 | 15))
+    });
+    out.extend_from_slice(b"\r\n");
+    Ok(())
+}
+
+/// Whether the fields that a location set hold a line break within.
+fn own_fields_break(fields: &[u8]) -> bool {
+    fields.split(|b| *b == b'\n').any(|line| has_break(line.strip_suffix(b"\r").unwrap_or(line)))
 }
 
 /// A plugin's URI, a URI that Lua changed, or the client's as it came.

@@ -4,9 +4,11 @@
 //! errors into answers. Nothing here names a VM: plugins are `plugin::run` and an `Exchange`.
 
 pub mod access_log;
+mod capture;
 pub mod forward;
 mod forwarded;
 pub mod head;
+mod location;
 pub mod real_ip;
 pub mod request;
 pub mod rescue;
@@ -26,8 +28,10 @@ use ipnet::IpNet;
 
 use crate::{
     balancer::Picker,
+    conf::locations::Locations,
     dns::Resolver,
     exchange::Exchange,
+    location::Chooser,
     model,
     net::Handler,
     plugin::run::Runner,
@@ -67,8 +71,11 @@ pub struct Proxy {
     pub settings: Settings,
     pub published: Arc<Published>,
     pub runner: Runner,
+    pub locations: Chooser,
     pub resolver: Arc<Resolver>,
     pub pool: Pool,
+    /// `lua_upstreams`, by name.
+    upstreams: HashMap<String, Arc<model::Upstream>>,
     ending: Box<dyn Ending>,
     current: RefCell<Arc<Snapshot>>,
     version: Cell<u64>,
@@ -101,6 +108,7 @@ impl Proxy {
         settings: Settings,
         published: Arc<Published>,
         runner: Runner,
+        locations: &Locations,
         resolver: Arc<Resolver>,
         ending: Box<dyn Ending>,
     ) -> Self {
@@ -108,6 +116,8 @@ impl Proxy {
         Proxy {
             settings,
             runner,
+            locations: Chooser::new(&locations.list),
+            upstreams: location::upstreams(locations),
             resolver,
             pool: Pool::default(),
             tls_numbers: RefCell::default(),

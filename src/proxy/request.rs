@@ -1,8 +1,8 @@
 //! A request from top to bottom.
 
-use std::{borrow::Cow, net::IpAddr, sync::Arc};
+use std::{borrow::Cow, net::IpAddr, rc::Rc, sync::Arc};
 
-use super::{Proxy, forward, forwarded, real_ip, rescue, servlet};
+use super::{Proxy, forward, forwarded, location, real_ip, rescue, servlet};
 use crate::{
     error::{Error, Kind, Result},
     exchange::{Exchange, Matched, Phase, Var},
@@ -16,9 +16,12 @@ use crate::{
 };
 
 /// Serves a request whose head is there, to its log line.
-pub(super) async fn serve(p: &Proxy, x: &mut Exchange) {
+pub(super) async fn serve(p: &Rc<Proxy>, x: &mut Exchange) {
     p.pin(x);
     real_ip::apply(&p.settings.real_ip, x);
+    if !p.locations.is_empty() && location::serve(p, x).await {
+        return;
+    }
     forwarded::apply(&p.settings.trusted, x);
     let sound = !p.settings.normalize_uri_like_servlet || servlet::normalize(&mut x.request.path);
     if sound {
@@ -49,7 +52,7 @@ pub(super) async fn reject(p: &Proxy, x: &mut Exchange, why: &'static str) {
     p.ending.ended(x, &p.runner);
 }
 
-async fn end(p: &Proxy, x: &mut Exchange, phases: PhaseMask) {
+pub(super) async fn end(p: &Proxy, x: &mut Exchange, phases: PhaseMask) {
     if let Some(client) = &x.client {
         x.bytes_sent = client.bytes_sent();
     }
@@ -97,7 +100,8 @@ async fn flowed(p: &Proxy, x: &mut Exchange, flow: Flow) -> Result<()> {
             rescue::stamp(p, x);
             output::answer(x, &p.runner).await
         }
-        Flow::Close => {
+        // Plugins know no locations.
+        Flow::Close | Flow::Jump => {
             if let Some(client) = &mut x.client {
                 client.abort();
             }

@@ -80,7 +80,10 @@ pub(super) async fn no_route(p: &Proxy, x: &mut Exchange) -> Result<()> {
 pub(super) fn page(p: &Proxy, x: &mut Exchange, code: u16) {
     use std::io::Write;
     x.response.status = code;
-    let reason = status::reason(code);
+    let reason = match code {
+        302 => "Found",
+        code => status::reason(code),
+    };
     x.printed.clear();
     let _ = write!(
         x.printed,

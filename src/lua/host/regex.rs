@@ -16,6 +16,7 @@ use crate::{
         api::{Api, Phases},
         fast,
     },
+    observe::log::Level,
 };
 
 /// A JIT stack grows to this before a match fails: deeper than the 32 KB that the machine stack lends, small enough per thread.
@@ -188,7 +189,14 @@ crate::export! {
         // SAFETY: Lua passes strings with their lengths and a buffer of `*error_len` bytes.
         unsafe {
             match compile(fast::bytes(pattern, pattern_len), fast::bytes(options, options_len)) {
-                Ok(regex) => Box::into_raw(regex),
+                Ok(regex) => {
+                    if let Some(x) = fast::exchange()
+                        && fast::bytes(options, options_len).contains(&b'j')
+                    {
+                        x.log(Level::Debug, b"pcre2 JIT compiled successfully");
+                    }
+                    Box::into_raw(regex)
+                }
                 Err(text) => {
                     let len = text.len().min(*error_len);
                     ptr::copy_nonoverlapping(text.as_ptr(), error, len);

@@ -10,6 +10,7 @@ use crate::{
         api::{Api, Phases, Raise, Stack},
         host::{Answer, cjson::write_number},
     },
+    observe::log::Level,
 };
 
 /// Arguments or headers that are read when no bound is given.
@@ -40,12 +41,16 @@ pub fn limit(s: &Stack, i: c_int) -> std::result::Result<usize, Raise> {
 
 /// Characters of a URI component that stay.
 pub fn component(b: u8) -> bool {
-    b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_' | b'~')
+    b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_' | b'~' | b'!' | b'\'' | b'(' | b')' | b'*')
 }
 
 /// Characters of a whole URI that stay.
 fn whole(b: u8) -> bool {
     (0x21..0x7f).contains(&b) && !matches!(b, b'#' | b'%' | b'?')
+}
+
+fn visible(b: u8) -> bool {
+    (0x21..0x7f).contains(&b) && b != b'%'
 }
 
 /// Percent-encodes what `keep` does not hold.
@@ -62,10 +67,12 @@ pub fn escape_into(out: &mut Vec<u8>, text: &[u8], keep: impl Fn(u8) -> bool) {
 
 fn escape(s: &Stack) -> Answer {
     let text = if s.is_nil(1) { &b""[..] } else { s.arg_bytes(1)? };
-    let keep = match s.opt_number(2)? {
-        None => component,
-        Some(2.0) => component,
-        Some(0.0) => whole,
+    let keep = match s.number(2) {
+        None if !s.is_nil(2) => return Err("\"type\" is not a number".into()),
+        None | Some(2.0) => component,
+        Some(0.0 | 1.0) => whole,
+        // nginx's further kinds: for HTML, refresh, memcached, mail.
+        Some(3.0..=6.0) => visible,
         Some(n) => return Err(format!("\"type\" {n} out of range").into()),
     };
     let keep: fn(u8) -> bool = keep;
@@ -96,12 +103,11 @@ pub fn unescape_uri(text: &[u8], plus: bool) -> Vec<u8> {
     out
 }
 
-/// The pairs of a query string, undecoded; `None` for a name without `=`. Empty names are left out.
+/// The pairs of a query string, undecoded; `None` for a name without `=`. A name may be empty.
 pub fn pairs(text: &[u8]) -> impl Iterator<Item = (&[u8], Option<&[u8]>)> {
-    text.split(|b| *b == b'&').filter_map(|pair| {
+    text.split(|b| *b == b'&').filter(|pair| !pair.is_empty()).map(|pair| {
         let at = memchr::memchr(b'=', pair);
-        let (name, value) = at.map_or((pair, None), |at| (&pair[..at], Some(&pair[at + 1..])));
-        (!name.is_empty()).then_some((name, value))
+        at.map_or((pair, None), |at| (&pair[..at], Some(&pair[at + 1..])))
     })
 }
 
@@ -110,7 +116,14 @@ pub fn push_args(s: &Stack, text: &[u8], max: usize) -> Answer {
     s.push_table(0, 4);
     let table = s.top();
     for (count, (name, value)) in pairs(text).enumerate() {
+        // Counted, and left out.
+        if name.is_empty() && count < max {
+            continue;
+        }
         if count == max {
+            if let Some(x) = crate::lua::fast::exchange() {
+                x.log(Level::Debug, format!("lua hit query args limit {max}").as_bytes());
+            }
             s.push_bytes("truncated");
             return Ok(2);
         }

@@ -8,12 +8,13 @@ use std::{
 use super::{Text, codec, scratch, with_scratch};
 use crate::{
     error::Result,
-    exchange::{Exchange, Headers},
+    exchange::{Exchange, Headers, Version},
     lua::{
         api::{Api, Phases, Stack, request},
         fast,
         host::{Answer, cjson::write_number},
     },
+    observe::log::Level,
 };
 
 pub fn register(api: &mut Api) -> Result<()> {
@@ -38,15 +39,21 @@ pub fn register(api: &mut Api) -> Result<()> {
     let doc = "as `resp_header_set`, with a number's text as the value";
     api.fast("resp_header_set_number", set_number, any, doc, resp_header_set_number as *const c_void)?;
     api.func("native.req.headers", any, "headers(max, raw): table, \"truncated\"", |s| {
-        push_headers(s, &request()?.request.headers)
+        push_headers(s, &request()?.request.headers, "request")
     })?;
     api.func("native.resp.headers", any, "headers(max, raw): table, \"truncated\"", |s| {
-        push_headers(s, &request()?.response.headers)
+        let x = request()?;
+        if x.location.is_none() {
+            return push_headers(s, &x.response.headers, "response");
+        }
+        let mut all = x.response.headers.clone();
+        built_in(x).into_iter().for_each(|(name, value)| all.append(name, value));
+        push_headers(s, &all, "response")
     })
 }
 
 /// Pushes the fields as a table by lower-case name, or as they came when argument 2 is true.
-fn push_headers(s: &Stack, headers: &Headers) -> Answer {
+fn push_headers(s: &Stack, headers: &Headers, kind: &str) -> Answer {
     let max = codec::limit(s, 1)?;
     let raw = s.boolean(2);
     s.push_table(0, headers.len());
@@ -54,6 +61,10 @@ fn push_headers(s: &Stack, headers: &Headers) -> Answer {
     let mut lower = Vec::new();
     for (n, (name, value)) in headers.iter().enumerate() {
         if n == max {
+            if let Some(x) = fast::exchange() {
+                let text = format!("lua exceeding {kind} header limit {} > {max}", headers.len());
+                x.log(Level::Debug, text.as_bytes());
+            }
             s.push_bytes("truncated");
             return Ok(2);
         }
@@ -138,7 +149,16 @@ crate::export! {
 
     fn resp_header(name: *const u8, len: usize, n: u32, out: *mut Text) -> c_int, 0 => {
         let Some(x) = fast::exchange() else { return 0 };
-        unsafe { nth(&x.response.headers, fast::bytes(name, len), n, &mut *out) }
+        let name = unsafe { fast::bytes(name, len) };
+        let found = unsafe { nth(&x.response.headers, name, n, &mut *out) };
+        if found == 0 && n == 0 && x.location.is_some() {
+            let built_in = built_in(x).into_iter().find(|(own, _)| own.as_bytes().eq_ignore_ascii_case(name));
+            if let Some((_, value)) = built_in {
+                unsafe { (*out).set(value.as_bytes()) };
+                return 1;
+            }
+        }
+        found
     }
 
     fn req_header_set(name: *const u8, len: usize, value: *const u8, value_len: usize, how: c_int) -> c_int, 0 => {
@@ -174,6 +194,14 @@ crate::export! {
         with_text(value, |text| change(&mut x.response.headers, name, text, how));
         1
     }
+}
+
+/// The fields that are about the client's connection, which the connection itself writes.
+fn built_in(x: &Exchange) -> impl IntoIterator<Item = (&'static str, &'static str)> {
+    let connection = ("Connection", if x.request.keep_alive { "keep-alive" } else { "close" });
+    let chunked = x.request.version == Version::Http11 && !x.response.headers.contains("content-length");
+    let encoding = (chunked && x.response.head_sent).then_some(("Transfer-Encoding", "chunked"));
+    [Some(connection), encoding].into_iter().flatten()
 }
 
 /// Calls `run` with the number as Lua's `tostring` writes it: here it takes a fifth of the time that LuaJIT needs.

@@ -7,6 +7,7 @@
 pub mod balancer;
 pub mod codec;
 pub mod header;
+pub mod location;
 pub mod log;
 pub mod object;
 pub mod req;
@@ -64,6 +65,7 @@ pub fn register(api: &mut Api) -> Result<()> {
     balancer::register(api)?;
     codec::register(api)?;
     header::register(api)?;
+    location::register(api)?;
     log::register(api)?;
     req::register(api)?;
     resp::register(api)?;

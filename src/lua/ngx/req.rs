@@ -10,7 +10,8 @@ use bytes::Bytes;
 
 use super::{Text, codec, header::change_request};
 use crate::{
-    error::Result,
+    conf::locations::Location,
+    error::{Error, Kind, Result},
     exchange::{Exchange, RequestBody, Spooled, Version},
     lua::{
         Op, Values, Wait,
@@ -19,6 +20,7 @@ use crate::{
         host::Answer,
         sched::failed,
     },
+    observe::log::Level,
 };
 
 /// A body up to this stays in memory; a longer one goes to a file (`client_body_buffer_size` is smaller in nginx, and
@@ -46,7 +48,8 @@ pub fn register(api: &mut Api) -> Result<()> {
         x.request.method.extend_from_slice(name);
         Ok(0)
     })?;
-    api.func("ngx.req.set_uri", BODY, "set_uri(uri, jump?, binary?): jump is refused", set_uri)?;
+    let doc = "set_uri(uri, jump?, binary?): jump looks for the location anew and does not return";
+    api.wait("ngx.req.set_uri", BODY, doc, set_uri)?;
     api.func(
         "ngx.req.set_uri_args",
         BODY | Phases::HEADER_FILTER,
@@ -67,9 +70,8 @@ pub fn register(api: &mut Api) -> Result<()> {
         Ok(s.push_number(since.as_millis() as f64 / 1000.0))
     })?;
     api.func("ngx.req.raw_header", READ, "raw_header(no_request_line?)", raw_header)?;
-    api.func("ngx.req.is_internal", READ, "is_internal(): false, as there are no internal redirects", |s| {
-        request()?;
-        Ok(s.push_bool(false))
+    api.func("ngx.req.is_internal", READ, "is_internal(): whether it is a subrequest or came by ngx.exec", |s| {
+        Ok(s.push_bool(request()?.internal))
     })?;
     api.wait("ngx.req.read_body", BODY, "read_body(): waits for the whole body", |_| read_body(true))?;
     api.wait("ngx.req.discard_body", BODY, "discard_body(): reads the body and drops it", |_| read_body(false))?;
@@ -132,25 +134,36 @@ fn get_post_args(s: &Stack) -> Answer {
     }
 }
 
-fn set_uri(s: &Stack) -> Answer {
+fn set_uri(s: &Stack) -> std::result::Result<Wait, Raise> {
     let uri = s.arg_bytes(1)?;
-    if s.boolean(2) {
-        return Err("ngx.req.set_uri with jump is not supported: routes are not matched again".into());
-    }
     if uri.is_empty() {
-        return Err(s.argument_error(1, "attempt to use zero-length uri"));
+        return Err("attempt to use zero-length uri".into());
     }
     if !s.boolean(3)
-        && let Some(at) = uri.iter().position(|b| *b < 0x20 || *b == 0x7f)
+        && let Some(at) = uri.iter().position(|b| is_unsafe(*b))
     {
-        let shown = String::from_utf8_lossy(uri).into_owned();
-        return Err(format!("unsafe byte \"0x{:02x}\" in uri \"{}\"", uri[at], shown.escape_debug()).into());
+        let shown: String =
+            uri.iter().map(|b| if is_unsafe(*b) { format!("\\x{b:02X}") } else { char::from(*b).into() }).collect();
+        let hint = "(maybe you want to set the 'binary' argument?)";
+        return Err(format!("unsafe byte \"0x{:02x}\" in uri \"{shown}\" {hint}", uri[at]).into());
     }
     let x = request()?;
+    if s.boolean(2) {
+        super::location::again(x)?;
+        x.log(Level::Debug, format!("lua set uri jump to \"{}\"", String::from_utf8_lossy(uri)).as_bytes());
+    }
     x.request.path.clear();
     x.request.path.extend_from_slice(uri);
     x.request.uri_changed = true;
-    Ok(0)
+    Ok(match s.boolean(2) {
+        true => Wait::Park(Op::Exit(0)),
+        false => Wait::Ready(0),
+    })
+}
+
+/// What would end a line, or is never part of one.
+fn is_unsafe(b: u8) -> bool {
+    (b < 0x20 && b != b'\t') || b == 0x7f
 }
 
 fn set_uri_args(s: &Stack) -> Answer {
@@ -158,7 +171,9 @@ fn set_uri_args(s: &Stack) -> Answer {
     if s.is_table(1) {
         codec::write_args(s, 1, &mut out)?;
     } else {
-        let text = s.arg_bytes(1)?;
+        let text = s.bytes(1).ok_or_else(|| {
+            s.argument_error(1, &format!("string, number, or table expected, but got {}", s.kind_name(1)))
+        })?;
         codec::escape_into(&mut out, text, |b| b > 0x20 && b != 0x7f);
     }
     let x = request()?;
@@ -212,12 +227,12 @@ struct Reading {
 
 impl Reading {
     /// Moves what is in memory to the file when it has grown too long.
-    fn spill(&mut self) -> std::io::Result<()> {
+    fn spill(&mut self, location: Option<&Location>) -> std::io::Result<()> {
         if self.file.is_none() {
-            if self.memory.len() <= MEMORY_BODY {
+            if self.memory.len() <= memory_limit(location) {
                 return Ok(());
             }
-            self.file = Some(temp_file()?);
+            self.file = Some(temp_file(location)?);
         }
         if let Some((_, file)) = &mut self.file {
             file.write_all(&self.memory)?;
@@ -235,9 +250,24 @@ impl Drop for Reading {
     }
 }
 
-fn temp_file() -> std::io::Result<(std::path::PathBuf, std::fs::File)> {
-    let name = format!("moongate-body-{}-{}", std::process::id(), crate::model::next_uid());
-    let path = std::env::temp_dir().join(name);
+/// How much of a body stays in memory: `client_body_buffer_size`, nothing with `client_body_in_file_only`.
+fn memory_limit(location: Option<&Location>) -> usize {
+    let Some(location) = location else { return MEMORY_BODY };
+    if matches!(location.options.get("client_body_in_file_only"), Some("on" | "clean")) {
+        return 0;
+    }
+    location.options.size("client_body_buffer_size").map_or(MEMORY_BODY, |n| n as usize)
+}
+
+fn temp_file(location: Option<&Location>) -> std::io::Result<(std::path::PathBuf, std::fs::File)> {
+    let uid = crate::model::next_uid();
+    let path = match location {
+        None => std::env::temp_dir().join(format!("moongate-body-{}-{uid}", std::process::id())),
+        Some(location) => {
+            std::fs::create_dir_all(&location.body_dir)?;
+            location.body_dir.join(format!("{}{uid:010}", std::process::id()))
+        }
+    };
     let file = std::fs::OpenOptions::new().write(true).create_new(true).open(&path)?;
     Ok((path, file))
 }
@@ -264,7 +294,7 @@ fn poll_body(cx: &mut Context<'_>, x: &mut Exchange, reading: &mut Reading, keep
         }
         if !keep {
             reading.memory.clear();
-        } else if let Err(e) = reading.spill() {
+        } else if let Err(e) = reading.spill(x.location.as_deref()) {
             return Poll::Ready(failed(e.to_string()));
         }
     }
@@ -274,6 +304,21 @@ fn poll_body(cx: &mut Context<'_>, x: &mut Exchange, reading: &mut Reading, keep
         (true, None) => RequestBody::Memory(Bytes::from(std::mem::take(&mut reading.memory))),
     };
     Poll::Ready(Values::new())
+}
+
+/// Reads the whole body, as `ngx.req.read_body` does.
+pub async fn read_all(x: &mut Exchange) -> Result<()> {
+    if !matches!(x.body, RequestBody::Streaming { .. }) {
+        return Ok(());
+    }
+    let mut reading = Reading::default();
+    let values = std::future::poll_fn(|cx| poll_body(cx, x, &mut reading, true)).await;
+    match values.last() {
+        Some(crate::lua::Value::Bytes(text)) => {
+            Err(Error::client(Kind::Io).context(String::from_utf8_lossy(text).into_owned()))
+        }
+        _ => Ok(()),
+    }
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! The answer: `ngx.say`, `print`, `flush`, `exit`, `redirect`, `status`.
 //!
-//! What is printed is kept in `Exchange::printed` until the end of the phase sends it through the filters: `ngx.flush` does not
-//! send earlier, and says so in its doc line.
+//! Where a location serves the request, the first `ngx.print` settles the head, and what is printed goes out when it has grown,
+//! is flushed or the phase ends. For plugins and functions it is kept in `Exchange::printed` until the phase's end.
 
 use std::{
     borrow::Cow,
@@ -13,13 +13,15 @@ use mlua::ffi;
 use super::{Text, codec};
 use crate::{
     error::Result,
-    exchange::{Exchange, Phase, Source},
+    exchange::{Exchange, Phase, Source, Version, host::Sending},
     lua::{
         Op, Wait,
         api::{Api, Phases, Raise, Stack, request},
         fast,
         host::{Answer, cjson::write_number},
+        sched::Ask,
     },
+    observe::log::Level,
 };
 
 /// A table within tables that `ngx.print` follows.
@@ -28,26 +30,20 @@ const MAX_DEPTH: usize = 100;
 /// What one response may hold back before a flush: above it a script must flush (or the memory of the worker is its).
 const MAX_PRINTED: usize = 256 << 20;
 
+/// What a location has printed goes out once it has grown to this.
+const SEND_AT: usize = 64 << 10;
+
 const PRINT: Phases = Phases(Phases::BEFORE_HEAD.0 | Phases::of(Phase::Balancer).0);
 
 pub fn register(api: &mut Api) -> Result<()> {
     let any = Phases::ANY;
     let request = Phases::REQUEST;
-    api.func("ngx.print", PRINT, "print(...): ok, err; adds to the body", |s| print(s, false))?;
-    api.func("ngx.say", PRINT, "say(...): ok, err; as print, and a newline", |s| print(s, true))?;
-    api.func("ngx.eof", PRINT, "eof(): 1; the body ends when the phase does", |s| {
-        self::request()?;
-        Ok(s.push_number(1.0))
-    })?;
-    let doc = "flush(wait?): 1; what was printed is kept and goes out, with its length, when the phase ends";
-    api.func("ngx.flush", PRINT, doc, |s| {
-        self::request()?;
-        Ok(s.push_number(1.0))
-    })?;
-    api.func("ngx.send_headers", PRINT, "send_headers(): 1; the head goes out with the first bytes", |s| {
-        answered(self::request()?);
-        Ok(s.push_number(1.0))
-    })?;
+    api.wait("ngx.print", PRINT, "print(...): ok, err; adds to the body", |s| print(s, false))?;
+    api.wait("ngx.say", PRINT, "say(...): ok, err; as print, and a newline", |s| print(s, true))?;
+    api.wait("ngx.eof", PRINT, "eof(): ok, err; the body is complete; what follows runs on", eof)?;
+    let doc = "flush(wait?): ok, err; sends what was printed. Plugins and functions: it goes out when the phase ends";
+    api.wait("ngx.flush", PRINT, doc, flush)?;
+    api.wait("ngx.send_headers", PRINT, "send_headers(): ok, err; the head is settled", send_headers)?;
     api.wait("ngx.exit", request | Phases::TIMER, "exit(status): ends the phase or the request", exit)?;
     api.wait("ngx.redirect", Phases::BEFORE_HEAD, "redirect(uri, status?): 302 by default", redirect)?;
     api.fast("status", "int (void)", any, "the response's status, 0 before there is one", status as *const c_void)?;
@@ -108,13 +104,46 @@ fn answered(x: &mut Exchange) {
     }
 }
 
-fn print(s: &Stack, newline: bool) -> Answer {
-    let x = request()?;
-    if x.response.ended {
-        return s.fail("nginx output filter error");
+/// What a host function that sends answers.
+type Sent = std::result::Result<Wait, Raise>;
+
+fn ready(answer: Answer) -> Sent {
+    answer.map(Wait::Ready)
+}
+
+/// Why nothing can be sent any more, in OpenResty's words.
+fn refusal(x: &Exchange) -> Option<&'static str> {
+    match () {
+        () if x.response.ended => Some("seen eof"),
+        () if x.response.head_sent && x.request.method == b"HEAD" => Some("header only"),
+        () => None,
     }
+}
+
+/// Held back to the end, so that its length is known: HTTP/1.0 has no chunks (`lua_http10_buffering`).
+fn is_buffered(x: &Exchange) -> bool {
+    x.request.version == Version::Http10
+        && !x.response.headers.contains("content-length")
+        && x.location.as_ref().is_none_or(|l| l.options.is_on("lua_http10_buffering", true))
+}
+
+/// Asks for sending, where somebody does that before the phase ends.
+fn send(s: &Stack, x: &Exchange, what: Sending) -> Sent {
+    match x.lua.host {
+        Some(_) => Ok(Wait::Park(Op::Ask(Ask::Send(what)))),
+        None => Ok(Wait::Ready(s.push_number(1.0))),
+    }
+}
+
+fn print(s: &Stack, newline: bool) -> Sent {
+    let x = request()?;
+    if let Some(why) = refusal(x) {
+        return ready(s.fail(why));
+    }
+    let before = x.printed.len();
     for i in 1..=s.top() {
         if let Err(kind) = append(s, i, &mut x.printed, 0) {
+            x.printed.truncate(before);
             return Err(s.argument_error(i, &kind));
         }
     }
@@ -123,10 +152,49 @@ fn print(s: &Stack, newline: bool) -> Answer {
     }
     if x.printed.len() > MAX_PRINTED {
         x.printed.truncate(MAX_PRINTED);
-        return s.fail("no memory");
+        return ready(s.fail("no memory"));
     }
     answered(x);
-    Ok(s.push_number(1.0))
+    if is_buffered(x) {
+        return Ok(Wait::Ready(s.push_number(1.0)));
+    }
+    match x.response.head_sent {
+        _ if x.printed.len() >= SEND_AT => send(s, x, Sending::Flush),
+        false => send(s, x, Sending::Head),
+        true => Ok(Wait::Ready(s.push_number(1.0))),
+    }
+}
+
+fn eof(s: &Stack) -> Sent {
+    let x = request()?;
+    if x.response.ended {
+        return ready(s.fail("seen eof"));
+    }
+    answered(x);
+    send(s, x, Sending::End)
+}
+
+fn flush(s: &Stack) -> Sent {
+    let x = request()?;
+    if let Some(why) = refusal(x) {
+        return ready(s.fail(why));
+    }
+    if x.lua.host.is_some() && is_buffered(x) && !x.printed.is_empty() {
+        return ready(s.fail("buffering"));
+    }
+    if x.lua.host.is_some() && !x.response.head_sent {
+        return ready(s.fail("nothing to flush"));
+    }
+    send(s, x, Sending::Flush)
+}
+
+fn send_headers(s: &Stack) -> Sent {
+    let x = request()?;
+    answered(x);
+    if x.response.head_sent || is_buffered(x) {
+        return Ok(Wait::Ready(s.push_number(1.0)));
+    }
+    send(s, x, Sending::Head)
 }
 
 /// Appends a value as `ngx.print` writes it; the error is what is wrong with the argument.
@@ -172,7 +240,20 @@ fn append(s: &Stack, i: c_int, out: &mut Vec<u8>, depth: usize) -> std::result::
 /// `exit(status)`: from 200 on it is the answer, unless something has been printed under a status already.
 fn exit(s: &Stack) -> std::result::Result<Wait, Raise> {
     let code = s.arg_number(1)? as i64;
+    if matches!(code, -2 | -4) {
+        return Err("bad argument to 'ngx.exit': does not accept NGX_AGAIN or NGX_DONE".into());
+    }
     if let Some(x) = fast::exchange() {
+        if x.lua.subrequests.get() > 0 && !matches!(code, -1 | 408 | 444 | 499) {
+            return Err("attempt to abort with pending subrequests".into());
+        }
+        if x.response.head_sent && code >= 300 && code != i64::from(x.response.status) {
+            let text = format!(
+                "attempt to set status {code} via ngx.exit after sending out the response status {}",
+                x.response.status
+            );
+            x.log(Level::Error, text.as_bytes());
+        }
         let sent = x.response.head_sent || !x.printed.is_empty();
         if code == 204 {
             x.printed.clear();
@@ -200,6 +281,9 @@ fn redirect(s: &Stack) -> std::result::Result<Wait, Raise> {
         return Err(format!("unsafe byte \"0x{bad:02x}\" in redirect uri \"{shown}\"").into());
     }
     let x = request()?;
+    if x.lua.subrequests.get() > 0 {
+        return Err("attempt to abort with pending subrequests".into());
+    }
     if x.response.head_sent || !x.printed.is_empty() {
         return Err("attempt to call ngx.redirect after sending out the headers".into());
     }

@@ -33,12 +33,15 @@ use super::{
     socket_pool::{Lease, POOL_SIZE, Pool},
 };
 use crate::{
-    error::Result,
+    error::{Kind, Result},
+    exchange::RequestBody,
     lua::{
-        api::{Api, Phases, Raise, Stack, Wait},
+        api::{Api, Phases, Raise, Stack, Wait, request},
+        fast,
         host::Answer,
         sched::{Op, Value, Values, failed},
     },
+    observe::log::Level,
     tls,
 };
 
@@ -121,6 +124,19 @@ impl Shut for Socket {
 }
 
 impl Socket {
+    /// How long a wait may take: `settimeout`, else what the location says, else lua-nginx-module's default.
+    fn limit(&self, of: u8) -> Duration {
+        let (own, directive, what) = match of {
+            CONNECTING => (&self.connect_timeout, "lua_socket_connect_timeout", "connect"),
+            READING => (&self.read_timeout, "lua_socket_read_timeout", "read"),
+            _ => (&self.send_timeout, "lua_socket_send_timeout", "send"),
+        };
+        let of_location = || fast::exchange()?.location.as_ref()?.options.duration(directive);
+        let limit = own.get().or_else(of_location).unwrap_or(TIMEOUT);
+        note(&format!("lua tcp socket {what} timeout: {}", limit.as_millis()));
+        limit
+    }
+
     fn close(&self) -> bool {
         let conn = self.conn.take();
         conn.is_some()
@@ -210,6 +226,12 @@ pub fn register(api: &mut Api) -> Result<()> {
         "connect(self, host, port, options?) or connect(self, \"unix:…\", …).",
         connect,
     )?;
+    api.func(
+        "native.tcp.of_request",
+        Phases::BEFORE_HEAD,
+        "of_request() -> object: reads the request's body.",
+        of_request,
+    )?;
     api.wait("native.tcp.sslhandshake", any, "sslhandshake(self, session?, name?, verify?) -> true.", handshake)?;
     api.wait("native.tcp.send", any, "send(self, data) -> bytes.", send)?;
     api.wait("native.tcp.receive", any, "receive(self, size | \"*a\" | \"*l\") -> data.", receive)?;
@@ -239,6 +261,68 @@ fn new(s: &Stack) -> Answer {
     let weak: std::rc::Weak<Socket> = Rc::downgrade(&socket);
     owner.adopt(weak);
     Ok(object::push(s, socket))
+}
+
+/// The request's body as something to read from: it is found by the request that runs, which polls.
+struct BodyIo;
+
+impl AsyncRead for BodyIo {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let client = fast::exchange().and_then(|x| x.client.as_mut());
+        let Some(client) = client else { return Poll::Ready(Err(io::ErrorKind::NotConnected.into())) };
+        let mut piece = Vec::new();
+        match ready!(client.poll_read_body(cx, &mut piece, buf.remaining())) {
+            Ok(_) => {
+                buf.put_slice(&piece);
+                Poll::Ready(Ok(()))
+            }
+            Err(e) if e.kind() == Kind::Closed => Poll::Ready(Err(io::Error::other("client aborted"))),
+            Err(e) => Poll::Ready(Err(io::Error::other(e.to_string()))),
+        }
+    }
+}
+
+impl AsyncWrite for BodyIo {
+    fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, _: &[u8]) -> Poll<io::Result<usize>> {
+        Poll::Ready(Err(io::ErrorKind::Unsupported.into()))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+}
+
+/// `ngx.req.socket()`
+fn of_request(s: &Stack) -> Answer {
+    let x = request()?;
+    match &x.body {
+        RequestBody::Streaming { .. } => {}
+        RequestBody::None => return s.fail("no body"),
+        _ => return s.fail("request body already exists"),
+    }
+    if x.request.headers.contains("transfer-encoding") {
+        return s.fail("chunked request bodies not supported yet");
+    }
+    x.body = RequestBody::Consumed;
+    new(s)?;
+    let socket = object::get::<Socket>(s, -1)?;
+    *socket.conn.borrow_mut() = Some(Conn {
+        io: Some(Box::new(BodyIo)),
+        fd: -1,
+        peer: x.conn.peer.ip(),
+        buf: BytesMut::new(),
+        tls: false,
+        reused: 0,
+        name: Box::default(),
+        lease: None,
+        read_ended: false,
+        write_ended: true,
+    });
+    Ok(1)
 }
 
 /// The socket in `self[1]`, if it belongs to whoever runs.
@@ -340,7 +424,10 @@ fn connect(s: &Stack) -> Result<Wait, Raise> {
         None => None,
         Some(pool) => match pool.try_lease() {
             Some(lease) => match pooled(&socket, lease) {
-                Ok(()) => return Ok(Wait::Ready(s.push_number(1.0))),
+                Ok(()) => {
+                    note("lua tcp socket get keepalive peer: using connection");
+                    return Ok(Wait::Ready(s.push_number(1.0)));
+                }
                 Err(lease) => Some(lease),
             },
             None if !pool.may_wait() => return refuse(s, "too many waiting connect operations"),
@@ -361,8 +448,15 @@ fn pooled(socket: &Socket, lease: Lease) -> Result<(), Lease> {
     Ok(())
 }
 
+/// A line for those who look at how their sockets are used.
+fn note(text: &str) {
+    if let Some(x) = fast::exchange() {
+        x.log(Level::Debug, text.as_bytes());
+    }
+}
+
 async fn queued(busy: Busy, target: Target, name: Box<[u8]>, place: impl Future<Output = Option<Lease>>) -> Values {
-    let limit = busy.socket.connect_timeout.get().unwrap_or(TIMEOUT);
+    let limit = busy.socket.limit(CONNECTING);
     match timeout(limit, place).await {
         Err(_) => failed("timeout"),
         Ok(None) => failed("closed"),
@@ -375,7 +469,7 @@ async fn queued(busy: Busy, target: Target, name: Box<[u8]>, place: impl Future<
 
 async fn open(busy: Busy, target: Target, name: Box<[u8]>, lease: Option<Lease>) -> Values {
     let socket = &busy.socket;
-    let limit = socket.connect_timeout.get().unwrap_or(TIMEOUT);
+    let limit = socket.limit(CONNECTING);
     match timeout(limit, reach(target, socket.local.get(), name, lease)).await {
         Err(_) => failed("timeout"),
         Ok(Err(text)) => failed(text),
@@ -457,7 +551,7 @@ async fn agree(busy: Busy, io: Box<dyn Io>, peer: IpAddr, name: Option<String>, 
         (Err(text), _) => return failed(text),
         (_, Err(e)) => return failed(e.to_string()),
     };
-    let limit = busy.socket.connect_timeout.get().unwrap_or(TIMEOUT);
+    let limit = busy.socket.limit(CONNECTING);
     match timeout(limit, TlsConnector::from(config).connect(name, io)).await {
         Err(_) => failed("timeout"),
         Ok(Err(e)) => failed(tls_text(&e)),
@@ -519,14 +613,14 @@ async fn write(busy: Busy, data: Vec<u8>) -> Values {
 async fn write_all(socket: &Socket, mut data: &[u8]) -> io::Result<()> {
     let timed_out = |_| io::Error::from(io::ErrorKind::TimedOut);
     while !data.is_empty() {
-        let limit = socket.send_timeout.get().unwrap_or(TIMEOUT);
+        let limit = socket.limit(WRITING);
         let write = std::future::poll_fn(|cx| socket.poll_write(cx, data));
         match timeout(limit, write).await.map_err(timed_out)?? {
             0 => return Err(io::ErrorKind::UnexpectedEof.into()),
             n => data = &data[n..],
         }
     }
-    let limit = socket.send_timeout.get().unwrap_or(TIMEOUT);
+    let limit = socket.limit(WRITING);
     timeout(limit, std::future::poll_fn(|cx| socket.poll_flush(cx))).await.map_err(timed_out)?
 }
 
@@ -716,7 +810,7 @@ fn read(s: &Stack, socket: &Rc<Socket>, mut want: Want) -> Result<Wait, Raise> {
 async fn read_more(busy: Busy, mut want: Want) -> Values {
     let socket = &busy.socket;
     loop {
-        let limit = socket.read_timeout.get().unwrap_or(TIMEOUT);
+        let limit = socket.limit(READING);
         let filled = timeout(limit, std::future::poll_fn(|cx| socket.poll_fill(cx))).await;
         let mut conn = socket.conn.borrow_mut();
         let Some(buf) = conn.as_mut().map(|c| &mut c.buf) else { return failed("closed") };

@@ -1,0 +1,543 @@
+//! `lua_locations` and its like: plain OpenResty locations, for people who bring Lua written for lua-nginx-module.
+//!
+//! A location holds what its block in nginx.conf held: `set`, `set_by_lua`, scripts by phase, `return`, `proxy_pass`,
+//! `internal`, options by the names of nginx's directives. What the server level says holds for each location that does not
+//! say it itself, as in nginx.
+
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use pcre2::bytes::{Regex, RegexBuilder};
+use serde_json::{Map, Value, json};
+
+use super::keys::at;
+
+/// Everything that config.yaml says beside routes and plugins about what Lua runs when.
+#[derive(Clone, Debug, Default)]
+pub struct Locations {
+    pub list: Vec<Arc<Location>>,
+    /// Run before a location is chosen.
+    pub server_rewrite: Option<Arc<Script>>,
+    pub init: Init,
+    /// `lua_upstreams`: servers as `address:port weight=n`, by the name that `proxy_pass` uses.
+    pub upstreams: HashMap<String, Vec<String>>,
+    /// For `lua_package_path` and `lua_package_cpath`; `;;` stands for the default.
+    pub package_path: String,
+    pub package_cpath: String,
+}
+
+/// What runs once per VM.
+#[derive(Clone, Debug, Default)]
+pub struct Init {
+    pub init: Option<Arc<Script>>,
+    pub init_worker: Option<Arc<Script>>,
+    pub exit_worker: Option<Arc<Script>>,
+}
+
+#[derive(Clone, Debug)]
+pub struct Location {
+    pub pattern: Pattern,
+    /// That of `Pattern::Regex`.
+    pub regex: Option<Regex>,
+    /// For requests of the gateway's own making only: `ngx.exec`, subrequests.
+    pub internal: bool,
+    /// Variables and their values, which may hold `$variables`; in an order in which each comes after those it needs.
+    pub set: Vec<(Box<str>, Template)>,
+    pub set_by_lua: Vec<SetByLua>,
+    pub rewrites: Vec<Rewrite>,
+    pub rewrite: Option<Arc<Script>>,
+    pub access: Option<Arc<Script>>,
+    pub precontent: Option<Arc<Script>>,
+    pub content: Content,
+    pub header_filter: Option<Arc<Script>>,
+    pub body_filter: Option<Arc<Script>>,
+    pub log: Option<Arc<Script>>,
+    pub options: Options,
+    /// `root`: where nginx would look for files, `$document_root`.
+    pub root: PathBuf,
+    /// Where request bodies go that do not fit `client_body_buffer_size`.
+    pub body_dir: PathBuf,
+}
+
+/// `rewrite regex replacement [flag]`
+#[derive(Clone, Debug)]
+pub struct Rewrite {
+    pub regex: Regex,
+    pub replacement: Template,
+    pub flag: Flag,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flag {
+    /// Go on with the next one.
+    None,
+    /// Look for the location of the new path.
+    Last,
+    /// Stay, and look at no further ones.
+    Break,
+    /// Send the client there: 302 or 301.
+    Redirect(u16),
+}
+
+/// How nginx writes which paths a location is for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Pattern {
+    /// `= /x`
+    Exact(Box<str>),
+    /// `/x`; with `^~` regular expressions are not asked.
+    Prefix { prefix: Box<str>, last_word: bool },
+    /// `~ re`, `~* re`
+    Regex { text: Box<str>, ignore_case: bool },
+    /// `@name`
+    Named(Box<str>),
+}
+
+/// `set_by_lua $var code args…`
+#[derive(Clone, Debug)]
+pub struct SetByLua {
+    pub var: Box<str>,
+    pub script: Arc<Script>,
+    pub args: Vec<Template>,
+}
+
+/// What answers.
+#[derive(Clone, Debug)]
+pub enum Content {
+    /// Nothing is said: nginx would look for a file, the gateway has none.
+    Nothing,
+    Lua(Arc<Script>),
+    Return {
+        status: u16,
+        body: Template,
+    },
+    /// `http://host:port$uri`
+    Proxy(Template),
+}
+
+/// A chunk of Lua and what it is called in messages.
+#[derive(Debug)]
+pub struct Script {
+    pub source: Source,
+    /// As Lua takes it: `=content_by_lua(nginx.conf:41)`, `@/path/of/a/file.lua`.
+    pub name: Box<str>,
+}
+
+#[derive(Debug)]
+pub enum Source {
+    Inline(Box<str>),
+    File(PathBuf),
+    /// A file whose name holds variables.
+    Varying(Template),
+}
+
+/// Text with `$variables`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Template(pub Vec<Piece>);
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Piece {
+    Text(Box<str>),
+    Var(Box<str>),
+}
+
+/// Directives by name, words joined by a space; those that may stand several times hold a line for each.
+#[derive(Clone, Debug, Default)]
+pub struct Options(HashMap<Box<str>, Vec<Box<str>>>);
+
+impl Options {
+    pub fn get(&self, name: &str) -> Option<&str> {
+        self.0.get(name).and_then(|lines| lines.last()).map(|line| &**line)
+    }
+
+    pub fn all(&self, name: &str) -> &[Box<str>] {
+        self.0.get(name).map_or(&[], |lines| lines)
+    }
+
+    pub fn is_on(&self, name: &str, default: bool) -> bool {
+        self.get(name).map_or(default, |value| value == "on")
+    }
+
+    /// A size in bytes, as nginx writes it: `8k`.
+    pub fn size(&self, name: &str) -> Option<u64> {
+        self.get(name).and_then(super::typed::size)
+    }
+
+    /// A time as nginx writes it: `100ms`, `60s`.
+    pub fn duration(&self, name: &str) -> Option<Duration> {
+        self.get(name).and_then(super::typed::duration)
+    }
+
+    fn read(map: Option<&Map<String, Value>>, base: &Options) -> Options {
+        let mut options = base.clone();
+        for (name, value) in map.into_iter().flatten() {
+            let lines = match value {
+                Value::Array(lines) => lines.iter().map(words).collect(),
+                one => vec![words(one)],
+            };
+            options.0.insert(name.as_str().into(), lines);
+        }
+        options
+    }
+}
+
+fn words(value: &Value) -> Box<str> {
+    match value {
+        Value::Array(words) => words.iter().map(|w| text(w).into_owned()).collect::<Vec<_>>().join(" ").into(),
+        one => text(one).into(),
+    }
+}
+
+fn text(value: &Value) -> std::borrow::Cow<'_, str> {
+    match value {
+        Value::String(text) => text.into(),
+        other => other.to_string().into(),
+    }
+}
+
+impl Template {
+    /// `$name`, `${name}`; a `$` that no name follows stands for itself.
+    pub fn parse(text: &str) -> Template {
+        let mut pieces = Vec::new();
+        let mut rest = text;
+        let mut literal = String::new();
+        while let Some(at) = rest.find('$') {
+            literal.push_str(&rest[..at]);
+            let after = &rest[at + 1..];
+            let braced = after.starts_with('{').then(|| after[1..].split_once('}')).flatten();
+            let (name, left) = match braced {
+                Some((name, left)) => (name, left),
+                None => {
+                    after.split_at(after.find(|c: char| !c.is_ascii_alphanumeric() && c != '_').unwrap_or(after.len()))
+                }
+            };
+            rest = left;
+            if name.is_empty() {
+                literal.push('$');
+                continue;
+            }
+            if !literal.is_empty() {
+                pieces.push(Piece::Text(std::mem::take(&mut literal).into()));
+            }
+            pieces.push(Piece::Var(name.into()));
+        }
+        literal.push_str(rest);
+        if !literal.is_empty() {
+            pieces.push(Piece::Text(literal.into()));
+        }
+        Template(pieces)
+    }
+
+    fn needs(&self, name: &str) -> bool {
+        self.0.iter().any(|piece| matches!(piece, Piece::Var(var) if **var == *name))
+    }
+}
+
+/// Reads it all; mistakes are noted with their path.
+pub(super) fn read(json: &Value, prefix: &Path, mistakes: &mut Vec<String>) -> Locations {
+    let mut r = Reader { prefix, mistakes };
+    let server = at(json, "lua_server").and_then(Value::as_object).cloned().unwrap_or_default();
+    let options = Options::read(at(json, "lua_options").and_then(Value::as_object), &Options::default());
+    let list = at(json, "lua_locations").and_then(Value::as_array).map_or(&[][..], |list| list);
+    let list = list
+        .iter()
+        .enumerate()
+        .filter_map(|(i, one)| r.location(&format!("lua_locations[{i}]"), one, &server, &options));
+    let mut list: Vec<_> = list.map(Arc::new).collect();
+    // What the server runs, it runs for every path.
+    let everywhere = |l: &Arc<Location>| matches!(&l.pattern, Pattern::Prefix { prefix, .. } if **prefix == *"/");
+    let serves = PHASES.iter().any(|p| server.contains_key(*p) || server.contains_key(&format!("{p}_file")));
+    if serves && !list.iter().any(everywhere) {
+        let implied = json!({"location": "/"});
+        list.extend(r.location("lua_server", &implied, &server, &options).map(Arc::new));
+    }
+    let init = at(json, "lua_init").and_then(Value::as_object).cloned().unwrap_or_default();
+    let upstreams = at(json, "lua_upstreams").and_then(Value::as_object).into_iter().flatten();
+    let line = |key: &str| at(json, key).map(|v| text(v).into_owned()).unwrap_or_default();
+    Locations {
+        list,
+        server_rewrite: r.script(&server, "server_rewrite_by_lua"),
+        init: Init {
+            init: r.script(&init, "init_by_lua"),
+            init_worker: r.script(&init, "init_worker_by_lua"),
+            exit_worker: r.script(&init, "exit_worker_by_lua"),
+        },
+        upstreams: upstreams
+            .map(|(name, servers)| {
+                let servers = servers.as_array().into_iter().flatten().map(|s| text(s).into_owned());
+                (name.clone(), servers.collect())
+            })
+            .collect(),
+        package_path: line("lua_package_path"),
+        package_cpath: line("lua_package_cpath"),
+    }
+}
+
+struct Reader<'a> {
+    prefix: &'a Path,
+    mistakes: &'a mut Vec<String>,
+}
+
+impl Reader<'_> {
+    fn location(
+        &mut self,
+        path: &str,
+        value: &Value,
+        server: &Map<String, Value>,
+        options: &Options,
+    ) -> Option<Location> {
+        let Some(own) = value.as_object() else {
+            self.mistakes.push(format!("{path}: is not a map with `location` and what belongs to it"));
+            return None;
+        };
+        let Some(written) = own.get("location").and_then(Value::as_str) else {
+            self.mistakes.push(format!("{path}.location: is missing; write what nginx would have, `/x` or `= /x`"));
+            return None;
+        };
+        let compiled = pattern(written).and_then(|pattern| Ok((compile(&pattern)?, pattern)));
+        let (regex, pattern) = match compiled {
+            Ok(both) => both,
+            Err(e) => {
+                self.mistakes.push(format!("{path}.location: {e}"));
+                return None;
+            }
+        };
+        // What the server says and the location does not.
+        let mut map = server.clone();
+        map.remove("lines");
+        for phase in PHASES {
+            if own.contains_key(*phase) || own.contains_key(&format!("{phase}_file")) {
+                map.remove(*phase);
+                map.remove(&format!("{phase}_file"));
+            }
+        }
+        let server_set = map.remove("set");
+        map.extend(own.clone());
+        let sets = [server_set.as_ref(), own.get("set")];
+        let sets = sets.into_iter().flatten().filter_map(Value::as_object).flatten();
+        let set = in_order(sets.map(|(name, value)| (name.as_str().into(), Template::parse(&text(value)))).collect());
+        let options = Options::read(own.get("options").and_then(Value::as_object), options);
+        let lua_sets = map.get("set_by_lua").and_then(Value::as_array).cloned().unwrap_or_default();
+        Some(Location {
+            pattern,
+            regex,
+            internal: map.get("internal").and_then(Value::as_bool).unwrap_or(false),
+            set,
+            set_by_lua: lua_sets.iter().enumerate().filter_map(|(i, s)| self.set_by_lua(path, i, s)).collect(),
+            rewrites: self.rewrites(path, &options),
+            rewrite: self.script(&map, "rewrite_by_lua"),
+            access: self.script(&map, "access_by_lua"),
+            precontent: self.script(&map, "precontent_by_lua"),
+            content: self.content(path, &map),
+            header_filter: self.script(&map, "header_filter_by_lua"),
+            body_filter: self.script(&map, "body_filter_by_lua"),
+            log: self.script(&map, "log_by_lua"),
+            root: self.prefix.join(options.get("root").unwrap_or("html")),
+            body_dir: self.prefix.join("client_body_temp"),
+            options,
+        })
+    }
+
+    fn rewrites(&mut self, path: &str, options: &Options) -> Vec<Rewrite> {
+        let mut rewrites = Vec::new();
+        for line in options.all("rewrite") {
+            let mut words = line.split_whitespace();
+            let (regex, replacement) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
+            let flag = match words.next() {
+                Some("last") => Flag::Last,
+                Some("break") => Flag::Break,
+                Some("redirect") => Flag::Redirect(302),
+                Some("permanent") => Flag::Redirect(301),
+                _ if ["http://", "https://", "$scheme"].iter().any(|s| replacement.starts_with(s)) => {
+                    Flag::Redirect(302)
+                }
+                _ => Flag::None,
+            };
+            match RegexBuilder::new().jit_if_available(true).build(regex) {
+                Ok(regex) => rewrites.push(Rewrite { regex, replacement: Template::parse(replacement), flag }),
+                Err(e) => {
+                    self.mistakes.push(format!("{path}.options.rewrite: {regex:?} is no regular expression: {e}"))
+                }
+            }
+        }
+        rewrites
+    }
+
+    fn set_by_lua(&mut self, path: &str, i: usize, value: &Value) -> Option<SetByLua> {
+        let var = value.get("var").and_then(Value::as_str);
+        let file = value.get("file").and_then(Value::as_str);
+        let inline = value.get("lua").and_then(Value::as_str);
+        let script = match (file, inline) {
+            (Some(file), _) => Some(self.file(file)),
+            (None, Some(lua)) => Some(inline_script(lua, "=set_by_lua".into())),
+            (None, None) => None,
+        };
+        let (Some(var), Some(script)) = (var, script) else {
+            self.mistakes.push(format!("{path}.set_by_lua[{i}]: needs `var`, and `lua` or `file`"));
+            return None;
+        };
+        let args = value.get("args").and_then(Value::as_array).into_iter().flatten();
+        Some(SetByLua { var: var.into(), script, args: args.map(|a| Template::parse(&text(a))).collect() })
+    }
+
+    fn content(&mut self, path: &str, map: &Map<String, Value>) -> Content {
+        if let Some(script) = self.script(map, "content_by_lua") {
+            return Content::Lua(script);
+        }
+        if let Some(answer) = map.get("return") {
+            let status = answer.get("status").and_then(Value::as_u64).filter(|s| (1..=999).contains(s));
+            let Some(status) = status else {
+                self.mistakes.push(format!("{path}.return.status: is not a status"));
+                return Content::Nothing;
+            };
+            let body = answer.get("body").map(|b| Template::parse(&text(b))).unwrap_or_default();
+            return Content::Return { status: status as u16, body };
+        }
+        match map.get("proxy_pass").and_then(Value::as_str) {
+            Some(target) => Content::Proxy(Template::parse(target)),
+            None => Content::Nothing,
+        }
+    }
+
+    fn script(&mut self, map: &Map<String, Value>, phase: &str) -> Option<Arc<Script>> {
+        if let Some(file) = map.get(&format!("{phase}_file")).and_then(Value::as_str) {
+            return Some(self.file(file));
+        }
+        let source = map.get(phase).and_then(Value::as_str)?;
+        let line = map.get("lines").and_then(|lines| lines.get(phase)).and_then(Value::as_u64);
+        let name = line.map_or_else(|| format!("={phase}"), |line| format!("={phase}(nginx.conf:{line})"));
+        Some(inline_script(source, name))
+    }
+
+    fn file(&self, file: &str) -> Arc<Script> {
+        let template = Template::parse(file);
+        if template.0.iter().any(|piece| matches!(piece, Piece::Var(_))) {
+            return Arc::new(Script { name: format!("@{file}").into(), source: Source::Varying(template) });
+        }
+        let path = self.prefix.join(file);
+        Arc::new(Script { name: format!("@{}", path.display()).into(), source: Source::File(path) })
+    }
+}
+
+const PHASES: &[&str] = &[
+    "rewrite_by_lua",
+    "access_by_lua",
+    "precontent_by_lua",
+    "content_by_lua",
+    "header_filter_by_lua",
+    "body_filter_by_lua",
+    "log_by_lua",
+];
+
+fn inline_script(source: &str, name: String) -> Arc<Script> {
+    Arc::new(Script { source: Source::Inline(source.into()), name: name.into() })
+}
+
+fn pattern(written: &str) -> Result<Pattern, String> {
+    let (mark, rest) =
+        written.trim().split_once(char::is_whitespace).map_or(("", written.trim()), |(m, r)| (m, r.trim()));
+    let mark_and_rest = match mark {
+        "" => ["^~", "~*", "=", "~"].iter().find_map(|m| rest.strip_prefix(m).map(|r| (*m, r))).unwrap_or(("", rest)),
+        _ => (mark, rest),
+    };
+    match mark_and_rest {
+        ("=", path) => Ok(Pattern::Exact(path.into())),
+        ("^~", prefix) => Ok(Pattern::Prefix { prefix: prefix.into(), last_word: true }),
+        ("~", re) => Ok(Pattern::Regex { text: re.into(), ignore_case: false }),
+        ("~*", re) => Ok(Pattern::Regex { text: re.into(), ignore_case: true }),
+        ("", name) if name.starts_with('@') => Ok(Pattern::Named(name.into())),
+        ("", prefix) => Ok(Pattern::Prefix { prefix: prefix.into(), last_word: false }),
+        (mark, _) => Err(format!("{mark:?} is none of nginx's marks =, ^~, ~ and ~*")),
+    }
+}
+
+fn compile(pattern: &Pattern) -> Result<Option<Regex>, String> {
+    let Pattern::Regex { text, ignore_case } = pattern else { return Ok(None) };
+    let regex = RegexBuilder::new().caseless(*ignore_case).jit_if_available(true).build(text);
+    regex.map(Some).map_err(|e| format!("{text:?} is no regular expression: {e}"))
+}
+
+/// Values after those that they need; a circle stays as it is.
+fn in_order(mut sets: Vec<(Box<str>, Template)>) -> Vec<(Box<str>, Template)> {
+    let mut ordered = Vec::with_capacity(sets.len());
+    while !sets.is_empty() {
+        let names: Vec<_> = sets.iter().map(|(name, _)| name.clone()).collect();
+        let free = sets.iter().position(|(own, value)| !names.iter().any(|name| name != own && value.needs(name)));
+        ordered.push(sets.remove(free.unwrap_or(0)));
+    }
+    ordered
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn read_all(json: Value) -> (Locations, Vec<String>) {
+        let mut mistakes = Vec::new();
+        (read(&json, Path::new("/p"), &mut mistakes), mistakes)
+    }
+
+    #[test]
+    fn patterns_are_read_as_nginx_reads_them() {
+        for (written, expected) in [
+            ("= /t", Pattern::Exact("/t".into())),
+            ("=/t", Pattern::Exact("/t".into())),
+            ("/t", Pattern::Prefix { prefix: "/t".into(), last_word: false }),
+            ("^~ /t", Pattern::Prefix { prefix: "/t".into(), last_word: true }),
+            ("~ ^/a(.)$", Pattern::Regex { text: "^/a(.)$".into(), ignore_case: false }),
+            ("~* /A", Pattern::Regex { text: "/A".into(), ignore_case: true }),
+            ("@me", Pattern::Named("@me".into())),
+        ] {
+            assert_eq!(pattern(written), Ok(expected), "{written}");
+        }
+        assert!(pattern("! /x").unwrap_err().contains("marks"));
+    }
+
+    #[test]
+    fn templates_find_their_variables() {
+        let var = |name: &str| Piece::Var(name.into());
+        let literal = |text: &str| Piece::Text(text.into());
+        assert_eq!(Template::parse("a${b}c$d-$").0, [literal("a"), var("b"), literal("c"), var("d"), literal("-$")]);
+        assert!(Template::parse("").0.is_empty());
+    }
+
+    #[test]
+    fn a_location_has_what_the_server_says_unless_it_says_so_itself() {
+        let (read, mistakes) = read_all(json!({
+            "lua_server": {"rewrite_by_lua": "server", "log_by_lua": "log", "set": {"a": "1"}},
+            "lua_options": {"default_type": "text/plain", "lua_need_request_body": "on"},
+            "lua_locations": [{
+                "location": "/t", "rewrite_by_lua_file": "conf/r.lua", "content_by_lua": "x()",
+                "lines": {"content_by_lua": 41}, "set": {"b": "$c", "c": "$a"},
+                "options": {"default_type": "text/html", "proxy_set_header": [["A", "b"], ["C", "d"]]},
+            }],
+        }));
+        assert!(mistakes.is_empty(), "{mistakes:?}");
+        let one = &read.list[0];
+        assert_eq!(&*one.rewrite.as_ref().unwrap().name, "@/p/conf/r.lua");
+        assert_eq!(&*one.log.as_ref().unwrap().name, "=log_by_lua");
+        let Content::Lua(script) = &one.content else { panic!("no Lua") };
+        assert_eq!(&*script.name, "=content_by_lua(nginx.conf:41)");
+        assert_eq!(one.set.iter().map(|(name, _)| &**name).collect::<Vec<_>>(), ["a", "c", "b"]);
+        assert_eq!(
+            (one.options.get("default_type"), one.options.is_on("lua_need_request_body", false)),
+            (Some("text/html"), true)
+        );
+        assert_eq!(one.options.all("proxy_set_header"), ["A b".into(), "C d".into()]);
+    }
+
+    #[test]
+    fn every_mistake_is_told() {
+        let (_, mistakes) = read_all(json!({"lua_locations": [
+            1, {}, {"location": "! /x"}, {"location": "/y", "return": {}}, {"location": "/z", "set_by_lua": [{"var": "x"}]},
+            {"location": "~ ("},
+        ]}));
+        assert_eq!(mistakes.len(), 6, "{mistakes:?}");
+        assert!(mistakes[1].starts_with("lua_locations[1].location:"), "{mistakes:?}");
+    }
+}

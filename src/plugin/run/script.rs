@@ -1,0 +1,247 @@
+//! The scripts of locations: compiled once per VM, run phase by phase as lua-nginx-module runs them.
+
+use std::{cell::RefCell, collections::HashMap, ffi::c_int, rc::Rc, sync::Arc};
+
+use mlua::ffi;
+
+use super::{Flow, Generation, Job, Run, Runner, failed, run_of, settle};
+use crate::{
+    conf::locations::{Location, Script, SetByLua, Source},
+    error::{Error, Result},
+    exchange::{Exchange, Phase},
+    lua::{
+        Stack, api,
+        sched::{self, Outcome},
+        vm,
+    },
+    observe::log::Level,
+    plugin::PhaseMask,
+};
+
+/// Registry references of the scripts that have run.
+#[derive(Default)]
+pub(super) struct Compiled {
+    /// By address. Bounded by what config.yaml says; the scripts are held so that no other gets their address.
+    scripts: RefCell<HashMap<usize, (Arc<Script>, c_int)>>,
+    /// By path, where the path holds variables.
+    files: RefCell<HashMap<Box<str>, c_int>>,
+}
+
+/// Files with variables in their names that are kept compiled: the client may have a say in the names.
+const MAX_FILES: usize = 1000;
+
+/// Why a script does not run, and what nginx answers then.
+struct NotLoaded {
+    text: String,
+    status: u16,
+}
+
+impl From<String> for NotLoaded {
+    fn from(text: String) -> Self {
+        NotLoaded { text, status: 500 }
+    }
+}
+
+impl Generation {
+    fn script(&self, script: &Arc<Script>) -> Result<c_int, NotLoaded> {
+        let key = Arc::as_ptr(script) as usize;
+        if let Some((_, anchor)) = self.scripts.scripts.borrow().get(&key) {
+            return Ok(*anchor);
+        }
+        let anchor = self.compile(script)?;
+        self.scripts.scripts.borrow_mut().insert(key, (script.clone(), anchor));
+        Ok(anchor)
+    }
+
+    fn file(&self, path: &str) -> Result<c_int, NotLoaded> {
+        if let Some(anchor) = self.scripts.files.borrow().get(path) {
+            return Ok(*anchor);
+        }
+        let path_of = self.vm.config.prefix.join(path);
+        let name = format!("@{}", path_of.display()).into();
+        let anchor = self.compile(&Script { source: Source::File(path_of), name })?;
+        let mut files = self.scripts.files.borrow_mut();
+        if files.len() >= MAX_FILES {
+            files.drain().for_each(|(_, anchor)| self.vm.release(anchor));
+        }
+        files.insert(path.into(), anchor);
+        Ok(anchor)
+    }
+
+    fn compile(&self, script: &Script) -> Result<c_int, NotLoaded> {
+        if let Source::File(path) = &script.source
+            && let Err(e) = std::fs::File::open(path)
+        {
+            let status = match e.kind() {
+                std::io::ErrorKind::NotFound => 404,
+                std::io::ErrorKind::PermissionDenied => 503,
+                _ => 500,
+            };
+            let path = path.display();
+            return Err(NotLoaded {
+                text: format!("failed to load external Lua file \"{path}\": cannot open {path}: {e}"),
+                status,
+            });
+        }
+        let chunk = vm::load_script(&self.vm.lua, script)?;
+        Ok(self.vm.keep(chunk).map_err(|e| e.to_string())?)
+    }
+}
+
+impl Runner {
+    /// Makes `location` the one that serves the request.
+    pub fn enter_location(&self, x: &mut Exchange, location: Arc<Location>) {
+        let mut mask = PhaseMask::default();
+        for (script, phase) in [
+            (&location.header_filter, Phase::HeaderFilter),
+            (&location.body_filter, Phase::BodyFilter),
+            (&location.log, Phase::Log),
+        ] {
+            if script.is_some() {
+                mask.add(phase);
+            }
+        }
+        x.lua.phases = mask.0;
+        x.location = Some(location);
+        if x.lua.run.is_none() {
+            let generation = self.generation.borrow().clone();
+            let slot = generation.vm.take_slot();
+            x.lua.slot = Some(slot);
+            if let Some(ctx) = x.lua.ctx.take() {
+                generation.vm.adopt_ctx(slot, &*ctx);
+            }
+            x.lua.run = Some(Rc::new(Run { job: Job::Location(generation), slot }));
+        }
+    }
+
+    /// Forgets `ngx.ctx` and whatever else of the request its scripts kept: an internal redirect starts anew.
+    pub fn forget_location(&self, x: &mut Exchange) {
+        x.lua.run = None;
+        x.lua.slot = None;
+    }
+
+    /// Runs a script that may answer.
+    pub async fn script(&self, x: &mut Exchange, script: &Arc<Script>, phase: Phase) -> Flow {
+        x.phase = phase;
+        match self.run_script(x, script).await {
+            Ok(Outcome::Failed(text)) => {
+                x.log(Level::Error, format!("lua entry thread aborted: runtime error: {text}").as_bytes());
+                failed(x)
+            }
+            Ok(_) if x.jump.is_some() => Flow::Jump,
+            // ngx.DECLINED: somebody else is to answer, and in the content phase nobody is left. ngx.ERROR: nobody is to.
+            Ok(Outcome::Exit(-5)) if phase != Phase::Content => Flow::Next,
+            Ok(Outcome::Exit(-5 | -1)) => Flow::Close,
+            // The client went away: there is nobody to answer.
+            Ok(Outcome::Exit(499)) => {
+                x.response.status = 499;
+                Flow::Close
+            }
+            Ok(Outcome::Exit(n)) => settle(x, Outcome::Exit(n)),
+            Ok(Outcome::Done(())) => settle(x, Outcome::Done(None)),
+            Err(NotLoaded { text, status }) => {
+                x.log(Level::Error, text.as_bytes());
+                failed(x);
+                x.response.status = status;
+                Flow::Answer
+            }
+        }
+    }
+
+    /// `set_by_lua`: the value for the variable.
+    pub async fn set_by_lua(&self, x: &mut Exchange, set: &SetByLua) -> Result<Vec<u8>> {
+        x.phase = Phase::Set;
+        let told = |x: &Exchange, text: String| {
+            x.log(Level::Error, text.as_bytes());
+            Error::script(text)
+        };
+        let (generation, anchor) = self.prepared(x, &set.script).map_err(|e| told(x, e.text))?;
+        let args: Vec<Vec<u8>> = set
+            .args
+            .iter()
+            .map(|arg| {
+                let mut value = Vec::new();
+                x.fill(arg, &mut value);
+                value
+            })
+            .collect();
+        let n = args.len();
+        // The chunk's arguments are what `ngx.arg` has there.
+        let push = |s: &Stack| {
+            s.get_index(ffi::LUA_REGISTRYINDEX, anchor as usize);
+            s.reserve(n).map_or(0, |()| {
+                for arg in &args {
+                    s.push_bytes(arg);
+                }
+                n as c_int
+            })
+        };
+        let read = |s: &Stack| s.bytes(1).unwrap_or_default().to_vec();
+        match sched::call(&generation.vm, x, push, read).await {
+            Outcome::Done(value) => Ok(value),
+            Outcome::Exit(_) => Ok(Vec::new()),
+            Outcome::Failed(text) => Err(told(x, format!("failed to run set_by_lua*: {text}"))),
+        }
+    }
+
+    /// Reads the request's body before anything runs: `lua_need_request_body`.
+    pub async fn read_body(&self, x: &mut Exchange) -> Result<()> {
+        crate::lua::ngx::req::read_all(x).await
+    }
+
+    /// Runs a script that works on the response.
+    pub(super) async fn location_filter(&self, x: &mut Exchange, phase: Phase) -> Result<()> {
+        let Some(script) = location_script(x, phase) else { return Ok(()) };
+        x.phase = phase;
+        match self.run_script(x, &script).await {
+            Ok(Outcome::Failed(text)) => {
+                let text = format!("failed to run {}: {text}", api::context_name(phase));
+                x.log(Level::Error, text.as_bytes());
+                Err(Error::script(text))
+            }
+            Ok(Outcome::Exit(n)) if phase == Phase::HeaderFilter && n >= 200 => {
+                x.filter_exit = Some(n as u16);
+                Ok(())
+            }
+            Ok(_) => Ok(()),
+            Err(NotLoaded { text, .. }) => {
+                x.log(Level::Error, text.as_bytes());
+                Err(Error::script(text))
+            }
+        }
+    }
+
+    async fn run_script(&self, x: &mut Exchange, script: &Arc<Script>) -> Result<Outcome<()>, NotLoaded> {
+        let (generation, anchor) = self.prepared(x, script)?;
+        let push = |s: &Stack| {
+            s.get_index(ffi::LUA_REGISTRYINDEX, anchor as usize);
+            0
+        };
+        Ok(sched::call(&generation.vm, x, push, |_| ()).await)
+    }
+
+    /// The VM of the request and the script compiled in it.
+    fn prepared(&self, x: &Exchange, script: &Arc<Script>) -> Result<(Rc<Generation>, c_int), NotLoaded> {
+        let run = run_of(x).ok_or_else(|| NotLoaded::from("the request has entered no location".to_owned()))?;
+        let generation = run.generation();
+        let anchor = match &script.source {
+            Source::Varying(path) => {
+                let mut name = Vec::new();
+                x.fill(path, &mut name);
+                generation.file(&String::from_utf8_lossy(&name))?
+            }
+            Source::Inline(_) | Source::File(_) => generation.script(script)?,
+        };
+        Ok((generation, anchor))
+    }
+}
+
+fn location_script(x: &Exchange, phase: Phase) -> Option<Arc<Script>> {
+    let location = x.location.as_ref()?;
+    match phase {
+        Phase::HeaderFilter => location.header_filter.clone(),
+        Phase::BodyFilter => location.body_filter.clone(),
+        Phase::Log => location.log.clone(),
+        _ => None,
+    }
+}

@@ -1,0 +1,170 @@
+//! Subrequests: a request of a script's own to a location, whose answer the script gets.
+
+use std::{
+    any::Any,
+    cell::RefCell,
+    rc::Rc,
+    task::{Context, Poll},
+};
+
+use futures_util::future::{join_all, ready};
+
+use super::{Proxy, location};
+use crate::{
+    error::{Error, Kind, Result},
+    exchange::{
+        BodyLength, Client, Exchange, Headers, Request, RequestBody, Response,
+        host::{Answered, Captured, Doing, Subrequest},
+    },
+    observe::log::Level,
+};
+
+/// Subrequests within subrequests, as in nginx.
+const MAX_DEPTH: u32 = 50;
+
+/// The longest answer that is kept for a script.
+const MAX_BODY: usize = 256 << 20;
+
+/// Makes them all. Those that share the request's variables run one after the other.
+pub(super) fn run(p: Rc<Proxy>, x: &Exchange, list: Vec<Subrequest>) -> Doing<'static, Answered> {
+    if x.depth >= MAX_DEPTH {
+        let path = String::from_utf8_lossy(&x.request.path);
+        x.log(Level::Error, format!("lua subrequests cycle while processing \"{path}\"").as_bytes());
+        let list = list.iter().map(|_| Captured { status: 500, ..Captured::default() }).collect();
+        return Box::pin(ready(Answered { list, vars: None }));
+    }
+    let share = list.iter().any(|one| one.share_vars);
+    let children: Vec<_> = list.into_iter().map(|one| (one.share_vars, child(x, one))).collect();
+    if share { Box::pin(in_turn(p, children)) } else { Box::pin(at_once(p, children)) }
+}
+
+async fn at_once(p: Rc<Proxy>, children: Vec<(bool, Child)>) -> Answered {
+    let done = join_all(children.into_iter().map(|(_, child)| run_one(&p, child))).await;
+    Answered { list: done.into_iter().map(|(answer, _)| answer).collect(), vars: None }
+}
+
+async fn in_turn(p: Rc<Proxy>, children: Vec<(bool, Child)>) -> Answered {
+    let mut answered = Answered::default();
+    for (share, mut child) in children {
+        if let (true, Some(vars)) = (share, &answered.vars) {
+            child.x.custom_vars.clone_from(vars);
+        }
+        let (answer, vars) = run_one(&p, child).await;
+        if share {
+            answered.vars = Some(vars);
+        }
+        answered.list.push(answer);
+    }
+    answered
+}
+
+type Vars = Vec<(Box<str>, Vec<u8>)>;
+
+/// The exchange of a subrequest and what its client will have received.
+struct Child {
+    x: Exchange,
+    received: Rc<RefCell<Received>>,
+}
+
+#[derive(Default)]
+struct Received {
+    body: Vec<u8>,
+    truncated: bool,
+}
+
+fn child(x: &Exchange, one: Subrequest) -> Child {
+    let mut child = Exchange::new(x.conn.clone(), x.snapshot.clone());
+    child.begin();
+    child.started = x.started;
+    (child.depth, child.internal) = (x.depth + 1, true);
+    let (from, to) = (&x.request, &mut child.request);
+    to.method = one.method;
+    to.version = from.version;
+    to.target.clone_from(&from.target);
+    to.host.clone_from(&from.host);
+    to.headers.clone_from(&from.headers);
+    (to.path, to.args, to.uri_changed) = (one.path, one.args, true);
+    to.real_ip = from.real_ip;
+    child.body = match one.body {
+        Some(body) => RequestBody::Memory(body),
+        None if one.forward_body => x.body.lent(),
+        None => RequestBody::None,
+    };
+    child.request.headers.remove("transfer-encoding");
+    let length = match &child.body {
+        RequestBody::Memory(data) => Some(data.len() as u64),
+        RequestBody::File { length, .. } => Some(*length),
+        _ => None,
+    };
+    match length {
+        Some(length) => child.request.headers.set("Content-Length", length.to_string()),
+        None => drop(child.request.headers.remove("content-length")),
+    }
+    if one.copy_vars || one.share_vars {
+        child.custom_vars.clone_from(&x.custom_vars);
+    }
+    for (name, value) in one.vars {
+        // What cannot be set stays: nginx says so in its log only.
+        let _ = child.set_var(&name, &value);
+    }
+    child.lua.ctx = one.ctx;
+    let received = Rc::<RefCell<Received>>::default();
+    child.client = Some(Box::new(Capture(received.clone())));
+    Child { x: child, received }
+}
+
+async fn run_one(p: &Rc<Proxy>, child: Child) -> (Captured, Vars) {
+    let Child { mut x, received } = child;
+    location::serve_child(p, &mut x).await;
+    let Received { body, truncated } = received.take();
+    let captured =
+        Captured { status: x.response.status, headers: std::mem::take(&mut x.response.headers), body, truncated };
+    (captured, std::mem::take(&mut x.custom_vars))
+}
+
+/// The client of a subrequest: keeps what it is sent.
+struct Capture(Rc<RefCell<Received>>);
+
+impl Client for Capture {
+    fn poll_read_body(&mut self, _: &mut Context<'_>, _: &mut Vec<u8>, _: usize) -> Poll<Result<usize>> {
+        Poll::Ready(Ok(0))
+    }
+
+    fn start(&mut self, _: &Request, _: &Response, _: BodyLength) -> Result<()> {
+        Ok(())
+    }
+
+    fn interim(&mut self, _: u16, _: &Headers) -> Result<()> {
+        Ok(())
+    }
+
+    fn poll_write(&mut self, _: &mut Context<'_>, data: &[u8]) -> Poll<Result<usize>> {
+        let mut received = self.0.borrow_mut();
+        if received.body.len() + data.len() > MAX_BODY {
+            received.truncated = true;
+            return Poll::Ready(Err(Error::internal(Kind::TooLarge).context("the subrequest's answer is too long")));
+        }
+        received.body.extend_from_slice(data);
+        Poll::Ready(Ok(data.len()))
+    }
+
+    fn poll_flush(&mut self, _: &mut Context<'_>) -> Poll<Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_finish(&mut self, _: &mut Context<'_>) -> Poll<Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_gone(&mut self, _: &mut Context<'_>) -> Poll<()> {
+        Poll::Pending
+    }
+
+    fn abort(&mut self) {
+        self.0.borrow_mut().truncated = true;
+    }
+
+    fn as_any(&mut self) -> &mut dyn Any {
+        self
+    }
+}

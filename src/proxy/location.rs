@@ -1,0 +1,434 @@
+//! Requests that a location of config.yaml serves: its scripts in nginx's order, and what answers.
+
+use std::{rc::Rc, sync::Arc};
+
+use hashbrown::HashMap;
+use serde_json::json;
+
+use super::{Proxy, capture, forward, request, rescue};
+use crate::{
+    conf::locations::{Content, Flag, Location, Locations, Template},
+    error::{Error, Kind, Result},
+    exchange::{
+        BodyLength, Exchange, Jump, Phase, Version,
+        host::{Answered, Doing, Host, Sending, Subrequest},
+    },
+    location::Chosen,
+    model::{self, Keyring, ParseContext, Parsed},
+    plugin::{Flow, PhaseMask, output},
+};
+
+/// Locations that one request may go through, as in nginx.
+const MAX_JUMPS: u32 = 10;
+
+/// Serves the request, if a location is there for its path; says whether one was.
+pub(super) async fn serve(p: &Rc<Proxy>, x: &mut Exchange) -> bool {
+    let Some(chosen) = choose(p, x) else { return false };
+    x.lua.host = Some(Rc::new(Serving(p.clone())));
+    if let Err(e) = run(p, x, chosen).await
+        && !x.response.ended
+    {
+        rescue::answer(p, x, e).await;
+    }
+    let phases = PhaseMask(x.lua.phases);
+    request::end(p, x, phases).await;
+    true
+}
+
+/// Serves a subrequest; its answer stands in the exchange and with its client.
+pub(super) async fn serve_child(p: &Rc<Proxy>, x: &mut Exchange) {
+    x.lua.host = Some(Rc::new(Serving(p.clone())));
+    let chosen = choose(p, x);
+    let served = match chosen {
+        Some(chosen) => Box::pin(run(p, x, chosen)).await,
+        None => not_found(p, x).await,
+    };
+    if let Err(e) = served {
+        rescue::answer(p, x, e).await;
+    }
+    x.lua.run = None;
+}
+
+fn choose(p: &Proxy, x: &Exchange) -> Option<Chosen> {
+    p.locations.choose(&x.request.path)
+}
+
+/// The proxy, as scripts of locations reach it.
+struct Serving(Rc<Proxy>);
+
+impl Host for Serving {
+    fn send<'a>(&'a self, x: &'a mut Exchange, what: Sending) -> Doing<'a, Result<()>> {
+        Box::pin(send(&self.0, x, what))
+    }
+
+    fn subrequests(&self, x: &Exchange, list: Vec<Subrequest>) -> Doing<'static, Answered> {
+        capture::run(self.0.clone(), x, list)
+    }
+}
+
+/// Sends what scripts have printed so far.
+async fn send(p: &Proxy, x: &mut Exchange, what: Sending) -> Result<()> {
+    if x.response.ended {
+        return Ok(());
+    }
+    if !x.response.head_sent && head(p, x).await? {
+        return Ok(());
+    }
+    if what == Sending::Head {
+        return Ok(());
+    }
+    body(p, x, what == Sending::End).await?;
+    match what {
+        Sending::End => output::finish(x).await,
+        _ => output::flush(x).await,
+    }
+}
+
+/// Settles the head; says whether that was all of the response.
+async fn head(p: &Proxy, x: &mut Exchange) -> Result<bool> {
+    if x.response.status == 0 {
+        x.response.status = 200;
+    }
+    default_type(x);
+    x.response.headers.set("Server", &p.settings.server);
+    add_headers(x);
+    if let Err(e) = output::filter_head(x, &p.runner).await {
+        // nginx has no answer left then, and says nothing.
+        if let Some(client) = &mut x.client {
+            client.abort();
+        }
+        x.response.ended = true;
+        return Err(e);
+    }
+    if let Some(status) = x.filter_exit.take() {
+        x.response.status = status;
+        x.printed.clear();
+        if status >= 300 && status != 444 {
+            rescue::page(p, x, status);
+        }
+        output::plain(x).await?;
+        return Ok(true);
+    }
+    let length = length(x);
+    output::send_head(x, length)?;
+    Ok(false)
+}
+
+/// `add_header name value [always]`
+fn add_headers(x: &mut Exchange) {
+    let Some(location) = x.location.clone() else { return };
+    let usual = matches!(x.response.status, 200 | 201 | 204 | 206 | 301 | 302 | 303 | 304 | 307 | 308);
+    for line in location.options.all("add_header") {
+        let (name, value) = line.split_once(' ').unwrap_or((line, ""));
+        let (value, always) = value.strip_suffix(" always").map_or((value, false), |value| (value, true));
+        if usual || always {
+            let mut text = Vec::new();
+            x.fill(&Template::parse(value), &mut text);
+            x.response.headers.append(name, &text);
+        }
+    }
+}
+
+/// What was printed, through the body filters.
+async fn body(p: &Proxy, x: &mut Exchange, eof: bool) -> Result<()> {
+    std::mem::swap(&mut x.chunk.data, &mut x.printed);
+    x.printed.clear();
+    x.chunk.eof = eof;
+    match output::remaining_length(x) {
+        BodyLength::None => x.chunk.data.clear(),
+        // A client that was promised so much gets no more.
+        BodyLength::Known(n) => x.chunk.data.truncate(n.saturating_sub(x.body_bytes_sent) as usize),
+        BodyLength::Unknown => {}
+    }
+    output::chunk(x, &p.runner).await
+}
+
+/// From location to location, until one answers.
+async fn run(p: &Proxy, x: &mut Exchange, chosen: Chosen) -> Result<()> {
+    let mut next = Some(chosen);
+    loop {
+        let Some(Chosen { location, captures }) = next else { return not_found(p, x).await };
+        if location.internal && !x.internal {
+            return not_found(p, x).await;
+        }
+        for (name, value) in captures {
+            set(x, &name, value);
+        }
+        p.runner.enter_location(x, location.clone());
+        let flow = phases(p, x, &location).await?;
+        if flow != Flow::Jump {
+            return finish(p, x, flow).await;
+        }
+        x.jumps += 1;
+        if x.jumps > MAX_JUMPS {
+            let path = String::from_utf8_lossy(&x.request.path);
+            let what = format!("rewrite or internal redirection cycle while processing \"{path}\"");
+            return Err(Error::internal(Kind::Other).context(what));
+        }
+        next = jump(p, x);
+    }
+}
+
+/// Goes where a script sent the request.
+fn jump(p: &Proxy, x: &mut Exchange) -> Option<Chosen> {
+    match x.jump.take()? {
+        Jump::Again => {
+            p.runner.forget_location(x);
+            choose(p, x)
+        }
+        Jump::Exec { path, args } => {
+            x.internal = true;
+            x.request.path = path;
+            x.request.args = args.unwrap_or_default();
+            x.request.uri_changed = true;
+            p.runner.forget_location(x);
+            choose(p, x)
+        }
+        Jump::Named(name) => {
+            x.internal = true;
+            let location = p.locations.named(&name)?;
+            Some(Chosen { location, captures: Vec::new() })
+        }
+    }
+}
+
+async fn phases(p: &Proxy, x: &mut Exchange, location: &Arc<Location>) -> Result<Flow> {
+    for (name, value) in &location.set {
+        let mut text = Vec::new();
+        x.fill(value, &mut text);
+        set(x, name, text);
+    }
+    for one in &location.set_by_lua {
+        let value = p.runner.set_by_lua(x, one).await?;
+        set(x, &one.var, value);
+    }
+    if location.options.is_on("lua_need_request_body", false) {
+        p.runner.read_body(x).await?;
+    }
+    if let Some(flow) = rewrite(p, x, location).await? {
+        return Ok(flow);
+    }
+    for (script, phase) in [
+        (&location.rewrite, Phase::RewriteByLua),
+        (&location.access, Phase::Access),
+        (&location.precontent, Phase::Precontent),
+    ] {
+        if phase == Phase::Access && x.depth == 0 && is_denied(x, location) {
+            rescue::page(p, x, 403);
+            output::answer(x, &p.runner).await?;
+            return Ok(Flow::Sent);
+        }
+        // A subrequest is as welcome as the request that made it.
+        let Some(script) = script.as_ref().filter(|_| phase != Phase::Access || x.depth == 0) else { continue };
+        let flow = p.runner.script(x, script, phase).await;
+        if flow != Flow::Next {
+            return Ok(flow);
+        }
+    }
+    x.phase = Phase::Content;
+    match &location.content {
+        Content::Lua(script) => Ok(p.runner.script(x, script, Phase::Content).await),
+        Content::Return { status, body } => {
+            let mut text = Vec::new();
+            x.fill(body, &mut text);
+            returned(p, x, *status, text).await?;
+            Ok(Flow::Sent)
+        }
+        Content::Proxy(target) => {
+            let mut text = Vec::new();
+            x.fill(target, &mut text);
+            proxy(p, x, &String::from_utf8_lossy(&text)).await?;
+            Ok(Flow::Sent)
+        }
+        Content::Nothing => {
+            not_found(p, x).await?;
+            Ok(Flow::Sent)
+        }
+    }
+}
+
+fn set(x: &mut Exchange, name: &str, value: Vec<u8>) {
+    // What nginx does not let change, it does not let a configuration set either.
+    let _ = x.set_var(name, &value);
+}
+
+async fn finish(p: &Proxy, x: &mut Exchange, flow: Flow) -> Result<()> {
+    match flow {
+        Flow::Sent | Flow::Jump => Ok(()),
+        Flow::Close => {
+            if let Some(client) = &mut x.client {
+                client.abort();
+            }
+            Ok(())
+        }
+        // A script that ends has answered; one that exits with a status may have left the words to nginx.
+        Flow::Next => send(p, x, Sending::End).await,
+        Flow::Answer => answer(p, x).await,
+    }
+}
+
+/// `rewrite regex replacement [flag]`, each of them in turn. `None`: the request goes on.
+async fn rewrite(p: &Proxy, x: &mut Exchange, location: &Location) -> Result<Option<Flow>> {
+    for rule in &location.rewrites {
+        let Some(found) = rule.regex.captures(&x.request.path).ok().flatten() else { continue };
+        let group = |at: usize| found.get(at).map(|m| m.as_bytes().to_vec());
+        let groups: Vec<_> = (1..10).filter_map(|at| Some((at, group(at)?))).collect();
+        for (at, value) in groups {
+            set(x, &at.to_string(), value);
+        }
+        let mut target = Vec::new();
+        x.fill(&rule.replacement, &mut target);
+        if let Flag::Redirect(status) = rule.flag {
+            returned(p, x, status, target).await?;
+            return Ok(Some(Flow::Sent));
+        }
+        let (path, args) = match memchr::memchr(b'?', &target) {
+            Some(at) => (target[..at].to_vec(), Some(target[at + 1..].to_vec())),
+            None => (target, None),
+        };
+        x.request.path = path;
+        x.request.uri_changed = true;
+        if let Some(mut args) = args {
+            // What the request brought stays behind those of the replacement.
+            if !args.is_empty() && !x.request.args.is_empty() {
+                args.push(b'&');
+                args.extend_from_slice(&x.request.args);
+            }
+            x.request.args = args;
+        }
+        match rule.flag {
+            Flag::Break => return Ok(None),
+            Flag::Last => {
+                x.jump = Some(Jump::Again);
+                return Ok(Some(Flow::Jump));
+            }
+            Flag::None | Flag::Redirect(_) => {}
+        }
+    }
+    let changed = location.rewrites.iter().any(|rule| matches!(rule.flag, Flag::None)) && x.request.uri_changed;
+    if changed
+        && p.locations
+            .choose(&x.request.path)
+            .is_none_or(|c| !Arc::ptr_eq(&c.location, x.location.as_ref().unwrap_or(&c.location)))
+    {
+        x.jump = Some(Jump::Again);
+        return Ok(Some(Flow::Jump));
+    }
+    Ok(None)
+}
+
+/// `allow`, `deny`: an address that is both is allowed.
+fn is_denied(x: &Exchange, location: &Location) -> bool {
+    let remote = x.remote().ip().to_canonical();
+    let named = |directive: &str| {
+        location
+            .options
+            .all(directive)
+            .iter()
+            .any(|line| **line == *"all" || crate::expr::network(line).is_some_and(|net| net.contains(&remote)))
+    };
+    named("deny") && !named("allow")
+}
+
+/// Sends what the scripts printed, or nginx's page for a status that nobody has printed anything for.
+async fn answer(p: &Proxy, x: &mut Exchange) -> Result<()> {
+    if x.response.status == 0 {
+        x.response.status = 200;
+    }
+    let status = x.response.status;
+    if x.printed.is_empty() && !x.response.head_sent && status >= 300 && status != 304 {
+        rescue::page(p, x, status);
+        return output::answer(x, &p.runner).await;
+    }
+    send(p, x, Sending::End).await
+}
+
+fn length(x: &Exchange) -> BodyLength {
+    match output::remaining_length(x) {
+        BodyLength::Unknown if x.request.version == Version::Http10 && buffers(x) => {
+            BodyLength::Known(x.printed.len() as u64)
+        }
+        length => length,
+    }
+}
+
+/// `lua_http10_buffering`
+fn buffers(x: &Exchange) -> bool {
+    x.location.as_ref().is_none_or(|l| l.options.is_on("lua_http10_buffering", true))
+}
+
+/// `default_type`, for answers of Lua's.
+fn default_type(x: &mut Exchange) {
+    let Some(location) = &x.location else { return };
+    if x.response.headers.contains("content-type") || !location.options.is_on("lua_use_default_type", true) {
+        return;
+    }
+    let default = location.options.get("default_type").unwrap_or("text/plain");
+    if !default.is_empty() {
+        x.response.headers.set("Content-Type", default);
+    }
+}
+
+/// `return status body`
+async fn returned(p: &Proxy, x: &mut Exchange, status: u16, body: Vec<u8>) -> Result<()> {
+    x.response.status = status;
+    if matches!(status, 301 | 302 | 303 | 307 | 308) && !body.is_empty() {
+        x.response.headers.set("Location", &body);
+        rescue::page(p, x, status);
+    } else if body.is_empty() && status >= 300 && status != 304 {
+        rescue::page(p, x, status);
+    } else {
+        x.printed = body;
+        default_type(x);
+        rescue::stamp(p, x);
+    }
+    output::answer(x, &p.runner).await
+}
+
+async fn not_found(p: &Proxy, x: &mut Exchange) -> Result<()> {
+    rescue::page(p, x, 404);
+    output::answer(x, &p.runner).await
+}
+
+/// `proxy_pass http://host:port/uri`
+async fn proxy(p: &Proxy, x: &mut Exchange, target: &str) -> Result<()> {
+    let bad = || Error::config(Kind::Invalid).context(format!("proxy_pass: {target:?} is not http://host:port/uri"));
+    let (scheme, rest) = target.split_once("://").ok_or_else(bad)?;
+    let (host, uri) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
+    x.upstream.conf = Some(match p.upstreams.get(host) {
+        Some(upstream) => upstream.clone(),
+        None => upstream(scheme, &[host.to_owned()]).ok_or_else(bad)?,
+    });
+    if !uri.is_empty() {
+        x.upstream.uri = uri.as_bytes().to_vec();
+        if !uri.contains('?') && !x.request.args.is_empty() {
+            x.upstream.uri.push(b'?');
+            x.upstream.uri.extend_from_slice(&x.request.args);
+        }
+    }
+    x.upstream.host = host.as_bytes().to_vec();
+    forward::forward(p, x).await
+}
+
+/// `lua_upstreams` as upstreams.
+pub(super) fn upstreams(locations: &Locations) -> HashMap<String, Arc<model::Upstream>> {
+    let all = locations.upstreams.iter();
+    all.filter_map(|(name, servers)| Some((name.clone(), upstream("http", servers)?))).collect()
+}
+
+/// Servers as nginx writes them: `127.0.0.1:1980 weight=2`.
+fn upstream(scheme: &str, servers: &[String]) -> Option<Arc<model::Upstream>> {
+    let mut nodes = serde_json::Map::new();
+    for server in servers {
+        let mut words = server.split_whitespace();
+        let place = words.next()?;
+        let weight = words.find_map(|w| w.strip_prefix("weight=")?.parse::<u32>().ok()).unwrap_or(1);
+        nodes.insert(place.to_owned(), weight.into());
+    }
+    let json = json!({"type": "roundrobin", "scheme": scheme, "nodes": nodes}).to_string();
+    let keyring = Keyring::default();
+    match model::parse(model::Kind::Upstream, "lua_upstreams", &json, &ParseContext::new(&keyring)) {
+        Ok(Parsed::Upstream(upstream)) => Some(upstream),
+        _ => None,
+    }
+}
