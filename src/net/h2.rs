@@ -39,9 +39,9 @@ use crate::{
 pub(super) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 /// nginx's `http2_max_concurrent_streams`.
-const MAX_STREAMS: u32 = 128;
+pub(super) const MAX_STREAMS: u32 = 128;
 /// Streams that a client may reset before they were looked at (CVE-2023-44487); then the connection is closed.
-const MAX_RESETS: usize = 20;
+pub(super) const MAX_RESETS: usize = 20;
 /// Request body bytes that a client may send ahead of who reads them, per stream and per connection.
 const STREAM_WINDOW: u32 = 128 * 1024;
 const CONNECTION_WINDOW: u32 = 1024 * 1024;

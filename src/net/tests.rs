@@ -398,6 +398,90 @@ fn a_client_that_resets_its_stream_is_gone() {
     })
 }
 
+/// An HTTP/2 client that keeps no rules.
+struct Frames(TcpStream);
+
+impl Frames {
+    const DATA: u8 = 0;
+    const HEADERS: u8 = 1;
+    const RST_STREAM: u8 = 3;
+    const SETTINGS: u8 = 4;
+    const GOAWAY: u8 = 7;
+
+    async fn connect(addr: SocketAddr) -> Frames {
+        let mut tcp = TcpStream::connect(addr).await.expect("connects");
+        let hello = [h2::PREFACE, &Self::frame(Self::SETTINGS, 0, 0, &[])].concat();
+        tcp.write_all(&hello).await.expect("sends");
+        Frames(tcp)
+    }
+
+    fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+        let mut frame = (payload.len() as u32).to_be_bytes()[1..].to_vec();
+        frame.extend([kind, flags]);
+        frame.extend(stream.to_be_bytes());
+        frame.extend(payload);
+        frame
+    }
+
+    /// `POST http://a/` with a body that is still to come.
+    fn post(stream: u32) -> Vec<u8> {
+        const END_HEADERS: u8 = 4;
+        // HPACK: three fields of the static table, and `:authority` as a literal.
+        Self::frame(Self::HEADERS, END_HEADERS, stream, &[0x83, 0x86, 0x84, 0x01, 1, b'a'])
+    }
+
+    /// The next frame of this kind: its stream and its payload.
+    async fn next(&mut self, wanted: u8) -> (u32, Vec<u8>) {
+        loop {
+            let mut head = [0; 9];
+            self.0.read_exact(&mut head).await.expect("a frame");
+            let mut payload = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize];
+            self.0.read_exact(&mut payload).await.expect("a whole frame");
+            if head[3] == wanted {
+                return (u32::from_be_bytes([head[5], head[6], head[7], head[8]]), payload);
+            }
+        }
+    }
+}
+
+#[test]
+fn streams_past_the_bound_are_refused() {
+    with_server(Settings::default(), |addr, _| async move {
+        const REFUSED_STREAM: u32 = 7;
+        const END_STREAM: u8 = 1;
+        let mut client = Frames::connect(addr).await;
+        // The handlers of all wait for bodies.
+        let streams = (0..=h2::MAX_STREAMS).map(|n| 2 * n + 1);
+        let all: Vec<u8> = streams.clone().flat_map(Frames::post).collect();
+        client.0.write_all(&all).await.expect("sends");
+        let last = streams.last().expect("some");
+        assert_eq!(client.next(Frames::RST_STREAM).await, (last, REFUSED_STREAM.to_be_bytes().into()));
+        let body = Frames::frame(Frames::DATA, END_STREAM, 1, b"hi");
+        client.0.write_all(&body).await.expect("sends");
+        assert_eq!(client.next(Frames::DATA).await, (1, b"POST / hi".to_vec()));
+        // One has ended, so there is room for one.
+        let next = [Frames::post(last + 2), Frames::frame(Frames::DATA, END_STREAM, last + 2, b"ho")].concat();
+        client.0.write_all(&next).await.expect("sends");
+        assert_eq!(client.next(Frames::DATA).await, (last + 2, b"POST / ho".to_vec()));
+    })
+}
+
+#[test]
+fn a_client_that_resets_all_it_opens_is_let_go() {
+    with_server(Settings::default(), |addr, server| async move {
+        const ENHANCE_YOUR_CALM: u32 = 11;
+        const CANCEL: [u8; 4] = 8u32.to_be_bytes();
+        let mut client = Frames::connect(addr).await;
+        let opened_and_reset = |n: u32| [Frames::post(n), Frames::frame(Frames::RST_STREAM, 0, n, &CANCEL)].concat();
+        // In one piece: the server reads them all before it looks at the first.
+        let all: Vec<u8> = (0..=h2::MAX_RESETS as u32).flat_map(|n| opened_and_reset(2 * n + 1)).collect();
+        client.0.write_all(&all).await.expect("sends");
+        let (_, why) = client.next(Frames::GOAWAY).await;
+        assert_eq!(why[4..8], ENHANCE_YOUR_CALM.to_be_bytes());
+        server.drain.done().await;
+    })
+}
+
 #[test]
 fn proxy_protocol_tells_the_client() {
     with_listener(true, vec![], |addr| async move {
