@@ -992,4 +992,19 @@ mod tests {
         }
         println!("one change: {:?}", start.elapsed() / 1000);
     }
+
+    #[test]
+    fn verdicts_are_remembered_up_to_a_number() {
+        let (mut b, checks) = builder();
+        for i in 0..MAX_CHECKED {
+            b.check_plugin("key-auth", &i.to_string(), PluginSchema::Plugin).unwrap();
+        }
+        b.check_plugin("key-auth", "0", PluginSchema::Plugin).unwrap();
+        assert_eq!((checks.get(), b.checked.len()), (MAX_CHECKED, MAX_CHECKED));
+        let refused = b.check_plugin("key-auth", "bad", PluginSchema::Plugin).unwrap_err();
+        assert_eq!(refused, "failed to check the configuration of plugin key-auth err: bad is not good");
+        assert_eq!(b.checked.len(), 1);
+        b.check_plugin("key-auth", "0", PluginSchema::Plugin).unwrap();
+        assert_eq!(checks.get(), MAX_CHECKED + 2, "asked again");
+    }
 }
