@@ -19,7 +19,7 @@ use tokio::{
 };
 
 /// Connections served at once: an operator's tools and a console, not traffic.
-const MAX_CONNECTIONS: usize = 256;
+pub(super) const MAX_CONNECTIONS: usize = 256;
 /// How long a client may take to send a request's head, then its body.
 const HEADER_PATIENCE: Duration = Duration::from_secs(30);
 const BODY_PATIENCE: Duration = Duration::from_secs(60);
