@@ -16,10 +16,10 @@ use super::{
 use crate::error::{self, Error, Result};
 
 /// A script that makes up names must not fill memory.
-const MAX_FAMILIES: usize = 256;
+pub(super) const MAX_FAMILIES: usize = 256;
 
 /// Nor one that puts what clients send into labels.
-const MAX_SERIES: usize = 10_000;
+pub(super) const MAX_SERIES: usize = 10_000;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {

@@ -12,7 +12,7 @@ use tokio::{net::TcpListener, sync::Semaphore};
 use super::Metrics;
 
 /// Scrapers connected at the same time; more wait to be accepted.
-const MAX_CONNECTIONS: usize = 64;
+pub(super) const MAX_CONNECTIONS: usize = 64;
 
 /// A scraper sends its request at once.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
