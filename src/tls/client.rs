@@ -146,3 +146,21 @@ impl ServerCertVerifier for Anyone {
         self.0.signature_verification_algorithms.supported_schemes()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn configurations_are_kept_up_to_a_number() {
+        let config = client_config(false, None, &[]).expect("a configuration");
+        assert!(Arc::ptr_eq(&config, &client_config(false, None, &[]).expect("the same")));
+        for i in 0..CONFIGS_KEPT + 100 {
+            let key = Key { verify: false, pair: Some((i.to_string().into(), "".into())), alpn: [].into() };
+            CONFIGS.insert(key, config.clone());
+        }
+        CONFIGS.run_pending_tasks();
+        assert_eq!(CONFIGS.entry_count(), CONFIGS_KEPT);
+        client_config(true, None, &[b"h2"]).expect("one more is made, kept or not");
+    }
+}
