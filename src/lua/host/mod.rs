@@ -78,6 +78,22 @@ pub(crate) mod tests {
         }
     }
 
+    /// As `serve`, with `f` as a global function: for bounds that a test reaches only where they are smaller.
+    #[track_caller]
+    pub(crate) fn serve_with<F: crate::lua::api::HostFn>(
+        f: F,
+        chunk: &str,
+        expected: &str,
+    ) -> crate::exchange::Exchange {
+        let add = |vm: &Vm| {
+            let mut api = crate::lua::api::Api::new(&vm.lua).expect("an API");
+            api.func("native.f", crate::lua::api::Phases::ANY, "", f).expect("registered");
+            let (native, _) = api.finish().expect("a table");
+            vm.lua.globals().raw_set("f", native.get::<mlua::Function>("f").expect("a function")).expect("set");
+        };
+        serve_in(add, |_| {}, chunk, expected)
+    }
+
     /// Runs a chunk for a request and compares what it returns; gives the request back.
     #[track_caller]
     pub(crate) fn serve(
@@ -85,8 +101,19 @@ pub(crate) mod tests {
         chunk: &str,
         expected: &str,
     ) -> crate::exchange::Exchange {
+        serve_in(|_| {}, prepare, chunk, expected)
+    }
+
+    #[track_caller]
+    fn serve_in(
+        add: impl FnOnce(&Vm),
+        prepare: impl FnOnce(&mut crate::exchange::Exchange),
+        chunk: &str,
+        expected: &str,
+    ) -> crate::exchange::Exchange {
         use crate::{exchange, lua::fast, store::Snapshot};
         let vm = Vm::new(VmConfig::default()).expect("a VM");
+        add(&vm);
         let peer = "127.0.0.1:4000".parse().expect("an address");
         let conn = exchange::Connection::new(7, peer, peer);
         let mut x = exchange::Exchange::new(conn.into(), Snapshot::default().into());
