@@ -492,7 +492,7 @@ struct Gate {
 }
 
 /// Answers what it is sent.
-async fn serve_gate(listener: TcpListener, gate: Rc<Gate>, ended: oneshot::Receiver<()>) {
+async fn serve_gate(limits: http::Limits, listener: TcpListener, gate: Rc<Gate>, ended: oneshot::Receiver<()>) {
     let handler = move |request: http::Incomplete| {
         let gate = gate.clone();
         async move {
@@ -506,7 +506,7 @@ async fn serve_gate(listener: TcpListener, gate: Rc<Gate>, ended: oneshot::Recei
             }
         }
     };
-    http::serve(listener, Rc::new(handler), async { drop(ended.await) }).await;
+    http::serve_within(limits, listener, Rc::new(handler), async { drop(ended.await) }).await;
 }
 
 async fn asks(stream: &mut TcpStream, path: &str) {
@@ -528,9 +528,9 @@ fn connections_past_the_bound_wait_for_a_place() {
         let addr = listener.local_addr().expect("bound");
         let gate = Rc::<Gate>::default();
         let (end, ended) = oneshot::channel();
-        let served = tokio::task::spawn_local(serve_gate(listener, gate.clone(), ended));
+        let served = tokio::task::spawn_local(serve_gate(http::LIMITS, listener, gate.clone(), ended));
         let mut held = Vec::new();
-        for _ in 0..http::MAX_CONNECTIONS {
+        for _ in 0..http::LIMITS.connections {
             let mut stream = TcpStream::connect(addr).await.expect("connects");
             asks(&mut stream, "/").await;
             is_answered(&mut stream).await;
@@ -566,7 +566,7 @@ fn a_body_is_read_up_to_its_bound() {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let addr = listener.local_addr().expect("bound");
         let (_end, ended) = oneshot::channel();
-        tokio::task::spawn_local(serve_gate(listener, Rc::default(), ended));
+        tokio::task::spawn_local(serve_gate(http::LIMITS, listener, Rc::default(), ended));
         let told = "invalid request body: request size 11 is greater than the maximum size 10 allowed";
         for (body, expected) in [
             ("Content-Length: 10\r\n\r\n0123456789", "0123456789"),
@@ -666,5 +666,45 @@ fn a_write_gives_way_to_others_only_so_often() {
         let posted = api.call("POST", "/routes", json!({"uri": "/b", "upstream": upstream()})).await;
         assert_eq!((posted.status, posted.error().as_str()), (409, "another writer took every id that was tried"));
         assert_eq!(tries.load(Ordering::Relaxed), resource::MAX_TRIES);
+    });
+}
+
+#[test]
+fn who_is_too_slow_is_let_go() {
+    scene(|| async {
+        let short = Duration::from_millis(50);
+        let limits = http::Limits {
+            head_patience: short,
+            body_patience: short,
+            drain_patience: short,
+            discard: 100_000,
+            ..http::LIMITS
+        };
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let addr = listener.local_addr().expect("bound");
+        let gate = Rc::<Gate>::default();
+        let (end, ended) = oneshot::channel();
+        let served = tokio::task::spawn_local(serve_gate(limits, listener, gate.clone(), ended));
+        let told = "invalid request body: request size 1000000 is greater than the maximum size 10 allowed";
+        for (request, expected) in [
+            ("GET / HT".to_owned(), ""),
+            ("PUT / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n1".to_owned(), "invalid request body: timeout"),
+            // Of what is too long so much is read, and for so long; then the refusal is sent.
+            ("PUT / HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\n".to_owned() + &"x".repeat(200_000), told),
+            ("PUT / HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\n1".to_owned(), told),
+        ] {
+            let mut stream = TcpStream::connect(addr).await.expect("connects");
+            stream.write_all(request.as_bytes()).await.expect("is sent");
+            let mut reply = Vec::new();
+            // A body that was not read to its end may be answered with a reset after the refusal.
+            let _ = stream.read_to_end(&mut reply).await;
+            let reply = String::from_utf8_lossy(&reply);
+            assert!(reply.contains(expected) && reply.is_empty() == expected.is_empty(), "{reply}");
+        }
+        let mut held = TcpStream::connect(addr).await.expect("connects");
+        asks(&mut held, "/hold").await;
+        gate.came.notified().await;
+        end.send(()).expect("is served");
+        served.await.expect("does not wait for one that never ends");
     });
 }
