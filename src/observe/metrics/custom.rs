@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::{
-    cells::Histogram,
+    cells::{Histogram, MAX_VALUE},
     lock,
     page::{Page, label_text},
 };
@@ -138,7 +138,13 @@ impl Family {
 }
 
 fn owned(values: &[&str]) -> Vec<Box<str>> {
-    values.iter().map(|v| Box::from(*v)).collect()
+    values.iter().map(|v| Box::from(cut(v))).collect()
+}
+
+/// At a character that still fits whole.
+fn cut(value: &str) -> &str {
+    let fits = |end: &usize| value.is_char_boundary(*end);
+    &value[..(0..=value.len().min(MAX_VALUE)).rev().find(fits).unwrap_or_default()]
 }
 
 fn is_name(name: &str) -> bool {

@@ -247,6 +247,11 @@ fn long_values_are_cut() {
     assert!(page.contains(&format!("route=\"{long}\"")), "{page}");
     assert!(page.contains(&format!("\"{model}\"")));
     assert!(!page.contains(&format!("{long}r")) && !page.contains(&format!("{model}m")));
+    let own = metrics.custom(Kind::Counter, "own", "", &["of"], &[]).unwrap();
+    let cut = "o".repeat(cells::MAX_VALUE - 1);
+    own.inc(&[&format!("{cut}é")], 1.0);
+    own.inc(&[&format!("{cut}éé")], 1.0);
+    assert_line(&scrape(&metrics), &format!("apisix_own{{of=\"{cut}\"}} 2"));
 }
 
 #[tokio::test]
@@ -280,4 +285,21 @@ async fn scrapers_past_the_bound_wait_for_a_place() {
     let mut answer = String::new();
     late.read_to_string(&mut answer).await.unwrap();
     assert!(answer.starts_with("HTTP/1.0 200 OK"), "{answer}");
+}
+
+#[tokio::test]
+async fn scrapers_that_are_too_slow_or_stay_too_long_are_let_go() {
+    let (short, long) = (Duration::from_millis(50), Duration::from_secs(60));
+    for (head, whole, request) in [(short, long, "GET /met"), (long, short, "GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n")]
+    {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addr = listener.local_addr().unwrap();
+        let metrics = Metrics::new(Settings::default());
+        tokio::spawn(serve::serve_within(head, whole, listener, metrics, "/metrics".into()));
+        let mut socket = TcpStream::connect(addr).await.unwrap();
+        socket.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        socket.read_to_string(&mut answer).await.unwrap();
+        assert_eq!(answer.starts_with("HTTP/1.1 200"), head == long, "{answer}");
+    }
 }
