@@ -38,7 +38,7 @@ const OUT_HIGH: usize = 32 * 1024;
 /// A piece from this size on is written from where it is: the copy would cost more than the second `iovec`.
 const DIRECT_MIN: usize = 16 * 1024;
 /// A request body that nobody read is thrown away up to here to keep the connection; past it closing is cheaper.
-const DISCARD_MAX: u64 = 256 * 1024;
+pub(super) const DISCARD_MAX: u64 = 256 * 1024;
 /// `lingering_timeout` and `lingering_time`: how long a client may go on sending to a connection that we end, so that
 /// it reads our answer before a reset destroys it.
 const LINGER_IDLE: Duration = Duration::from_secs(5);

@@ -267,6 +267,24 @@ fn an_unread_body_is_thrown_away_or_ends_the_connection() {
 }
 
 #[test]
+fn an_unread_body_is_thrown_away_up_to_its_bound() {
+    with_server(Settings::default(), |addr, _| async move {
+        let most = h1::DISCARD_MAX as usize;
+        for (size, kept) in [(most, true), (most + 1, false)] {
+            let body = "x".repeat(size);
+            let with_length = format!("Content-Length: {size}\r\n\r\n{body}");
+            let all = talk(addr, ["POST /unread HTTP/1.1\r\nHost: a\r\n", &with_length, LAST].concat()).await;
+            assert_eq!(all.contains("Connection: keep-alive"), kept, "{all}");
+            assert_eq!(all.ends_with("GET /last "), kept, "{all}");
+            // How long it is shows when it has been read.
+            let chunked = format!("Transfer-Encoding: chunked\r\n\r\n{size:x}\r\n{body}\r\n0\r\n\r\n");
+            let all = talk(addr, ["POST /unread HTTP/1.1\r\nHost: a\r\n", &chunked, LAST].concat()).await;
+            assert_eq!(all.ends_with("GET /last "), kept, "{all}");
+        }
+    })
+}
+
+#[test]
 fn refusals_are_answered_and_close() {
     let settings = Settings { max_body: 10, ..Settings::default() };
     with_server(settings, |addr, _| async move {
@@ -451,10 +469,9 @@ fn streams_past_the_bound_are_refused() {
         const END_STREAM: u8 = 1;
         let mut client = Frames::connect(addr).await;
         // The handlers of all wait for bodies.
-        let streams = (0..=h2::MAX_STREAMS).map(|n| 2 * n + 1);
-        let all: Vec<u8> = streams.clone().flat_map(Frames::post).collect();
+        let all: Vec<u8> = (0..=h2::MAX_STREAMS).flat_map(|n| Frames::post(2 * n + 1)).collect();
         client.0.write_all(&all).await.expect("sends");
-        let last = streams.last().expect("some");
+        let last = 2 * h2::MAX_STREAMS + 1;
         assert_eq!(client.next(Frames::RST_STREAM).await, (last, REFUSED_STREAM.to_be_bytes().into()));
         let body = Frames::frame(Frames::DATA, END_STREAM, 1, b"hi");
         client.0.write_all(&body).await.expect("sends");
@@ -463,6 +480,19 @@ fn streams_past_the_bound_are_refused() {
         let next = [Frames::post(last + 2), Frames::frame(Frames::DATA, END_STREAM, last + 2, b"ho")].concat();
         client.0.write_all(&next).await.expect("sends");
         assert_eq!(client.next(Frames::DATA).await, (last + 2, b"POST / ho".to_vec()));
+    })
+}
+
+#[test]
+fn a_head_past_the_bound_is_refused_and_its_connection_goes_on() {
+    with_server(Settings::default(), |addr, _| async move {
+        let mut send = http2(TcpStream::connect(addr).await.expect("connects")).await;
+        let head = |len: usize| http::Request::get("http://a/x").header("x", "a".repeat(len));
+        for (len, status) in [(Settings::default().head.total, 431), (1000, 200)] {
+            send.ready().await.expect("is open");
+            let request = head(len).body(Full::default()).expect("a request");
+            assert_eq!(send.send_request(request).await.expect("answers").status(), status);
+        }
     })
 }
 
