@@ -55,7 +55,9 @@ impl Pickers {
 
 /// A number per TLS name and settings, for the pool's keys. The settings are held so that no others get their address.
 #[derive(Default)]
-pub(super) struct TlsNumbers(RefCell<HashMap<(Box<str>, usize), (u64, Arc<ClientConfig>)>>);
+pub(super) struct TlsNumbers(RefCell<HashMap<(Box<str>, usize), Numbered>>);
+
+type Numbered = (u64, Arc<ClientConfig>);
 
 impl TlsNumbers {
     /// Connections with the same number may stand in for each other.
