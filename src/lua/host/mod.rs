@@ -218,6 +218,19 @@ mod libraries {
     }
 
     #[test]
+    fn tables_are_kept_up_to_a_number() {
+        check(
+            "local p, known, given = require('tablepool'), {}, {}
+             for i = 1, 201 do given[i] = p.fetch('x') known[given[i]] = true end
+             for i = 1, 201 do p.release('x', given[i]) end
+             local again = 0
+             for _ = 1, 201 do if known[p.fetch('x')] then again = again + 1 end end
+             return tostring(again)",
+            "200",
+        );
+    }
+
+    #[test]
     fn radixtree_matches_as_documented() {
         let tree = "local t = require('resty.radixtree').new({
             {paths = '/a', metadata = 'exact'},
