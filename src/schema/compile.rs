@@ -429,7 +429,7 @@ mod tests {
             json!({"definitions": definitions, "$ref": "#/definitions/0"})
         };
         Schema::compile(&chain(MAX_DEPTH - 1)).expect("is no deeper than that");
-        let refused = Schema::compile(&chain(MAX_DEPTH)).err().expect("is deeper");
+        let refused = Schema::compile(&chain(MAX_DEPTH)).expect_err("is deeper");
         assert_eq!(refused, "schema nests deeper than 64 levels");
     }
 
@@ -443,7 +443,7 @@ mod tests {
             json!({"definitions": definitions, "$ref": "#/definitions/0"})
         };
         Schema::compile(&fan(10)).expect("some thousands of parts");
-        let refused = Schema::compile(&fan(20)).err().expect("a million");
+        let refused = Schema::compile(&fan(20)).expect_err("a million");
         assert_eq!(refused, "schema has more than 20000 parts");
     }
 }
