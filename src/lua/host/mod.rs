@@ -217,6 +217,37 @@ mod libraries {
         );
     }
 
+    /// `up(f, name, ...)`: an upvalue of a function, or of one of its own.
+    const UP: &str = "local function up(f, name, ...)
+            for i = 1, 100 do
+                local known, value = debug.getupvalue(f, i)
+                if known == name then return ... and up(value, ...) or value end
+                if not known then error('no upvalue ' .. name) end
+            end
+        end ";
+
+    #[test]
+    fn compiled_expressions_are_kept_up_to_a_number() {
+        let source = "local find = ngx.re.find
+            local count = function() return up(require('moongate.re').find, 'compiled', 'cached') end
+            local before = count()
+            for i = before + 1, 8192 do assert(find('x' .. i .. 'y', 'x' .. i .. 'y', 'o')) end
+            local full = count()
+            assert(find('abc', 'b', 'o'))
+            return before .. ' ' .. full .. ' ' .. count() .. ' ' .. find('x9yx10y', 'x10y', 'o')";
+        check(&format!("{UP}{source}"), "0 8192 1 4");
+    }
+
+    #[test]
+    fn parsed_templates_are_kept_up_to_a_number() {
+        let source = "local resolve = require('apisix.core.utils').resolve_var
+            local count = function() return up(resolve, 'template', 'template_count') end
+            for i = 1, 4096 do assert(resolve(i .. '$a', { a = 'b' }) == i .. 'b') end
+            local full = count()
+            return full .. ' ' .. resolve('more $a', { a = 'b' }) .. ' ' .. count() .. ' ' .. resolve('1$a', { a = 'c' })";
+        check(&format!("{UP}{source}"), "4096 more b 1 1c");
+    }
+
     #[test]
     fn tables_are_kept_up_to_a_number() {
         check(

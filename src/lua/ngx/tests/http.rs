@@ -137,6 +137,18 @@ fn bodies_come_in_every_framing() {
 }
 
 #[test]
+fn interim_responses_are_passed_over_only_so_often() {
+    for (interim, expected) in [(15, "200 hello"), (16, "nil too many interim responses")] {
+        let early = "HTTP/1.1 103 Early\r\n\r\n".repeat(interim);
+        gives(
+            &[&format!("{early}{OK}")],
+            "local res, err = client:request_uri(uri) return show(res and res.status, res and res.body or err)",
+            expected,
+        );
+    }
+}
+
+#[test]
 fn a_response_that_can_be_read_in_two_ways_is_refused() {
     for (head, expected) in [
         (
