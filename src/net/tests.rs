@@ -163,9 +163,13 @@ async fn talk(addr: SocketAddr, request: impl AsRef<[u8]>) -> String {
 }
 
 async fn rest(tcp: &mut TcpStream) -> String {
+    String::from_utf8(rest_bytes(tcp).await).expect("text")
+}
+
+async fn rest_bytes(tcp: &mut TcpStream) -> Vec<u8> {
     let mut all = Vec::new();
     let _ = tcp.read_to_end(&mut all).await;
-    String::from_utf8(all).expect("text")
+    all
 }
 
 async fn until(tcp: &mut TcpStream, end: &str) -> String {
@@ -335,6 +339,83 @@ fn time_limits_end_connections() {
 }
 
 #[test]
+fn a_client_that_takes_no_answer_is_let_go() {
+    let settings = Settings { send_timeout: Duration::from_millis(50), ..Settings::default() };
+    with_server(settings, |addr, server| async move {
+        let mut tcp = TcpStream::connect(addr).await.expect("connects");
+        tcp.write_all(b"GET /x?50000000 HTTP/1.1\r\nHost: a\r\n\r\n").await.expect("sends");
+        while server.drain.open() == 0 {
+            tokio::task::yield_now().await;
+        }
+        server.drain.done().await;
+        assert!(rest(&mut tcp).await.len() < 50_000_000);
+    })
+}
+
+#[test]
+fn a_silent_http2_client_is_let_go() {
+    let short = Duration::from_millis(50);
+    let settings = Settings { keepalive_timeout: short, goodbye: short, ..Settings::default() };
+    with_server(settings, |addr, server| async move {
+        let mut frames = Frames::connect(addr).await;
+        frames.0.write_all(&Frames::get(1, b"/a")).await.expect("sends");
+        assert_eq!(frames.next(Frames::DATA).await, (1, b"GET /a ".to_vec()));
+        frames.next(Frames::GOAWAY).await;
+        rest_bytes(&mut frames.0).await;
+        server.drain.done().await;
+    })
+}
+
+#[test]
+fn an_http2_client_that_takes_no_answer_is_let_go() {
+    let short = Duration::from_millis(50);
+    let settings = Settings { send_timeout: short, goodbye: short, ..Settings::default() };
+    with_server(settings, |addr, server| async move {
+        let mut frames = Frames::connect(addr).await;
+        frames.0.write_all(&Frames::get(1, b"/x?50000000")).await.expect("sends");
+        frames.next(Frames::GOAWAY).await;
+        rest_bytes(&mut frames.0).await;
+        server.drain.done().await;
+    })
+}
+
+#[test]
+fn a_connection_that_is_ended_lingers_only_so_long() {
+    let short = Duration::from_millis(50);
+    for (linger_idle, linger_max) in [(short, Duration::from_secs(60)), (Duration::from_secs(60), short)] {
+        let settings = Settings { max_body: 10, linger_idle, linger_max, ..Settings::default() };
+        with_server(settings, |addr, server| async move {
+            let mut tcp = TcpStream::connect(addr).await.expect("connects");
+            tcp.write_all(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 11\r\n\r\n").await.expect("sends");
+            assert!(until(&mut tcp, "refused").await.starts_with("HTTP/1.1 413"));
+            // One is silent; the other never stops.
+            while linger_max == short && tcp.write_all(b"x").await.is_ok() {
+                tokio::task::yield_now().await;
+            }
+            server.drain.done().await;
+        });
+    }
+}
+
+#[test]
+fn a_connection_serves_only_so_many_requests() {
+    let settings = Settings { keepalive_requests: 2, goodbye: Duration::from_millis(50), ..Settings::default() };
+    with_server(settings, |addr, server| async move {
+        let all = talk(addr, "GET /a HTTP/1.1\r\nHost: a\r\n\r\n".repeat(3)).await;
+        assert_eq!(all.matches("GET /a ").count(), 2, "{all}");
+        assert!(all.ends_with("Connection: close\r\n\r\nGET /a "), "{all}");
+        // Who does not go when told to is shown out.
+        let mut frames = Frames::connect(addr).await;
+        for stream in [1, 3] {
+            frames.0.write_all(&Frames::get(stream, b"/a")).await.expect("sends");
+            assert_eq!(frames.next(Frames::DATA).await, (stream, b"GET /a ".to_vec()));
+        }
+        rest_bytes(&mut frames.0).await;
+        server.drain.done().await;
+    })
+}
+
+#[test]
 fn a_drain_closes_idle_connections() {
     with_server(Settings::default(), |addr, server| async move {
         let mut idle = TcpStream::connect(addr).await.expect("connects");
@@ -446,6 +527,13 @@ impl Frames {
         const END_HEADERS: u8 = 4;
         // HPACK: three fields of the static table, and `:authority` as a literal.
         Self::frame(Self::HEADERS, END_HEADERS, stream, &[0x83, 0x86, 0x84, 0x01, 1, b'a'])
+    }
+
+    /// `GET http://a{path}`.
+    fn get(stream: u32, path: &[u8]) -> Vec<u8> {
+        const END_STREAM_AND_HEADERS: u8 = 5;
+        let fields = [&[0x82, 0x86, 0x01, 1, b'a', 0x04, path.len() as u8][..], path].concat();
+        Self::frame(Self::HEADERS, END_STREAM_AND_HEADERS, stream, &fields)
     }
 
     /// The next frame of this kind: its stream and its payload.
