@@ -160,7 +160,8 @@ mod tests {
             CONFIGS.insert(key, config.clone());
         }
         CONFIGS.run_pending_tasks();
-        assert_eq!(CONFIGS.entry_count(), CONFIGS_KEPT);
+        let kept = CONFIGS.entry_count();
+        assert!((1..=CONFIGS_KEPT).contains(&kept), "{kept}");
         client_config(true, None, &[b"h2"]).expect("one more is made, kept or not");
     }
 }
