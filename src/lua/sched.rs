@@ -1036,4 +1036,11 @@ mod tests {
         let Outcome::Done(text) = outcome else { panic!("{outcome:?}") };
         assert_eq!(text, "2 of 2, later 3 of 1");
     }
+
+    #[test]
+    fn a_sleep_is_cut_at_a_year() {
+        assert_eq!(seconds(f64::INFINITY), Duration::from_secs_f64(MAX_SLEEP_SECS));
+        assert_eq!((seconds(f64::NAN), seconds(-1.0)), (Duration::ZERO, Duration::ZERO));
+        assert!(std::time::Instant::now().checked_add(seconds(1e300)).is_some());
+    }
 }

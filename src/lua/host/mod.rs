@@ -249,6 +249,19 @@ mod libraries {
     }
 
     #[test]
+    fn a_file_is_read_up_to_a_size() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        let path = file.path().display();
+        let source = format!(
+            "local text, err = require('apisix.core.io').get_file('{path}') return tostring(text and #text) .. ' ' .. tostring(err)"
+        );
+        file.as_file().set_len(64 << 20).expect("grows");
+        check(&source, "67108864 nil");
+        file.as_file().set_len((64 << 20) + 1).expect("grows");
+        check(&source, &format!("nil failed to read file: {path}, it is longer than 67108864 bytes"));
+    }
+
+    #[test]
     fn tables_are_kept_up_to_a_number() {
         check(
             "local p, known, given = require('tablepool'), {}, {}

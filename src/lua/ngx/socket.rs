@@ -297,4 +297,13 @@ mod tests {
         gathers(&format!("nested({MAX_DEPTH})"), "x");
         gathers(&format!("nested({})", MAX_DEPTH + 1), "bad argument #1 to 'f' (table nested too deeply)");
     }
+
+    #[test]
+    fn timeouts_are_cut_at_a_year() {
+        let read = |s: &Stack| {
+            let limit = timeout(s, 1)?;
+            Ok(s.push_number(limit.map_or(0.0, |limit| limit.as_secs_f64())))
+        };
+        serve_with(read, "return f(1e300) .. ' ' .. f(20) .. ' ' .. f(0) .. ' ' .. f()", "31536000 0.02 0 0");
+    }
 }
