@@ -319,4 +319,13 @@ mod tests {
             assert_eq!(Expr::compile(&vars).expect_err("refused"), text, "{vars}");
         }
     }
+
+    #[test]
+    fn expressions_nest_only_so_deep() {
+        let nested = |depth: usize| (0..depth).fold(json!([["arg_x", "==", "a"]]), |inner, _| json!([inner]));
+        let deepest = Expr::compile(&nested(MAX_DEPTH)).expect("is no deeper than that");
+        assert!(deepest.eval(&mut |_| Some(b"a".into())));
+        let refused = Expr::compile(&nested(MAX_DEPTH + 1)).expect_err("is deeper");
+        assert_eq!(refused, "invalid expression: nests too deep");
+    }
 }

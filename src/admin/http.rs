@@ -18,19 +18,31 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-/// Connections served at once: an operator's tools and a console, not traffic.
-const MAX_CONNECTIONS: usize = 256;
-/// How long a client may take to send a request's head, then its body.
-const HEADER_PATIENCE: Duration = Duration::from_secs(30);
-const BODY_PATIENCE: Duration = Duration::from_secs(60);
 /// Wait after `accept` failed (out of descriptors), so that the loop does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 const JSON: &str = "application/json";
-/// How long a drain waits for requests in flight.
-const DRAIN_PATIENCE: Duration = Duration::from_secs(10);
 
-/// What is read of a body that is too long, so that its client reads the refusal: more than anyone sends by mistake.
-const DISCARD_MAX: usize = 256 << 20;
+/// What one server takes and waits for.
+#[derive(Clone, Copy)]
+pub(super) struct Limits {
+    /// Connections served at once: an operator's tools and a console, not traffic.
+    pub connections: usize,
+    /// How long a client may take to send a request's head, then its body.
+    pub head_patience: Duration,
+    pub body_patience: Duration,
+    /// How long a drain waits for requests in flight.
+    pub drain_patience: Duration,
+    /// What is read of a body that is too long, so that its client reads the refusal: more than anyone sends by mistake.
+    pub discard: usize,
+}
+
+pub(super) const LIMITS: Limits = Limits {
+    connections: 256,
+    head_patience: Duration::from_secs(30),
+    body_patience: Duration::from_secs(60),
+    drain_patience: Duration::from_secs(10),
+    discard: 256 << 20,
+};
 
 /// A request with its body read.
 pub struct Call {
@@ -109,6 +121,7 @@ pub struct Incomplete {
     pub head: Parts,
     pub peer: IpAddr,
     body: RefCell<Option<Incoming>>,
+    limits: Limits,
 }
 
 impl Incomplete {
@@ -119,11 +132,11 @@ impl Incomplete {
             (Some(mut body), Some(length)) => {
                 // A client that asks first has sent nothing yet.
                 if !self.head.headers.contains_key(header::EXPECT) {
-                    discard(&mut body).await;
+                    discard(&mut body, &self.limits).await;
                 }
                 return Err(too_large(length, limit));
             }
-            (Some(body), None) => read(body, limit).await?,
+            (Some(body), None) => read(body, limit, &self.limits).await?,
             (None, _) => Bytes::new(),
         };
         let Parts { method, uri, headers, .. } = self.head;
@@ -131,11 +144,11 @@ impl Incomplete {
     }
 }
 
-async fn read(mut body: Incoming, limit: usize) -> Result<Bytes, Answer> {
-    match timeout(BODY_PATIENCE, Limited::new(&mut body, limit).collect()).await {
+async fn read(mut body: Incoming, limit: usize, limits: &Limits) -> Result<Bytes, Answer> {
+    match timeout(limits.body_patience, Limited::new(&mut body, limit).collect()).await {
         Ok(Ok(collected)) => Ok(collected.to_bytes()),
         Ok(Err(e)) if e.is::<LengthLimitError>() => {
-            discard(&mut body).await;
+            discard(&mut body, limits).await;
             Err(too_large(limit + 1, limit))
         }
         Ok(Err(e)) => Err(Answer::refuse(400, format!("invalid request body: {e}"))),
@@ -145,9 +158,9 @@ async fn read(mut body: Incoming, limit: usize) -> Result<Bytes, Answer> {
 
 /// Reads on and forgets, up to a bound: a connection that is closed in the middle of a body is reset, and that destroys the answer
 /// before its client has read it.
-async fn discard(body: &mut Incoming) {
+async fn discard(body: &mut Incoming, limits: &Limits) {
     let rest = async {
-        let mut left = DISCARD_MAX;
+        let mut left = limits.discard;
         while let Some(Ok(frame)) = body.frame().await {
             left = left.saturating_sub(frame.data_ref().map_or(0, Bytes::len));
             if left == 0 {
@@ -156,7 +169,7 @@ async fn discard(body: &mut Incoming) {
         }
     };
     // Whoever is slower than this does not get the answer.
-    let _ = timeout(BODY_PATIENCE, rest).await;
+    let _ = timeout(limits.body_patience, rest).await;
 }
 
 fn too_large(size: usize, limit: usize) -> Answer {
@@ -199,7 +212,19 @@ where
     H: Fn(Incomplete) -> F + 'static,
     F: Future<Output = Answer> + 'static,
 {
-    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    serve_within(LIMITS, listener, handler, shutdown).await;
+}
+
+pub(super) async fn serve_within<H, F>(
+    limits: Limits,
+    listener: TcpListener,
+    handler: Rc<H>,
+    shutdown: impl Future<Output = ()>,
+) where
+    H: Fn(Incomplete) -> F + 'static,
+    F: Future<Output = Answer> + 'static,
+{
+    let places = Arc::new(Semaphore::new(limits.connections));
     let (ending, _) = watch::channel(false);
     let mut shutdown = pin!(shutdown);
     loop {
@@ -220,18 +245,23 @@ where
         };
         let (handler, ended) = (handler.clone(), ending.subscribe());
         tokio::task::spawn_local(async move {
-            connection(stream, peer, handler, ended).await;
+            connection(limits, stream, peer, handler, ended).await;
             drop(place);
         });
     }
     drop(listener);
     ending.send_replace(true);
     // Every connection holds a receiver until it is done.
-    let _ = timeout(DRAIN_PATIENCE, ending.closed()).await;
+    let _ = timeout(limits.drain_patience, ending.closed()).await;
 }
 
-async fn connection<H, F>(stream: TcpStream, peer: IpAddr, handler: Rc<H>, mut ended: watch::Receiver<bool>)
-where
+async fn connection<H, F>(
+    limits: Limits,
+    stream: TcpStream,
+    peer: IpAddr,
+    handler: Rc<H>,
+    mut ended: watch::Receiver<bool>,
+) where
     H: Fn(Incomplete) -> F + 'static,
     F: Future<Output = Answer> + 'static,
 {
@@ -241,7 +271,8 @@ where
         async move {
             let (head, body) = request.into_parts();
             let is_head = head.method == Method::HEAD;
-            let mut response = handler(Incomplete { head, peer, body: RefCell::new(Some(body)) }).await.into_response();
+            let request = Incomplete { head, peer, body: RefCell::new(Some(body)), limits };
+            let mut response = handler(request).await.into_response();
             if is_head {
                 *response.body_mut() = Full::default();
             }
@@ -249,7 +280,7 @@ where
         }
     });
     let mut builder = http1::Builder::new();
-    builder.timer(TokioTimer::new()).header_read_timeout(HEADER_PATIENCE);
+    builder.timer(TokioTimer::new()).header_read_timeout(limits.head_patience);
     let mut served = pin!(builder.serve_connection(TokioIo::new(stream), service));
     tokio::select! {
         _ = served.as_mut() => return,

@@ -89,4 +89,15 @@ mod tests {
         assert_eq!(route, json!({"methods": ["GET"], "upstream": {"nodes": {"a:1": 1}}}));
         assert!(put_at(&mut route, "methods/x/y", json!(1)).is_err());
     }
+
+    #[test]
+    fn a_path_leads_only_so_deep() {
+        let path = |depth: usize| vec!["a"; depth].join("/");
+        let mut value = json!({});
+        put_at(&mut value, &path(MAX_PATH), json!(1)).expect("is no deeper than that");
+        assert_eq!(value.pointer(&format!("/{}", path(MAX_PATH))), Some(&json!(1)));
+        let before = value.clone();
+        let refused = put_at(&mut value, &path(MAX_PATH + 1), json!(1)).expect_err("is deeper");
+        assert_eq!((refused.as_str(), value), ("invalid sub-path: too deep", before));
+    }
 }

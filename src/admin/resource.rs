@@ -20,7 +20,7 @@ use crate::{
 };
 
 /// Tries of a PATCH or POST that others' writes get in the way of.
-const MAX_TRIES: usize = 5;
+pub(super) const MAX_TRIES: usize = 5;
 /// Managers that a secret may belong to.
 const SECRET_MANAGERS: [&str; 3] = ["vault", "aws", "gcp"];
 

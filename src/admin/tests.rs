@@ -1,18 +1,22 @@
 //! Both APIs over sockets, on an embedded store with its pipeline, with the packed schemas for plugins.
 
-use std::net::SocketAddr;
+use std::{
+    net::SocketAddr,
+    sync::atomic::{AtomicUsize, Ordering},
+};
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
+    sync::{Notify, oneshot},
     task::LocalSet,
 };
 
 use super::*;
 use crate::{
-    control,
+    control, error,
     model::Keyring,
     router::RouterKind,
     store::{self, Setup, embedded::Embedded},
@@ -45,6 +49,11 @@ impl Reply {
 }
 
 async fn start() -> Api {
+    start_on(|store| store).await
+}
+
+/// `between`: stands between the Admin API and the store.
+async fn start_on(between: impl FnOnce(Arc<dyn Store>) -> Arc<dyn Store>) -> Api {
     let dir = tempfile::tempdir().expect("a directory");
     let store: Arc<dyn Store> = Embedded::open(&dir.path().join("moongate.redb")).expect("a store");
     let keyring = Keyring::new(["edd1c9f0985e76a2"], true).expect("a key");
@@ -60,7 +69,7 @@ async fn start() -> Api {
     let plugins: Rc<dyn PluginHost> = Rc::new(PackedPlugins);
     let state = State {
         settings,
-        store: store.clone(),
+        store: between(store.clone()),
         published: started.published.clone(),
         plugins: plugins.clone(),
         fields: None,
@@ -472,5 +481,230 @@ fn the_control_api_tells_what_is_wrong() {
         assert_eq!(api.control("/v1/healthcheck/route/1").await.error(), "invalid src type route");
         assert_eq!(api.control("/v1/healthcheck/routes/1").await.error(), "routes[1] not found");
         assert_eq!(api.send(api.control, "POST", "/v1/gc", "", "").await.status, 200);
+    });
+}
+
+/// Who asks for `/hold` waits: for the test to know that it came, and for the server until it may go.
+#[derive(Default)]
+struct Gate {
+    came: Notify,
+    go: Notify,
+}
+
+/// Answers what it is sent.
+async fn serve_gate(limits: http::Limits, listener: TcpListener, gate: Rc<Gate>, ended: oneshot::Receiver<()>) {
+    let handler = move |request: http::Incomplete| {
+        let gate = gate.clone();
+        async move {
+            if request.head.uri.path() == "/hold" {
+                gate.came.notify_one();
+                gate.go.notified().await;
+            }
+            match request.complete(10).await {
+                Ok(call) => http::Answer::text(200, call.body),
+                Err(refusal) => refusal,
+            }
+        }
+    };
+    http::serve_within(limits, listener, Rc::new(handler), async { drop(ended.await) }).await;
+}
+
+async fn asks(stream: &mut TcpStream, path: &str) {
+    stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: a\r\n\r\n").as_bytes()).await.expect("is sent");
+}
+
+async fn is_answered(stream: &mut TcpStream) {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        assert!(stream.read_buf(&mut head).await.expect("reads") > 0, "closed");
+    }
+    assert!(head.starts_with(b"HTTP/1.1 200"), "{}", String::from_utf8_lossy(&head));
+}
+
+#[test]
+fn connections_past_the_bound_wait_for_a_place() {
+    scene(|| async {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let addr = listener.local_addr().expect("bound");
+        let gate = Rc::<Gate>::default();
+        let (end, ended) = oneshot::channel();
+        let served = tokio::task::spawn_local(serve_gate(http::LIMITS, listener, gate.clone(), ended));
+        let mut held = Vec::new();
+        for _ in 0..http::LIMITS.connections {
+            let mut stream = TcpStream::connect(addr).await.expect("connects");
+            asks(&mut stream, "/").await;
+            is_answered(&mut stream).await;
+            held.push(stream);
+        }
+        let mut late = TcpStream::connect(addr).await.expect("waits in the kernel");
+        asks(&mut late, "/").await;
+        // Whoever has a place is still answered, whoever has none is not.
+        for stream in &mut held {
+            asks(stream, "/").await;
+            is_answered(stream).await;
+        }
+        assert_eq!(late.try_read(&mut [0; 1]).expect_err("no answer").kind(), std::io::ErrorKind::WouldBlock);
+        held.pop();
+        is_answered(&mut late).await;
+        // The end waits for who is being served, not for who could ask again.
+        asks(&mut late, "/hold").await;
+        gate.came.notified().await;
+        end.send(()).expect("is served");
+        for stream in &mut held {
+            assert_eq!(stream.read(&mut [0; 1]).await.expect("an end"), 0);
+        }
+        assert!(!served.is_finished());
+        gate.go.notify_one();
+        is_answered(&mut late).await;
+        served.await.expect("ends");
+    });
+}
+
+#[test]
+fn a_body_is_read_up_to_its_bound() {
+    scene(|| async {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let addr = listener.local_addr().expect("bound");
+        let (_end, ended) = oneshot::channel();
+        tokio::task::spawn_local(serve_gate(http::LIMITS, listener, Rc::default(), ended));
+        let told = "invalid request body: request size 11 is greater than the maximum size 10 allowed";
+        for (body, expected) in [
+            ("Content-Length: 10\r\n\r\n0123456789", "0123456789"),
+            ("Content-Length: 11\r\n\r\n0123456789a", told),
+            ("Transfer-Encoding: chunked\r\n\r\na\r\n0123456789\r\n0\r\n\r\n", "0123456789"),
+            ("Transfer-Encoding: chunked\r\n\r\na\r\n0123456789\r\n1\r\na\r\n0\r\n\r\n", told),
+            // It asks first, and is told before it has sent anything.
+            ("Content-Length: 11\r\nExpect: 100-continue\r\n\r\n", told),
+        ] {
+            let mut stream = TcpStream::connect(addr).await.expect("connects");
+            let request = format!("PUT / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n{body}");
+            stream.write_all(request.as_bytes()).await.expect("is sent");
+            let mut reply = String::new();
+            stream.read_to_string(&mut reply).await.expect("an answer to its end");
+            let (head, text) = reply.split_once("\r\n\r\n").expect("a whole head");
+            assert_eq!(head.starts_with("HTTP/1.1 400"), expected == told, "{reply}");
+            assert!(text.contains(expected), "{reply}");
+        }
+    });
+}
+
+#[test]
+fn bodies_of_both_apis_are_bounded() {
+    scene(|| async {
+        let api = start().await;
+        for (to, bound) in [(api.admin, MAX_BODY_BYTES), (api.control, control::MAX_BODY_BYTES)] {
+            let key = format!("X-API-KEY: {KEY}\r\n");
+            let fits = api.send(to, "PUT", "/apisix/admin/routes/1", &key, &" ".repeat(bound)).await;
+            assert!(!fits.text.contains("greater than"), "{}", fits.text);
+            let refused = api.send(to, "PUT", "/apisix/admin/routes/1", &key, &" ".repeat(bound + 1)).await;
+            let size = bound + 1;
+            let told =
+                format!("invalid request body: request size {size} is greater than the maximum size {bound} allowed");
+            assert_eq!((refused.status, refused.error()), (400, told));
+        }
+    });
+}
+
+/// Another writer is always quicker.
+struct Contended {
+    inner: Arc<dyn Store>,
+    tries: Arc<AtomicUsize>,
+}
+
+impl Store for Contended {
+    fn name(&self) -> &'static str {
+        "contended"
+    }
+
+    fn get<'a>(&'a self, key: &'a str) -> store::BoxFuture<'a, error::Result<Option<store::Entry>>> {
+        self.inner.get(key)
+    }
+
+    fn list<'a>(&'a self, prefix: &'a str) -> store::BoxFuture<'a, error::Result<(Vec<store::Entry>, i64)>> {
+        self.inner.list(prefix)
+    }
+
+    fn put<'a>(
+        &'a self,
+        key: &'a str,
+        value: String,
+        on: store::Condition,
+        ttl: Option<u64>,
+    ) -> store::BoxFuture<'a, error::Result<store::Written>> {
+        Box::pin(async move {
+            let other = value.clone();
+            self.inner.put(key, other, store::Condition::Always, None).await?;
+            self.tries.fetch_add(1, Ordering::Relaxed);
+            self.inner.put(key, value, on, ttl).await
+        })
+    }
+
+    fn delete<'a>(
+        &'a self,
+        key: &'a str,
+        on: store::Condition,
+    ) -> store::BoxFuture<'a, error::Result<Option<(store::Entry, i64)>>> {
+        self.inner.delete(key, on)
+    }
+
+    fn watch(self: Arc<Self>, changes: store::ChangeSink) -> store::BoxFuture<'static, ()> {
+        self.inner.clone().watch(changes)
+    }
+}
+
+#[test]
+fn a_write_gives_way_to_others_only_so_often() {
+    scene(|| async {
+        let tries = Arc::new(AtomicUsize::new(0));
+        let counted = tries.clone();
+        let api = start_on(|inner| Arc::new(Contended { inner, tries: counted })).await;
+        let route = json!({"id": "1", "uri": "/a", "upstream": upstream()});
+        api.store.put("/routes/1", route.to_string(), store::Condition::Always, None).await.expect("is stored");
+        let patched = api.call("PATCH", "/routes/1", json!({"desc": "x"})).await;
+        assert_eq!((patched.status, patched.error().as_str()), (409, "value changed before overwritten"));
+        assert_eq!(tries.swap(0, Ordering::Relaxed), resource::MAX_TRIES);
+        let posted = api.call("POST", "/routes", json!({"uri": "/b", "upstream": upstream()})).await;
+        assert_eq!((posted.status, posted.error().as_str()), (409, "another writer took every id that was tried"));
+        assert_eq!(tries.load(Ordering::Relaxed), resource::MAX_TRIES);
+    });
+}
+
+#[test]
+fn who_is_too_slow_is_let_go() {
+    scene(|| async {
+        let short = Duration::from_millis(50);
+        let limits = http::Limits {
+            head_patience: short,
+            body_patience: short,
+            drain_patience: short,
+            discard: 100_000,
+            ..http::LIMITS
+        };
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let addr = listener.local_addr().expect("bound");
+        let gate = Rc::<Gate>::default();
+        let (end, ended) = oneshot::channel();
+        let served = tokio::task::spawn_local(serve_gate(limits, listener, gate.clone(), ended));
+        let told = "invalid request body: request size 1000000 is greater than the maximum size 10 allowed";
+        for (request, expected) in [
+            ("GET / HT".to_owned(), ""),
+            ("PUT / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n1".to_owned(), "invalid request body: timeout"),
+            // Of what is too long so much is read, and for so long; then the refusal is sent.
+            ("PUT / HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\n".to_owned() + &"x".repeat(200_000), told),
+            ("PUT / HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\n1".to_owned(), told),
+        ] {
+            let mut stream = TcpStream::connect(addr).await.expect("connects");
+            // A body that is not read to its end meets a reset after the refusal.
+            let _ = stream.write_all(request.as_bytes()).await;
+            let mut reply = Vec::new();
+            let _ = stream.read_to_end(&mut reply).await;
+            let reply = String::from_utf8_lossy(&reply);
+            assert!(reply.contains(expected) && reply.is_empty() == expected.is_empty(), "{reply}");
+        }
+        let mut held = TcpStream::connect(addr).await.expect("connects");
+        asks(&mut held, "/hold").await;
+        gate.came.notified().await;
+        end.send(()).expect("is served");
+        served.await.expect("does not wait for one that never ends");
     });
 }

@@ -59,10 +59,15 @@ fn tell(old: &Value, new: &Value) {
     if waiting.is_empty() {
         return tracing::warn!("the configuration was reloaded");
     }
-    let more = waiting.len().saturating_sub(MAX_NAMED);
-    let named = waiting[..waiting.len() - more].join(", ");
-    let more = if more > 0 { format!(" and {more} more") } else { String::new() };
-    tracing::warn!("the configuration was reloaded; these changes need a restart: {named}{more}");
+    tracing::warn!("the configuration was reloaded; these changes need a restart: {}", named(&waiting));
+}
+
+/// The first of them, and how many more there are.
+fn named(waiting: &[&str]) -> String {
+    match waiting.len().saturating_sub(MAX_NAMED) {
+        0 => waiting.join(", "),
+        more => format!("{} and {more} more", waiting[..MAX_NAMED].join(", ")),
+    }
 }
 
 /// The paths whose values differ.
@@ -98,5 +103,14 @@ mod tests {
         found.clear();
         differences(&old, &old, "", &mut found);
         assert!(found.is_empty());
+    }
+
+    #[test]
+    fn only_so_many_are_named() {
+        let mut waiting = ["a"; MAX_NAMED].to_vec();
+        let all = named(&waiting);
+        assert_eq!(all.matches('a').count(), MAX_NAMED);
+        waiting.extend(["b", "c"]);
+        assert_eq!(named(&waiting), all + " and 2 more");
     }
 }

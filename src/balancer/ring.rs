@@ -89,3 +89,31 @@ fn mix(n: u64) -> u64 {
     let n = (n ^ (n >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     n ^ (n >> 31)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn points_are_bounded_and_every_node_has_one() {
+        let count = (MAX_POINTS / POINTS_PER_NODE + 100) as usize;
+        let node = |port: usize| Node {
+            host: "127.0.0.1".into(),
+            ip: None,
+            port: port as u16,
+            explicit_port: true,
+            weight: 1,
+            priority: 0,
+        };
+        let nodes: Vec<Node> = (0..count).map(node).collect();
+        for heavy in [1, 1_000_000] {
+            let member = |node: usize| Member { node, weight: if node == 0 { heavy } else { 1 } };
+            let members: Vec<Member> = (0..count).map(member).collect();
+            let ring = Ring::new(&members, &nodes);
+            assert!(ring.points.len() <= MAX_POINTS as usize + count, "{}", ring.points.len());
+            let mut seen = vec![false; count];
+            ring.points.iter().for_each(|(_, member)| seen[*member as usize] = true);
+            assert!(seen.iter().all(|seen| *seen));
+        }
+    }
+}

@@ -146,4 +146,14 @@ mod tests {
         ensure(&mut config).unwrap().unwrap();
         assert_eq!(config.json["deployment"]["admin"]["admin_key"][0]["role"], "admin");
     }
+
+    #[test]
+    fn a_key_is_read_up_to_a_length() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("key");
+        fs::write(&path, "k".repeat(MAX_KEY) + "\n").unwrap();
+        assert_eq!(read(&path).unwrap().unwrap().len(), MAX_KEY);
+        fs::write(&path, "k".repeat(MAX_KEY + 1)).unwrap();
+        assert_eq!(read(&path).unwrap_err().to_string(), "the key is longer than 4096 bytes");
+    }
 }

@@ -143,3 +143,17 @@ fn mistakes_of_etcd_and_listeners_are_all_told() {
     let (_, warnings) = ok("apisix: {node_listen: [{port: 1, prot: 5}]}");
     assert!(warnings.iter().any(|w| w.0.contains("apisix.node_listen[0].prot")), "{warnings:?}");
 }
+
+#[test]
+fn numbers_and_sizes_are_bounded() {
+    let workers = |n: u32| format!("nginx_config: {{worker_processes: {n}}}");
+    assert_eq!(ok(&workers(512)).0.workers, 512);
+    for n in [0, 513] {
+        let told = mistakes(&workers(n));
+        assert!(told[0].ends_with(&format!("{n} is not a whole number from 1 to 512")), "{told:?}");
+    }
+    let body = |size: &str| format!("nginx_config: {{http: {{client_max_body_size: {size}}}}}");
+    ok(&body("1024g"));
+    let told = mistakes(&body("1025g"));
+    assert!(told[0].contains("is not a size"), "{told:?}");
+}

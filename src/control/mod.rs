@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// Requests have no body worth reading.
-const MAX_BODY_BYTES: usize = 64 * 1024;
+pub(crate) const MAX_BODY_BYTES: usize = 64 * 1024;
 
 pub struct State {
     pub published: Arc<Published>,

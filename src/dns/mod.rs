@@ -315,6 +315,12 @@ mod tests {
         assert_eq!(script.asked.load(Ordering::SeqCst), 0);
     }
 
+    #[test]
+    fn names_are_bounded_in_length() {
+        assert!(normal(&"a".repeat(MAX_NAME)).is_some());
+        assert!(normal(&"a".repeat(MAX_NAME + 1)).is_none());
+    }
+
     #[tokio::test]
     async fn lookups_at_once_are_bounded() {
         let (script, resolver) = scripted(Err("asked".into()), 0);

@@ -8,7 +8,10 @@ use std::ffi::c_int;
 use mlua::ffi;
 use serde_json::{Map, Number, Value};
 
-use super::api::{Raise, Stack};
+use super::{
+    api::{Raise, Stack},
+    limits,
+};
 
 /// Registry key of the metatable that marks arrays; boot puts it at `cjson.array_mt`.
 pub const ARRAY_MT: &std::ffi::CStr = c"moongate.array_mt";
@@ -90,6 +93,7 @@ fn number(n: f64) -> Value {
 }
 
 fn read_table(stack: &Stack, i: c_int, depth: usize) -> Result<Value, Raise> {
+    limits::check()?;
     stack.reserve(4)?;
     let len = stack.len(i);
     if len > 0 || is_marked(stack, i) {
@@ -130,5 +134,33 @@ fn is_marked(stack: &Stack, i: c_int) -> bool {
         let same = ffi::lua_rawequal(stack.raw(), -1, -2) != 0;
         ffi::lua_pop(stack.raw(), 2);
         same
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lua::host::tests::serve_with;
+
+    #[test]
+    fn values_pass_only_so_deep() {
+        let there_and_back = |s: &Stack| {
+            let value = to_json(s, 1)?;
+            push_json(s, &Value::Array(vec![value]))?;
+            Ok(1)
+        };
+        let nested = |levels: usize| {
+            format!(
+                "local t = 'x' for _ = 1, {levels} do t = {{t}} end
+                 return (select(2, pcall(function()
+                     local back, levels = f(t), 0
+                     while type(back) == 'table' do back, levels = back[1], levels + 1 end
+                     return back .. levels
+                 end)):gsub('^.-:%d+: ', ''))"
+            )
+        };
+        serve_with(there_and_back, &nested(MAX_DEPTH - 1), &format!("x{MAX_DEPTH}"));
+        serve_with(there_and_back, &nested(MAX_DEPTH), "JSON is nested too deeply");
+        serve_with(there_and_back, &nested(MAX_DEPTH + 1), "a table is nested too deeply for JSON");
     }
 }

@@ -19,6 +19,8 @@ use std::{
 
 use mlua::ffi;
 
+use super::api::Raise;
+
 /// How often the watchdog looks. A script may overrun its budget by this much.
 const TICK: Duration = Duration::from_millis(50);
 
@@ -222,7 +224,20 @@ unsafe fn raise(l: *mut ffi::lua_State, text: &std::ffi::CStr) -> ! {
 
 /// Whether the run that is under way on this thread has used up its time: for host functions that work for long.
 pub fn is_condemned() -> bool {
-    beat().is_some_and(|b| b.condemned.load(Ordering::Relaxed) == b.serial.load(Ordering::Relaxed))
+    beat().is_some_and(|b| {
+        let serial = b.serial.load(Ordering::Relaxed);
+        // Even: no run is under way.
+        serial % 2 == 1 && b.condemned.load(Ordering::Relaxed) == serial
+    })
+}
+
+/// Fails once that is so. Whoever follows a script's tables asks at each: a few of them can lead to each other in more ways
+/// than anyone lives to see, however deep they are allowed to nest.
+pub fn check() -> Result<(), Raise> {
+    match is_condemned() {
+        true => Err("the script ran longer than lua.limits.cpu_ms allows without waiting".into()),
+        false => Ok(()),
+    }
 }
 
 /// Whether the run that ended last on this thread was cut off.
@@ -280,5 +295,41 @@ fn cpu_time(thread: u64) -> Option<Duration> {
         let ok = libc::pthread_getcpuclockid(thread as libc::pthread_t, &mut clock) == 0
             && libc::clock_gettime(clock, &mut t) == 0;
         ok.then(|| Duration::new(t.tv_sec as u64, t.tv_nsec as u32))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::{
+        exchange::Phase,
+        lua::{
+            Vm, VmConfig, fast, limits,
+            sched::{background, end_background},
+        },
+    };
+
+    /// Forty tables that lead to each other in a million million ways.
+    const FAN: &str = "local t = {} for _ = 1, 40 do t = {t, t} end ";
+
+    #[test]
+    fn host_functions_that_follow_tables_are_cut_off() {
+        let config = serde_json::json!({"lua": {"limits": {"cpu_ms": 50}}});
+        let vm = Vm::new(VmConfig { config: config.into(), ..Default::default() }).expect("a VM");
+        for call in [
+            "ngx.print(t)",
+            "require('cjson').encode(t)",
+            "require('jsonschema').generate_validator({type = 'array'})(t)",
+            "require('jsonschema').generate_validator({enum = t})",
+            "ngx.socket.udp():send(t)",
+        ] {
+            let mut x = background(&vm);
+            x.phase = Phase::Access;
+            let chunk = format!("{FAN} return tostring({call})");
+            let f = vm.lua.load(chunk).into_function().expect("compiles");
+            let run = || vm.entered(|| limits::bounded(vm.main(), vm.limits(), || f.call::<String>(())));
+            let text = fast::enter(&mut x, run).unwrap_or_else(|e| e.to_string());
+            end_background(&vm, &mut x);
+            assert!(text.contains("lua.limits.cpu_ms"), "{call}: {text}");
+        }
     }
 }

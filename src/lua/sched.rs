@@ -1177,4 +1177,31 @@ mod tests {
             assert!(matches!(refused, Outcome::Done(text) if text == "process exiting"));
         });
     }
+
+    #[test]
+    fn timers_that_run_are_bounded() {
+        let config = serde_json::json!({"nginx_config": {"max_running_timers": 2}});
+        let vm = Vm::new(VmConfig { config: config.into(), ..Default::default() }).expect("a VM");
+        let source = "local sem, ran = require('ngx.semaphore').new(0), 0
+             local function start() assert(ngx.timer.at(0, function() ran = ran + 1 sem:wait(60) end)) end
+             for _ = 1, 4 do start() end
+             while ngx.timer.pending_count() > 0 do ngx.sleep(0) end
+             local out = ran .. ' of ' .. ngx.timer.running_count()
+             sem:post(2)
+             while ngx.timer.running_count() > 0 do ngx.sleep(0) end
+             start()
+             while ran < 3 do ngx.sleep(0) end
+             return out .. ', later ' .. ran .. ' of ' .. ngx.timer.running_count()";
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("rt");
+        let outcome = tokio::task::LocalSet::new().block_on(&runtime, run_in(&vm, source));
+        let Outcome::Done(text) = outcome else { panic!("{outcome:?}") };
+        assert_eq!(text, "2 of 2, later 3 of 1");
+    }
+
+    #[test]
+    fn a_sleep_is_cut_at_a_year() {
+        assert_eq!(seconds(f64::INFINITY), Duration::from_secs_f64(MAX_SLEEP_SECS));
+        assert_eq!((seconds(f64::NAN), seconds(-1.0)), (Duration::ZERO, Duration::ZERO));
+        assert!(std::time::Instant::now().checked_add(seconds(1e300)).is_some());
+    }
 }

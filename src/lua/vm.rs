@@ -430,4 +430,12 @@ mod tests {
         let e = vm.run("plugins/x.lua", "\nlocal a = nil + 1").unwrap_err().to_string();
         assert!(e.contains("plugins/x.lua:2:"), "{e}");
     }
+
+    #[test]
+    fn coroutines_are_kept_up_to_a_number() {
+        let vm = Vm::new(VmConfig::default()).expect("a VM");
+        let taken: Vec<_> = (0..=IDLE_COROUTINES).map(|_| vm.take_coroutine().expect("a coroutine")).collect();
+        taken.into_iter().for_each(|co| vm.give_back(co));
+        assert_eq!(vm.idle_coroutines(), IDLE_COROUTINES);
+    }
 }

@@ -39,7 +39,7 @@ pub struct AuthKey {
 }
 
 /// A longer value is no key that a request could carry: it is not indexed.
-const MAX_AUTH_KEY_BYTES: usize = 8192;
+pub(super) const MAX_AUTH_KEY_BYTES: usize = 8192;
 
 impl Consumer {
     pub(super) fn from_json(map: &mut Map<String, Value>, context: &ParseContext<'_>) -> Result<Consumer> {

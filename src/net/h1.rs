@@ -38,11 +38,7 @@ const OUT_HIGH: usize = 32 * 1024;
 /// A piece from this size on is written from where it is: the copy would cost more than the second `iovec`.
 const DIRECT_MIN: usize = 16 * 1024;
 /// A request body that nobody read is thrown away up to here to keep the connection; past it closing is cheaper.
-const DISCARD_MAX: u64 = 256 * 1024;
-/// `lingering_timeout` and `lingering_time`: how long a client may go on sending to a connection that we end, so that
-/// it reads our answer before a reset destroys it.
-const LINGER_IDLE: Duration = Duration::from_secs(5);
-const LINGER_MAX: Duration = Duration::from_secs(30);
+pub(super) const DISCARD_MAX: u64 = 256 * 1024;
 
 /// A connection after `101 Switching Protocols`: raw bytes both ways.
 pub struct Tunnel {
@@ -427,12 +423,12 @@ impl H1 {
         if !more {
             return;
         }
-        let until = Instant::now() + LINGER_MAX;
+        let until = Instant::now() + self.settings.linger_max;
         self.read_limit.progress();
         while Instant::now() < until {
             self.at = self.inp.len();
             let read = poll_fn(|cx| match self.poll_fill(cx) {
-                Poll::Pending if self.read_limit.poll(cx, LINGER_IDLE) => Poll::Ready(Ok(0)),
+                Poll::Pending if self.read_limit.poll(cx, self.settings.linger_idle) => Poll::Ready(Ok(0)),
                 other => other,
             });
             match read.await {

@@ -13,7 +13,6 @@ use std::{
     pin::{Pin, pin},
     rc::Rc,
     task::{Context, Poll, Waker, ready},
-    time::Duration,
 };
 
 use bytes::{Buf, Bytes};
@@ -39,16 +38,14 @@ use crate::{
 pub(super) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 /// nginx's `http2_max_concurrent_streams`.
-const MAX_STREAMS: u32 = 128;
+pub(super) const MAX_STREAMS: u32 = 128;
 /// Streams that a client may reset before they were looked at (CVE-2023-44487); then the connection is closed.
-const MAX_RESETS: usize = 20;
+pub(super) const MAX_RESETS: usize = 20;
 /// Request body bytes that a client may send ahead of who reads them, per stream and per connection.
 const STREAM_WINDOW: u32 = 128 * 1024;
 const CONNECTION_WINDOW: u32 = 1024 * 1024;
 /// Response bytes queued per stream, in the queue here and in hyper's.
 const QUEUE_MAX: usize = 64 * 1024;
-/// How long a connection without streams has to go after it was told to.
-const GOODBYE: Duration = Duration::from_secs(5);
 
 /// What the streams of a connection share.
 struct Streams {
@@ -56,6 +53,9 @@ struct Streams {
     tls: Option<Tls>,
     open: Cell<usize>,
     total: Cell<u64>,
+    /// A client took no bytes of a stream for `send_timeout`. hyper sees that a stream is cut only when the client takes more
+    /// of it, so the connection has to end.
+    stalled: Cell<bool>,
     /// Of the connection's task.
     waker: RefCell<Option<Waker>>,
 }
@@ -69,7 +69,14 @@ impl Streams {
 }
 
 pub(super) async fn serve<H: Handler>(server: &Rc<Server<H>>, io: Io, conn: Rc<Connection>, tls: Option<Tls>) {
-    let streams = Rc::new(Streams { conn, tls, open: Cell::new(0), total: Cell::new(0), waker: RefCell::default() });
+    let streams = Rc::new(Streams {
+        conn,
+        tls,
+        open: Cell::new(0),
+        total: Cell::new(0),
+        stalled: Cell::new(false),
+        waker: RefCell::default(),
+    });
     let service = service_fn(|request| answer(server.clone(), streams.clone(), request));
     let mut connection = pin!(builder(&server.settings).serve_connection(TokioIo::new(io), service));
     let mut limit = Limit::new();
@@ -80,16 +87,18 @@ pub(super) async fn serve<H: Handler>(server: &Rc<Server<H>>, io: Io, conn: Rc<C
         if !idle {
             limit.progress();
         }
-        let time = if leaving { GOODBYE } else { server.settings.keepalive_timeout };
+        let time = if leaving { server.settings.goodbye } else { server.settings.keepalive_timeout };
         // Asked in any case, since it also wakes us when a drain begins.
         let late = limit.poll(cx, time) && idle;
         if late && leaving {
             return Poll::Ready(Ok(()));
         }
         let worn = streams.total.get() >= server.settings.keepalive_requests;
-        if !leaving && (late || worn || server.drain.is_draining()) {
+        if !leaving && (late || worn || streams.stalled.get() || server.drain.is_draining()) {
             leaving = true;
             limit.progress();
+            // From now on: a client that says nothing wakes nobody.
+            limit.poll(cx, server.settings.goodbye);
             connection.as_mut().graceful_shutdown();
         }
         connection.as_mut().poll(cx)
@@ -150,6 +159,7 @@ async fn answer<H: Handler>(
     let read = read.and_then(|()| streams.tls.as_ref().map_or(Ok(()), |tls| tls.check(&streams.conn, &x.request)));
     let stream = Rc::new(Stream::default());
     x.client = Some(Box::new(H2::new(incoming, stream.clone(), server.settings)));
+    let served = stream.clone();
     tokio::task::spawn_local(async move {
         let x = match read {
             Ok(()) => server.handler.handle(x).await,
@@ -160,6 +170,9 @@ async fn answer<H: Handler>(
         };
         // Dropping the client here cuts a stream that was not ended.
         server.pool.put(x);
+        if served.0.borrow().late {
+            streams.stalled.set(true);
+        }
         streams.open.set(streams.open.get() - 1);
         streams.changed();
     });
@@ -257,6 +270,8 @@ struct State {
     cut: bool,
     /// hyper lost interest: the client reset the stream or went away.
     gone: bool,
+    /// It took too long to take what was sent.
+    late: bool,
     hyper: Option<Waker>,
     handler: Option<Waker>,
 }
@@ -421,6 +436,7 @@ impl H2 {
         state.handler = Some(cx.waker().clone());
         drop(state);
         if self.write_limit.poll(cx, self.settings.send_timeout) {
+            self.stream.0.borrow_mut().late = true;
             let late = Error::client(Kind::WriteTimeout).context("client timed out taking the response");
             return Poll::Ready(Err(late));
         }

@@ -100,3 +100,33 @@ pub(super) fn put_buffer(mut buffer: Vec<u8>) {
         }
     });
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exchanges_are_kept_up_to_a_number() {
+        let (pool, nowhere) = (ExchangePool::new(), SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)));
+        let conn = Rc::new(Connection::new(1, nowhere, nowhere));
+        let out: Vec<_> = (0..=KEPT_EXCHANGES).map(|_| pool.take(&conn)).collect();
+        out.into_iter().for_each(|x| pool.put(x));
+        assert_eq!(pool.idle.borrow().len(), KEPT_EXCHANGES);
+        assert_eq!(Rc::strong_count(&conn), 1, "idle ones hold no connection");
+    }
+
+    #[test]
+    fn buffers_are_kept_up_to_a_number_and_a_size() {
+        let count = || BUFFERS.with_borrow(Vec::len);
+        put_buffer(Vec::with_capacity(KEPT_BUFFER_SIZE + 1));
+        put_buffer(Vec::with_capacity(BUFFER_SIZE - 1));
+        assert_eq!(count(), 0, "neither one that grew too long nor one that is too short");
+        put_buffer(Vec::with_capacity(KEPT_BUFFER_SIZE));
+        for _ in 0..KEPT_BUFFERS {
+            put_buffer(vec![b'x'; BUFFER_SIZE]);
+        }
+        assert_eq!(count(), KEPT_BUFFERS);
+        assert!(take_buffer().is_empty());
+        assert_eq!(count(), KEPT_BUFFERS - 1);
+    }
+}

@@ -22,6 +22,12 @@ pub struct Settings {
     pub max_body: u64,
     /// `worker_connections`, of clients only: those past it are closed at once.
     pub max_connections: usize,
+    /// `lingering_timeout` and `lingering_time`: how long a client may go on sending to a connection that we end, so that
+    /// it reads our answer before a reset destroys it; between two reads, and in all.
+    pub linger_idle: Duration,
+    pub linger_max: Duration,
+    /// How long an HTTP/2 connection without streams has to go after it was told to.
+    pub goodbye: Duration,
     /// HTTP/2 with prior knowledge on listeners without TLS.
     pub http2: bool,
 }
@@ -37,6 +43,9 @@ impl Default for Settings {
             keepalive_requests: 1000,
             max_body: 0,
             max_connections: 10620,
+            linger_idle: Duration::from_secs(5),
+            linger_max: Duration::from_secs(30),
+            goodbye: Duration::from_secs(5),
             http2: true,
         }
     }

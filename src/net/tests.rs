@@ -163,9 +163,13 @@ async fn talk(addr: SocketAddr, request: impl AsRef<[u8]>) -> String {
 }
 
 async fn rest(tcp: &mut TcpStream) -> String {
+    String::from_utf8(rest_bytes(tcp).await).expect("text")
+}
+
+async fn rest_bytes(tcp: &mut TcpStream) -> Vec<u8> {
     let mut all = Vec::new();
     let _ = tcp.read_to_end(&mut all).await;
-    String::from_utf8(all).expect("text")
+    all
 }
 
 async fn until(tcp: &mut TcpStream, end: &str) -> String {
@@ -267,6 +271,24 @@ fn an_unread_body_is_thrown_away_or_ends_the_connection() {
 }
 
 #[test]
+fn an_unread_body_is_thrown_away_up_to_its_bound() {
+    with_server(Settings::default(), |addr, _| async move {
+        let most = h1::DISCARD_MAX as usize;
+        for (size, kept) in [(most, true), (most + 1, false)] {
+            let body = "x".repeat(size);
+            let with_length = format!("Content-Length: {size}\r\n\r\n{body}");
+            let all = talk(addr, ["POST /unread HTTP/1.1\r\nHost: a\r\n", &with_length, LAST].concat()).await;
+            assert_eq!(all.contains("Connection: keep-alive"), kept, "{all}");
+            assert_eq!(all.ends_with("GET /last "), kept, "{all}");
+            // How long it is shows when it has been read.
+            let chunked = format!("Transfer-Encoding: chunked\r\n\r\n{size:x}\r\n{body}\r\n0\r\n\r\n");
+            let all = talk(addr, ["POST /unread HTTP/1.1\r\nHost: a\r\n", &chunked, LAST].concat()).await;
+            assert_eq!(all.ends_with("GET /last "), kept, "{all}");
+        }
+    })
+}
+
+#[test]
 fn refusals_are_answered_and_close() {
     let settings = Settings { max_body: 10, ..Settings::default() };
     with_server(settings, |addr, _| async move {
@@ -312,6 +334,83 @@ fn time_limits_end_connections() {
         assert!(kept.ends_with("GET /a ") && kept.contains("keep-alive"));
         let late = talk(addr, "POST /a HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n1").await;
         assert!(late.starts_with("HTTP/1.1 400"), "{late}");
+        server.drain.done().await;
+    })
+}
+
+#[test]
+fn a_client_that_takes_no_answer_is_let_go() {
+    let settings = Settings { send_timeout: Duration::from_millis(50), ..Settings::default() };
+    with_server(settings, |addr, server| async move {
+        let mut tcp = TcpStream::connect(addr).await.expect("connects");
+        tcp.write_all(b"GET /x?50000000 HTTP/1.1\r\nHost: a\r\n\r\n").await.expect("sends");
+        while server.drain.open() == 0 {
+            tokio::task::yield_now().await;
+        }
+        server.drain.done().await;
+        assert!(rest(&mut tcp).await.len() < 50_000_000);
+    })
+}
+
+#[test]
+fn a_silent_http2_client_is_let_go() {
+    let short = Duration::from_millis(50);
+    let settings = Settings { keepalive_timeout: short, goodbye: short, ..Settings::default() };
+    with_server(settings, |addr, server| async move {
+        let mut frames = Frames::connect(addr).await;
+        frames.0.write_all(&Frames::get(1, b"/a")).await.expect("sends");
+        assert_eq!(frames.next(Frames::DATA).await, (1, b"GET /a ".to_vec()));
+        frames.next(Frames::GOAWAY).await;
+        rest_bytes(&mut frames.0).await;
+        server.drain.done().await;
+    })
+}
+
+#[test]
+fn an_http2_client_that_takes_no_answer_is_let_go() {
+    let short = Duration::from_millis(50);
+    let settings = Settings { send_timeout: short, goodbye: short, ..Settings::default() };
+    with_server(settings, |addr, server| async move {
+        let mut frames = Frames::connect(addr).await;
+        frames.0.write_all(&Frames::get(1, b"/x?50000000")).await.expect("sends");
+        frames.next(Frames::GOAWAY).await;
+        rest_bytes(&mut frames.0).await;
+        server.drain.done().await;
+    })
+}
+
+#[test]
+fn a_connection_that_is_ended_lingers_only_so_long() {
+    let short = Duration::from_millis(50);
+    for (linger_idle, linger_max) in [(short, Duration::from_secs(60)), (Duration::from_secs(60), short)] {
+        let settings = Settings { max_body: 10, linger_idle, linger_max, ..Settings::default() };
+        with_server(settings, |addr, server| async move {
+            let mut tcp = TcpStream::connect(addr).await.expect("connects");
+            tcp.write_all(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 11\r\n\r\n").await.expect("sends");
+            assert!(until(&mut tcp, "refused").await.starts_with("HTTP/1.1 413"));
+            // One is silent; the other never stops.
+            while linger_max == short && tcp.write_all(b"x").await.is_ok() {
+                tokio::task::yield_now().await;
+            }
+            server.drain.done().await;
+        });
+    }
+}
+
+#[test]
+fn a_connection_serves_only_so_many_requests() {
+    let settings = Settings { keepalive_requests: 2, goodbye: Duration::from_millis(50), ..Settings::default() };
+    with_server(settings, |addr, server| async move {
+        let all = talk(addr, "GET /a HTTP/1.1\r\nHost: a\r\n\r\n".repeat(3)).await;
+        assert_eq!(all.matches("GET /a ").count(), 2, "{all}");
+        assert!(all.ends_with("Connection: close\r\n\r\nGET /a "), "{all}");
+        // Who does not go when told to is shown out.
+        let mut frames = Frames::connect(addr).await;
+        for stream in [1, 3] {
+            frames.0.write_all(&Frames::get(stream, b"/a")).await.expect("sends");
+            assert_eq!(frames.next(Frames::DATA).await, (stream, b"GET /a ".to_vec()));
+        }
+        rest_bytes(&mut frames.0).await;
         server.drain.done().await;
     })
 }
@@ -394,6 +493,109 @@ fn a_client_that_resets_its_stream_is_gone() {
         drop(response);
         assert_eq!(post(&mut send, "http://a/last", vec![]).await.0, 200);
         drop(send);
+        server.drain.done().await;
+    })
+}
+
+/// An HTTP/2 client that keeps no rules.
+struct Frames(TcpStream);
+
+impl Frames {
+    const DATA: u8 = 0;
+    const HEADERS: u8 = 1;
+    const RST_STREAM: u8 = 3;
+    const SETTINGS: u8 = 4;
+    const GOAWAY: u8 = 7;
+
+    async fn connect(addr: SocketAddr) -> Frames {
+        let mut tcp = TcpStream::connect(addr).await.expect("connects");
+        let hello = [h2::PREFACE, &Self::frame(Self::SETTINGS, 0, 0, &[])].concat();
+        tcp.write_all(&hello).await.expect("sends");
+        Frames(tcp)
+    }
+
+    fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+        let mut frame = (payload.len() as u32).to_be_bytes()[1..].to_vec();
+        frame.extend([kind, flags]);
+        frame.extend(stream.to_be_bytes());
+        frame.extend(payload);
+        frame
+    }
+
+    /// `POST http://a/` with a body that is still to come.
+    fn post(stream: u32) -> Vec<u8> {
+        const END_HEADERS: u8 = 4;
+        // HPACK: three fields of the static table, and `:authority` as a literal.
+        Self::frame(Self::HEADERS, END_HEADERS, stream, &[0x83, 0x86, 0x84, 0x01, 1, b'a'])
+    }
+
+    /// `GET http://a{path}`.
+    fn get(stream: u32, path: &[u8]) -> Vec<u8> {
+        const END_STREAM_AND_HEADERS: u8 = 5;
+        let fields = [&[0x82, 0x86, 0x01, 1, b'a', 0x04, path.len() as u8][..], path].concat();
+        Self::frame(Self::HEADERS, END_STREAM_AND_HEADERS, stream, &fields)
+    }
+
+    /// The next frame of this kind: its stream and its payload.
+    async fn next(&mut self, wanted: u8) -> (u32, Vec<u8>) {
+        loop {
+            let mut head = [0; 9];
+            self.0.read_exact(&mut head).await.expect("a frame");
+            let mut payload = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize];
+            self.0.read_exact(&mut payload).await.expect("a whole frame");
+            if head[3] == wanted {
+                return (u32::from_be_bytes([head[5], head[6], head[7], head[8]]), payload);
+            }
+        }
+    }
+}
+
+#[test]
+fn streams_past_the_bound_are_refused() {
+    with_server(Settings::default(), |addr, _| async move {
+        const REFUSED_STREAM: u32 = 7;
+        const END_STREAM: u8 = 1;
+        let mut client = Frames::connect(addr).await;
+        // The handlers of all wait for bodies.
+        let all: Vec<u8> = (0..=h2::MAX_STREAMS).flat_map(|n| Frames::post(2 * n + 1)).collect();
+        client.0.write_all(&all).await.expect("sends");
+        let last = 2 * h2::MAX_STREAMS + 1;
+        assert_eq!(client.next(Frames::RST_STREAM).await, (last, REFUSED_STREAM.to_be_bytes().into()));
+        let body = Frames::frame(Frames::DATA, END_STREAM, 1, b"hi");
+        client.0.write_all(&body).await.expect("sends");
+        assert_eq!(client.next(Frames::DATA).await, (1, b"POST / hi".to_vec()));
+        // One has ended, so there is room for one.
+        let next = [Frames::post(last + 2), Frames::frame(Frames::DATA, END_STREAM, last + 2, b"ho")].concat();
+        client.0.write_all(&next).await.expect("sends");
+        assert_eq!(client.next(Frames::DATA).await, (last + 2, b"POST / ho".to_vec()));
+    })
+}
+
+#[test]
+fn a_head_past_the_bound_is_refused_and_its_connection_goes_on() {
+    with_server(Settings::default(), |addr, _| async move {
+        let mut send = http2(TcpStream::connect(addr).await.expect("connects")).await;
+        let head = |len: usize| http::Request::get("http://a/x").header("x", "a".repeat(len));
+        for (len, status) in [(Settings::default().head.total, 431), (1000, 200)] {
+            send.ready().await.expect("is open");
+            let request = head(len).body(Full::default()).expect("a request");
+            assert_eq!(send.send_request(request).await.expect("answers").status(), status);
+        }
+    })
+}
+
+#[test]
+fn a_client_that_resets_all_it_opens_is_let_go() {
+    with_server(Settings::default(), |addr, server| async move {
+        const ENHANCE_YOUR_CALM: u32 = 11;
+        const CANCEL: [u8; 4] = 8u32.to_be_bytes();
+        let mut client = Frames::connect(addr).await;
+        let opened_and_reset = |n: u32| [Frames::post(n), Frames::frame(Frames::RST_STREAM, 0, n, &CANCEL)].concat();
+        // In one piece: the server reads them all before it looks at the first.
+        let all: Vec<u8> = (0..=h2::MAX_RESETS as u32).flat_map(|n| opened_and_reset(2 * n + 1)).collect();
+        client.0.write_all(&all).await.expect("sends");
+        let (_, why) = client.next(Frames::GOAWAY).await;
+        assert_eq!(why[4..8], ENHANCE_YOUR_CALM.to_be_bytes());
         server.drain.done().await;
     })
 }

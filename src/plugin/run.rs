@@ -548,7 +548,8 @@ impl Generation {
             conf.get("prefer_name").and_then(|v| v.as_bool()).unwrap_or(false)
         });
         let anchor = self.vm.keep(plan)?;
-        let used = Cell::new(true);
+        // Not before it is found a second time: else all plans would be in use at the first sweep.
+        let used = Cell::new(false);
         Ok(Plan { generation: self.clone(), anchor, mask, auth, filters, prometheus, used })
     }
 

@@ -41,7 +41,7 @@ pub(super) async fn forward(p: &Proxy, x: &mut Exchange) -> Result<()> {
         let scheme = crate::exchange::vars::scheme_name(conf.scheme);
         return Err(Error::upstream(Kind::Other).context(format!("upstream scheme {scheme} is not served yet")));
     }
-    let (upload, mut framing) = Upload::new(&x.body, p.take_buffer(), p.take_buffer())?;
+    let (upload, mut framing) = Upload::new(&x.body, p.buffers.take(), p.buffers.take())?;
     // `Content-Length: 0` is passed on: some servers refuse a POST that says nothing.
     if framing == BodyFraming::None && x.request.headers.contains("content-length") {
         framing = BodyFraming::Length(0);
@@ -50,8 +50,8 @@ pub(super) async fn forward(p: &Proxy, x: &mut Exchange) -> Result<()> {
     let mut way = Way { p, conf: &conf, framing, websocket, times, upload, waited: false };
     let outcome = way.run(x).await;
     let (out, piece) = way.upload.into_buffers();
-    p.put_buffer(out);
-    p.put_buffer(piece);
+    p.buffers.put(out);
+    p.buffers.put(piece);
     outcome
 }
 
@@ -105,7 +105,7 @@ impl Way<'_> {
         // Without plugins the request has hardly begun: one look at the clock less.
         let started = if x.lua.run.is_none() { x.started } else { Instant::now() };
         // One node needs no state, and ten thousand upstreams of one node each need no memory for it.
-        let picked = (self.conf.nodes.len() != 1).then(|| self.p.picker(self.conf));
+        let picked = (self.conf.nodes.len() != 1).then(|| self.p.pickers.of(self.conf, started));
         let hash_key = hash_key(x, self.conf);
         let mut tried = Tried::default();
         let retries = self.conf.retries.map_or(self.conf.nodes.len().saturating_sub(1), |n| n as usize);
@@ -233,7 +233,7 @@ impl Way<'_> {
         let pair = pair.map(|(cert, key)| (&**cert, &**key));
         let config = tls::client_config(settings.is_some_and(|t| t.verify), pair, &[])?;
         let name = server_name(x, node);
-        let number = self.p.tls_number(&name, &config);
+        let number = self.p.tls_numbers.of(&name, &config);
         let name = ServerName::try_from(name.into_string())
             .map_err(|e| Error::upstream(Kind::Tls).cause(e).context("server name for TLS to the upstream"))?;
         Ok((Key { addr, tls: number }, Some(Tls { config, name })))

@@ -8,6 +8,7 @@ mod capture;
 pub mod forward;
 mod forwarded;
 pub mod head;
+mod kept;
 mod location;
 pub mod real_ip;
 pub mod request;
@@ -20,14 +21,14 @@ use std::{
     cell::{Cell, RefCell},
     rc::Rc,
     sync::Arc,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use hashbrown::HashMap;
 use ipnet::IpNet;
+use kept::{Buffers, Pickers, TlsNumbers};
 
 use crate::{
-    balancer::Picker,
     conf::locations::Locations,
     dns::Resolver,
     exchange::Exchange,
@@ -79,29 +80,12 @@ pub struct Proxy {
     ending: Box<dyn Ending>,
     current: RefCell<Arc<Snapshot>>,
     version: Cell<u64>,
-    /// By `Upstream::uid`. Swept when the configuration changes.
-    pickers: RefCell<HashMap<u64, Rc<Picked>>>,
-    buffers: RefCell<Vec<Vec<u8>>>,
+    pickers: Pickers,
+    buffers: Buffers,
     /// Spreads requests over the addresses of a name: the state of a linear congruential generator.
     turn: Cell<u64>,
-    /// A number per TLS name and settings, for the pool's keys. The settings are held so that no others get their address.
-    tls_numbers: RefCell<HashMap<(Box<str>, usize), TlsNumber>>,
+    tls_numbers: TlsNumbers,
 }
-
-type TlsNumber = (u64, Arc<rustls::ClientConfig>);
-
-/// An upstream's balancer state, and when it was last used.
-struct Picked {
-    picker: Picker,
-    used: Cell<Instant>,
-}
-
-/// Upstreams whose balancer state is kept; past it those not used for `PICKER_IDLE` go.
-const MAX_PICKERS: usize = 10_000;
-const PICKER_IDLE: Duration = Duration::from_secs(60);
-/// Buffers kept for request heads and bodies on their way up.
-const KEPT_BUFFERS: usize = 64;
-const KEPT_BUFFER_SIZE: usize = 64 * 1024;
 
 impl Proxy {
     pub fn new(
@@ -120,13 +104,13 @@ impl Proxy {
             upstreams: location::upstreams(locations),
             resolver,
             pool: Pool::default(),
-            tls_numbers: RefCell::default(),
+            tls_numbers: TlsNumbers::default(),
             ending,
             version: Cell::new(current.version),
             current: RefCell::new(current),
             published,
-            pickers: RefCell::default(),
-            buffers: RefCell::default(),
+            pickers: Pickers::default(),
+            buffers: Buffers::default(),
             turn: Cell::new(0),
         }
     }
@@ -146,46 +130,6 @@ impl Proxy {
             return;
         }
         x.snapshot = self.snapshot();
-    }
-
-    /// The balancer's state for an upstream.
-    fn picker(&self, upstream: &model::Upstream) -> Rc<Picked> {
-        let mut pickers = self.pickers.borrow_mut();
-        if let Some(picked) = pickers.get(&upstream.uid) {
-            return picked.clone();
-        }
-        let now = Instant::now();
-        if pickers.len() >= MAX_PICKERS {
-            pickers.retain(|_, picked| now.duration_since(picked.used.get()) < PICKER_IDLE);
-        }
-        let picked = Rc::new(Picked { picker: Picker::new(upstream), used: Cell::new(now) });
-        if pickers.len() < MAX_PICKERS {
-            pickers.insert(upstream.uid, picked.clone());
-        }
-        picked
-    }
-
-    /// Connections with the same number may stand in for each other.
-    fn tls_number(&self, name: &str, config: &Arc<rustls::ClientConfig>) -> u64 {
-        let key = (Box::from(name), Arc::as_ptr(config) as usize);
-        let mut numbers = self.tls_numbers.borrow_mut();
-        if numbers.len() >= MAX_PICKERS {
-            // Numbers are never reused, so connections under forgotten ones only grow old.
-            numbers.clear();
-        }
-        numbers.entry(key).or_insert_with(|| (model::next_uid(), config.clone())).0
-    }
-
-    fn take_buffer(&self) -> Vec<u8> {
-        self.buffers.borrow_mut().pop().unwrap_or_default()
-    }
-
-    fn put_buffer(&self, mut buffer: Vec<u8>) {
-        let mut buffers = self.buffers.borrow_mut();
-        if buffer.capacity() <= KEPT_BUFFER_SIZE && buffers.len() < KEPT_BUFFERS {
-            buffer.clear();
-            buffers.push(buffer);
-        }
     }
 }
 

@@ -1,5 +1,7 @@
 //! From a schema's JSON to rules.
 
+use std::cell::Cell;
+
 use hashbrown::{HashMap, HashSet};
 use serde_json::{Map, Value};
 
@@ -7,6 +9,10 @@ use super::pattern::Pattern;
 
 /// How deep schemas may nest, `$ref` included: past it they are refused rather than recursed into.
 const MAX_DEPTH: usize = 64;
+
+/// Parts that one schema may have, each counted as often as a `$ref` leads to it: references that fan out double at each
+/// level. The largest packed schema has some hundreds.
+const MAX_PARTS: usize = 20_000;
 
 /// Types as bits.
 pub(super) mod types {
@@ -136,18 +142,24 @@ pub(super) enum Patterns {
 }
 
 pub(super) fn root(schema: &Value, patterns: Patterns) -> Result<Node, String> {
-    Compiler { root: schema, patterns }.node(schema, 0)
+    Compiler { root: schema, patterns, parts: Cell::new(0) }.node(schema, 0)
 }
 
 struct Compiler<'a> {
     root: &'a Value,
     patterns: Patterns,
+    /// How many are compiled.
+    parts: Cell<usize>,
 }
 
 impl Compiler<'_> {
     fn node(&self, schema: &Value, depth: usize) -> Result<Node, String> {
         if depth > MAX_DEPTH {
             return Err(format!("schema nests deeper than {MAX_DEPTH} levels"));
+        }
+        self.parts.set(self.parts.get() + 1);
+        if self.parts.get() > MAX_PARTS {
+            return Err(format!("schema has more than {MAX_PARTS} parts"));
         }
         let map = match schema {
             Value::Object(map) => map,
@@ -399,4 +411,39 @@ fn number(map: &Map<String, Value>) -> Option<Number> {
 
 fn count(map: &Map<String, Value>, key: &str) -> Option<usize> {
     map.get(key).and_then(Value::as_f64).map(|n| n as usize)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::{super::Schema, *};
+
+    #[test]
+    fn schemas_nest_only_so_deep() {
+        // Each level is a reference, which costs one.
+        let chain = |links: usize| {
+            let link = |n: usize| (n.to_string(), json!({"$ref": format!("#/definitions/{}", n + 1)}));
+            let mut definitions: Map<String, Value> = (0..links).map(link).collect();
+            definitions.insert(links.to_string(), json!({"type": "string"}));
+            json!({"definitions": definitions, "$ref": "#/definitions/0"})
+        };
+        Schema::compile(&chain(MAX_DEPTH - 1)).expect("is no deeper than that");
+        let refused = Schema::compile(&chain(MAX_DEPTH)).expect_err("is deeper");
+        assert_eq!(refused, "schema nests deeper than 64 levels");
+    }
+
+    #[test]
+    fn references_that_fan_out_are_bounded() {
+        let fan = |levels: usize| {
+            let to = |n: usize| json!({"$ref": format!("#/definitions/{}", n + 1)});
+            let level = |n: usize| (n.to_string(), json!({"properties": {"a": to(n), "b": to(n)}}));
+            let mut definitions: Map<String, Value> = (0..levels).map(level).collect();
+            definitions.insert(levels.to_string(), json!({"type": "string"}));
+            json!({"definitions": definitions, "$ref": "#/definitions/0"})
+        };
+        Schema::compile(&fan(10)).expect("some thousands of parts");
+        let refused = Schema::compile(&fan(20)).expect_err("a million");
+        assert_eq!(refused, "schema has more than 20000 parts");
+    }
 }

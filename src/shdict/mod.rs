@@ -467,4 +467,28 @@ mod tests {
             assert_eq!(parse_size(text), size, "{text}");
         }
     }
+
+    #[test]
+    fn one_write_evicts_only_so_many() {
+        let d = dict();
+        let mut n = 0;
+        while set(&d, &format!("k{n}"), text("x"), 0, 1) == Ok(false) {
+            n += 1;
+        }
+        assert!(n > 2 * shard::MAX_EVICTIONS, "{n}");
+        let before = d.keys(0, 1).len();
+        assert_eq!(set(&d, "long", text(&"x".repeat(15 << 10)), 0, 1), Err(Refusal::NoMemory));
+        assert_eq!(before - d.keys(0, 1).len(), shard::MAX_EVICTIONS, "what was evicted is gone");
+        let rest = d.free_space() + 100 * (shard::MAX_EVICTIONS - 2);
+        assert_eq!(set(&d, "long", text(&"x".repeat(rest)), 0, 1), Ok(true), "this takes fewer");
+    }
+
+    #[test]
+    fn a_dictionary_has_only_so_many_parts() {
+        for (capacity, parts) in
+            [(1, 1), (2 * SHARD_BYTES, 2), (MAX_SHARDS * SHARD_BYTES, MAX_SHARDS), (1 << 30, MAX_SHARDS)]
+        {
+            assert_eq!(Dict::new("d", capacity).shards.len(), parts, "{capacity}");
+        }
+    }
 }

@@ -13,7 +13,7 @@ const ENTRY_BYTES: usize = 120;
 const ELEMENT_BYTES: usize = 40;
 
 /// Entries in use that one write may evict ("tens", says the documentation): a huge value must not empty the dictionary of counters.
-const MAX_EVICTIONS: usize = 30;
+pub(super) const MAX_EVICTIONS: usize = 30;
 
 /// Expired entries looked for at the end of the list when a write makes a new entry.
 const EXPIRED_PER_WRITE: usize = 2;

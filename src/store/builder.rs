@@ -992,4 +992,60 @@ mod tests {
         }
         println!("one change: {:?}", start.elapsed() / 1000);
     }
+
+    #[test]
+    fn verdicts_are_remembered_up_to_a_number() {
+        let (mut b, checks) = builder();
+        for i in 0..MAX_CHECKED {
+            b.check_plugin("key-auth", &i.to_string(), PluginSchema::Plugin).unwrap();
+        }
+        b.check_plugin("key-auth", "0", PluginSchema::Plugin).unwrap();
+        assert_eq!((checks.get(), b.checked.len()), (MAX_CHECKED, MAX_CHECKED));
+        let refused = b.check_plugin("key-auth", "bad", PluginSchema::Plugin).unwrap_err();
+        assert_eq!(refused, "failed to check the configuration of plugin key-auth err: bad is not good");
+        assert_eq!(b.checked.len(), 1);
+        b.check_plugin("key-auth", "0", PluginSchema::Plugin).unwrap();
+        assert_eq!(checks.get(), MAX_CHECKED + 2, "asked again");
+    }
+
+    /// What is logged on this thread.
+    #[derive(Clone, Default)]
+    struct Lines(Arc<std::sync::Mutex<Vec<String>>>);
+
+    impl tracing::field::Visit for Lines {
+        fn record_debug(&mut self, _: &tracing::field::Field, value: &dyn std::fmt::Debug) {
+            self.0.lock().unwrap().push(format!("{value:?}"));
+        }
+    }
+
+    impl tracing::Subscriber for Lines {
+        fn enabled(&self, _: &tracing::Metadata<'_>) -> bool {
+            true
+        }
+        fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+            tracing::span::Id::from_u64(1)
+        }
+        fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+        fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+        fn event(&self, event: &tracing::Event<'_>) {
+            event.record(&mut self.clone());
+        }
+        fn enter(&self, _: &tracing::span::Id) {}
+        fn exit(&self, _: &tracing::span::Id) {}
+    }
+
+    #[test]
+    fn refusals_are_logged_up_to_a_number_and_all_are_shown() {
+        let bad = |n: usize| (0..n).map(|i| entry(&format!("/routes/{i}"), 1, json!({"uri": 5}))).collect::<Vec<_>>();
+        for more in [0, 2] {
+            let (lines, (mut b, _)) = (Lines::default(), builder());
+            tracing::subscriber::with_default(lines.clone(), || b.replace(bad(MAX_LOGGED + more), 1));
+            let lines = lines.0.lock().unwrap();
+            let refused = lines.iter().filter(|l| l.starts_with("failed to check item data of [routes]")).count();
+            assert_eq!(refused, MAX_LOGGED, "{lines:?}");
+            let rest = lines.iter().filter(|l| **l == "2 more objects were refused: see /v1/config/errors").count();
+            assert_eq!((rest, lines.len()), (more / 2, MAX_LOGGED + more / 2), "{lines:?}");
+            assert_eq!(b.take().unwrap().errors.len(), MAX_LOGGED + more);
+        }
+    }
 }

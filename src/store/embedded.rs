@@ -216,7 +216,7 @@ impl Writer {
             Err(RecvTimeoutError::Timeout) => Vec::new(),
             Err(RecvTimeoutError::Disconnected) => return None,
         };
-        group.extend(self.inbox.try_iter().take(MAX_GROUP));
+        group.extend(self.inbox.try_iter().take(MAX_GROUP - group.len()));
         Some(group)
     }
 
@@ -389,7 +389,10 @@ impl Feed {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
+    use std::{
+        fs,
+        task::{Context, Waker},
+    };
 
     use tokio::sync::mpsc;
 
@@ -508,6 +511,66 @@ mod tests {
         }
         revisions.sort_unstable();
         assert_eq!(revisions, (1..=300).collect::<Vec<_>>());
+    }
+
+    fn request(slots: &Arc<Semaphore>, key: &str) -> Request {
+        let _slot = slots.clone().try_acquire_owned().unwrap();
+        let op = Op::Put { key: key.into(), value: "x".into(), on: Condition::Always, ttl_secs: None };
+        Request { op, answer: oneshot::channel().0, _slot }
+    }
+
+    #[test]
+    fn one_commit_takes_only_so_many_writes() {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = Arc::new(Disk::open(&dir.path().join("moongate.redb")).unwrap());
+        let (sender, inbox) = channel();
+        let writer = Writer { disk, inbox, feeds: Arc::default() };
+        let slots = Arc::new(Semaphore::new(MAX_QUEUED));
+        (0..=MAX_GROUP).for_each(|i| sender.send(request(&slots, &i.to_string())).unwrap());
+        let lengths = [(); 2].map(|()| writer.next_group(None).unwrap().len());
+        assert_eq!(lengths, [MAX_GROUP, 1]);
+        assert_eq!(writer.next_group(Some(0)).unwrap().len(), 0, "what has expired does not wait for a write");
+        drop(sender);
+        assert!(writer.next_group(None).is_none());
+    }
+
+    #[tokio::test]
+    async fn writes_past_the_bound_wait_for_a_place() {
+        let (_dir, s) = store();
+        let places = s.slots.clone().acquire_many_owned(MAX_QUEUED as u32).await.unwrap();
+        let mut write = s.put("/routes/1", "a".into(), Condition::Always, None);
+        assert!(write.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
+        // It has not reached the writer: what is written directly is written first.
+        let (writer, _) = s.writer.as_ref().unwrap();
+        let first = request(&Arc::new(Semaphore::new(1)), "/routes/0");
+        writer.send(first).unwrap();
+        drop(places);
+        assert_eq!(write.await.unwrap().revision, 2);
+        drop(s.slots.acquire_many(MAX_QUEUED as u32).await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn a_watcher_that_is_too_slow_is_told_everything_anew() {
+        let (_dir, s) = store();
+        let (tx, mut rx) = mpsc::channel(1);
+        let watch = tokio::spawn(s.clone().watch(tx));
+        let Some(Change::All { revision: 0, .. }) = rx.recv().await else { panic!("no All") };
+        let written = s.put("/routes/1", "a".into(), Condition::Always, None).await.unwrap();
+        let Some(Change::Some { revision: 1, .. }) = rx.recv().await else { panic!("no Some") };
+        let feed = s.feeds.0.lock().unwrap()[0].clone();
+        let changes = |n: usize| (0..n).map(|i| (Arc::from(i.to_string()), None)).collect::<Vec<_>>();
+        feed.push(&changes(MAX_PENDING), 2);
+        assert_eq!(feed.take().changes.len(), MAX_PENDING);
+        feed.push(&changes(MAX_PENDING), 2);
+        feed.push(&[("one more".into(), None)], 3);
+        {
+            let pending = feed.pending.lock().unwrap();
+            assert!(pending.overflow && pending.changes.capacity() == 0, "nothing is held any more");
+        }
+        let Some(Change::All { entries, revision }) = rx.recv().await else { panic!("no All") };
+        assert_eq!((entries, revision), (vec![written.entry], 1));
+        drop(rx);
+        watch.await.unwrap();
     }
 
     #[tokio::test]

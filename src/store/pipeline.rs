@@ -265,3 +265,41 @@ fn age(at: SystemTime) -> String {
     };
     format!("{n} {unit}")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        model::Keyring,
+        store::{Entry, embedded::Embedded, parser},
+    };
+
+    #[test]
+    fn only_so_many_changes_make_one_snapshot() {
+        let dir = tempfile::tempdir().unwrap();
+        let store: Arc<dyn Store> = Embedded::open(&dir.path().join("moongate.redb")).unwrap();
+        let published = Published::new(Snapshot::default());
+        let parser = parser(Arc::new(Keyring::default()), None);
+        let mut pipeline = Pipeline {
+            builder: Builder::new(parser, None, RouterKind::default(), false),
+            published: published.clone(),
+            source: SourceState::new("embedded"),
+            store,
+            last_good: None,
+            first: None,
+        };
+        let put = |n: usize| {
+            let (key, value) = (format!("/services/{n}").into(), "{}".into());
+            let entry = Entry { key, value, create_revision: 1, mod_revision: 1 };
+            Change::Some { changes: vec![(entry.key.clone(), Some(entry))], revision: n as i64 }
+        };
+        let (sink, mut changes) = mpsc::channel(2 * MAX_BATCH);
+        (1..=MAX_BATCH).for_each(|n| sink.try_send(put(n)).unwrap());
+        pipeline.take_batch(put(0), &mut changes);
+        let now = published.load();
+        assert_eq!((now.version, now.services.len(), changes.len()), (1, MAX_BATCH, 1));
+        let next = changes.try_recv().unwrap();
+        pipeline.take_batch(next, &mut changes);
+        assert_eq!((published.load().version, published.load().services.len()), (2, MAX_BATCH + 1));
+    }
+}

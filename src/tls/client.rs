@@ -146,3 +146,22 @@ impl ServerCertVerifier for Anyone {
         self.0.signature_verification_algorithms.supported_schemes()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn configurations_are_kept_up_to_a_number() {
+        let config = client_config(false, None, &[]).expect("a configuration");
+        assert!(Arc::ptr_eq(&config, &client_config(false, None, &[]).expect("the same")));
+        for i in 0..CONFIGS_KEPT + 100 {
+            let key = Key { verify: false, pair: Some((i.to_string().into(), "".into())), alpn: [].into() };
+            CONFIGS.insert(key, config.clone());
+        }
+        CONFIGS.run_pending_tasks();
+        let kept = CONFIGS.entry_count();
+        assert!((1..=CONFIGS_KEPT).contains(&kept), "{kept}");
+        client_config(true, None, &[b"h2"]).expect("one more is made, kept or not");
+    }
+}

@@ -396,3 +396,45 @@ fn openssl_name(suite: CipherSuite) -> &'static str {
         _ => "",
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn server() -> Server {
+        let protocols = vec!["TLSv1.3".into()];
+        Server::new(ServerOptions { protocols, session_tickets: false, fallback_sni: None, http2: false })
+            .expect("valid")
+    }
+
+    #[test]
+    fn objects_made_ready_are_kept_up_to_a_number() {
+        let server = server();
+        for uid in 0..CONFIGS_KEPT + 100 {
+            server.configs.insert(uid, None);
+        }
+        server.configs.run_pending_tasks();
+        assert_eq!(server.configs.entry_count(), CONFIGS_KEPT);
+    }
+
+    #[test]
+    fn sessions_are_kept_up_to_a_number_and_the_newest_stay() {
+        let pair = rcgen::generate_simple_self_signed(["a.test".to_owned()]).expect("a certificate");
+        let ssl = Ssl {
+            snis: vec!["a.test".into()],
+            pairs: vec![(pair.cert.pem().into(), pair.signing_key.serialize_pem().into())],
+            client_ca: None,
+            skip_mtls_uri_regex: vec![],
+            protocols: vec![],
+            enabled: true,
+            is_client: false,
+        };
+        let sessions = server().prepare(&ssl).expect("valid").config.session_storage.clone();
+        let key = |n: usize| n.to_be_bytes().to_vec();
+        let all = SESSIONS_KEPT * 2;
+        assert!((0..all).all(|n| sessions.put(key(n), b"session".to_vec())));
+        assert!(sessions.get(&key(all - 1)).is_some() && sessions.get(&key(0)).is_none());
+        let kept = (0..all).filter(|n| sessions.get(&key(*n)).is_some()).count();
+        assert!((1..=SESSIONS_KEPT).contains(&kept), "{kept}");
+    }
+}

@@ -403,3 +403,23 @@ impl Conn {
 fn invalid(why: &'static str) -> Error {
     Error::upstream(Kind::Malformed).retry(Retry::Idempotent).context(why).context("upstream sent invalid response")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_are_kept_up_to_a_number_and_a_size() {
+        let count = || BUFFERS.with_borrow(Vec::len);
+        put_buffer(Vec::with_capacity(BUFFER_MAX + 1));
+        put_buffer(Vec::with_capacity(BUFFER_SIZE - 1));
+        assert_eq!(count(), 0, "neither one that grew too long nor one that is too short");
+        put_buffer(Vec::with_capacity(BUFFER_MAX));
+        for _ in 0..KEPT_BUFFERS {
+            put_buffer(vec![b'x'; BUFFER_SIZE]);
+        }
+        assert_eq!(count(), KEPT_BUFFERS);
+        assert!(take_buffer().is_empty());
+        assert_eq!(count(), KEPT_BUFFERS - 1);
+    }
+}

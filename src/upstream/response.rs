@@ -190,4 +190,12 @@ mod tests {
             assert!(read(block, false).is_err(), "{block}");
         }
     }
+
+    #[test]
+    fn fields_are_bounded() {
+        let head = |n: usize| format!("HTTP/1.1 200 OK\r\nContent-Length: 0\r\n{}\r\n", "X: 1\r\n".repeat(n - 1));
+        assert_eq!(read(&head(FIELDS_MAX), false).unwrap().1.headers.len(), FIELDS_MAX);
+        let refused = read(&head(FIELDS_MAX + 1), false).err().unwrap();
+        assert_eq!(refused.why, "too many headers");
+    }
 }

@@ -12,8 +12,12 @@ function _M.get_file(path)
     if not file then
         return nil, "failed to open file: " .. path .. ", error info: " .. err
     end
-    local text = file:read(MAX_BYTES)
+    local text = file:read(MAX_BYTES + 1)
     file:close()
+    -- Half a file is no file: a key or a list that was cut could pass for a whole one.
+    if text and #text > MAX_BYTES then
+        return nil, "failed to read file: " .. path .. ", it is longer than " .. MAX_BYTES .. " bytes"
+    end
     return text or ""
 end
 

@@ -521,3 +521,36 @@ fn push_text(s: &Stack, json: Option<&str>) -> Answer {
 fn push_object(s: &Stack, json: &str) -> Result<(), Raise> {
     push_json(s, &serde_json::from_str(json).unwrap_or(Value::Null))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn consumers_with_a_number_are_bounded() {
+        let keyring = Keyring::default();
+        let context = ParseContext::new(&keyring);
+        let Ok(Parsed::Consumer(value)) = parse(model::Kind::Consumer, "jack", r#"{"username": "jack"}"#, &context)
+        else {
+            panic!("a consumer")
+        };
+        let consumer = Arc::new(Object {
+            id: "jack".into(),
+            uid: 1,
+            create_revision: 1,
+            mod_revision: 1,
+            json: "{}".into(),
+            value,
+        });
+        let kept = KeptConsumers::default();
+        let add = || {
+            let fields = ["a", "b", "c"].map(|name| (name, None));
+            kept.add(KeptConsumer { consumer: consumer.clone(), credential: None, fields })
+        };
+        assert!((0..MAX_KEPT).all(|at| add() == Some(at)));
+        assert_eq!(add(), None);
+        assert_eq!(kept.0.borrow().len(), MAX_KEPT);
+        kept.clear();
+        assert_eq!(add(), Some(0));
+    }
+}

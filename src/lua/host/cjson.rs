@@ -16,12 +16,15 @@ use crate::{
     error::Result,
     lua::{
         api::{Api, Phases, Raise, Stack},
-        convert,
+        convert, limits,
     },
 };
 
 /// Tables within tables that are encoded or decoded, as lua-cjson's default.
 const MAX_DEPTH: c_int = 1000;
+
+/// The longest text that is encoded: one table may hold the same long string any number of times.
+const MAX_TEXT: usize = 256 << 20;
 
 /// A JSON buffer larger than this is given back after use: one huge document must not be paid for ever.
 const KEEP_BUFFER: usize = 1 << 20;
@@ -295,7 +298,7 @@ fn encode(s: &Stack) -> Answer {
     }
     let mut out = BUFFER.with(RefCell::take);
     out.clear();
-    let mut encoder = Encoder { s, out, set: *settings(s) };
+    let mut encoder = Encoder { s, out, max: MAX_TEXT, set: *settings(s) };
     let done = encoder.value(0);
     let out = encoder.out;
     if done.is_ok() {
@@ -318,6 +321,7 @@ enum Mark {
 struct Encoder<'a> {
     s: &'a Stack,
     out: Vec<u8>,
+    max: usize,
     set: Settings,
 }
 
@@ -358,6 +362,7 @@ impl Encoder<'_> {
         if depth > self.set.encode_depth || s.reserve(4).is_err() {
             return Err(Raise::from(format!("Cannot serialise, excessive depth ({depth})")));
         }
+        limits::check()?;
         let mark = self.mark();
         if mark == Mark::Array {
             return self.array(s.len(-1), depth);
@@ -425,6 +430,7 @@ impl Encoder<'_> {
             self.s.get_index(-1, i);
             let written = self.value(depth)?;
             self.s.pop(1);
+            self.fits()?;
             if written {
                 first = false;
             } else {
@@ -465,9 +471,17 @@ impl Encoder<'_> {
                 self.out.truncate(before);
             }
             s.pop(1);
+            self.fits()?;
         }
         self.out.push(b'}');
         Ok(())
+    }
+
+    fn fits(&self) -> Result<(), Raise> {
+        match self.out.len() > self.max {
+            true => Err(Raise::from(format!("Cannot serialise, more than {} bytes", self.max))),
+            false => Ok(()),
+        }
     }
 
     fn number(&mut self, n: f64) -> Result<(), Raise> {
@@ -959,7 +973,8 @@ impl Decoder<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::{check, fails};
+    use super::*;
+    use crate::lua::host::tests::{check, fails, serve_with};
 
     #[test]
     fn encodes_as_lua_cjson() {
@@ -1048,5 +1063,32 @@ mod tests {
              return a.encode({}) .. b.encode({}) .. a.encode({[1000] = 1}) .. a.encode(a.decode('[]'))",
             r#"[]{}{"1000":1}[]"#,
         );
+    }
+
+    #[test]
+    fn texts_are_bounded() {
+        let encode = |s: &Stack| {
+            let mut encoder = Encoder { s, out: Vec::new(), max: 12, set: DEFAULTS };
+            encoder.value(0)?;
+            Ok(s.push_bytes(encoder.out))
+        };
+        for (lua, expected) in [
+            ("f({'abc', 'de'})", "[\"abc\",\"de\"]"),
+            ("pcall(f, {'abc', 'defg'})", "Cannot serialise, more than 12 bytes"),
+            ("pcall(f, {a = 'b', c = {'def'}})", "Cannot serialise, more than 12 bytes"),
+            ("f({'abc', 'de'})", "[\"abc\",\"de\"]"),
+        ] {
+            let chunk = format!("local a, b = {lua} return b and b:gsub('^.-:%d+: ', '') or a");
+            serve_with(encode, &chunk, expected);
+        }
+    }
+
+    #[test]
+    fn a_long_text_leaves_no_buffer_behind() {
+        let kept = || BUFFER.with_borrow(Vec::capacity);
+        check("return require('cjson').encode(('x'):rep(100)):sub(1, 3)", "\"xx");
+        assert!(kept() >= 100);
+        check(&format!("return require('cjson').encode(('x'):rep({KEEP_BUFFER})):sub(1, 3)"), "\"xx");
+        assert!(kept() <= KEEP_BUFFER, "{}", kept());
     }
 }

@@ -305,6 +305,7 @@ fn gcm(encrypt: bool, key: &[u8], iv: &[u8], text: &[u8]) -> Option<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::super::tests::check;
+    use super::MAX_RANDOM;
 
     #[test]
     fn known_digests() {
@@ -371,5 +372,19 @@ mod tests {
             "local _, e = require('moongate.native').crypto.aes(false, 'cbc', ('k'):rep(16), ('i'):rep(16), 'short') return e",
             "failed to decrypt",
         );
+    }
+
+    #[test]
+    fn random_bytes_are_bounded() {
+        for (lua, expected) in [
+            (format!("#random({MAX_RANDOM})"), MAX_RANDOM.to_string()),
+            (format!("select(2, random({MAX_RANDOM} + 1))"), "length out of range".into()),
+            ("select(2, random(-1))".into(), "length out of range".into()),
+        ] {
+            check(
+                &format!("local random = require('moongate.native').crypto.random return tostring({lua})"),
+                &expected,
+            );
+        }
     }
 }

@@ -10,7 +10,7 @@ use crate::{
     error::Result,
     lua::{
         api::{Api, Phases, Raise, Stack},
-        convert,
+        convert, limits,
     },
     schema::Schema,
 };
@@ -158,6 +158,7 @@ fn read(s: &Stack, i: c_int, depth: usize) -> std::result::Result<Value, Raise> 
     if depth > MAX_DEPTH {
         return Err("a table is nested too deeply to be checked".into());
     }
+    limits::check()?;
     s.reserve(6)?;
     let table = s.absolute(i);
     let len = s.len(table);
@@ -213,5 +214,18 @@ mod tests {
             "return tostring(pcall(require('jsonschema').generate_validator, {type = 'object', pattern = 5}))",
             "true",
         );
+    }
+
+    #[test]
+    fn tables_are_checked_only_so_deep() {
+        let nested = |levels: usize| {
+            format!(
+                "local t = {{}} for _ = 1, {levels} do t = {{a = t}} end
+                 return (tostring(select(2, pcall(require('jsonschema').generate_validator({{type = 'object'}}), t)))
+                     :gsub('^.-:%d+: ', ''))"
+            )
+        };
+        check(&nested(super::MAX_DEPTH), "true");
+        check(&nested(super::MAX_DEPTH + 1), "a table is nested too deeply to be checked");
     }
 }

@@ -78,6 +78,22 @@ pub(crate) mod tests {
         }
     }
 
+    /// As `serve`, with `f` as a global function: for bounds that a test reaches only where they are smaller.
+    #[track_caller]
+    pub(crate) fn serve_with<F: crate::lua::api::HostFn>(
+        f: F,
+        chunk: &str,
+        expected: &str,
+    ) -> crate::exchange::Exchange {
+        let add = |vm: &Vm| {
+            let mut api = crate::lua::api::Api::new(&vm.lua).expect("an API");
+            api.func("native.f", crate::lua::api::Phases::ANY, "", f).expect("registered");
+            let (native, _) = api.finish().expect("a table");
+            vm.lua.globals().raw_set("f", native.get::<mlua::Function>("f").expect("a function")).expect("set");
+        };
+        serve_in(add, |_| {}, chunk, expected)
+    }
+
     /// Runs a chunk for a request and compares what it returns; gives the request back.
     #[track_caller]
     pub(crate) fn serve(
@@ -85,8 +101,19 @@ pub(crate) mod tests {
         chunk: &str,
         expected: &str,
     ) -> crate::exchange::Exchange {
+        serve_in(|_| {}, prepare, chunk, expected)
+    }
+
+    #[track_caller]
+    fn serve_in(
+        add: impl FnOnce(&Vm),
+        prepare: impl FnOnce(&mut crate::exchange::Exchange),
+        chunk: &str,
+        expected: &str,
+    ) -> crate::exchange::Exchange {
         use crate::{exchange, lua::fast, store::Snapshot};
         let vm = Vm::new(VmConfig::default()).expect("a VM");
+        add(&vm);
         let peer = "127.0.0.1:4000".parse().expect("an address");
         let conn = exchange::Connection::new(7, peer, peer);
         let mut x = exchange::Exchange::new(conn.into(), Snapshot::default().into());
@@ -187,6 +214,63 @@ mod libraries {
         check(
             "local p = require('tablepool') local t = p.fetch('x') t.a = 1 p.release('x', t) return tostring(p.fetch('x') == t) .. tostring(t.a)",
             "truenil",
+        );
+    }
+
+    /// `up(f, name, ...)`: an upvalue of a function, or of one of its own.
+    const UP: &str = "local function up(f, name, ...)
+            for i = 1, 100 do
+                local known, value = debug.getupvalue(f, i)
+                if known == name then return ... and up(value, ...) or value end
+                if not known then error('no upvalue ' .. name) end
+            end
+        end ";
+
+    #[test]
+    fn compiled_expressions_are_kept_up_to_a_number() {
+        let source = "local find = ngx.re.find
+            local count = function() return up(require('moongate.re').find, 'compiled', 'cached') end
+            local before = count()
+            for i = before + 1, 8192 do assert(find('x' .. i .. 'y', 'x' .. i .. 'y', 'o')) end
+            local full = count()
+            assert(find('abc', 'b', 'o'))
+            return before .. ' ' .. full .. ' ' .. count() .. ' ' .. find('x9yx10y', 'x10y', 'o')";
+        check(&format!("{UP}{source}"), "0 8192 1 4");
+    }
+
+    #[test]
+    fn parsed_templates_are_kept_up_to_a_number() {
+        let source = "local resolve = require('apisix.core.utils').resolve_var
+            local count = function() return up(resolve, 'template', 'template_count') end
+            for i = 1, 4096 do assert(resolve(i .. '$a', { a = 'b' }) == i .. 'b') end
+            local full = count()
+            return full .. ' ' .. resolve('more $a', { a = 'b' }) .. ' ' .. count() .. ' ' .. resolve('1$a', { a = 'c' })";
+        check(&format!("{UP}{source}"), "4096 more b 1 1c");
+    }
+
+    #[test]
+    fn a_file_is_read_up_to_a_size() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        let path = file.path().display();
+        let source = format!(
+            "local text, err = require('apisix.core.io').get_file('{path}') return tostring(text and #text) .. ' ' .. tostring(err)"
+        );
+        file.as_file().set_len(64 << 20).expect("grows");
+        check(&source, "67108864 nil");
+        file.as_file().set_len((64 << 20) + 1).expect("grows");
+        check(&source, &format!("nil failed to read file: {path}, it is longer than 67108864 bytes"));
+    }
+
+    #[test]
+    fn tables_are_kept_up_to_a_number() {
+        check(
+            "local p, known, given = require('tablepool'), {}, {}
+             for i = 1, 201 do given[i] = p.fetch('x') known[given[i]] = true end
+             for i = 1, 201 do p.release('x', given[i]) end
+             local again = 0
+             for _ = 1, 201 do if known[p.fetch('x')] then again = again + 1 end end
+             return tostring(again)",
+            "200",
         );
     }
 

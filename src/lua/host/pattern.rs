@@ -158,10 +158,7 @@ impl Matcher<'_> {
             return Ok(());
         }
         self.work.set(0);
-        match limits::is_condemned() {
-            true => Err("the script ran longer than lua.limits.cpu_ms allows without waiting".into()),
-            false => Ok(()),
-        }
+        limits::check()
     }
 
     /// As many as there are, then fewer.
@@ -367,6 +364,7 @@ fn in_class(b: u8, class: u8) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use super::{MAX_CAPTURES, MAX_DEPTH};
     use crate::lua::host::tests::check;
 
     /// Random texts and patterns, by LuaJIT's own functions and by these: results, and whether there is an error. No pattern has
@@ -467,5 +465,21 @@ mod tests {
             "",
         );
         check("return require('moongate.pattern').gsub(1234, 2, 'x')", "1x34");
+    }
+
+    #[test]
+    fn captures_and_depth_are_bounded() {
+        let find = |pattern: &str, text: &str| {
+            let call = format!("pcall(require('moongate.pattern').find, {text}, {pattern})");
+            format!("return (tostring((select(2, {call}))):gsub('^.-:%d+: ', ''))")
+        };
+        let captures = |n: usize| format!("('(a)'):rep({n})");
+        let text = format!("('a'):rep({})", MAX_CAPTURES + 1);
+        check(&find(&captures(MAX_CAPTURES), &text), "1");
+        check(&find(&captures(MAX_CAPTURES + 1), &text), "too many captures");
+        let optional = |n: u32| format!("('a?'):rep({n})");
+        let text = format!("('a'):rep({})", 2 * MAX_DEPTH);
+        check(&find(&optional(MAX_DEPTH - 1), &text), "1");
+        check(&find(&optional(MAX_DEPTH), &text), "pattern too complex");
     }
 }

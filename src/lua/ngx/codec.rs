@@ -232,6 +232,7 @@ fn quote_sql(s: &Stack) -> Answer {
 
 #[cfg(test)]
 mod tests {
+    use super::MAX_FIELDS;
     use crate::lua::host::tests::{check, fails};
 
     #[test]
@@ -250,5 +251,26 @@ mod tests {
             check(&format!("return tostring(({lua}))"), expected);
         }
         fails("ngx.encode_args({a = print})", "attempt to use function as query arg value");
+    }
+
+    #[test]
+    fn a_hundred_fields_are_read_unless_more_are_asked_for() {
+        let prelude = format!(
+            "local out = {{}} for i = 1, {MAX_FIELDS} do out[i] = 'f' .. i .. '=' .. i end
+             local text = table.concat(out, '&')
+             local function count(...)
+                 local t, e = ngx.decode_args(...)
+                 local n = 0 for _ in pairs(t) do n = n + 1 end
+                 return n .. tostring(e)
+             end"
+        );
+        for (lua, expected) in [
+            ("count(text)", "100nil"),
+            ("count(text .. '&more=1')", "100truncated"),
+            ("count(text .. '&more=1', 101)", "101nil"),
+            ("count(text .. '&more=1', 0)", "101nil"),
+        ] {
+            check(&format!("{prelude} return {lua}"), expected);
+        }
     }
 }

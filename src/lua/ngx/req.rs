@@ -325,6 +325,7 @@ pub async fn read_all(x: &mut Exchange) -> Result<()> {
 mod tests {
     use bytes::Bytes;
 
+    use super::{MEMORY_BODY, Reading};
     use crate::{
         exchange::{Exchange, RequestBody},
         lua::host::tests::serve,
@@ -368,5 +369,23 @@ mod tests {
         let chunk = "ngx.req.init_body() ngx.req.append_body('a') ngx.req.append_body('b') ngx.req.finish_body()
                      return ngx.req.get_body_data()";
         serve(prepare, chunk, "ab");
+    }
+
+    #[test]
+    fn a_body_that_is_too_long_for_memory_goes_to_a_file_which_ends_with_its_reader() {
+        let mut reading = Reading::default();
+        reading.memory.resize(MEMORY_BODY, b'x');
+        reading.spill(None).expect("stays");
+        assert!(reading.file.is_none() && reading.memory.len() == MEMORY_BODY);
+        for more in [b"y", b"z"] {
+            reading.memory.extend_from_slice(more);
+            reading.spill(None).expect("is written");
+            assert!(reading.memory.is_empty());
+        }
+        let path = reading.file.as_ref().expect("a file").0.clone();
+        let written = std::fs::read(&path).expect("is there");
+        assert!(written.len() == MEMORY_BODY + 2 && written.ends_with(b"xyz"));
+        drop(reading);
+        assert!(!path.exists());
     }
 }

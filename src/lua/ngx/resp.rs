@@ -19,6 +19,7 @@ use crate::{
         api::{Api, Phases, Raise, Stack, request},
         fast,
         host::{Answer, cjson::write_number},
+        limits,
         sched::Ask,
     },
     observe::log::Level,
@@ -136,22 +137,28 @@ fn send(s: &Stack, x: &Exchange, what: Sending) -> Sent {
 }
 
 fn print(s: &Stack, newline: bool) -> Sent {
+    print_up_to(s, newline, MAX_PRINTED)
+}
+
+fn print_up_to(s: &Stack, newline: bool, max: usize) -> Sent {
     let x = request()?;
     if let Some(why) = refusal(x) {
         return ready(s.fail(why));
     }
     let before = x.printed.len();
     for i in 1..=s.top() {
-        if let Err(kind) = append(s, i, &mut x.printed, 0) {
-            x.printed.truncate(before);
-            return Err(s.argument_error(i, &kind));
-        }
+        let Err(e) = append(s, i, &mut x.printed, max, 0) else { continue };
+        x.printed.truncate(before);
+        return match e {
+            Unprintable::Kind(kind) => Err(s.argument_error(i, &kind)),
+            Unprintable::Late(late) => Err(late),
+        };
     }
     if newline {
         x.printed.push(b'\n');
     }
-    if x.printed.len() > MAX_PRINTED {
-        x.printed.truncate(MAX_PRINTED);
+    if x.printed.len() > max {
+        x.printed.truncate(max);
         return ready(s.fail("no memory"));
     }
     answered(x);
@@ -197,8 +204,15 @@ fn send_headers(s: &Stack) -> Sent {
     send(s, x, Sending::Head)
 }
 
-/// Appends a value as `ngx.print` writes it; the error is what is wrong with the argument.
-fn append(s: &Stack, i: c_int, out: &mut Vec<u8>, depth: usize) -> std::result::Result<(), Cow<'static, str>> {
+enum Unprintable {
+    /// What is wrong with the argument.
+    Kind(Cow<'static, str>),
+    /// The script's time is up.
+    Late(Raise),
+}
+
+/// Appends a value as `ngx.print` writes it. Of a table no more is read once `out` is longer than `max`.
+fn append(s: &Stack, i: c_int, out: &mut Vec<u8>, max: usize, depth: usize) -> std::result::Result<(), Unprintable> {
     match s.kind(i) {
         ffi::LUA_TSTRING => out.extend_from_slice(s.bytes(i).unwrap_or_default()),
         ffi::LUA_TNUMBER => write_number(out, s.number(i).unwrap_or_default(), 14),
@@ -209,13 +223,22 @@ fn append(s: &Stack, i: c_int, out: &mut Vec<u8>, depth: usize) -> std::result::
             out.extend_from_slice(b"null")
         }
         ffi::LUA_TTABLE if depth < MAX_DEPTH && s.reserve(2).is_ok() => {
+            limits::check().map_err(Unprintable::Late)?;
             let len = s.len(i);
             let table = s.absolute(i);
             for n in 1..=len {
                 s.get_index(table, n);
-                let done = append(s, -1, out, depth + 1);
+                let done = append(s, -1, out, max, depth + 1);
                 s.pop(1);
-                done.map_err(|_| "bad data type in the array table")?;
+                match done {
+                    Err(Unprintable::Kind(_)) => {
+                        return Err(Unprintable::Kind("bad data type in the array table".into()));
+                    }
+                    done => done?,
+                }
+                if out.len() > max {
+                    return Ok(());
+                }
             }
             // Other keys than 1..#t are not an array's.
             let mut keys = 0;
@@ -224,14 +247,13 @@ fn append(s: &Stack, i: c_int, out: &mut Vec<u8>, depth: usize) -> std::result::
                 Ok(())
             });
             if keys > len {
-                return Err("non-array table found".into());
+                return Err(Unprintable::Kind("non-array table found".into()));
             }
         }
         _ => {
             let kind = s.kind_name(i);
-            return Err(
-                format!("string, number, boolean, nil, ngx.null, or array table expected, but got {kind}").into()
-            );
+            let text = format!("string, number, boolean, nil, ngx.null, or array table expected, but got {kind}");
+            return Err(Unprintable::Kind(text.into()));
         }
     }
     Ok(())
@@ -295,7 +317,14 @@ fn redirect(s: &Stack) -> std::result::Result<Wait, Raise> {
 
 #[cfg(test)]
 mod tests {
-    use crate::{exchange::Phase, lua::host::tests::serve};
+    use super::MAX_DEPTH;
+    use crate::{
+        exchange::Phase,
+        lua::{
+            Wait,
+            host::tests::{serve, serve_with},
+        },
+    };
 
     #[test]
     fn prints_what_lua_has() {
@@ -338,5 +367,33 @@ mod tests {
     fn status_is_a_number_that_can_be_set() {
         let x = serve(|_| {}, "ngx.status = 404 return tostring(ngx.status) .. tostring(ngx.headers_sent)", "404false");
         assert_eq!(x.response.status, 404);
+    }
+
+    #[test]
+    fn what_is_printed_is_bounded() {
+        let x = serve_with(
+            |s| match super::print_up_to(s, false, 10)? {
+                Wait::Ready(n) => Ok(n),
+                Wait::Park(_) => Err("nobody is there to send it".into()),
+            },
+            "local long = {'abc', {'def', {'ghi'}}}
+             assert(f(long) == 1)
+             local _, e = f('jklm') assert(e == 'no memory')
+             -- Held back are the first ten bytes, and of a table no more is read than that takes.
+             for i = 4, 1e5 do long[i] = ('x'):rep(100) end
+             return tostring(f(long)) .. select(2, f(long))",
+            "nilno memory",
+        );
+        assert_eq!(x.printed, b"abcdefghij");
+    }
+
+    #[test]
+    fn tables_are_followed_only_so_deep() {
+        let nested = |levels: usize| format!("local t = 'x' for _ = 1, {levels} do t = {{t}} end ");
+        let x = serve(|_| {}, &format!("{} return tostring(ngx.print(t))", nested(MAX_DEPTH)), "1");
+        assert_eq!(x.printed, b"x");
+        let refused = "bad argument #1 to 'print' (bad data type in the array table)";
+        let chunk = format!("{} return (select(2, pcall(ngx.print, t)):gsub('^.-: ', ''))", nested(MAX_DEPTH + 1));
+        serve(|_| {}, &chunk, refused);
     }
 }

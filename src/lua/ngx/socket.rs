@@ -19,7 +19,7 @@ use crate::{
     dns::Resolver,
     lua::{
         api::{Raise, Stack},
-        fast, vm,
+        fast, limits, vm,
     },
 };
 
@@ -130,10 +130,17 @@ pub fn port(s: &Stack, i: std::ffi::c_int) -> Result<Result<u16, String>, Raise>
     Ok(u16::try_from(port).map_err(|_| format!("bad port number: {port}")))
 }
 
+/// The most that one call sends: one table may hold the same long string any number of times.
+const MAX_SENT: usize = 256 << 20;
+
 /// Flattens a string, a number or a nested array of them.
 pub fn gather(s: &Stack, i: std::ffi::c_int, into: &mut Vec<u8>) -> Result<(), Raise> {
+    gather_up_to(s, i, into, MAX_SENT)
+}
+
+fn gather_up_to(s: &Stack, i: std::ffi::c_int, into: &mut Vec<u8>, max: usize) -> Result<(), Raise> {
     match s.kind(i) {
-        mlua::ffi::LUA_TTABLE => gather_table(s, i, into, 0),
+        mlua::ffi::LUA_TTABLE => gather_table(s, i, into, max, 0),
         mlua::ffi::LUA_TBOOLEAN => {
             into.extend_from_slice(if s.boolean(i) { b"true" } else { b"false" });
             Ok(())
@@ -156,18 +163,22 @@ pub fn gather(s: &Stack, i: std::ffi::c_int, into: &mut Vec<u8>) -> Result<(), R
 /// Tables in tables: a bound for one that holds itself.
 const MAX_DEPTH: usize = 64;
 
-fn gather_table(s: &Stack, table: std::ffi::c_int, into: &mut Vec<u8>, depth: usize) -> Result<(), Raise> {
+fn gather_table(s: &Stack, table: std::ffi::c_int, into: &mut Vec<u8>, max: usize, depth: usize) -> Result<(), Raise> {
     if depth > MAX_DEPTH {
         return Err(s.argument_error(1, "table nested too deeply"));
     }
+    limits::check()?;
     s.reserve(4)?;
     for n in 1..=highest_index(s, table)? {
         s.get_index(table, n);
         let top = s.top();
         match s.kind(top) {
             mlua::ffi::LUA_TSTRING | mlua::ffi::LUA_TNUMBER => into.extend_from_slice(s.bytes(top).unwrap_or_default()),
-            mlua::ffi::LUA_TTABLE => gather_table(s, top, into, depth + 1)?,
+            mlua::ffi::LUA_TTABLE => gather_table(s, top, into, max, depth + 1)?,
             _ => return Err(s.argument_error(1, &format!("bad data type {} found", s.kind_name(top)))),
+        }
+        if into.len() > max {
+            return Err(s.argument_error(1, "too much data"));
         }
         s.pop(1);
     }
@@ -258,4 +269,41 @@ pub fn current_owner() -> Result<Rc<Owner>, Raise> {
 pub fn check_owner(owner: &Rc<Owner>) -> Result<(), Raise> {
     let own = !owner.ended.get() && current_vm()?.sockets.owns(slot()?, owner);
     if own { Ok(()) } else { Err("bad request".into()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lua::host::tests::serve_with;
+
+    #[track_caller]
+    fn gathers(argument: &str, expected: &str) {
+        let gather = |s: &Stack| {
+            let mut all = Vec::new();
+            gather_up_to(s, 1, &mut all, 10)?;
+            Ok(s.push_bytes(all))
+        };
+        let chunk = format!(
+            "local function nested(levels) local t = {{'x'}} for _ = 1, levels do t = {{t}} end return t end
+             return (select(2, pcall(f, {argument})):gsub('^.-: ', ''))"
+        );
+        serve_with(gather, &chunk, expected);
+    }
+
+    #[test]
+    fn what_is_sent_is_bounded_in_depth_and_length() {
+        gathers("{'abc', {'def', {1234}}}", "abcdef1234");
+        gathers("{'abc', {'def', {1234}}, 'x'}", "bad argument #1 to 'f' (too much data)");
+        gathers(&format!("nested({MAX_DEPTH})"), "x");
+        gathers(&format!("nested({})", MAX_DEPTH + 1), "bad argument #1 to 'f' (table nested too deeply)");
+    }
+
+    #[test]
+    fn timeouts_are_cut_at_a_year() {
+        let read = |s: &Stack| {
+            let limit = timeout(s, 1)?;
+            Ok(s.push_number(limit.map_or(0.0, |limit| limit.as_secs_f64())))
+        };
+        serve_with(read, "return f(1e300) .. ' ' .. f(20) .. ' ' .. f(0) .. ' ' .. f()", "31536000 0.02 0 0");
+    }
 }

@@ -27,7 +27,7 @@ pub const POOL_SIZE: usize = 30;
 const MAX_POOL_SIZE: usize = 65_536;
 
 /// Pools of one VM: names may come from requests.
-const MAX_POOLS: usize = 4096;
+pub const MAX_POOLS: usize = 4096;
 
 #[derive(Default)]
 pub struct Pools {
@@ -237,5 +237,25 @@ async fn watch(pool: Weak<Pool>, serial: u64, timeout: Option<Duration>) {
     if let Some(pool) = pool.upgrade() {
         pool.remove(serial);
         pool.leave();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pools_are_bounded_in_number_and_size() {
+        let pools = Rc::new(Pools::default());
+        let open = |n: usize| pools.open(n.to_string().as_bytes(), usize::MAX, Some(0));
+        let held: Vec<Lease> = (0..MAX_POOLS).map(|n| open(n).expect("a pool").try_lease().expect("a place")).collect();
+        assert!(open(MAX_POOLS).is_none());
+        let first = open(0).expect("was there");
+        assert_eq!(first.size, MAX_POOL_SIZE);
+        let all: Vec<_> = (1..MAX_POOL_SIZE).map(|_| first.try_lease().expect("a place")).collect();
+        assert!(first.try_lease().is_none() && !first.may_wait());
+        drop((all, first, held));
+        assert_eq!(pools.count(), 0, "a pool ends with its last connection");
+        assert!(open(MAX_POOLS).is_some());
     }
 }

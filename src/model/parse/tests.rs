@@ -207,3 +207,18 @@ fn certificates_are_read_and_matched_with_their_keys() {
         "failed to decrypt previous encrypted key"
     );
 }
+
+#[test]
+fn keys_past_the_bound_are_not_indexed_and_times_are_cut() {
+    let keys = |len: usize| {
+        let value = json!({"username": "jack", "plugins": {"key-auth": {"key": "k".repeat(len)}}});
+        match parsed(Kind::Consumer, "jack", value) {
+            Ok(Parsed::Consumer(consumer)) => consumer.auth_keys.len(),
+            other => panic!("{other:?}"),
+        }
+    };
+    let bound = crate::model::consumer::MAX_AUTH_KEY_BYTES;
+    assert_eq!((keys(bound), keys(bound + 1)), (1, 0));
+    assert_eq!(seconds(&json!(1e300)), Some(Duration::from_secs(1_000_000_000)));
+    assert_eq!(seconds(&json!(-1)), Some(Duration::ZERO));
+}

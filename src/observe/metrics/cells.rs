@@ -22,10 +22,10 @@ const MAX_BLANK: usize = 1000;
 const PART: usize = 128;
 
 /// Longer values are cut: some come from clients.
-const MAX_VALUE: usize = 1024;
+pub(super) const MAX_VALUE: usize = 1024;
 
 /// The models' names come from clients; APISIX cuts them here.
-const MAX_MODEL: usize = 128;
+pub(super) const MAX_MODEL: usize = 128;
 
 /// Where `node` stands among the values.
 const NODE: usize = 5;

@@ -9,17 +9,17 @@ use std::{
 };
 
 use super::{
-    cells::Histogram,
+    cells::{Histogram, MAX_VALUE},
     lock,
     page::{Page, label_text},
 };
 use crate::error::{self, Error, Result};
 
 /// A script that makes up names must not fill memory.
-const MAX_FAMILIES: usize = 256;
+pub(super) const MAX_FAMILIES: usize = 256;
 
 /// Nor one that puts what clients send into labels.
-const MAX_SERIES: usize = 10_000;
+pub(super) const MAX_SERIES: usize = 10_000;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -138,7 +138,13 @@ impl Family {
 }
 
 fn owned(values: &[&str]) -> Vec<Box<str>> {
-    values.iter().map(|v| Box::from(*v)).collect()
+    values.iter().map(|v| Box::from(cut(v))).collect()
+}
+
+/// At a character that still fits whole.
+fn cut(value: &str) -> &str {
+    let fits = |end: &usize| value.is_char_boundary(*end);
+    &value[..(0..=value.len().min(MAX_VALUE)).rev().find(fits).unwrap_or_default()]
 }
 
 fn is_name(name: &str) -> bool {

@@ -12,7 +12,7 @@ use tokio::{net::TcpListener, sync::Semaphore};
 use super::Metrics;
 
 /// Scrapers connected at the same time; more wait to be accepted.
-const MAX_CONNECTIONS: usize = 64;
+pub(super) const MAX_CONNECTIONS: usize = 64;
 
 /// A scraper sends its request at once.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
@@ -25,6 +25,16 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Answers `GET uri` with the page, until it is dropped.
 pub async fn serve(listener: TcpListener, metrics: Arc<Metrics>, uri: Arc<str>) {
+    serve_within(HEAD_TIMEOUT, CONNECTION_TIMEOUT, listener, metrics, uri).await;
+}
+
+pub(super) async fn serve_within(
+    head_timeout: Duration,
+    connection_timeout: Duration,
+    listener: TcpListener,
+    metrics: Arc<Metrics>,
+    uri: Arc<str>,
+) {
     let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
         // The semaphore is never closed.
@@ -38,10 +48,10 @@ pub async fn serve(listener: TcpListener, metrics: Arc<Metrics>, uri: Arc<str>) 
             let _slot = slot;
             let service = service_fn(move |request| answer(request, metrics.clone(), uri.clone()));
             let mut server = http1::Builder::new();
-            server.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT);
+            server.timer(TokioTimer::new()).header_read_timeout(head_timeout);
             let connection = server.serve_connection(TokioIo::new(socket), service);
             // What goes wrong here is the scraper's to see.
-            let _ = tokio::time::timeout(CONNECTION_TIMEOUT, connection).await;
+            let _ = tokio::time::timeout(connection_timeout, connection).await;
         });
     }
 }

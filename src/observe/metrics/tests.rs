@@ -210,3 +210,96 @@ fn measure() {
     let started = Instant::now();
     println!("{} bytes of page in {:?}", scrape(&metrics).len(), started.elapsed());
 }
+
+#[test]
+fn metrics_of_plugins_are_bounded_in_number_and_series() {
+    let metrics = Metrics::new(Settings::default());
+    let count = |i: usize| metrics.custom(Kind::Counter, &format!("count_{i}"), "", &["of"], &[]);
+    for i in 0..custom::MAX_FAMILIES {
+        count(i).unwrap();
+    }
+    let refused = count(custom::MAX_FAMILIES).err().unwrap().to_string();
+    assert!(refused.contains("metric \"count_256\" is one metric too many"), "{refused}");
+    let first = count(0).unwrap();
+    for i in 0..=custom::MAX_SERIES {
+        first.inc(&[&i.to_string()], 1.0);
+    }
+    first.inc(&["0"], 1.0);
+    let page = scrape(&metrics);
+    assert_line(&page, "apisix_count_0{of=\"0\"} 2");
+    assert_eq!(page.lines().filter(|l| l.starts_with("apisix_count_0{")).count(), custom::MAX_SERIES);
+    assert_line(&page, "apisix_nginx_metric_errors_total 1");
+    first.remove(&["0"]);
+    first.inc(&["late"], 1.0);
+    assert_line(&scrape(&metrics), "apisix_count_0{of=\"late\"} 1");
+}
+
+#[test]
+fn long_values_are_cut() {
+    let metrics = Metrics::new(Settings::default());
+    let (long, model) = ("r".repeat(cells::MAX_VALUE), "m".repeat(cells::MAX_MODEL));
+    metrics.recorder().record(&RequestSample {
+        route: &format!("{long}r"),
+        llm_model: &format!("{model}m"),
+        ..sample()
+    });
+    let page = scrape(&metrics);
+    assert!(page.contains(&format!("route=\"{long}\"")), "{page}");
+    assert!(page.contains(&format!("\"{model}\"")));
+    assert!(!page.contains(&format!("{long}r")) && !page.contains(&format!("{model}m")));
+    let own = metrics.custom(Kind::Counter, "own", "", &["of"], &[]).unwrap();
+    let cut = "o".repeat(cells::MAX_VALUE - 1);
+    own.inc(&[&format!("{cut}é")], 1.0);
+    own.inc(&[&format!("{cut}éé")], 1.0);
+    assert_line(&scrape(&metrics), &format!("apisix_own{{of=\"{cut}\"}} 2"));
+}
+
+#[tokio::test]
+async fn scrapers_past_the_bound_wait_for_a_place() {
+    let metrics = Metrics::new(Settings::default());
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    tokio::spawn(serve(listener, metrics, "/metrics".into()));
+    async fn scraped(socket: &mut TcpStream) {
+        socket.write_all(b"HEAD /metrics HTTP/1.1\r\nHost: a\r\n\r\n").await.unwrap();
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            assert!(socket.read_buf(&mut head).await.unwrap() > 0, "closed");
+        }
+        assert!(head.starts_with(b"HTTP/1.1 200"));
+    }
+    let mut held = Vec::new();
+    for _ in 0..serve::MAX_CONNECTIONS {
+        let mut socket = TcpStream::connect(addr).await.unwrap();
+        scraped(&mut socket).await;
+        held.push(socket);
+    }
+    let mut late = TcpStream::connect(addr).await.unwrap();
+    late.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").await.unwrap();
+    // Whoever has a place is still answered, whoever has none is not.
+    for socket in &mut held {
+        scraped(socket).await;
+    }
+    assert_eq!(late.try_read(&mut [0; 1]).unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+    held.pop();
+    let mut answer = String::new();
+    late.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.0 200 OK"), "{answer}");
+}
+
+#[tokio::test]
+async fn scrapers_that_are_too_slow_or_stay_too_long_are_let_go() {
+    let (short, long) = (Duration::from_millis(50), Duration::from_secs(60));
+    for (head, whole, request) in [(short, long, "GET /met"), (long, short, "GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n")]
+    {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addr = listener.local_addr().unwrap();
+        let metrics = Metrics::new(Settings::default());
+        tokio::spawn(serve::serve_within(head, whole, listener, metrics, "/metrics".into()));
+        let mut socket = TcpStream::connect(addr).await.unwrap();
+        socket.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        socket.read_to_string(&mut answer).await.unwrap();
+        assert_eq!(answer.starts_with("HTTP/1.1 200"), head == long, "{answer}");
+    }
+}

@@ -155,3 +155,44 @@ impl Drop for Lent<'_> {
         self.vm.clear_slot(self.slot);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lua::{sched::background, vm::Purpose};
+
+    fn config() -> VmConfig {
+        VmConfig { purpose: Purpose::Functions, ..VmConfig::default() }
+    }
+
+    fn function(n: usize) -> Object<model::Function> {
+        let source = format!("return function() return 200, '{n}' end").into();
+        let (id, json) = ("f".into(), "{}".into());
+        Object { id, uid: n as u64, create_revision: 1, mod_revision: 1, json, value: model::Function { source } }
+    }
+
+    #[test]
+    fn a_vm_full_of_functions_is_replaced_and_its_calls_go_on() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("a runtime");
+        tokio::task::LocalSet::new().block_on(&runtime, async {
+            let functions = Functions::default();
+            let prepare = |n| functions.prepare(config, &function(n)).expect("compiles");
+            let known = |at: usize| functions.vms.borrow()[at].as_ref().map(|vm| vm.compiled.borrow().len());
+            let old = prepare(0);
+            // The VMs take turns.
+            for n in 1..VMS * MAX_FUNCTIONS {
+                prepare(n);
+            }
+            assert_eq!((0..VMS).map(known).collect::<Vec<_>>(), [Some(MAX_FUNCTIONS); VMS]);
+            let new = prepare(VMS * MAX_FUNCTIONS);
+            assert!(!Rc::ptr_eq(&old.vm, &new.vm));
+            assert_eq!((known(0), known(1)), (Some(1), Some(MAX_FUNCTIONS)));
+            for (ready, body) in [(old, "0"), (new, "2048")] {
+                let mut x = background(&ready.vm.vm);
+                assert_eq!(functions.call(ready, &mut x).await, Flow::Answer);
+                assert_eq!((x.response.status, &*x.printed), (200, body.as_bytes()));
+            }
+            assert_eq!(known(0), Some(1), "the end of a call in the old one leaves the new one alone");
+        });
+    }
+}

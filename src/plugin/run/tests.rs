@@ -435,6 +435,36 @@ fn new_plugins_build_a_vm_beside_the_old_one() {
 }
 
 #[test]
+fn plans_are_bounded_and_those_in_use_stay() {
+    let s = Scene::new().route(json!({"t": {"answer": "access", "code": 201}})).start();
+    let (mut held, mut x) = (s.exchange(), s.exchange());
+    s.runner.begin(&mut held);
+    // Each version of the global rules makes another plan.
+    let mut plan = |rules: usize| {
+        x.snapshot = Snapshot { global_rules_uid: 1 + rules as u64, ..Snapshot::clone(&s.snapshot) }.into();
+        s.runner.plan(&Sources::of(&x)).expect("a plan")
+    };
+    let count = || s.runner.plans.borrow().len();
+    let first = plan(0);
+    (2..MAX_PLANS).for_each(|rules| drop(plan(rules)));
+    assert!(Rc::ptr_eq(&first, &plan(0)));
+    assert_eq!(count(), MAX_PLANS);
+    plan(MAX_PLANS);
+    assert!(Rc::ptr_eq(&first, &plan(0)), "it was used since it was made");
+    assert_eq!(count(), 2, "the others were not");
+    // Where all are in use all are made again.
+    (1..MAX_PLANS - 1).for_each(|rules| drop(plan(rules)));
+    assert_eq!(count(), MAX_PLANS);
+    s.runner.plans.borrow().values().for_each(|plan| plan.used.set(true));
+    plan(MAX_PLANS + 1);
+    assert_eq!(count(), 1);
+    assert!(!Rc::ptr_eq(&first, &plan(0)));
+    s.block_on(s.runner.rewrite_access(&mut held));
+    assert_eq!(held.response.status, 201, "a request goes on with the plan it has");
+    s.block_on(s.runner.log(&mut held));
+}
+
+#[test]
 fn functions_answer_in_a_sandbox() {
     let s = Scene::new()
         .function("hello", "n = (n or 0) return function(ctx) n = n + 1 return 200, {n = n, t = type(ctx.var)} end")
@@ -470,6 +500,24 @@ fn a_filter_func_sees_no_error_as_yes() {
     assert!(!with("function(vars) return false end"));
     assert!(!with("function(vars) return nil + 1 end"));
     assert!(!with("function(vars) while true do end end"));
+}
+
+#[test]
+fn filter_funcs_that_are_kept_are_bounded() {
+    let s = Scene::new().start();
+    let json = json!({"uri": "/x", "filter_func": "function(vars) return vars.arg_v == '2' end",
+        "upstream": {"type": "roundrobin", "nodes": {"a:80": 1}}});
+    let Parsed::Route(value) = parsed(Kind::Route, "1", &json) else { panic!("a route") };
+    let (x, mut route) = (s.exchange(), object("1", &json, value));
+    let mut ask = |times: usize| {
+        for _ in 0..times {
+            assert!(s.runner.filter(&x, &route));
+            Arc::get_mut(&mut route).expect("the only one").uid = model::next_uid();
+        }
+        s.runner.filters.borrow().len()
+    };
+    assert_eq!(ask(MAX_PLANS), MAX_PLANS);
+    assert_eq!(ask(1), 1, "all are compiled again on demand");
 }
 
 #[test]

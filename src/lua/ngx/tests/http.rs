@@ -137,6 +137,32 @@ fn bodies_come_in_every_framing() {
 }
 
 #[test]
+fn interim_responses_are_passed_over_only_so_often() {
+    for (interim, expected) in [(15, "200 hello"), (16, "nil too many interim responses")] {
+        let early = "HTTP/1.1 103 Early\r\n\r\n".repeat(interim);
+        gives(
+            &[&format!("{early}{OK}")],
+            "local res, err = client:request_uri(uri) return show(res and res.status, res and res.body or err)",
+            expected,
+        );
+    }
+}
+
+#[test]
+fn heads_and_bodies_are_bounded() {
+    let ask = "local res, err = client:request_uri(uri) return show(res and #res.body, err)";
+    let fields = |n: usize| format!("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n{}\r\nhi", "X: y\r\n".repeat(n - 1));
+    gives(&[&fields(1000)], ask, "2 nil");
+    gives(&[&fields(1001)], ask, "nil too many response headers");
+    let head = |len: usize| format!("HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX: {}\r\n\r\nhi", "y".repeat(len));
+    let most = 256 * 1024 - "Content-Length: 2X: ".len();
+    gives(&[&head(most)], ask, "2 nil");
+    gives(&[&head(most + 1)], ask, "nil response headers too large");
+    let body = |len: usize| format!("HTTP/1.1 200 OK\r\nContent-Length: {len}\r\n\r\n{}", "y".repeat(len));
+    gives(&[&body((64 << 20) + 1)], ask, "nil response body too large");
+}
+
+#[test]
 fn a_response_that_can_be_read_in_two_ways_is_refused() {
     for (head, expected) in [
         (

@@ -8,6 +8,7 @@ use tokio::{
 };
 
 use super::*;
+use crate::lua::ngx::socket_pool::MAX_POOLS;
 
 /// Says `text` and closes.
 async fn says(text: &'static str) -> u16 {
@@ -506,4 +507,45 @@ fn speaks_tls_and_says_why_it_does_not() {
         "nil handshake failed",
     );
     check(stalls(""), "sock:settimeout(20) return show(sock:sslhandshake())", "nil timeout");
+}
+
+#[test]
+fn pools_past_the_bound_are_refused_and_connections_without_one_not_kept() {
+    let got = on_a_worker(async {
+        let (vm, port) = (vm(), server(echo).await);
+        let pools = vm.sockets.pools.clone();
+        let open = |n: usize| pools.open(n.to_string().as_bytes(), 1, None).expect("a pool").try_lease();
+        let mut held: Vec<_> = (0..MAX_POOLS).map(open).collect();
+        let source = connected(
+            port,
+            "local plain = show(sock:setkeepalive())
+             assert(sock:connect('127.0.0.1', PORT))
+             return plain .. '|' .. show(sock:getreusedtimes()) .. '|' .. show(sock:connect('127.0.0.1', PORT, { pool_size = 1 }))",
+        );
+        let full = run(&vm, &source).await;
+        held.pop();
+        full + "/" + &run(&vm, &source).await
+    });
+    assert_eq!(got, "1|0|nil too many connection pools/1|1|1");
+}
+
+#[test]
+fn what_is_received_at_once_is_bounded() {
+    let endless = || {
+        server(|mut s| async move {
+            let piece = vec![b'x'; 1 << 20];
+            while s.write_all(&piece).await.is_ok() {}
+        })
+    };
+    check(
+        endless(),
+        "return show(sock:receive(64 * 1024 * 1024 + 1)) .. '|' .. show(#sock:receive(3)) .. '|' .. show(sock:receive('*a'))
+            .. '|' .. show(sock:receive(1))",
+        "nil too much data|3|nil too much data |nil closed",
+    );
+    check(
+        endless(),
+        "return show(sock:receive('*l')) .. '|' .. show(sock:receive(1))",
+        "nil too much data |nil closed",
+    );
 }

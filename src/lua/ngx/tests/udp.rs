@@ -116,3 +116,36 @@ fn scripts_resolve_names() {
     });
     assert_eq!(got, "10.1.2.3 true nil not a name could not be resolved (3: Host not found)");
 }
+
+#[test]
+fn one_post_adds_only_so_much() {
+    let source = "local new = require('ngx.semaphore').new
+        local function text(...) return (tostring(select(2, pcall(...))):gsub('^.-: ', '')) end
+        local sem = new(1000000)
+        assert(sem:post(1000000))
+        return sem:count() .. '|' .. text(sem.post, sem, 1000001) .. '|' .. text(new, 1000001) .. '|' .. sem:count()";
+    let got = on_a_worker(async { run(&vm(), source).await });
+    assert_eq!(got, "2000000|bad argument #2 to 'post' (out of range)|bad argument #1 to 'new' (out of range)|2000000");
+}
+
+#[test]
+fn a_datagram_is_received_up_to_a_size() {
+    let got = on_a_worker(async {
+        let peer = UdpSocket::bind("127.0.0.1:0").await.expect("bound");
+        let port = peer.local_addr().expect("an address").port();
+        tokio::task::spawn_local(async move {
+            while let Ok((_, from)) = peer.recv_from(&mut [0; 8]).await {
+                peer.send_to(&[b'x'; 9000], from).await.unwrap_or_default();
+            }
+        });
+        let source = "
+            local udp = ngx.socket.udp()
+            assert(udp:setpeername('127.0.0.1', PORT))
+            local out = {}
+            for i, size in ipairs({ 8192, 8191, 100000 }) do udp:send('x') out[i] = #udp:receive(size) end
+            udp:send('x') out[4] = #udp:receive()
+            return table.concat(out, ' ')";
+        run(&vm(), &unconnected(port, source)).await
+    });
+    assert_eq!(got, "8192 8191 8192 8192");
+}
