@@ -83,6 +83,19 @@ local marker = native.marker
 local raw_create, raw_resume, raw_yield, raw_status =
     coroutine.create, coroutine.resume, coroutine.yield, coroutine.status
 
+-- A light thread lives while it waits for something, and until somebody has waited for it.
+local light = native.thread.state
+
+function coroutine.status(co)
+    local status = raw_status(co)
+    if status == "suspended" or status == "dead" then
+        local state = light(co)
+        if state == 1 and status == "suspended" then return "running" end
+        if state == 2 then return "zombie" end
+    end
+    return status
+end
+
 local pass
 
 local function pass_on(co, ...)

@@ -223,6 +223,9 @@ end
 
 local function set_response_header(name, value)
     name = dashed(name)
+    if value ~= nil and type(value) ~= "table" and name:lower() == "content-length" and not tonumber(value) then
+        error("invalid value for Content-Length: " .. tostring(value), 3)
+    end
     local rc = set_values(resp_header_set, resp_header_set_number, name, value)
     if rc < 0 then
         ngx.log(ngx.ERR, "attempt to set ngx.header.HEADER after sending out response headers")
@@ -329,9 +332,15 @@ end
 
 local building = setmetatable({}, { __mode = "k" })
 
---- ngx.req.init_body(buffer_size?), append_body(chunk), finish_body(): a new body in pieces.
-function req.init_body()
-    building[request.ngx_ctx()] = {}
+--- ngx.req.init_body(buffer_size?), append_body(chunk), finish_body(): a new body in pieces. One that is longer than
+--- buffer_size (client_body_buffer_size by default) goes to a file.
+function req.init_body(size)
+    if size ~= nil and type(size) ~= "number" then
+        error("bad argument #1 to 'init_body' (number expected, got " .. type(size) .. ")", 2)
+    end
+    local why = native.req.unreadable()
+    if why then error(why, 2) end
+    building[request.ngx_ctx()] = { size = size }
 end
 
 function req.append_body(chunk)
@@ -345,7 +354,7 @@ function req.finish_body()
     local parts = building[key]
     if not parts then error("request body not initialized", 2) end
     building[key] = nil
-    return req.set_body_data(concat(parts))
+    return native.req.replace_body(concat(parts), parts.size)
 end
 
 -- Status, ctx, arg --------------------------------------------------------------------------------------------------
@@ -400,8 +409,15 @@ local function flat(value)
     return concat(parts)
 end
 
+-- The number of the phase of `set_by_lua`: see phase_names.
+local SET_PHASE = 12
+
 ngx.arg = setmetatable({}, {
     __index = function(_, n)
+        if phase() == SET_PHASE then
+            local arg = native.resp.set_arg(n)
+            return arg
+        end
         local eof = chunk(out)
         if eof < 0 then error("API disabled in the current context", 2) end
         if n == 1 then
@@ -467,6 +483,22 @@ function worker.id()
 end
 
 function worker.exiting() return false end
+
+-- The directives of nginx's set_misc module, as lua-nginx-module reaches them.
+local set_var = {
+    set_escape_uri = ngx.escape_uri, set_unescape_uri = ngx.unescape_uri, set_quote_sql_str = ngx.quote_sql_str,
+    set_md5 = ngx.md5, set_encode_base64 = ngx.encode_base64, set_decode_base64 = ngx.decode_base64,
+}
+_G.ndk = {
+    set_var = setmetatable({}, {
+        __index = function(_, name)
+            local f = set_var[name]
+            if not f then error('ndk.set_var: directive "' .. tostring(name) .. '" not found or does not use ndk_set_var_value', 2) end
+            return f
+        end,
+        __newindex = function() error("not allowed", 2) end,
+    }),
+}
 
 -- The rest ----------------------------------------------------------------------------------------------------------
 

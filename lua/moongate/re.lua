@@ -101,14 +101,13 @@ local function captures(re, subject, set, into)
             if not re.dup then
                 into[name] = value
             elseif value then
+                -- A name of several groups, or of one that took no part, has no `false`.
                 local list = into[name]
                 if not list then
                     into[name] = { value }
                 else
                     list[#list + 1] = value
                 end
-            elseif into[name] == nil then
-                into[name] = false
             end
         end
     end
@@ -192,6 +191,19 @@ end
 -- A replacement template as a list of texts and group numbers. Bounded cache, as for expressions.
 local templates, template_count = {}, 0
 
+-- What is wrong with the variable at `dollar`.
+local function template_error(replace, dollar)
+    local name = string.match(replace, "^{?([%a_][%w_]*)", dollar + 1)
+    if name then
+        return format('attempt to use named capturing variable "%s" (named captures not supported yet)', name)
+    end
+    local open = string.match(replace, "^{(%d+)", dollar + 1)
+    if open then
+        return format('the closing bracket in "%s" variable is missing', open)
+    end
+    return format('lua script: invalid capturing variable name found in "%s"', replace)
+end
+
 local function parse_template(replace)
     local parts, at = {}, 1
     while true do
@@ -209,11 +221,7 @@ local function parse_template(replace)
             parts[#parts + 1] = "$"
             at = dollar + 2
         else
-            local name = string.match(replace, "^{?([%a_][%w_]*)", dollar + 1)
-            if name then
-                return nil, format('attempt to use named capturing variable "%s" (named captures not supported yet)',
-                                   name)
-            end
+            ngx.log(ngx.ERR, template_error(replace, dollar))
             return nil, "failed to compile the replacement template"
         end
     end
@@ -311,13 +319,15 @@ end
 --- newstr, n, err = ngx.re.sub(subject, regex, replace, options?)
 function _M.sub(subject, regex, replace, options)
     local s, n, err = substitute(subject, regex, replace, options, false)
-    return s, n, err
+    if err ~= nil then return s, n, err end
+    return s, n
 end
 
 --- newstr, n, err = ngx.re.gsub(subject, regex, replace, options?)
 function _M.gsub(subject, regex, replace, options)
     local s, n, err = substitute(subject, regex, replace, options, true)
-    return s, n, err
+    if err ~= nil then return s, n, err end
+    return s, n
 end
 
 --- res, err = require("ngx.re").split(subject, regex, options?, ctx?, max?, res?)

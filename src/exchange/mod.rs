@@ -68,6 +68,10 @@ pub struct Exchange {
 
     /// Variables that were set by name and belong to no module: `set $x`, `ctx.var.x = …`. Few, so a list.
     pub custom_vars: Vec<(Box<str>, Vec<u8>)>,
+    /// A script has asked for the whole body, or to do without it.
+    pub body_read: bool,
+    /// A script has taken `Content-Type` away: the default does not take its place.
+    pub untyped: bool,
     /// The location that serves the request, instead of a route.
     pub location: Option<Arc<Location>>,
     /// Where a script sent the request, until the proxy goes there.
@@ -296,6 +300,8 @@ pub struct LuaState {
     pub phases: u16,
     /// Who serves the request, for scripts of locations.
     pub host: Option<Rc<dyn host::Host>>,
+    /// What `ngx.arg` holds in `set_by_lua`.
+    pub set_args: Vec<Vec<u8>>,
     /// Subrequests under way.
     pub subrequests: Rc<Cell<usize>>,
     /// `ngx.on_abort`'s callback: the VM's own, opaque here.
@@ -436,6 +442,8 @@ impl Exchange {
             credential: None,
             upstream: UpstreamState::default(),
             custom_vars: Vec::new(),
+            body_read: false,
+            untyped: false,
             location: None,
             jump: None,
             filter_exit: None,
@@ -471,6 +479,8 @@ impl Exchange {
         self.credential = None;
         self.upstream.reset();
         self.custom_vars.clear();
+        self.body_read = false;
+        self.untyped = false;
         self.location = None;
         self.jump = None;
         self.filter_exit = None;

@@ -45,7 +45,8 @@ pub fn coarse_seconds() -> u64 {
     u64::try_from(now.tv_sec).unwrap_or_default()
 }
 
-fn format_date(secs: u64) -> Date {
+/// That second, as HTTP writes it.
+pub fn format_date(secs: u64) -> Date {
     let mut text = [b' '; 29];
     let time = chrono::DateTime::from_timestamp(secs as i64, 0).unwrap_or_default();
     let formatted = time.format("%a, %d %b %Y %H:%M:%S GMT").to_string();

@@ -165,6 +165,10 @@ impl Exchange {
     }
 
     pub fn var_by_name<'a>(&'a self, name: &str, scratch: &'a mut Vec<u8>) -> Option<&'a [u8]> {
+        // nginx's names know no case; those of APISIX are written as they are.
+        if self.location.is_some() && name.bytes().any(|b| b.is_ascii_uppercase()) {
+            return self.var_by_name(&name.to_ascii_lowercase(), scratch);
+        }
         if let Some(known) = known_names().get(name) {
             return self.known(*known, scratch);
         }
@@ -177,7 +181,7 @@ impl Exchange {
     /// Sets a variable that plugins may set, or one of their own.
     pub fn set_var(&mut self, name: &str, value: &[u8]) -> Result<(), Refused> {
         let place = match known_names().get(name) {
-            Some(Known::Args | Known::QueryString) => {
+            Some(Known::Args) => {
                 self.request.uri_changed = true;
                 &mut self.request.args
             }
@@ -318,6 +322,8 @@ impl Exchange {
             Known::EchoClientRequestHeaders => {
                 append_all(out, [&r.method, b" ", &r.target, b" ", version(r.version), b"\r\n"]);
                 r.headers.write_to(out, |_, _| true);
+                // As the echo module has it: the head as it came, without its last byte.
+                out.extend_from_slice(b"\r");
             }
             Known::RequestTime => seconds(self.started.elapsed(), out),
             Known::RequestLength => number(r.head_len + self.client.as_ref().map_or(0, |c| c.body_received()), out),

@@ -32,7 +32,7 @@ use crate::{
         Connection, Exchange, Phase,
         host::{Sending, Subrequest},
     },
-    observe::log::Level,
+    observe::log::{self, Level},
 };
 
 /// What an operation gives back to the coroutine: the results of the function that waited.
@@ -226,6 +226,12 @@ pub fn register(api: &mut Api) -> Result<()> {
         let of = (1..=s.top()).map(|i| thread_argument(s, i)).collect::<Result<_, _>>()?;
         Ok(Wait::Park(Op::Join(of)))
     })?;
+    let doc = "state(coroutine): of a light thread 1 while it lives, 2 until somebody waits for it; else 0";
+    api.func("native.thread.state", anywhere, doc, |s| {
+        let l = thread_argument(s, 1)?;
+        let ended = vm::current().and_then(|vm| vm.light.borrow().get(&(l as usize)).copied());
+        Ok(s.push_number(ended.map_or(0.0, |ended| if ended { 2.0 } else { 1.0 })))
+    })?;
     api.func("ngx.timer.at", anywhere, "runs a function later, outside of the request", timer_at)?;
     api.func("ngx.timer.every", anywhere, "runs a function again and again", timer_every)?;
     api.func("ngx.timer.running_count", anywhere, "how many timer callbacks run", |s| {
@@ -401,6 +407,7 @@ async fn run_timer(kept: Kept, delay: Duration, every: bool) {
 
 /// Runs a timer's callback in an exchange of its own.
 async fn fire(kept: &Kept, premature: bool) {
+    tracing::debug!("lua ngx.timer expired");
     let mut x = background(&kept.vm);
     let outcome = call(&kept.vm, &mut x, |s| kept.push(s, premature), |_| ()).await;
     if let Outcome::Failed(text) = outcome {
@@ -436,11 +443,16 @@ fn sleep(s: &Stack) -> Result<Wait, Raise> {
         return Err(s.argument_error(1, &format!("invalid sleep duration \"{secs}\"")));
     }
     let time = seconds(secs);
-    if let Some(x) = fast::exchange() {
+    if let Some(x) = fast::exchange().filter(|_| log::enabled(Level::Debug)) {
         x.log(Level::Debug, format!("lua ready to sleep for {} ms", time.as_millis()).as_bytes());
     }
     Ok(Wait::Park(Op::future(async move {
         tokio::time::sleep(time).await;
+        if let Some(x) = fast::exchange().filter(|_| log::enabled(Level::Debug)) {
+            let text = String::from_utf8_lossy;
+            let uri = format!("{}?{}", text(&x.request.path), text(&x.request.args));
+            x.log(Level::Debug, format!("lua sleep timer expired: \"{uri}\"").as_bytes());
+        }
         Values::new()
     })))
 }
@@ -824,6 +836,7 @@ impl Threads {
         let Some(co) = new.take() else { return self.wake(parent, failed("no memory")) };
         let l = co.l;
         let args = new.args;
+        self.vm.light.borrow_mut().insert(l as usize, false);
         let at = self.list.iter().skip(1).position(|t| t.co.is_none()).map(|p| p + 1);
         let thread = Thread { co: Some(co), state: State::Over, parent };
         let at = match at {
@@ -881,6 +894,7 @@ impl Threads {
     fn finish(&mut self, t: usize, ok: bool, n: c_int) {
         let Some(l) = self.list[t].co.as_ref().map(|co| co.l) else { return };
         self.list[t].state = State::Zombie(ok, n);
+        self.vm.light.borrow_mut().insert(l as usize, true);
         let waiter = self.list.iter().position(|w| matches!(&w.state, State::Joining(of) if of.contains(&l)));
         if let Some(waiter) = waiter {
             self.deliver(t, waiter);
@@ -905,6 +919,7 @@ impl Threads {
     fn drop_thread(&mut self, t: usize) {
         self.list[t].state = State::Over;
         if let Some(co) = self.list[t].co.take() {
+            self.vm.light.borrow_mut().remove(&(co.l as usize));
             self.vm.forget(co);
         }
     }
@@ -936,6 +951,7 @@ impl Drop for Threads {
     fn drop(&mut self) {
         for thread in &mut self.list {
             if let Some(co) = thread.co.take() {
+                self.vm.light.borrow_mut().remove(&(co.l as usize));
                 self.vm.forget(co);
             }
         }

@@ -8,6 +8,7 @@ use std::{
     sync::Arc,
 };
 
+use hashbrown::HashMap;
 use mlua::ffi;
 
 use super::{
@@ -83,6 +84,8 @@ pub struct Vm {
     pub(super) timers: Timers,
     /// `ngx.socket`: whose sockets are open, and which are idle.
     pub(super) sockets: ngx::socket::Sockets,
+    /// Light threads: whether they have ended and nobody has waited for them yet.
+    pub(super) light: RefCell<HashMap<usize, bool>>,
     /// Consumers that scripts attach by number.
     pub(super) consumers: host::apisix::KeptConsumers,
     /// What timers and calls outside of requests see as the configuration.
@@ -147,6 +150,7 @@ impl Vm {
             slots: RefCell::default(),
             timers,
             sockets: Default::default(),
+            light: Default::default(),
             consumers: Default::default(),
             snapshot: RefCell::default(),
             itself: itself.clone(),
@@ -283,7 +287,8 @@ impl Vm {
 
     /// Makes a table that a script gave along `ngx.ctx` of the request with these tables.
     pub fn adopt_ctx(&self, slot: u32, ctx: &dyn std::any::Any) {
-        let Some(kept) = ctx.downcast_ref::<ngx::location::Kept>() else { return };
+        let kept = ctx.downcast_ref::<ngx::location::Kept>().filter(|kept| kept.is_of(self));
+        let Some(kept) = kept else { return };
         // SAFETY: the main state is idle; `adopt` sets a field of a plain table.
         unsafe {
             let s = super::api::Stack::new(self.main);

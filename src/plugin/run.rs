@@ -39,6 +39,7 @@ use crate::{
         vm::Purpose,
     },
     model::{self, Object, PluginConf},
+    observe::log::Level,
     store::Snapshot,
 };
 
@@ -195,6 +196,10 @@ fn run_of(x: &Exchange) -> Option<&Run> {
 impl Runner {
     /// Loads the plugins. Must be called inside the worker's runtime: `init` may start timers.
     pub fn new(setup: Setup, worker: usize, snapshot: &Arc<Snapshot>) -> Result<Runner> {
+        if worker == 0 && setup.locations.list.iter().any(|l| !l.options.is_on("lua_code_cache", true)) {
+            let text = b"lua_code_cache is off; this will hurt performance";
+            crate::observe::log::line(Level::Alert, text, None);
+        }
         let generation = Generation::load(&setup, worker, snapshot)?;
         Ok(Runner {
             setup,
@@ -533,6 +538,16 @@ impl Generation {
         let exit_worker = setup.locations.init.exit_worker.clone();
         let number = snapshot.plugins_generation;
         Ok(Rc::new(Generation { vm, number, plugins, entry, scripts, exit_worker }))
+    }
+
+    /// A VM without plugins, for scripts that are loaded anew for each request.
+    fn bare(setup: &Setup, worker: usize, snapshot: &Arc<Snapshot>) -> Result<Rc<Generation>> {
+        let config = setup.vm_config(Purpose::Plugins, worker, snapshot);
+        let (vm, plugins) = registry::load(config, &[])?;
+        vm.set_snapshot(snapshot);
+        let entry = Entry::of(&vm)?;
+        let (scripts, number) = (script::Compiled::default(), snapshot.plugins_generation);
+        Ok(Rc::new(Generation { vm, number, plugins, entry, scripts, exit_worker: None }))
     }
 
     /// Makes the Lua lists of `owners`.

@@ -16,7 +16,7 @@ use crate::{
         BodyLength, Client, Exchange, Headers, Request, RequestBody, Response,
         host::{Answered, Captured, Doing, Subrequest},
     },
-    observe::log::Level,
+    observe::log::{self, Level},
 };
 
 /// Subrequests within subrequests, as in nginx.
@@ -73,6 +73,10 @@ struct Received {
 }
 
 fn child(x: &Exchange, one: Subrequest) -> Child {
+    if log::enabled(Level::Debug) {
+        let text = String::from_utf8_lossy;
+        x.log(Level::Debug, format!("lua http subrequest \"{}?{}\"", text(&one.path), text(&one.args)).as_bytes());
+    }
     let mut child = Exchange::new(x.conn.clone(), x.snapshot.clone());
     child.begin();
     child.started = x.started;

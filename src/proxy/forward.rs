@@ -290,6 +290,7 @@ impl Way<'_> {
         }
         x.response.headers.set("Server", &self.p.settings.server);
         add_early(&mut x.response);
+        super::location::add_headers(x);
         rescue::upstream_status(self.p, x);
         output::filter_head(x, &self.p.runner).await?;
         let length = output::remaining_length(x);
@@ -433,6 +434,15 @@ fn fail(x: &mut Exchange, begun: Instant, e: Error) -> Error {
 
 /// The route's `timeout`, else the upstream's, else nginx's.
 fn timeouts(p: &Proxy, x: &Exchange, conf: &Upstream) -> Timeouts {
+    if let Some(location) = &x.location {
+        let of = |directive: &str, default| location.options.duration(directive).unwrap_or(default);
+        let default = p.settings.timeout;
+        return Timeouts {
+            connect: of("proxy_connect_timeout", default.connect),
+            send: of("proxy_send_timeout", default.send),
+            read: of("proxy_read_timeout", default.read),
+        };
+    }
     let matched = x.matched.as_ref().filter(|m| m.found.plain_upstream().is_none());
     let route = matched.and_then(|m| m.route().value.timeout.as_deref());
     *route.or(conf.timeout.as_deref()).unwrap_or(&p.settings.timeout)

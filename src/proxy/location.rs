@@ -5,7 +5,7 @@ use std::{rc::Rc, sync::Arc};
 use hashbrown::HashMap;
 use serde_json::json;
 
-use super::{Proxy, capture, forward, request, rescue};
+use super::{Proxy, capture, files, forward, request, rescue};
 use crate::{
     conf::locations::{Content, Flag, Location, Locations, Template},
     error::{Error, Kind, Result},
@@ -92,6 +92,11 @@ async fn head(p: &Proxy, x: &mut Exchange) -> Result<bool> {
     default_type(x);
     x.response.headers.set("Server", &p.settings.server);
     add_headers(x);
+    if let BodyLength::Known(n) = length(x)
+        && x.lua.phases & (1 << Phase::BodyFilter as u16) == 0
+    {
+        x.response.headers.set("Content-Length", n.to_string());
+    }
     if let Err(e) = output::filter_head(x, &p.runner).await {
         // nginx has no answer left then, and says nothing.
         if let Some(client) = &mut x.client {
@@ -115,7 +120,7 @@ async fn head(p: &Proxy, x: &mut Exchange) -> Result<bool> {
 }
 
 /// `add_header name value [always]`
-fn add_headers(x: &mut Exchange) {
+pub(super) fn add_headers(x: &mut Exchange) {
     let Some(location) = x.location.clone() else { return };
     let usual = matches!(x.response.status, 200 | 201 | 204 | 206 | 301 | 302 | 303 | 304 | 307 | 308);
     for line in location.options.all("add_header") {
@@ -241,7 +246,7 @@ async fn phases(p: &Proxy, x: &mut Exchange, location: &Arc<Location>) -> Result
             Ok(Flow::Sent)
         }
         Content::Nothing => {
-            not_found(p, x).await?;
+            files::serve(p, x, location).await?;
             Ok(Flow::Sent)
         }
     }
@@ -255,6 +260,10 @@ fn set(x: &mut Exchange, name: &str, value: Vec<u8>) {
 async fn finish(p: &Proxy, x: &mut Exchange, flow: Flow) -> Result<()> {
     match flow {
         Flow::Sent | Flow::Jump => Ok(()),
+        Flow::Close if x.depth > 0 => {
+            x.response.status = 500;
+            Ok(())
+        }
         Flow::Close => {
             if let Some(client) = &mut x.client {
                 client.abort();
@@ -336,7 +345,7 @@ async fn answer(p: &Proxy, x: &mut Exchange) -> Result<()> {
         x.response.status = 200;
     }
     let status = x.response.status;
-    if x.printed.is_empty() && !x.response.head_sent && status >= 300 && status != 304 {
+    if x.printed.is_empty() && !x.response.head_sent && status >= 300 && status != 304 && x.depth == 0 {
         rescue::page(p, x, status);
         return output::answer(x, &p.runner).await;
     }
@@ -360,7 +369,8 @@ fn buffers(x: &Exchange) -> bool {
 /// `default_type`, for answers of Lua's.
 fn default_type(x: &mut Exchange) {
     let Some(location) = &x.location else { return };
-    if x.response.headers.contains("content-type") || !location.options.is_on("lua_use_default_type", true) {
+    if x.untyped || x.response.headers.contains("content-type") || !location.options.is_on("lua_use_default_type", true)
+    {
         return;
     }
     let default = location.options.get("default_type").unwrap_or("text/plain");
@@ -385,7 +395,7 @@ async fn returned(p: &Proxy, x: &mut Exchange, status: u16, body: Vec<u8>) -> Re
     output::answer(x, &p.runner).await
 }
 
-async fn not_found(p: &Proxy, x: &mut Exchange) -> Result<()> {
+pub(super) async fn not_found(p: &Proxy, x: &mut Exchange) -> Result<()> {
     rescue::page(p, x, 404);
     output::answer(x, &p.runner).await
 }

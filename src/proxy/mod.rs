@@ -5,6 +5,7 @@
 
 pub mod access_log;
 mod capture;
+mod files;
 pub mod forward;
 mod forwarded;
 pub mod head;

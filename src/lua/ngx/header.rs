@@ -174,6 +174,9 @@ crate::export! {
             return -1;
         }
         let (name, value) = unsafe { (fast::bytes(name, len), fast::bytes(value, value_len)) };
+        if how == 2 && name.eq_ignore_ascii_case(b"content-type") {
+            x.untyped = true;
+        }
         change(&mut x.response.headers, name, value, how);
         1
     }

@@ -43,6 +43,11 @@ pub struct Kept {
 }
 
 impl Kept {
+    /// Whether it is a value of this VM.
+    pub fn is_of(&self, vm: &Vm) -> bool {
+        std::ptr::eq(&raw const *self.vm, vm)
+    }
+
     /// Pushes it.
     pub fn push(&self, s: &Stack) {
         s.get_index(ffi::LUA_REGISTRYINDEX, self.anchor as usize);

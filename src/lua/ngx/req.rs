@@ -49,7 +49,8 @@ pub fn register(api: &mut Api) -> Result<()> {
         Ok(0)
     })?;
     let doc = "set_uri(uri, jump?, binary?): jump looks for the location anew and does not return";
-    api.wait("ngx.req.set_uri", BODY, doc, set_uri)?;
+    let uri = BODY | Phases::HEADER_FILTER | Phases::BODY_FILTER;
+    api.wait("ngx.req.set_uri", uri, doc, set_uri)?;
     api.func(
         "ngx.req.set_uri_args",
         BODY | Phases::HEADER_FILTER,
@@ -88,17 +89,24 @@ pub fn register(api: &mut Api) -> Result<()> {
     api.func("ngx.req.set_body_data", BODY, "set_body_data(text): replaces the body", |s| {
         let data = Bytes::copy_from_slice(s.arg_bytes(1)?);
         let x = request()?;
-        if matches!(x.body, RequestBody::Streaming { .. }) {
-            return Err("request body not read yet".into());
+        if let Some(why) = unreadable(x) {
+            return Err(why.into());
         }
         replace_body(x, RequestBody::Memory(data.clone()), data.len() as u64);
         Ok(0)
     })?;
+    api.func("native.req.unreadable", BODY, "unreadable(): why the body cannot be replaced, or nil", |s| {
+        Ok(match unreadable(request()?) {
+            Some(why) => s.push_bytes(why),
+            None => s.push_nil(),
+        })
+    })?;
+    api.func("native.req.replace_body", BODY, "replace_body(text, size?): to a file when it is longer", replace_with)?;
     api.func("ngx.req.set_body_file", BODY, "set_body_file(name, auto_clean?): replaces the body", |s| {
         let path: std::path::PathBuf = s.arg_str(1)?.into_owned().into();
         let x = request()?;
-        if matches!(x.body, RequestBody::Streaming { .. }) {
-            return Err("request body not read yet".into());
+        if let Some(why) = unreadable(x) {
+            return Err(why.into());
         }
         let length = std::fs::metadata(&path).map_err(|e| e.to_string())?.len();
         let path = if s.boolean(2) { Spooled::ours(path) } else { Spooled::theirs(path) };
@@ -126,7 +134,7 @@ fn get_post_args(s: &Stack) -> Answer {
     let max = codec::limit(s, 1)?;
     match &request()?.body {
         RequestBody::Memory(data) => codec::push_args(s, data, max),
-        RequestBody::File { .. } => s.fail("requesty body in temp file not supported"),
+        RequestBody::File { .. } => s.fail("request body in temp file not supported"),
         RequestBody::Streaming { .. } => {
             Err("no request body found; maybe you should turn on lua_need_request_body?".into())
         }
@@ -210,6 +218,43 @@ fn get_body_data(s: &Stack) -> Answer {
     }
 }
 
+/// Why the body cannot be replaced.
+fn unreadable(x: &Exchange) -> Option<&'static str> {
+    let of_location = x.location.is_some();
+    match x.body {
+        RequestBody::Streaming { .. } => Some("request body not read yet"),
+        // A subrequest has read what there is; plugins may make a body where none was.
+        RequestBody::None if of_location && x.depth == 0 && !x.body_read => Some("request body not read yet"),
+        RequestBody::Consumed if of_location => Some("request body already discarded"),
+        _ => None,
+    }
+}
+
+fn replace_with(s: &Stack) -> Answer {
+    let data = s.arg_bytes(1)?;
+    let x = request()?;
+    let limit = s.opt_number(2)?.map_or_else(|| memory_limit(x.location.as_deref()), |n| n as usize);
+    let length = data.len() as u64;
+    if data.len() <= limit && limit > 0 {
+        replace_body(x, RequestBody::Memory(Bytes::copy_from_slice(data)), length);
+        return Ok(0);
+    }
+    let (path, mut file) = temp_file(x.location.as_deref()).map_err(|e| e.to_string())?;
+    note_file(x, &path);
+    let path = Spooled::ours(path);
+    file.write_all(data).map_err(|e| e.to_string())?;
+    replace_body(x, RequestBody::File { path, length }, length);
+    Ok(0)
+}
+
+/// nginx's word on a body that goes to a file.
+fn note_file(x: &Exchange, path: &std::path::Path) {
+    if x.location.is_some() {
+        let text = format!("a client request body is buffered to a temporary file {}", path.display());
+        x.log(Level::Warn, text.as_bytes());
+    }
+}
+
 /// Puts another body in the place of the client's.
 fn replace_body(x: &mut Exchange, body: RequestBody, length: u64) {
     x.body = body;
@@ -274,8 +319,9 @@ fn temp_file(location: Option<&Location>) -> std::io::Result<(std::path::PathBuf
 
 fn read_body(keep: bool) -> std::result::Result<Wait, Raise> {
     let x = request()?;
+    x.body_read = true;
     if !matches!(x.body, RequestBody::Streaming { .. }) {
-        if !keep {
+        if !keep && !matches!(x.body, RequestBody::None) {
             x.body = RequestBody::Consumed;
         }
         return Ok(Wait::Ready(0));
@@ -300,7 +346,10 @@ fn poll_body(cx: &mut Context<'_>, x: &mut Exchange, reading: &mut Reading, keep
     }
     x.body = match (keep, reading.file.take()) {
         (false, _) => RequestBody::Consumed,
-        (true, Some((path, _))) => RequestBody::File { path: Spooled::ours(path), length: reading.length },
+        (true, Some((path, _))) => {
+            note_file(x, &path);
+            RequestBody::File { path: Spooled::ours(path), length: reading.length }
+        }
         (true, None) => RequestBody::Memory(Bytes::from(std::mem::take(&mut reading.memory))),
     };
     Poll::Ready(Values::new())
@@ -308,6 +357,7 @@ fn poll_body(cx: &mut Context<'_>, x: &mut Exchange, reading: &mut Reading, keep
 
 /// Reads the whole body, as `ngx.req.read_body` does.
 pub async fn read_all(x: &mut Exchange) -> Result<()> {
+    x.body_read = true;
     if !matches!(x.body, RequestBody::Streaming { .. }) {
         return Ok(());
     }

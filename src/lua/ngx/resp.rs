@@ -47,6 +47,16 @@ pub fn register(api: &mut Api) -> Result<()> {
     api.wait("ngx.send_headers", PRINT, "send_headers(): ok, err; the head is settled", send_headers)?;
     api.wait("ngx.exit", request | Phases::TIMER, "exit(status): ends the phase or the request", exit)?;
     api.wait("ngx.redirect", Phases::BEFORE_HEAD, "redirect(uri, status?): 302 by default", redirect)?;
+    api.func(
+        "native.resp.set_arg",
+        Phases::of(Phase::Set),
+        "set_arg(n): the nth argument of set_by_lua, or nil",
+        |s| {
+            let n = s.arg_number(1)?;
+            let arg = if n >= 1.0 { self::request()?.lua.set_args.get(n as usize - 1) } else { None };
+            Ok(arg.map_or_else(|| s.push_nil(), |arg| s.push_bytes(arg)))
+        },
+    )?;
     api.fast("status", "int (void)", any, "the response's status, 0 before there is one", status as *const c_void)?;
     api.fast("status_set", "int (int)", any, "0: no request, -1: the head is sent", status_set as *const c_void)?;
     api.fast("headers_sent", "int (void)", any, "1 when the head is on its way", headers_sent as *const c_void)?;

@@ -19,6 +19,7 @@ use tokio::{
 };
 
 use super::socket_tcp::Conn;
+use crate::observe::log::Level;
 
 /// `lua_socket_pool_size`: lua-nginx-module's default.
 pub const POOL_SIZE: usize = 30;
@@ -28,6 +29,12 @@ const MAX_POOL_SIZE: usize = 65_536;
 
 /// Pools of one VM: names may come from requests.
 pub const MAX_POOLS: usize = 4096;
+
+/// A line for those who look at how their connections are kept.
+fn note(what: &str, name: &[u8]) {
+    let line = format!("{what} \"{}\"", String::from_utf8_lossy(name));
+    crate::observe::log::line(Level::Debug, line.as_bytes(), None);
+}
 
 #[derive(Default)]
 pub struct Pools {
@@ -103,6 +110,7 @@ impl Pools {
             pools: Rc::downgrade(self),
         });
         map.insert(name.into(), pool.clone());
+        note("lua tcp socket keepalive create connection pool for key", name);
         Some(pool)
     }
 
@@ -198,6 +206,7 @@ impl Pool {
             return;
         }
         if let Some(pools) = self.pools.upgrade() {
+            note("lua tcp socket keepalive: free connection pool for", &self.name);
             pools.map.borrow_mut().remove(&self.name);
         }
     }

@@ -41,7 +41,7 @@ use crate::{
         host::Answer,
         sched::{Op, Value, Values, failed},
     },
-    observe::log::Level,
+    observe::log::{self, Level},
     tls,
 };
 
@@ -133,7 +133,9 @@ impl Socket {
         };
         let of_location = || fast::exchange()?.location.as_ref()?.options.duration(directive);
         let limit = own.get().or_else(of_location).unwrap_or(TIMEOUT);
-        note(&format!("lua tcp socket {what} timeout: {}", limit.as_millis()));
+        if log::enabled(Level::Debug) {
+            note(&format!("lua tcp socket {what} timeout: {}", limit.as_millis()));
+        }
         limit
     }
 

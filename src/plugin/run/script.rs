@@ -104,13 +104,28 @@ impl Runner {
         x.lua.phases = mask.0;
         x.location = Some(location);
         if x.lua.run.is_none() {
-            let generation = self.generation.borrow().clone();
+            let generation = self.generation_for(x);
             let slot = generation.vm.take_slot();
             x.lua.slot = Some(slot);
             if let Some(ctx) = x.lua.ctx.take() {
                 generation.vm.adopt_ctx(slot, &*ctx);
             }
             x.lua.run = Some(Rc::new(Run { job: Job::Location(generation), slot }));
+        }
+    }
+
+    /// The worker's VM; with `lua_code_cache off` one that was made for the request, so that every change of a file counts.
+    fn generation_for(&self, x: &Exchange) -> Rc<Generation> {
+        let shared = self.generation.borrow().clone();
+        if x.location.as_ref().is_none_or(|l| l.options.is_on("lua_code_cache", true)) {
+            return shared;
+        }
+        match Generation::bare(&self.setup, self.worker, &x.snapshot) {
+            Ok(own) => own,
+            Err(e) => {
+                x.log(Level::Error, format!("failed to initialize Lua VM: {e}").as_bytes());
+                shared
+            }
         }
     }
 
@@ -166,7 +181,8 @@ impl Runner {
             })
             .collect();
         let n = args.len();
-        // The chunk's arguments are what `ngx.arg` has there.
+        x.lua.set_args.clone_from(&args);
+        // The chunk's arguments are the same.
         let push = |s: &Stack| {
             s.get_index(ffi::LUA_REGISTRYINDEX, anchor as usize);
             s.reserve(n).map_or(0, |()| {

@@ -1,0 +1,396 @@
+//! Plain OpenResty locations in config.yaml: chosen and run as nginx would, on the real binary.
+
+mod support;
+
+use std::process::ExitStatus;
+
+use serde_json::{Value, json};
+use support::{Client, Dir, Gateway, Reply, Upstream, http::raw, run};
+
+/// A gateway with these locations.
+fn with(locations: Value) -> Gateway {
+    Gateway::with(json!({"lua_locations": locations}))
+}
+
+/// One location `/t` whose content is `lua`.
+fn content(lua: &str) -> Gateway {
+    with(json!([{"location": "= /t", "content_by_lua": lua}]))
+}
+
+#[track_caller]
+fn says(reply: &Reply, expected: &str) {
+    assert_eq!((reply.status, reply.text().as_str()), (200, expected));
+}
+
+#[test]
+fn the_phases_run_in_nginx_order() {
+    let gw = with(json!([{
+        "location": "/t",
+        "set": {"seen": "set", "copy": "$seen $arg_a"},
+        "set_by_lua": [{"var": "sum", "lua": "return ngx.get_phase() .. (ngx.arg[1] + 1)", "args": ["$arg_a"]}],
+        "rewrite_by_lua": "ngx.ctx.seen = ngx.var.copy .. ' ' .. ngx.var.sum .. ' ' .. ngx.get_phase()",
+        "access_by_lua": "ngx.ctx.seen = ngx.ctx.seen .. ' ' .. ngx.get_phase()",
+        "content_by_lua": "ngx.say(ngx.ctx.seen, ' ', ngx.get_phase())",
+        "header_filter_by_lua": "ngx.header['X-Phase'] = ngx.get_phase()",
+        "body_filter_by_lua": "ngx.arg[1] = ngx.arg[1]:upper()",
+        "log_by_lua": "ngx.log(ngx.WARN, 'in ', ngx.get_phase(), ' after ', ngx.ctx.seen)",
+        "lines": {"log_by_lua": 41},
+    }]));
+    let reply = gw.get("/t?a=1");
+    says(&reply, "SET 1 SET2 REWRITE ACCESS CONTENT\n");
+    assert_eq!(reply.header("x-phase"), Some("header_filter"));
+    gw.expect_log("[lua] log_by_lua(nginx.conf:41):1: in log after set 1 set2 rewrite access");
+}
+
+#[test]
+fn what_no_location_is_for_goes_to_the_routes() {
+    let upstream = Upstream::echo();
+    let gw = with(json!([{"location": "= /t", "return": {"status": 200, "body": "$uri of ${request_method}\n"}}]));
+    gw.route("1", "/*", &upstream, json!({}));
+    says(&gw.get("/t"), "/t of GET\n");
+    assert_eq!(gw.get("/other").status, 200);
+    assert_eq!(upstream.seen().len(), 1);
+}
+
+#[test]
+fn a_request_is_sent_from_location_to_location() {
+    let gw = with(json!([
+        {"location": "/exec", "content_by_lua": "ngx.ctx.a = 1 ngx.exec('/end', {b = 'c d'})"},
+        {"location": "/named", "content_by_lua": "return ngx.exec('@end')"},
+        {"location": "/jump", "rewrite_by_lua": "ngx.req.set_uri('/end', true)"},
+        {"location": "/late", "content_by_lua": "ngx.say(pcall(ngx.req.set_uri, '/end', true))"},
+        {"location": "/loop", "rewrite_by_lua": "ngx.req.set_uri('/loop', true)"},
+        {"location": "/sent", "content_by_lua": "ngx.say('x') ngx.exec('/end')"},
+        {"location": "= /end", "internal": true,
+         "content_by_lua": "ngx.say(ngx.var.uri, '?', ngx.var.args, ' ', ngx.req.is_internal(), ' ', ngx.ctx.a)"},
+        {"location": "@end", "content_by_lua": "ngx.say('named ', ngx.var.uri)"},
+    ]));
+    says(&gw.get("/exec?x=1"), "/end?b=c%20d true nil\n");
+    says(&gw.get("/named"), "named /named\n");
+    assert_eq!(gw.get("/jump").status, 404, "an internal location is not for a jump");
+    assert_eq!(gw.get("/end").status, 404);
+    let late = gw.get("/late").text();
+    assert!(late.starts_with("falseAPI disabled in the context of content_by_lua*"), "{late}");
+    assert_eq!(gw.get("/loop").status, 500);
+    gw.expect_log("rewrite or internal redirection cycle while processing \"/loop\"");
+    let sent = raw(&gw.proxy(), b"GET /sent HTTP/1.1\r\nHost: h\r\n\r\n");
+    assert!(!sent.contains("0\r\n\r\n"), "the error cuts the answer off: {sent}");
+    gw.expect_log("attempt to call ngx.exec after sending out response headers");
+}
+
+#[test]
+fn subrequests_answer_their_script() {
+    let gw = with(json!([
+        {"location": "= /t", "set": {"shared": "mine"}, "content_by_lua": r#"
+            local res = ngx.location.capture("/other?a=1", {
+                method = ngx.HTTP_PUT, args = {b = "2"}, body = "hello", vars = {given = "g"},
+                ctx = {from = "above"}, share_all_vars = true,
+            })
+            ngx.print(res.status, " ", res.header["X-Own"], " ", tostring(res.truncated), " ", res.body)
+            ngx.say(ngx.var.shared)
+            local a, b = ngx.location.capture_multi({{"/other"}, {"/missing"}})
+            ngx.say(a.status, " ", b.status)
+            ngx.say(pcall(ngx.location.capture, ""))
+        "#},
+        {"location": "= /other", "set": {"shared": "$shared", "given": "$given"}, "content_by_lua": r#"
+            ngx.req.read_body()
+            ngx.header["X-Own"] = tostring(ngx.is_subrequest)
+            ngx.status = 201
+            ngx.print(ngx.req.get_method(), " ", ngx.var.args, " ", ngx.req.get_body_data(), " ")
+            ngx.print(ngx.var.given, " ", ngx.ctx.from, " ", ngx.var.http_x_of_client, " ")
+            ngx.var.shared = "changed"
+        "#},
+    ]));
+    let reply = gw.send("GET", "/t", &[("X-Of-Client", "c")], b"");
+    let text = reply.text();
+    assert!(text.starts_with("201 true false PUT a=1&b=2 hello g above c changed\n201 404\nfalse"), "{text}");
+    assert!(text.contains("The uri argument is an empty string"), "{text}");
+}
+
+#[test]
+fn subrequests_run_beside_light_threads() {
+    let gw = Gateway::with(json!({
+        "lua_shared_dict": {"gate": "1m"},
+        "lua_locations": [
+            {"location": "= /t", "content_by_lua": r#"
+                local order = {}
+                local t = ngx.thread.spawn(function()
+                    ngx.location.capture("/slow")
+                    order[#order + 1] = "slow"
+                end)
+                ngx.location.capture("/quick")
+                order[#order + 1] = "quick"
+                ngx.shared.gate:set("open", true)
+                ngx.thread.wait(t)
+                ngx.say(table.concat(order, " "))
+            "#},
+            {"location": "= /slow",
+             "content_by_lua": "while not ngx.shared.gate:get('open') do ngx.sleep(0.001) end"},
+            {"location": "= /quick", "content_by_lua": "ngx.say('q')"},
+        ],
+    }));
+    says(&gw.get("/t"), "quick slow\n");
+}
+
+#[test]
+fn subrequests_go_only_so_deep() {
+    let gw = with(json!([{"location": "= /t", "content_by_lua": r#"
+        local deep = tonumber(ngx.var.arg_n or 0)
+        local res = ngx.location.capture("/t?n=" .. deep + 1)
+        ngx.print(res.status == 500 and deep or res.body)
+    "#}]));
+    says(&gw.get("/t"), "50");
+    gw.expect_log("lua subrequests cycle while processing \"/t\"");
+}
+
+#[test]
+fn what_is_printed_goes_out_when_it_is_flushed() {
+    let gw = Gateway::with(json!({
+        "lua_shared_dict": {"gate": "1m"},
+        "lua_locations": [
+            {"location": "= /t", "content_by_lua": r#"
+                ngx.say("first ", tostring(ngx.headers_sent))
+                ngx.header["X-Late"] = "1"
+                ngx.flush(true)
+                while not ngx.shared.gate:get("open") do ngx.sleep(0.001) end
+                ngx.say("second ", tostring(ngx.headers_sent))
+                ngx.eof()
+                ngx.log(ngx.WARN, "say after eof: ", select(2, ngx.say("third")))
+            "#},
+            {"location": "= /open", "content_by_lua": "ngx.shared.gate:set('open', true) ngx.say('ok')"},
+        ],
+    }));
+    let mut client = Client::connect(&gw.proxy());
+    client.send("GET", "/t", &[], b"");
+    let head = client.head();
+    assert_eq!((head.status, head.header("x-late")), (200, None));
+    assert_eq!(client.chunk().as_deref(), Some(&b"first false\n"[..]), "before anything else was asked for");
+    says(&gw.get("/open"), "ok\n");
+    assert_eq!(client.chunk().as_deref(), Some(&b"second true\n"[..]));
+    assert_eq!(client.chunk(), None);
+    gw.expect_log("attempt to set ngx.header.HEADER after sending out response headers");
+    gw.expect_log("say after eof: seen eof");
+}
+
+#[test]
+fn http_1_0_gets_a_length() {
+    let gw = content("ngx.say('hello') ngx.say(select(2, ngx.flush()))");
+    let answer = raw(&gw.proxy(), b"GET /t HTTP/1.0\r\n\r\n");
+    assert!(answer.contains("Content-Length: 16\r\n") && answer.ends_with("hello\nbuffering\n"), "{answer}");
+}
+
+#[test]
+fn statuses_and_pages_are_nginx_ones() {
+    let gw = with(json!([
+        {"location": "= /404", "content_by_lua": "ngx.exit(404)"},
+        {"location": "= /own", "content_by_lua": "ngx.status = 404 ngx.say('own')"},
+        {"location": "= /302", "content_by_lua": "ngx.redirect('/there')"},
+        {"location": "= /444", "content_by_lua": "ngx.exit(444)"},
+        {"location": "= /filter", "content_by_lua": "ngx.say('x')", "header_filter_by_lua": "ngx.exit(403)"},
+        {"location": "= /error", "content_by_lua": "error('boom')"},
+        {"location": "= /syntax", "content_by_lua": "oops oops"},
+        {"location": "= /file", "content_by_lua_file": "conf/missing.lua"},
+        {"location": "= /again", "content_by_lua": "ngx.exit(ngx.AGAIN)"},
+        {"location": "= /bad-filter", "content_by_lua": "ngx.say('x')", "header_filter_by_lua": "error('broken')"},
+    ]));
+    let page = gw.get("/404");
+    assert_eq!((page.status, page.text().contains("<h1>404 Not Found</h1>")), (404, true));
+    let own = gw.get("/own");
+    assert_eq!((own.status, own.text().as_str()), (404, "own\n"));
+    let moved = gw.get("/302");
+    assert_eq!((moved.status, moved.header("location")), (302, Some("/there")));
+    assert_eq!(raw(&gw.proxy(), b"GET /444 HTTP/1.1\r\nHost: h\r\n\r\n"), "");
+    assert_eq!(gw.get("/filter").status, 403);
+    for (path, status, text) in [
+        ("/error", 500, "lua entry thread aborted: runtime error: content_by_lua:1: boom"),
+        ("/syntax", 500, "failed to load inlined Lua code: content_by_lua:1:"),
+        ("/file", 404, "failed to load external Lua file"),
+        ("/again", 500, "bad argument to 'ngx.exit': does not accept NGX_AGAIN or NGX_DONE"),
+    ] {
+        assert_eq!(gw.get(path).status, status, "{path}");
+        gw.expect_log(text);
+    }
+    assert_eq!(raw(&gw.proxy(), b"GET /bad-filter HTTP/1.1\r\nHost: h\r\n\r\n"), "", "no head is left to be sent");
+    gw.expect_log("failed to run header_filter_by_lua*: header_filter_by_lua:1: broken");
+}
+
+#[test]
+fn a_body_is_read_as_a_socket_or_into_a_file() {
+    let gw = with(json!([
+        {"location": "= /socket", "content_by_lua": r#"
+            local sock = assert(ngx.req.socket())
+            local first = sock:receive(3)
+            local line = sock:receive("*l")
+            local rest, err, partial = sock:receive(100)
+            ngx.say(first, "|", line, "|", tostring(rest), "|", err, "|", partial)
+            ngx.say(select(2, ngx.req.socket()))
+        "#},
+        {"location": "= /none", "content_by_lua": "ngx.say(select(2, ngx.req.socket()))"},
+        {"location": "= /file", "options": {"client_body_buffer_size": "4"}, "content_by_lua": r#"
+            ngx.req.read_body()
+            local file = ngx.req.get_body_file()
+            ngx.say(tostring(ngx.req.get_body_data()), " ", file:match("client_body_temp/%d+$") ~= nil)
+            ngx.print(io.open(file):read("*a"))
+        "#},
+        {"location": "= /own", "content_by_lua": r#"
+            ngx.say((select(2, pcall(ngx.req.init_body)):gsub("^.-: ", "")))
+            ngx.req.read_body()
+            ngx.req.init_body(4)
+            ngx.req.append_body("hel") ngx.req.append_body("lo")
+            ngx.req.finish_body()
+            ngx.say(ngx.var.http_content_length, " ", tostring(ngx.req.get_body_data()), " ",
+                io.open(ngx.req.get_body_file()):read("*a"))
+        "#},
+    ]));
+    says(&gw.send("POST", "/socket", &[], b"abcde\nrest"), "abc|de|nil|closed|rest\nrequest body already exists\n");
+    says(&gw.get("/none"), "no body\n");
+    says(&gw.send("POST", "/file", &[], b"hello"), "nil true\nhello");
+    assert_eq!(gw.send("POST", "/file", &[], b"four").status, 500, "what fits is in no file");
+    gw.expect_log("attempt to index local 'file' (a nil value)");
+    says(&gw.send("POST", "/own", &[], b"x"), "request body not read yet\n5 nil hello\n");
+}
+
+#[test]
+fn a_client_that_goes_away_is_noticed() {
+    let gw = with(json!([
+        {"location": "= /end", "options": {"lua_check_client_abort": "on"},
+         "content_by_lua": "ngx.log(ngx.WARN, 'asleep') ngx.sleep(3600)",
+         "log_by_lua": "ngx.log(ngx.WARN, 'ended with ', ngx.status)"},
+        {"location": "= /told", "options": {"lua_check_client_abort": "on"}, "content_by_lua": r#"
+            local function gone() ngx.log(ngx.WARN, "told") ngx.exit(499) end
+            ngx.log(ngx.WARN, tostring(ngx.on_abort(gone)), " ", select(2, ngx.on_abort(gone)))
+            ngx.sleep(3600)
+        "#},
+        {"location": "= /off", "content_by_lua": "ngx.say(select(2, ngx.on_abort(function() end)))"},
+    ]));
+    for (path, asleep, after) in [("/end", "asleep", "ended with 499"), ("/told", "1 duplicate call", "told")] {
+        let mut client = Client::connect(&gw.proxy());
+        client.send("GET", path, &[], b"");
+        gw.expect_log(asleep);
+        drop(client);
+        gw.expect_log(after);
+    }
+    gw.expect_log("client prematurely closed connection");
+    says(&gw.get("/off"), "lua_check_client_abort is off\n");
+}
+
+#[test]
+fn scripts_of_the_start_and_their_modules_are_there() {
+    let dir = Dir::new();
+    dir.write("plugins/own.lua", "return { name = 'own' }");
+    let path = format!("{}/plugins/?.lua;;", dir.path().display());
+    dir.configure(json!({
+        "lua_package_path": path,
+        "lua_shared_dict": {"kept": "1m"},
+        "lua_init": {
+            "init_by_lua": "own = require('own') own.also = require('resty.lock') ~= nil",
+            "init_worker_by_lua": "ngx.timer.at(0, function() ngx.shared.kept:incr('timers', 1, 0) end)",
+        },
+        "lua_locations": [{"location": "= /t", "content_by_lua": r#"
+            while (ngx.shared.kept:get("timers") or 0) < 2 do ngx.sleep(0.001) end
+            ngx.say(own.name, " ", tostring(own.also))
+        "#}],
+    }));
+    let gw = Gateway::in_dir(dir);
+    says(&gw.get("/t"), "own true\n");
+}
+
+#[test]
+fn a_location_may_pass_on_rewrite_and_refuse() {
+    let upstream = Upstream::echo();
+    let gw = Gateway::with(json!({
+        "lua_upstreams": {"backend": [format!("{} weight=2", upstream.addr())]},
+        "lua_locations": [
+            {"location": "/pass/", "proxy_pass": "http://backend/to$uri", "set": {"mine": "v"},
+             "header_filter_by_lua": "ngx.header['X-Filter'] = ngx.status",
+             "options": {"proxy_set_header": [["X-Mine", "$mine"]], "add_header": [["X-Added", "$mine"]]}},
+            {"location": "/old/", "options": {"rewrite": [["^/old/(.*)$", "/new/$1?n=1", "last"]]}},
+            {"location": "/new/", "content_by_lua": "ngx.say(ngx.var.uri, '?', ngx.var.args)"},
+            {"location": "/moved", "options": {"rewrite": [["^", "/new/", "permanent"]]}},
+            {"location": "/closed", "options": {"deny": [["all"]]}, "content_by_lua": "ngx.say('in')"},
+            {"location": "~ ^/re/(?<name>\\w+)/(\\d+)$", "content_by_lua": "ngx.say(ngx.var.name, ' ', ngx.var[2])"},
+        ],
+    }));
+    let reply = gw.get("/pass/x?a=1");
+    assert_eq!((reply.status, reply.header("x-filter"), reply.header("x-added")), (200, Some("200"), Some("v")));
+    let seen = &upstream.seen()[0];
+    assert_eq!(
+        (&*seen.target, seen.header("host"), seen.header("x-mine")),
+        ("/to/pass/x?a=1", Some("backend"), Some("v"))
+    );
+    let own = seen.headers.iter().find(|(name, _)| name.starts_with("X-Forwarded") || name == "X-Real-IP");
+    assert_eq!(own, None, "nginx adds nothing of its own");
+    says(&gw.get("/old/a?b=2"), "/new/a?n=1&b=2\n");
+    let moved = gw.get("/moved");
+    assert_eq!((moved.status, moved.header("location")), (301, Some("/new/")));
+    assert_eq!(gw.get("/closed").status, 403);
+    says(&gw.get("/re/abc/12"), "abc 12\n");
+    assert_eq!(gw.get("/re/abc/x").status, 404);
+}
+
+#[test]
+fn files_answer_where_nothing_else_does() {
+    let dir = Dir::new();
+    std::fs::create_dir_all(dir.join("html/sub")).expect("a directory");
+    dir.write("html/index.html", "index");
+    dir.write("html/sub/a.txt", "text");
+    dir.write("secret", "secret");
+    dir.configure(json!({"lua_locations": [{"location": "/", "header_filter_by_lua": "ngx.header.x = 'y'"}]}));
+    let gw = Gateway::in_dir(dir);
+    let index = gw.get("/");
+    says(&index, "index");
+    assert_eq!((index.header("content-type"), index.header("x")), (Some("text/html"), Some("y")));
+    let text = gw.get("/sub/a.txt");
+    says(&text, "text");
+    let since = text.header("last-modified").expect("a date").to_owned();
+    assert_eq!(gw.send("GET", "/sub/a.txt", &[("If-Modified-Since", &since)], b"").status, 304);
+    let folder = gw.get("/sub");
+    assert_eq!((folder.status, folder.header("location")), (301, Some("/sub/")));
+    for (method, path, status) in
+        [("GET", "/none", 404), ("GET", "/sub/", 404), ("GET", "/..%2fsecret", 400), ("POST", "/", 405)]
+    {
+        assert_eq!(gw.send(method, path, &[], b"").status, status, "{method} {path}");
+    }
+    gw.expect_log("html/none\" failed (2: No such file or directory)");
+}
+
+#[test]
+fn without_a_code_cache_a_changed_file_counts_at_once() {
+    let dir = Dir::new();
+    dir.write("conf/t.lua", "n = (n or 0) + 1 ngx.say(n)");
+    let options = json!({"lua_code_cache": "off"});
+    dir.configure(json!({"lua_locations": [
+        {"location": "= /off", "content_by_lua_file": "conf/t.lua", "options": options},
+        {"location": "= /on", "content_by_lua_file": "conf/t.lua"},
+    ], "nginx_config": {"worker_processes": 1}}));
+    let gw = Gateway::in_dir(dir);
+    says(&gw.get("/on"), "1\n");
+    says(&gw.get("/on"), "2\n");
+    says(&gw.get("/off"), "1\n");
+    gw.dir.write("conf/t.lua", "ngx.say('changed ', n)");
+    says(&gw.get("/off"), "changed nil\n");
+    says(&gw.get("/on"), "3\n");
+    gw.expect_log("lua_code_cache is off; this will hurt performance");
+}
+
+#[test]
+fn mistakes_stop_the_start() {
+    let told = |settings: Value| -> (ExitStatus, String) {
+        let dir = Dir::new();
+        dir.configure(settings);
+        let mut command = dir.command();
+        command.arg("test");
+        run(command)
+    };
+    let (status, text) = told(json!({
+        "lua_locations": [{"location": "! /x"}, {"location": "~ ("}, {"content_by_lua": "x"}],
+        "lua_listen": ["no port"],
+    }));
+    assert_eq!(status.code(), Some(1));
+    for path in ["lua_locations[0].location", "lua_locations[1].location", "lua_locations[2].location", "lua_listen[0]"]
+    {
+        assert!(text.contains(path), "{path}: {text}");
+    }
+    let (status, text) = told(json!({"lua_locations": [{"location": "/x", "return": {"status": 200}}]}));
+    assert!(status.success(), "{text}");
+}
