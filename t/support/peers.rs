@@ -1,7 +1,8 @@
-//! Real peers: etcd and redis, each in a directory of its own on free ports.
+//! Real peers: etcd, redis, memcached and MariaDB, each in a directory of its own on free ports.
 
 use std::{
     net::{TcpListener, TcpStream},
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
 };
 
@@ -23,6 +24,11 @@ impl Peer {
 
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// A file in its directory.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
     }
 
     pub fn signal(&self, signal: i32) {
@@ -118,10 +124,16 @@ impl Etcd {
 }
 
 pub fn redis() -> Peer {
+    redis_with(|_| Vec::new())
+}
+
+/// redis with more arguments, which may name files in its directory.
+pub fn redis_with(args: impl FnOnce(&Path) -> Vec<String>) -> Peer {
     let dir = TempDir::new().expect("a temporary directory");
     let port = free_port();
     let child = Command::new("redis-server")
         .args(["--port", &port.to_string(), "--save", "", "--dir", &dir.path().to_string_lossy()])
+        .args(args(dir.path()))
         .stdout(Stdio::null())
         .spawn()
         .expect("redis is installed (Debian: redis-server)");
