@@ -2,6 +2,8 @@
 
 mod support;
 
+#[path = "libraries/memcached.rs"]
+mod memcached;
 #[path = "libraries/redis.rs"]
 mod redis;
 

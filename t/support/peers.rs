@@ -141,6 +141,26 @@ pub fn redis_with(args: impl FnOnce(&Path) -> Vec<String>) -> Peer {
     Peer { child, port, dir }
 }
 
+/// A memcached with its defaults: values of up to one megabyte.
+pub fn memcached() -> Peer {
+    let dir = TempDir::new().expect("a temporary directory");
+    let port = free_port();
+    let child = Command::new("memcached")
+        .args(["-l", "127.0.0.1", "-p", &port.to_string(), "-U", "0", "-t", "1", "-u", &user()])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("memcached is installed (Debian: memcached)");
+    wait_for_port(port);
+    Peer { child, port, dir }
+}
+
+/// Who runs the test: servers that refuse to be root want to hear it.
+fn user() -> String {
+    let out = Command::new("id").arg("-un").output().expect("id");
+    String::from_utf8_lossy(&out.stdout).trim().to_owned()
+}
+
 /// A port that was free a moment ago: for peers that cannot choose one themselves.
 pub fn free_port() -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
