@@ -4,6 +4,8 @@ mod support;
 
 #[path = "libraries/memcached.rs"]
 mod memcached;
+#[path = "libraries/mysql.rs"]
+mod mysql;
 #[path = "libraries/redis.rs"]
 mod redis;
 

@@ -155,6 +155,32 @@ pub fn memcached() -> Peer {
     Peer { child, port, dir }
 }
 
+/// MariaDB whose root has no password, on a port and the unix socket `db.sock`, with more arguments.
+pub fn mariadb_with(args: impl FnOnce(&Path) -> Vec<String>) -> Peer {
+    let dir = TempDir::new().expect("a temporary directory");
+    let port = free_port();
+    let at = |name: &str| dir.path().join(name).to_string_lossy().into_owned();
+    let (data, user) = (format!("--datadir={}", at("data")), format!("--user={}", user()));
+    let installed = Command::new("mariadb-install-db")
+        .args(["--no-defaults", &data, &user, "--auth-root-authentication-method=normal", "--skip-test-db"])
+        .output()
+        .expect("MariaDB is installed (Debian: mariadb-server)");
+    assert!(installed.status.success(), "{}", String::from_utf8_lossy(&installed.stderr));
+    // A service's place is not on everybody's path.
+    let place = if Path::new("/usr/sbin/mariadbd").exists() { "/usr/sbin/mariadbd" } else { "mariadbd" };
+    let child = Command::new(place)
+        .args(["--no-defaults", &data, &user, "--bind-address=127.0.0.1", &format!("--port={port}")])
+        .args([&format!("--socket={}", at("db.sock")), &format!("--pid-file={}", at("pid"))])
+        .args(["--innodb-buffer-pool-size=8M", "--innodb-flush-log-at-trx-commit=0"])
+        .args(args(dir.path()))
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("MariaDB is installed (Debian: mariadb-server)");
+    wait_for_port(port);
+    Peer { child, port, dir }
+}
+
 /// Who runs the test: servers that refuse to be root want to hear it.
 fn user() -> String {
     let out = Command::new("id").arg("-un").output().expect("id");
