@@ -2,12 +2,16 @@
 
 mod support;
 
+#[path = "libraries/dns.rs"]
+mod dns;
 #[path = "libraries/memcached.rs"]
 mod memcached;
 #[path = "libraries/mysql.rs"]
 mod mysql;
 #[path = "libraries/redis.rs"]
 mod redis;
+#[path = "libraries/upload.rs"]
+mod upload;
 
 use std::{
     fmt::Display,
@@ -35,12 +39,18 @@ const END: &str = "\nend script() return 200, out end";
 /// Runs a script as an uploaded function; what it noted. `args` are fields of its `arg`.
 #[track_caller]
 fn lua(gw: &Gateway, args: &[(&str, &dyn Display)], script: &str) -> Value {
+    lua_with(gw, &[], args, script)
+}
+
+/// The same for a request with these headers.
+#[track_caller]
+fn lua_with(gw: &Gateway, headers: &[(&str, &str)], args: &[(&str, &dyn Display)], script: &str) -> Value {
     let source = format!("{PRELUDE}{script}{END}");
     let reply = gw.admin_text("PUT", "/functions/script", &source, "text/plain");
     assert!(reply.status == 200 || reply.status == 201, "{}", reply.text());
     gw.put("/routes/script", json!({"uri": "/script", "function_id": "script"}));
     let args: Vec<_> = args.iter().map(|(name, value)| format!("{name}={value}")).collect();
-    let reply = gw.get(&format!("/script?{}", args.join("&")));
+    let reply = gw.send("GET", &format!("/script?{}", args.join("&")), headers, b"");
     assert_eq!(reply.status, 200, "{}", reply.text());
     reply.json()
 }
