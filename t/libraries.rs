@@ -12,6 +12,8 @@ mod mysql;
 mod redis;
 #[path = "libraries/upload.rs"]
 mod upload;
+#[path = "libraries/websocket.rs"]
+mod websocket;
 
 use std::{
     fmt::Display,

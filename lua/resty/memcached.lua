@@ -446,7 +446,11 @@ end
 
 --- Has the server close the connection: 1, or nil and why not.
 function _M.quit(self)
-    return run(self, "quit\r\n", nothing)
+    local ok, err = run(self, "quit\r\n", nothing)
+    -- The server says nothing more: there is no telling when it has read this.
+    if not ok then return nil, err end
+    if not self.reqs then self.sock:close() end
+    return 1
 end
 
 --- verbosity(level): 1, or nil and why not.

@@ -16,7 +16,7 @@ use crate::{
 const NEW: &str = "
     local resolver = require('resty.dns.resolver')
     local function new(more)
-        local opts = { nameservers = { { '127.0.0.1', tonumber(arg.port) } }, timeout = 2000, retrans = 2 }
+        local opts = { nameservers = { { '127.0.0.1', tonumber(arg.port) } }, timeout = 5000, retrans = 2 }
         for k, v in pairs(more or {}) do opts[k] = v end
         return resolver:new(opts)
     end
@@ -234,7 +234,7 @@ fn strangers_answers_are_passed_over() {
         &gw,
         port,
         "add(r:query('stray.test')[1].address)
-        local short = new({ timeout = 30 })
+        local short = new({ timeout = 200 })
         local answers, err, tries = short:query('only.test', nil, {})
         add(answers, err, #tries)",
     );
@@ -259,7 +259,7 @@ fn servers_are_tried_in_turn() {
             local function at(port) return {{ '127.0.0.1', tonumber(port) }} end
             local nx = r:query('nx.test')
             add(nx.errcode, nx.errstr, #nx)
-            local three = new({{ nameservers = {{ at(arg.failing), at(arg.mute), at(arg.port) }}, timeout = 30, retrans = 5, no_random = true }})
+            local three = new({{ nameservers = {{ at(arg.failing), at(arg.mute), at(arg.port) }}, timeout = 200, retrans = 5, no_random = true }})
             local answers, err, tries = three:query('a.test', nil, {{}})
             add(answers[1].address, err, #tries, tries[1])
             add(three:query('a.test')[1].address)

@@ -11,7 +11,7 @@ use crate::{
 const CONNECTED: &str = "
     local memcached = require('resty.memcached')
     local memc = memcached:new()
-    add(memc:set_timeout(2000))
+    add(memc:set_timeout(5000))
     add(memc:connect('127.0.0.1', tonumber(arg.port)))\n";
 
 fn run(gw: &Gateway, port: u16, script: &str) -> Value {
@@ -334,8 +334,9 @@ fn what_is_no_answer_closes_the_connection() {
     ];
     for (call, answer, error) in cases {
         let peer = saying(answer);
+        let timeout = if error == "timeout" { 50 } else { 5000 };
         let script = format!(
-            "memc:set_timeout(50)
+            "memc:set_timeout({timeout})
             local n = 0
             local function last(...) n = select('#', ...) return (select(n, ...)) end
             add(last({call}))

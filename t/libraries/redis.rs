@@ -11,7 +11,7 @@ use crate::{
 const CONNECTED: &str = "
     local redis = require('resty.redis')
     local red = redis:new()
-    red:set_timeouts(2000, 2000, 2000)
+    red:set_timeouts(5000, 5000, 5000)
     add(red:connect('127.0.0.1', tonumber(arg.port)))\n";
 
 fn run(gw: &Gateway, port: u16, script: &str) -> Value {
@@ -170,7 +170,7 @@ fn messages_come_while_subscribed() {
         add(red:set_keepalive())
         red:set_timeout(20)
         add(red:read_reply())
-        red:set_timeout(2000)
+        red:set_timeout(5000)
         add(red2:publish('cat', 'Hello'))
         add(red:read_reply())
         add(red:psubscribe('d*'))
@@ -226,7 +226,7 @@ fn connections_are_kept_apart_by_who_they_are() {
         &[("port", &redis.port), ("socket", &redis.file("redis.sock").display())],
         "local redis = require('resty.redis')
         local red = redis:new()
-        red:set_timeout(2000)
+        red:set_timeout(5000)
         add(red:get_reused_times())
         add(red:get('x'))
         local port = tonumber(arg.port)
@@ -407,7 +407,7 @@ fn a_peer_that_is_silent_or_gone_is_an_error() {
     let rows = run(
         &gw,
         port_of(&part),
-        "red:set_timeout(20) add(red:subscribe('a')) add(red:read_reply()) add(red:read_reply())",
+        "add(red:subscribe('a')) red:set_timeout(200) add(red:read_reply()) add(red:read_reply())",
     );
     assert_eq!(rows, json!([[["subscribe", "a", 1]], ["nil", "timeout"], ["nil", "closed"]]));
 }

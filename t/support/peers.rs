@@ -163,6 +163,8 @@ pub fn mariadb_with(args: impl FnOnce(&Path) -> Vec<String>) -> Peer {
     let (data, user) = (format!("--datadir={}", at("data")), format!("--user={}", user()));
     let installed = Command::new("mariadb-install-db")
         .args(["--no-defaults", &data, &user, "--auth-root-authentication-method=normal", "--skip-test-db"])
+        // A server that starts clears away the temporary tables of others.
+        .env("TMPDIR", dir.path())
         .output()
         .expect("MariaDB is installed (Debian: mariadb-server)");
     assert!(installed.status.success(), "{}", String::from_utf8_lossy(&installed.stderr));
@@ -173,6 +175,7 @@ pub fn mariadb_with(args: impl FnOnce(&Path) -> Vec<String>) -> Peer {
         .args([&format!("--socket={}", at("db.sock")), &format!("--pid-file={}", at("pid"))])
         .args(["--innodb-buffer-pool-size=8M", "--innodb-flush-log-at-trx-commit=0"])
         .args(args(dir.path()))
+        .env("TMPDIR", dir.path())
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()
