@@ -1,5 +1,7 @@
 //! resty.redis.
 
+use std::cell::Cell;
+
 use serde_json::{Value, json};
 
 use crate::{
@@ -217,10 +219,7 @@ fn messages_come_while_subscribed() {
 #[test]
 fn connections_are_kept_apart_by_who_they_are() {
     let gw = Gateway::start();
-    let redis = peers::redis_with(|dir| {
-        let socket = dir.join("redis.sock").to_string_lossy().into_owned();
-        ["--requirepass", "secret", "--unixsocket", &socket].map(String::from).to_vec()
-    });
+    let redis = peers::redis_with(|_| ["--requirepass", "secret"].map(String::from).to_vec());
     let rows = lua(
         &gw,
         &[("port", &redis.port), ("socket", &redis.file("redis.sock").display())],
@@ -305,19 +304,21 @@ fn connections_are_kept_apart_by_who_they_are() {
 fn tls_is_verified_when_asked_for() {
     let gw = Gateway::start();
     let signed = rcgen::generate_simple_self_signed(["redis.test".to_owned()]).expect("a certificate");
-    let tls_port = peers::free_port();
+    // Another one for each try.
+    let tls_port = Cell::new(0);
     let redis = peers::redis_with(|dir| {
         std::fs::write(dir.join("cert.pem"), signed.cert.pem()).expect("a written file");
         std::fs::write(dir.join("key.pem"), signed.signing_key.serialize_pem()).expect("a written file");
         let file = |name: &str| dir.join(name).to_string_lossy().into_owned();
         let (cert, key) = (file("cert.pem"), file("key.pem"));
-        let args = ["--tls-port", &tls_port.to_string(), "--tls-cert-file", &cert, "--tls-key-file", &key];
+        tls_port.set(peers::free_port());
+        let args = ["--tls-port", &tls_port.get().to_string(), "--tls-cert-file", &cert, "--tls-key-file", &key];
         let args = args.into_iter().chain(["--tls-ca-cert-file", &cert, "--tls-auth-clients", "no"]);
         args.map(String::from).collect()
     });
     let rows = lua(
         &gw,
-        &[("port", &redis.port), ("tls", &tls_port)],
+        &[("port", &redis.port), ("tls", &tls_port.get())],
         "local red = require('resty.redis'):new()
         red:set_timeout(5000)
         local opts = { ssl = true, server_name = 'redis.test' }
