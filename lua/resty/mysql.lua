@@ -6,6 +6,7 @@
 
 local bit = require("bit")
 local crypto = require("moongate.native").crypto
+local ed25519 = require("moongate.ed25519")
 local rsa = require("moongate.rsa")
 local new_tab = require("table.new")
 
@@ -238,6 +239,16 @@ function proofs.sha256_password(password, _, secure)
     return secure and password .. "\0" or "\1"
 end
 
+function proofs.client_ed25519(password, nonce)
+    if password == "" then return "" end
+    return ed25519.sign(password, nonce)
+end
+
+-- Bytes of the nonce that a plugin switches to, without the zero that may follow.
+local function nonce_size(plugin)
+    return plugin == "client_ed25519" and 32 or 20
+end
+
 -- Answers the data that a plugin sends beside: true to go on; nil and why not.
 local function more_data(self, data, auth)
     local plugin = auth.plugin
@@ -261,9 +272,9 @@ local function switch_plugin(self, data, auth)
     if not plugin then return nil, "malformed authentication switch" end
     local proof = proofs[plugin]
     if not proof then return nil, "authentication plugin not supported: " .. sub(plugin, 1, 64) end
-    local nonce = sub(data, at)
-    if byte(nonce, -1) == 0 then nonce = sub(nonce, 1, -2) end
-    if nonce == "" then return nil, "malformed authentication switch" end
+    local size = nonce_size(plugin)
+    local nonce = sub(data, at, at + size - 1)
+    if #nonce < size then return nil, "malformed authentication switch" end
     auth.plugin, auth.nonce = plugin, nonce
     return send_packet(self, proof(auth.password, nonce, auth.secure))
 end
@@ -331,8 +342,10 @@ local function handshake(self, opts)
 
     local auth = {
         password = password, nonce = greeting.nonce, secure = opts.ssl or opts.path ~= nil,
-        plugin = proofs[greeting.plugin] and greeting.plugin or "mysql_native_password",
+        plugin = "mysql_native_password",
     }
+    -- Another plugin is what the server switches to.
+    if proofs[greeting.plugin] and nonce_size(greeting.plugin) == #auth.nonce then auth.plugin = greeting.plugin end
     local proof = proofs[auth.plugin](password, auth.nonce, auth.secure)
     if #proof > 250 then return nil, "password too long" end
     local parts = {

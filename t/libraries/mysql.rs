@@ -181,6 +181,8 @@ fn mariadb_lets_in_whom_it_knows() {
         local ok, err = db:connect(with({ ssl = true, ssl_verify = true }))
         add(ok, err:match('^failed to do ssl handshake: .') ~= nil)
         add(db:connect(with({ user = 'ed', password = 'secret' })))
+        add(db:query('select current_user() u'))
+        add(db:connect(with({ user = 'ed', password = 'wrong', pool = 'own' })))
         add(db:connect({ path = arg.socket, user = 'root', database = 'mysql' }))
         add(db:query('select database() d'))
         add(db:connect({ host = '127.0.0.1', port = tonumber(arg.plain), user = 'root', ssl = true }))
@@ -213,7 +215,9 @@ fn mariadb_lets_in_whom_it_knows() {
             [true],
             [1],
             ["nil", true],
-            ["nil", "authentication plugin not supported: client_ed25519", "nil", "nil"],
+            [1],
+            [[{"u": "ed@%"}]],
+            ["nil", denied("ed", "YES"), 1045, "28000"],
             [1],
             [[{"d": "mysql"}]],
             ["nil", "ssl disabled on server", "nil", "nil"],
@@ -471,8 +475,9 @@ fn a_greeting_that_is_none_is_refused() {
     let rows = run(&gw, port_of(&silent), "db:set_timeout(20) add(db:connect(to))");
     assert_eq!(rows, json!([["nil", "failed to receive packet header: timeout", "nil", "nil"]]));
     // What a plugin may ask for, and how often.
-    let asking: [(&[u8], &str); 5] = [
+    let asking: [(&[u8], &str); 6] = [
         (b"\xfe", "old pre-4.1 authentication protocol not supported"),
+        (b"\xfeclient_ed25519\001234567890123456789", "malformed authentication switch"),
         (b"\xfemysql_clear_password\0x\0", "authentication plugin not supported: mysql_clear_password"),
         (b"\xfemysql_native_password", "malformed authentication switch"),
         (b"\x01\x04", "unexpected data of mysql_native_password"),

@@ -9,6 +9,8 @@ local concat, find, match, sub = table.concat, string.find, string.match, string
 local ngx = ngx
 local tcp = ngx.socket.tcp
 
+-- Bytes of a payload when the caller does not say.
+local MAX_PAYLOAD = 65536
 -- RFC 6455, 1.3.
 local GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 -- Bytes of the answer's head.
@@ -18,7 +20,7 @@ local _M = { _VERSION = "0.14" }
 local mt = { __index = _M }
 for name, method in pairs(endpoint.methods) do _M[name] = method end
 
---- new{ max_payload_len = 65535, max_recv_len, max_send_len, send_unmasked = false, timeout (ms) }: a client without a
+--- new{ max_payload_len = 65536, max_recv_len, max_send_len, send_unmasked = false, timeout (ms) }: a client without a
 -- connection, or nil and why not.
 function _M.new(_, opts)
     opts = opts or {}
@@ -26,7 +28,7 @@ function _M.new(_, opts)
     if not sock then return nil, err end
     if opts.timeout then sock:settimeout(opts.timeout) end
     local self = { sock = sock, send_masked = not opts.send_unmasked, recv_masked = false }
-    endpoint.set_bounds(self, opts)
+    endpoint.set_bounds(self, opts, MAX_PAYLOAD)
     return setmetatable(self, mt)
 end
 

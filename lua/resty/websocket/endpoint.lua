@@ -10,16 +10,14 @@ local tonumber, type = tonumber, type
 local char = string.char
 local recv_frame, send_frame = protocol.recv_frame, protocol.send_frame
 
--- Bytes of a payload when the caller does not say.
-local MAX_PAYLOAD = 65535
 -- The status codes that RFC 6455, 7.4.2 leaves to anyone end below this.
 local MAX_CODE = 0x7fff
 
 local _M = {}
 
---- The bounds that `opts` sets, into an object.
-function _M.set_bounds(self, opts)
-    local len = tonumber(opts.max_payload_len) or MAX_PAYLOAD
+--- The bounds that `opts` sets, into an object; `default` is for payloads when it says nothing.
+function _M.set_bounds(self, opts, default)
+    local len = tonumber(opts.max_payload_len) or default
     self.max_recv_len = tonumber(opts.max_recv_len) or len
     self.max_send_len = tonumber(opts.max_send_len) or len
 end

@@ -10,6 +10,8 @@ local concat = table.concat
 local ngx = ngx
 local req = ngx.req
 
+-- Bytes of a payload when the caller does not say.
+local MAX_PAYLOAD = 65535
 -- RFC 6455, 1.3.
 local GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 
@@ -72,7 +74,7 @@ function _M.new(_, opts)
     if not sock then return nil, err end
     if opts.timeout then sock:settimeout(opts.timeout) end
     local self = { sock = sock, send_masked = opts.send_masked and true or false, recv_masked = true }
-    endpoint.set_bounds(self, opts)
+    endpoint.set_bounds(self, opts, MAX_PAYLOAD)
     return setmetatable(self, mt)
 end
 
