@@ -12,8 +12,12 @@ PROTOC ?= $(call has,protoc)
 # protoc finds its own .proto files beside itself; Debian packs them apart.
 PROTO_FILES = $(wildcard $(dir $(PROTOC))../include/google/protobuf/empty.proto)
 BUILD_PACKAGES = $(call need,$(PROTOC),protobuf-compiler) $(call need,$(PROTO_FILES),libprotobuf-dev)
+# A service's place, which is not on everybody's path.
+MARIADBD = $(or $(call has,mariadbd),$(wildcard /usr/sbin/mariadbd))
 TEST_PACKAGES = $(call need,$(call has,etcd),etcd-server) $(call need,$(call has,etcdctl),etcd-client) \
-	$(call need,$(call has,redis-server),redis-server) $(call need,$(call has,$(LUACHECK)),lua-check)
+	$(call need,$(call has,redis-server),redis-server) $(call need,$(call has,memcached),memcached) \
+	$(call need,$(MARIADBD),mariadb-server) $(call need,$(call has,openssl),openssl) \
+	$(call need,$(call has,$(LUACHECK)),lua-check)
 
 .PHONY: run build test lint tests bench deps test-deps
 

@@ -2,7 +2,7 @@
 //!
 //! Tests are scenes: they start what they need, wait for facts with a deadline, and leave nothing behind: every process
 //! and directory ends with the value that stands for it.
-#![allow(dead_code, reason = "each test program uses a part of it")]
+#![allow(dead_code, unused_imports, reason = "each test program uses a part of it")]
 
 pub mod http;
 pub mod peers;

@@ -1,7 +1,9 @@
-//! Real peers: etcd and redis, each in a directory of its own on free ports.
+//! Real peers: etcd, redis, memcached and MariaDB, each in a directory of its own on free ports.
 
 use std::{
     net::{TcpListener, TcpStream},
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
 };
 
@@ -23,6 +25,11 @@ impl Peer {
 
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// A file in its directory.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
     }
 
     pub fn signal(&self, signal: i32) {
@@ -118,15 +125,92 @@ impl Etcd {
 }
 
 pub fn redis() -> Peer {
+    redis_with(|_| Vec::new())
+}
+
+/// redis with more arguments, which may name files in its directory. Also on the unix socket `redis.sock`.
+pub fn redis_with(args: impl Fn(&Path) -> Vec<String>) -> Peer {
+    on_a_free_port("redis.sock", |port, dir| {
+        Command::new("redis-server")
+            .args(["--port", &port.to_string(), "--save", "", "--dir", &dir.to_string_lossy()])
+            .args(["--unixsocket", &dir.join("redis.sock").to_string_lossy()])
+            .args(args(dir))
+            .stdout(Stdio::null())
+            .spawn()
+            .expect("redis is installed (Debian: redis-server)")
+    })
+}
+
+/// A memcached with its defaults: values of up to one megabyte.
+pub fn memcached() -> Peer {
     let dir = TempDir::new().expect("a temporary directory");
-    let port = free_port();
-    let child = Command::new("redis-server")
-        .args(["--port", &port.to_string(), "--save", "", "--dir", &dir.path().to_string_lossy()])
+    let ports = dir.path().join("ports");
+    // It chooses its port and tells.
+    let child = Command::new("memcached")
+        .args(["-l", "127.0.0.1", "-p", "-1", "-U", "0", "-t", "1", "-u", &user()])
+        .env("MEMCACHED_PORT_FILENAME", &ports)
         .stdout(Stdio::null())
+        .stderr(Stdio::null())
         .spawn()
-        .expect("redis is installed (Debian: redis-server)");
-    wait_for_port(port);
+        .expect("memcached is installed (Debian: memcached)");
+    let port = eventually("memcached tells its port", || {
+        let told = std::fs::read_to_string(&ports).ok()?;
+        told.lines().find_map(|line| line.strip_prefix("TCP INET: "))?.trim().parse().ok()
+    });
     Peer { child, port, dir }
+}
+
+/// MariaDB whose root has no password, on a port and the unix socket `db.sock`, with more arguments.
+pub fn mariadb_with(args: impl Fn(&Path) -> Vec<String>) -> Peer {
+    on_a_free_port("db.sock", |port, dir| {
+        let at = |name: &str| dir.join(name).to_string_lossy().into_owned();
+        let (data, user) = (format!("--datadir={}", at("data")), format!("--user={}", user()));
+        let installed = Command::new("mariadb-install-db")
+            .args(["--no-defaults", &data, &user, "--auth-root-authentication-method=normal", "--skip-test-db"])
+            // A server that starts clears away the temporary tables of others.
+            .env("TMPDIR", dir)
+            .output()
+            .expect("MariaDB is installed (Debian: mariadb-server)");
+        assert!(installed.status.success(), "{}", String::from_utf8_lossy(&installed.stderr));
+        // A service's place is not on everybody's path.
+        let place = if Path::new("/usr/sbin/mariadbd").exists() { "/usr/sbin/mariadbd" } else { "mariadbd" };
+        Command::new(place)
+            .args(["--no-defaults", &data, &user, "--bind-address=127.0.0.1", &format!("--port={port}")])
+            .args([&format!("--socket={}", at("db.sock")), &format!("--pid-file={}", at("pid"))])
+            .args(["--innodb-buffer-pool-size=8M", "--innodb-flush-log-at-trx-commit=0"])
+            .args(args(dir))
+            .env("TMPDIR", dir)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("MariaDB is installed (Debian: mariadb-server)")
+    })
+}
+
+/// A peer that ends when somebody else has taken its port meanwhile, and opens this unix socket once it has the port.
+fn on_a_free_port(socket: &str, spawn: impl Fn(u16, &Path) -> Child) -> Peer {
+    for _ in 0..10 {
+        let dir = TempDir::new().expect("a temporary directory");
+        let port = free_port();
+        let mut child = spawn(port, dir.path());
+        let socket = dir.path().join(socket);
+        let serves = eventually("the peer listens or ends", || {
+            if child.try_wait().expect("its status").is_some() {
+                return Some(false);
+            }
+            UnixStream::connect(&socket).ok().map(|_| true)
+        });
+        if serves {
+            return Peer { child, port, dir };
+        }
+    }
+    panic!("no port stays free");
+}
+
+/// Who runs the test: servers that refuse to be root want to hear it.
+fn user() -> String {
+    let out = Command::new("id").arg("-un").output().expect("id");
+    String::from_utf8_lossy(&out.stdout).trim().to_owned()
 }
 
 /// A port that was free a moment ago: for peers that cannot choose one themselves.
