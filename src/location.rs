@@ -13,6 +13,7 @@ pub struct Chooser {
     prefixes: Vec<(Box<str>, bool, Arc<Location>)>,
     regexes: Vec<Arc<Location>>,
     named: HashMap<Box<str>, Arc<Location>>,
+    rest: Option<Arc<Location>>,
 }
 
 /// A location, and what the groups of its regular expression captured, `$1` first.
@@ -23,8 +24,9 @@ pub struct Chosen {
 }
 
 impl Chooser {
-    pub fn new(list: &[Arc<Location>]) -> Chooser {
-        let mut chooser = Chooser::default();
+    /// `rest`: for paths that no location of the list is for.
+    pub fn new(list: &[Arc<Location>], rest: Option<Arc<Location>>) -> Chooser {
+        let mut chooser = Chooser { rest, ..Chooser::default() };
         for location in list {
             let own = location.clone();
             match &location.pattern {
@@ -40,6 +42,10 @@ impl Chooser {
 
     pub fn is_empty(&self) -> bool {
         self.exact.is_empty() && self.prefixes.is_empty() && self.regexes.is_empty() && self.named.is_empty()
+    }
+
+    pub fn rest(&self) -> Option<&Arc<Location>> {
+        self.rest.as_ref()
     }
 
     pub fn named(&self, name: &str) -> Option<Arc<Location>> {
@@ -88,7 +94,7 @@ mod tests {
         let list: Vec<_> = written.iter().map(|w| json!({"location": w})).collect();
         let text = json!({"lua_locations": list}).to_string();
         let (config, _) = crate::conf::parse(Path::new("/"), &text).expect("a good configuration");
-        Chooser::new(&config.locations.list)
+        Chooser::new(&config.locations.list, None)
     }
 
     #[test]

@@ -221,8 +221,11 @@ local function read_header(get, name)
     return all
 end
 
+local keeps_underscores = native.resp.keeps_underscores
+
 local function set_response_header(name, value)
-    name = dashed(name)
+    name = text_name(name)
+    if not (name:find("_", 1, true) and keeps_underscores()) then name = dashed(name) end
     if value ~= nil and type(value) ~= "table" and name:lower() == "content-length" and not tonumber(value) then
         error("invalid value for Content-Length: " .. tostring(value), 3)
     end
@@ -483,6 +486,25 @@ function worker.id()
 end
 
 function worker.exiting() return false end
+
+local escape_uri, encode_base64 = ngx.escape_uri, ngx.encode_base64
+
+--- ngx.escape_uri(text, kind?): kind 0 for a whole URI, 2 (default) for a component of one.
+function ngx.escape_uri(text, kind)
+    if kind ~= nil then
+        if type(kind) ~= "number" then error('"type" is not a number', 0) end
+        if kind < 0 or kind > 6 then error('"type" ' .. kind .. " out of range", 0) end
+    end
+    return escape_uri(text, kind)
+end
+
+--- ngx.encode_base64(text, no_padding?)
+function ngx.encode_base64(text, no_padding)
+    if no_padding ~= nil and type(no_padding) ~= "boolean" then
+        error("bad argument #2 to 'encode_base64' (boolean expected, got " .. type(no_padding) .. ")", 2)
+    end
+    return encode_base64(text, no_padding)
+end
 
 -- The directives of nginx's set_misc module, as lua-nginx-module reaches them.
 local set_var = {

@@ -20,6 +20,8 @@ use super::keys::at;
 #[derive(Clone, Debug, Default)]
 pub struct Locations {
     pub list: Vec<Arc<Location>>,
+    /// Where there are locations at all, what nginx does with every other path.
+    pub rest: Option<Arc<Location>>,
     /// Run before a location is chosen.
     pub server_rewrite: Option<Arc<Script>>,
     pub init: Init,
@@ -222,7 +224,8 @@ impl Template {
             if !literal.is_empty() {
                 pieces.push(Piece::Text(std::mem::take(&mut literal).into()));
             }
-            pieces.push(Piece::Var(name.into()));
+            // nginx's names know no case.
+            pieces.push(Piece::Var(name.to_ascii_lowercase().into()));
         }
         literal.push_str(rest);
         if !literal.is_empty() {
@@ -254,11 +257,14 @@ pub(super) fn read(json: &Value, prefix: &Path, mistakes: &mut Vec<String>) -> L
         let implied = json!({"location": "/"});
         list.extend(r.location("lua_server", &implied, &server, &options).map(Arc::new));
     }
+    let implied = json!({"location": "/"});
+    let rest = if list.is_empty() { None } else { r.location("lua_locations", &implied, &server, &options) };
     let init = at(json, "lua_init").and_then(Value::as_object).cloned().unwrap_or_default();
     let upstreams = at(json, "lua_upstreams").and_then(Value::as_object).into_iter().flatten();
     let line = |key: &str| at(json, key).map(|v| text(v).into_owned()).unwrap_or_default();
     Locations {
         list,
+        rest: rest.map(Arc::new),
         server_rewrite: r.script(&server, "server_rewrite_by_lua"),
         init: Init {
             init: r.script(&init, "init_by_lua"),
@@ -318,7 +324,9 @@ impl Reader<'_> {
         map.extend(own.clone());
         let sets = [server_set.as_ref(), own.get("set")];
         let sets = sets.into_iter().flatten().filter_map(Value::as_object).flatten();
-        let set = in_order(sets.map(|(name, value)| (name.as_str().into(), Template::parse(&text(value)))).collect());
+        let set = in_order(
+            sets.map(|(name, value)| (name.to_ascii_lowercase().into(), Template::parse(&text(value)))).collect(),
+        );
         let options = Options::read(own.get("options").and_then(Value::as_object), options);
         let lua_sets = map.get("set_by_lua").and_then(Value::as_array).cloned().unwrap_or_default();
         Some(Location {
@@ -380,7 +388,11 @@ impl Reader<'_> {
             return None;
         };
         let args = value.get("args").and_then(Value::as_array).into_iter().flatten();
-        Some(SetByLua { var: var.into(), script, args: args.map(|a| Template::parse(&text(a))).collect() })
+        Some(SetByLua {
+            var: var.to_ascii_lowercase().into(),
+            script,
+            args: args.map(|a| Template::parse(&text(a))).collect(),
+        })
     }
 
     fn content(&mut self, path: &str, map: &Map<String, Value>) -> Content {

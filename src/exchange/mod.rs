@@ -222,6 +222,8 @@ pub struct Response {
     pub source: Source,
     /// The head is on its way: `ngx.headers_sent`.
     pub head_sent: bool,
+    /// Something was printed where nothing could be sent: the head is settled as it is, and goes out when it can.
+    pub settled: bool,
     /// The body's last byte was handed to the client.
     pub ended: bool,
 }
@@ -403,6 +405,7 @@ impl Response {
         self.early.clear();
         self.source = Source::Gateway;
         self.head_sent = false;
+        self.settled = false;
         self.ended = false;
     }
 }

@@ -322,8 +322,7 @@ impl Exchange {
             Known::EchoClientRequestHeaders => {
                 append_all(out, [&r.method, b" ", &r.target, b" ", version(r.version), b"\r\n"]);
                 r.headers.write_to(out, |_, _| true);
-                // As the echo module has it: the head as it came, without its last byte.
-                out.extend_from_slice(b"\r");
+                out.extend_from_slice(b"\r\n");
             }
             Known::RequestTime => seconds(self.started.elapsed(), out),
             Known::RequestLength => number(r.head_len + self.client.as_ref().map_or(0, |c| c.body_received()), out),

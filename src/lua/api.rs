@@ -269,6 +269,12 @@ impl Stack {
         self.l
     }
 
+    /// Whether the running coroutine can wait: not inside a C function that calls back.
+    pub fn may_yield(&self) -> bool {
+        // SAFETY: `l` is live.
+        unsafe { lua_isyieldable(self.l) != 0 }
+    }
+
     /// The number of arguments.
     pub fn top(&self) -> c_int {
         // SAFETY: `l` is live.
@@ -516,6 +522,11 @@ impl Stack {
 /// The borrow must end before the function returns to Lua or calls it.
 pub fn request<'a>() -> Result<&'a mut Exchange, Raise> {
     fast::exchange().ok_or_else(|| "no request found".into())
+}
+
+unsafe extern "C-unwind" {
+    /// LuaJIT's, which mlua does not name.
+    fn lua_isyieldable(l: *mut ffi::lua_State) -> c_int;
 }
 
 /// The index of a C closure's `n`th upvalue.

@@ -272,6 +272,7 @@ impl Timers {
                 .pointer("/nginx_config")
                 .and_then(|c| c.get(key))
                 .and_then(|v| v.as_u64())
+                .or_else(|| config.pointer("/lua_options")?.get(format!("lua_{key}"))?.as_str()?.parse().ok())
                 .map_or(default, |n| n as usize)
         };
         Timers {
@@ -414,6 +415,7 @@ async fn fire(kept: &Kept, premature: bool) {
         super::log_error(&x, &format!("lua entry thread aborted: runtime error: {text}"));
     }
     end_background(&kept.vm, &mut x);
+    tracing::debug!("http lua close fake http connection");
 }
 
 /// An exchange without a client, for what runs outside of requests.
@@ -585,6 +587,9 @@ fn value_text(vm: &Rc<Vm>, l: *mut ffi::lua_State) -> String {
         if let Some(text) = stack.bytes(-1) {
             return String::from_utf8_lossy(text).into_owned();
         }
+        if stack.is_nil(-1) {
+            return "unknown reason".into();
+        }
         let kind = stack.kind_name(-1);
         let value: mlua::Result<mlua::Value> = vm.lua.exec_raw((), |main| {
             ffi::lua_pushvalue(l, -1);
@@ -668,6 +673,10 @@ impl Threads {
             if let Some((i, what)) = self.sending.take() {
                 let values = send(x, what).await;
                 self.wake(i, values);
+                // It has not waited, for what scripts can tell: it goes on before the others.
+                if let Some(last) = self.ready.pop_back() {
+                    self.ready.push_front(last);
+                }
             }
             if let Some(end) = std::future::poll_fn(|cx| self.poll(cx, x)).await {
                 return end;

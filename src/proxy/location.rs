@@ -39,14 +39,25 @@ pub(super) async fn serve(p: &Rc<Proxy>, x: &mut Exchange) -> bool {
 pub(super) async fn serve_child(p: &Rc<Proxy>, x: &mut Exchange) {
     x.lua.host = Some(Rc::new(Serving(p.clone())));
     let chosen = choose(p, x);
-    let served = match chosen {
-        Some(chosen) => Box::pin(run(p, x, chosen)).await,
-        None => not_found(p, x).await,
+    let served = match (chosen, p.locations.rest()) {
+        (Some(chosen), _) => Box::pin(run(p, x, chosen)).await,
+        (None, Some(rest)) => serve_rest(p, x, rest).await,
+        (None, None) => not_found(p, x).await,
     };
     if let Err(e) = served {
         rescue::answer(p, x, e).await;
     }
+    if x.location.as_ref().is_some_and(|l| l.options.is_on("log_subrequest", false)) {
+        x.phase = Phase::Log;
+        p.runner.log(x).await;
+    }
     x.lua.run = None;
+}
+
+/// What neither a location nor a route is for is looked up under the root, as nginx does.
+pub(super) async fn serve_rest(p: &Proxy, x: &mut Exchange, location: &Arc<Location>) -> Result<()> {
+    p.runner.enter_location(x, location.clone());
+    files::serve(p, x, location).await
 }
 
 fn choose(p: &Proxy, x: &Exchange) -> Option<Chosen> {
@@ -92,6 +103,11 @@ async fn head(p: &Proxy, x: &mut Exchange) -> Result<bool> {
     default_type(x);
     x.response.headers.set("Server", &p.settings.server);
     add_headers(x);
+    if is_known_already(x) {
+        x.response.status = 304;
+        x.response.headers.remove("content-length");
+        x.printed.clear();
+    }
     if let BodyLength::Known(n) = length(x)
         && x.lua.phases & (1 << Phase::BodyFilter as u16) == 0
     {
@@ -117,6 +133,12 @@ async fn head(p: &Proxy, x: &mut Exchange) -> Result<bool> {
     let length = length(x);
     output::send_head(x, length)?;
     Ok(false)
+}
+
+/// The client has what would be sent (RFC 9110, 13.1.3), as exactly as nginx asks.
+fn is_known_already(x: &Exchange) -> bool {
+    let since = x.request.headers.get("if-modified-since");
+    x.response.status == 200 && since.is_some() && since == x.response.headers.get("last-modified")
 }
 
 /// `add_header name value [always]`
@@ -382,6 +404,9 @@ fn default_type(x: &mut Exchange) {
 /// `return status body`
 async fn returned(p: &Proxy, x: &mut Exchange, status: u16, body: Vec<u8>) -> Result<()> {
     x.response.status = status;
+    if x.depth > 0 && body.is_empty() {
+        return output::plain(x).await;
+    }
     if matches!(status, 301 | 302 | 303 | 307 | 308) && !body.is_empty() {
         x.response.headers.set("Location", &body);
         rescue::page(p, x, status);

@@ -101,7 +101,7 @@ impl Proxy {
         Proxy {
             settings,
             runner,
-            locations: Chooser::new(&locations.list),
+            locations: Chooser::new(&locations.list, locations.rest.clone()),
             upstreams: location::upstreams(locations),
             resolver,
             pool: Pool::default(),

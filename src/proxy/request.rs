@@ -71,7 +71,12 @@ async fn answer(p: &Proxy, x: &mut Exchange, phases: PhaseMask) -> Result<()> {
             return flowed(p, x, flow).await;
         }
     }
-    let Some(matched) = &x.matched else { return rescue::no_route(p, x).await };
+    let Some(matched) = &x.matched else {
+        return match p.locations.rest() {
+            Some(rest) if x.lua.run.is_none() => location::serve_rest(p, x, rest).await,
+            _ => rescue::no_route(p, x).await,
+        };
+    };
     if matched.found.plain_upstream().is_none()
         && let Some(id) = matched.route().value.function_id.clone()
     {

@@ -90,7 +90,9 @@ pub(super) fn page(p: &Proxy, x: &mut Exchange, code: u16) {
         "<html>\r\n<head><title>{code} {reason}</title></head>\r\n<body>\r\n<center><h1>{code} {reason}</h1></center>\r\n\
          <hr><center>moongate</center>\r\n</body>\r\n</html>\r\n"
     );
-    x.response.headers.set("Content-Type", "text/html; charset=utf-8");
+    // APISIX names the charset, nginx does not.
+    let kind = if x.location.is_some() { "text/html" } else { "text/html; charset=utf-8" };
+    x.response.headers.set("Content-Type", kind);
     stamp(p, x);
 }
 

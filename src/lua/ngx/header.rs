@@ -3,10 +3,12 @@
 use std::{
     borrow::Cow,
     ffi::{c_int, c_void},
+    sync::Arc,
 };
 
 use super::{Text, codec, scratch, with_scratch};
 use crate::{
+    conf::locations::Location,
     error::Result,
     exchange::{Exchange, Headers, Version},
     lua::{
@@ -40,6 +42,11 @@ pub fn register(api: &mut Api) -> Result<()> {
     api.fast("resp_header_set_number", set_number, any, doc, resp_header_set_number as *const c_void)?;
     api.func("native.req.headers", any, "headers(max, raw): table, \"truncated\"", |s| {
         push_headers(s, &request()?.request.headers, "request")
+    })?;
+    let doc = "keeps_underscores(): lua_transform_underscores_in_response_headers is off";
+    api.func("native.resp.keeps_underscores", any, doc, |s| {
+        let keeps = |l: &Arc<Location>| !l.options.is_on("lua_transform_underscores_in_response_headers", true);
+        Ok(s.push_bool(fast::exchange().and_then(|x| x.location.as_ref()).is_some_and(keeps)))
     })?;
     api.func("native.resp.headers", any, "headers(max, raw): table, \"truncated\"", |s| {
         let x = request()?;
@@ -170,7 +177,7 @@ crate::export! {
 
     fn resp_header_set(name: *const u8, len: usize, value: *const u8, value_len: usize, how: c_int) -> c_int, 0 => {
         let Some(x) = fast::exchange() else { return 0 };
-        if x.response.head_sent {
+        if x.response.head_sent || x.response.settled {
             return -1;
         }
         let (name, value) = unsafe { (fast::bytes(name, len), fast::bytes(value, value_len)) };
@@ -190,7 +197,7 @@ crate::export! {
 
     fn resp_header_set_number(name: *const u8, len: usize, value: f64, how: c_int) -> c_int, 0 => {
         let Some(x) = fast::exchange() else { return 0 };
-        if x.response.head_sent {
+        if x.response.head_sent || x.response.settled {
             return -1;
         }
         let name = unsafe { fast::bytes(name, len) };

@@ -75,7 +75,7 @@ crate::export! {
 
     fn status_set(code: c_int) -> c_int, 0 => {
         let Some(x) = fast::exchange() else { return 0 };
-        if x.response.head_sent {
+        if x.response.head_sent || x.response.settled {
             return -1;
         }
         x.response.status = code.clamp(0, 999) as u16;
@@ -84,7 +84,7 @@ crate::export! {
     }
 
     fn headers_sent() -> c_int, 0 => {
-        fast::exchange().map_or(0, |x| c_int::from(x.response.head_sent))
+        fast::exchange().map_or(0, |x| c_int::from(x.response.head_sent || x.response.settled))
     }
 
     fn chunk(out: *mut Text) -> c_int, -1 => {
@@ -175,11 +175,17 @@ fn print_up_to(s: &Stack, newline: bool, max: usize) -> Sent {
     if is_buffered(x) {
         return Ok(Wait::Ready(s.push_number(1.0)));
     }
-    match x.response.head_sent {
-        _ if x.printed.len() >= SEND_AT => send(s, x, Sending::Flush),
-        false => send(s, x, Sending::Head),
-        true => Ok(Wait::Ready(s.push_number(1.0))),
+    let what = match x.response.head_sent {
+        _ if x.printed.len() >= SEND_AT => Sending::Flush,
+        false => Sending::Head,
+        true => return Ok(Wait::Ready(s.push_number(1.0))),
+    };
+    if x.lua.host.is_some() && !s.may_yield() {
+        // Inside `require`, `table.sort` or a callback of `gsub`.
+        x.response.settled = true;
+        return Ok(Wait::Ready(s.push_number(1.0)));
     }
+    send(s, x, what)
 }
 
 fn eof(s: &Stack) -> Sent {

@@ -11,11 +11,12 @@ use std::{
     os::fd::{AsRawFd, BorrowedFd, RawFd},
     pin::Pin,
     rc::Rc,
+    sync::Arc,
     task::{Context, Poll, Waker, ready},
     time::Duration,
 };
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use rustls::CertificateError;
 use rustls_pki_types::ServerName;
 use smallvec::smallvec;
@@ -33,6 +34,7 @@ use super::{
     socket_pool::{Lease, POOL_SIZE, Pool},
 };
 use crate::{
+    conf::locations::Location,
     error::{Kind, Result},
     exchange::RequestBody,
     lua::{
@@ -309,7 +311,9 @@ fn of_request(s: &Stack) -> Answer {
     if x.request.headers.contains("transfer-encoding") {
         return s.fail("chunked request bodies not supported yet");
     }
-    x.body = RequestBody::Consumed;
+    // The script may still put another one in its place.
+    x.body = RequestBody::Memory(Bytes::new());
+    x.body_read = true;
     new(s)?;
     let socket = object::get::<Socket>(s, -1)?;
     *socket.conn.borrow_mut() = Some(Conn {
@@ -448,6 +452,14 @@ fn pooled(socket: &Socket, lease: Lease) -> Result<(), Lease> {
     conn.lease = Some(lease);
     *socket.conn.borrow_mut() = Some(conn);
     Ok(())
+}
+
+/// A line of level error about a socket, unless `lua_socket_log_errors` is off.
+fn complain(text: &str) {
+    let logs = |l: &Arc<Location>| l.options.is_on("lua_socket_log_errors", true);
+    if let Some(x) = fast::exchange().filter(|x| x.location.as_ref().is_some_and(logs)) {
+        x.log(Level::Error, text.as_bytes());
+    }
 }
 
 /// A line for those who look at how their sockets are used.
@@ -817,7 +829,10 @@ async fn read_more(busy: Busy, mut want: Want) -> Values {
         let mut conn = socket.conn.borrow_mut();
         let Some(buf) = conn.as_mut().map(|c| &mut c.buf) else { return failed("closed") };
         let (text, ended) = match filled {
-            Err(_) => ("timeout".to_owned(), false),
+            Err(_) => {
+                complain("lua tcp socket read timed out");
+                ("timeout".to_owned(), false)
+            }
             Ok(Ok(0)) if matches!(want, Want::All) => {
                 let all = buf.split().to_vec();
                 drop(conn);
