@@ -487,7 +487,7 @@ end
 
 function worker.exiting() return false end
 
-local escape_uri, encode_base64 = ngx.escape_uri, ngx.encode_base64
+local escape_uri = ngx.escape_uri
 
 --- ngx.escape_uri(text, kind?): kind 0 for a whole URI, 2 (default) for a component of one.
 function ngx.escape_uri(text, kind)
@@ -496,14 +496,6 @@ function ngx.escape_uri(text, kind)
         if kind < 0 or kind > 6 then error('"type" ' .. kind .. " out of range", 0) end
     end
     return escape_uri(text, kind)
-end
-
---- ngx.encode_base64(text, no_padding?)
-function ngx.encode_base64(text, no_padding)
-    if no_padding ~= nil and type(no_padding) ~= "boolean" then
-        error("bad argument #2 to 'encode_base64' (boolean expected, got " .. type(no_padding) .. ")", 2)
-    end
-    return encode_base64(text, no_padding)
 end
 
 -- The directives of nginx's set_misc module, as lua-nginx-module reaches them.

@@ -61,12 +61,21 @@ local request_mt = { __index = {
     settimeout = tcp.settimeout, settimeouts = tcp.settimeouts,
 } }
 
---- ngx.req.socket(raw?): reads the request's body; the connection itself is not handed out.
+local raw_mt = { __index = {
+    send = tcp.send, receive = tcp.receive, receiveany = tcp.receiveany, receiveuntil = methods.receiveuntil,
+    settimeout = tcp.settimeout, settimeouts = tcp.settimeouts,
+} }
+
+--- ngx.req.socket(raw?): reads the request's body; raw: the client's connection itself, which is the script's from then on.
 function _M.of_request(raw)
-    if raw then return nil, "not supported" end
-    local socket, err = tcp.of_request()
+    local socket, err
+    if raw then
+        socket, err = tcp.of_client()
+    else
+        socket, err = tcp.of_request()
+    end
     if not socket then return nil, err end
-    return setmetatable({ socket }, request_mt)
+    return setmetatable({ socket }, raw and raw_mt or request_mt)
 end
 
 --- ngx.socket.tcp()

@@ -13,6 +13,9 @@ use crate::{
 
 /// Sends the response whose body is `x.printed`, through the filters, to its end.
 pub async fn answer(x: &mut Exchange, runner: &Runner) -> Result<()> {
+    if x.response.head_sent {
+        return rest(x, runner).await;
+    }
     if x.response.status == 0 {
         x.response.status = 200;
     }
@@ -26,6 +29,18 @@ pub async fn answer(x: &mut Exchange, runner: &Runner) -> Result<()> {
         std::mem::swap(&mut x.chunk.data, &mut x.printed);
     }
     plain(x).await
+}
+
+/// What was printed after a script had the head sent.
+async fn rest(x: &mut Exchange, runner: &Runner) -> Result<()> {
+    if x.response.ended {
+        return Ok(());
+    }
+    std::mem::swap(&mut x.chunk.data, &mut x.printed);
+    x.printed.clear();
+    x.chunk.eof = true;
+    chunk(x, runner).await?;
+    finish(x).await
 }
 
 /// The same without filters.

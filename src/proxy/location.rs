@@ -1,6 +1,9 @@
 //! Requests that a location of config.yaml serves: its scripts in nginx's order, and what answers.
 
-use std::{rc::Rc, sync::Arc};
+use std::{
+    rc::{Rc, Weak},
+    sync::Arc,
+};
 
 use hashbrown::HashMap;
 use serde_json::json;
@@ -24,7 +27,7 @@ const MAX_JUMPS: u32 = 10;
 /// Serves the request, if a location is there for its path; says whether one was.
 pub(super) async fn serve(p: &Rc<Proxy>, x: &mut Exchange) -> bool {
     let Some(chosen) = choose(p, x) else { return false };
-    x.lua.host = Some(Rc::new(Serving(p.clone())));
+    x.lua.host = Some(host(p));
     if let Err(e) = run(p, x, chosen).await
         && !x.response.ended
     {
@@ -37,7 +40,7 @@ pub(super) async fn serve(p: &Rc<Proxy>, x: &mut Exchange) -> bool {
 
 /// Serves a subrequest; its answer stands in the exchange and with its client.
 pub(super) async fn serve_child(p: &Rc<Proxy>, x: &mut Exchange) {
-    x.lua.host = Some(Rc::new(Serving(p.clone())));
+    x.lua.host = Some(host(p));
     let chosen = choose(p, x);
     let served = match (chosen, p.locations.rest()) {
         (Some(chosen), _) => Box::pin(run(p, x, chosen)).await,
@@ -64,16 +67,30 @@ fn choose(p: &Proxy, x: &Exchange) -> Option<Chosen> {
     p.locations.choose(&x.request.path)
 }
 
-/// The proxy, as scripts of locations reach it.
-struct Serving(Rc<Proxy>);
+/// The proxy, as scripts reach it.
+pub(super) fn host(p: &Rc<Proxy>) -> Rc<dyn Host> {
+    p.host.get_or_init(|| Rc::new(Serving(Rc::downgrade(p)))).clone()
+}
+
+/// Weak, since the proxy keeps it; a request that runs keeps the proxy.
+struct Serving(Weak<Proxy>);
 
 impl Host for Serving {
     fn send<'a>(&'a self, x: &'a mut Exchange, what: Sending) -> Doing<'a, Result<()>> {
-        Box::pin(send(&self.0, x, what))
+        let p = self.0.upgrade();
+        Box::pin(async move {
+            match p {
+                Some(p) => send(&p, x, what).await,
+                None => Err(Error::internal(Kind::Closed)),
+            }
+        })
     }
 
     fn subrequests(&self, x: &Exchange, list: Vec<Subrequest>) -> Doing<'static, Answered> {
-        capture::run(self.0.clone(), x, list)
+        match self.0.upgrade() {
+            Some(p) => capture::run(p, x, list),
+            None => Box::pin(std::future::ready(Answered::default())),
+        }
     }
 }
 

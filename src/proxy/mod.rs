@@ -19,7 +19,7 @@ pub mod tunnel;
 pub mod upload;
 
 use std::{
-    cell::{Cell, RefCell},
+    cell::{Cell, OnceCell, RefCell},
     rc::Rc,
     sync::Arc,
     time::Duration,
@@ -32,7 +32,7 @@ use kept::{Buffers, Pickers, TlsNumbers};
 use crate::{
     conf::locations::Locations,
     dns::Resolver,
-    exchange::Exchange,
+    exchange::{Exchange, host::Host},
     location::Chooser,
     model,
     net::Handler,
@@ -78,6 +78,8 @@ pub struct Proxy {
     pub pool: Pool,
     /// `lua_upstreams`, by name.
     upstreams: HashMap<String, Arc<model::Upstream>>,
+    /// What scripts reach the proxy by; made with the first request that has any.
+    host: OnceCell<Rc<dyn Host>>,
     ending: Box<dyn Ending>,
     current: RefCell<Arc<Snapshot>>,
     version: Cell<u64>,
@@ -103,6 +105,7 @@ impl Proxy {
             runner,
             locations: Chooser::new(&locations.list, locations.rest.clone()),
             upstreams: location::upstreams(locations),
+            host: OnceCell::new(),
             resolver,
             pool: Pool::default(),
             tls_numbers: TlsNumbers::default(),

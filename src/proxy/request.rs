@@ -63,7 +63,10 @@ pub(super) async fn end(p: &Proxy, x: &mut Exchange, phases: PhaseMask) {
     p.ending.ended(x, &p.runner);
 }
 
-async fn answer(p: &Proxy, x: &mut Exchange, phases: PhaseMask) -> Result<()> {
+async fn answer(p: &Rc<Proxy>, x: &mut Exchange, phases: PhaseMask) -> Result<()> {
+    if phases != PhaseMask::default() {
+        x.lua.host = Some(location::host(p));
+    }
     if phases.has(Phase::Rewrite) || phases.has(Phase::Access) {
         x.phase = Phase::Access;
         let flow = p.runner.rewrite_access(x).await;
@@ -115,7 +118,8 @@ async fn flowed(p: &Proxy, x: &mut Exchange, flow: Flow) -> Result<()> {
     }
 }
 
-async fn function(p: &Proxy, x: &mut Exchange, id: &str) -> Result<()> {
+async fn function(p: &Rc<Proxy>, x: &mut Exchange, id: &str) -> Result<()> {
+    x.lua.host = Some(location::host(p));
     x.phase = Phase::Content;
     match p.runner.function(x, id).await {
         Some(Flow::Next) => flowed(p, x, Flow::Answer).await,

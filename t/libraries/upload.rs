@@ -148,3 +148,32 @@ fn what_is_no_form_is_refused() {
     });
     assert_eq!(read(&silent, &[("timeout", "20")]), failed("timeout"));
 }
+
+#[test]
+fn a_form_is_read_from_the_request_that_runs() {
+    let gw = Gateway::start();
+    let source = "return function()
+        local form = assert(require('resty.upload'):new(7))
+        local out = {}
+        repeat
+            local typ, res = form:read()
+            out[#out + 1] = { typ, type(res) == 'table' and res[2] or res or 'nil' }
+        until typ == 'eof' or not typ
+        return 200, out
+    end";
+    assert_eq!(gw.admin_text("PUT", "/functions/form", source, "text/plain").status, 201);
+    gw.put("/routes/1", json!({"uri": "/form", "function_id": "form"}));
+    let body = "--xyz\r\nContent-Disposition: form-data; name=\"a\"\r\n\r\nHello, moon\r\n--xyz--\r\n";
+    let headers = [("Content-Type", "multipart/form-data; boundary=xyz")];
+    let read = gw.send("POST", "/form", &headers, body.as_bytes()).json();
+    let expected = json!([
+        ["header", "form-data; name=\"a\""],
+        ["body", "Hello, "],
+        ["body", "moon"],
+        ["part_end", "nil"],
+        ["eof", "nil"],
+    ]);
+    assert_eq!(read, expected);
+    assert_eq!(gw.send("POST", "/form", &headers, b"").status, 500, "there is no body to read");
+    gw.expect_log("no body");
+}

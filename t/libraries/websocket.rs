@@ -33,6 +33,7 @@ const HANDSHAKE: [(&str, &str); 5] = [
 
 /// A server whose answer is what the script says, not 101.
 const SERVER: &str = "
+    ngx.send_headers, ngx.flush = function() return 1 end, function() return 1 end
     ngx.req.socket = function(raw)
         assert(raw == true)
         local sock = ngx.socket.tcp()
@@ -467,4 +468,68 @@ fn client_and_server_speak_to_each_other() {
             ["nil", "nil", "fatal error already happened"],
         ])
     );
+}
+
+/// A function whose clients get back what they say, in capitals.
+const SHOUTING: &str = "return function()
+    local wb, err = require('resty.websocket.server'):new({ timeout = 5000 })
+    if not wb then
+        ngx.log(ngx.WARN, 'no websocket: ', err)
+        return 400, err
+    end
+    while true do
+        local data, typ, err = wb:recv_frame()
+        if not data then ngx.log(ngx.WARN, 'over: ', err) return end
+        if typ == 'close' then
+            wb:send_close(1000, 'bye')
+            ngx.log(ngx.WARN, 'closed with ', err)
+            return
+        end
+        wb:send_text(data:upper())
+    end
+end";
+
+fn shouting() -> Gateway {
+    let gw = Gateway::start();
+    assert_eq!(gw.admin_text("PUT", "/functions/shout", SHOUTING, "text/plain").status, 201);
+    gw.put("/routes/1", json!({"uri": "/shout", "function_id": "shout"}));
+    gw
+}
+
+#[test]
+fn a_function_serves_websockets_on_the_gateways_own_port() {
+    let gw = shouting();
+    let mut stream = TcpStream::connect(gw.proxy()).expect("connected");
+    let fields: String = HANDSHAKE.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
+    // The first frame comes right behind the request.
+    let mut request = format!("GET /shout HTTP/1.1\r\nHost: h\r\n{fields}\r\n").into_bytes();
+    request.extend(frame(0x81, true, b"early"));
+    stream.write_all(&request).expect("sent");
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        let mut byte = [0];
+        stream.read_exact(&mut byte).expect("a head");
+        head.extend(byte);
+    }
+    let head = String::from_utf8(head).expect("text");
+    assert!(head.starts_with("HTTP/1.1 101 Switching Protocols\r\n"), "{head}");
+    assert!(head.contains(&format!("Sec-WebSocket-Accept: {ACCEPT}\r\n")), "{head}");
+    let lower = head.to_ascii_lowercase();
+    assert!(!lower.contains("content-length") && !lower.contains("transfer-encoding"), "{head}");
+    let text = |payload: &[u8]| Frame { first: 0x81, masked: false, payload: payload.to_vec() };
+    assert_eq!(read_frame(&mut stream).expect("a frame"), text(b"EARLY"));
+    stream.write_all(&frame(0x81, true, b"late")).expect("sent");
+    assert_eq!(read_frame(&mut stream).expect("a frame"), text(b"LATE"));
+    stream.write_all(&frame(0x88, true, &[3, 232])).expect("sent");
+    let closing = read_frame(&mut stream).expect("a frame");
+    assert_eq!((closing.first, &closing.payload[..]), (0x88, &b"\x03\xe8bye"[..]));
+    assert_eq!(stream.read(&mut [0]).expect("readable"), 0, "the connection ends with its script");
+    gw.expect_log("closed with 1000");
+}
+
+#[test]
+fn what_is_no_handshake_is_answered_as_a_request() {
+    let gw = shouting();
+    let refused = gw.get("/shout");
+    assert_eq!((refused.status, refused.text().as_str()), (400, "bad \"upgrade\" request header"));
 }

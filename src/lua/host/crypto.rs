@@ -171,6 +171,9 @@ fn encode_base64(s: &Stack) -> Answer {
         }
         _ => s.arg_bytes(1)?,
     };
+    if !s.is_nil(2) && s.kind(2) != mlua::ffi::LUA_TBOOLEAN {
+        return Err(s.bad_argument(2, "boolean"));
+    }
     let engine = if s.boolean(2) { &STANDARD_BARE } else { &STANDARD };
     Ok(s.push_bytes(engine.encode(text)))
 }

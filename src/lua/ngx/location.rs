@@ -67,8 +67,8 @@ fn capture(s: &Stack) -> std::result::Result<Wait, Raise> {
         return Err(format!("too many subrequests: {n}, and {MAX_LIST} at most").into());
     }
     let x = request()?;
-    if x.lua.host.is_none() {
-        return Err("no locations are here to be asked; use resty.http".into());
+    if x.location.is_none() {
+        return Err("ngx.location.capture is not supported here: no location serves the request; use resty.http".into());
     }
     let mut list = Vec::with_capacity(n);
     for i in 1..=n {
@@ -178,8 +178,8 @@ fn exec(s: &Stack) -> std::result::Result<Wait, Raise> {
         None => Jump::Exec { path: codec::unescape_uri(path, false), args },
     };
     let x = request()?;
-    if x.lua.host.is_none() {
-        return Err("no locations are here to go to".into());
+    if x.location.is_none() {
+        return Err("ngx.exec is not supported here: no location serves the request".into());
     }
     if x.lua.subrequests.get() > 0 {
         return Err("attempt to abort with pending subrequests".into());
@@ -193,7 +193,7 @@ fn exec(s: &Stack) -> std::result::Result<Wait, Raise> {
 
 /// `set_uri(…, true)`
 pub(super) fn again(x: &mut Exchange) -> std::result::Result<(), Raise> {
-    if x.lua.host.is_none() {
+    if x.location.is_none() {
         return Err("ngx.req.set_uri with jump is not supported: routes are not matched again".into());
     }
     if !Phases::REWRITE.has(x.phase) {

@@ -133,7 +133,8 @@ fn refusal(x: &Exchange) -> Option<&'static str> {
 
 /// Held back to the end, so that its length is known: HTTP/1.0 has no chunks (`lua_http10_buffering`).
 fn is_buffered(x: &Exchange) -> bool {
-    x.request.version == Version::Http10
+    !x.response.head_sent
+        && x.request.version == Version::Http10
         && !x.response.headers.contains("content-length")
         && x.location.as_ref().is_none_or(|l| l.options.is_on("lua_http10_buffering", true))
 }
@@ -177,6 +178,8 @@ fn print_up_to(s: &Stack, newline: bool, max: usize) -> Sent {
     }
     let what = match x.response.head_sent {
         _ if x.printed.len() >= SEND_AT => Sending::Flush,
+        // A plugin's answer is whole when its phase ends, and has a length then.
+        false if x.location.is_none() => return Ok(Wait::Ready(s.push_number(1.0))),
         false => Sending::Head,
         true => return Ok(Wait::Ready(s.push_number(1.0))),
     };
@@ -205,7 +208,7 @@ fn flush(s: &Stack) -> Sent {
     if x.lua.host.is_some() && is_buffered(x) && !x.printed.is_empty() {
         return ready(s.fail("buffering"));
     }
-    if x.lua.host.is_some() && !x.response.head_sent {
+    if x.lua.host.is_some() && !x.response.head_sent && (x.location.is_some() || x.printed.is_empty()) {
         return ready(s.fail("nothing to flush"));
     }
     send(s, x, Sending::Flush)

@@ -36,13 +36,14 @@ use super::{
 use crate::{
     conf::locations::Location,
     error::{Kind, Result},
-    exchange::RequestBody,
+    exchange::{RequestBody, Version},
     lua::{
         api::{Api, Phases, Raise, Stack, Wait, request},
         fast,
         host::Answer,
         sched::{Op, Value, Values, failed},
     },
+    net::into_tunnel,
     observe::log::{self, Level},
     tls,
 };
@@ -236,6 +237,8 @@ pub fn register(api: &mut Api) -> Result<()> {
         "of_request() -> object: reads the request's body.",
         of_request,
     )?;
+    let doc = "of_client() -> object: the client's connection itself, from now on the script's.";
+    api.wait("native.tcp.of_client", Phases::BEFORE_HEAD, doc, of_client)?;
     api.wait("native.tcp.sslhandshake", any, "sslhandshake(self, session?, name?, verify?) -> true.", handshake)?;
     api.wait("native.tcp.send", any, "send(self, data) -> bytes.", send)?;
     api.wait("native.tcp.receive", any, "receive(self, size | \"*a\" | \"*l\") -> data.", receive)?;
@@ -252,6 +255,10 @@ pub fn register(api: &mut Api) -> Result<()> {
 }
 
 fn new(s: &Stack) -> Answer {
+    Ok(object::push(s, new_socket()?))
+}
+
+fn new_socket() -> Result<Rc<Socket>, Raise> {
     let owner = socket::current_owner()?;
     let socket = Rc::new(Socket {
         owner: owner.clone(),
@@ -264,7 +271,7 @@ fn new(s: &Stack) -> Answer {
     });
     let weak: std::rc::Weak<Socket> = Rc::downgrade(&socket);
     owner.adopt(weak);
-    Ok(object::push(s, socket))
+    Ok(socket)
 }
 
 /// The request's body as something to read from: it is found by the request that runs, which polls.
@@ -329,6 +336,44 @@ fn of_request(s: &Stack) -> Answer {
         write_ended: true,
     });
     Ok(1)
+}
+
+/// `ngx.req.socket(true)`: what was sent of the response goes out first.
+fn of_client(s: &Stack) -> Result<Wait, Raise> {
+    let x = request()?;
+    if x.request.version == Version::Http2 {
+        return refuse(s, "http v2 not supported yet");
+    }
+    if x.client.is_none() || x.depth > 0 {
+        return refuse(s, "no connection");
+    }
+    let socket = new_socket()?;
+    Ok(Wait::Park(Op::Exchange(Box::new(move |cx, x| {
+        let Some(client) = &mut x.client else { return Poll::Ready(failed("closed")) };
+        if let Err(e) = ready!(client.poll_flush(cx)) {
+            return Poll::Ready(failed(e.to_string()));
+        }
+        let peer = x.conn.peer.ip();
+        let Some(tunnel) = x.client.take().and_then(into_tunnel) else { return Poll::Ready(failed("closed")) };
+        x.response.ended = true;
+        let conn = Conn {
+            io: Some(Box::new(tunnel.io)),
+            fd: -1,
+            peer,
+            buf: BytesMut::from(&tunnel.unread[..]),
+            tls: false,
+            reused: 0,
+            name: Box::default(),
+            lease: None,
+            read_ended: false,
+            write_ended: false,
+        };
+        *socket.conn.borrow_mut() = Some(conn);
+        let socket = socket.clone();
+        Poll::Ready(smallvec![Value::Push(Box::new(move |s| {
+            object::push(s, socket);
+        }))])
+    }))))
 }
 
 /// The socket in `self[1]`, if it belongs to whoever runs.
