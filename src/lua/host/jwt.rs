@@ -123,7 +123,7 @@ fn public_key(alg: &[u8], key: &[u8]) -> std::result::Result<(Algorithm, Vec<u8>
 }
 
 /// The first PEM block: its label and bytes.
-fn pem(text: &[u8]) -> Option<(&str, Vec<u8>)> {
+pub(super) fn pem(text: &[u8]) -> Option<(&str, Vec<u8>)> {
     use base64::Engine;
     let text = std::str::from_utf8(text).ok()?;
     let rest = &text[text.find("-----BEGIN ")? + 11..];
@@ -134,7 +134,7 @@ fn pem(text: &[u8]) -> Option<(&str, Vec<u8>)> {
 }
 
 /// Tag, content and what follows of a DER element.
-fn element(der: &[u8]) -> Option<(u8, &[u8], &[u8])> {
+pub(super) fn element(der: &[u8]) -> Option<(u8, &[u8], &[u8])> {
     let (&tag, rest) = der.split_first()?;
     let (&first, mut rest) = rest.split_first()?;
     let len = if first < 0x80 {
@@ -151,12 +151,12 @@ fn element(der: &[u8]) -> Option<(u8, &[u8], &[u8])> {
     (len <= rest.len()).then(|| (tag, &rest[..len], &rest[len..]))
 }
 
-const SEQUENCE: u8 = 0x30;
-const OCTETS: u8 = 0x04;
-const BITS: u8 = 0x03;
+pub(super) const SEQUENCE: u8 = 0x30;
+pub(super) const OCTETS: u8 = 0x04;
+pub(super) const BITS: u8 = 0x03;
 
 /// The key inside a SubjectPublicKeyInfo.
-fn spki_key(der: &[u8]) -> Option<Vec<u8>> {
+pub(super) fn spki_key(der: &[u8]) -> Option<Vec<u8>> {
     let (SEQUENCE, info, _) = element(der)? else { return None };
     let (SEQUENCE, _, rest) = element(info)? else { return None };
     let (BITS, bits, _) = element(rest)? else { return None };
@@ -165,7 +165,7 @@ fn spki_key(der: &[u8]) -> Option<Vec<u8>> {
 }
 
 /// The SubjectPublicKeyInfo of a certificate: the first element of its body that is a sequence of a sequence and bits.
-fn certificate_key(der: &[u8]) -> Option<Vec<u8>> {
+pub(super) fn certificate_key(der: &[u8]) -> Option<Vec<u8>> {
     let (SEQUENCE, certificate, _) = element(der)? else { return None };
     let (SEQUENCE, mut body, _) = element(certificate)? else { return None };
     while !body.is_empty() {
@@ -181,7 +181,7 @@ fn certificate_key(der: &[u8]) -> Option<Vec<u8>> {
 }
 
 /// Private and public key of a SEC 1 ECPrivateKey.
-fn sec1(der: &[u8]) -> Option<(&[u8], &[u8])> {
+pub(super) fn sec1(der: &[u8]) -> Option<(&[u8], &[u8])> {
     let (SEQUENCE, body, _) = element(der)? else { return None };
     let (_, _, rest) = element(body)?;
     let (OCTETS, private, mut rest) = element(rest)? else { return None };
