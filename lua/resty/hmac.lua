@@ -5,7 +5,7 @@ local crypto = require("moongate.native").crypto
 local _M = { _VERSION = "0.06" }
 local mt = { __index = _M }
 
-_M.ALGOS = { MD5 = "md5", SHA1 = "sha1", SHA256 = "sha256", SHA384 = "sha384", SHA512 = "sha512" }
+_M.ALGOS = { MD5 = "md5", SHA1 = "sha1", SHA224 = "sha224", SHA256 = "sha256", SHA384 = "sha384", SHA512 = "sha512" }
 
 function _M.new(_, key, algorithm)
     return setmetatable({ key = key, algorithm = algorithm or _M.ALGOS.MD5, parts = {} }, mt)
