@@ -128,6 +128,9 @@ pub(crate) mod tests {
 }
 
 #[cfg(test)]
+mod bundled;
+
+#[cfg(test)]
 mod libraries {
     use super::tests::check;
 
