@@ -4,8 +4,8 @@
 local chunk = require("moongate.chunk")
 local compat = require("pl.compat")
 
-local concat, error, find, gsub, pairs, select, setmetatable, sub, tonumber, tostring, type =
-    table.concat, error, string.find, string.gsub, pairs, select, setmetatable, string.sub, tonumber, tostring, type
+local concat, error, find, gsub, pairs, select, setmetatable, sub, tostring, type =
+    table.concat, error, string.find, string.gsub, pairs, select, setmetatable, string.sub, tostring, type
 
 local _M = { _VERSION = "1.14.0", dir_separator = "/" }
 
@@ -194,7 +194,7 @@ function _M.bind2(f, second)
     return function(first, ...) return f(first, second, ...) end
 end
 
---- Values that stand for the nils of a list. @return the list
+--- for i, value in utils.npairs(t, from?, to?, step?): also the nils of a list with `n`
 function _M.npairs(t, from, to, step)
     local i = (from or 1) - (step or 1)
     to, step = to or t.n or #t, step or 1
@@ -214,12 +214,14 @@ function _M.kpairs(t)
     end
 end
 
---- @return nil, text; a value, or an error, as `on_error` says
 local mode = "default"
+
+--- What `raise` does. @param new string: "default" (nil, err) or "error"
 function _M.on_error(new)
     mode = new
 end
 
+--- @return nil, err; or raises, as `on_error` says
 function _M.raise(err)
     if mode == "error" then error(err, 2) end
     return nil, err
@@ -230,7 +232,7 @@ function _M.printf(format, ...)
     print(format:format(...))
 end
 
---- The text of a number or nil: whole when it is.
+--- The items of a list as texts. @return into
 function _M.array_tostring(t, into)
     into = into or {}
     for i = 1, #t do into[i] = tostring(t[i]) end
@@ -249,9 +251,6 @@ function _M.quote_arg(argument)
     end
     return argument
 end
-
---- A number of a text; nil when it is none.
-_M.tonumber = tonumber
 
 if chunk.sandboxed then return _M end
 

@@ -60,6 +60,35 @@ fn the_core_of_openresty_is_there() {
 }
 
 #[test]
+fn ngx_ssl_reads_certificates_and_keys() {
+    table(
+        &format!("local ssl, key, certificate = require('ngx.ssl'), [[{RSA_KEY}]], [[{CERTIFICATE}]]"),
+        &[
+            ("#ssl.cert_pem_to_der(certificate .. certificate) == 2 * #ssl.cert_pem_to_der(certificate)", "true"),
+            ("ssl.parse_der_cert(ssl.cert_pem_to_der(certificate)).version, ssl.parse_pem_priv_key(key) ~= nil", "3 true"),
+            ("ssl.priv_key_pem_to_der(certificate)", "nil no private key in the text"),
+            ("ssl.parse_pem_cert('no')", "nil failed to load the certificate"),
+            ("ssl.parse_pem_priv_key(certificate)", "nil not a private key"),
+            ("ssl.set_cert()", "nil not supported"),
+        ],
+    );
+    table(
+        &format!("local ssl, text = require('ngx.ssl'), [[{RSA_ENCRYPTED}]]"),
+        &[("ssl.priv_key_pem_to_der(text)", "nil the key is encrypted")],
+    );
+}
+
+#[test]
+fn cookies_end_at_semicolons_only() {
+    use super::tests::serve;
+    serve(
+        |x| x.request.headers.append("cookie", "a=1,2; b=\"q\";c"),
+        "local c = require('resty.cookie'):new() return c:get('a') .. '|' .. c:get('b') .. '|' .. tostring(c:get('d'))",
+        "1,2|q|nil",
+    );
+}
+
+#[test]
 fn sha224_is_the_one_of_fips_180() {
     table(
         "local hex = require('resty.string').to_hex local c = require('moongate.native').crypto

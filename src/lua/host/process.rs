@@ -67,13 +67,15 @@ fn command(s: &Stack) -> std::result::Result<Command, Raise> {
     Ok(command)
 }
 
-/// Ends the command's whole group when it goes: the wait is over or given up.
+/// Ends the command's whole group when it goes: the time is over, or nobody waits any more. 0 once the command has ended.
 struct Group(i32);
 
 impl Drop for Group {
     fn drop(&mut self) {
-        // SAFETY: signals a group of our own making; one that is gone is an error that does not matter.
-        unsafe { libc::kill(-self.0, libc::SIGKILL) };
+        if self.0 > 0 {
+            // SAFETY: plain numbers go in; the group is the command's, which has not been waited for, so its number is not free.
+            unsafe { libc::kill(-self.0, libc::SIGKILL) };
+        }
     }
 }
 
@@ -82,7 +84,7 @@ async fn watch(mut command: Command, stdin: Vec<u8>, timeout: Duration, max: u64
         Ok(child) => child,
         Err(e) => return failed_with(words(&e)),
     };
-    let _group = child.id().map(|pid| Group(pid as i32));
+    let mut group = Group(child.id().map_or(0, |pid| pid as i32));
     let (input, out, err) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
     let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
     let work = async {
@@ -103,6 +105,7 @@ async fn watch(mut command: Command, stdin: Vec<u8>, timeout: Duration, max: u64
         Ok(Err(e)) => (false, words(&e), Value::Nil),
         Ok(Ok(None)) => (false, "too much data".to_owned(), Value::Nil),
         Ok(Ok(Some(status))) => {
+            group.0 = 0;
             use std::os::unix::process::ExitStatusExt;
             match status.code() {
                 Some(code) => (code == 0, "exit".to_owned(), Value::Number(code.into())),
