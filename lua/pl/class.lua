@@ -5,6 +5,7 @@ local chunk = require("moongate.chunk")
 local error, getmetatable, pairs, rawget, setmetatable, type = error, getmetatable, pairs, rawget, setmetatable, type
 
 local function is_a(self, class)
+    if type(self) ~= "table" then return false end
     if class == nil then return getmetatable(self) end
     local at = rawget(self, "_class") and self or getmetatable(self)
     if rawget(self, "_init") ~= nil or rawget(self, "_class") == self then at = self end

@@ -13,7 +13,8 @@ end
 
 -- The class of a table goes on to what is made of it.
 local function like(made, t)
-    local mt = getmetatable(t)
+    -- A text's metatable is everybody's.
+    local mt = type(t) == "table" and getmetatable(t)
     return setmetatable(made, type(mt) == "table" and mt or nil)
 end
 

@@ -7,7 +7,7 @@ local crc32 = ngx.crc32_long
 -- Points on the circle per unit of weight, as nginx's `hash consistent` has.
 local POINTS = 160
 -- Points in all: more take memory and make no difference to the spread.
-local MAX_POINTS = 160 * 4096
+local MAX_POINTS = 160 * 1024
 
 local function gcd(a, b)
     while b ~= 0 do a, b = b, a % b end

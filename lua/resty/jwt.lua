@@ -1,6 +1,6 @@
 --- `resty.jwt`: JSON Web Tokens (lua-resty-jwt's README; RFC 7515, 7516, 7518).
 --
--- Signed ones: HS, RS, PS 256 to 512, ES256, ES384, EdDSA. Encrypted ones: `dir` and RSA-OAEP-256 with A128CBC-HS256, A192CBC-HS384,
+-- Signed ones: HS, RS, PS 256 to 512, ES256, ES384, ES512, EdDSA. Encrypted ones: `dir` and RSA-OAEP-256 with A128CBC-HS256, A192CBC-HS384,
 -- A256CBC-HS512. A public key or certificate is never taken as the secret of an HS signature.
 
 local cjson = require("cjson.safe")
@@ -115,7 +115,7 @@ end
 -- Signing ---------------------------------------------------------------------------------------------------------
 
 local signed_algs = { HS256 = true, HS384 = true, HS512 = true, RS256 = true, RS384 = true, RS512 = true, PS256 = true,
-    PS384 = true, PS512 = true, ES256 = true, ES384 = true, EdDSA = true }
+    PS384 = true, PS512 = true, ES256 = true, ES384 = true, ES512 = true, EdDSA = true }
 
 --- A token. Raises `{ reason = text }`.
 -- @param secret string: the secret or a private key as PEM (RSA-OAEP-256: the public key); or function(kid): that

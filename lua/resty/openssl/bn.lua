@@ -1,4 +1,4 @@
---- lua-resty-openssl's bn (its README): whole numbers of up to 65536 bits. Primes are not made or tested.
+--- lua-resty-openssl's bn (its README): whole numbers of up to 16384 bits. Primes are not made or tested.
 
 local native = require("moongate.native").bn
 

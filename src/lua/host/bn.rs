@@ -14,8 +14,8 @@ use crate::{
     },
 };
 
-/// Bits of a number: above what keys have, and quick to multiply.
-const MAX_BITS: u64 = 65536;
+/// Bits of a number: above what keys have; a power with a modulus of this size takes half a second.
+const MAX_BITS: u64 = 16384;
 /// Digits of a number's text in the longest base.
 const MAX_TEXT: usize = MAX_BITS as usize;
 

@@ -65,7 +65,10 @@ fn ngx_ssl_reads_certificates_and_keys() {
         &format!("local ssl, key, certificate = require('ngx.ssl'), [[{RSA_KEY}]], [[{CERTIFICATE}]]"),
         &[
             ("#ssl.cert_pem_to_der(certificate .. certificate) == 2 * #ssl.cert_pem_to_der(certificate)", "true"),
-            ("ssl.parse_der_cert(ssl.cert_pem_to_der(certificate)).version, ssl.parse_pem_priv_key(key) ~= nil", "3 true"),
+            (
+                "ssl.parse_der_cert(ssl.cert_pem_to_der(certificate)).version, ssl.parse_pem_priv_key(key) ~= nil",
+                "3 true",
+            ),
             ("ssl.priv_key_pem_to_der(certificate)", "nil no private key in the text"),
             ("ssl.parse_pem_cert('no')", "nil failed to load the certificate"),
             ("ssl.parse_pem_priv_key(certificate)", "nil not a private key"),
@@ -770,6 +773,9 @@ fn libraries_open_nothing_to_functions() {
         ("return require('pl.pretty').dump({}, '/tmp/moongate-no')", "true nil"),
         ("return require('resty.core.base').get_string_buf", "true nil"),
         ("require('pl.class').Stray() return Stray", "true nil"),
+        ("return require('pl.class')().is_a('text')", "true false"),
+        ("return getmetatable(require('pl.tablex').sub('text', 1, 0))", "true nil"),
+        ("return getmetatable(require('pl.tablex').filter('text', '_'))", "true nil"),
         // And what they may have works.
         ("return require('resty.template').process('{{a}}', {a = 1})", "true 1"),
         ("return require('pl.stringx').strip(' x ')", "true x"),
@@ -777,4 +783,67 @@ fn libraries_open_nothing_to_functions() {
     ] {
         assert_eq!(run(source), expected, "{source}");
     }
+}
+
+/// Every byte of a good input changed in turn, and every beginning of it: an answer or an error, never a panic.
+#[test]
+fn damaged_input_never_panics() {
+    let head = "local function damaged(text, read)
+            local seen = {}
+            local function try(bytes)
+                local ok, err = pcall(read, bytes)
+                if not ok and tostring(err):find('panicked', 1, true) then error(err) end
+                seen[ok] = (seen[ok] or 0) + 1
+            end
+            for i = 1, #text do
+                try(text:sub(1, i - 1))
+                try(text:sub(1, i - 1) .. string.char((text:byte(i) + 1) % 256) .. text:sub(i + 1))
+                try(text:sub(1, i - 1) .. '\\255' .. text:sub(i + 1))
+            end
+            return (seen[true] or 0) + (seen[false] or 0) == 3 * #text
+        end
+        local native = require('moongate.native')";
+    let certificate = format!("native.x509.parse([[{CERTIFICATE}]]).der");
+    let key = format!("native.pkey.export(native.pkey.load([[{CERTIFICATE}]]), false, false, true)");
+    let ec = "native.pkey.export(native.pkey.generate('EC', 'secp384r1'), true, false, true)";
+    for (input, read) in [
+        (certificate.as_str(), "native.x509.parse"),
+        (key.as_str(), "native.pkey.load"),
+        (ec, "native.pkey.load"),
+        ("'a: &x [1, {b: \"c\\\\n\"}, ~]\\nd: *x\\n? [k]\\n: |\\n  text\\n'", "require('lyaml').load"),
+        (
+            "'<?xml version=\"1.0\"?><a b=\"c\"><!-- d --><e/>&amp;<![CDATA[f]]></a>'",
+            "function(t) require('xml2lua').parser(require('xmlhandler.tree'):new()):parse(t) end",
+        ),
+        (
+            "'{{a}}{% if a then %}b{% end %}{-c-}d{-c-}{# e #}'",
+            "function(t) return require('resty.template').compile(t, 'no-cache', true) end",
+        ),
+        ("'http://u:p@h:80/a;b?c[d]=e#f'", "function(t) return tostring(require('net.url').parse(t):normalize()) end"),
+        (
+            "'aä€😀e\\204\\129'",
+            "function(t) local u = require('lua-utf8') return u.len(t), u.upper(t), u.width(t), u.gsub(t, '.', '%0'), u.sub(t, 2, -2) end",
+        ),
+        (
+            "require('resty.jwt'):sign('k', {header = {alg = 'HS256'}, payload = {a = 1}})",
+            "function(t) return require('resty.jwt'):verify('k', t) end",
+        ),
+    ] {
+        check(&format!("{head} return tostring(damaged({input}, {read}))"), "true");
+    }
+    check(
+        &format!(
+            "{head} local pb, protoc = require('pb'), require('protoc')
+             local source = 'syntax = \"proto3\"; message M {{ string a = 1; repeated M m = 2; map<string, int64> n = 3; }}'
+             protoc:load(source)
+             local bytes = pb.encode('M', {{a = 'x', m = {{{{a = 'y'}}}}, n = {{k = 5}}}})
+             return tostring(damaged(bytes, function(b) return pb.decode('M', b) end)
+                 and damaged(source, function(t) return native.pb.compile('x.proto', {{['x.proto'] = t}}) end)
+                 and damaged(native.pb.compile('x.proto', {{['x.proto'] = source}}), function(b)
+                     local state = native.pb.new()
+                     return native.pb.load(state, b) and native.pb.types(state)
+                 end))"
+        ),
+        "true",
+    );
 }

@@ -361,8 +361,8 @@ fn sealed(
     Some(bytes)
 }
 
-/// Rounds of PBKDF2: some seconds of work.
-const MAX_ROUNDS: f64 = 1e7;
+/// Rounds of PBKDF2: a second of work.
+const MAX_ROUNDS: f64 = 1e6;
 /// Bytes that are derived from a key.
 const MAX_DERIVED: f64 = 65536.0;
 

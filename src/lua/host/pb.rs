@@ -2,7 +2,13 @@
 //!
 //! Text fields hold UTF-8, as the format asks. The nesting of messages is bounded, both ways.
 
-use std::{cell::RefCell, collections::HashMap, ffi::c_int, rc::Rc};
+use std::{
+    cell::RefCell,
+    collections::HashMap,
+    ffi::c_int,
+    panic::{AssertUnwindSafe, catch_unwind},
+    rc::Rc,
+};
 
 use prost_reflect::{
     Cardinality, DescriptorPool, DynamicMessage, FieldDescriptor, Kind, MapKey, MessageDescriptor, ReflectMessage,
@@ -75,8 +81,8 @@ impl State {
             files.retain(|old| old.name != file.name && !names_of(old).iter().any(|name| names.contains(name)));
             files.push(file);
         }
-        let pool = DescriptorPool::from_file_descriptor_set(FileDescriptorSet { file: files.clone() });
-        self.pool = pool.map_err(|e| e.to_string())?;
+        let set = FileDescriptorSet { file: files.clone() };
+        self.pool = sound(|| DescriptorPool::from_file_descriptor_set(set).map_err(|e| e.to_string()))?;
         self.files = files;
         Ok(())
     }
@@ -84,6 +90,12 @@ impl State {
     fn message(&self, name: &[u8]) -> Option<MessageDescriptor> {
         self.pool.get_message_by_name(plain(name)?)
     }
+}
+
+/// prost-reflect 0.16 panics at some descriptors that no compiler makes (where it builds an error's place in a file): what comes out of a
+/// panic here is dropped as a whole, so nothing half-made stays.
+fn sound<T>(read: impl FnOnce() -> std::result::Result<T, String>) -> std::result::Result<T, String> {
+    catch_unwind(AssertUnwindSafe(read)).unwrap_or_else(|_| Err("the descriptor is not valid".into()))
 }
 
 fn names_of(file: &FileDescriptorProto) -> Vec<String> {
@@ -515,8 +527,12 @@ fn compile(s: &Stack) -> Answer {
     resolver.add(GoogleFileResolver::new());
     let mut compiler = protox::Compiler::with_file_resolver(resolver);
     compiler.include_imports(s.boolean(3));
-    match compiler.open_file(&name) {
-        Ok(_) => Ok(s.push_bytes(compiler.encode_file_descriptor_set())),
-        Err(e) => s.fail(format!("{name}: {e}")),
+    let made = sound(|| match compiler.open_file(&name) {
+        Ok(compiler) => Ok(compiler.encode_file_descriptor_set()),
+        Err(e) => Err(e.to_string()),
+    });
+    match made {
+        Ok(bytes) => Ok(s.push_bytes(bytes)),
+        Err(why) => s.fail(format!("{name}: {why}")),
     }
 }
