@@ -1,29 +1,20 @@
---- Makes a lua-resty-string digest class (resty.sha256 and its like): new, update, final, reset.
+--- Makes a lua-resty-string digest class (resty.sha256 and its like): new, update(text, length?), final, reset.
 
 local crypto = require("moongate.native").crypto
-local concat = table.concat
+local hashing = require("moongate.hashing")
 
+--- @param name string: of a digest that `native.crypto.digest` knows @return class
 return function(name)
-    local _M = { _VERSION = "0.15" }
-    local mt = { __index = _M }
+    local _M = hashing(function(_, text) return crypto.digest(name, text) end)
+    _M._VERSION = "0.15"
+    local add = _M.update
 
     function _M.new(_)
-        return setmetatable({ parts = {} }, mt)
+        return _M.make({})
     end
 
     function _M:update(s, len)
-        if len then s = s:sub(1, len) end
-        self.parts[#self.parts + 1] = s
-        return true
-    end
-
-    function _M:final()
-        return crypto.digest(name, concat(self.parts))
-    end
-
-    function _M:reset()
-        self.parts = {}
-        return true
+        return add(self, len and s:sub(1, len) or s)
     end
 
     return _M

@@ -8,7 +8,8 @@ local _M = {}
 -- Modules that open what the sandbox closes, and what only a plugin needs.
 local forbidden = { ffi = true, jit = true, io = true, os = true, debug = true, package = true,
     ["jit.util"] = true, ["jit.opt"] = true, ["apisix.core.io"] = true, ["apisix.core.os"] = true,
-    ["apisix.core.env"] = true }
+    ["apisix.core.env"] = true, lfs = true, ["resty.shell"] = true, ["resty.signal"] = true, ["pl.path"] = true,
+    ["pl.file"] = true, ["pl.dir"] = true }
 
 local env
 
@@ -66,6 +67,11 @@ if package.preload then
     for name in pairs(forbidden) do
         if name:find("^apisix") then package.preload[name] = function() return {} end end
     end
+end
+
+--- What functions have for globals: for libraries that compile text.
+function _M.globals()
+    return env
 end
 
 --- Compiles a function's text under its name; what to call per request, or nil and why not.

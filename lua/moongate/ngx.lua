@@ -532,9 +532,42 @@ for _, name in ipairs({
 end
 package.preload["resty.core"] = function() return { version = "0.1.28" } end
 package.preload["resty.core.base"] = function()
+    local base = {
+        version = "0.1.28", new_tab = require("table.new"), clear_tab = require("table.clear"), FFI_OK = 0, FFI_ERROR = -1,
+        FFI_AGAIN = -2, FFI_BUSY = -3, FFI_DONE = -4, FFI_DECLINED = -5, FFI_ABORT = -6, FFI_NO_REQ_CTX = -100,
+        FFI_BAD_CONTEXT = -101, allows_subsystem = function() end,
+        ref_in_table = function(t, value)
+            if value == nil then return -1 end
+            t[#t + 1] = value
+            return #t
+        end,
+    }
+    -- Memory of C is nothing for uploaded functions.
+    if native.purpose == "functions" then return base end
+    local size = 4096
+    local buffer, size_ptr, err_ptr
+    function base.set_string_buf_size(n) size, buffer = n, nil end
+    function base.get_string_buf_size() return size end
+    function base.get_string_buf(n, always_new)
+        if n > size or always_new then return ffi.new("unsigned char[?]", n) end
+        buffer = buffer or ffi.new("unsigned char[?]", size)
+        return buffer
+    end
+    function base.get_size_ptr()
+        size_ptr = size_ptr or ffi.new("size_t[1]")
+        return size_ptr
+    end
+    function base.get_errmsg_ptr()
+        err_ptr = err_ptr or ffi.new("char *[1]")
+        return err_ptr
+    end
+    return base
+end
+package.preload["resty.core.utils"] = function()
     return {
-        version = "0.1.28", new_tab = require("table.new"), clear_tab = require("table.clear"),
-        get_string_buf = function(size) return ffi.new("char[?]", size) end, FFI_OK = 0, FFI_ERROR = -1,
-        FFI_DECLINED = -5,
+        version = "0.1.28",
+        str_replace_char = function(s, find, replace)
+            return (s:gsub("%" .. find, (replace:gsub("%%", "%%%%"))))
+        end,
     }
 end

@@ -5,13 +5,15 @@ local crypto = require("moongate.native").crypto
 local _M = { _VERSION = "0.15" }
 local mt = { __index = _M }
 
-_M.hash = { md5 = "md5", sha1 = "sha1", sha224 = false, sha256 = "sha256", sha384 = "sha384", sha512 = "sha512" }
+_M.hash = { md5 = "md5", sha1 = "sha1", sha224 = "sha224", sha256 = "sha256", sha384 = "sha384", sha512 = "sha512" }
 
---- Modes: cbc (the default), ecb, gcm; sizes 128 (the default), 192, 256.
+local modes = { cbc = "cbc", ecb = "ecb", gcm = "gcm", ctr = "ctr", ofb = "ofb", cfb128 = "cfb128", cfb8 = "cfb8" }
+
+--- Modes: cbc (the default), ecb, gcm (128, 256), ctr, ofb, cfb128, cfb8; sizes 128 (the default), 192, 256.
 function _M.cipher(size, mode)
     size, mode = size or 128, (mode or "cbc"):lower()
     if size ~= 128 and size ~= 192 and size ~= 256 then return nil end
-    if mode ~= "cbc" and mode ~= "ecb" and mode ~= "gcm" then return nil end
+    if not modes[mode] or mode == "gcm" and size == 192 then return nil end
     return { size = size, cipher = mode }
 end
 

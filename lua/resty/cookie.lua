@@ -12,7 +12,7 @@ local function all(self)
     local header = ngx.var.http_cookie
     if not header then return nil, "no cookie found in the current request" end
     local cookies = {}
-    for pair in header:gmatch("[^;,]+") do
+    for pair in header:gmatch("[^;]+") do
         local name, value = pair:match("^%s*([^=]-)%s*=%s*(.-)%s*$")
         if name and name ~= "" and cookies[name] == nil then
             cookies[name] = value:match('^"(.*)"$') or value

@@ -1,30 +1,24 @@
---- lua-resty-hmac: new(key, algorithm), update, final(text?, hex?), reset.
+--- lua-resty-hmac (its README): HMAC of a text in pieces.
 
 local crypto = require("moongate.native").crypto
 
-local _M = { _VERSION = "0.06" }
-local mt = { __index = _M }
+local _M = require("moongate.hashing")(function(self, text) return crypto.hmac(self.algorithm, self.key, text) end)
+_M._VERSION = "0.06"
 
-_M.ALGOS = { MD5 = "md5", SHA1 = "sha1", SHA256 = "sha256", SHA384 = "sha384", SHA512 = "sha512" }
+_M.ALGOS = { MD5 = "md5", SHA1 = "sha1", SHA224 = "sha224", SHA256 = "sha256", SHA384 = "sha384", SHA512 = "sha512" }
 
+--- @param key string @param algorithm of ALGOS, MD5 by default @return object
 function _M.new(_, key, algorithm)
-    return setmetatable({ key = key, algorithm = algorithm or _M.ALGOS.MD5, parts = {} }, mt)
+    return _M.make({ key = key, algorithm = algorithm or _M.ALGOS.MD5 })
 end
 
-function _M:update(s)
-    self.parts[#self.parts + 1] = s
-    return true
-end
+local final = _M.final
 
+--- @param s string?: one text more @param hex boolean?: hexadecimal @return bytes or text
 function _M:final(s, hex)
-    local mac = crypto.hmac(self.algorithm, self.key, table.concat(self.parts) .. (s or ""))
+    local mac, err = final(self, s)
     if mac and hex then return crypto.hex(mac) end
-    return mac
-end
-
-function _M:reset()
-    self.parts = {}
-    return true
+    return mac, err
 end
 
 return _M

@@ -5,7 +5,7 @@
 
 use aes::{Aes128, Aes256, cipher::block_padding::Pkcs7};
 use base64::{Engine, engine::general_purpose::STANDARD};
-use cbc::cipher::{BlockDecryptMut, BlockEncryptMut, KeyIvInit};
+use cbc::cipher::{BlockModeDecrypt, BlockModeEncrypt, KeyIvInit};
 use serde_json::{Map, Value};
 
 use crate::{
@@ -69,6 +69,11 @@ impl Keyring {
     }
 }
 
+/// The first half of an AES-256 key.
+fn iv_of(key: &[u8; 32]) -> &[u8; 16] {
+    key.first_chunk().expect("32 bytes hold 16")
+}
+
 impl Key {
     fn new(text: &str) -> Result<Key> {
         let bytes = text.as_bytes();
@@ -85,10 +90,10 @@ impl Key {
     fn encrypt(&self, plain: &[u8]) -> Vec<u8> {
         match self {
             Key::Aes128(key) => {
-                cbc::Encryptor::<Aes128>::new(key.into(), key.into()).encrypt_padded_vec_mut::<Pkcs7>(plain)
+                cbc::Encryptor::<Aes128>::new(key.into(), key.into()).encrypt_padded_vec::<Pkcs7>(plain)
             }
             Key::Aes256(key) => {
-                cbc::Encryptor::<Aes256>::new(key.into(), key[..16].into()).encrypt_padded_vec_mut::<Pkcs7>(plain)
+                cbc::Encryptor::<Aes256>::new(key.into(), iv_of(key).into()).encrypt_padded_vec::<Pkcs7>(plain)
             }
         }
     }
@@ -96,10 +101,10 @@ impl Key {
     fn decrypt(&self, stored: &[u8]) -> Option<Vec<u8>> {
         match self {
             Key::Aes128(key) => {
-                cbc::Decryptor::<Aes128>::new(key.into(), key.into()).decrypt_padded_vec_mut::<Pkcs7>(stored).ok()
+                cbc::Decryptor::<Aes128>::new(key.into(), key.into()).decrypt_padded_vec::<Pkcs7>(stored).ok()
             }
             Key::Aes256(key) => {
-                cbc::Decryptor::<Aes256>::new(key.into(), key[..16].into()).decrypt_padded_vec_mut::<Pkcs7>(stored).ok()
+                cbc::Decryptor::<Aes256>::new(key.into(), iv_of(key).into()).decrypt_padded_vec::<Pkcs7>(stored).ok()
             }
         }
     }

@@ -1,36 +1,21 @@
---- lua-resty-openssl's digest: new(name), update(...), final(text?), reset.
+--- lua-resty-openssl's digest: md5, sha1, sha224, sha256, sha384, sha512 (its README).
 
 local crypto = require("moongate.native").crypto
 
-local _M = { _VERSION = "1.5.1" }
-local mt = { __index = _M }
+local _M = require("moongate.hashing")(function(self, text) return crypto.digest(self.name, text) end)
 
+--- OpenSSL's name of a digest as it is known here: `SHA256`, `sha-256`, `RSA-SHA256`.
+function _M.plain_name(name)
+    return (tostring(name):lower():gsub("^rsa%-", ""):gsub("%-", ""))
+end
+
+--- A digest. @param name string?: sha1 by default @return object; nil, err
 function _M.new(name)
-    name = name or "sha1"
-    if not crypto.digest(name, "") then
+    local plain = _M.plain_name(name or "sha1")
+    if not crypto.digest(plain, "") then
         return nil, "digest.new: invalid digest type \"" .. tostring(name) .. "\""
     end
-    return setmetatable({ name = name, parts = {} }, mt)
-end
-
-function _M.istype(object)
-    return getmetatable(object) == mt
-end
-
-function _M:update(...)
-    for i = 1, select("#", ...) do
-        self.parts[#self.parts + 1] = (select(i, ...))
-    end
-    return true
-end
-
-function _M:final(s)
-    return crypto.digest(self.name, table.concat(self.parts) .. (s or ""))
-end
-
-function _M:reset()
-    self.parts = {}
-    return true
+    return _M.make({ name = plain })
 end
 
 return _M

@@ -1,36 +1,17 @@
---- lua-resty-openssl's hmac: new(key, digest), update(...), final(text?), reset.
+--- lua-resty-openssl's hmac: HMAC over the digests of `resty.openssl.digest` (its README).
 
 local crypto = require("moongate.native").crypto
+local plain_name = require("resty.openssl.digest").plain_name
 
-local _M = { _VERSION = "1.5.1" }
-local mt = { __index = _M }
+local _M = require("moongate.hashing")(function(self, text) return crypto.hmac(self.digest, self.key, text) end)
 
+--- An HMAC. @param key string @param digest string?: sha1 by default @return object; nil, err
 function _M.new(key, digest)
-    digest = digest or "sha1"
-    if not crypto.hmac(digest, "", "") then
+    local plain = plain_name(digest or "sha1")
+    if not crypto.hmac(plain, "", "") then
         return nil, "hmac.new: invalid digest type \"" .. tostring(digest) .. "\""
     end
-    return setmetatable({ key = key, digest = digest, parts = {} }, mt)
-end
-
-function _M.istype(object)
-    return getmetatable(object) == mt
-end
-
-function _M:update(...)
-    for i = 1, select("#", ...) do
-        self.parts[#self.parts + 1] = (select(i, ...))
-    end
-    return true
-end
-
-function _M:final(s)
-    return crypto.hmac(self.digest, self.key, table.concat(self.parts) .. (s or ""))
-end
-
-function _M:reset()
-    self.parts = {}
-    return true
+    return _M.make({ key = key, digest = plain })
 end
 
 return _M

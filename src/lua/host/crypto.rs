@@ -1,14 +1,16 @@
 //! Digests, HMAC, AES, base64, CRC, random bytes: what `ngx.md5`, `resty.sha256`, `resty.aes` and their like stand on.
 
 use aes::cipher::{
-    BlockDecryptMut, BlockEncryptMut, KeyInit, KeyIvInit, block_padding::Pkcs7, generic_array::GenericArray,
+    BlockCipherDecrypt, BlockCipherEncrypt, BlockModeDecrypt, BlockModeEncrypt, KeyInit, KeyIvInit,
+    block_padding::Pkcs7,
 };
 use base64::{
     Engine, alphabet,
     engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig},
 };
 use md5::{Digest, Md5};
-use ring::{digest, hmac, rand::SecureRandom};
+use ring::{aead, digest, hmac, rand::SecureRandom};
+use sha2::Sha224;
 
 use super::Answer;
 use crate::{
@@ -30,12 +32,29 @@ const URL: GeneralPurpose = GeneralPurpose::new(&alphabet::URL_SAFE, LENIENT.wit
 
 pub fn register(api: &mut Api) -> Result<()> {
     let any = Phases::ANY;
-    api.func("native.crypto.digest", any, "digest(name, text): md5, sha1, sha256, sha384, sha512; binary", digest_of)?;
+    api.func(
+        "native.crypto.digest",
+        any,
+        "digest(name, text): md5, sha1, sha224, sha256, sha384, sha512; binary",
+        digest_of,
+    )?;
     api.func("native.crypto.hmac", any, "hmac(name, key, text): binary; nil, err for an unknown digest", hmac_of)?;
     api.func("native.crypto.hex", any, "hex(text): lower-case hexadecimal", hex)?;
     api.func("native.crypto.unhex", any, "unhex(text): nil when it is not hexadecimal", unhex)?;
     api.func("native.crypto.random", any, "random(n): n bytes from the system", random)?;
-    api.func("native.crypto.aes", any, "aes(encrypt, mode, key, iv, text, padding): nil, err on failure", aes_crypt)?;
+    api.func(
+        "native.crypto.aes",
+        any,
+        "aes(encrypt, mode, key, iv, text, padding, aad?): nil, err on failure",
+        aes_crypt,
+    )?;
+    api.func(
+        "native.crypto.pbkdf2",
+        any,
+        "pbkdf2(digest, password, salt, iterations, length): nil, err on failure",
+        pbkdf2,
+    )?;
+    api.func("native.crypto.hkdf", any, "hkdf(digest, key, salt, info, length): nil, err on failure", hkdf)?;
     api.func("native.crypto.equal", any, "equal(a, b): in constant time", equal)?;
     api.func("ngx.md5", any, "md5(text): hexadecimal", md5_hex)?;
     api.func("ngx.md5_bin", any, "md5_bin(text)", md5_bin)?;
@@ -61,8 +80,10 @@ fn algorithm(name: &[u8]) -> Option<&'static digest::Algorithm> {
 
 fn digest_of(s: &Stack) -> Answer {
     let (name, text) = (s.arg_bytes(1)?, s.arg_bytes(2)?);
-    if name == b"md5" {
-        return Ok(s.push_bytes(Md5::digest(text)));
+    match name {
+        b"md5" => return Ok(s.push_bytes(Md5::digest(text))),
+        b"sha224" => return Ok(s.push_bytes(Sha224::digest(text))),
+        _ => {}
     }
     match algorithm(name) {
         Some(algorithm) => Ok(s.push_bytes(digest::digest(algorithm, text))),
@@ -73,7 +94,8 @@ fn digest_of(s: &Stack) -> Answer {
 /// HMAC of `text`; `None` for a digest that is not known.
 pub fn hmac_bytes(name: &[u8], key: &[u8], text: &[u8]) -> Option<Vec<u8>> {
     let algorithm = match name {
-        b"md5" => return Some(hmac_md5(key, text)),
+        b"md5" => return Some(hmac_over::<Md5>(key, text)),
+        b"sha224" => return Some(hmac_over::<Sha224>(key, text)),
         b"sha1" => hmac::HMAC_SHA1_FOR_LEGACY_USE_ONLY,
         b"sha256" => hmac::HMAC_SHA256,
         b"sha384" => hmac::HMAC_SHA384,
@@ -83,17 +105,18 @@ pub fn hmac_bytes(name: &[u8], key: &[u8], text: &[u8]) -> Option<Vec<u8>> {
     Some(hmac::sign(&hmac::Key::new(algorithm, key), text).as_ref().to_vec())
 }
 
-/// RFC 2104 over MD5, which ring has not.
-fn hmac_md5(key: &[u8], text: &[u8]) -> Vec<u8> {
+/// RFC 2104 over a digest that ring has not; both of these have blocks of 64 bytes.
+fn hmac_over<D: Digest>(key: &[u8], text: &[u8]) -> Vec<u8> {
     const BLOCK: usize = 64;
     let mut padded = [0_u8; BLOCK];
     if key.len() > BLOCK {
-        padded[..16].copy_from_slice(&Md5::digest(key));
+        let short = D::digest(key);
+        padded[..short.len()].copy_from_slice(&short);
     } else {
         padded[..key.len()].copy_from_slice(key);
     }
-    let inner = Md5::new().chain_update(padded.map(|b| b ^ 0x36)).chain_update(text).finalize();
-    Md5::new().chain_update(padded.map(|b| b ^ 0x5c)).chain_update(inner).finalize().to_vec()
+    let inner = D::new().chain_update(padded.map(|b| b ^ 0x36)).chain_update(text).finalize();
+    D::new().chain_update(padded.map(|b| b ^ 0x5c)).chain_update(inner).finalize().to_vec()
 }
 
 fn hmac_of(s: &Stack) -> Answer {
@@ -212,7 +235,15 @@ fn aes_crypt(s: &Stack) -> Answer {
     let done = match mode {
         b"cbc" => cbc(encrypt, key, iv, text, padding),
         b"ecb" => ecb(encrypt, key, text, padding),
-        b"gcm" => gcm(encrypt, key, iv, text),
+        b"gcm" => match key.len() {
+            16 => sealed(&aead::AES_128_GCM, encrypt, key, iv, text, s.opt_bytes(7)?.unwrap_or_default()),
+            32 => sealed(&aead::AES_256_GCM, encrypt, key, iv, text, s.opt_bytes(7)?.unwrap_or_default()),
+            _ => None,
+        },
+        b"chacha20-poly1305" => {
+            sealed(&aead::CHACHA20_POLY1305, encrypt, key, iv, text, s.opt_bytes(7)?.unwrap_or_default())
+        }
+        b"ctr" | b"ofb" | b"cfb128" | b"cfb8" => stream(mode, encrypt, key, iv, text),
         _ => return s.fail("unsupported cipher"),
     };
     match done {
@@ -249,10 +280,10 @@ fn cbc(encrypt: bool, key: &[u8], iv: &[u8], text: &[u8], padding: bool) -> Opti
     with_aes!(key, A => {
         if encrypt {
             let cipher = cbc::Encryptor::<A>::new_from_slices(key, iv).ok()?;
-            Some(if padding { cipher.encrypt_padded_vec_mut::<Pkcs7>(text) } else { cipher.encrypt_padded_vec_mut::<NoPadding>(text) })
+            Some(if padding { cipher.encrypt_padded_vec::<Pkcs7>(text) } else { cipher.encrypt_padded_vec::<NoPadding>(text) })
         } else {
             let cipher = cbc::Decryptor::<A>::new_from_slices(key, iv).ok()?;
-            if padding { cipher.decrypt_padded_vec_mut::<Pkcs7>(text).ok() } else { cipher.decrypt_padded_vec_mut::<NoPadding>(text).ok() }
+            if padding { cipher.decrypt_padded_vec::<Pkcs7>(text).ok() } else { cipher.decrypt_padded_vec::<NoPadding>(text).ok() }
         }
     })
 }
@@ -268,10 +299,10 @@ fn ecb(encrypt: bool, key: &[u8], text: &[u8], padding: bool) -> Option<Vec<u8>>
         return None;
     }
     with_aes!(key, A => {
-        let mut cipher = A::new_from_slice(key).ok()?;
+        let cipher = A::new_from_slice(key).ok()?;
         for block in bytes.chunks_exact_mut(BLOCK) {
-            let block = GenericArray::from_mut_slice(block);
-            if encrypt { cipher.encrypt_block_mut(block) } else { cipher.decrypt_block_mut(block) }
+            let block = block.try_into().ok()?;
+            if encrypt { cipher.encrypt_block(block) } else { cipher.decrypt_block(block) }
         }
         Some(())
     })?;
@@ -285,24 +316,103 @@ fn ecb(encrypt: bool, key: &[u8], text: &[u8], padding: bool) -> Option<Vec<u8>>
     Some(bytes)
 }
 
+/// CTR, OFB and CFB: the block cipher makes a stream that is added to the text.
+fn stream(mode: &[u8], encrypt: bool, key: &[u8], iv: &[u8], text: &[u8]) -> Option<Vec<u8>> {
+    let mut register: [u8; 16] = iv.try_into().ok()?;
+    let step = if mode == b"cfb8" { 1 } else { 16 };
+    let mut out = Vec::with_capacity(text.len());
+    with_aes!(key, A => {
+        let cipher = A::new_from_slice(key).ok()?;
+        for piece in text.chunks(step) {
+            let mut block = register.into();
+            cipher.encrypt_block(&mut block);
+            let made: Vec<u8> = piece.iter().zip(block).map(|(a, b)| a ^ b).collect();
+            let feedback = if encrypt { &made[..] } else { piece };
+            match mode {
+                b"ctr" => register = u128::from_be_bytes(register).wrapping_add(1).to_be_bytes(),
+                b"ofb" => register = block.into(),
+                _ => {
+                    register.copy_within(feedback.len().., 0);
+                    register[16 - feedback.len()..].copy_from_slice(feedback);
+                }
+            }
+            out.extend(made);
+        }
+        Some(())
+    })?;
+    Some(out)
+}
+
 /// The tag stands after the text.
-fn gcm(encrypt: bool, key: &[u8], iv: &[u8], text: &[u8]) -> Option<Vec<u8>> {
-    use ring::aead;
-    let algorithm = match key.len() {
-        16 => &aead::AES_128_GCM,
-        32 => &aead::AES_256_GCM,
-        _ => return None,
-    };
+fn sealed(
+    algorithm: &'static aead::Algorithm,
+    encrypt: bool,
+    key: &[u8],
+    iv: &[u8],
+    text: &[u8],
+    aad: &[u8],
+) -> Option<Vec<u8>> {
     let key = aead::LessSafeKey::new(aead::UnboundKey::new(algorithm, key).ok()?);
     let nonce = aead::Nonce::try_assume_unique_for_key(iv).ok()?;
     let mut bytes = text.to_vec();
     if encrypt {
-        key.seal_in_place_append_tag(nonce, aead::Aad::empty(), &mut bytes).ok()?;
+        key.seal_in_place_append_tag(nonce, aead::Aad::from(aad), &mut bytes).ok()?;
         return Some(bytes);
     }
-    let len = key.open_in_place(nonce, aead::Aad::empty(), &mut bytes).ok()?.len();
+    let len = key.open_in_place(nonce, aead::Aad::from(aad), &mut bytes).ok()?.len();
     bytes.truncate(len);
     Some(bytes)
+}
+
+/// Rounds of PBKDF2: a second of work.
+const MAX_ROUNDS: f64 = 1e6;
+/// Bytes that are derived from a key.
+const MAX_DERIVED: f64 = 65536.0;
+
+fn pbkdf2(s: &Stack) -> Answer {
+    use ring::pbkdf2;
+    let algorithm = match s.arg_bytes(1)? {
+        b"sha1" => pbkdf2::PBKDF2_HMAC_SHA1,
+        b"sha256" => pbkdf2::PBKDF2_HMAC_SHA256,
+        b"sha384" => pbkdf2::PBKDF2_HMAC_SHA384,
+        b"sha512" => pbkdf2::PBKDF2_HMAC_SHA512,
+        _ => return s.fail("unknown digest"),
+    };
+    let (password, salt, rounds, length) = (s.arg_bytes(2)?, s.arg_bytes(3)?, s.arg_number(4)?, s.arg_number(5)?);
+    let rounds = std::num::NonZeroU32::new(rounds.min(MAX_ROUNDS) as u32).filter(|_| rounds <= MAX_ROUNDS);
+    let Some(rounds) = rounds.filter(|_| (1.0..=MAX_DERIVED).contains(&length)) else {
+        return s.fail("iterations or length out of range");
+    };
+    let mut out = vec![0; length as usize];
+    pbkdf2::derive(algorithm, rounds, salt, password, &mut out);
+    Ok(s.push_bytes(out))
+}
+
+fn hkdf(s: &Stack) -> Answer {
+    use ring::hkdf;
+    struct Length(usize);
+    impl hkdf::KeyType for Length {
+        fn len(&self) -> usize {
+            self.0
+        }
+    }
+    let algorithm = match s.arg_bytes(1)? {
+        b"sha1" => hkdf::HKDF_SHA1_FOR_LEGACY_USE_ONLY,
+        b"sha256" => hkdf::HKDF_SHA256,
+        b"sha384" => hkdf::HKDF_SHA384,
+        b"sha512" => hkdf::HKDF_SHA512,
+        _ => return s.fail("unknown digest"),
+    };
+    let (key, salt, info, length) = (s.arg_bytes(2)?, s.arg_bytes(3)?, s.arg_bytes(4)?, s.arg_number(5)?);
+    let mut out = vec![0; length.clamp(0.0, MAX_DERIVED) as usize];
+    let done = hkdf::Salt::new(algorithm, salt)
+        .extract(key)
+        .expand(&[info], Length(out.len()))
+        .and_then(|okm| okm.fill(&mut out));
+    match done {
+        Ok(()) => Ok(s.push_bytes(out)),
+        Err(_) => s.fail("length out of range"),
+    }
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
-//! Signatures of JSON Web Tokens (RFC 7518): HS*, RS*, PS*, ES256, ES384, EdDSA. `ES512` needs a curve that ring has not.
+//! Signatures of JSON Web Tokens (RFC 7518): HS*, RS*, PS*, ES256, ES384, ES512, EdDSA. All but ES512, whose curve ring has not, by ring.
 
+use p521::ecdsa::signature::{Signer, Verifier};
 use ring::{rand::SystemRandom, rsa, signature};
 
 use super::{Answer, crypto::hmac_bytes};
@@ -48,6 +49,12 @@ fn verify(s: &Stack) -> Answer {
         let made = hmac_bytes(digest, key, text).unwrap_or_default();
         return Ok(s.push_bool(!made.is_empty() && made.ct_eq(given).into()));
     }
+    if alg == b"ES512" {
+        return match es512_key(key) {
+            Some(key) => Ok(s.push_bool(es512_holds(&key, text, given))),
+            None => s.fail("failed to load the public key"),
+        };
+    }
     match public_key(alg, key) {
         Ok((algorithm, der)) => {
             let holds = signature::UnparsedPublicKey::new(algorithm, der).verify(text, given).is_ok();
@@ -81,6 +88,11 @@ fn sign_with_key(alg: &[u8], key: &[u8], text: &[u8]) -> std::result::Result<Vec
         b"PS512" => &signature::RSA_PSS_SHA512,
         b"ES256" => return ecdsa(&signature::ECDSA_P256_SHA256_FIXED_SIGNING),
         b"ES384" => return ecdsa(&signature::ECDSA_P384_SHA384_FIXED_SIGNING),
+        b"ES512" => {
+            let private = ec_private(label, &der).and_then(|key| p521::ecdsa::SigningKey::from_slice(key).ok());
+            let signed: p521::ecdsa::Signature = private.ok_or(BAD)?.try_sign(text).map_err(|_| "failed to sign")?;
+            return Ok(signed.to_bytes().to_vec());
+        }
         b"EdDSA" => {
             let pair = signature::Ed25519KeyPair::from_pkcs8_maybe_unchecked(&der).map_err(|_| BAD)?;
             return Ok(pair.sign(text).as_ref().to_vec());
@@ -99,6 +111,36 @@ fn sign_with_key(alg: &[u8], key: &[u8], text: &[u8]) -> std::result::Result<Vec
 
 type Algorithm = &'static dyn signature::VerificationAlgorithm;
 
+/// The number of a private EC key, in SEC 1's form or in PKCS #8's around it.
+fn ec_private<'a>(label: &str, der: &'a [u8]) -> Option<&'a [u8]> {
+    if label == "EC PRIVATE KEY" {
+        return sec1(der).map(|(private, _)| private);
+    }
+    let (SEQUENCE, body, _) = element(der)? else { return None };
+    let (_, _, rest) = element(body)?;
+    let (SEQUENCE, _, rest) = element(rest)? else { return None };
+    let (OCTETS, key, _) = element(rest)? else { return None };
+    sec1(key).map(|(private, _)| private)
+}
+
+fn es512_key(text: &[u8]) -> Option<p521::ecdsa::VerifyingKey> {
+    let (label, der) = pem(text)?;
+    p521::ecdsa::VerifyingKey::from_sec1_bytes(&public_bytes(label, der)?).ok()
+}
+
+fn es512_holds(key: &p521::ecdsa::VerifyingKey, text: &[u8], given: &[u8]) -> bool {
+    p521::ecdsa::Signature::from_slice(given).is_ok_and(|given| key.verify(text, &given).is_ok())
+}
+
+/// The bits of the key in a PEM block.
+fn public_bytes(label: &str, der: Vec<u8>) -> Option<Vec<u8>> {
+    match label {
+        "RSA PUBLIC KEY" => Some(der),
+        "CERTIFICATE" => certificate_key(&der).and_then(|spki| spki_key(&spki)),
+        _ => spki_key(&der),
+    }
+}
+
 /// The algorithm and the key as ring wants it.
 fn public_key(alg: &[u8], key: &[u8]) -> std::result::Result<(Algorithm, Vec<u8>), &'static str> {
     let algorithm: Algorithm = match alg {
@@ -114,16 +156,11 @@ fn public_key(alg: &[u8], key: &[u8]) -> std::result::Result<(Algorithm, Vec<u8>
         _ => return Err("unsupported algorithm"),
     };
     let (label, der) = pem(key).ok_or("failed to load the public key")?;
-    let bytes = match label {
-        "RSA PUBLIC KEY" => Some(der),
-        "CERTIFICATE" => certificate_key(&der).and_then(|spki| spki_key(&spki)),
-        _ => spki_key(&der),
-    };
-    Ok((algorithm, bytes.ok_or("failed to load the public key")?))
+    Ok((algorithm, public_bytes(label, der).ok_or("failed to load the public key")?))
 }
 
 /// The first PEM block: its label and bytes.
-fn pem(text: &[u8]) -> Option<(&str, Vec<u8>)> {
+pub(super) fn pem(text: &[u8]) -> Option<(&str, Vec<u8>)> {
     use base64::Engine;
     let text = std::str::from_utf8(text).ok()?;
     let rest = &text[text.find("-----BEGIN ")? + 11..];
@@ -134,7 +171,7 @@ fn pem(text: &[u8]) -> Option<(&str, Vec<u8>)> {
 }
 
 /// Tag, content and what follows of a DER element.
-fn element(der: &[u8]) -> Option<(u8, &[u8], &[u8])> {
+pub(super) fn element(der: &[u8]) -> Option<(u8, &[u8], &[u8])> {
     let (&tag, rest) = der.split_first()?;
     let (&first, mut rest) = rest.split_first()?;
     let len = if first < 0x80 {
@@ -151,12 +188,12 @@ fn element(der: &[u8]) -> Option<(u8, &[u8], &[u8])> {
     (len <= rest.len()).then(|| (tag, &rest[..len], &rest[len..]))
 }
 
-const SEQUENCE: u8 = 0x30;
-const OCTETS: u8 = 0x04;
-const BITS: u8 = 0x03;
+pub(super) const SEQUENCE: u8 = 0x30;
+pub(super) const OCTETS: u8 = 0x04;
+pub(super) const BITS: u8 = 0x03;
 
 /// The key inside a SubjectPublicKeyInfo.
-fn spki_key(der: &[u8]) -> Option<Vec<u8>> {
+pub(super) fn spki_key(der: &[u8]) -> Option<Vec<u8>> {
     let (SEQUENCE, info, _) = element(der)? else { return None };
     let (SEQUENCE, _, rest) = element(info)? else { return None };
     let (BITS, bits, _) = element(rest)? else { return None };
@@ -165,7 +202,7 @@ fn spki_key(der: &[u8]) -> Option<Vec<u8>> {
 }
 
 /// The SubjectPublicKeyInfo of a certificate: the first element of its body that is a sequence of a sequence and bits.
-fn certificate_key(der: &[u8]) -> Option<Vec<u8>> {
+pub(super) fn certificate_key(der: &[u8]) -> Option<Vec<u8>> {
     let (SEQUENCE, certificate, _) = element(der)? else { return None };
     let (SEQUENCE, mut body, _) = element(certificate)? else { return None };
     while !body.is_empty() {
@@ -181,7 +218,7 @@ fn certificate_key(der: &[u8]) -> Option<Vec<u8>> {
 }
 
 /// Private and public key of a SEC 1 ECPrivateKey.
-fn sec1(der: &[u8]) -> Option<(&[u8], &[u8])> {
+pub(super) fn sec1(der: &[u8]) -> Option<(&[u8], &[u8])> {
     let (SEQUENCE, body, _) = element(der)? else { return None };
     let (_, _, rest) = element(body)?;
     let (OCTETS, private, mut rest) = element(rest)? else { return None };
@@ -231,6 +268,23 @@ mod tests {
                 "truefalse",
             );
         }
+    }
+
+    /// Keys and signature are OpenSSL's.
+    #[test]
+    fn es512_is_the_one_of_openssl() {
+        let (private, public) = (include_str!("testdata/p521.pem"), include_str!("testdata/p521_public.pem"));
+        let signature = include_str!("testdata/p521.sig");
+        check(
+            &format!(
+                "local j = require('moongate.native').jwt
+                 local given, sig = ngx.decode_base64('{signature}'), assert(j.sign('ES512', [[{private}]], 'text'))
+                 local function holds(...) return tostring(j.verify('ES512', [[{public}]], ...)) end
+                 return holds('text', given) .. holds('text', sig) .. holds('texu', sig) .. holds('text', 'short')
+                     .. #sig .. select(2, j.sign('ES512', [[{public}]], 'text'))"
+            ),
+            "truetruefalsefalse132failed to load the private key",
+        );
     }
 
     #[test]

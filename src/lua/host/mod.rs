@@ -3,13 +3,21 @@
 //! The Rust side registers functions under `native.<area>`; the module that a plugin names is a Lua file in lua/ on top of them.
 
 pub mod apisix;
+pub mod bn;
 pub mod cjson;
 pub mod crypto;
 pub mod ip;
 pub mod jsonschema;
 pub mod jwt;
+pub mod lfs;
 pub mod pattern;
+pub mod pb;
+pub mod pkey;
+pub mod process;
 pub mod regex;
+pub mod utf8;
+pub mod x509;
+pub mod yaml;
 
 use std::ffi::c_int;
 
@@ -54,13 +62,21 @@ pub(crate) unsafe fn throw(l: *mut mlua::ffi::lua_State, raise: Raise) -> c_int 
 }
 
 pub fn register(api: &mut Api) -> Result<()> {
+    bn::register(api)?;
     cjson::register(api)?;
     crypto::register(api)?;
     ip::register(api)?;
     jsonschema::register(api)?;
     jwt::register(api)?;
+    lfs::register(api)?;
     pattern::register(api)?;
+    pb::register(api)?;
+    pkey::register(api)?;
+    process::register(api)?;
     regex::register(api)?;
+    utf8::register(api)?;
+    x509::register(api)?;
+    yaml::register(api)?;
     apisix::register(api)
 }
 
@@ -137,6 +153,9 @@ pub(crate) mod tests {
         check(&chunk, text);
     }
 }
+
+#[cfg(test)]
+mod bundled;
 
 #[cfg(test)]
 mod libraries {

@@ -34,6 +34,33 @@ const MAX_DEPTH: u32 = 200;
 /// Bytes and pieces of a pattern between two looks at the watchdog: some hundred microseconds.
 const LOOK_EVERY: usize = 1 << 16;
 
+/// What a text is made of: bytes here, characters for `lua-utf8`.
+pub(super) trait Unit: Copy + PartialEq + PartialOrd {
+    /// What stands before and behind a text.
+    const NONE: Self;
+
+    /// The byte that a sign of a pattern would be; 0xff for what is no sign.
+    fn sign(self) -> u8;
+    fn in_class(self, class: Self) -> bool;
+    fn push(text: &[Self], s: &Stack);
+}
+
+impl Unit for u8 {
+    const NONE: u8 = 0;
+
+    fn sign(self) -> u8 {
+        self
+    }
+
+    fn in_class(self, class: u8) -> bool {
+        in_class(self, class)
+    }
+
+    fn push(text: &[u8], s: &Stack) {
+        s.push_bytes(text);
+    }
+}
+
 fn find(s: &Stack) -> Answer {
     let (text, pattern) = (s.arg_bytes(1)?, s.arg_bytes(2)?);
     let from = s.arg_int(3)?.max(0) as usize;
@@ -48,7 +75,12 @@ fn find(s: &Stack) -> Answer {
             None => s.push_nil(),
         });
     }
-    let anchored = anchors && pattern.first() == Some(&b'^');
+    first_match(s, text, pattern, from, anchors)
+}
+
+/// Pushes where the first match at or behind `from` is, and its captures; nil when there is none.
+pub(super) fn first_match<T: Unit>(s: &Stack, text: &[T], pattern: &[T], from: usize, anchors: bool) -> Answer {
+    let anchored = anchors && pattern.first().is_some_and(|u| u.sign() == b'^');
     let pattern = if anchored { &pattern[1..] } else { pattern };
     let mut m = Matcher { text, pattern, captures: SmallVec::new(), depth: 0, work: Cell::new(0) };
     for start in from..=text.len() {
@@ -64,14 +96,14 @@ fn find(s: &Stack) -> Answer {
     Ok(s.push_nil())
 }
 
-/// First and last byte, counted from 1.
-fn push_span(s: &Stack, start: usize, end: usize) -> c_int {
+/// First and last unit, counted from 1.
+pub(super) fn push_span(s: &Stack, start: usize, end: usize) -> c_int {
     s.push_number((start + 1) as f64) + s.push_number(end as f64)
 }
 
-struct Matcher<'a> {
-    text: &'a [u8],
-    pattern: &'a [u8],
+struct Matcher<'a, T> {
+    text: &'a [T],
+    pattern: &'a [T],
     captures: SmallVec<[Capture; 4]>,
     depth: u32,
     /// Done since the last look at the watchdog.
@@ -95,7 +127,12 @@ enum End {
 
 type Matched = Result<Option<usize>, Raise>;
 
-impl Matcher<'_> {
+impl<T: Unit> Matcher<'_, T> {
+    /// The sign at `p` of the pattern.
+    fn sign(&self, p: usize) -> Option<u8> {
+        self.pattern.get(p).map(|u| u.sign())
+    }
+
     /// Where a match of `pattern[p..]` at `text[at..]` ends.
     fn matches(&mut self, at: usize, p: usize) -> Matched {
         self.depth += 1;
@@ -110,7 +147,7 @@ impl Matcher<'_> {
     fn run(&mut self, mut at: usize, mut p: usize) -> Matched {
         loop {
             self.charge(1)?;
-            let (Some(&b), next) = (self.pattern.get(p), self.pattern.get(p + 1)) else { return Ok(Some(at)) };
+            let (Some(b), next) = (self.sign(p), self.sign(p + 1)) else { return Ok(Some(at)) };
             match (b, next) {
                 (b'(', Some(b')')) => return self.open(at, p + 2, End::Position),
                 (b'(', _) => return self.open(at, p + 1, End::Open),
@@ -124,7 +161,7 @@ impl Matcher<'_> {
                     Some(end) => p = end,
                     None => return Ok(None),
                 },
-                (b'%', Some(digit @ b'0'..=b'9')) => match self.back_reference(at, *digit)? {
+                (b'%', Some(digit @ b'0'..=b'9')) => match self.back_reference(at, digit)? {
                     Some(end) => (at, p) = (end, p + 2),
                     None => return Ok(None),
                 },
@@ -132,7 +169,7 @@ impl Matcher<'_> {
                     let end = self.class_end(p)?;
                     self.charge(end - p)?;
                     let here = self.single(at, p, end);
-                    match self.pattern.get(end) {
+                    match self.sign(end) {
                         Some(b'?') => {
                             if here && let Some(found) = self.matches(at + 1, end + 1)? {
                                 return Ok(Some(found));
@@ -244,12 +281,12 @@ impl Matcher<'_> {
 
     /// `%f[set]`: between a byte outside of the set and one inside. Where the set ends in the pattern.
     fn frontier(&mut self, at: usize, p: usize) -> Matched {
-        if self.pattern.get(p) != Some(&b'[') {
+        if self.sign(p) != Some(b'[') {
             return Err("missing '[' after '%f' in pattern".into());
         }
         let end = self.class_end(p)?;
-        let before = at.checked_sub(1).map_or(0, |before| self.text[before]);
-        let here = self.text.get(at).copied().unwrap_or(0);
+        let before = at.checked_sub(1).map_or(T::NONE, |before| self.text[before]);
+        let here = self.text.get(at).copied().unwrap_or(T::NONE);
         Ok((!self.in_set(before, p, end - 1) && self.in_set(here, p, end - 1)).then_some(end))
     }
 
@@ -268,21 +305,21 @@ impl Matcher<'_> {
     /// Behind the class that starts at `p`.
     fn class_end(&self, p: usize) -> Result<usize, Raise> {
         let mut at = p + 1;
-        match self.pattern[p] {
+        match self.pattern[p].sign() {
             b'%' if at >= self.pattern.len() => Err("malformed pattern (ends with '%')".into()),
             b'%' => Ok(at + 1),
             b'[' => {
-                if self.pattern.get(at) == Some(&b'^') {
+                if self.sign(at) == Some(b'^') {
                     at += 1;
                 }
                 // The first byte is of the set even when it is a bracket.
                 loop {
-                    let b = *self.pattern.get(at).ok_or("malformed pattern (missing ']')")?;
+                    let b = self.sign(at).ok_or("malformed pattern (missing ']')")?;
                     at += 1;
                     if b == b'%' && at < self.pattern.len() {
                         at += 1;
                     }
-                    if self.pattern.get(at) == Some(&b']') {
+                    if self.sign(at) == Some(b']') {
                         return Ok(at + 1);
                     }
                 }
@@ -294,33 +331,33 @@ impl Matcher<'_> {
     /// Whether the byte at `at` is of the class `pattern[p..end]`.
     fn single(&self, at: usize, p: usize, end: usize) -> bool {
         let Some(&b) = self.text.get(at) else { return false };
-        match self.pattern[p] {
+        match self.pattern[p].sign() {
             b'.' => true,
-            b'%' => in_class(b, self.pattern[p + 1]),
+            b'%' => b.in_class(self.pattern[p + 1]),
             b'[' => self.in_set(b, p, end - 1),
-            wanted => wanted == b,
+            _ => self.pattern[p] == b,
         }
     }
 
     /// `p` is at the `[` and `end` at the `]`.
-    fn in_set(&self, b: u8, p: usize, end: usize) -> bool {
+    fn in_set(&self, b: T, p: usize, end: usize) -> bool {
         let set = &self.pattern[p + 1..end];
-        let (set, inside) = match set.strip_prefix(b"^") {
-            Some(rest) => (rest, false),
-            None => (set, true),
+        let (set, inside) = match set.split_first() {
+            Some((first, rest)) if first.sign() == b'^' => (rest, false),
+            _ => (set, true),
         };
         let mut at = 0;
         while at < set.len() {
-            let found = match (set[at], set.get(at + 1), set.get(at + 2)) {
+            let found = match (set[at].sign(), set.get(at + 1), set.get(at + 2)) {
                 (b'%', Some(class), _) => {
                     at += 1;
-                    in_class(b, *class)
+                    b.in_class(*class)
                 }
-                (low, Some(b'-'), Some(high)) => {
+                (_, Some(dash), Some(high)) if dash.sign() == b'-' => {
                     at += 2;
-                    (low..=*high).contains(&b)
+                    (set[at - 2]..=*high).contains(&b)
                 }
-                (one, ..) => one == b,
+                _ => set[at] == b,
             };
             if found {
                 return inside;
@@ -336,7 +373,10 @@ impl Matcher<'_> {
             match capture.end {
                 End::Open => return Err("unfinished capture".into()),
                 End::Position => s.push_number((capture.start + 1) as f64),
-                End::At(end) => s.push_bytes(&self.text[capture.start..end]),
+                End::At(end) => {
+                    T::push(&self.text[capture.start..end], s);
+                    1
+                }
             };
         }
         Ok(self.captures.len() as c_int)
@@ -344,7 +384,7 @@ impl Matcher<'_> {
 }
 
 /// `%a` and its like; a capital is the complement, what is no class stands for itself.
-fn in_class(b: u8, class: u8) -> bool {
+pub(super) fn in_class(b: u8, class: u8) -> bool {
     let inside = match class.to_ascii_lowercase() {
         b'a' => b.is_ascii_alphabetic(),
         b'c' => b.is_ascii_control(),

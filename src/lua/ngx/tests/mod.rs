@@ -1,6 +1,7 @@
 //! Runs Lua against servers of this process, as a worker runs it.
 
 mod http;
+mod libraries;
 mod socket;
 mod udp;
 

@@ -1,0 +1,3 @@
+--- sha224 in pieces (lua-resty-string).
+
+return require("moongate.digest")("sha224")
