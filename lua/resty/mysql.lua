@@ -7,7 +7,7 @@
 local bit = require("bit")
 local crypto = require("moongate.native").crypto
 local ed25519 = require("moongate.ed25519")
-local rsa = require("moongate.rsa")
+local rsa = require("resty.rsa")
 local new_tab = require("table.new")
 
 local bxor, floor, max, min = bit.bxor, math.floor, math.max, math.min
@@ -261,7 +261,10 @@ local function more_data(self, data, auth)
     if auth.secure or (plugin ~= "caching_sha2_password" and plugin ~= "sha256_password") then
         return nil, "unexpected data of " .. plugin
     end
-    local sealed, err = rsa.encrypt_oaep(sub(data, 2), bytes_xor(auth.password .. "\0", auth.nonce))
+    local key, err = rsa:new({ public_key = sub(data, 2), padding = rsa.PADDING.RSA_PKCS1_OAEP_PADDING })
+    if not key then return nil, "failed to encrypt the password: " .. err end
+    local sealed
+    sealed, err = key:encrypt(bytes_xor(auth.password .. "\0", auth.nonce))
     if not sealed then return nil, "failed to encrypt the password: " .. err end
     return send_packet(self, sealed)
 end
