@@ -403,15 +403,12 @@ fn a_password_is_encrypted_where_others_can_listen() {
         });
         assert_eq!(run(&gw, port_of(&full), LOG_IN), json!([[1]]), "{plugin}");
     }
-    for (key, error) in [
-        ("no key at all", "malformed public key"),
-        ("-----BEGIN PUBLIC KEY-----\nMAMwAQ==\n-----END PUBLIC KEY-----\n", "malformed public key"),
-    ] {
+    for key in ["no key at all", "-----BEGIN PUBLIC KEY-----\nMAMwAQ==\n-----END PUBLIC KEY-----\n"] {
         let bad = server(move |wire| {
             wire.greet("sha256_password", 0)?;
             wire.send(&[&[1], key.as_bytes()].concat())
         });
-        let error = format!("failed to encrypt the password: {error}");
+        let error = "failed to encrypt the password: failed to load the key";
         assert_eq!(run(&gw, port_of(&bad), LOG_IN), json!([["nil", error, "nil", "nil"]]));
     }
 }
