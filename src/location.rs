@@ -3,7 +3,7 @@
 
 use std::{collections::HashMap, sync::Arc};
 
-use crate::conf::locations::{Location, Pattern};
+use crate::conf::locations::{Content, Location, Pattern};
 
 /// The locations of config.yaml, ordered for choosing.
 #[derive(Debug, Default)]
@@ -42,6 +42,15 @@ impl Chooser {
 
     pub fn is_empty(&self) -> bool {
         self.exact.is_empty() && self.prefixes.is_empty() && self.regexes.is_empty() && self.named.is_empty()
+    }
+
+    /// Whether a path without its last slash is the name of a location that is passed on: nginx sends the client there.
+    pub fn is_folder(&self, path: &[u8]) -> bool {
+        let with_slash = [path, b"/"].concat();
+        let passes = |l: &Arc<Location>| matches!(l.content, Content::Proxy(_));
+        let exact = std::str::from_utf8(&with_slash).ok().and_then(|path| self.exact.get(path));
+        let prefix = self.prefixes.iter().find(|(prefix, ..)| prefix.as_bytes() == with_slash).map(|(.., l)| l);
+        exact.or(prefix).is_some_and(passes)
     }
 
     pub fn rest(&self) -> Option<&Arc<Location>> {

@@ -268,12 +268,10 @@ const MAX_RUNNING_TIMERS: usize = 4096;
 impl Timers {
     pub(super) fn from_config(config: &serde_json::Value) -> Timers {
         let read = |key: &str, default| {
-            config
-                .pointer("/nginx_config")
-                .and_then(|c| c.get(key))
-                .and_then(|v| v.as_u64())
-                .or_else(|| config.pointer("/lua_options")?.get(format!("lua_{key}"))?.as_str()?.parse().ok())
-                .map_or(default, |n| n as usize)
+            let of_options =
+                config.pointer("/lua_options").and_then(|o| o.get(format!("lua_{key}"))?.as_str()?.parse().ok());
+            let of_nginx = || config.pointer("/nginx_config")?.get(key)?.as_u64();
+            of_options.or_else(of_nginx).map_or(default, |n| n as usize)
         };
         Timers {
             pending: Cell::new(0),

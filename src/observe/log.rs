@@ -174,7 +174,9 @@ pub fn flush_all(longest: Duration) {
 fn format_line(level: Level, message: &[u8], request: Option<&RequestContext>) -> Vec<u8> {
     let mut text = Vec::with_capacity(message.len().min(MAX_MESSAGE) + 256);
     let now = chrono::Local::now().format("%Y/%m/%d %H:%M:%S");
-    let _ = write!(text, "{now} [{}] {}#{}: ", level.name(), process::id(), thread_id());
+    // nginx has no name for the highest.
+    let name = if level == Level::Stderr { "" } else { level.name() };
+    let _ = write!(text, "{now} [{name}] {}#{}: ", process::id(), thread_id());
     if let Some(request) = request {
         let _ = write!(text, "*{} ", request.connection);
     }

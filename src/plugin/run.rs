@@ -39,7 +39,7 @@ use crate::{
         vm::Purpose,
     },
     model::{self, Object, PluginConf},
-    observe::log::Level,
+    observe::log::{self, Level},
     store::Snapshot,
 };
 
@@ -86,6 +86,8 @@ struct Generation {
     entry: Entry,
     scripts: script::Compiled,
     exit_worker: Option<Arc<Script>>,
+    /// Made for one request: `lua_code_cache off`.
+    own: bool,
 }
 
 /// Registry references of `moongate.run`'s functions.
@@ -171,12 +173,19 @@ impl Run {
 
 impl Drop for Run {
     fn drop(&mut self) {
+        if matches!(self.job, Job::Location(_)) && log::enabled(Level::Debug) {
+            let text = format!("lua release ngx.ctx at ref {}", self.slot);
+            log::line(Level::Debug, text.as_bytes(), None);
+        }
         self.generation().vm.clear_slot(self.slot);
     }
 }
 
 impl Drop for Generation {
     fn drop(&mut self) {
+        if self.own {
+            log::line(Level::Debug, b"lua close the global Lua VM", None);
+        }
         if let Some(script) = &self.exit_worker
             && let Err(e) = self.vm.run_script(script)
         {
@@ -198,7 +207,7 @@ impl Runner {
     pub fn new(setup: Setup, worker: usize, snapshot: &Arc<Snapshot>) -> Result<Runner> {
         if worker == 0 && setup.locations.list.iter().any(|l| !l.options.is_on("lua_code_cache", true)) {
             let text = b"lua_code_cache is off; this will hurt performance";
-            crate::observe::log::line(Level::Alert, text, None);
+            log::line(Level::Alert, text, None);
         }
         let generation = Generation::load(&setup, worker, snapshot)?;
         Ok(Runner {
@@ -537,7 +546,7 @@ impl Generation {
         let scripts = script::Compiled::default();
         let exit_worker = setup.locations.init.exit_worker.clone();
         let number = snapshot.plugins_generation;
-        Ok(Rc::new(Generation { vm, number, plugins, entry, scripts, exit_worker }))
+        Ok(Rc::new(Generation { vm, number, plugins, entry, scripts, exit_worker, own: false }))
     }
 
     /// A VM without plugins, for scripts that are loaded anew for each request.
@@ -547,7 +556,7 @@ impl Generation {
         vm.set_snapshot(snapshot);
         let entry = Entry::of(&vm)?;
         let (scripts, number) = (script::Compiled::default(), snapshot.plugins_generation);
-        Ok(Rc::new(Generation { vm, number, plugins, entry, scripts, exit_worker: None }))
+        Ok(Rc::new(Generation { vm, number, plugins, entry, scripts, exit_worker: None, own: true }))
     }
 
     /// Makes the Lua lists of `owners`.

@@ -69,6 +69,9 @@ struct Child {
 #[derive(Default)]
 struct Received {
     body: Vec<u8>,
+    /// What the head says of the body, which may not follow.
+    length: Option<u64>,
+    bodiless: bool,
     truncated: bool,
 }
 
@@ -120,9 +123,13 @@ fn child(x: &Exchange, one: Subrequest) -> Child {
 async fn run_one(p: &Rc<Proxy>, child: Child) -> (Captured, Vars) {
     let Child { mut x, received } = child;
     location::serve_child(p, &mut x).await;
-    let Received { body, truncated } = received.take();
-    let captured =
-        Captured { status: x.response.status, headers: std::mem::take(&mut x.response.headers), body, truncated };
+    let Received { body, length, truncated, .. } = received.take();
+    let mut headers = std::mem::take(&mut x.response.headers);
+    // A file's length is known ahead of its bytes.
+    if let Some(length) = length.filter(|_| headers.contains("last-modified")) {
+        headers.set("Content-Length", length.to_string());
+    }
+    let captured = Captured { status: x.response.status, headers, body, truncated };
     (captured, std::mem::take(&mut x.custom_vars))
 }
 
@@ -134,7 +141,10 @@ impl Client for Capture {
         Poll::Ready(Ok(0))
     }
 
-    fn start(&mut self, _: &Request, _: &Response, _: BodyLength) -> Result<()> {
+    fn start(&mut self, request: &Request, _: &Response, length: BodyLength) -> Result<()> {
+        let mut received = self.0.borrow_mut();
+        received.bodiless = request.method == b"HEAD" || length == BodyLength::None;
+        received.length = if let BodyLength::Known(n) = length { Some(n) } else { None };
         Ok(())
     }
 
@@ -144,6 +154,9 @@ impl Client for Capture {
 
     fn poll_write(&mut self, _: &mut Context<'_>, data: &[u8]) -> Poll<Result<usize>> {
         let mut received = self.0.borrow_mut();
+        if received.bodiless {
+            return Poll::Ready(Ok(data.len()));
+        }
         if received.body.len() + data.len() > MAX_BODY {
             received.truncated = true;
             return Poll::Ready(Err(Error::internal(Kind::TooLarge).context("the subrequest's answer is too long")));

@@ -47,9 +47,7 @@ pub(super) async fn serve(p: &Proxy, x: &mut Exchange, location: &Location) -> R
         Err(e) => return refuse(p, x, &path, &e).await,
     };
     if meta.is_dir() {
-        x.response.headers.set("Location", [&x.request.path[..], b"/"].concat());
-        rescue::page(p, x, 301);
-        return output::answer(x, &p.runner).await;
+        return location::to_folder(p, x).await;
     }
     if meta.len() > MAX_FILE {
         return refuse(p, x, &path, &io::Error::other("it is too large to be served")).await;

@@ -10,7 +10,7 @@ use serde_json::json;
 
 use super::{Proxy, capture, files, forward, request, rescue};
 use crate::{
-    conf::locations::{Content, Flag, Location, Locations, Template},
+    conf::locations::{Content, Flag, Location, Locations, Rewrite, Template},
     error::{Error, Kind, Result},
     exchange::{
         BodyLength, Exchange, Jump, Phase, Version,
@@ -60,7 +60,34 @@ pub(super) async fn serve_child(p: &Rc<Proxy>, x: &mut Exchange) {
 /// What neither a location nor a route is for is looked up under the root, as nginx does.
 pub(super) async fn serve_rest(p: &Proxy, x: &mut Exchange, location: &Arc<Location>) -> Result<()> {
     p.runner.enter_location(x, location.clone());
-    files::serve(p, x, location).await
+    match p.locations.is_folder(&x.request.path) {
+        true => to_folder(p, x).await,
+        false => files::serve(p, x, location).await,
+    }
+}
+
+/// Sends the client to the same path with a slash.
+pub(super) async fn to_folder(p: &Proxy, x: &mut Exchange) -> Result<()> {
+    let mut target = Vec::new();
+    if x.depth == 0 {
+        // Absolute, with the port that the client has reached.
+        let (scheme, default) = if x.conn.tls.is_some() { ("https", 443) } else { ("http", 80) };
+        target.extend_from_slice(format!("{scheme}://").as_bytes());
+        target.extend_from_slice(&x.request.host);
+        let port = x.conn.local.port();
+        if port != default {
+            target.extend_from_slice(format!(":{port}").as_bytes());
+        }
+    }
+    target.extend_from_slice(&x.request.path);
+    target.push(b'/');
+    if !x.request.args.is_empty() {
+        target.push(b'?');
+        target.extend_from_slice(&x.request.args);
+    }
+    x.response.headers.set("Location", &target);
+    rescue::page(p, x, 301);
+    output::answer(x, &p.runner).await
 }
 
 fn choose(p: &Proxy, x: &Exchange) -> Option<Chosen> {
@@ -315,54 +342,59 @@ async fn finish(p: &Proxy, x: &mut Exchange, flow: Flow) -> Result<()> {
     }
 }
 
-/// `rewrite regex replacement [flag]`, each of them in turn. `None`: the request goes on.
+/// `rewrite regex replacement [flag]`, each of them in turn. `None`: the request goes on here.
 async fn rewrite(p: &Proxy, x: &mut Exchange, location: &Location) -> Result<Option<Flow>> {
+    if location.rewrites.is_empty() {
+        return Ok(None);
+    }
+    let before = x.request.path.clone();
     for rule in &location.rewrites {
-        let Some(found) = rule.regex.captures(&x.request.path).ok().flatten() else { continue };
-        let group = |at: usize| found.get(at).map(|m| m.as_bytes().to_vec());
-        let groups: Vec<_> = (1..10).filter_map(|at| Some((at, group(at)?))).collect();
-        for (at, value) in groups {
-            set(x, &at.to_string(), value);
-        }
-        let mut target = Vec::new();
-        x.fill(&rule.replacement, &mut target);
+        let Some(target) = replacement(x, rule) else { continue };
         if let Flag::Redirect(status) = rule.flag {
             returned(p, x, status, target).await?;
             return Ok(Some(Flow::Sent));
         }
-        let (path, args) = match memchr::memchr(b'?', &target) {
-            Some(at) => (target[..at].to_vec(), Some(target[at + 1..].to_vec())),
-            None => (target, None),
-        };
-        x.request.path = path;
-        x.request.uri_changed = true;
-        if let Some(mut args) = args {
-            // What the request brought stays behind those of the replacement.
-            if !args.is_empty() && !x.request.args.is_empty() {
-                args.push(b'&');
-                args.extend_from_slice(&x.request.args);
-            }
-            x.request.args = args;
-        }
+        change_target(x, target);
         match rule.flag {
             Flag::Break => return Ok(None),
-            Flag::Last => {
-                x.jump = Some(Jump::Again);
-                return Ok(Some(Flow::Jump));
-            }
+            Flag::Last => return Ok(Some(look_again(x))),
             Flag::None | Flag::Redirect(_) => {}
         }
     }
-    let changed = location.rewrites.iter().any(|rule| matches!(rule.flag, Flag::None)) && x.request.uri_changed;
-    if changed
-        && p.locations
-            .choose(&x.request.path)
-            .is_none_or(|c| !Arc::ptr_eq(&c.location, x.location.as_ref().unwrap_or(&c.location)))
-    {
-        x.jump = Some(Jump::Again);
-        return Ok(Some(Flow::Jump));
+    // Without a flag the last one ends like `last`: the path is not the one that the location was chosen for.
+    Ok((x.request.path != before).then(|| look_again(x)))
+}
+
+fn look_again(x: &mut Exchange) -> Flow {
+    x.jump = Some(Jump::Again);
+    Flow::Jump
+}
+
+/// What a rule makes of the path, if it is for it. Its captures become `$1` and on.
+fn replacement(x: &mut Exchange, rule: &Rewrite) -> Option<Vec<u8>> {
+    let found = rule.regex.captures(&x.request.path).ok().flatten()?;
+    let groups: Vec<_> = (1..10).filter_map(|at| Some((at, found.get(at)?.as_bytes().to_vec()))).collect();
+    for (at, value) in groups {
+        set(x, &at.to_string(), value);
     }
-    Ok(None)
+    let mut target = Vec::new();
+    x.fill(&rule.replacement, &mut target);
+    Some(target)
+}
+
+/// The request's own arguments stay behind those of the target.
+fn change_target(x: &mut Exchange, mut target: Vec<u8>) {
+    if let Some(at) = memchr::memchr(b'?', &target) {
+        let mut args = target.split_off(at + 1);
+        target.pop();
+        if !args.is_empty() && !x.request.args.is_empty() {
+            args.push(b'&');
+            args.extend_from_slice(&x.request.args);
+        }
+        x.request.args = args;
+    }
+    x.request.path = target;
+    x.request.uri_changed = true;
 }
 
 /// `allow`, `deny`: an address that is both is allowed.

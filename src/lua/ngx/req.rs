@@ -2,11 +2,14 @@
 
 use std::{
     ffi::{c_int, c_void},
+    future::Future,
     io::Write,
+    pin::Pin,
     task::{Context, Poll, ready},
 };
 
 use bytes::Bytes;
+use tokio::time::{Sleep, sleep};
 
 use super::{Text, codec, header::change_request};
 use crate::{
@@ -268,6 +271,8 @@ struct Reading {
     memory: Vec<u8>,
     file: Option<(std::path::PathBuf, std::fs::File)>,
     length: u64,
+    /// `client_body_timeout` of the location, since the last bytes.
+    patience: Option<Pin<Box<Sleep>>>,
 }
 
 impl Reading {
@@ -333,7 +338,20 @@ fn read_body(keep: bool) -> std::result::Result<Wait, Raise> {
 fn poll_body(cx: &mut Context<'_>, x: &mut Exchange, reading: &mut Reading, keep: bool) -> Poll<Values> {
     loop {
         let Some(client) = x.client.as_mut() else { return Poll::Ready(failed("no client")) };
-        match ready!(client.poll_read_body(cx, &mut reading.memory, READ_CHUNK)) {
+        let read = client.poll_read_body(cx, &mut reading.memory, READ_CHUNK);
+        if read.is_pending()
+            && let Some(limit) = x.location.as_ref().and_then(|l| l.options.duration("client_body_timeout"))
+        {
+            let patience = reading.patience.get_or_insert_with(|| Box::pin(sleep(limit)));
+            if patience.as_mut().poll(cx).is_ready() {
+                client.abort();
+                x.log(Level::Info, b"client timed out");
+                return Poll::Ready(failed("timeout"));
+            }
+        }
+        let read = ready!(read);
+        reading.patience = None;
+        match read {
             Ok(0) => break,
             Ok(n) => reading.length += n as u64,
             Err(e) => return Poll::Ready(failed(e.to_string())),
