@@ -43,6 +43,29 @@ fn the_phases_run_in_nginx_order() {
 }
 
 #[test]
+fn the_server_says_what_holds_for_every_location() {
+    let gw = Gateway::with(json!({
+        "lua_server": {
+            "server_rewrite_by_lua":
+                "ngx.ctx.first = ngx.get_phase() if ngx.var.arg_to then ngx.req.set_uri('/' .. ngx.var.arg_to) end",
+            "rewrite_by_lua": "ngx.header['X-Rewrite'] = ngx.get_phase()",
+            "set": {"mine": "server"},
+        },
+        "lua_locations": [
+            {"location": "= /a", "content_by_lua": "ngx.say('a ', ngx.ctx.first, ' ', ngx.var.mine)"},
+            {"location": "= /b", "rewrite_by_lua": "", "content_by_lua": "ngx.say('b ', ngx.ctx.first)"},
+        ],
+    }));
+    let a = gw.get("/a");
+    says(&a, "a server_rewrite server\n");
+    assert_eq!(a.header("x-rewrite"), Some("rewrite"));
+    let b = gw.get("/a?to=b");
+    says(&b, "b server_rewrite\n");
+    assert_eq!(b.header("x-rewrite"), None, "its own, empty one stands in its place");
+    assert_eq!(gw.get("/missing").status, 404);
+}
+
+#[test]
 fn what_no_location_is_for_goes_to_the_routes() {
     let upstream = Upstream::echo();
     let gw = with(json!([{"location": "= /t", "return": {"status": 200, "body": "$uri of ${request_method}\n"}}]));

@@ -28,7 +28,7 @@ const MAX_JUMPS: u32 = 10;
 pub(super) async fn serve(p: &Rc<Proxy>, x: &mut Exchange) -> bool {
     let Some(chosen) = choose(p, x) else { return false };
     x.lua.host = Some(host(p));
-    if let Err(e) = run(p, x, chosen).await
+    if let Err(e) = enter(p, x, chosen).await
         && !x.response.ended
     {
         rescue::answer(p, x, e).await;
@@ -212,6 +212,21 @@ async fn body(p: &Proxy, x: &mut Exchange, eof: bool) -> Result<()> {
         BodyLength::Unknown => {}
     }
     output::chunk(x, &p.runner).await
+}
+
+/// What the server does first, then the locations.
+async fn enter(p: &Proxy, x: &mut Exchange, chosen: Chosen) -> Result<()> {
+    let Some(script) = &p.server_rewrite else { return run(p, x, chosen).await };
+    p.runner.enter_location(x, chosen.location.clone());
+    match p.runner.script(x, script, Phase::ServerRewrite).await {
+        // Its path may be another one now.
+        Flow::Next | Flow::Jump => {
+            x.jump = None;
+            let chosen = choose(p, x).unwrap_or(chosen);
+            run(p, x, chosen).await
+        }
+        flow => finish(p, x, flow).await,
+    }
 }
 
 /// From location to location, until one answers.

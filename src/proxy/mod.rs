@@ -30,7 +30,7 @@ use ipnet::IpNet;
 use kept::{Buffers, Pickers, TlsNumbers};
 
 use crate::{
-    conf::locations::Locations,
+    conf::locations::{Locations, Script},
     dns::Resolver,
     exchange::{Exchange, host::Host},
     location::Chooser,
@@ -76,6 +76,8 @@ pub struct Proxy {
     pub locations: Chooser,
     pub resolver: Arc<Resolver>,
     pub pool: Pool,
+    /// Runs before a location is chosen.
+    server_rewrite: Option<Arc<Script>>,
     /// `lua_upstreams`, by name.
     upstreams: HashMap<String, Arc<model::Upstream>>,
     /// What scripts reach the proxy by; made with the first request that has any.
@@ -104,6 +106,7 @@ impl Proxy {
             settings,
             runner,
             locations: Chooser::new(&locations.list, locations.rest.clone()),
+            server_rewrite: locations.server_rewrite.clone(),
             upstreams: location::upstreams(locations),
             host: OnceCell::new(),
             resolver,
