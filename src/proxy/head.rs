@@ -153,7 +153,8 @@ fn safe(text: &[u8], out: &mut Vec<u8>) {
     }
 }
 
-fn escape_path(path: &[u8], out: &mut Vec<u8>) {
+/// A decoded path as it stands in a target.
+pub(super) fn escape_path(path: &[u8], out: &mut Vec<u8>) {
     for b in path {
         match b {
             b'/' | b'-' | b'.' | b'_' | b'~' | b'!' | b'$' | b'&' | b'\'' | b'(' | b')' | b'*' | b'+' | b',' | b';'

@@ -8,7 +8,7 @@ use std::{
 use hashbrown::HashMap;
 use serde_json::json;
 
-use super::{Proxy, capture, files, forward, request, rescue};
+use super::{Proxy, capture, files, forward, head, request, rescue};
 use crate::{
     conf::locations::{Content, Flag, Location, Locations, Rewrite, Template},
     error::{Error, Kind, Result},
@@ -79,7 +79,7 @@ pub(super) async fn to_folder(p: &Proxy, x: &mut Exchange) -> Result<()> {
             target.extend_from_slice(format!(":{port}").as_bytes());
         }
     }
-    target.extend_from_slice(&x.request.path);
+    head::escape_path(&x.request.path, &mut target);
     target.push(b'/');
     if !x.request.args.is_empty() {
         target.push(b'?');
@@ -126,7 +126,7 @@ async fn send(p: &Proxy, x: &mut Exchange, what: Sending) -> Result<()> {
     if x.response.ended {
         return Ok(());
     }
-    if !x.response.head_sent && head(p, x).await? {
+    if !x.response.head_sent && settle_head(p, x).await? {
         return Ok(());
     }
     if what == Sending::Head {
@@ -140,7 +140,7 @@ async fn send(p: &Proxy, x: &mut Exchange, what: Sending) -> Result<()> {
 }
 
 /// Settles the head; says whether that was all of the response.
-async fn head(p: &Proxy, x: &mut Exchange) -> Result<bool> {
+async fn settle_head(p: &Proxy, x: &mut Exchange) -> Result<bool> {
     if x.response.status == 0 {
         x.response.status = 200;
     }
