@@ -225,8 +225,10 @@ local keeps_underscores = native.resp.keeps_underscores
 
 local function set_response_header(name, value)
     name = text_name(name)
-    if not (name:find("_", 1, true) and keeps_underscores()) then name = dashed(name) end
-    if value ~= nil and type(value) ~= "table" and name:lower() == "content-length" and not tonumber(value) then
+    if name:find("_", 1, true) and not keeps_underscores() then name = name:gsub("_", "-") end
+    -- The name's length first: nearly all are others.
+    if #name == 14 and value ~= nil and type(value) ~= "table" and not tonumber(value)
+        and name:lower() == "content-length" then
         error("invalid value for Content-Length: " .. tostring(value), 3)
     end
     local rc = set_values(resp_header_set, resp_header_set_number, name, value)

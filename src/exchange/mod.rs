@@ -304,8 +304,8 @@ pub struct LuaState {
     pub host: Option<Rc<dyn host::Host>>,
     /// What `ngx.arg` holds in `set_by_lua`.
     pub set_args: Vec<Vec<u8>>,
-    /// Subrequests under way.
-    pub subrequests: Rc<Cell<usize>>,
+    /// Subrequests under way, once there was one.
+    pub subrequests: Option<Rc<Cell<usize>>>,
     /// `ngx.on_abort`'s callback: the VM's own, opaque here.
     pub on_abort: Option<Rc<dyn Any>>,
     /// What `ngx.ctx` is to be in a subrequest: the VM's own, opaque here.
@@ -314,6 +314,13 @@ pub struct LuaState {
     pub counted: Option<bool>,
     /// The plugins of the request could not be prepared: it must not go on without them.
     pub unprepared: bool,
+}
+
+impl LuaState {
+    /// Whether subrequests are under way.
+    pub fn has_subrequests(&self) -> bool {
+        self.subrequests.as_ref().is_some_and(|count| count.get() > 0)
+    }
 }
 
 /// The client's side of one request: where the body comes from and the response goes. HTTP/1 and HTTP/2

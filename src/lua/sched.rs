@@ -123,7 +123,7 @@ fn subrequests(x: &mut Exchange, list: Vec<Subrequest>) -> Op {
         return Op::future(std::future::ready(failed("nobody serves the request")));
     };
     let mut running = host.subrequests(x, list);
-    let pending = Pending::new(&x.lua.subrequests);
+    let pending = Pending::new(x.lua.subrequests.get_or_insert_default());
     Op::Exchange(Box::new(move |cx, x| {
         let answered = ready!(running.as_mut().poll(cx));
         pending.done();

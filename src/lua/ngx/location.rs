@@ -181,7 +181,7 @@ fn exec(s: &Stack) -> std::result::Result<Wait, Raise> {
     if x.location.is_none() {
         return Err("ngx.exec is not supported here: no location serves the request".into());
     }
-    if x.lua.subrequests.get() > 0 {
+    if x.lua.has_subrequests() {
         return Err("attempt to abort with pending subrequests".into());
     }
     if x.response.head_sent {

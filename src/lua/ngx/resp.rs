@@ -285,7 +285,7 @@ fn exit(s: &Stack) -> std::result::Result<Wait, Raise> {
         return Err("bad argument to 'ngx.exit': does not accept NGX_AGAIN or NGX_DONE".into());
     }
     if let Some(x) = fast::exchange() {
-        if x.lua.subrequests.get() > 0 && !matches!(code, -1 | 408 | 444 | 499) {
+        if x.lua.has_subrequests() && !matches!(code, -1 | 408 | 444 | 499) {
             return Err("attempt to abort with pending subrequests".into());
         }
         if x.response.head_sent && code >= 300 && code != i64::from(x.response.status) {
@@ -322,7 +322,7 @@ fn redirect(s: &Stack) -> std::result::Result<Wait, Raise> {
         return Err(format!("unsafe byte \"0x{bad:02x}\" in redirect uri \"{shown}\"").into());
     }
     let x = request()?;
-    if x.lua.subrequests.get() > 0 {
+    if x.lua.has_subrequests() {
         return Err("attempt to abort with pending subrequests".into());
     }
     if x.response.head_sent || !x.printed.is_empty() {
