@@ -7,6 +7,7 @@ local native = require("moongate.native").plugin
 local ctx_of = require("moongate.ctx")
 local plugins = require("moongate.plugins")
 local request = require("moongate.request")
+local encode = require("cjson").encode
 local ctxs = request.ctxs
 local begin = ctx_of.begin
 local ipairs, loadstring, pcall, rawget, setmetatable, tostring, type =
@@ -148,7 +149,7 @@ local function answer(code, body, entry)
         if entry.error_response ~= nil then body = entry.error_response end
     end
     if type(body) == "table" then
-        body = native.encode(body) .. "\n"
+        body = encode(body) .. "\n"
     elseif body ~= nil then
         body = tostring(body)
     end

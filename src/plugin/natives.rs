@@ -6,12 +6,7 @@ use super::run::Run;
 use crate::{
     error::Result,
     exchange::Exchange,
-    lua::{
-        Api, Phases, Raise, Stack,
-        api::request,
-        convert::{push_json, to_json},
-        fast,
-    },
+    lua::{Api, Phases, Raise, Stack, api::request, convert::push_json, fast},
     model::Object,
     observe::log::Level,
 };
@@ -24,7 +19,6 @@ pub(super) fn register(api: &mut Api) -> Result<()> {
         let value = serde_json::from_slice(s.arg_bytes(1)?).map_err(|e| e.to_string())?;
         push_json(s, &value).map(|()| 1)
     })?;
-    api.func("native.plugin.encode", any, "encode(value) -> json.", |s| Ok(s.push_bytes(to_json(s, 1)?.to_string())))?;
     api.func(
         "native.plugin.matched_uid",
         any,

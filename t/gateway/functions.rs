@@ -60,6 +60,21 @@ fn json_uploads_work_too() {
 }
 
 #[test]
+fn a_table_is_answered_as_cjson_writes_it() {
+    for (table, expected) in [
+        ("{n = 1, 1}", json!({"n": 1, "1": 1})),
+        ("{[1] = 'a', [3] = 'c'}", json!(["a", null, "c"])),
+        ("{}", json!({})),
+        ("{list = {1, 2.5}, null = ngx.null}", json!({"list": [1, 2.5], "null": null})),
+    ] {
+        let gw = with_hello(&format!("return function() return 200, {table} end"));
+        assert_eq!(gw.get("/hello").json(), expected, "{table}");
+    }
+    let gw = with_hello("return function() return 200, {print} end");
+    assert_eq!(gw.get("/hello").status, 500, "what is no JSON is no answer");
+}
+
+#[test]
 fn a_function_reads_the_body_and_waits() {
     let gw = with_hello(
         "return function() ngx.req.read_body() ngx.sleep(0.01) return 200, 'got ' .. ngx.req.get_body_data() end",
