@@ -17,11 +17,14 @@ use std::{
 
 use mlua::ffi;
 
+mod counters;
 mod function;
 mod script;
 #[cfg(test)]
 mod tests;
 
+use counters::Others;
+pub use counters::VmState;
 use function::Functions;
 
 use super::{
@@ -73,6 +76,8 @@ pub struct Runner {
     /// The snapshot that plans were last made for.
     snapshot: Cell<u64>,
     functions: Functions,
+    /// VMs that still end, and those of one request.
+    others: Rc<Others>,
     filters: RefCell<HashMap<u64, Option<c_int>>>,
     until_memory_check: Cell<u32>,
 }
@@ -86,6 +91,8 @@ struct Generation {
     entry: Entry,
     scripts: script::Compiled,
     exit_worker: Option<Arc<Script>>,
+    /// Those that are alive, kept or in use by a request.
+    plans: Cell<usize>,
 }
 
 /// Registry references of `moongate.run`'s functions.
@@ -124,6 +131,7 @@ impl Plan {
 
 impl Drop for Plan {
     fn drop(&mut self) {
+        self.generation.plans.set(self.generation.plans.get() - 1);
         self.generation.vm.release(self.anchor);
     }
 }
@@ -201,13 +209,15 @@ impl Runner {
             crate::observe::log::line(Level::Alert, text, None);
         }
         let generation = Generation::load(&setup, worker, snapshot)?;
+        let others = Rc::new(Others::default());
         Ok(Runner {
             setup,
             worker,
             generation: RefCell::new(generation),
             plans: RefCell::default(),
             snapshot: Cell::new(snapshot.version),
-            functions: Functions::default(),
+            functions: Functions::new(others.clone()),
+            others,
             filters: RefCell::default(),
             until_memory_check: Cell::new(MEMORY_CHECK_EVERY),
         })
@@ -441,6 +451,7 @@ impl Runner {
                 self.filters.borrow_mut().clear();
                 let old = self.generation.replace(next);
                 old.vm.close();
+                self.others.plugins(&old);
             }
             Err(e) => tracing::error!(target: "lua", "failed to load the plugins anew, the old ones go on: {e}"),
         }
@@ -537,7 +548,8 @@ impl Generation {
         let scripts = script::Compiled::default();
         let exit_worker = setup.locations.init.exit_worker.clone();
         let number = snapshot.plugins_generation;
-        Ok(Rc::new(Generation { vm, number, plugins, entry, scripts, exit_worker }))
+        let plans = Cell::new(0);
+        Ok(Rc::new(Generation { vm, number, plugins, entry, scripts, exit_worker, plans }))
     }
 
     /// A VM without plugins, for scripts that are loaded anew for each request.
@@ -547,7 +559,8 @@ impl Generation {
         vm.set_snapshot(snapshot);
         let entry = Entry::of(&vm)?;
         let (scripts, number) = (script::Compiled::default(), snapshot.plugins_generation);
-        Ok(Rc::new(Generation { vm, number, plugins, entry, scripts, exit_worker: None }))
+        let plans = Cell::new(0);
+        Ok(Rc::new(Generation { vm, number, plugins, entry, scripts, exit_worker: None, plans }))
     }
 
     /// Makes the Lua lists of `owners`.
@@ -565,6 +578,7 @@ impl Generation {
         let anchor = self.vm.keep(plan)?;
         // Not before it is found a second time: else all plans would be in use at the first sweep.
         let used = Cell::new(false);
+        self.plans.set(self.plans.get() + 1);
         Ok(Plan { generation: self.clone(), anchor, mask, auth, filters, prometheus, used })
     }
 

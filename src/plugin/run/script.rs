@@ -42,6 +42,13 @@ impl From<String> for NotLoaded {
     }
 }
 
+impl Compiled {
+    /// How many scripts are kept.
+    pub fn len(&self) -> usize {
+        self.scripts.borrow().len() + self.files.borrow().len()
+    }
+}
+
 impl Generation {
     fn script(&self, script: &Arc<Script>) -> Result<c_int, NotLoaded> {
         let key = Arc::as_ptr(script) as usize;
@@ -121,7 +128,10 @@ impl Runner {
             return shared;
         }
         match Generation::bare(&self.setup, self.worker, &x.snapshot) {
-            Ok(own) => own,
+            Ok(own) => {
+                self.others.plugins(&own);
+                own
+            }
             Err(e) => {
                 x.log(Level::Error, format!("failed to initialize Lua VM: {e}").as_bytes());
                 shared
