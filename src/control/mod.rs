@@ -21,6 +21,9 @@ use crate::{
 /// Requests have no body worth reading.
 pub(crate) const MAX_BODY_BYTES: usize = 64 * 1024;
 
+/// What is known a while later.
+pub type Later = Pin<Box<dyn Future<Output = Value>>>;
+
 pub struct State {
     pub published: Arc<Published>,
     pub source: Arc<SourceState>,
@@ -30,7 +33,7 @@ pub struct State {
     /// The health of upstreams' nodes, as `GET /v1/healthcheck` lists it.
     pub health: Option<Box<dyn Fn() -> Vec<Value>>>,
     /// What every VM of every worker holds, for `GET /v1/lua`.
-    pub lua: Option<Box<dyn Fn() -> Pin<Box<dyn Future<Output = Value>>>>>,
+    pub lua: Option<Box<dyn Fn() -> Later>>,
 }
 
 /// Serves the control API on `listener` until `shutdown`. Must run inside a `LocalSet`.
