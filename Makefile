@@ -14,10 +14,17 @@ PROTO_FILES = $(wildcard $(dir $(PROTOC))../include/google/protobuf/empty.proto)
 BUILD_PACKAGES = $(call need,$(PROTOC),protobuf-compiler) $(call need,$(PROTO_FILES),libprotobuf-dev)
 # A service's place, which is not on everybody's path.
 MARIADBD = $(or $(call has,mariadbd),$(wildcard /usr/sbin/mariadbd))
+# Libraries for t/debian.rs: a module of each, and the package that brings it.
+LUA_LIBRARIES = pl.Date=lua-penlight luaunit=lua-unit inspect=lua-inspect basexx=lua-basexx dkjson=lua-dkjson \
+	argparse=lua-argparse say.init=lua-say luassert.init=lua-luassert binaryheap=lua-binaryheap MessagePack=lua-messagepack \
+	markdown=lua-markdown fifo=lua-fifo moses=lua-moses uri=lua-uri socket.url=lua-socket re=lua-lpeg \
+	lpeg_patterns.uri=lua-lpeg-patterns
+library_file = /usr/share/lua/5.1/$(subst .,/,$(firstword $(subst =, ,$(1)))).lua
+LUA_PACKAGES = $(foreach library,$(LUA_LIBRARIES),$(call need,$(wildcard $(call library_file,$(library))),$(lastword $(subst =, ,$(library)))))
 TEST_PACKAGES = $(call need,$(call has,etcd),etcd-server) $(call need,$(call has,etcdctl),etcd-client) \
 	$(call need,$(call has,redis-server),redis-server) $(call need,$(call has,memcached),memcached) \
 	$(call need,$(MARIADBD),mariadb-server) $(call need,$(call has,openssl),openssl) \
-	$(call need,$(call has,$(LUACHECK)),lua-check)
+	$(call need,$(call has,$(LUACHECK)),lua-check) $(LUA_PACKAGES)
 
 .PHONY: run build test lint tests bench deps test-deps
 

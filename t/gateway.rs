@@ -2,6 +2,8 @@
 
 mod support;
 
+#[path = "gateway/counters.rs"]
+mod counters;
 #[path = "gateway/functions.rs"]
 mod functions;
 #[path = "gateway/plugins.rs"]

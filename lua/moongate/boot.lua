@@ -9,7 +9,7 @@
 -- * `require("moongate.request")` keeps the tables of the request that runs: `ctx()` is the plugins' `ctx`
 --   (`api_ctx`), `ngx_ctx()` is `ngx.ctx`; both nil or fresh outside of a request.
 -- * Modules are looked up in `package.preload`, on the user's path (`apisix.extra_lua_path`, <prefix>/plugins,
---   <prefix>/lua), then among the packed ones (`lua/**`; `plugins/x.lua` is `apisix.plugins.x`).
+--   <prefix>/lua), then among the packed ones (`lua/**`; `plugins/x.lua` is `apisix.plugins.x`). `ngx.*` is always packed.
 -- * `ctx` is a table per request: `ctx.var` (read and write variables, also `http_*`, `arg_*`, `cookie_*`), and, on
 --   demand, `ctx.matched_route`, `ctx.matched_upstream`, `ctx.service`, `ctx.route_id`, `ctx.route_name`,
 --   `ctx.service_id`, `ctx.service_name`, `ctx.conf_type`, `ctx.conf_id`, `ctx.conf_version`, `ctx.consumer`,
@@ -169,9 +169,16 @@ local function packed_searcher(name)
     return chunk or "\n\tno packed module '" .. name .. "'"
 end
 
-table.insert(package.loaders, 2, plugin_searcher)
-table.insert(package.loaders, 4, plugin_file_searcher)
-table.insert(package.loaders, 5, packed_searcher)
+-- What lua-resty-core has of nginx itself comes from here whatever the path says: another copy, such as the one that
+-- Debian puts beside plain libraries, speaks to nginx's insides.
+local function ngx_searcher(name)
+    return name:find("^ngx%.") and packed(name) or nil
+end
+
+table.insert(package.loaders, 2, ngx_searcher)
+table.insert(package.loaders, 3, plugin_searcher)
+table.insert(package.loaders, 5, plugin_file_searcher)
+table.insert(package.loaders, 6, packed_searcher)
 
 if native.packed("moongate.ngx") then
     require("moongate.ngx")

@@ -79,8 +79,14 @@ async fn start_on(between: impl FnOnce(Arc<dyn Store>) -> Arc<dyn Store>) -> Api
     let (admin, control) = (listen().await, listen().await);
     let places = (admin.local_addr().expect("bound"), control.local_addr().expect("bound"));
     tokio::task::spawn_local(serve(admin, Rc::new(state), std::future::pending()));
-    let control_state =
-        control::State { published: started.published, source: started.source, plugins, collect: None, health: None };
+    let control_state = control::State {
+        published: started.published,
+        source: started.source,
+        plugins,
+        collect: None,
+        health: None,
+        lua: None,
+    };
     tokio::task::spawn_local(control::serve(control, Rc::new(control_state), std::future::pending()));
     Api { admin: places.0, control: places.1, store, _dir: dir }
 }

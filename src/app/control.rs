@@ -13,6 +13,7 @@ use tokio::{
 };
 
 use super::{
+    asking::Asking,
     banner::{self, Listening},
     ending::Endings,
     listeners::{self, Sockets},
@@ -64,8 +65,8 @@ pub async fn run(mut config: Config) -> Result<()> {
     let mut workers = Workers::start(blueprint, sockets)?;
     workers.ready().await?;
     let (finish, finished) = watch::channel(false);
-    let collect = workers.collections.clone();
-    let apis = Apis { config: &config, plugins, store: store.clone(), started, metrics, finished, collect };
+    let (collect, asking) = (workers.collections.clone(), workers.asking.clone());
+    let apis = Apis { config: &config, plugins, store: store.clone(), started, metrics, finished, collect, asking };
     let mut serving = apis.serve(ports)?;
     announce(&config, &at, &*store)?;
     let ended = attend(&mut config, &mut signals, &mut workers).await;
@@ -126,6 +127,7 @@ struct Workers {
     orders: watch::Sender<Order>,
     /// Counts requests to collect garbage.
     collections: watch::Sender<u64>,
+    asking: Asking,
     reports: mpsc::UnboundedReceiver<Report>,
     /// Those that have not ended.
     left: usize,
@@ -138,10 +140,12 @@ impl Workers {
         let (sender, reports) = mpsc::unbounded_channel();
         let drain_limit = blueprint.config.shutdown_timeout + DRAIN_MARGIN;
         let (collections, _) = watch::channel(0);
-        let mut workers = Workers { orders, collections, reports, left: 0, drain_limit };
+        let asking = Asking::default();
+        let mut workers = Workers { orders, collections, asking, reports, left: 0, drain_limit };
         for (id, sockets) in sockets.workers.into_iter().enumerate() {
             let (orders, collections) = (workers.orders.subscribe(), workers.collections.subscribe());
-            let line = Line { orders, collections, reports: sender.clone() };
+            let questions = workers.asking.worker();
+            let line = Line { orders, collections, reports: sender.clone(), questions };
             worker::spawn(id, blueprint.clone(), sockets, line)?;
             workers.left += 1;
         }
@@ -292,6 +296,7 @@ struct Apis<'a> {
     /// True: accept no more.
     finished: watch::Receiver<bool>,
     collect: watch::Sender<u64>,
+    asking: Asking,
 }
 
 impl Apis<'_> {
@@ -316,6 +321,7 @@ impl Apis<'_> {
                 plugins,
                 collect: Some(Box::new(move || self.collect.send_modify(|n| *n += 1))),
                 health: None,
+                lua: Some(Box::new(move || Box::pin(self.asking.clone().ask()))),
             });
             serving.spawn_local(control::serve(listener, state, over(self.finished.clone())));
         }

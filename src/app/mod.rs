@@ -5,6 +5,7 @@
 //! connection's panic ends that connection; a worker's own ends the process with an error, after a drain: a supervisor
 //! starts a whole gateway again, which is better than one that goes on with fewer workers than it was given.
 
+mod asking;
 pub mod banner;
 mod control;
 mod ending;

@@ -16,6 +16,7 @@ use tokio::{
 };
 
 use super::{
+    asking::Questions,
     ending::{Ending, Endings},
     listeners::Bound,
     settings,
@@ -75,6 +76,8 @@ pub struct Line {
     pub reports: mpsc::UnboundedSender<Report>,
     /// Changes when the VMs are to collect their garbage.
     pub collections: watch::Receiver<u64>,
+    /// Of what the VMs hold.
+    pub questions: Questions,
 }
 
 /// Starts a worker on its thread. Its end is reported, whatever ends it.
@@ -112,7 +115,7 @@ fn run(worker: usize, blueprint: Blueprint, sockets: Vec<Bound>, line: Line) -> 
 }
 
 async fn serve(worker: usize, blueprint: Blueprint, sockets: Vec<Bound>, line: Line) -> Result<()> {
-    let Line { mut orders, reports, .. } = line;
+    let Line { mut orders, reports, collections, questions } = line;
     let config = blueprint.config.clone();
     let ending = Rc::new(blueprint.endings.of_worker(&config));
     let proxy = Rc::new(new_proxy(worker, &blueprint, ending.clone())?);
@@ -123,7 +126,7 @@ async fn serve(worker: usize, blueprint: Blueprint, sockets: Vec<Bound>, line: L
     });
     let handler = Counted { proxy: proxy.clone(), ending: ending.clone() };
     let mut listeners = listen(&blueprint, &handler, &drain, sockets);
-    let chores = chores(&proxy, &ending, line.collections);
+    let chores = chores(&proxy, &ending, collections, questions);
     let _ = reports.send(Report::Ready);
     let ended = tokio::select! {
         () = ordered(&mut orders, |order| order != Order::Serve) => Ok(()),
@@ -235,10 +238,17 @@ impl Drop for Running<'_> {
 }
 
 /// What a worker does beside requests, until the result is dropped.
-fn chores(proxy: &Rc<Proxy>, ending: &Rc<Ending>, collections: watch::Receiver<u64>) -> JoinSet<()> {
+fn chores(
+    proxy: &Rc<Proxy>,
+    ending: &Rc<Ending>,
+    collections: watch::Receiver<u64>,
+    questions: Questions,
+) -> JoinSet<()> {
     let mut chores = JoinSet::new();
     chores.spawn_local(sweep(proxy.clone()));
     chores.spawn_local(collect(proxy.clone(), collections));
+    let asked = proxy.clone();
+    chores.spawn_local(async move { questions.answer(&asked.runner).await });
     let ending = ending.clone();
     chores.spawn_local(async move { ending.flush_in_time().await });
     chores

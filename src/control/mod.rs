@@ -1,8 +1,8 @@
 //! The control API (control-api.md): what this gateway serves now, for people and tools on its own machine.
 //!
-//! Reads the published snapshot only, and changes nothing.
+//! Reads the published snapshot, asks the workers, and changes nothing.
 
-use std::{future::Future, rc::Rc, sync::Arc};
+use std::{future::Future, pin::Pin, rc::Rc, sync::Arc};
 
 use http::Method;
 use serde_json::{Value, json};
@@ -21,6 +21,9 @@ use crate::{
 /// Requests have no body worth reading.
 pub(crate) const MAX_BODY_BYTES: usize = 64 * 1024;
 
+/// What is known a while later.
+pub type Later = Pin<Box<dyn Future<Output = Value>>>;
+
 pub struct State {
     pub published: Arc<Published>,
     pub source: Arc<SourceState>,
@@ -29,6 +32,8 @@ pub struct State {
     pub collect: Option<Box<dyn Fn()>>,
     /// The health of upstreams' nodes, as `GET /v1/healthcheck` lists it.
     pub health: Option<Box<dyn Fn() -> Vec<Value>>>,
+    /// What every VM of every worker holds, for `GET /v1/lua`.
+    pub lua: Option<Box<dyn Fn() -> Later>>,
 }
 
 /// Serves the control API on `listener` until `shutdown`. Must run inside a `LocalSet`.
@@ -37,7 +42,7 @@ pub async fn serve(listener: TcpListener, state: Rc<State>, shutdown: impl Futur
         let state = state.clone();
         async move {
             match request.complete(MAX_BODY_BYTES).await {
-                Ok(call) => answer(&state, &call),
+                Ok(call) => answer(&state, &call).await,
                 Err(refusal) => refusal,
             }
         }
@@ -45,7 +50,7 @@ pub async fn serve(listener: TcpListener, state: Rc<State>, shutdown: impl Futur
     api::serve(listener, Rc::new(handler), shutdown).await;
 }
 
-fn answer(state: &State, call: &Call) -> Answer {
+async fn answer(state: &State, call: &Call) -> Answer {
     let decoded: Vec<String> = call.path.split('/').filter(|s| !s.is_empty()).map(api::decode).collect();
     let segments: Vec<&str> = decoded.iter().map(String::as_str).collect();
     let snapshot = state.published.load();
@@ -56,6 +61,10 @@ fn answer(state: &State, call: &Call) -> Answer {
             }
             Answer::text(200, "")
         }
+        (&Method::GET | &Method::HEAD, ["v1", "lua"]) => match &state.lua {
+            Some(held) => Answer::json(200, &held().await),
+            None => not_found(),
+        },
         (&Method::GET | &Method::HEAD, ["v1", rest @ ..]) => get(state, &snapshot, rest),
         _ => not_found(),
     }

@@ -6,6 +6,7 @@
 
 pub mod api;
 pub mod convert;
+pub mod counters;
 pub mod fast;
 pub mod host;
 pub mod limits;
@@ -14,6 +15,7 @@ pub mod sched;
 pub mod vm;
 
 pub use api::{Api, Phases, Raise, Stack, Wait};
+pub use counters::Counters;
 pub use sched::{Op, Value, Values};
 pub use vm::{Vm, VmConfig};
 

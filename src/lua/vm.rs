@@ -80,6 +80,8 @@ pub struct Vm {
     /// Of `moongate.request`'s `adopt`.
     adopt: Cell<i32>,
     idle: RefCell<Vec<Coroutine>>,
+    /// Coroutines made and not released: the idle ones and those in use.
+    coroutines: Cell<usize>,
     slots: RefCell<Slots>,
     pub(super) timers: Timers,
     /// `ngx.socket`: whose sockets are open, and which are idle.
@@ -147,6 +149,7 @@ impl Vm {
             clear: Cell::new(ffi::LUA_NOREF),
             adopt: Cell::new(ffi::LUA_NOREF),
             idle: RefCell::default(),
+            coroutines: Cell::new(0),
             slots: RefCell::default(),
             timers,
             sockets: Default::default(),
@@ -235,6 +238,7 @@ impl Vm {
             }
             let l = ffi::lua_newthread(self.main);
             ffi::lua_checkstack(l, START_STACK);
+            self.coroutines.set(self.coroutines.get() + 1);
             Ok(Coroutine { l, anchor: self.anchor() })
         }
     }
@@ -248,18 +252,25 @@ impl Vm {
         if idle.len() < IDLE_COROUTINES {
             idle.push(co);
         } else {
-            self.release(co.anchor);
+            drop(idle);
+            self.forget(co);
         }
     }
 
     /// A coroutine that cannot run again (dead, or parked for good): the collector takes it.
     pub(super) fn forget(&self, co: Coroutine) {
+        self.coroutines.set(self.coroutines.get() - 1);
         self.release(co.anchor);
     }
 
     /// Coroutines that wait for a call.
     pub fn idle_coroutines(&self) -> usize {
         self.idle.borrow().len()
+    }
+
+    /// Those and the ones that are in a call.
+    pub(super) fn coroutines(&self) -> usize {
+        self.coroutines.get()
     }
 
     /// A number for a request's tables.
@@ -269,6 +280,12 @@ impl Vm {
             slots.last += 1;
             slots.last
         })
+    }
+
+    /// Numbers that were taken and not cleared.
+    pub(super) fn slots_in_use(&self) -> usize {
+        let slots = self.slots.borrow();
+        slots.last as usize - slots.free.len()
     }
 
     /// Empties a request's tables, closes its sockets and frees its number.

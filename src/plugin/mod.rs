@@ -7,7 +7,7 @@ pub mod registry;
 pub mod run;
 
 pub use registry::{Checker, PluginInfo, Setup};
-pub use run::{Flow, Runner};
+pub use run::{Flow, Runner, VmState};
 
 use crate::exchange::Phase;
 

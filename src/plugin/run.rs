@@ -17,11 +17,14 @@ use std::{
 
 use mlua::ffi;
 
+mod counters;
 mod function;
 mod script;
 #[cfg(test)]
 mod tests;
 
+use counters::Others;
+pub use counters::VmState;
 use function::Functions;
 
 use super::{
@@ -73,6 +76,8 @@ pub struct Runner {
     /// The snapshot that plans were last made for.
     snapshot: Cell<u64>,
     functions: Functions,
+    /// VMs that still end, and those of one request.
+    others: Rc<Others>,
     filters: RefCell<HashMap<u64, Option<c_int>>>,
     until_memory_check: Cell<u32>,
 }
@@ -88,6 +93,8 @@ struct Generation {
     exit_worker: Option<Arc<Script>>,
     /// Made for one request: `lua_code_cache off`.
     own: bool,
+    /// Those that are alive, kept or in use by a request.
+    plans: Cell<usize>,
 }
 
 /// Registry references of `moongate.run`'s functions.
@@ -126,6 +133,7 @@ impl Plan {
 
 impl Drop for Plan {
     fn drop(&mut self) {
+        self.generation.plans.set(self.generation.plans.get() - 1);
         self.generation.vm.release(self.anchor);
     }
 }
@@ -210,13 +218,15 @@ impl Runner {
             log::line(Level::Alert, text, None);
         }
         let generation = Generation::load(&setup, worker, snapshot)?;
+        let others = Rc::new(Others::default());
         Ok(Runner {
             setup,
             worker,
             generation: RefCell::new(generation),
             plans: RefCell::default(),
             snapshot: Cell::new(snapshot.version),
-            functions: Functions::default(),
+            functions: Functions::new(others.clone()),
+            others,
             filters: RefCell::default(),
             until_memory_check: Cell::new(MEMORY_CHECK_EVERY),
         })
@@ -450,6 +460,7 @@ impl Runner {
                 self.filters.borrow_mut().clear();
                 let old = self.generation.replace(next);
                 old.vm.close();
+                self.others.plugins(&old);
             }
             Err(e) => tracing::error!(target: "lua", "failed to load the plugins anew, the old ones go on: {e}"),
         }
@@ -546,7 +557,8 @@ impl Generation {
         let scripts = script::Compiled::default();
         let exit_worker = setup.locations.init.exit_worker.clone();
         let number = snapshot.plugins_generation;
-        Ok(Rc::new(Generation { vm, number, plugins, entry, scripts, exit_worker, own: false }))
+        let plans = Cell::new(0);
+        Ok(Rc::new(Generation { vm, number, plugins, entry, scripts, exit_worker, own: false, plans }))
     }
 
     /// A VM without plugins, for scripts that are loaded anew for each request.
@@ -556,7 +568,8 @@ impl Generation {
         vm.set_snapshot(snapshot);
         let entry = Entry::of(&vm)?;
         let (scripts, number) = (script::Compiled::default(), snapshot.plugins_generation);
-        Ok(Rc::new(Generation { vm, number, plugins, entry, scripts, exit_worker: None, own: true }))
+        let plans = Cell::new(0);
+        Ok(Rc::new(Generation { vm, number, plugins, entry, scripts, exit_worker: None, own: true, plans }))
     }
 
     /// Makes the Lua lists of `owners`.
@@ -574,6 +587,7 @@ impl Generation {
         let anchor = self.vm.keep(plan)?;
         // Not before it is found a second time: else all plans would be in use at the first sweep.
         let used = Cell::new(false);
+        self.plans.set(self.plans.get() + 1);
         Ok(Plan { generation: self.clone(), anchor, mask, auth, filters, prometheus, used })
     }
 

@@ -204,6 +204,8 @@ fn highest_index(s: &Stack, table: std::ffi::c_int) -> Result<usize, Raise> {
 /// What its owner's end closes.
 pub trait Shut {
     fn shut(&self);
+    /// Has a connection, or is about to.
+    fn holds_connection(&self) -> bool;
 }
 
 /// A request or a timer's run, while it has sockets.
@@ -238,6 +240,16 @@ impl Sockets {
 
     fn owns(&self, slot: u32, owner: &Rc<Owner>) -> bool {
         self.owners.borrow().get(&slot).is_some_and(|o| Rc::ptr_eq(o, owner))
+    }
+
+    /// Sockets that hold a connection or are about to.
+    pub fn open(&self) -> usize {
+        let owners = self.owners.borrow();
+        let open = |owner: &Rc<Owner>| {
+            let sockets = owner.sockets.borrow();
+            sockets.iter().filter_map(Weak::upgrade).filter(|s| s.holds_connection()).count()
+        };
+        owners.values().map(open).sum()
     }
 
     /// The request with this number has ended: closes what it left open.

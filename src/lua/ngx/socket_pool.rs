@@ -114,6 +114,11 @@ impl Pools {
         Some(pool)
     }
 
+    /// Connections that wait for their next use.
+    pub fn idle(&self) -> usize {
+        self.map.borrow().values().map(|pool| pool.idle.borrow().len()).sum()
+    }
+
     #[cfg(test)]
     pub fn count(&self) -> usize {
         self.map.borrow().len()

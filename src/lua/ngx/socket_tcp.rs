@@ -124,6 +124,10 @@ impl Shut for Socket {
     fn shut(&self) {
         self.close();
     }
+
+    fn holds_connection(&self) -> bool {
+        self.conn.borrow().is_some() || self.busy.get() & CONNECTING != 0
+    }
 }
 
 impl Socket {

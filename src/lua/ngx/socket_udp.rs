@@ -64,6 +64,10 @@ impl Shut for Socket {
     fn shut(&self) {
         self.peer.take();
     }
+
+    fn holds_connection(&self) -> bool {
+        self.peer.borrow().is_some()
+    }
 }
 
 /// One light thread receives at a time.

@@ -11,7 +11,9 @@ use mlua::ffi;
 
 use super::{
     super::{natives, registry},
-    Flow, read_answer, settle,
+    Flow,
+    counters::{Others, VmState},
+    read_answer, settle,
 };
 use crate::{
     error::Result,
@@ -27,10 +29,11 @@ const VMS: usize = 2;
 const MAX_FUNCTIONS: usize = 1024;
 
 /// The VMs of one worker, which take turns.
-#[derive(Default)]
 pub(super) struct Functions {
     vms: RefCell<[Option<Rc<FunctionVm>>; VMS]>,
     turn: Cell<usize>,
+    /// Where those go that end.
+    others: Rc<Others>,
 }
 
 /// A function in the VM whose turn it is.
@@ -41,6 +44,10 @@ pub(super) struct Ready {
 }
 
 impl Functions {
+    pub fn new(others: Rc<Others>) -> Self {
+        Functions { vms: RefCell::default(), turn: Cell::new(0), others }
+    }
+
     /// Compiles the function where that was not done before. `config`: how to make a VM.
     pub fn prepare(&self, config: impl FnOnce() -> VmConfig, function: &Object<model::Function>) -> Result<Ready> {
         let at = self.turn.get() % VMS;
@@ -51,7 +58,7 @@ impl Functions {
             None => {
                 let vm = Rc::new(FunctionVm::new(config())?);
                 if let Some(old) = self.vms.borrow_mut()[at].replace(vm.clone()) {
-                    old.vm.close();
+                    self.end(&old);
                 }
                 vm
             }
@@ -79,14 +86,25 @@ impl Functions {
         let mut vms = self.vms.borrow_mut();
         if vms[at].as_ref().is_some_and(|vm| Rc::ptr_eq(vm, broken)) {
             vms[at] = None;
-            broken.vm.close();
+            self.end(broken);
         }
+    }
+
+    /// It takes no calls any more; those that run in it go on.
+    fn end(&self, old: &Rc<FunctionVm>) {
+        old.vm.close();
+        self.others.functions(old);
+    }
+
+    /// What the VMs hold that take calls.
+    pub fn states(&self) -> Vec<VmState> {
+        self.vms.borrow().iter().flatten().map(|vm| vm.state(true)).collect()
     }
 }
 
 /// A sandboxed VM for uploaded functions.
-struct FunctionVm {
-    vm: Rc<Vm>,
+pub(super) struct FunctionVm {
+    pub(super) vm: Rc<Vm>,
     call: c_int,
     /// uid of a function's version -> registry reference of what to call.
     compiled: RefCell<HashMap<u64, c_int>>,
@@ -97,6 +115,10 @@ impl FunctionVm {
         let vm = Vm::with(config, &[natives::register])?;
         let call = vm.function("moongate.run", "call_function")?;
         Ok(FunctionVm { vm, call, compiled: RefCell::default() })
+    }
+
+    pub(super) fn state(&self, serving: bool) -> VmState {
+        VmState { functions: self.compiled.borrow().len(), ..VmState::of(&self.vm, serving) }
     }
 
     fn callable(&self, function: &Object<model::Function>) -> Result<c_int> {
@@ -175,7 +197,7 @@ mod tests {
     fn a_vm_full_of_functions_is_replaced_and_its_calls_go_on() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("a runtime");
         tokio::task::LocalSet::new().block_on(&runtime, async {
-            let functions = Functions::default();
+            let functions = Functions::new(Rc::default());
             let prepare = |n| functions.prepare(config, &function(n)).expect("compiles");
             let known = |at: usize| functions.vms.borrow()[at].as_ref().map(|vm| vm.compiled.borrow().len());
             let old = prepare(0);

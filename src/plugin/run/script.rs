@@ -42,6 +42,13 @@ impl From<String> for NotLoaded {
     }
 }
 
+impl Compiled {
+    /// How many scripts are kept.
+    pub fn len(&self) -> usize {
+        self.scripts.borrow().len() + self.files.borrow().len()
+    }
+}
+
 impl Generation {
     fn script(&self, script: &Arc<Script>) -> Result<c_int, NotLoaded> {
         let key = Arc::as_ptr(script) as usize;
@@ -101,6 +108,9 @@ impl Runner {
                 mask.add(phase);
             }
         }
+        if x.snapshot.version != self.snapshot.get() {
+            self.follow(&x.snapshot);
+        }
         x.lua.phases = mask.0;
         x.location = Some(location);
         if x.lua.run.is_none() {
@@ -121,7 +131,10 @@ impl Runner {
             return shared;
         }
         match Generation::bare(&self.setup, self.worker, &x.snapshot) {
-            Ok(own) => own,
+            Ok(own) => {
+                self.others.plugins(&own);
+                own
+            }
             Err(e) => {
                 x.log(Level::Error, format!("failed to initialize Lua VM: {e}").as_bytes());
                 shared
