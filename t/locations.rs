@@ -419,3 +419,20 @@ fn mistakes_stop_the_start() {
     let (status, text) = told(json!({"lua_locations": [{"location": "/x", "return": {"status": 200}}]}));
     assert!(status.success(), "{text}");
 }
+
+#[test]
+fn plugins_that_change_are_there_for_locations_at_once() {
+    let gw = with(json!([{"location": "= /t", "content_by_lua": "ngx.say(require('apisix.plugins.mine').version)"}]));
+    for version in ["0.1", "0.2"] {
+        let source = format!(
+            "local schema = {{type = 'object'}}
+             return {{version = {version}, priority = 1, name = 'mine', schema = schema,
+                 check_schema = function(conf) return require('apisix.core').schema.check(schema, conf) end}}"
+        );
+        let reply = gw.admin_text("PUT", "/plugin_sources/mine", &source, "text/plain");
+        assert!(matches!(reply.status, 200 | 201), "{}", reply.text());
+        for _ in 0..8 {
+            says(&gw.get("/t"), &format!("{version}\n"));
+        }
+    }
+}
