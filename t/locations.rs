@@ -394,3 +394,50 @@ fn mistakes_stop_the_start() {
     let (status, text) = told(json!({"lua_locations": [{"location": "/x", "return": {"status": 200}}]}));
     assert!(status.success(), "{text}");
 }
+
+#[test]
+fn the_status_phrase_and_whole_answers_are_the_scripts() {
+    let gw = with(json!([
+        {"location": "= /phrase", "content_by_lua": "require('ngx.resp').set_status(299, 'Quite Fine') ngx.say('x')"},
+        {"location": "= /fresh", "content_by_lua": r#"
+            ngx.header["Last-Modified"] = "Thu, 01 Jan 2026 00:00:00 GMT"
+            if ngx.var.arg_whole then require("ngx.resp").bypass_if_checks() end
+            ngx.say("body")
+        "#},
+    ]));
+    let text = raw(&gw.proxy(), b"GET /phrase HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n");
+    assert!(text.starts_with("HTTP/1.1 299 Quite Fine\r\n"), "{text}");
+    let since = [("If-Modified-Since", "Thu, 01 Jan 2026 00:00:00 GMT")];
+    assert_eq!(gw.send("GET", "/fresh", &since, b"").status, 304);
+    says(&gw.send("GET", "/fresh?whole=1", &since, b""), "body\n");
+}
+
+#[test]
+fn lines_of_the_error_log_are_captured_when_the_configuration_says_so() {
+    let gw = Gateway::with(json!({
+        "lua_options": {"lua_capture_error_log": "64k"},
+        "lua_init": {"init_by_lua": "assert(require('ngx.errlog').set_filter_level(ngx.WARN))"},
+        "lua_locations": [{"location": "= /t", "content_by_lua": r#"
+            local errlog = require("ngx.errlog")
+            errlog.get_logs()
+            ngx.log(ngx.INFO, "less") ngx.log(ngx.WARN, "enough")
+            local logs = errlog.get_logs()
+            ngx.say(#logs / 3, " ", logs[1], " ", logs[3]:match("enough, client: [%d.]+"))
+        "#}],
+    }));
+    says(&gw.get("/t"), "1 5 enough, client: 127.0.0.1\n");
+}
+
+#[test]
+fn a_script_lets_the_gateway_drain() {
+    let mut gw = with(json!([
+        {"location": "= /t", "content_by_lua": r#"
+            ngx.print(tostring(ngx.worker.exiting()), " ")
+            assert(require("ngx.process").signal_graceful_exit())
+            while not ngx.worker.exiting() do ngx.sleep(0.001) end
+            ngx.say("answered")
+        "#},
+    ]));
+    says(&gw.get("/t"), "false answered\n");
+    assert!(gw.wait().success());
+}

@@ -164,6 +164,8 @@ local single = {
     ["server"] = true, ["etag"] = true, ["expires"] = true, ["www-authenticate"] = true,
 }
 
+native.resp.single = single
+
 local function text_name(name)
     return type(name) == "string" and name or tostring(name)
 end
@@ -484,8 +486,6 @@ function worker.id()
     if native.purpose == "check" then return nil end
     return native.worker
 end
-
-function worker.exiting() return false end
 
 local escape_uri = ngx.escape_uri
 

@@ -22,6 +22,7 @@ use crate::{
     conf::{Config, Warning},
     error::{Error, Kind, Result},
     lua::ngx,
+    observe::capture,
     shdict, tls,
 };
 
@@ -37,6 +38,9 @@ pub fn run(config: Config, _warnings: Vec<Warning>) -> Result<()> {
     }
     for (name, size) in &config.shared_dicts {
         shdict::store().declare(name, *size);
+    }
+    if config.captured_log > 0 {
+        capture::start(config.captured_log);
     }
     trust(&config)?;
     ngx::worker::set_count(config.workers);

@@ -224,6 +224,8 @@ pub struct Response {
     pub head_sent: bool,
     /// Something was printed where nothing could be sent: the head is settled as it is, and goes out when it can.
     pub settled: bool,
+    /// It goes out whole even to a client that has it (`ngx.resp.bypass_if_checks`).
+    pub bypasses_if: bool,
     /// The body's last byte was handed to the client.
     pub ended: bool,
 }
@@ -406,6 +408,7 @@ impl Response {
         self.source = Source::Gateway;
         self.head_sent = false;
         self.settled = false;
+        self.bypasses_if = false;
         self.ended = false;
     }
 }
