@@ -2,6 +2,7 @@
 
 mod http;
 mod libraries;
+mod pipe;
 mod process;
 mod socket;
 mod udp;
