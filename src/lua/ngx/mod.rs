@@ -19,6 +19,7 @@ pub mod socket;
 pub mod socket_pool;
 pub mod socket_tcp;
 pub mod socket_udp;
+pub mod ssl;
 #[cfg(test)]
 mod tests;
 pub mod time;
@@ -75,6 +76,7 @@ pub fn register(api: &mut Api) -> Result<()> {
     shdict::register(api)?;
     socket_tcp::register(api)?;
     socket_udp::register(api)?;
+    ssl::register(api)?;
     time::register(api)?;
     var::register(api)?;
     worker::register(api)
