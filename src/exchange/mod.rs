@@ -270,6 +270,12 @@ pub struct UpstreamState {
     pub method: Vec<u8>,
     /// Node picked by Lua (`balancer.set_current_peer`): wins over the balancer, for one try.
     pub peer: Option<(Box<str>, u16)>,
+    /// Tries beside the first, in place of the upstream's `retries` (`balancer.set_more_tries`).
+    pub more_tries: Option<u32>,
+    /// connect, send and read, where a script has set them (`balancer.set_timeouts`).
+    pub timeouts: [Option<Duration>; 3],
+    /// How long the connection may be idle and how many requests it may serve (`balancer.enable_keepalive`).
+    pub keepalive: Option<(Duration, u64)>,
     pub tries: SmallVec<[Try; 1]>,
     /// Response bytes may be withheld in the gateway (`proxy_buffering`); off: each read is sent at once.
     pub buffering: bool,
@@ -421,6 +427,9 @@ impl UpstreamState {
             buffer.clear();
         }
         self.peer = None;
+        self.more_tries = None;
+        self.timeouts = [None; 3];
+        self.keepalive = None;
         self.tries.clear();
         self.buffering = true;
         self.headers.clear();
