@@ -2,7 +2,7 @@
 
 mod support;
 
-use std::process::ExitStatus;
+use std::{fs, process::ExitStatus};
 
 use serde_json::{Value, json};
 use support::{Client, Dir, Gateway, Reply, Upstream, http::raw, run};
@@ -440,4 +440,73 @@ fn a_script_lets_the_gateway_drain() {
     ]));
     says(&gw.get("/t"), "false answered\n");
     assert!(gw.wait().success());
+}
+
+/// Compiles C to a shared object in the gateway's directory, without any header.
+fn compile(dir: &Dir, name: &str, source: &str) {
+    dir.write(&format!("{name}.c"), source);
+    let (from, to) = (dir.join(&format!("{name}.c")), dir.join(&format!("{name}.so")));
+    let mut cc = std::process::Command::new("cc");
+    cc.args(["-shared", "-fPIC", "-o"]).arg(to).arg(from);
+    let (status, text) = run(cc);
+    assert!(status.success(), "{text}");
+}
+
+#[test]
+fn c_modules_find_the_lua_of_the_binary() {
+    let dir = Dir::new();
+    let source = |answer: &str| {
+        let prototypes = "typedef struct lua_State lua_State; void lua_pushinteger(lua_State *, long);
+            void lua_createtable(lua_State *, int, int); void lua_setfield(lua_State *, int, const char *);
+            const char *luaL_checklstring(lua_State *, int, unsigned long *);
+            void lua_pushcclosure(lua_State *, int (*)(lua_State *), int);";
+        format!(
+            "{prototypes} static int len(lua_State *L) {{
+                unsigned long n; luaL_checklstring(L, 1, &n); lua_pushinteger(L, (long)n); return 1;
+            }}
+            int luaopen_{answer}(lua_State *L) {{
+                lua_createtable(L, 0, 1); lua_pushcclosure(L, len, 0); lua_setfield(L, -2, \"len\"); return 1;
+            }}"
+        )
+    };
+    fs::create_dir(dir.join("extra")).unwrap();
+    compile(&dir, "own", &source("own"));
+    compile(&dir, "extra/more", &source("more"));
+    let own = dir.path().display().to_string();
+    dir.configure(json!({
+        "apisix": {"extra_lua_cpath": format!("{own}/extra/?.so")},
+        "lua_package_cpath": format!("{own}/?.so;;"),
+        "lua_locations": [{"location": "= /t", "content_by_lua":
+            "ngx.say(require('own').len('four'), ' ', require('more').len(''), ' ', pcall(require('own').len))"}],
+    }));
+    let gw = Gateway::in_dir(dir);
+    let text = gw.get("/t").text();
+    assert!(text.starts_with("4 0 falsebad argument #1 to '?' (string expected, got no value)"), "{text}");
+}
+
+#[test]
+fn preloaded_libraries_are_in_reach_of_ffi() {
+    let dir = Dir::new();
+    compile(&dir, "own", "int own_answer(int n) { return n + 1; }");
+    let library = dir.join("own.so").display().to_string();
+    let location = json!([{"location": "= /t", "content_by_lua": r#"
+        local ffi = require("ffi")
+        pcall(ffi.cdef, "int own_answer(int n);")
+        ngx.say(pcall(function() return ffi.C.own_answer(41) end))
+    "#}]);
+    dir.configure(json!({"lua": {"preload": [library]}, "lua_locations": location.clone()}));
+    let mut gw = Gateway::in_dir(dir);
+    says(&gw.get("/t"), "true42\n");
+    gw.quit();
+    gw.dir.configure(json!({"lua_locations": location}));
+    gw.launch();
+    let without = gw.get("/t").text();
+    assert!(without.contains("own_answer"), "not without the preload: {without}");
+    gw.quit();
+    gw.dir.configure(json!({"lua": {"preload": ["libc.so.6", "/no/such/lib.so"]}}));
+    let (status, text) = run(gw.dir.command());
+    assert!(!status.success());
+    for part in ["lua.preload[1]: /no/such/lib.so: cannot open shared object file", "take it off the list"] {
+        assert!(text.contains(part), "{text}");
+    }
 }

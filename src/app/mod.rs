@@ -21,7 +21,7 @@ use tokio::{runtime::Builder, task::LocalSet};
 use crate::{
     conf::{Config, Warning},
     error::{Error, Kind, Result},
-    lua::ngx,
+    lua::{self, ngx},
     observe::capture,
     shdict, tls,
 };
@@ -42,6 +42,7 @@ pub fn run(config: Config, _warnings: Vec<Warning>) -> Result<()> {
     if config.captured_log > 0 {
         capture::start(config.captured_log);
     }
+    lua::preload::preload(&config.preload)?;
     trust(&config)?;
     ngx::worker::set_count(config.workers);
     let runtime = Builder::new_current_thread().enable_all().build()?;

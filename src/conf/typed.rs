@@ -66,6 +66,7 @@ pub(super) fn read(
     let trusted_addresses = r.networks("apisix.trusted_addresses");
     let (keyring, encrypt_fields) = r.keyring();
     let captured_log = r.captured_log();
+    let preload = r.texts("lua.preload");
     let locations = Arc::new(locations::read(&json, &prefix, r.mistakes));
     Some(Config {
         listen,
@@ -101,6 +102,7 @@ pub(super) fn read(
             memory_mb: r.number("lua.limits.memory_mb", 0, 1 << 20),
         },
         captured_log,
+        preload,
         real_ip,
         trusted_addresses,
         locations,
