@@ -453,13 +453,12 @@ fn a_script_says_which_node_is_first_how_often_to_try_and_how_long_to_wait() {
     access_log(&gw, "/again 200 [502, 200]");
     assert_eq!(scene("/late", &[up.addr()], &silent.addr(), "b.set_timeouts(nil, nil, 0.05)"), 504);
     access_log(&gw, "/late 504 [504]");
-    // The other worker has no connections of its own before its first request: each serves one request only.
+    // Each of the two workers may have one older connection; all others serve one request only.
     let before = up.connections();
     assert_eq!(scene("/single", &[up.addr()], &up.addr(), "b.enable_keepalive(60, 1)"), 200);
-    let client = || (0..3).for_each(|_| assert_eq!(gw.get("/single").status, 200));
-    client();
+    (0..10).for_each(|_| assert_eq!(gw.get("/single").status, 200));
     let opened = up.connections() - before;
-    assert!((2..=4).contains(&opened), "at most one of the four found an older connection of its worker: {opened}");
+    assert!((9..=11).contains(&opened), "{opened} connections for 11 requests");
 }
 
 #[test]
