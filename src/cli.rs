@@ -22,6 +22,7 @@ use crate::{
     app::banner::LISTEN_FILE,
     conf::{self, Config, Warning, admin_key},
     error::{Error, Kind, Result},
+    lua,
     observe::log::{self, Level},
 };
 
@@ -273,8 +274,9 @@ fn restart(options: &Options) -> Result<()> {
 }
 
 fn test(options: &Options) -> Result<()> {
-    let (_, warnings) =
-        load(options).map_err(|e| Error::config(Kind::Invalid).context(format!("configuration test failed\n{e}")))?;
+    let failed = |e: Error| Error::config(Kind::Invalid).context(format!("configuration test failed\n{e}"));
+    let (config, warnings) = load(options).map_err(failed)?;
+    lua::preload::preload(&config.preload).map_err(failed)?;
     for Warning(text) in warnings {
         writeln!(io::stderr(), "warning: {text}")?;
     }

@@ -2,7 +2,7 @@
 
 mod support;
 
-use std::process::ExitStatus;
+use std::{fs, process::ExitStatus};
 
 use serde_json::{Value, json};
 use support::{Client, Dir, Gateway, Reply, Upstream, http::raw, run};
@@ -434,5 +434,121 @@ fn plugins_that_change_are_there_for_locations_at_once() {
         for _ in 0..8 {
             says(&gw.get("/t"), &format!("{version}\n"));
         }
+    }
+}
+
+#[test]
+fn the_status_phrase_and_whole_answers_are_the_scripts() {
+    let gw = with(json!([
+        {"location": "= /phrase", "content_by_lua": "require('ngx.resp').set_status(299, 'Quite Fine') ngx.say('x')"},
+        {"location": "= /fresh", "content_by_lua": r#"
+            ngx.header["Last-Modified"] = "Thu, 01 Jan 2026 00:00:00 GMT"
+            if ngx.var.arg_whole then require("ngx.resp").bypass_if_checks() end
+            ngx.say("body")
+        "#},
+    ]));
+    let text = raw(&gw.proxy(), b"GET /phrase HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n");
+    assert!(text.starts_with("HTTP/1.1 299 Quite Fine\r\n"), "{text}");
+    let since = [("If-Modified-Since", "Thu, 01 Jan 2026 00:00:00 GMT")];
+    assert_eq!(gw.send("GET", "/fresh", &since, b"").status, 304);
+    says(&gw.send("GET", "/fresh?whole=1", &since, b""), "body\n");
+}
+
+#[test]
+fn lines_of_the_error_log_are_captured_when_the_configuration_says_so() {
+    let gw = Gateway::with(json!({
+        "lua_options": {"lua_capture_error_log": "64k"},
+        "lua_init": {"init_by_lua": "assert(require('ngx.errlog').set_filter_level(ngx.WARN))"},
+        "lua_locations": [{"location": "= /t", "content_by_lua": r#"
+            local errlog = require("ngx.errlog")
+            errlog.get_logs()
+            ngx.log(ngx.INFO, "less") ngx.log(ngx.WARN, "enough")
+            local logs = errlog.get_logs()
+            ngx.say(#logs / 3, " ", logs[1], " ", logs[3]:match("enough, client: [%d.]+"))
+        "#}],
+    }));
+    says(&gw.get("/t"), "1 5 enough, client: 127.0.0.1\n");
+}
+
+#[test]
+fn a_script_lets_the_gateway_drain() {
+    let mut gw = with(json!([
+        {"location": "= /t", "content_by_lua": r#"
+            ngx.print(tostring(ngx.worker.exiting()), " ")
+            assert(require("ngx.process").signal_graceful_exit())
+            while not ngx.worker.exiting() do ngx.sleep(0.001) end
+            ngx.say("answered")
+        "#},
+    ]));
+    says(&gw.get("/t"), "false answered\n");
+    assert!(gw.wait().success());
+}
+
+/// Compiles C to a shared object in the gateway's directory, without any header.
+fn compile(dir: &Dir, name: &str, source: &str) {
+    dir.write(&format!("{name}.c"), source);
+    let (from, to) = (dir.join(&format!("{name}.c")), dir.join(&format!("{name}.so")));
+    let mut cc = std::process::Command::new("cc");
+    cc.args(["-shared", "-fPIC", "-o"]).arg(to).arg(from);
+    let (status, text) = run(cc);
+    assert!(status.success(), "{text}");
+}
+
+#[test]
+fn c_modules_find_the_lua_of_the_binary() {
+    let dir = Dir::new();
+    let source = |answer: &str| {
+        let prototypes = "typedef struct lua_State lua_State; void lua_pushinteger(lua_State *, long);
+            void lua_createtable(lua_State *, int, int); void lua_setfield(lua_State *, int, const char *);
+            const char *luaL_checklstring(lua_State *, int, unsigned long *);
+            void lua_pushcclosure(lua_State *, int (*)(lua_State *), int);";
+        format!(
+            "{prototypes} static int len(lua_State *L) {{
+                unsigned long n; luaL_checklstring(L, 1, &n); lua_pushinteger(L, (long)n); return 1;
+            }}
+            int luaopen_{answer}(lua_State *L) {{
+                lua_createtable(L, 0, 1); lua_pushcclosure(L, len, 0); lua_setfield(L, -2, \"len\"); return 1;
+            }}"
+        )
+    };
+    fs::create_dir(dir.join("extra")).unwrap();
+    compile(&dir, "own", &source("own"));
+    compile(&dir, "extra/more", &source("more"));
+    let own = dir.path().display().to_string();
+    dir.configure(json!({
+        "apisix": {"extra_lua_cpath": format!("{own}/extra/?.so")},
+        "lua_package_cpath": format!("{own}/?.so;;"),
+        "lua_locations": [{"location": "= /t", "content_by_lua":
+            "ngx.say(require('own').len('four'), ' ', require('more').len(''), ' ', pcall(require('own').len))"}],
+    }));
+    let gw = Gateway::in_dir(dir);
+    let text = gw.get("/t").text();
+    assert!(text.starts_with("4 0 falsebad argument #1 to '?' (string expected, got no value)"), "{text}");
+}
+
+#[test]
+fn preloaded_libraries_are_in_reach_of_ffi() {
+    let dir = Dir::new();
+    compile(&dir, "own", "int own_answer(int n) { return n + 1; }");
+    let library = dir.join("own.so").display().to_string();
+    let location = json!([{"location": "= /t", "content_by_lua": r#"
+        local ffi = require("ffi")
+        pcall(ffi.cdef, "int own_answer(int n);")
+        ngx.say(pcall(function() return ffi.C.own_answer(41) end))
+    "#}]);
+    dir.configure(json!({"lua": {"preload": [library]}, "lua_locations": location.clone()}));
+    let mut gw = Gateway::in_dir(dir);
+    says(&gw.get("/t"), "true42\n");
+    gw.quit();
+    gw.dir.configure(json!({"lua_locations": location}));
+    gw.launch();
+    let without = gw.get("/t").text();
+    assert!(without.contains("own_answer"), "not without the preload: {without}");
+    gw.quit();
+    gw.dir.configure(json!({"lua": {"preload": ["libc.so.6", "/no/such/lib.so"]}}));
+    let (status, text) = run(gw.dir.command());
+    assert!(!status.success());
+    for part in ["lua.preload[1]: /no/such/lib.so: cannot open shared object file", "take it off the list"] {
+        assert!(text.contains(part), "{text}");
     }
 }

@@ -421,6 +421,47 @@ fn a_line_break_that_a_plugin_sets_does_not_become_a_request() {
 }
 
 #[test]
+fn a_script_says_which_node_is_first_how_often_to_try_and_how_long_to_wait() {
+    let gw = gateway("$uri $status [$upstream_status]");
+    let (dead, up) = (Upstream::dead(), always(OK));
+    let silent = Upstream::serving(|_, stream| {
+        let mut stream = BufReader::new(stream);
+        while read_request(&mut stream).is_some() {}
+    });
+    let scene = |path: &str, nodes: &[String], peer: &str, more: &str| {
+        let nodes: serde_json::Map<_, _> = nodes.iter().map(|node| (node.clone(), json!(1))).collect();
+        let lua = format!(
+            "return function() local b = require('ngx.balancer') assert(b.set_current_peer('{}', {})) {more} end",
+            peer.rsplit_once(':').unwrap().0,
+            peer.rsplit_once(':').unwrap().1
+        );
+        gw.put(
+            &format!("/routes/{}", &path[1..]),
+            json!({
+                "uri": path,
+                "plugins": {"serverless-pre-function": {"phase": "before_proxy", "functions": [lua]}},
+                "upstream": {"type": "roundrobin", "nodes": nodes},
+            }),
+        );
+        gw.get(path).status
+    };
+    assert_eq!(scene("/peer", std::slice::from_ref(&dead), &up.addr(), ""), 200);
+    access_log(&gw, "/peer 200 [200]");
+    assert_eq!(scene("/once", &[up.addr(), dead.clone()], &dead, "b.set_more_tries(0)"), 502);
+    access_log(&gw, "/once 502 [502]");
+    assert_eq!(scene("/again", &[up.addr()], &dead, "b.set_more_tries(1)"), 200);
+    access_log(&gw, "/again 200 [502, 200]");
+    assert_eq!(scene("/late", &[up.addr()], &silent.addr(), "b.set_timeouts(nil, nil, 0.05)"), 504);
+    access_log(&gw, "/late 504 [504]");
+    // Each of the two workers may have one older connection; all others serve one request only.
+    let before = up.connections();
+    assert_eq!(scene("/single", &[up.addr()], &up.addr(), "b.enable_keepalive(60, 1)"), 200);
+    (0..10).for_each(|_| assert_eq!(gw.get("/single").status, 200));
+    let opened = up.connections() - before;
+    assert!((9..=11).contains(&opened), "{opened} connections for 11 requests");
+}
+
+#[test]
 fn x_forwarded_fields_that_a_plugin_sets_reach_the_node() {
     let gw = Gateway::start();
     let up = Upstream::echo();

@@ -164,6 +164,8 @@ local single = {
     ["server"] = true, ["etag"] = true, ["expires"] = true, ["www-authenticate"] = true,
 }
 
+native.resp.single = single
+
 local function text_name(name)
     return type(name) == "string" and name or tostring(name)
 end
@@ -250,13 +252,29 @@ ngx.header = setmetatable({}, {
     end,
 })
 
+-- Names that scripts ask for, and how they stand in a table of headers. A script has few; a bound for one that makes them up.
+local MAX_NAMES = 1024
+local field_names, field_count = {}, 0
+
+local function field_name(name)
+    local key = field_names[name]
+    if key then return key end
+    key = name:lower():gsub("_", "-")
+    if field_count >= MAX_NAMES then
+        field_names, field_count = {}, 0
+    end
+    field_names[name], field_count = key, field_count + 1
+    return key
+end
+
 -- A table of headers answers for any case, and underscores for dashes.
 local headers_mt = {
     __index = function(self, name)
         if type(name) ~= "string" then return nil end
-        local key = name:lower():gsub("_", "-")
+        local key = field_name(name)
         if key == name then return nil end
-        return rawget(self, key)
+        local value = rawget(self, key)
+        return value
     end,
 }
 
@@ -486,8 +504,6 @@ function worker.id()
     if native.purpose == "check" then return nil end
     return native.worker
 end
-
-function worker.exiting() return false end
 
 local escape_uri = ngx.escape_uri
 

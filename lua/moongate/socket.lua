@@ -50,11 +50,8 @@ function methods.receiveuntil(...)
     end
 end
 
---- sock:setclientcert(cert, key): none to send is what is there without a call.
-function methods.setclientcert(_, cert, key)
-    if cert == nil and key == nil then return true end
-    return nil, "not supported"
-end
+--- sock:setclientcert(cert, key): what ngx.ssl has parsed, for the handshakes from now on; nil, nil: none.
+methods.setclientcert = tcp.setclientcert
 
 local request_mt = { __index = {
     receive = tcp.receive, receiveany = tcp.receiveany, receiveuntil = methods.receiveuntil,

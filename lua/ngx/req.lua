@@ -1,21 +1,25 @@
---- `require("ngx.req")`: add_header.
+--- `require("ngx.req")` (lua-resty-core): add_header, get_uri_ext.
+
+local add = require("moongate.native").req.add_header
+
+local ngx = ngx
+local error, next, type = error, next, type
 
 local _M = { version = "0.1.28" }
 
---- Adds a request header beside those of the same name.
+--- Adds a request header beside those of the same name. @param name string @param value string, number or list
 function _M.add_header(name, value)
-    local all = ngx.req.get_headers(0)[name]
-    if all == nil then
-        ngx.req.set_header(name, value)
-        return
+    if value == nil or type(value) == "table" and next(value) == nil then error("invalid header value", 2) end
+    add(name, value)
+end
+
+--- What stands behind the last dot of the path's last part. @param max number?: 255 by default @return string: "" without one
+function _M.get_uri_ext(max)
+    if max ~= nil and (type(max) ~= "number" or max < 0) then
+        error("bad argument #1 to 'get_uri_ext' (number expected, got " .. type(max) .. ")", 2)
     end
-    if type(all) ~= "table" then all = { all } end
-    if type(value) == "table" then
-        for _, v in ipairs(value) do all[#all + 1] = tostring(v) end
-    else
-        all[#all + 1] = tostring(value)
-    end
-    ngx.req.set_header(name, all)
+    local ext = ngx.var.uri:match("%.([^%./]*)$") or ""
+    return ext:sub(1, max or 255)
 end
 
 return _M

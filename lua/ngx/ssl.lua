@@ -59,11 +59,9 @@ function _M.priv_key_pem_to_der(pem)
     return der_of(pem, "PRIVATE KEY")
 end
 
---- An opaque object of a certificate. @return object; nil, err
+--- An opaque object of a certificate and those that stand behind it in the text: for sock:setclientcert. @return object; nil, err
 function _M.parse_der_cert(der)
-    local parsed, err = native.x509.parse(der)
-    if not parsed then return nil, err end
-    return parsed
+    return native.ssl.chain(der)
 end
 _M.parse_pem_cert = _M.parse_der_cert
 
@@ -73,7 +71,7 @@ function _M.parse_der_priv_key(der)
     if not key then return nil, err end
     local _, _, private = native.pkey.info(key)
     if not private then return nil, "not a private key" end
-    return key
+    return native.ssl.key(der)
 end
 _M.parse_pem_priv_key = _M.parse_der_priv_key
 

@@ -165,6 +165,9 @@ impl Workers {
     }
 
     fn tell(&self, order: Order) {
+        if order != Order::Serve {
+            crate::lua::ngx::worker::set_exiting();
+        }
         self.orders.send_replace(order);
     }
 

@@ -22,7 +22,8 @@ use tokio::{runtime::Builder, task::LocalSet};
 use crate::{
     conf::{Config, Warning},
     error::{Error, Kind, Result},
-    lua::ngx,
+    lua::{self, ngx},
+    observe::capture,
     shdict, tls,
 };
 
@@ -39,6 +40,10 @@ pub fn run(config: Config, _warnings: Vec<Warning>) -> Result<()> {
     for (name, size) in &config.shared_dicts {
         shdict::store().declare(name, *size);
     }
+    if config.captured_log > 0 {
+        capture::start(config.captured_log);
+    }
+    lua::preload::preload(&config.preload)?;
     trust(&config)?;
     ngx::worker::set_count(config.workers);
     let runtime = Builder::new_current_thread().enable_all().build()?;

@@ -32,7 +32,6 @@ const OPTIONAL: &[&str] = &[
     "deployment.role_data_plane.*",
     "discovery.*",
     "ext-plugin.*",
-    "lua.preload",
     "lua_init.*",
     "lua_listen",
     "lua_locations",

@@ -71,6 +71,10 @@ pub struct Config {
     pub shared_dicts: Vec<(String, usize)>,
     pub resolver: Resolver,
     pub lua: LuaLimits,
+    /// `lua_options.lua_capture_error_log`: bytes for lines that scripts may read; 0: none.
+    pub captured_log: usize,
+    /// `lua.preload`: libraries whose symbols `ffi.C` sees.
+    pub preload: Vec<String>,
     pub real_ip: RealIp,
     /// `X-Forwarded-*` of these peers is taken as it comes.
     pub trusted_addresses: Vec<IpNet>,

@@ -50,6 +50,15 @@ fn every_mistake_is_reported_at_once_with_its_path() {
 }
 
 #[test]
+fn captured_lines_have_a_size_that_holds_one() {
+    assert_eq!(ok("").0.captured_log, 0);
+    assert_eq!(ok("lua_options: {lua_capture_error_log: 100k}").0.captured_log, 100 << 10);
+    assert!(mistakes("lua_options: {lua_capture_error_log: 4095}")[0].contains("do not hold a long line"));
+    assert!(mistakes("lua_options: {lua_capture_error_log: much}")[0].contains("is not a size"));
+    assert!(mistakes("lua: {preload: [1]}")[0].starts_with("lua.preload[0]: 1 is not a text"));
+}
+
+#[test]
 fn a_key_without_meaning_stops_the_start_unless_it_is_named() {
     let snippet = "nginx_config: {http_server_configuration_snippet: 'a b;'}";
     let found = mistakes(snippet);

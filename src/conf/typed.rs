@@ -22,6 +22,9 @@ const MAX_WORKERS: usize = 512;
 /// Sizes past this are typos: no dictionary or body bound needs a tebibyte.
 const MAX_SIZE: u64 = 1 << 40;
 
+/// `lua_capture_error_log` must be larger than a line of nginx's.
+const MIN_CAPTURED_LOG: u64 = 4096;
+
 pub(super) fn read(
     prefix: &Path,
     json: Value,
@@ -62,6 +65,8 @@ pub(super) fn read(
     let real_ip = r.real_ip();
     let trusted_addresses = r.networks("apisix.trusted_addresses");
     let (keyring, encrypt_fields) = r.keyring();
+    let captured_log = r.captured_log();
+    let preload = r.texts("lua.preload");
     let locations = Arc::new(locations::read(&json, &prefix, r.mistakes));
     Some(Config {
         listen,
@@ -96,6 +101,8 @@ pub(super) fn read(
             cpu_ms: r.number("lua.limits.cpu_ms", 0, 86_400_000),
             memory_mb: r.number("lua.limits.memory_mb", 0, 1 << 20),
         },
+        captured_log,
+        preload,
         real_ip,
         trusted_addresses,
         locations,
@@ -565,6 +572,19 @@ impl<'a> Reader<'a> {
             timeout: self.duration("apisix.resolver_timeout"),
             ipv6: self.flag("apisix.enable_ipv6"),
         }
+    }
+
+    fn captured_log(&mut self) -> usize {
+        let path = "lua_options.lua_capture_error_log";
+        let before = self.mistakes.len();
+        let size = self.size(path);
+        if self.get(path).is_some() && self.mistakes.len() == before && size < MIN_CAPTURED_LOG {
+            self.wrong(
+                path,
+                format!("{size} bytes do not hold a long line; write at least {MIN_CAPTURED_LOG}, or 100k"),
+            );
+        }
+        size as usize
     }
 
     fn real_ip(&mut self) -> RealIp {

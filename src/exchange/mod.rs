@@ -224,6 +224,8 @@ pub struct Response {
     pub head_sent: bool,
     /// Something was printed where nothing could be sent: the head is settled as it is, and goes out when it can.
     pub settled: bool,
+    /// It goes out whole even to a client that has it (`ngx.resp.bypass_if_checks`).
+    pub bypasses_if: bool,
     /// The body's last byte was handed to the client.
     pub ended: bool,
 }
@@ -268,6 +270,12 @@ pub struct UpstreamState {
     pub method: Vec<u8>,
     /// Node picked by Lua (`balancer.set_current_peer`): wins over the balancer, for one try.
     pub peer: Option<(Box<str>, u16)>,
+    /// Tries beside the first, in place of the upstream's `retries` (`balancer.set_more_tries`).
+    pub more_tries: Option<u32>,
+    /// connect, send and read, where a script has set them (`balancer.set_timeouts`).
+    pub timeouts: [Option<Duration>; 3],
+    /// How long the connection may be idle and how many requests it may serve (`balancer.enable_keepalive`).
+    pub keepalive: Option<(Duration, u64)>,
     pub tries: SmallVec<[Try; 1]>,
     /// Response bytes may be withheld in the gateway (`proxy_buffering`); off: each read is sent at once.
     pub buffering: bool,
@@ -413,6 +421,7 @@ impl Response {
         self.source = Source::Gateway;
         self.head_sent = false;
         self.settled = false;
+        self.bypasses_if = false;
         self.ended = false;
     }
 }
@@ -425,6 +434,9 @@ impl UpstreamState {
             buffer.clear();
         }
         self.peer = None;
+        self.more_tries = None;
+        self.timeouts = [None; 3];
+        self.keepalive = None;
         self.tries.clear();
         self.buffering = true;
         self.headers.clear();

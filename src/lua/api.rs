@@ -453,6 +453,24 @@ impl Stack {
         1
     }
 
+    /// The key on top becomes `table[key]`.
+    pub fn get_raw(&self, table: c_int) {
+        // SAFETY: as get.
+        unsafe { ffi::lua_rawget_(self.l, table) };
+    }
+
+    /// `table[key] = value`, which lie on top in that order and go.
+    pub fn set_raw(&self, table: c_int) {
+        // SAFETY: as get.
+        unsafe { ffi::lua_rawset(self.l, table) };
+    }
+
+    /// The two values on top change places.
+    pub fn swap(&self) {
+        // SAFETY: callers have pushed two values.
+        unsafe { ffi::lua_insert(self.l, -2) };
+    }
+
     /// `table[key] = ` the value on top, which it pops.
     pub fn set(&self, table: c_int, key: impl AsRef<[u8]>) {
         let table = self.absolute(table);

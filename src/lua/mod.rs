@@ -11,6 +11,7 @@ pub mod fast;
 pub mod host;
 pub mod limits;
 pub mod ngx;
+pub mod preload;
 pub mod sched;
 pub mod vm;
 

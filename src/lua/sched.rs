@@ -288,6 +288,10 @@ impl Timers {
         self.bell.notify_waiters();
     }
 
+    pub(super) fn is_closing(&self) -> bool {
+        self.closing.get()
+    }
+
     /// How many callbacks run now and how many wait for their time.
     pub fn counts(&self) -> (usize, usize) {
         (self.running.get(), self.pending.get())

@@ -26,7 +26,7 @@ use std::{
 
 use tracing::{Event, Metadata, Subscriber, field, span};
 
-use super::append;
+use super::{append, capture};
 
 /// Bytes that may wait for one file: some seconds of heavy logging.
 const MAX_WAITING: usize = 4 << 20;
@@ -144,6 +144,7 @@ pub fn line(level: Level, message: &[u8], request: Option<&RequestContext>) {
         return;
     }
     let text = format_line(level, message, request);
+    capture::keep(level, &text);
     match ERROR_LOG.get() {
         Some(log) => {
             log.write(&text, level <= Level::Error);

@@ -95,7 +95,7 @@ impl Way<'_> {
         relayed?;
         // A body that the node did not wait for leaves the connection in the middle of a request.
         if self.upload.is_done() {
-            self.p.pool.put(key, conn, &keepalive(self.p, self.conf), ended);
+            self.p.pool.put(key, conn, &keepalive(self.p, x, self.conf), ended);
         }
         Ok(())
     }
@@ -108,7 +108,8 @@ impl Way<'_> {
         let picked = (self.conf.nodes.len() != 1).then(|| self.p.pickers.of(self.conf, started));
         let hash_key = hash_key(x, self.conf);
         let mut tried = Tried::default();
-        let retries = self.conf.retries.map_or(self.conf.nodes.len().saturating_sub(1), |n| n as usize);
+        let retries = x.upstream.more_tries.or(self.conf.retries);
+        let retries = retries.map_or(self.conf.nodes.len().saturating_sub(1), |n| n as usize);
         // One look at the clock serves all that happens at the start of a try.
         let mut begun = started;
         loop {
@@ -432,8 +433,18 @@ fn fail(x: &mut Exchange, begun: Instant, e: Error) -> Error {
     e
 }
 
-/// The route's `timeout`, else the upstream's, else nginx's.
+/// What a script has set, else the route's `timeout`, else the upstream's, else nginx's.
 fn timeouts(p: &Proxy, x: &Exchange, conf: &Upstream) -> Timeouts {
+    let configured = configured_timeouts(p, x, conf);
+    let [connect, send, read] = x.upstream.timeouts;
+    Timeouts {
+        connect: connect.unwrap_or(configured.connect),
+        send: send.unwrap_or(configured.send),
+        read: read.unwrap_or(configured.read),
+    }
+}
+
+fn configured_timeouts(p: &Proxy, x: &Exchange, conf: &Upstream) -> Timeouts {
     if let Some(location) = &x.location {
         let of = |directive: &str, default| location.options.duration(directive).unwrap_or(default);
         let default = p.settings.timeout;
@@ -448,8 +459,9 @@ fn timeouts(p: &Proxy, x: &Exchange, conf: &Upstream) -> Timeouts {
     *route.or(conf.timeout.as_deref()).unwrap_or(&p.settings.timeout)
 }
 
-fn keepalive(p: &Proxy, conf: &Upstream) -> Keepalive {
-    *conf.keepalive.as_deref().unwrap_or(&p.settings.keepalive)
+fn keepalive(p: &Proxy, x: &Exchange, conf: &Upstream) -> Keepalive {
+    let set = *conf.keepalive.as_deref().unwrap_or(&p.settings.keepalive);
+    x.upstream.keepalive.map_or(set, |(idle_timeout, requests)| Keepalive { idle_timeout, requests, ..set })
 }
 
 /// The name for SNI and verification: the Host that is sent, without its port.

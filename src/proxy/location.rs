@@ -182,7 +182,10 @@ async fn settle_head(p: &Proxy, x: &mut Exchange) -> Result<bool> {
 /// The client has what would be sent (RFC 9110, 13.1.3), as exactly as nginx asks.
 fn is_known_already(x: &Exchange) -> bool {
     let since = x.request.headers.get("if-modified-since");
-    x.response.status == 200 && since.is_some() && since == x.response.headers.get("last-modified")
+    !x.response.bypasses_if
+        && x.response.status == 200
+        && since.is_some()
+        && since == x.response.headers.get("last-modified")
 }
 
 /// `add_header name value [always]`

@@ -66,10 +66,12 @@ fn ngx_ssl_reads_certificates_and_keys() {
         &[
             ("#ssl.cert_pem_to_der(certificate .. certificate) == 2 * #ssl.cert_pem_to_der(certificate)", "true"),
             (
-                "ssl.parse_der_cert(ssl.cert_pem_to_der(certificate)).version, ssl.parse_pem_priv_key(key) ~= nil",
-                "3 true",
+                "type(ssl.parse_der_cert(ssl.cert_pem_to_der(certificate))), type(ssl.parse_pem_cert(certificate .. certificate)),
+                    type(ssl.parse_pem_priv_key(key)), type(ssl.parse_der_priv_key(ssl.priv_key_pem_to_der(key)))",
+                "userdata userdata userdata userdata",
             ),
             ("ssl.priv_key_pem_to_der(certificate)", "nil no private key in the text"),
+            ("ssl.parse_der_cert(ssl.cert_pem_to_der(certificate) .. 'x')", "nil failed to load the certificate"),
             ("ssl.parse_pem_cert('no')", "nil failed to load the certificate"),
             ("ssl.parse_pem_priv_key(certificate)", "nil not a private key"),
             ("ssl.set_cert()", "nil not supported"),

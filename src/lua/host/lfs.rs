@@ -50,7 +50,7 @@ fn answer(s: &Stack, done: io::Result<()>) -> Answer {
 }
 
 /// The system's words without Rust's `(os error 2)`.
-pub(super) fn words(e: &io::Error) -> String {
+pub(in crate::lua) fn words(e: &io::Error) -> String {
     e.to_string().split(" (os error").next().unwrap_or_default().to_owned()
 }
 

@@ -138,23 +138,27 @@ pub fn push_args(s: &Stack, text: &[u8], max: usize) -> Answer {
 
 /// `table[name]` takes the value on top; a second one makes it an array.
 pub fn add(s: &Stack, table: c_int, name: &[u8]) {
-    s.get(table, name);
+    s.push_bytes(name);
+    s.push_copy(-1);
+    s.get_raw(table);
+    // The value, its name, and what is known under that.
     if s.is_nil(-1) {
         s.pop(1);
-        s.set(table, name);
+        s.swap();
+        s.set_raw(table);
     } else if s.is_table(-1) {
         let len = s.len(-1);
-        s.push_copy(-2);
+        s.push_copy(-3);
         s.set_index(-2, len + 1);
-        s.pop(2);
+        s.pop(3);
     } else {
         s.push_table(2, 0);
         s.push_copy(-2);
         s.set_index(-2, 1);
-        s.push_copy(-3);
+        s.push_copy(-4);
         s.set_index(-2, 2);
         s.set(table, name);
-        s.pop(2);
+        s.pop(3);
     }
 }
 

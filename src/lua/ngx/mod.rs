@@ -10,6 +10,7 @@ pub mod header;
 pub mod location;
 pub mod log;
 pub mod object;
+pub mod pipe;
 pub mod req;
 pub mod resp;
 pub mod semaphore;
@@ -18,6 +19,7 @@ pub mod socket;
 pub mod socket_pool;
 pub mod socket_tcp;
 pub mod socket_udp;
+pub mod ssl;
 #[cfg(test)]
 mod tests;
 pub mod time;
@@ -67,12 +69,14 @@ pub fn register(api: &mut Api) -> Result<()> {
     header::register(api)?;
     location::register(api)?;
     log::register(api)?;
+    pipe::register(api)?;
     req::register(api)?;
     resp::register(api)?;
     semaphore::register(api)?;
     shdict::register(api)?;
     socket_tcp::register(api)?;
     socket_udp::register(api)?;
+    ssl::register(api)?;
     time::register(api)?;
     var::register(api)?;
     worker::register(api)

@@ -57,6 +57,14 @@ pub fn register(api: &mut Api) -> Result<()> {
             Ok(arg.map_or_else(|| s.push_nil(), |arg| s.push_bytes(arg)))
         },
     )?;
+    let doc = "set_status(status, reason): true; false and a line in error.log once the head is sent";
+    api.func("native.resp.set_status", request, doc, set_status)?;
+    let doc = "bypass_if_checks(): If-Modified-Since and its like do not turn the answer into a 304";
+    api.func("native.resp.bypass_if_checks", request, doc, |s| {
+        self::request()?.response.bypasses_if = true;
+        s.set_top(0);
+        Ok(0)
+    })?;
     api.fast("status", "int (void)", any, "the response's status, 0 before there is one", status as *const c_void)?;
     api.fast("status_set", "int (int)", any, "0: no request, -1: the head is sent", status_set as *const c_void)?;
     api.fast("headers_sent", "int (void)", any, "1 when the head is on its way", headers_sent as *const c_void)?;
@@ -105,6 +113,29 @@ crate::export! {
         x.chunk.eof = eof != 0;
         0
     }
+}
+
+/// A longer one is no phrase.
+const MAX_REASON: usize = 1024;
+
+fn set_status(s: &Stack) -> Answer {
+    let (status, reason) = (s.arg_number(1)?, s.arg_bytes(2)?);
+    if !(0.0..=999.0).contains(&status) {
+        return Err(s.argument_error(1, "bad status"));
+    }
+    // It is sent as it is: what ends a line would begin a header.
+    if reason.len() > MAX_REASON || reason.iter().any(|b| (*b < b' ' && *b != b'\t') || *b == 0x7f) {
+        return Err(s.argument_error(2, "bad reason"));
+    }
+    let x = self::request()?;
+    if x.response.head_sent || x.response.settled {
+        x.log(Level::Error, b"attempt to set ngx.status after sending out response headers");
+        return Ok(s.push_bool(false));
+    }
+    x.response.status = status as u16;
+    x.response.reason.clear();
+    x.response.reason.extend_from_slice(reason);
+    Ok(s.push_bool(true))
 }
 
 /// The gateway answers; without a status it is 200, as when nginx sends the head.

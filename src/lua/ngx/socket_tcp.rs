@@ -32,6 +32,7 @@ use super::{
     object,
     socket::{self, Owner, Shut, TIMEOUT, error_text},
     socket_pool::{Lease, POOL_SIZE, Pool},
+    ssl,
 };
 use crate::{
     conf::locations::Location,
@@ -118,6 +119,8 @@ struct Socket {
     read_timeout: Cell<Option<Duration>>,
     /// `bind`
     local: Cell<Option<SocketAddr>>,
+    /// `setclientcert`
+    client: RefCell<Option<ssl::Pair>>,
 }
 
 impl Shut for Socket {
@@ -243,6 +246,9 @@ pub fn register(api: &mut Api) -> Result<()> {
     )?;
     let doc = "of_client() -> object: the client's connection itself, from now on the script's.";
     api.wait("native.tcp.of_client", Phases::BEFORE_HEAD, doc, of_client)?;
+    let doc =
+        "setclientcert(self, certificate?, key?) -> true | nil, err: objects of native.ssl for the next handshake.";
+    api.func("native.tcp.setclientcert", any, doc, set_client_cert)?;
     api.wait("native.tcp.sslhandshake", any, "sslhandshake(self, session?, name?, verify?) -> true.", handshake)?;
     api.wait("native.tcp.send", any, "send(self, data) -> bytes.", send)?;
     api.wait("native.tcp.receive", any, "receive(self, size | \"*a\" | \"*l\") -> data.", receive)?;
@@ -272,6 +278,7 @@ fn new_socket() -> Result<Rc<Socket>, Raise> {
         send_timeout: Cell::new(None),
         read_timeout: Cell::new(None),
         local: Cell::new(None),
+        client: RefCell::default(),
     });
     let weak: std::rc::Weak<Socket> = Rc::downgrade(&socket);
     owner.adopt(weak);
@@ -584,6 +591,17 @@ async fn dial_one(address: SocketAddr, local: Option<SocketAddr>) -> io::Result<
     socket.connect(address).await
 }
 
+fn set_client_cert(s: &Stack) -> Answer {
+    let socket = this(s)?;
+    match ssl::client_pair(s) {
+        Ok(pair) => {
+            *socket.client.borrow_mut() = pair;
+            Ok(s.push_bool(true))
+        }
+        Err(text) => s.fail(text),
+    }
+}
+
 /// `sslhandshake(session, name, verify)`. Sessions are resumed by the TLS configuration itself.
 fn handshake(s: &Stack) -> Result<Wait, Raise> {
     let socket = this(s)?;
@@ -609,7 +627,9 @@ async fn agree(busy: Busy, io: Box<dyn Io>, peer: IpAddr, name: Option<String>, 
         None => Ok(ServerName::IpAddress(peer.into())),
         Some(name) => ServerName::try_from(name).map_err(|_| "invalid server name"),
     };
-    let (name, config) = match (name, tls::client_config(verify, None, &[])) {
+    let client = busy.socket.client.borrow().clone();
+    let pair = client.as_ref().map(|(chain, key)| (&*chain.0, &*key.0));
+    let (name, config) = match (name, tls::client_config(verify, pair, &[])) {
         (Ok(name), Ok(config)) => (name, config),
         (Err(text), _) => return failed(text),
         (_, Err(e)) => return failed(e.to_string()),

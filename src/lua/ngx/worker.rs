@@ -1,10 +1,14 @@
-//! `ngx.worker`: the process and its workers.
+//! `ngx.worker`, `ngx.process`: the process and its workers.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use crate::{
     error::Result,
-    lua::api::{Api, Phases},
+    lua::{
+        api::{Api, Phases, Stack},
+        host::Answer,
+        vm::{self, Purpose},
+    },
 };
 
 static COUNT: AtomicUsize = AtomicUsize::new(1);
@@ -12,6 +16,13 @@ static COUNT: AtomicUsize = AtomicUsize::new(1);
 /// How many workers serve: `ngx.worker.count()`.
 pub fn set_count(count: usize) {
     COUNT.store(count.max(1), Ordering::Relaxed);
+}
+
+static EXITING: AtomicBool = AtomicBool::new(false);
+
+/// The gateway has begun to end: `ngx.worker.exiting()`.
+pub fn set_exiting() {
+    EXITING.store(true, Ordering::Relaxed);
 }
 
 pub fn register(api: &mut Api) -> Result<()> {
@@ -27,5 +38,23 @@ pub fn register(api: &mut Api) -> Result<()> {
     })?;
     api.func("ngx.worker.count", any, "count(): workers that serve", |s| {
         Ok(s.push_number(COUNT.load(Ordering::Relaxed) as f64))
-    })
+    })?;
+    api.func("ngx.worker.exiting", any, "exiting(): whether the gateway drains, or this VM is being replaced", |s| {
+        let closes = vm::current().is_some_and(|vm| vm.timers.is_closing());
+        Ok(s.push_bool(closes || EXITING.load(Ordering::Relaxed)))
+    })?;
+    let doc = "graceful_exit(): true | nil, err; the whole gateway drains, as after SIGQUIT. Not in functions";
+    api.func("native.process.graceful_exit", any, doc, graceful_exit)
+}
+
+/// A worker is a thread that is not started again, so that the process drains where nginx ends one of its workers.
+fn graceful_exit(s: &Stack) -> Answer {
+    if vm::current().is_some_and(|vm| vm.config.purpose != Purpose::Plugins) {
+        return s.fail("not open to functions");
+    }
+    // SAFETY: plain numbers go in; the process hears the signal (app::control).
+    match unsafe { libc::kill(libc::getpid(), libc::SIGQUIT) } {
+        0 => Ok(s.push_bool(true)),
+        _ => s.fail(std::io::Error::last_os_error().to_string()),
+    }
 }

@@ -2,6 +2,8 @@
 
 mod http;
 mod libraries;
+mod pipe;
+mod process;
 mod socket;
 mod udp;
 
@@ -16,17 +18,17 @@ use crate::lua::{
 };
 
 /// Runs `test` as a worker runs: one thread, local tasks.
-fn on_a_worker<T>(test: impl Future<Output = T>) -> T {
+pub(super) fn on_a_worker<T>(test: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     tokio::task::LocalSet::new().block_on(&runtime, test)
 }
 
-fn vm() -> Rc<Vm> {
+pub(super) fn vm() -> Rc<Vm> {
     Vm::new(VmConfig::default()).expect("a VM")
 }
 
 /// Runs a chunk as a request of its own; what it returns as text, or its error's first line.
-async fn run(vm: &Rc<Vm>, source: &str) -> String {
+pub(super) async fn run(vm: &Rc<Vm>, source: &str) -> String {
     let f: mlua::Function = vm.lua.load(source).set_name("@t.lua").into_function().expect("compiles");
     let f = vm.keep(f).expect("kept");
     let mut x = background(vm);

@@ -549,3 +549,73 @@ fn what_is_received_at_once_is_bounded() {
         "nil too much data |nil closed",
     );
 }
+
+/// A server that asks for a certificate of `client`, and says how many it was given.
+async fn asks_for(client: rustls_pki_types::CertificateDer<'static>) -> u16 {
+    let pair = rcgen::generate_simple_self_signed(["localhost".to_owned()]).expect("a certificate");
+    let key = rustls_pki_types::PrivateKeyDer::try_from(pair.signing_key.serialize_der()).expect("a key");
+    let provider = std::sync::Arc::new(rustls::crypto::ring::default_provider());
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(client).expect("a root");
+    let verifier = rustls::server::WebPkiClientVerifier::builder_with_provider(roots.into(), provider.clone());
+    let config = rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .expect("versions")
+        .with_client_cert_verifier(verifier.build().expect("a verifier"))
+        .with_single_cert(vec![pair.cert.der().clone()], key)
+        .expect("a configuration");
+    let acceptor = tokio_rustls::TlsAcceptor::from(std::sync::Arc::new(config));
+    server(move |s| {
+        let acceptor = acceptor.clone();
+        async move {
+            let Ok(mut s) = acceptor.accept(s).await else { return };
+            let given = s.get_ref().1.peer_certificates().map_or(0, <[_]>::len);
+            s.write_all(format!("{given} given\n").as_bytes()).await.unwrap_or_default();
+            s.read_u8().await.unwrap_or_default();
+        }
+    })
+    .await
+}
+
+#[test]
+fn a_client_certificate_is_sent_when_it_is_set() {
+    let make = || rcgen::generate_simple_self_signed(["client".to_owned()]).expect("a certificate");
+    let (client, other) = (make(), make());
+    let parsed = format!(
+        "local ssl = require('ngx.ssl')
+         local cert = assert(ssl.parse_pem_cert([[{}{}]]))
+         local key = assert(ssl.parse_pem_priv_key([[{}]]))
+         local der_key = assert(ssl.parse_der_priv_key(ssl.priv_key_pem_to_der([[{}]])))
+         local function again() sock:close() assert(sock:connect('127.0.0.1', PORT)) end
+         local function answer() return show(sock:sslhandshake(false, 'localhost', false)) .. ' ' .. show(sock:receive()) end ",
+        client.cert.pem(),
+        other.cert.pem(),
+        client.signing_key.serialize_pem(),
+        other.signing_key.serialize_pem(),
+    );
+    let runs = |source: &str| {
+        let port = asks_for(client.cert.der().clone());
+        on_a_worker(async { run(&vm(), &connected(port.await, &(parsed.clone() + source))).await })
+    };
+    assert_eq!(runs("return show(sock:setclientcert(cert, key)) .. ' ' .. answer()"), "true true 2 given");
+    // Set once, it stays for the next connection, until it is taken back.
+    let kept = runs(
+        "assert(sock:setclientcert(cert, key)) local first = answer() again() local second = answer()
+         again() assert(sock:setclientcert(nil, nil)) return first .. '|' .. second .. '|' .. tostring(answer():find('given'))",
+    );
+    assert_eq!(kept, "true 2 given|true 2 given|nil");
+    assert!(!runs("return answer()").contains("given"), "the server wants one");
+    let wrong =
+        runs("assert(sock:setclientcert(cert, der_key)) return show(sock:sslhandshake(false, 'localhost', false))");
+    assert!(wrong.starts_with("nil "), "the key is another's: {wrong}");
+    let both = "nil client certificate must be supplied with corresponding private key";
+    for (arguments, expected) in [
+        ("cert", both),
+        ("nil, key", both),
+        ("'cert', key", "nil bad cert arg: cdata expected, got string"),
+        ("cert, 'key'", "nil bad pkey arg: cdata expected, got string"),
+        ("key, cert", "nil bad cert arg: cdata expected, got userdata"),
+    ] {
+        assert_eq!(runs(&format!("return show(sock:setclientcert({arguments}))")), expected, "{arguments}");
+    }
+}
