@@ -399,6 +399,22 @@ fn without_a_code_cache_a_changed_file_counts_at_once() {
 }
 
 #[test]
+fn who_holds_a_worker_is_named() {
+    let gw = with(json!([
+        {"location": "= /command", "content_by_lua": "ngx.say((os.execute('sleep 0.03')))", "lines": {"content_by_lua": 7}},
+        {"location": "= /pipe", "content_by_lua": r#"
+            local pipe = io.popen("sleep 0.03; echo out")
+            ngx.print(pipe:read("*a"), tostring(pipe:close()))
+        "#},
+    ]));
+    says(&gw.get("/command"), "true\n");
+    says(&gw.get("/pipe"), "out\ntrue");
+    gw.expect_log("os.execute held the worker for ");
+    gw.expect_log("called at content_by_lua(nginx.conf:7):1");
+    gw.expect_log("file:read held the worker for ");
+}
+
+#[test]
 fn mistakes_stop_the_start() {
     let told = |settings: Value| -> (ExitStatus, String) {
         let dir = Dir::new();

@@ -182,6 +182,7 @@ table.insert(package.loaders, 6, packed_searcher)
 
 if native.packed("moongate.ngx") then
     require("moongate.ngx")
+    if native.purpose == "plugins" then require("moongate.blocking") end
 end
 
 -- A request that makes a new global variable shares it with all others by accident, most of the time.
