@@ -352,6 +352,66 @@ fn a_location_may_pass_on_rewrite_and_refuse() {
 }
 
 #[test]
+fn what_a_client_says_does_not_end_a_header() {
+    let upstream = Upstream::echo();
+    let gw = Gateway::with(json!({
+        "lua_upstreams": {"backend": [upstream.addr()]},
+        "lua_locations": [
+            {"location": "/pass/", "proxy_pass": "http://backend",
+             "options": {"proxy_set_header": [["X-Uri", "$uri"]]}},
+            {"location": "= /t",
+             "content_by_lua": "if not pcall(ngx.location.capture, ngx.var.arg_to) then ngx.exec(ngx.var.arg_to) end"},
+        ],
+    }));
+    assert_eq!(gw.get("/pass/a%0d%0aX-Injected:%201").status, 500);
+    assert_eq!(upstream.seen().len(), 0);
+    assert_eq!(gw.get("/pass/a%20b").status, 200);
+    assert_eq!(upstream.seen()[0].header("x-uri"), Some("/pass/a b"));
+    for unsafe_uri in ["/pass/%2e%2e/%2e%2e/x", "/pass/../x"] {
+        assert_eq!(gw.get(&format!("/t?to={unsafe_uri}")).status, 500, "{unsafe_uri}");
+    }
+    gw.expect_log("unsafe uri");
+    assert_eq!(upstream.seen().len(), 1, "nothing unsafe was passed on");
+}
+
+#[test]
+fn a_filter_ends_what_another_server_answers() {
+    let upstream = Upstream::echo();
+    let gw = Gateway::with(json!({
+        "lua_upstreams": {"backend": [upstream.addr()]},
+        "lua_locations": [
+            {"location": "/pass/", "proxy_pass": "http://backend", "header_filter_by_lua": "ngx.exit(403)"},
+            {"location": "= /t", "content_by_lua": "ngx.exec('/missing')",
+             "header_filter_by_lua": "ngx.header['X-Filter'] = 'of t'"},
+        ],
+    }));
+    assert_eq!(gw.get("/pass/x").status, 403);
+    let missing = gw.get("/t");
+    assert_eq!((missing.status, missing.header("x-filter")), (404, None));
+    assert_eq!(gw.get("/pass/x").status, 403, "and the gateway goes on");
+}
+
+#[test]
+fn light_threads_without_end_leave_the_worker_to_others() {
+    let gw = Gateway::with(json!({
+        "nginx_config": {"worker_processes": 1},
+        "lua_shared_dict": {"gate": "1m"},
+        "lua_locations": [
+            {"location": "= /t", "content_by_lua": r#"
+                repeat ngx.thread.wait(ngx.thread.spawn(function() end)) until ngx.shared.gate:get("open")
+                ngx.say("done")
+            "#},
+            {"location": "= /open", "content_by_lua": "ngx.shared.gate:set('open', true) ngx.say('ok')"},
+        ],
+    }));
+    let mut client = Client::connect(&gw.proxy());
+    client.send("GET", "/t", &[], b"");
+    says(&gw.get("/open"), "ok\n");
+    assert_eq!(client.head().status, 200);
+    assert_eq!(client.chunk().as_deref(), Some(&b"done\n"[..]));
+}
+
+#[test]
 fn files_answer_where_nothing_else_does() {
     let dir = Dir::new();
     std::fs::create_dir_all(dir.join("html/sub")).expect("a directory");

@@ -69,7 +69,9 @@ pub struct Location {
 #[derive(Clone, Debug)]
 pub struct Rewrite {
     pub regex: Regex,
-    pub replacement: Template,
+    /// The replacement up to its `?`, and what follows that: a `?` in a capture is none.
+    pub path: Template,
+    pub args: Option<Template>,
     pub flag: Flag,
 }
 
@@ -234,6 +236,10 @@ impl Template {
         Template(pieces)
     }
 
+    pub fn has_variables(&self) -> bool {
+        self.0.iter().any(|piece| matches!(piece, Piece::Var(_)))
+    }
+
     fn needs(&self, name: &str) -> bool {
         self.0.iter().any(|piece| matches!(piece, Piece::Var(var) if **var == *name))
     }
@@ -365,7 +371,11 @@ impl Reader<'_> {
                 _ => Flag::None,
             };
             match RegexBuilder::new().jit_if_available(true).build(regex) {
-                Ok(regex) => rewrites.push(Rewrite { regex, replacement: Template::parse(replacement), flag }),
+                Ok(regex) => {
+                    let (path, args) = replacement.split_once('?').map_or((replacement, None), |(p, a)| (p, Some(a)));
+                    let (path, args) = (Template::parse(path), args.map(Template::parse));
+                    rewrites.push(Rewrite { regex, path, args, flag });
+                }
                 Err(e) => {
                     self.mistakes.push(format!("{path}.options.rewrite: {regex:?} is no regular expression: {e}"))
                 }

@@ -608,11 +608,15 @@ unsafe extern "C-unwind" {
     fn luaL_traceback(l: *mut ffi::lua_State, of: *mut ffi::lua_State, message: *const c_char, level: c_int);
 }
 
+/// The parent of threads whose own has ended.
+const NOBODY: usize = usize::MAX;
+
 /// What nginx logs for a client that did not wait.
 const CLIENT_CLOSED: i64 = 499;
 
-/// Yields of a call's light threads to each other before other requests of the worker get their turn.
-const MAX_YIELDS: usize = 64;
+/// Resumes of a call's coroutines, none of which had to wait, before other requests of the worker get their turn: the time
+/// limit counts each resume by itself.
+const MAX_TURNS: usize = 128;
 
 /// Light threads that one call may have at once: a bound for a loop that spawns.
 const MAX_THREADS: usize = 1024;
@@ -622,7 +626,8 @@ struct Threads {
     vm: Rc<Vm>,
     list: SmallVec<[Thread; 1]>,
     ready: VecDeque<usize>,
-    yields: usize,
+    /// Resumes since the call last let others run.
+    turns: usize,
     /// The entry function has returned.
     entry_done: bool,
     /// What ended the call before its time.
@@ -660,7 +665,7 @@ impl Threads {
             vm,
             list,
             ready: VecDeque::new(),
-            yields: 0,
+            turns: 0,
             entry_done: false,
             ended: None,
             sending: None,
@@ -693,6 +698,13 @@ impl Threads {
                 return Poll::Ready(Some(end));
             }
             while let Some(i) = self.ready.pop_front() {
+                if self.turns >= MAX_TURNS {
+                    self.ready.push_front(i);
+                    self.turns = 0;
+                    cx.waker().wake_by_ref();
+                    return Poll::Pending;
+                }
+                self.turns += 1;
                 self.resume(i, x);
                 if let Some(end) = self.ended.take() {
                     return Poll::Ready(Some(end));
@@ -711,6 +723,7 @@ impl Threads {
                 continue;
             }
             if !self.poll_client(cx, x) {
+                self.turns = 0;
                 return Poll::Pending;
             }
         }
@@ -817,14 +830,7 @@ impl Threads {
     fn apply(&mut self, i: usize, op: Op, x: &mut Exchange) -> Option<i64> {
         match op {
             Op::Exit(n) => return Some(n),
-            Op::Yield if self.yields < MAX_YIELDS => {
-                self.yields += 1;
-                self.set_ready(i, 0);
-            }
-            Op::Yield => {
-                self.yields = 0;
-                self.list[i].state = State::Waiting(Op::future(yield_now()));
-            }
+            Op::Yield => self.set_ready(i, 0),
             Op::Spawn(new) => self.spawn(i, new),
             Op::Join(of) => self.join(i, of),
             Op::Kill(l) => self.kill(i, l),
@@ -873,6 +879,10 @@ impl Threads {
         let mut any_alive = false;
         for l in &of {
             match self.find(*l) {
+                // Else two threads could wait for each other for ever.
+                Some(t) if t == i || self.list[t].parent != i => {
+                    return self.wake(i, failed("only the parent coroutine can wait on the thread"));
+                }
                 Some(t) if matches!(self.list[t].state, State::Zombie(..)) => {
                     self.list[i].state = State::Joining(SmallVec::new());
                     return self.deliver(t, i);
@@ -929,6 +939,8 @@ impl Threads {
 
     fn drop_thread(&mut self, t: usize) {
         self.list[t].state = State::Over;
+        // Its place may go to another, which is no parent of these.
+        self.list.iter_mut().filter(|child| child.parent == t).for_each(|child| child.parent = NOBODY);
         if let Some(co) = self.list[t].co.take() {
             self.vm.light.borrow_mut().remove(&(co.l as usize));
             self.vm.forget(co);
@@ -967,11 +979,6 @@ impl Drop for Threads {
             }
         }
     }
-}
-
-async fn yield_now() -> Values {
-    tokio::task::yield_now().await;
-    Values::new()
 }
 
 /// Pushes the coroutine `l` as a value on `onto`.

@@ -429,7 +429,11 @@ impl Runner {
 
     async fn filtering(&self, x: &mut Exchange, plan: &Plan, entry: c_int, slot: u32) -> Result<()> {
         let push = |s: &Stack| push_call(s, entry, plan.anchor, slot, false);
-        match sched::call(&plan.generation.vm, x, push, |_| ()).await {
+        // A function that sends has the request meanwhile, with the number of its own VM.
+        let lent = x.lua.slot.replace(slot);
+        let outcome = sched::call(&plan.generation.vm, x, push, |_| ()).await;
+        x.lua.slot = lent;
+        match outcome {
             Outcome::Done(()) | Outcome::Exit(_) => Ok(()),
             Outcome::Failed(text) => {
                 log_error(x, &format!("failed to run {}: {text}", crate::lua::api::context_name(x.phase)));

@@ -59,7 +59,7 @@ pub(super) async fn serve(p: &Proxy, x: &mut Exchange, location: &Location) -> R
     let modified = meta.modified().ok().and_then(|at| at.duration_since(UNIX_EPOCH).ok()).unwrap_or_default();
     let modified = status::format_date(modified.as_secs());
     x.response.status = match x.request.headers.get("if-modified-since") {
-        Some(since) if *since == modified && !x.response.bypasses_if => 304,
+        Some(since) if *since == modified && x.depth == 0 && !x.response.bypasses_if => 304,
         _ => 200,
     };
     x.response.headers.set("Content-Type", content_type(&path, location));

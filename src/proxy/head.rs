@@ -71,9 +71,10 @@ fn write_for_location(x: &Exchange, location: &Location, body: BodyFraming, out:
     target(x, out);
     let line = out.len();
     out.extend_from_slice(if http11 { b" HTTP/1.1\r\n" } else { b" HTTP/1.0\r\n" });
-    let fields_at = out.len();
+    let mut sound = !has_break(&out[start..line]);
     let mut put = |name: &str, value: &[u8]| {
-        if !value.is_empty() {
+        sound &= !has_break(name.as_bytes()) && !has_break(value);
+        if sound && !value.is_empty() {
             append_all(out, [name.as_bytes(), b": ", value, b"\r\n"]);
         }
     };
@@ -89,7 +90,7 @@ fn write_for_location(x: &Exchange, location: &Location, body: BodyFraming, out:
         x.fill(&Template::parse(value), &mut text);
         put(name, &text);
     }
-    if has_break(&out[start..line]) || own_fields_break(&out[fields_at..]) {
+    if !sound {
         out.truncate(start);
         return Err(Error::script("refused to send a line break or a NUL inside the request's head to the upstream"));
     }
@@ -106,11 +107,6 @@ fn write_for_location(x: &Exchange, location: &Location, body: BodyFraming, out:
     });
     out.extend_from_slice(b"\r\n");
     Ok(())
-}
-
-/// Whether the fields that a location set hold a line break within.
-fn own_fields_break(fields: &[u8]) -> bool {
-    fields.split(|b| *b == b'\n').any(|line| has_break(line.strip_suffix(b"\r").unwrap_or(line)))
 }
 
 /// A plugin's URI, a URI that Lua changed, or the client's as it came.

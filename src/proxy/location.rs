@@ -10,7 +10,7 @@ use serde_json::json;
 
 use super::{Proxy, capture, files, forward, head, request, rescue};
 use crate::{
-    conf::locations::{Content, Flag, Location, Locations, Rewrite, Template},
+    conf::locations::{Content, Flag, Location, Locations, Pattern, Rewrite, Template},
     error::{Error, Kind, Result},
     exchange::{
         BodyLength, Exchange, Jump, Phase, Version,
@@ -28,14 +28,27 @@ const MAX_JUMPS: u32 = 10;
 pub(super) async fn serve(p: &Rc<Proxy>, x: &mut Exchange) -> bool {
     let Some(chosen) = choose(p, x) else { return false };
     x.lua.host = Some(host(p));
-    if let Err(e) = enter(p, x, chosen).await
-        && !x.response.ended
-    {
-        rescue::answer(p, x, e).await;
+    if let Err(e) = enter(p, x, chosen).await {
+        failed(p, x, e).await;
     }
     let phases = PhaseMask(x.lua.phases);
     request::end(p, x, phases).await;
     true
+}
+
+async fn failed(p: &Proxy, x: &mut Exchange, e: Error) {
+    let exit = x.filter_exit.take().filter(|_| !x.response.head_sent);
+    let ended = match exit {
+        Some(status) => end_by_filter(p, x, status).await,
+        None if x.response.ended => Ok(()),
+        None => {
+            rescue::answer(p, x, e).await;
+            Ok(())
+        }
+    };
+    if let (Err(_), Some(client)) = (ended, &mut x.client) {
+        client.abort();
+    }
 }
 
 /// Serves a subrequest; its answer stands in the exchange and with its client.
@@ -48,7 +61,7 @@ pub(super) async fn serve_child(p: &Rc<Proxy>, x: &mut Exchange) {
         (None, None) => not_found(p, x).await,
     };
     if let Err(e) = served {
-        rescue::answer(p, x, e).await;
+        failed(p, x, e).await;
     }
     if x.location.as_ref().is_some_and(|l| l.options.is_on("log_subrequest", false)) {
         x.phase = Phase::Log;
@@ -144,6 +157,10 @@ async fn settle_head(p: &Proxy, x: &mut Exchange) -> Result<bool> {
     if x.response.status == 0 {
         x.response.status = 200;
     }
+    if x.location.is_none() {
+        // A plugin's own answer has the length that it has, whatever it copied.
+        x.response.headers.remove("content-length");
+    }
     default_type(x);
     x.response.headers.set("Server", &p.settings.server);
     add_headers(x);
@@ -152,12 +169,15 @@ async fn settle_head(p: &Proxy, x: &mut Exchange) -> Result<bool> {
         x.response.headers.remove("content-length");
         x.printed.clear();
     }
-    if let BodyLength::Known(n) = length(x)
-        && x.lua.phases & (1 << Phase::BodyFilter as u16) == 0
-    {
+    if let BodyLength::Known(n) = length(x) {
         x.response.headers.set("Content-Length", n.to_string());
     }
-    if let Err(e) = output::filter_head(x, &p.runner).await {
+    let filtered = output::filter_head(x, &p.runner).await;
+    if let Some(status) = x.filter_exit.take() {
+        end_by_filter(p, x, status).await?;
+        return Ok(true);
+    }
+    if let Err(e) = filtered {
         // nginx has no answer left then, and says nothing.
         if let Some(client) = &mut x.client {
             client.abort();
@@ -165,24 +185,29 @@ async fn settle_head(p: &Proxy, x: &mut Exchange) -> Result<bool> {
         x.response.ended = true;
         return Err(e);
     }
-    if let Some(status) = x.filter_exit.take() {
-        x.response.status = status;
-        x.printed.clear();
-        if status >= 300 && status != 444 {
-            rescue::page(p, x, status);
-        }
-        output::plain(x).await?;
-        return Ok(true);
-    }
     let length = length(x);
     output::send_head(x, length)?;
     Ok(false)
 }
 
+/// A header filter has ended the response with a status: what it was goes.
+async fn end_by_filter(p: &Proxy, x: &mut Exchange, status: u16) -> Result<()> {
+    x.response.status = status;
+    x.printed.clear();
+    for about_the_body in ["content-length", "content-encoding", "last-modified", "etag"] {
+        x.response.headers.remove(about_the_body);
+    }
+    if status >= 300 && status != 444 {
+        rescue::page(p, x, status);
+    }
+    output::plain(x).await
+}
+
 /// The client has what would be sent (RFC 9110, 13.1.3), as exactly as nginx asks.
 fn is_known_already(x: &Exchange) -> bool {
     let since = x.request.headers.get("if-modified-since");
-    !x.response.bypasses_if
+    x.depth == 0
+        && !x.response.bypasses_if
         && x.response.status == 200
         && since.is_some()
         && since == x.response.headers.get("last-modified")
@@ -324,9 +349,7 @@ async fn phases(p: &Proxy, x: &mut Exchange, location: &Arc<Location>) -> Result
             Ok(Flow::Sent)
         }
         Content::Proxy(target) => {
-            let mut text = Vec::new();
-            x.fill(target, &mut text);
-            proxy(p, x, &String::from_utf8_lossy(&text)).await?;
+            proxy(p, x, location, target).await?;
             Ok(Flow::Sent)
         }
         Content::Nothing => {
@@ -367,12 +390,16 @@ async fn rewrite(p: &Proxy, x: &mut Exchange, location: &Location) -> Result<Opt
     }
     let before = x.request.path.clone();
     for rule in &location.rewrites {
-        let Some(target) = replacement(x, rule) else { continue };
+        let Some((mut path, args)) = replacement(x, rule) else { continue };
         if let Flag::Redirect(status) = rule.flag {
-            returned(p, x, status, target).await?;
+            if let Some(args) = args {
+                path.push(b'?');
+                path.extend_from_slice(&args);
+            }
+            returned(p, x, status, path).await?;
             return Ok(Some(Flow::Sent));
         }
-        change_target(x, target);
+        change_target(x, path, args);
         match rule.flag {
             Flag::Break => return Ok(None),
             Flag::Last => return Ok(Some(look_again(x))),
@@ -388,30 +415,31 @@ fn look_again(x: &mut Exchange) -> Flow {
     Flow::Jump
 }
 
-/// What a rule makes of the path, if it is for it. Its captures become `$1` and on.
-fn replacement(x: &mut Exchange, rule: &Rewrite) -> Option<Vec<u8>> {
+/// What a rule makes of the path, if it is for it: a path and arguments. Its captures become `$1` and on.
+fn replacement(x: &mut Exchange, rule: &Rewrite) -> Option<(Vec<u8>, Option<Vec<u8>>)> {
     let found = rule.regex.captures(&x.request.path).ok().flatten()?;
     let groups: Vec<_> = (1..10).filter_map(|at| Some((at, found.get(at)?.as_bytes().to_vec()))).collect();
     for (at, value) in groups {
         set(x, &at.to_string(), value);
     }
-    let mut target = Vec::new();
-    x.fill(&rule.replacement, &mut target);
-    Some(target)
+    let filled = |template: &Template| {
+        let mut text = Vec::new();
+        x.fill(template, &mut text);
+        text
+    };
+    Some((filled(&rule.path), rule.args.as_ref().map(filled)))
 }
 
 /// The request's own arguments stay behind those of the target.
-fn change_target(x: &mut Exchange, mut target: Vec<u8>) {
-    if let Some(at) = memchr::memchr(b'?', &target) {
-        let mut args = target.split_off(at + 1);
-        target.pop();
+fn change_target(x: &mut Exchange, path: Vec<u8>, args: Option<Vec<u8>>) {
+    if let Some(mut args) = args {
         if !args.is_empty() && !x.request.args.is_empty() {
             args.push(b'&');
             args.extend_from_slice(&x.request.args);
         }
         x.request.args = args;
     }
-    x.request.path = target;
+    x.request.path = path;
     x.request.uri_changed = true;
 }
 
@@ -443,11 +471,16 @@ async fn answer(p: &Proxy, x: &mut Exchange) -> Result<()> {
 
 fn length(x: &Exchange) -> BodyLength {
     match output::remaining_length(x) {
-        BodyLength::Unknown if x.request.version == Version::Http10 && buffers(x) => {
+        BodyLength::Unknown if x.request.version == Version::Http10 && buffers(x) && !has_body_filter(x) => {
             BodyLength::Known(x.printed.len() as u64)
         }
         length => length,
     }
+}
+
+/// Nobody knows ahead how long the filter makes it.
+fn has_body_filter(x: &Exchange) -> bool {
+    output::has_body_filter(PhaseMask(x.lua.phases))
 }
 
 /// `lua_http10_buffering`
@@ -492,23 +525,33 @@ pub(super) async fn not_found(p: &Proxy, x: &mut Exchange) -> Result<()> {
     output::answer(x, &p.runner).await
 }
 
-/// `proxy_pass http://host:port/uri`
-async fn proxy(p: &Proxy, x: &mut Exchange, target: &str) -> Result<()> {
-    let bad = || Error::config(Kind::Invalid).context(format!("proxy_pass: {target:?} is not http://host:port/uri"));
-    let (scheme, rest) = target.split_once("://").ok_or_else(bad)?;
-    let (host, uri) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
+/// `proxy_pass http://host:port/uri`. Of a URI without variables the part of the path behind the location's prefix follows.
+async fn proxy(p: &Proxy, x: &mut Exchange, location: &Location, target: &Template) -> Result<()> {
+    let mut text = Vec::new();
+    x.fill(target, &mut text);
+    let shown = String::from_utf8_lossy(&text).into_owned();
+    let bad = || Error::config(Kind::Invalid).context(format!("proxy_pass: {shown:?} is not http://host:port/uri"));
+    let (scheme, rest) = shown.split_once("://").ok_or_else(bad)?;
+    let host = &rest[..rest.find(['/', '?']).unwrap_or(rest.len())];
+    // Bytes that are no text may stand in the URI only, which is what follows the same start.
+    let uri = text.get(scheme.len() + 3 + host.len()..).ok_or_else(bad)?;
     x.upstream.conf = Some(match p.upstreams.get(host) {
         Some(upstream) => upstream.clone(),
         None => upstream(scheme, &[host.to_owned()]).ok_or_else(bad)?,
     });
-    if !uri.is_empty() {
-        x.upstream.uri = uri.as_bytes().to_vec();
-        if !uri.contains('?') && !x.request.args.is_empty() {
-            x.upstream.uri.push(b'?');
-            x.upstream.uri.extend_from_slice(&x.request.args);
-        }
-    }
+    x.upstream.scheme = scheme.as_bytes().to_vec();
     x.upstream.host = host.as_bytes().to_vec();
+    if !uri.is_empty() {
+        let mut uri = uri.to_vec();
+        if let (Pattern::Prefix { prefix, .. }, false) = (&location.pattern, target.has_variables()) {
+            head::escape_path(x.request.path.get(prefix.len()..).unwrap_or_default(), &mut uri);
+        }
+        if !uri.contains(&b'?') && !x.request.args.is_empty() {
+            uri.push(b'?');
+            uri.extend_from_slice(&x.request.args);
+        }
+        x.upstream.uri = uri;
+    }
     forward::forward(p, x).await
 }
 

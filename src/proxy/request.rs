@@ -101,6 +101,9 @@ async fn flowed(p: &Proxy, x: &mut Exchange, flow: Flow) -> Result<()> {
     match flow {
         Flow::Next | Flow::Sent => Ok(()),
         Flow::Answer => {
+            if x.response.head_sent {
+                return output::answer(x, &p.runner).await;
+            }
             if x.response.status >= 400 && x.printed.is_empty() && !x.response.headers.contains("content-type") {
                 let status = x.response.status;
                 rescue::page(p, x, status);

@@ -79,6 +79,15 @@ fn capture(s: &Stack) -> std::result::Result<Wait, Raise> {
     Ok(Wait::Park(Op::Ask(Ask::Subrequests(list))))
 }
 
+/// A path that a script gave, decoded. One that leads upwards could leave the place that its start names.
+fn decoded(path: &[u8]) -> std::result::Result<Vec<u8>, Raise> {
+    let path = codec::unescape_uri(path, false);
+    match path.contains(&0) || path.split(|b| *b == b'/').any(|part| part == b"..") {
+        true => Err("unsafe uri".into()),
+        false => Ok(path),
+    }
+}
+
 /// Reads the table at `i`.
 fn subrequest(s: &Stack, i: c_int) -> std::result::Result<Subrequest, Raise> {
     let bytes = |key: &str| {
@@ -119,7 +128,7 @@ fn subrequest(s: &Stack, i: c_int) -> std::result::Result<Subrequest, Raise> {
     };
     Ok(Subrequest {
         method: bytes("method").unwrap_or_else(|| b"GET".to_vec()),
-        path: codec::unescape_uri(&bytes("path").unwrap_or_default(), false),
+        path: decoded(&bytes("path").unwrap_or_default())?,
         args: bytes("args").unwrap_or_default(),
         body: bytes("body").map(Bytes::from),
         forward_body: flag("forward_body"),
@@ -175,7 +184,7 @@ fn exec(s: &Stack) -> std::result::Result<Wait, Raise> {
     let args = s.opt_bytes(2)?.map(<[u8]>::to_vec);
     let jump = match path.strip_prefix(b"@") {
         Some(_) => Jump::Named(String::from_utf8_lossy(path).into()),
-        None => Jump::Exec { path: codec::unescape_uri(path, false), args },
+        None => Jump::Exec { path: decoded(path)?, args },
     };
     let x = request()?;
     if x.location.is_none() {

@@ -57,6 +57,8 @@ const MAX_RECEIVE: usize = 64 * 1024 * 1024;
 
 /// `lua_socket_keepalive_timeout`: lua-nginx-module's default.
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(60);
+/// What options and pools answer on `ngx.req.socket`: the descriptor is the gateway's.
+const NOT_OURS: &str = "not supported: the connection is the client's";
 
 /// Any byte stream.
 trait Io: AsyncRead + AsyncWrite + Unpin {}
@@ -959,6 +961,9 @@ fn set_option(s: &Stack) -> Answer {
     let socket = this(s)?;
     let name = s.arg_bytes(2)?.to_vec();
     let Some(fd) = socket.conn.borrow().as_ref().map(|c| c.fd) else { return s.fail("closed") };
+    if fd < 0 {
+        return s.fail(NOT_OURS);
+    }
     if s.is_nil(3) {
         return s.fail("missing the \"value\" argument");
     }
@@ -995,6 +1000,9 @@ fn set_keepalive(s: &Stack) -> Answer {
     let size = number(3)?.map_or(POOL_SIZE, |n| n.max(1.0) as usize);
     if let Some(text) = socket.busy_text(CONNECTING | READING | WRITING) {
         return s.fail(text);
+    }
+    if socket.conn.borrow().as_ref().is_some_and(|c| c.fd < 0) {
+        return s.fail(NOT_OURS);
     }
     let Some(mut conn) = socket.conn.take() else { return s.fail("closed") };
     if conn.read_ended || conn.write_ended {

@@ -146,6 +146,8 @@ impl Runner {
     pub fn forget_location(&self, x: &mut Exchange) {
         x.lua.run = None;
         x.lua.slot = None;
+        x.lua.phases = 0;
+        x.location = None;
     }
 
     /// Runs a script that may answer.
@@ -230,7 +232,7 @@ impl Runner {
             }
             Ok(Outcome::Exit(n)) if phase == Phase::HeaderFilter && n >= 200 => {
                 x.filter_exit = Some(n as u16);
-                Ok(())
+                Err(Error::script("the header filter has ended the response"))
             }
             Ok(_) => Ok(()),
             Err(NotLoaded { text, .. }) => {
