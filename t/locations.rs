@@ -412,6 +412,21 @@ fn light_threads_without_end_leave_the_worker_to_others() {
 }
 
 #[test]
+fn the_narrowest_network_decides_who_may_come_in() {
+    let open = |options: Value| json!({"location": "/", "options": options, "content_by_lua": "ngx.print('in')"});
+    for (options, status) in [
+        (json!({"allow": [["127.0.0.1"]], "deny": [["all"]]}), 200),
+        (json!({"allow": [["127.0.0.0/8"]], "deny": [["127.0.0.1"], ["all"]]}), 403),
+        (json!({"allow": [["127.0.0.1"]], "deny": [["127.0.0.0/8"]]}), 200),
+        (json!({"allow": [["all"]], "deny": [["10.0.0.0/8"]]}), 200),
+        (json!({"allow": [["all"]], "deny": [["all"]]}), 403),
+        (json!({"allow": [["10.0.0.0/8"]]}), 200),
+    ] {
+        assert_eq!(with(json!([open(options.clone())])).get("/").status, status, "{options}");
+    }
+}
+
+#[test]
 fn files_answer_where_nothing_else_does() {
     let dir = Dir::new();
     std::fs::create_dir_all(dir.join("html/sub")).expect("a directory");
@@ -484,12 +499,20 @@ fn mistakes_stop_the_start() {
         run(command)
     };
     let (status, text) = told(json!({
-        "lua_locations": [{"location": "! /x"}, {"location": "~ ("}, {"content_by_lua": "x"}],
+        "lua_locations": [
+            {"location": "! /x"}, {"location": "~ ("}, {"content_by_lua": "x"},
+            {"location": "/x", "options": {"deny": [["10.0.0.300"]]}},
+        ],
         "lua_listen": ["no port"],
     }));
     assert_eq!(status.code(), Some(1));
-    for path in ["lua_locations[0].location", "lua_locations[1].location", "lua_locations[2].location", "lua_listen[0]"]
-    {
+    for path in [
+        "lua_locations[0].location",
+        "lua_locations[1].location",
+        "lua_locations[2].location",
+        "lua_locations[3].options.deny: \"10.0.0.300\" is no address",
+        "lua_listen[0]",
+    ] {
         assert!(text.contains(path), "{path}: {text}");
     }
     let (status, text) = told(json!({"lua_locations": [{"location": "/x", "return": {"status": 200}}]}));

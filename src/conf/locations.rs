@@ -11,6 +11,7 @@ use std::{
     time::Duration,
 };
 
+use ipnet::IpNet;
 use pcre2::bytes::{Regex, RegexBuilder};
 use serde_json::{Map, Value, json};
 
@@ -51,6 +52,8 @@ pub struct Location {
     pub set: Vec<(Box<str>, Template)>,
     pub set_by_lua: Vec<SetByLua>,
     pub rewrites: Vec<Rewrite>,
+    /// `allow` and `deny`; the first that the client's address is in decides.
+    pub rules: Vec<Rule>,
     pub rewrite: Option<Arc<Script>>,
     pub access: Option<Arc<Script>>,
     pub precontent: Option<Arc<Script>>,
@@ -63,6 +66,14 @@ pub struct Location {
     pub root: PathBuf,
     /// Where request bodies go that do not fit `client_body_buffer_size`.
     pub body_dir: PathBuf,
+}
+
+/// `allow network` or `deny network`
+#[derive(Clone, Debug)]
+pub struct Rule {
+    pub allow: bool,
+    /// None for `all`.
+    pub network: Option<IpNet>,
 }
 
 /// `rewrite regex replacement [flag]`
@@ -342,6 +353,7 @@ impl Reader<'_> {
             set,
             set_by_lua: lua_sets.iter().enumerate().filter_map(|(i, s)| self.set_by_lua(path, i, s)).collect(),
             rewrites: self.rewrites(path, &options),
+            rules: self.rules(path, &options),
             rewrite: self.script(&map, "rewrite_by_lua"),
             access: self.script(&map, "access_by_lua"),
             precontent: self.script(&map, "precontent_by_lua"),
@@ -353,6 +365,27 @@ impl Reader<'_> {
             body_dir: self.prefix.join("client_body_temp"),
             options,
         })
+    }
+
+    /// Options are a map, so the order in which nginx would read the two directives is not known. Of a list in which each line
+    /// can have an effect at all, the narrowest network is the first to match: they are put in that order, `deny` first.
+    fn rules(&mut self, path: &str, options: &Options) -> Vec<Rule> {
+        let mut rules = Vec::new();
+        for (directive, allow) in [("deny", false), ("allow", true)] {
+            for line in options.all(directive) {
+                match (&**line, super::typed::network(line)) {
+                    ("all", _) => rules.push(Rule { allow, network: None }),
+                    // No connection comes in over a Unix socket.
+                    ("unix:", _) => {}
+                    (_, Some(network)) => rules.push(Rule { allow, network: Some(network) }),
+                    (other, None) => self.mistakes.push(format!(
+                        "{path}.options.{directive}: {other:?} is no address; write `all`, an address or a network as 10.0.0.0/8"
+                    )),
+                }
+            }
+        }
+        rules.sort_by_key(|rule| std::cmp::Reverse(rule.network.map(|network| network.prefix_len())));
+        rules
     }
 
     fn rewrites(&mut self, path: &str, options: &Options) -> Vec<Rewrite> {

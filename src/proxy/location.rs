@@ -446,14 +446,8 @@ fn change_target(x: &mut Exchange, path: Vec<u8>, args: Option<Vec<u8>>) {
 /// `allow`, `deny`: an address that is both is allowed.
 fn is_denied(x: &Exchange, location: &Location) -> bool {
     let remote = x.remote().ip().to_canonical();
-    let named = |directive: &str| {
-        location
-            .options
-            .all(directive)
-            .iter()
-            .any(|line| **line == *"all" || crate::expr::network(line).is_some_and(|net| net.contains(&remote)))
-    };
-    named("deny") && !named("allow")
+    let mut rules = location.rules.iter();
+    rules.find(|rule| rule.network.is_none_or(|network| network.contains(&remote))).is_some_and(|rule| !rule.allow)
 }
 
 /// Sends what the scripts printed, or nginx's page for a status that nobody has printed anything for.
