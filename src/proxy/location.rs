@@ -443,7 +443,7 @@ fn change_target(x: &mut Exchange, path: Vec<u8>, args: Option<Vec<u8>>) {
     x.request.uri_changed = true;
 }
 
-/// `allow`, `deny`: an address that is both is allowed.
+/// `allow`, `deny`: the first rule that the address is in decides; who is in none may come in.
 fn is_denied(x: &Exchange, location: &Location) -> bool {
     let remote = x.remote().ip().to_canonical();
     let mut rules = location.rules.iter();
