@@ -210,6 +210,10 @@ struct Counted {
 }
 
 impl Handler for Counted {
+    fn expect(&self, path: &[u8]) {
+        self.proxy.expect(path);
+    }
+
     async fn handle(&self, x: Box<Exchange>) -> Box<Exchange> {
         let _running = Running::new(&self.ending);
         self.proxy.handle(x).await

@@ -55,6 +55,12 @@ pub fn parse(block: &[u8], request: &mut Request) -> Result<Framing, Refusal> {
     Ok(framing)
 }
 
+/// The path in a head that was not looked at yet, as the client spells it: what stands between the first two spaces.
+pub fn raw_path(block: &[u8]) -> &[u8] {
+    let target = memchr::memchr(b' ', block).map_or(&block[..0], |space| &block[space + 1..]);
+    memchr::memchr2(b' ', b'?', target).map_or(&target[..0], |end| &target[..end])
+}
+
 /// Puts the first line into `request` as far as it can be told apart.
 pub fn salvage(block: &[u8], request: &mut Request) {
     let line = block.split(|b| matches!(b, b'\r' | b'\n')).next().unwrap_or_default();
@@ -327,6 +333,14 @@ fn end_segment(out: &mut Vec<u8>, segment: &mut usize, slash: bool) -> Result<()
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_raw_path_is_what_stands_between_the_first_spaces() {
+        let raw = |block: &str| String::from_utf8_lossy(raw_path(block.as_bytes())).into_owned();
+        assert_eq!(raw("GET /a/%41?x=1 HTTP/1.1\r\nHost: b c\r\n\r\n"), "/a/%41");
+        assert_eq!(raw("GET /a HTTP/1.1\r\n\r\n"), "/a");
+        assert!(["", "GET", "GET ", "GET /a", " "].iter().all(|block| raw(block).is_empty()));
+    }
 
     fn read(head: &str) -> Result<(Request, Framing), u16> {
         let mut request = Request::default();

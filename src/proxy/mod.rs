@@ -141,6 +141,10 @@ impl Proxy {
 }
 
 impl Handler for Rc<Proxy> {
+    fn expect(&self, path: &[u8]) {
+        self.current.borrow().router.expect(path);
+    }
+
     async fn handle(&self, mut x: Box<Exchange>) -> Box<Exchange> {
         request::serve(self, &mut x).await;
         x

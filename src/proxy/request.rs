@@ -18,6 +18,7 @@ use crate::{
 /// Serves a request whose head is there, to its log line.
 pub(super) async fn serve(p: &Rc<Proxy>, x: &mut Exchange) {
     p.pin(x);
+    x.snapshot.router.expect_soon(&x.request.host, &x.request.path);
     real_ip::apply(&p.settings.real_ip, x);
     if !p.locations.is_empty() && location::serve(p, x).await {
         return;
@@ -55,6 +56,9 @@ pub(super) async fn reject(p: &Proxy, x: &mut Exchange, why: &'static str) {
 pub(super) async fn end(p: &Proxy, x: &mut Exchange, phases: PhaseMask) {
     if let Some(client) = &x.client {
         x.bytes_sent = client.bytes_sent();
+    }
+    if let Some(matched) = &x.matched {
+        matched.found.expect_drop();
     }
     x.phase = Phase::Log;
     if phases != PhaseMask::default() || x.lua.run.is_some() {

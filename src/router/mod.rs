@@ -1,30 +1,29 @@
 //! Finds the route of a request. Pure, immutable, incremental: a clone with a changed route shares all else.
 //!
-//! The index is a hash map of exact paths and of prefixes that end with a slash, and a radix tree of the other prefixes, per
+//! What is searched is a hash table of exact paths and of prefixes that end with a slash, and a radix tree of the other prefixes, per
 //! host (`radixtree_host_uri`) or for all hosts.
 //! An exact path wins over any prefix, a longer prefix over a shorter one, and priority decides among the routes of
 //! one path. A route whose conditions refuse a request lets the next candidate try. With hosts in the index, an exact
 //! host comes before a wildcard, the longer wildcard before the shorter one, and routes without a host come last.
 
-mod folders;
+mod depths;
+mod index;
 mod pattern;
+mod prefetch;
 mod radix;
 mod rule;
 #[cfg(test)]
 mod tests;
 
-use std::{
-    fmt,
-    hash::{BuildHasher, BuildHasherDefault, Hasher},
-    sync::Arc,
-};
+use std::{cell::OnceCell, fmt, hash::BuildHasher, sync::Arc};
 
 use hashbrown::DefaultHashBuilder;
 use imbl::GenericHashMap;
 use smallvec::SmallVec;
 
 use self::{
-    folders::Folders,
+    depths::{Depths, Slashes},
+    index::Index,
     pattern::{Captures, Shape},
     radix::Radix,
     rule::{Rule, Rules},
@@ -78,6 +77,11 @@ impl Found {
         self.rule.upstream.as_ref().filter(|_| self.rule.plain)
     }
 
+    /// It will be dropped soon: asks for what that touches.
+    pub fn expect_drop(&self) {
+        prefetch::counts(&self.rule);
+    }
+
     /// The route's uri that matched, as written: `curr_req_matched._path`.
     pub fn path_pattern(&self) -> &str {
         self.rule.uri()
@@ -105,8 +109,8 @@ type Map<K, V, S> = GenericHashMap<K, V, S, imbl::shared_ptr::DefaultSharedPtr>;
 #[derive(Clone, Default)]
 pub struct Router {
     pub kind: RouterKind,
-    /// Rules of exact paths and of folders, by a hash of path and scope. Rules that share a hash by accident share a list.
-    hashed: Map<u64, Rules, BuildHasherDefault<Hashed>>,
+    /// Rules of exact paths and of folders.
+    hashed: Index,
     hash: DefaultHashBuilder,
     /// Rules without a host, and all rules when the kind does not index hosts.
     any: Scope,
@@ -124,7 +128,9 @@ struct Scope {
     number: u32,
     /// How many rules there are, exact ones included.
     rules: usize,
-    folders: Folders,
+    /// Of the rules of exact paths, and of folders.
+    exact: Depths,
+    folders: Depths,
     /// Those that are no folders.
     prefixes: Radix<Rules>,
 }
@@ -132,8 +138,8 @@ struct Scope {
 /// The part of the index that holds a rule.
 #[derive(Clone, Copy)]
 enum Part {
-    Exact,
-    /// Of that depth.
+    /// With its depth.
+    Exact(usize),
     Folder(usize),
     Tree,
 }
@@ -151,6 +157,22 @@ enum Place<'a> {
     Host(&'a str),
     Wildcard(&'a str),
 }
+
+/// A request's path, and what of it a lookup may need more than once.
+struct Path<'a> {
+    bytes: &'a [u8],
+    hash: OnceCell<u64>,
+    slashes: OnceCell<Slashes>,
+}
+
+impl Path<'_> {
+    fn slashes(&self) -> &Slashes {
+        self.slashes.get_or_init(|| Slashes::of(self.bytes))
+    }
+}
+
+/// Fewer rules than this stay in a cache, and asking for them costs more than they would.
+const MANY: usize = 1000;
 
 /// Candidates on the way down a tree; few paths have more prefixes than this.
 type Chain<T> = SmallVec<[T; 16]>;
@@ -194,21 +216,50 @@ impl Router {
         true
     }
 
+    /// A request for `path` is being read: asks for the memory with which its lookup starts. A path that is not
+    /// decoded yet does: this only saves time.
+    pub fn expect(&self, path: &[u8]) {
+        self.ahead(&self.any, path, |key| self.hashed.prefetch(key));
+    }
+
+    /// A lookup is near: asks for the memory of the rule that it is likely to end at.
+    pub fn expect_soon(&self, host: &[u8], path: &[u8]) {
+        let scope = self.hosts.get(host).map_or(&self.any, |scope| scope);
+        self.ahead(scope, path, |key| {
+            if let Some(rules) = self.hashed.get(key) {
+                rules.prefetch();
+            }
+        });
+    }
+
+    /// Names the keys that a lookup tries first.
+    fn ahead(&self, scope: &Scope, path: &[u8], key: impl Fn(u64)) {
+        if self.hashed.len() < MANY {
+            return;
+        }
+        let slashes = Slashes::of(path);
+        if scope.exact.have(&slashes) {
+            key(scope.key(self.hash.hash_one(path)));
+        }
+        if let Some(end) = scope.folders.folders(&slashes).next() {
+            key(scope.folder_key(self.hash.hash_one(&path[..end])));
+        }
+    }
+
     pub fn find(&self, facts: &impl Facts) -> Option<Found> {
-        let path = facts.path();
-        let hash = self.hash.hash_one(path);
+        let path = &Path { bytes: facts.path(), hash: OnceCell::new(), slashes: OnceCell::new() };
         if self.kind == RouterKind::RadixtreeHostUri
-            && let Some(found) = self.find_by_host(hash, path, facts)
+            && let Some(found) = self.find_by_host(path, facts)
         {
             return Some(found);
         }
-        self.find_in(&self.any, hash, path, facts)
+        self.find_in(&self.any, path, facts)
     }
 
-    fn find_by_host(&self, hash: u64, path: &[u8], facts: &impl Facts) -> Option<Found> {
+    fn find_by_host(&self, path: &Path, facts: &impl Facts) -> Option<Found> {
         let host = facts.host();
         if let Some(scope) = self.hosts.get(host)
-            && let Some(found) = self.find_in(scope, hash, path, facts)
+            && let Some(found) = self.find_in(scope, path, facts)
         {
             return Some(found);
         }
@@ -218,54 +269,55 @@ impl Router {
         let reversed: SmallVec<[u8; 64]> = host.iter().rev().copied().collect();
         let mut scopes = Chain::new();
         self.wildcards.visit_prefixes(&reversed, |_, scope| scopes.push(scope));
-        scopes.iter().rev().find_map(|scope| self.find_in(scope, hash, path, facts))
+        scopes.iter().rev().find_map(|scope| self.find_in(scope, path, facts))
     }
 
-    fn find_in(&self, scope: &Scope, hash: u64, path: &[u8], facts: &impl Facts) -> Option<Found> {
-        let exact =
-            self.find_hashed(scope.key(hash), |rule| match rule.fixed[..] == *path && rule.is_exact_in(scope.number) {
-                true => accept(rule, path, facts),
-                false => None,
-            });
-        if exact.is_some() {
-            return exact;
+    fn find_in(&self, scope: &Scope, path: &Path, facts: &impl Facts) -> Option<Found> {
+        if scope.rules == 0 {
+            return None;
+        }
+        if scope.exact.have(path.slashes())
+            && let Some(found) = self.find_exact(scope, path, facts)
+        {
+            return Some(found);
         }
         match scope.prefixes.is_empty() {
-            true if scope.folders.is_empty() => None,
-            true => scope.folders.of(path).iter().rev().find_map(|end| self.find_folder(scope, *end, path, facts)),
+            true => scope.folders.folders(path.slashes()).find_map(|end| self.find_folder(scope, end, path, facts)),
             false => self.find_prefix(scope, path, facts),
         }
     }
 
-    fn find_hashed(&self, key: u64, look: impl FnMut(&Arc<Rule>) -> Option<Found>) -> Option<Found> {
-        self.hashed.get(&key).and_then(|rules| rules.find_map(look))
+    fn find_exact(&self, scope: &Scope, path: &Path, facts: &impl Facts) -> Option<Found> {
+        let hash = *path.hash.get_or_init(|| self.hash.hash_one(path.bytes));
+        self.hashed.get(scope.key(hash))?.find_map(|rule| match rule.is_exact_in(scope.number) {
+            true if rule.fixed[..] == *path.bytes => accept(rule, path, facts),
+            _ => None,
+        })
     }
 
     /// Among the rules of the folder that is the path's first `end` bytes.
-    fn find_folder(&self, scope: &Scope, end: usize, path: &[u8], facts: &impl Facts) -> Option<Found> {
-        let folder = &path[..end];
-        self.find_hashed(scope.folder_key(self.hash.hash_one(folder)), |rule| {
-            match rule.fixed[..] == *folder && rule.is_folder_in(scope.number) {
-                true => accept(rule, path, facts),
-                false => None,
-            }
+    fn find_folder(&self, scope: &Scope, end: usize, path: &Path, facts: &impl Facts) -> Option<Found> {
+        let folder = &path.bytes[..end];
+        let hash = self.hash.hash_one(folder);
+        self.hashed.get(scope.folder_key(hash))?.find_map(|rule| match rule.is_folder_in(scope.number) {
+            true if rule.fixed[..] == *folder => accept(rule, path, facts),
+            _ => None,
         })
     }
 
     /// Folders and other prefixes of a path, from the longest to the shortest.
-    fn find_prefix(&self, scope: &Scope, path: &[u8], facts: &impl Facts) -> Option<Found> {
+    fn find_prefix(&self, scope: &Scope, path: &Path, facts: &impl Facts) -> Option<Found> {
         let mut others = Chain::new();
-        scope.prefixes.visit_prefixes(path, |length, rules| others.push((length, rules)));
-        let mut folders = scope.folders.of(path);
+        scope.prefixes.visit_prefixes(path.bytes, |length, rules| others.push((length, rules)));
+        let mut folders = scope.folders.folders(path.slashes()).peekable();
         loop {
-            let folder = folders.last().copied();
-            let found = match (others.last().copied(), folder) {
-                (Some((length, rules)), _) if folder.is_none_or(|end| length > end) => {
+            let found = match (others.last().copied(), folders.peek().copied()) {
+                (Some((length, rules)), folder) if folder.is_none_or(|end| length > end) => {
                     others.pop();
                     rules.find_map(|rule| accept(rule, path, facts))
                 }
                 (_, Some(end)) => {
-                    folders.pop();
+                    folders.next();
                     self.find_folder(scope, end, path, facts)
                 }
                 _ => return None,
@@ -323,19 +375,17 @@ impl Router {
         scope.rules += 1;
         let hash = self.hash.hash_one(&rule.fixed[..]);
         let key = match rule.part() {
-            Part::Exact => scope.key(hash),
+            Part::Exact(depth) => {
+                scope.exact.add(depth);
+                scope.key(hash)
+            }
             Part::Folder(depth) => {
                 scope.folders.add(depth);
                 scope.folder_key(hash)
             }
             Part::Tree => return Rules::add_to(scope.prefixes.slot(&rule.fixed), Arc::new(rule)),
         };
-        match self.hashed.get_mut(&key) {
-            Some(rules) => rules.add(Arc::new(rule)),
-            None => {
-                self.hashed.insert(key, Rules::One(Arc::new(rule)));
-            }
-        }
+        self.hashed.add(key, Arc::new(rule));
     }
 
     /// The reverse of `add`. A scope that this leaves empty goes.
@@ -366,21 +416,20 @@ impl Router {
                 key
             }
         };
-        let Some(key) = key else { return };
-        if self.hashed.get_mut(&key).is_some_and(|rules| rules.remove(&rule)) {
-            self.hashed.remove(&key);
+        if let Some(key) = key {
+            self.hashed.remove(key, &rule);
         }
     }
 }
 
 /// The rest of a rule's conditions, its place in the index apart.
-fn accept(rule: &Arc<Rule>, path: &[u8], facts: &impl Facts) -> Option<Found> {
+fn accept(rule: &Arc<Rule>, path: &Path, facts: &impl Facts) -> Option<Found> {
     rule.prefetch();
     let host = match rule.checks_host {
         true => Some(rule.host_matching(facts.host())?),
         false => rule.host,
     };
-    let captures = rule.captures(path)?;
+    let captures = rule.captures(path.bytes)?;
     rule.allows(facts).then(|| Found { rule: rule.clone(), host, captures })
 }
 
@@ -400,7 +449,10 @@ impl Scope {
         rule.scope = self.number;
         self.rules -= 1;
         match rule.part() {
-            Part::Exact => Some(self.key(hash)),
+            Part::Exact(depth) => {
+                self.exact.remove(depth);
+                Some(self.key(hash))
+            }
             Part::Folder(depth) => {
                 self.folders.remove(depth);
                 Some(self.folder_key(hash))
@@ -435,24 +487,4 @@ fn numbered<'a>(scope: &'a mut Arc<Scope>, last: &mut u32) -> &'a mut Scope {
         scope.number = *last;
     }
     scope
-}
-
-/// Hashes what is a hash.
-#[derive(Default)]
-struct Hashed(u64);
-
-impl Hasher for Hashed {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        for byte in bytes {
-            self.0 = self.0.rotate_left(8) ^ u64::from(*byte);
-        }
-    }
-
-    fn write_u64(&mut self, n: u64) {
-        self.0 = n;
-    }
 }

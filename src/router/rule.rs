@@ -6,8 +6,9 @@ use imbl::Vector;
 use smallvec::SmallVec;
 
 use super::{
-    Facts, Part, folders,
+    Facts, Part, depths,
     pattern::{Captures, Shape},
+    prefetch,
 };
 use crate::model::{Object, Route, Upstream};
 
@@ -45,8 +46,8 @@ impl Rule {
     /// The part of the index that holds it.
     pub fn part(&self) -> Part {
         match self.shape {
-            Shape::Exact => Part::Exact,
-            _ => folders::depth(&self.fixed).map_or(Part::Tree, Part::Folder),
+            Shape::Exact => Part::Exact(depths::of_path(&self.fixed)),
+            _ => depths::of_folder(&self.fixed).map_or(Part::Tree, Part::Folder),
         }
     }
 
@@ -77,10 +78,10 @@ impl Rule {
     /// The request is likely the rule's: what the proxy will look at first.
     pub fn prefetch(&self) {
         if !self.plain {
-            prefetch(&self.route.value);
+            prefetch::shared(&self.route);
         }
         if let Some(upstream) = &self.upstream {
-            prefetch(&**upstream);
+            prefetch::shared(upstream);
         }
     }
 
@@ -121,20 +122,6 @@ impl Rule {
             .then_with(|| (self.uri, self.host).cmp(&(other.uri, other.host)))
             .then_with(|| self.scope.cmp(&other.scope))
     }
-}
-
-/// Asks for the memory of `value` ahead of its use. With ten thousand routes, that of nearly every request's lies in no cache,
-/// and waits that are begun together cost as much as one.
-#[inline]
-fn prefetch<T>(value: &T) {
-    #[cfg(target_arch = "x86_64")]
-    for at in (0..size_of::<T>()).step_by(64) {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: a prefetch changes nothing that can be seen, and an address that is none does no harm.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>((&raw const *value).cast::<i8>().wrapping_add(at)) };
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = value;
 }
 
 /// A route needs more than path and host.
@@ -210,10 +197,17 @@ impl Rules {
         }
     }
 
+    /// Asks for the memory of the rule that is tried first, where that is known without a wait.
+    pub fn prefetch(&self) {
+        if let Rules::One(rule) = self {
+            prefetch::shared(rule);
+        }
+    }
+
     pub fn find_map<'a, R>(&'a self, mut look: impl FnMut(&'a Arc<Rule>) -> Option<R>) -> Option<R> {
         match self {
             Rules::One(rule) => {
-                prefetch(&**rule);
+                prefetch::shared(rule);
                 look(rule)
             }
             Rules::Many(list) => list.iter().find_map(look),

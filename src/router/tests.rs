@@ -402,8 +402,13 @@ fn finds_what_a_linear_search_finds_also_after_changes() {
             for route in &routes {
                 router.remove(&route.id);
             }
-            assert!(router.hashed.is_empty() && router.hosts.is_empty() && router.wildcards.is_empty());
-            assert!(router.any.prefixes.is_empty() && router.any.folders.is_empty() && router.any.rules == 0);
+            assert!(router.hashed.len() == 0 && router.hosts.is_empty() && router.wildcards.is_empty());
+            assert!(
+                router.any.prefixes.is_empty()
+                    && router.any.folders.is_empty()
+                    && router.any.exact.is_empty()
+                    && router.any.rules == 0
+            );
         }
     }
 }
@@ -484,6 +489,48 @@ fn measure_kind(kind: RouterKind, count: u32) {
 }
 
 #[test]
+fn the_index_grows_and_shrinks_with_its_rules() {
+    let count = 5000;
+    let mut router = router(RadixtreeHostUri, (1..=count).map(|i| route(i, &format!("/r{i}"), "")));
+    let (pages, groups) = router.hashed.size();
+    assert!(
+        (count as usize / 16..count as usize / 4).contains(&pages) && groups == pages.div_ceil(128),
+        "{pages} {groups}"
+    );
+    let full = router.clone();
+    for i in 1..count {
+        assert!(router.remove(&i.to_string()));
+        if i % 500 == 0 {
+            let at = |i: u32| Request::new("a.com", &format!("/r{i}"));
+            assert_eq!((find(&router, &at(i)), find(&router, &at(i + 1)), find(&full, &at(i))), (0, i + 1, i));
+        }
+    }
+    assert!(router.hashed.size().0 <= 2 && router.hashed.size().1 == 1 && router.hashed.len() == 1);
+    assert_eq!(find(&router, &Request::new("a.com", "/r5000")), 5000);
+    assert!(full.hashed.size() == (pages, groups) && (1..=count).all(|i| full.clone().remove(&i.to_string())));
+}
+
+#[test]
+fn what_is_expected_may_not_be_there() {
+    let routes = (1..=2 * MANY as u32).map(|i| route(i, &format!("/r{i}/:id"), if i % 3 == 0 { "a.com" } else { "" }));
+    for kind in KINDS {
+        let router = router(kind, routes.clone().chain([route(9999, "/x", "a.com")]));
+        for path in ["", "*", "/", "/x", "/r2/5", "/r3/5", "//////", "/%2e%2e/\u{0}", &"/a".repeat(5000)] {
+            router.expect(path.as_bytes());
+            router.expect_soon(b"a.com", path.as_bytes());
+            router.expect_soon(b"", path.as_bytes());
+        }
+        Router::new(kind).expect(b"/x");
+    }
+}
+
+/// What a route's JSON says.
+fn parsed(json: &Value) -> Parsed {
+    let keyring = Keyring::default();
+    parse(Kind::Route, "1", &json.to_string(), &ParseContext::new(&keyring)).unwrap_or_else(|_| panic!("{json}"))
+}
+
+#[test]
 fn a_route_is_plain_when_it_has_nothing_but_its_upstream() {
     let upstream = json!({"type": "roundrobin", "nodes": {"127.0.0.1:80": 1}});
     let plain = |more: Value| {
@@ -491,10 +538,7 @@ fn a_route_is_plain_when_it_has_nothing_but_its_upstream() {
         for (key, value) in more.as_object().expect("a map") {
             json[key] = value.clone();
         }
-        let keyring = Keyring::default();
-        let context = ParseContext::new(&keyring);
-        let text = json.to_string();
-        let Ok(Parsed::Route(value)) = parse(Kind::Route, "1", &text, &context) else { panic!("{text}") };
+        let Parsed::Route(value) = parsed(&json) else { panic!("{json}") };
         rule::is_plain(&value)
     };
     assert!(plain(json!({})));
