@@ -141,7 +141,7 @@ fn perform(options: &Options, run: Run) -> Result<()> {
     match options.verb {
         Verb::Run => foreground(options, run),
         Verb::Start => start(options),
-        Verb::Stop => stop(&options.prefix),
+        Verb::Stop => stop(&options.prefix, STOP_PATIENCE),
         Verb::Quit => signal(&options.prefix, libc::SIGQUIT).map(drop),
         Verb::Reload => {
             load(options)?;
@@ -222,11 +222,11 @@ fn start(options: &Options) -> Result<()> {
         });
     }
     let mut child = command.spawn()?;
-    wait_until_it_serves(&mut child, &options.prefix, &output)
+    wait_until_it_serves(&mut child, &options.prefix, &output, START_PATIENCE)
 }
 
-fn wait_until_it_serves(child: &mut Child, prefix: &Path, output: &Path) -> Result<()> {
-    let end = Instant::now() + START_PATIENCE;
+fn wait_until_it_serves(child: &mut Child, prefix: &Path, output: &Path, patience: Duration) -> Result<()> {
+    let end = Instant::now() + patience;
     while Instant::now() < end {
         if let Some(status) = child.try_wait()? {
             let said = fs::read_to_string(output).unwrap_or_default();
@@ -241,7 +241,7 @@ fn wait_until_it_serves(child: &mut Child, prefix: &Path, output: &Path) -> Resu
     Err(Error::internal(Kind::Other).context(format!(
         "process {} does not serve after {} seconds; see logs/error.log",
         child.id(),
-        START_PATIENCE.as_secs()
+        patience.as_secs()
     )))
 }
 
@@ -252,13 +252,13 @@ fn serving_process(prefix: &Path) -> Option<u64> {
 }
 
 /// SIGTERM, and wait for the end.
-fn stop(prefix: &Path) -> Result<()> {
+fn stop(prefix: &Path, patience: Duration) -> Result<()> {
     let pid = signal(prefix, libc::SIGTERM)?;
-    let end = Instant::now() + STOP_PATIENCE;
+    let end = Instant::now() + patience;
     while running(prefix)? == Some(pid) {
         if Instant::now() >= end {
             return Err(Error::internal(Kind::Other)
-                .context(format!("process {pid} has not ended after {} seconds", STOP_PATIENCE.as_secs())));
+                .context(format!("process {pid} has not ended after {} seconds", patience.as_secs())));
         }
         thread::sleep(PAUSE);
     }
@@ -268,7 +268,7 @@ fn stop(prefix: &Path) -> Result<()> {
 fn restart(options: &Options) -> Result<()> {
     load(options).map_err(|e| e.context("the configuration is broken, nothing was restarted"))?;
     if running(&options.prefix)?.is_some() {
-        stop(&options.prefix)?;
+        stop(&options.prefix, STOP_PATIENCE)?;
     }
     start(options)
 }
@@ -415,7 +415,45 @@ mod tests {
         assert!(!dir.path().join(PID_FILE).exists());
         fs::write(dir.path().join(PID_FILE), "1\n").unwrap();
         assert_eq!(running(dir.path()).unwrap(), None);
-        assert!(stop(dir.path()).unwrap_err().to_string().contains("no gateway runs"));
+        assert!(stop(dir.path(), STOP_PATIENCE).unwrap_err().to_string().contains("no gateway runs"));
         assert!(PidFile::create(dir.path()).unwrap().is_some());
+    }
+
+    /// A process that says when it runs, ignores SIGTERM, and ends with its standard input.
+    fn stubborn() -> Child {
+        let script = "trap '' TERM; echo; read -r _";
+        let mut command = Command::new("sh");
+        let mut child = command.args(["-c", script]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        child.stdout.take().unwrap().read_exact(&mut [0]).unwrap();
+        child
+    }
+
+    #[test]
+    fn a_process_that_does_not_end_is_not_waited_for_any_longer() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut child = stubborn();
+        let _held = PidFile::create(dir.path()).unwrap().unwrap();
+        fs::write(dir.path().join(PID_FILE), format!("{}\n", child.id())).unwrap();
+        let error = stop(dir.path(), Duration::from_millis(50)).unwrap_err().to_string();
+        assert!(error.contains(&format!("process {} has not ended after", child.id())), "{error}");
+        drop(child.stdin.take());
+        child.wait().unwrap();
+    }
+
+    #[test]
+    fn a_process_that_does_not_serve_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let output = dir.path().join("out");
+        let mut child = stubborn();
+        let mut wait = || {
+            let waited = wait_until_it_serves(&mut child, dir.path(), &output, Duration::from_millis(50));
+            (waited.unwrap_err().to_string(), child.stdin.take())
+        };
+        let (error, _) = wait();
+        assert!(error.contains("does not serve after") && error.contains("logs/error.log"), "{error}");
+        fs::write(&output, "port 9080 is taken").unwrap();
+        child.wait().unwrap();
+        let error = wait_until_it_serves(&mut child, dir.path(), &output, START_PATIENCE).unwrap_err().to_string();
+        assert!(error.contains("the gateway ended with") && error.contains("port 9080 is taken"), "{error}");
     }
 }

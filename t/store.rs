@@ -209,6 +209,83 @@ async fn lists_more_than_a_page() {
     assert!(entries.windows(2).all(|w| w[0].key < w[1].key));
 }
 
+/// More bytes than one message from etcd may have.
+#[tokio::test]
+async fn lists_and_follows_more_than_one_message_holds() {
+    const OBJECTS: usize = 80;
+    let dir = tempfile::tempdir().unwrap();
+    let etcd = EtcdServer::start(&dir.path().join("etcd"));
+    let direct = etcd.store().await;
+    put(&*direct, "/routes/1", route("/a")).await;
+    let (port, open) = gate(etcd.port()).await;
+    LocalSet::new()
+        .run_until(async {
+            let node = gateway(store_at(port), dir.path()).await;
+            open.send(false).unwrap();
+            until("the loss is noticed", async || !node.source.load().connected).await;
+            let mut revision = 0;
+            for i in 0..OBJECTS {
+                let function = json!({"source": format!("-- {}", "x".repeat(900_000))});
+                revision = put(&*direct, &format!("/functions/f{i}"), function.to_string()).await;
+            }
+            let (all, at) = direct.list("/functions/").await.unwrap();
+            let bytes: usize = all.iter().map(|entry| entry.value.len()).sum();
+            assert_eq!((all.len(), at), (OBJECTS, revision));
+            assert!(bytes > 64 << 20, "{bytes}");
+            open.send(true).unwrap();
+            timeout(DEADLINE, node.published.reached(revision)).await.expect("caught up");
+            assert_eq!(node.published.load().functions.len(), OBJECTS);
+            let next = put(&*direct, "/routes/2", route("/b")).await;
+            timeout(DEADLINE, node.published.reached(next)).await.expect("goes on");
+        })
+        .await;
+}
+
+/// A cluster whose requests may take a minute: what ends these waits is their own bound.
+fn patient_store_at(port: u16) -> Arc<Etcd> {
+    let config = json!({"deployment": {"etcd": {"host": [format!("http://127.0.0.1:{port}")], "timeout": 60}}});
+    Etcd::new(EtcdConfig::from_json(&config, Path::new("/")).unwrap())
+}
+
+#[tokio::test]
+async fn a_start_does_not_wait_for_an_etcd_that_hangs() {
+    let dir = tempfile::tempdir().unwrap();
+    let etcd = EtcdServer::start(&dir.path().join("etcd"));
+    let revision = put(&*etcd.store().await, "/routes/1", route("/a")).await;
+    LocalSet::new()
+        .run_until(async {
+            let node = gateway(patient_store_at(etcd.port()), dir.path()).await;
+            timeout(DEADLINE, node.published.reached(revision)).await.expect("served");
+        })
+        .await;
+    etcd.signal(libc::SIGSTOP);
+    LocalSet::new()
+        .run_until(async {
+            let node = gateway(patient_store_at(etcd.port()), dir.path()).await;
+            assert_eq!(node.published.load().routes.len(), 1);
+            assert!(!node.source.load().connected);
+            etcd.signal(libc::SIGCONT);
+            until("etcd is found", async || node.source.load().connected).await;
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn a_reload_of_plugins_does_not_wait_for_an_etcd_that_hangs() {
+    let dir = tempfile::tempdir().unwrap();
+    let etcd = EtcdServer::start(&dir.path().join("etcd"));
+    put(&*etcd.store().await, "/routes/1", route("/a")).await;
+    LocalSet::new()
+        .run_until(async {
+            let node = gateway(patient_store_at(etcd.port()), dir.path()).await;
+            etcd.signal(libc::SIGSTOP);
+            let reload = timeout(DEADLINE, node.handle.reload_plugins()).await.expect("within its bound");
+            assert_eq!(reload.unwrap(), 2, "this node alone");
+            etcd.signal(libc::SIGCONT);
+        })
+        .await;
+}
+
 #[tokio::test]
 async fn goes_on_while_etcd_is_dead_and_catches_up() {
     let dir = tempfile::tempdir().unwrap();
@@ -446,6 +523,23 @@ async fn plugins_reload_is_a_new_generation_that_is_served() {
             let revision = put(&*store, "/plugin_sources/mine", json!({"source": "return {}"}).to_string()).await;
             timeout(DEADLINE, node.published.reached(revision)).await.unwrap();
             assert_eq!(node.published.load().plugins_generation, 3);
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn reloads_that_come_together_wait_for_their_turn() {
+    const RELOADS: u64 = 200;
+    let dir = tempfile::tempdir().unwrap();
+    LocalSet::new()
+        .run_until(async {
+            let store = Embedded::open(&dir.path().join("moongate.redb")).unwrap();
+            let node = gateway(store, dir.path()).await;
+            let reloads = (0..RELOADS).map(|_| node.handle.reload_plugins());
+            let all = timeout(DEADLINE, futures_util::future::join_all(reloads)).await.expect("all have their turn");
+            let mut generations: Vec<u64> = all.into_iter().map(Result::unwrap).collect();
+            generations.sort_unstable();
+            assert_eq!(generations, (2..2 + RELOADS).collect::<Vec<_>>());
         })
         .await;
 }

@@ -658,6 +658,60 @@ impl Store for Contended {
     }
 }
 
+/// Says that a write is further ahead than what it will show.
+struct Lagging(Arc<dyn Store>);
+
+impl Store for Lagging {
+    fn name(&self) -> &'static str {
+        "lagging"
+    }
+
+    fn get<'a>(&'a self, key: &'a str) -> store::BoxFuture<'a, error::Result<Option<store::Entry>>> {
+        self.0.get(key)
+    }
+
+    fn list<'a>(&'a self, prefix: &'a str) -> store::BoxFuture<'a, error::Result<(Vec<store::Entry>, i64)>> {
+        self.0.list(prefix)
+    }
+
+    fn put<'a>(
+        &'a self,
+        key: &'a str,
+        value: String,
+        on: store::Condition,
+        ttl: Option<u64>,
+    ) -> store::BoxFuture<'a, error::Result<store::Written>> {
+        Box::pin(async move {
+            let written = self.0.put(key, value, on, ttl).await?;
+            Ok(store::Written { revision: written.revision + 1000, ..written })
+        })
+    }
+
+    fn delete<'a>(
+        &'a self,
+        key: &'a str,
+        on: store::Condition,
+    ) -> store::BoxFuture<'a, error::Result<Option<(store::Entry, i64)>>> {
+        self.0.delete(key, on)
+    }
+
+    fn watch(self: Arc<Self>, changes: store::ChangeSink) -> store::BoxFuture<'static, ()> {
+        self.0.clone().watch(changes)
+    }
+}
+
+#[test]
+fn a_write_that_is_stored_is_answered_though_it_is_not_served() {
+    scene(|| async {
+        let api = start_on(|inner| Arc::new(Lagging(inner))).await;
+        let began = std::time::Instant::now();
+        let put = api.call("PUT", "/routes/1", json!({"uri": "/a", "upstream": upstream()})).await;
+        assert_eq!(put.status, 201);
+        assert!(began.elapsed() >= SERVED_PATIENCE, "it does wait");
+        assert_eq!(api.stored("/routes/1").await["uri"], "/a");
+    });
+}
+
 #[test]
 fn a_write_gives_way_to_others_only_so_often() {
     scene(|| async {

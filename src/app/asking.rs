@@ -62,3 +62,21 @@ impl Questions {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn more_questions_than_a_worker_takes_wait_no_longer_than_one() {
+        let mut asking = Asking::default();
+        let silent = asking.worker();
+        drop(asking.worker());
+        let answers = join_all((0..3 * QUESTIONS).map(|_| asking.clone().ask())).await;
+        for answer in answers {
+            let errors = [&answer["workers"][0]["error"], &answer["workers"][1]["error"]];
+            assert_eq!(errors, ["no answer within 2s: a script keeps it busy", "the worker has ended"]);
+        }
+        assert_eq!(silent.0.len(), QUESTIONS);
+    }
+}

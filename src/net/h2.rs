@@ -42,7 +42,7 @@ pub(super) const MAX_STREAMS: u32 = 128;
 /// Streams that a client may reset before they were looked at (CVE-2023-44487); then the connection is closed.
 pub(super) const MAX_RESETS: usize = 20;
 /// Request body bytes that a client may send ahead of who reads them, per stream and per connection.
-const STREAM_WINDOW: u32 = 128 * 1024;
+pub(super) const STREAM_WINDOW: u32 = 128 * 1024;
 const CONNECTION_WINDOW: u32 = 1024 * 1024;
 /// Response bytes queued per stream, in the queue here and in hyper's.
 const QUEUE_MAX: usize = 64 * 1024;

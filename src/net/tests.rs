@@ -36,6 +36,9 @@ impl Handler for Echo {
         let mut body = Vec::new();
         let mut status = 200;
         let skip = x.request.path == b"/unread";
+        if x.request.path == b"/hold" {
+            std::future::pending::<()>().await;
+        }
         if !skip && matches!(x.body, RequestBody::Streaming { .. }) {
             loop {
                 match poll_fn(|cx| client.poll_read_body(cx, &mut body, 10_000)).await {
@@ -529,6 +532,13 @@ impl Frames {
         Self::frame(Self::HEADERS, END_HEADERS, stream, &[0x83, 0x86, 0x84, 0x01, 1, b'a'])
     }
 
+    /// `POST http://a{path}` with a body that is still to come.
+    fn post_to(stream: u32, path: &[u8]) -> Vec<u8> {
+        const END_HEADERS: u8 = 4;
+        let fields = [&[0x83, 0x86, 0x01, 1, b'a', 0x04, path.len() as u8][..], path].concat();
+        Self::frame(Self::HEADERS, END_HEADERS, stream, &fields)
+    }
+
     /// `GET http://a{path}`.
     fn get(stream: u32, path: &[u8]) -> Vec<u8> {
         const END_STREAM_AND_HEADERS: u8 = 5;
@@ -568,6 +578,29 @@ fn streams_past_the_bound_are_refused() {
         let next = [Frames::post(last + 2), Frames::frame(Frames::DATA, END_STREAM, last + 2, b"ho")].concat();
         client.0.write_all(&next).await.expect("sends");
         assert_eq!(client.next(Frames::DATA).await, (last + 2, b"POST / ho".to_vec()));
+    })
+}
+
+#[test]
+fn a_client_may_send_so_far_ahead_of_who_reads() {
+    with_server(Settings::default(), |addr, _| async move {
+        const INITIAL_WINDOW_SIZE: u16 = 4;
+        const FLOW_CONTROL_ERROR: u32 = 3;
+        const PART: u32 = 16 * 1024;
+        let mut client = Frames::connect(addr).await;
+        let (_, settings) = client.next(Frames::SETTINGS).await;
+        let window = settings.chunks(6).find(|s| s[..2] == INITIAL_WINDOW_SIZE.to_be_bytes()).expect("is said");
+        assert_eq!(window[2..], h2::STREAM_WINDOW.to_be_bytes());
+        // The window holds once it is acknowledged.
+        let ack = Frames::frame(Frames::SETTINGS, 1, 0, &[]);
+        client.0.write_all(&[ack, Frames::post_to(1, b"/hold")].concat()).await.expect("sends");
+        let part = Frames::frame(Frames::DATA, 0, 1, &[b'x'; PART as usize]);
+        client.0.write_all(&part.repeat((h2::STREAM_WINDOW / PART) as usize)).await.expect("sends");
+        // All of it is taken, and the connection is as good as before.
+        client.0.write_all(&Frames::get(3, b"/other")).await.expect("sends");
+        assert_eq!(client.next(Frames::DATA).await, (3, b"GET /other ".to_vec()));
+        client.0.write_all(&Frames::frame(Frames::DATA, 0, 1, b"x")).await.expect("sends");
+        assert_eq!(client.next(Frames::RST_STREAM).await, (1, FLOW_CONTROL_ERROR.to_be_bytes().into()));
     })
 }
 

@@ -157,6 +157,72 @@ fn a_second_interrupt_does_not_wait_for_the_requests_in_flight() {
 }
 
 #[test]
+fn a_drain_ends_with_worker_shutdown_timeout() {
+    let up = Upstream::answering(|_| {
+        std::thread::park();
+        ""
+    });
+    let mut gw = Gateway::with(json!({"nginx_config": {"worker_shutdown_timeout": "1s", "worker_processes": 1}}));
+    gw.route("1", "/never", &up, json!({}));
+    let mut client = Client::connect(&gw.proxy());
+    client.send("GET", "/never", &[], b"");
+    eventually("the upstream has it", || (!up.seen().is_empty()).then_some(()));
+    gw.signal(libc::SIGQUIT);
+    assert!(gw.wait().success());
+    gw.expect_log("1 connections are cut: worker_shutdown_timeout (1s) is over");
+    assert!(client.closed());
+}
+
+/// A gateway whose worker is inside a script that does not end.
+fn busy(nginx_config: serde_json::Value) -> Gateway {
+    let gw = Gateway::with(json!({
+        "lua": {"limits": {"cpu_ms": 3_600_000}},
+        "nginx_config": nginx_config,
+        "lua_locations": [{"location": "= /busy", "content_by_lua": "ngx.log(ngx.WARN, 'busy now') while true do end"}],
+    }));
+    Client::connect(&gw.proxy()).send("GET", "/busy", &[], b"");
+    gw.expect_log("busy now");
+    gw
+}
+
+#[test]
+fn a_stop_waits_only_so_long_for_a_worker_inside_a_script() {
+    let mut gw = busy(json!({"worker_processes": 1}));
+    gw.signal(libc::SIGTERM);
+    gw.wait();
+    gw.expect_log("1 workers are cut off");
+}
+
+#[test]
+fn a_drain_waits_only_so_long_for_a_worker_inside_a_script() {
+    let mut gw = busy(json!({"worker_shutdown_timeout": "1s", "worker_processes": 1}));
+    gw.signal(libc::SIGQUIT);
+    gw.wait();
+    gw.expect_log("1 workers do not end");
+    gw.expect_log("1 workers are cut off");
+}
+
+/// A timer that is told to end, and does not.
+const STUBBORN: &str = "
+    local function stay(premature) ngx.log(ngx.WARN, 'premature: ', premature) while true do ngx.sleep(1) end end
+    assert(ngx.timer.at(3600, stay)) ngx.say('set')";
+
+#[test]
+fn timers_that_do_not_end_are_cut_off() {
+    for signal in [libc::SIGTERM, libc::SIGQUIT] {
+        let mut gw = Gateway::with(json!({
+            "nginx_config": {"worker_processes": 1},
+            "lua_locations": [{"location": "= /set", "content_by_lua": STUBBORN}],
+        }));
+        assert_eq!(gw.get("/set").text(), "set\n");
+        gw.signal(signal);
+        assert!(gw.wait().success());
+        gw.expect_log("premature: true");
+        gw.expect_log("1 timers of plugins are cut off");
+    }
+}
+
+#[test]
 fn hang_up_reads_the_configuration_again_and_refuses_a_broken_one() {
     let gw = Gateway::start();
     gw.dir.write("conf/config.yaml", "apisix: {node_listen: [99999]}\n");

@@ -256,6 +256,16 @@ pub fn register(api: &mut Api) -> Result<()> {
 mod tests {
     use super::super::tests::{check, fails};
 
+    /// The machine stack lends 32 KB: what needs more matches up to the bound, and fails past it.
+    #[test]
+    fn deep_matches_end_at_the_stack_of_the_jit() {
+        check("local m = ngx.re.match(('ab'):rep(5000), '^(a|b|(?:ab))*$', 'jo') return #m[0]", "10000");
+        check(
+            "local m, e = ngx.re.match(('ab'):rep(2000000), '^(a|b|(?:ab))*$', 'jo') return tostring(m) .. ': ' .. e",
+            "nil: pcre_exec() failed: -46",
+        );
+    }
+
     #[test]
     fn matches_as_documented() {
         for (lua, expected) in [

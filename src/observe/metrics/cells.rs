@@ -16,7 +16,7 @@ use super::{Node, RequestSample};
 pub(super) const MAX_CELLS: usize = 20_000;
 
 /// Further ones for samples without labels, which differ by status only.
-const MAX_BLANK: usize = 1000;
+pub(super) const MAX_BLANK: usize = 1000;
 
 /// Cells copied under one hold of the lock: some ten microseconds.
 const PART: usize = 128;

@@ -133,6 +133,21 @@ fn series_are_bounded_and_totals_stay_right() {
     let statuses = page.lines().filter(|l| l.starts_with("apisix_http_status{"));
     let total: usize = statuses.map(|l| l.rsplit(' ').next().unwrap().parse::<usize>().unwrap()).sum();
     assert_eq!(total, many);
+    // Those that find no place are told apart by their status alone, and no further than to a bound.
+    for status in 0..2 * cells::MAX_BLANK as u16 {
+        worker.record(&RequestSample { route: "late", status, ..sample() });
+    }
+    let (mut kept, mut from) = (0, 0);
+    loop {
+        let part = lock(&worker.worker.cells).part(from).len();
+        (kept, from) = (kept + part, from + part);
+        if part == 0 {
+            break;
+        }
+    }
+    assert_eq!(kept, cells::MAX_CELLS + cells::MAX_BLANK);
+    let page = scrape(&metrics);
+    assert_line(&page, &format!("apisix_metric_series_dropped_total {}", 50 + 2 * cells::MAX_BLANK));
 }
 
 #[test]
