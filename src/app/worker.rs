@@ -210,7 +210,7 @@ struct Counted {
 }
 
 impl Handler for Counted {
-    fn expect(&self, path: &[u8]) {
+    fn expect<'a>(&self, path: impl FnOnce() -> &'a [u8]) {
         self.proxy.expect(path);
     }
 

@@ -70,7 +70,7 @@ pub(super) async fn serve<H: Handler>(server: &Rc<Server<H>>, io: Io, conn: Rc<C
             Next::Refused(refusal) => return reject(server, client, &conn, refusal).await,
             Next::Head(len) => {
                 nth += 1;
-                server.handler.expect(head::raw_path(&h1.unread()[..len]));
+                server.handler.expect(|| head::raw_path(&h1.unread()[..len]));
                 let mut x = server.pool.take(&conn);
                 x.request.nth = nth;
                 let begun = h1.begin(len, &mut x);

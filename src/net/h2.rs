@@ -143,7 +143,7 @@ async fn answer<H: Handler>(
     streams.open.set(streams.open.get() + 1);
     streams.total.set(streams.total.get() + 1);
     let (parts, incoming) = request.into_parts();
-    server.handler.expect(parts.uri.path().as_bytes());
+    server.handler.expect(|| parts.uri.path().as_bytes());
     let mut x = server.pool.take(&streams.conn);
     x.request.nth = streams.total.get();
     let read = read_head(&parts, &mut x.request).and_then(|length| {

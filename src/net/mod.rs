@@ -31,7 +31,7 @@ use crate::exchange::{Connection, Exchange};
 pub trait Handler: 'static {
     /// A request is there and about to be read, for a path that the client spells so: the moment to ask for memory that serving
     /// it will need.
-    fn expect(&self, _path: &[u8]) {}
+    fn expect<'a>(&self, _path: impl FnOnce() -> &'a [u8]) {}
 
     /// Runs a request from its head to its log line. `x.request`, `x.body`, `x.client` and `x.conn` are set and
     /// `begin` was called; the snapshot is the handler's to set. Hands the exchange back with `x.client` still in it

@@ -141,7 +141,7 @@ impl Proxy {
 }
 
 impl Handler for Rc<Proxy> {
-    fn expect(&self, path: &[u8]) {
+    fn expect<'a>(&self, path: impl FnOnce() -> &'a [u8]) {
         self.current.borrow().router.expect(path);
     }
 

@@ -53,7 +53,6 @@ impl Depths {
         }
     }
 
-    #[cfg(test)]
     pub fn is_empty(&self) -> bool {
         self.mask == 0
     }

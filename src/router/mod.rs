@@ -218,12 +218,17 @@ impl Router {
 
     /// A request for `path` is being read: asks for the memory with which its lookup starts. A path that is not
     /// decoded yet does: this only saves time.
-    pub fn expect(&self, path: &[u8]) {
-        self.ahead(&self.any, path, |key| self.hashed.prefetch(key));
+    pub fn expect<'a>(&self, path: impl FnOnce() -> &'a [u8]) {
+        if self.hashed.len() >= MANY {
+            self.ahead(&self.any, path(), |key| self.hashed.prefetch(key));
+        }
     }
 
     /// A lookup is near: asks for the memory of the rule that it is likely to end at.
     pub fn expect_soon(&self, host: &[u8], path: &[u8]) {
+        if self.hashed.len() < MANY {
+            return;
+        }
         let scope = self.hosts.get(host).map_or(&self.any, |scope| scope);
         self.ahead(scope, path, |key| {
             if let Some(rules) = self.hashed.get(key) {
@@ -234,9 +239,6 @@ impl Router {
 
     /// Names the keys that a lookup tries first.
     fn ahead(&self, scope: &Scope, path: &[u8], key: impl Fn(u64)) {
-        if self.hashed.len() < MANY {
-            return;
-        }
         let slashes = Slashes::of(path);
         if scope.exact.have(&slashes) {
             key(scope.key(self.hash.hash_one(path)));
@@ -276,12 +278,14 @@ impl Router {
         if scope.rules == 0 {
             return None;
         }
-        if scope.exact.have(path.slashes())
+        let only_exact = scope.folders.is_empty() && scope.prefixes.is_empty();
+        if (only_exact || scope.exact.have(path.slashes()))
             && let Some(found) = self.find_exact(scope, path, facts)
         {
             return Some(found);
         }
         match scope.prefixes.is_empty() {
+            _ if only_exact => None,
             true => scope.folders.folders(path.slashes()).find_map(|end| self.find_folder(scope, end, path, facts)),
             false => self.find_prefix(scope, path, facts),
         }
