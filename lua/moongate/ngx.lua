@@ -12,6 +12,8 @@ typedef struct {
     int forcible, stale;
     const char *error;
 } moongate_val;
+typedef struct { moongate_str name, value; } moongate_field;
+typedef struct { const moongate_field *list; bool truncated; } moongate_fields;
 ]])
 
 local native = require("moongate.native")
@@ -22,6 +24,7 @@ local ngx = ngx
 local error, getmetatable, ipairs, pairs, rawget, rawset, select, setmetatable, tonumber, tostring, type =
     error, getmetatable, ipairs, pairs, rawget, rawset, select, setmetatable, tonumber, tostring, type
 local concat, floor = table.concat, math.floor
+local new_table = require("table.new")
 local ffi_string = ffi.string
 
 -- One buffer for all answers: each is copied before the next call.
@@ -278,11 +281,35 @@ local headers_mt = {
     end,
 }
 
+local fields = ffi.new("moongate_fields")
+local MAX_FIELDS = 100
+
 local function headers_of(read)
     return function(max, raw)
-        local headers, err = read(max, raw)
+        local limit = max == nil and MAX_FIELDS or tonumber(max)
+        if not limit then
+            error("bad argument #1 to 'get_headers' (number expected, got " .. type(max) .. ")", 2)
+        end
+        local n = read(limit, raw and 1 or 0, fields)
+        if n < 0 then error("no request found", 2) end
+        local headers = new_table(0, n)
+        local list = fields.list
+        for i = 0, n - 1 do
+            local field = list[i]
+            local name = ffi_string(field.name.ptr, field.name.len)
+            local value = ffi_string(field.value.ptr, field.value.len)
+            local known = headers[name]
+            if known == nil then
+                headers[name] = value
+            elseif type(known) == "table" then
+                known[#known + 1] = value
+            else
+                headers[name] = { known, value }
+            end
+        end
         if not raw then setmetatable(headers, headers_mt) end
-        return headers, err
+        if fields.truncated then return headers, "truncated" end
+        return headers
     end
 end
 
@@ -301,7 +328,7 @@ end
 
 ngx.resp = ngx.resp or {}
 --- ngx.resp.get_headers(max?, raw?)
-ngx.resp.get_headers = headers_of(native.resp.headers)
+ngx.resp.get_headers = headers_of(fast.resp_headers)
 
 --- Adds a response header beside those of that name. For apisix.core.
 function native.resp.add_header(name, value)
@@ -310,7 +337,7 @@ end
 
 local req = ngx.req
 --- ngx.req.get_headers(max?, raw?)
-req.get_headers = headers_of(native.req.headers)
+req.get_headers = headers_of(fast.req_headers)
 
 --- ngx.req.set_header(name, value): nil removes, a table sets several.
 function req.set_header(name, value)

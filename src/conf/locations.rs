@@ -8,14 +8,13 @@ use std::{
     collections::HashMap,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
 };
 
 use ipnet::IpNet;
 use pcre2::bytes::{Regex, RegexBuilder};
 use serde_json::{Map, Value, json};
 
-use super::keys::at;
+use super::{directives::Directives, keys::at};
 
 /// Everything that config.yaml says beside routes and plugins about what Lua runs when.
 #[derive(Clone, Debug, Default)]
@@ -61,7 +60,7 @@ pub struct Location {
     pub header_filter: Option<Arc<Script>>,
     pub body_filter: Option<Arc<Script>>,
     pub log: Option<Arc<Script>>,
-    pub options: Options,
+    pub directives: Directives,
     /// `root`: where nginx would look for files, `$document_root`.
     pub root: PathBuf,
     /// Where request bodies go that do not fit `client_body_buffer_size`.
@@ -161,7 +160,7 @@ pub enum Piece {
 
 /// Directives by name, words joined by a space; those that may stand several times hold a line for each.
 #[derive(Clone, Debug, Default)]
-pub struct Options(HashMap<Box<str>, Vec<Box<str>>>);
+pub(super) struct Options(HashMap<Box<str>, Vec<Box<str>>>);
 
 impl Options {
     pub fn get(&self, name: &str) -> Option<&str> {
@@ -172,21 +171,7 @@ impl Options {
         self.0.get(name).map_or(&[], |lines| lines)
     }
 
-    pub fn is_on(&self, name: &str, default: bool) -> bool {
-        self.get(name).map_or(default, |value| value == "on")
-    }
-
-    /// A size in bytes, as nginx writes it: `8k`.
-    pub fn size(&self, name: &str) -> Option<u64> {
-        self.get(name).and_then(super::typed::size)
-    }
-
-    /// A time as nginx writes it: `100ms`, `60s`.
-    pub fn duration(&self, name: &str) -> Option<Duration> {
-        self.get(name).and_then(super::typed::duration)
-    }
-
-    fn read(map: Option<&Map<String, Value>>, base: &Options) -> Options {
+    pub(super) fn read(map: Option<&Map<String, Value>>, base: &Options) -> Options {
         let mut options = base.clone();
         for (name, value) in map.into_iter().flatten() {
             let lines = match value {
@@ -363,7 +348,7 @@ impl Reader<'_> {
             log: self.script(&map, "log_by_lua"),
             root: self.prefix.join(options.get("root").unwrap_or("html")),
             body_dir: self.prefix.join("client_body_temp"),
-            options,
+            directives: Directives::read(&options, path, self.mistakes),
         })
     }
 
@@ -580,10 +565,10 @@ mod tests {
         assert_eq!(&*script.name, "=content_by_lua(nginx.conf:41)");
         assert_eq!(one.set.iter().map(|(name, _)| &**name).collect::<Vec<_>>(), ["a", "c", "b"]);
         assert_eq!(
-            (one.options.get("default_type"), one.options.is_on("lua_need_request_body", false)),
+            (one.directives.default_type.as_deref(), one.directives.lua_need_request_body),
             (Some("text/html"), true)
         );
-        assert_eq!(one.options.all("proxy_set_header"), ["A b".into(), "C d".into()]);
+        assert_eq!(one.directives.proxy_set_header.len(), 2);
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! nginx's "not found": `-` in a log, `nil` in Lua.
 
 use std::{
+    borrow::Cow,
     cell::RefCell,
     fmt::Write as _,
     net::{IpAddr, SocketAddr},
@@ -136,16 +137,48 @@ impl Var {
         if let Some(known) = known_names().get(name) {
             return Var::Known(*known);
         }
-        let lower = |s: &str| s.to_ascii_lowercase().replace('-', "_").into_boxed_str();
-        match name.split_once('_') {
-            Some(("http", rest)) => Var::Http(lower(rest)),
-            Some(("arg", rest)) => Var::Arg(rest.into()),
-            Some(("cookie", rest)) => Var::Cookie(rest.into()),
-            Some(("sent", rest)) if rest.starts_with("http_") => Var::SentHttp(lower(&rest[5..])),
-            Some(("upstream", rest)) if rest.starts_with("http_") => Var::UpstreamHttp(lower(&rest[5..])),
-            Some(("uri", rest)) if rest.starts_with("param_") => Var::UriParam(rest[6..].into()),
-            _ => Var::Custom(name.into()),
+        match Family::of(name) {
+            Family::Http(rest) => Var::Http(rest.into()),
+            Family::SentHttp(rest) => Var::SentHttp(rest.into()),
+            Family::UpstreamHttp(rest) => Var::UpstreamHttp(rest.into()),
+            Family::Arg(rest) => Var::Arg(rest.into()),
+            Family::Cookie(rest) => Var::Cookie(rest.into()),
+            Family::UriParam(rest) => Var::UriParam(rest.into()),
+            Family::Custom(name) => Var::Custom(name.into()),
         }
+    }
+}
+
+/// What `Var` says of a name that is not one of the gateway's, without a copy of it.
+enum Family<'a> {
+    Http(Cow<'a, str>),
+    SentHttp(Cow<'a, str>),
+    UpstreamHttp(Cow<'a, str>),
+    Arg(&'a str),
+    Cookie(&'a str),
+    UriParam(&'a str),
+    Custom(&'a str),
+}
+
+impl<'a> Family<'a> {
+    fn of(name: &'a str) -> Self {
+        match name.split_once('_') {
+            Some(("http", rest)) => Family::Http(lower(rest)),
+            Some(("arg", rest)) => Family::Arg(rest),
+            Some(("cookie", rest)) => Family::Cookie(rest),
+            Some(("sent", rest)) if rest.starts_with("http_") => Family::SentHttp(lower(&rest[5..])),
+            Some(("upstream", rest)) if rest.starts_with("http_") => Family::UpstreamHttp(lower(&rest[5..])),
+            Some(("uri", rest)) if rest.starts_with("param_") => Family::UriParam(&rest[6..]),
+            _ => Family::Custom(name),
+        }
+    }
+}
+
+/// A field's name as a variable writes it.
+fn lower(name: &str) -> Cow<'_, str> {
+    match name.bytes().any(|b| b.is_ascii_uppercase() || b == b'-') {
+        true => name.to_ascii_lowercase().replace('-', "_").into(),
+        false => name.into(),
     }
 }
 
@@ -175,7 +208,15 @@ impl Exchange {
         if let Some(set) = self.set_by_name(name) {
             return Some(set);
         }
-        self.var(&Var::parse(name), scratch)
+        match Family::of(name) {
+            Family::Http(name) => field(&self.request.headers, &name, scratch),
+            Family::SentHttp(name) => field(&self.response.headers, &name, scratch),
+            Family::UpstreamHttp(name) => field(self.upstream_headers()?, &name, scratch),
+            Family::Arg(name) => arg(&self.request.args, name),
+            Family::Cookie(name) => cookie(&self.request.headers, name),
+            Family::UriParam(name) => self.uri_param(name),
+            Family::Custom(name) => self.custom(name),
+        }
     }
 
     /// Sets a variable that plugins may set, or one of their own.

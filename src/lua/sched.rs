@@ -12,7 +12,6 @@ use std::{
     pin::Pin,
     ptr,
     rc::Rc,
-    sync::Arc,
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -26,7 +25,6 @@ use super::{
     vm::{self, Vm},
 };
 use crate::{
-    conf::locations::Location,
     error::Result,
     exchange::{
         Connection, Exchange, Phase,
@@ -674,8 +672,7 @@ impl Threads {
     }
 
     async fn run(&mut self, x: &mut Exchange) -> Outcome<()> {
-        let check = |l: &Arc<Location>| l.options.is_on("lua_check_client_abort", false);
-        self.watches_client = x.location.as_ref().is_some_and(check);
+        self.watches_client = x.location.as_ref().is_some_and(|l| l.directives.lua_check_client_abort);
         loop {
             if let Some((i, what)) = self.sending.take() {
                 let values = send(x, what).await;

@@ -213,7 +213,7 @@ fn run_of(x: &Exchange) -> Option<&Run> {
 impl Runner {
     /// Loads the plugins. Must be called inside the worker's runtime: `init` may start timers.
     pub fn new(setup: Setup, worker: usize, snapshot: &Arc<Snapshot>) -> Result<Runner> {
-        if worker == 0 && setup.locations.list.iter().any(|l| !l.options.is_on("lua_code_cache", true)) {
+        if worker == 0 && setup.locations.list.iter().any(|l| !l.directives.lua_code_cache) {
             let text = b"lua_code_cache is off; this will hurt performance";
             log::line(Level::Alert, text, None);
         }

@@ -86,7 +86,7 @@ fn path_of(x: &Exchange, location: &Location) -> Option<PathBuf> {
 fn content_type<'l>(path: &Path, location: &'l Location) -> &'l str {
     let end = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
     let known = TYPES.iter().find(|(name, _)| *name == end).map(|(_, kind)| *kind);
-    known.or_else(|| location.options.get("default_type")).unwrap_or("application/octet-stream")
+    known.or(location.directives.default_type.as_deref()).unwrap_or("application/octet-stream")
 }
 
 async fn refuse(p: &Proxy, x: &mut Exchange, path: &Path, e: &io::Error) -> Result<()> {

@@ -446,12 +446,11 @@ fn timeouts(p: &Proxy, x: &Exchange, conf: &Upstream) -> Timeouts {
 
 fn configured_timeouts(p: &Proxy, x: &Exchange, conf: &Upstream) -> Timeouts {
     if let Some(location) = &x.location {
-        let of = |directive: &str, default| location.options.duration(directive).unwrap_or(default);
-        let default = p.settings.timeout;
+        let (set, default) = (location.directives.proxy, p.settings.timeout);
         return Timeouts {
-            connect: of("proxy_connect_timeout", default.connect),
-            send: of("proxy_send_timeout", default.send),
-            read: of("proxy_read_timeout", default.read),
+            connect: set.connect.unwrap_or(default.connect),
+            send: set.send.unwrap_or(default.send),
+            read: set.read.unwrap_or(default.read),
         };
     }
     let matched = x.matched.as_ref().filter(|m| m.found.plain_upstream().is_none());

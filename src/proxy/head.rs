@@ -1,7 +1,7 @@
 //! The request's head as the upstream gets it.
 
 use crate::{
-    conf::locations::{Location, Template},
+    conf::locations::Location,
     error::{Error, Result},
     exchange::{
         Exchange, Headers,
@@ -61,12 +61,9 @@ pub(super) fn write(x: &Exchange, node: &Node, body: BodyFraming, websocket: boo
 /// As nginx's proxy_pass has it: HTTP/1.0 and no connection kept unless the location says so, no field of our own.
 fn write_for_location(x: &Exchange, location: &Location, body: BodyFraming, out: &mut Vec<u8>) -> Result<()> {
     let start = out.len();
-    let own = |name: &str| {
-        let line = location.options.all("proxy_set_header").iter().rev();
-        line.map(|line| line.split_once(' ').unwrap_or((line, ""))).find(|(n, _)| n.eq_ignore_ascii_case(name))
-    };
+    let own = |name: &str| location.directives.proxy_set_header.iter().any(|(own, _)| own.eq_ignore_ascii_case(name));
     // HTTP/1.0 has no chunks.
-    let http11 = location.options.get("proxy_http_version") == Some("1.1") || body == BodyFraming::Chunked;
+    let http11 = location.directives.proxy_http11 || body == BodyFraming::Chunked;
     append_all(out, [&x.request.method, b" "]);
     target(x, out);
     let line = out.len();
@@ -78,16 +75,15 @@ fn write_for_location(x: &Exchange, location: &Location, body: BodyFraming, out:
             append_all(out, [name.as_bytes(), b": ", value, b"\r\n"]);
         }
     };
-    if own("host").is_none() {
+    if !own("host") {
         put("Host", &x.upstream.host);
     }
-    if own("connection").is_none() {
+    if !own("connection") {
         put("Connection", b"close");
     }
-    for line in location.options.all("proxy_set_header") {
-        let (name, value) = line.split_once(' ').unwrap_or((line, ""));
+    for (name, value) in &location.directives.proxy_set_header {
         let mut text = Vec::new();
-        x.fill(&Template::parse(value), &mut text);
+        x.fill(value, &mut text);
         put(name, &text);
     }
     if !sound {
@@ -102,7 +98,7 @@ fn write_for_location(x: &Exchange, location: &Location, body: BodyFraming, out:
         BodyFraming::Chunked => out.extend_from_slice(b"Transfer-Encoding: chunked\r\n"),
     }
     x.request.headers.write_to(out, |name, value| {
-        let named = std::str::from_utf8(name).is_ok_and(|name| own(name).is_some());
+        let named = std::str::from_utf8(name).is_ok_and(own);
         !named && (!is_dropped(name, value, false) || matches!(name.len(), 9 | 15))
     });
     out.extend_from_slice(b"\r\n");

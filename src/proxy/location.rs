@@ -63,7 +63,7 @@ pub(super) async fn serve_child(p: &Rc<Proxy>, x: &mut Exchange) {
     if let Err(e) = served {
         failed(p, x, e).await;
     }
-    if x.location.as_ref().is_some_and(|l| l.options.is_on("log_subrequest", false)) {
+    if x.location.as_ref().is_some_and(|l| l.directives.log_subrequest) {
         x.phase = Phase::Log;
         p.runner.log(x).await;
     }
@@ -217,13 +217,11 @@ fn is_known_already(x: &Exchange) -> bool {
 pub(super) fn add_headers(x: &mut Exchange) {
     let Some(location) = x.location.clone() else { return };
     let usual = matches!(x.response.status, 200 | 201 | 204 | 206 | 301 | 302 | 303 | 304 | 307 | 308);
-    for line in location.options.all("add_header") {
-        let (name, value) = line.split_once(' ').unwrap_or((line, ""));
-        let (value, always) = value.strip_suffix(" always").map_or((value, false), |value| (value, true));
-        if usual || always {
+    for added in &location.directives.add_header {
+        if usual || added.always {
             let mut text = Vec::new();
-            x.fill(&Template::parse(value), &mut text);
-            x.response.headers.append(name, &text);
+            x.fill(&added.value, &mut text);
+            x.response.headers.append(&*added.name, &text);
         }
     }
 }
@@ -316,7 +314,7 @@ async fn phases(p: &Proxy, x: &mut Exchange, location: &Arc<Location>) -> Result
         let value = p.runner.set_by_lua(x, one).await?;
         set(x, &one.var, value);
     }
-    if location.options.is_on("lua_need_request_body", false) {
+    if location.directives.lua_need_request_body {
         p.runner.read_body(x).await?;
     }
     if let Some(flow) = rewrite(p, x, location).await? {
@@ -479,17 +477,16 @@ fn has_body_filter(x: &Exchange) -> bool {
 
 /// `lua_http10_buffering`
 fn buffers(x: &Exchange) -> bool {
-    x.location.as_ref().is_none_or(|l| l.options.is_on("lua_http10_buffering", true))
+    x.location.as_ref().is_none_or(|l| l.directives.lua_http10_buffering)
 }
 
 /// `default_type`, for answers of Lua's.
 fn default_type(x: &mut Exchange) {
     let Some(location) = &x.location else { return };
-    if x.untyped || x.response.headers.contains("content-type") || !location.options.is_on("lua_use_default_type", true)
-    {
+    if x.untyped || !location.directives.lua_use_default_type || x.response.headers.contains("content-type") {
         return;
     }
-    let default = location.options.get("default_type").unwrap_or("text/plain");
+    let default = location.directives.default_type.as_deref().unwrap_or("text/plain");
     if !default.is_empty() {
         x.response.headers.set("Content-Type", default);
     }

@@ -1,13 +1,12 @@
 //! `ngx.location.capture`, `ngx.exec`: from location to location. Their options are read in lua/moongate/location.lua.
 
-use std::{any::Any, ffi::c_int, rc::Rc, sync::Arc};
+use std::{any::Any, ffi::c_int, rc::Rc};
 
 use bytes::Bytes;
 use mlua::ffi;
 
 use super::codec;
 use crate::{
-    conf::locations::Location,
     error::Result,
     exchange::{
         Exchange, Jump,
@@ -142,11 +141,12 @@ fn subrequest(s: &Stack, i: c_int) -> std::result::Result<Subrequest, Raise> {
 fn on_abort(s: &Stack) -> Answer {
     s.arg_function(1)?;
     let x = request()?;
-    let checks = |l: &Arc<Location>| l.options.is_on("lua_check_client_abort", false);
     match &x.location {
         // A plugin's request ends by itself when its client goes away.
         None => return Ok(s.push_number(1.0)),
-        Some(location) if !checks(location) => return s.fail("lua_check_client_abort is off"),
+        Some(location) if !location.directives.lua_check_client_abort => {
+            return s.fail("lua_check_client_abort is off");
+        }
         Some(_) if x.lua.on_abort.is_some() => return s.fail("duplicate call"),
         Some(_) => {}
     }

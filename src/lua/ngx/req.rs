@@ -303,10 +303,10 @@ impl Drop for Reading {
 /// How much of a body stays in memory: `client_body_buffer_size`, nothing with `client_body_in_file_only`.
 fn memory_limit(location: Option<&Location>) -> usize {
     let Some(location) = location else { return MEMORY_BODY };
-    if matches!(location.options.get("client_body_in_file_only"), Some("on" | "clean")) {
-        return 0;
+    match location.directives.client_body_in_file_only {
+        true => 0,
+        false => location.directives.client_body_buffer_size.map_or(MEMORY_BODY, |n| n as usize),
     }
-    location.options.size("client_body_buffer_size").map_or(MEMORY_BODY, |n| n as usize)
 }
 
 fn temp_file(location: Option<&Location>) -> std::io::Result<(std::path::PathBuf, std::fs::File)> {
@@ -340,7 +340,7 @@ fn poll_body(cx: &mut Context<'_>, x: &mut Exchange, reading: &mut Reading, keep
         let Some(client) = x.client.as_mut() else { return Poll::Ready(failed("no client")) };
         let read = client.poll_read_body(cx, &mut reading.memory, READ_CHUNK);
         if read.is_pending()
-            && let Some(limit) = x.location.as_ref().and_then(|l| l.options.duration("client_body_timeout"))
+            && let Some(limit) = x.location.as_ref().and_then(|l| l.directives.client_body_timeout)
         {
             let patience = reading.patience.get_or_insert_with(|| Box::pin(sleep(limit)));
             if patience.as_mut().poll(cx).is_ready() {

@@ -167,7 +167,7 @@ fn is_buffered(x: &Exchange) -> bool {
     !x.response.head_sent
         && x.request.version == Version::Http10
         && !x.response.headers.contains("content-length")
-        && x.location.as_ref().is_none_or(|l| l.options.is_on("lua_http10_buffering", true))
+        && x.location.as_ref().is_none_or(|l| l.directives.lua_http10_buffering)
 }
 
 /// Asks for sending, where somebody does that before the phase ends.

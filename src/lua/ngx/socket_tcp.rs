@@ -138,13 +138,13 @@ impl Shut for Socket {
 impl Socket {
     /// How long a wait may take: `settimeout`, else what the location says, else lua-nginx-module's default.
     fn limit(&self, of: u8) -> Duration {
-        let (own, directive, what) = match of {
-            CONNECTING => (&self.connect_timeout, "lua_socket_connect_timeout", "connect"),
-            READING => (&self.read_timeout, "lua_socket_read_timeout", "read"),
-            _ => (&self.send_timeout, "lua_socket_send_timeout", "send"),
+        let set = || Some(fast::exchange()?.location.as_ref()?.directives.socket);
+        let (own, of_location, what) = match of {
+            CONNECTING => (&self.connect_timeout, set().and_then(|p| p.connect), "connect"),
+            READING => (&self.read_timeout, set().and_then(|p| p.read), "read"),
+            _ => (&self.send_timeout, set().and_then(|p| p.send), "send"),
         };
-        let of_location = || fast::exchange()?.location.as_ref()?.options.duration(directive);
-        let limit = own.get().or_else(of_location).unwrap_or(TIMEOUT);
+        let limit = own.get().or(of_location).unwrap_or(TIMEOUT);
         if log::enabled(Level::Debug) {
             note(&format!("lua tcp socket {what} timeout: {}", limit.as_millis()));
         }
@@ -514,7 +514,7 @@ fn pooled(socket: &Socket, lease: Lease) -> Result<(), Lease> {
 
 /// A line of level error about a socket, unless `lua_socket_log_errors` is off.
 fn complain(text: &str) {
-    let logs = |l: &Arc<Location>| l.options.is_on("lua_socket_log_errors", true);
+    let logs = |l: &Arc<Location>| l.directives.lua_socket_log_errors;
     if let Some(x) = fast::exchange().filter(|x| x.location.as_ref().is_some_and(logs)) {
         x.log(Level::Error, text.as_bytes());
     }

@@ -127,7 +127,7 @@ impl Runner {
     /// The worker's VM; with `lua_code_cache off` one that was made for the request, so that every change of a file counts.
     fn generation_for(&self, x: &Exchange) -> Rc<Generation> {
         let shared = self.generation.borrow().clone();
-        if x.location.as_ref().is_none_or(|l| l.options.is_on("lua_code_cache", true)) {
+        if x.location.as_ref().is_none_or(|l| l.directives.lua_code_cache) {
             return shared;
         }
         match Generation::bare(&self.setup, self.worker, &x.snapshot) {

@@ -1,0 +1,193 @@
+//! What a location's `options` say, read once into what a request asks for. Names, values and defaults are nginx's and
+//! lua-nginx-module's.
+
+use std::time::Duration;
+
+use super::{
+    locations::{Options, Template},
+    typed,
+};
+
+/// A location's directives beside scripts, variables and what answers.
+#[derive(Clone, Debug)]
+pub struct Directives {
+    /// `default_type`; empty: no type.
+    pub default_type: Option<Box<str>>,
+    pub lua_use_default_type: bool,
+    pub lua_code_cache: bool,
+    pub lua_need_request_body: bool,
+    pub lua_check_client_abort: bool,
+    pub lua_http10_buffering: bool,
+    pub lua_transform_underscores_in_response_headers: bool,
+    pub lua_socket_log_errors: bool,
+    pub log_subrequest: bool,
+    /// `client_body_in_file_only` is `on` or `clean`.
+    pub client_body_in_file_only: bool,
+    /// Bytes of a request body that stay in memory.
+    pub client_body_buffer_size: Option<u64>,
+    pub client_body_timeout: Option<Duration>,
+    /// `lua_socket_{connect,send,read}_timeout`
+    pub socket: Patience,
+    /// `proxy_{connect,send,read}_timeout`
+    pub proxy: Patience,
+    /// `proxy_http_version 1.1`
+    pub proxy_http11: bool,
+    /// `proxy_set_header name value`, in their order.
+    pub proxy_set_header: Vec<(Box<str>, Template)>,
+    pub add_header: Vec<AddHeader>,
+}
+
+/// How long what is done with another host may take.
+#[derive(Clone, Copy, Debug)]
+pub struct Patience {
+    pub connect: Option<Duration>,
+    pub send: Option<Duration>,
+    pub read: Option<Duration>,
+}
+
+/// `add_header name value [always]`
+#[derive(Clone, Debug)]
+pub struct AddHeader {
+    pub name: Box<str>,
+    pub value: Template,
+    /// Whatever the status; else only with those that nginx lists.
+    pub always: bool,
+}
+
+impl Directives {
+    /// `path`: of the location, for what is wrong.
+    pub(super) fn read(options: &Options, path: &str, mistakes: &mut Vec<String>) -> Directives {
+        let mut r = Reader { options, path, mistakes };
+        Directives {
+            default_type: options.get("default_type").map(Box::from),
+            lua_use_default_type: r.on("lua_use_default_type", true),
+            lua_code_cache: r.on("lua_code_cache", true),
+            lua_need_request_body: r.on("lua_need_request_body", false),
+            lua_check_client_abort: r.on("lua_check_client_abort", false),
+            lua_http10_buffering: r.on("lua_http10_buffering", true),
+            lua_transform_underscores_in_response_headers: r.on("lua_transform_underscores_in_response_headers", true),
+            lua_socket_log_errors: r.on("lua_socket_log_errors", true),
+            log_subrequest: r.on("log_subrequest", false),
+            client_body_in_file_only: matches!(options.get("client_body_in_file_only"), Some("on" | "clean")),
+            client_body_buffer_size: r.value("client_body_buffer_size", "a size as 8k", typed::size),
+            client_body_timeout: r.duration("client_body_timeout"),
+            socket: r.patience("lua_socket"),
+            proxy: r.patience("proxy"),
+            proxy_http11: options.get("proxy_http_version") == Some("1.1"),
+            proxy_set_header: options.all("proxy_set_header").iter().map(|line| field(line)).collect(),
+            add_header: options.all("add_header").iter().map(|line| added(line)).collect(),
+        }
+    }
+}
+
+struct Reader<'a> {
+    options: &'a Options,
+    path: &'a str,
+    mistakes: &'a mut Vec<String>,
+}
+
+impl Reader<'_> {
+    fn on(&mut self, name: &str, default: bool) -> bool {
+        let read = |text: &str| match text {
+            "on" => Some(true),
+            "off" => Some(false),
+            _ => None,
+        };
+        self.value(name, "on or off", read).unwrap_or(default)
+    }
+
+    fn duration(&mut self, name: &str) -> Option<Duration> {
+        self.value(name, "a time as 60s or 100ms", typed::duration)
+    }
+
+    fn patience(&mut self, of: &str) -> Patience {
+        let mut duration = |what: &str| self.duration(&format!("{of}_{what}_timeout"));
+        Patience { connect: duration("connect"), send: duration("send"), read: duration("read") }
+    }
+
+    fn value<T>(&mut self, name: &str, meant: &str, read: impl FnOnce(&str) -> Option<T>) -> Option<T> {
+        let text = self.options.get(name)?;
+        let value = read(text);
+        if value.is_none() {
+            self.mistakes.push(format!("{}.options.{name}: {text:?} is not {meant}", self.path));
+        }
+        value
+    }
+}
+
+fn field(line: &str) -> (Box<str>, Template) {
+    let (name, value) = line.split_once(' ').unwrap_or((line, ""));
+    (name.into(), Template::parse(value))
+}
+
+fn added(line: &str) -> AddHeader {
+    let (name, value) = line.split_once(' ').unwrap_or((line, ""));
+    let (value, always) = value.strip_suffix(" always").map_or((value, false), |value| (value, true));
+    AddHeader { name: name.into(), value: Template::parse(value), always }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn read(options: serde_json::Value) -> (Directives, Vec<String>) {
+        let mut mistakes = Vec::new();
+        let options = Options::read(options.as_object(), &Options::default());
+        (Directives::read(&options, "lua_locations[0]", &mut mistakes), mistakes)
+    }
+
+    #[test]
+    fn defaults_are_those_of_the_modules() {
+        let (d, mistakes) = read(json!({}));
+        assert!(mistakes.is_empty());
+        assert!(d.lua_use_default_type && d.lua_code_cache && d.lua_http10_buffering && d.lua_socket_log_errors);
+        assert!(d.lua_transform_underscores_in_response_headers && !d.proxy_http11 && !d.client_body_in_file_only);
+        assert!(!d.lua_need_request_body && !d.lua_check_client_abort && !d.log_subrequest);
+        assert!(d.default_type.is_none() && d.client_body_buffer_size.is_none() && d.socket.connect.is_none());
+    }
+
+    #[test]
+    fn values_are_read_once() {
+        let (d, mistakes) = read(json!({
+            "lua_code_cache": "off", "client_body_buffer_size": "8k", "proxy_read_timeout": "100ms",
+            "lua_socket_connect_timeout": "3s", "client_body_in_file_only": "clean", "proxy_http_version": 1.1,
+            "proxy_set_header": [["X-A", "$uri"], "Host a.test", ["Accept-Encoding", ""]],
+            "add_header": [["X-B", "1", "always"], ["X-C", "two words"], ["X-D", "always"]],
+        }));
+        assert!(mistakes.is_empty(), "{mistakes:?}");
+        assert!(!d.lua_code_cache && d.client_body_in_file_only && d.proxy_http11);
+        assert_eq!(d.client_body_buffer_size, Some(8192));
+        assert_eq!((d.proxy.read, d.proxy.send), (Some(Duration::from_millis(100)), None));
+        assert_eq!(d.socket.connect, Some(Duration::from_secs(3)));
+        let names: Vec<_> = d.proxy_set_header.iter().map(|(name, value)| (&**name, value.clone())).collect();
+        let expected = [
+            ("X-A", Template::parse("$uri")),
+            ("Host", Template::parse("a.test")),
+            ("Accept-Encoding", Template::default()),
+        ];
+        assert_eq!(names, expected);
+        let added: Vec<_> = d.add_header.iter().map(|a| (&*a.name, a.value.clone(), a.always)).collect();
+        let text = Template::parse;
+        assert_eq!(
+            added,
+            [("X-B", text("1"), true), ("X-C", text("two words"), false), ("X-D", text("always"), false)]
+        );
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_told_with_its_path() {
+        let (_, mistakes) = read(json!({
+            "lua_code_cache": "never", "client_body_buffer_size": "big", "proxy_send_timeout": "soon",
+        }));
+        assert_eq!(
+            mistakes,
+            [
+                r#"lua_locations[0].options.lua_code_cache: "never" is not on or off"#,
+                r#"lua_locations[0].options.client_body_buffer_size: "big" is not a size as 8k"#,
+                r#"lua_locations[0].options.proxy_send_timeout: "soon" is not a time as 60s or 100ms"#,
+            ]
+        );
+    }
+}
