@@ -12,8 +12,6 @@ typedef struct {
     int forcible, stale;
     const char *error;
 } moongate_val;
-typedef struct { moongate_str name, value; } moongate_field;
-typedef struct { const moongate_field *list; bool truncated; } moongate_fields;
 ]])
 
 local native = require("moongate.native")
@@ -24,7 +22,6 @@ local ngx = ngx
 local error, getmetatable, ipairs, pairs, rawget, rawset, select, setmetatable, tonumber, tostring, type =
     error, getmetatable, ipairs, pairs, rawget, rawset, select, setmetatable, tonumber, tostring, type
 local concat, floor = table.concat, math.floor
-local new_table = require("table.new")
 local ffi_string = ffi.string
 
 -- One buffer for all answers: each is copied before the next call.
@@ -122,7 +119,22 @@ function ngx.update_time() end
 
 -- Variables ---------------------------------------------------------------------------------------------------------
 
-local var_get, var_set = fast.var_get, fast.var_set
+local var_get, var_at, var_id, var_set = fast.var_get, fast.var_at, fast.var_id, fast.var_set
+
+-- The numbers of names that scripts ask for, false for those that have none. A script has few; a bound for one that makes them up.
+local MAX_VARS = 1024
+local var_ids, var_count = {}, 0
+
+local function number_of(name)
+    local id = var_id(name, #name)
+    if var_count >= MAX_VARS then
+        var_ids, var_count = {}, 0
+    end
+    var_count = var_count + 1
+    if id < 0 then id = false end
+    var_ids[name] = id
+    return id
+end
 
 ngx.var = setmetatable({}, {
     __index = function(_, name)
@@ -131,7 +143,14 @@ ngx.var = setmetatable({}, {
             if type(name) ~= "number" then error("bad variable name", 2) end
             name = tostring(name)
         end
-        local rc = var_get(name, #name, out)
+        local id = var_ids[name]
+        if id == nil then id = number_of(name) end
+        local rc
+        if id then
+            rc = var_at(id, out)
+        else
+            rc = var_get(name, #name, out)
+        end
         if rc == 1 then
             local value = ffi_string(out.ptr, out.len)
             return value
@@ -281,35 +300,11 @@ local headers_mt = {
     end,
 }
 
-local fields = ffi.new("moongate_fields")
-local MAX_FIELDS = 100
-
 local function headers_of(read)
     return function(max, raw)
-        local limit = max == nil and MAX_FIELDS or tonumber(max)
-        if not limit then
-            error("bad argument #1 to 'get_headers' (number expected, got " .. type(max) .. ")", 2)
-        end
-        local n = read(limit, raw and 1 or 0, fields)
-        if n < 0 then error("no request found", 2) end
-        local headers = new_table(0, n)
-        local list = fields.list
-        for i = 0, n - 1 do
-            local field = list[i]
-            local name = ffi_string(field.name.ptr, field.name.len)
-            local value = ffi_string(field.value.ptr, field.value.len)
-            local known = headers[name]
-            if known == nil then
-                headers[name] = value
-            elseif type(known) == "table" then
-                known[#known + 1] = value
-            else
-                headers[name] = { known, value }
-            end
-        end
+        local headers, err = read(max, raw)
         if not raw then setmetatable(headers, headers_mt) end
-        if fields.truncated then return headers, "truncated" end
-        return headers
+        return headers, err
     end
 end
 
@@ -328,7 +323,7 @@ end
 
 ngx.resp = ngx.resp or {}
 --- ngx.resp.get_headers(max?, raw?)
-ngx.resp.get_headers = headers_of(fast.resp_headers)
+ngx.resp.get_headers = headers_of(native.resp.headers)
 
 --- Adds a response header beside those of that name. For apisix.core.
 function native.resp.add_header(name, value)
@@ -337,7 +332,7 @@ end
 
 local req = ngx.req
 --- ngx.req.get_headers(max?, raw?)
-req.get_headers = headers_of(fast.req_headers)
+req.get_headers = headers_of(native.req.headers)
 
 --- ngx.req.set_header(name, value): nil removes, a table sets several.
 function req.set_header(name, value)

@@ -9,6 +9,7 @@ local fast = require("moongate.native").fast
 local error, tonumber, tostring, type = error, tonumber, tostring, type
 local byte, concat, find, format, sub = string.byte, table.concat, string.find, string.format, string.sub
 local floor, max, min = math.floor, math.max, math.min
+local new_table = require("table.new")
 
 ffi.cdef([[
 typedef struct {
@@ -143,7 +144,7 @@ function _M.match(subject, regex, options, ctx, res)
         return nil, exec_error(rc)
     end
     if ctx then ctx.pos = tonumber(re.ptr.ovector[1]) + 1 end
-    return captures(re, subject, rc, res or {})
+    return captures(re, subject, rc, res or new_table(re.groups, re.names and #re.names or 0))
 end
 
 --- from, to, err = ngx.re.find(subject, regex, options?, ctx?, nth?)
@@ -184,7 +185,7 @@ function _M.gmatch(subject, regex, options)
         end
         local first, last = tonumber(re.ptr.ovector[0]), tonumber(re.ptr.ovector[1])
         pos = last > first and last or last + 1
-        return captures(re, subject, rc, {})
+        return captures(re, subject, rc, new_table(re.groups, re.names and #re.names or 0))
     end
 end
 

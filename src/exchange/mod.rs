@@ -28,7 +28,7 @@ use smallvec::SmallVec;
 
 pub use body::{Chunk, RequestBody, Spooled};
 pub use headers::Headers;
-pub use vars::Var;
+pub use vars::{Known, Var};
 
 use crate::{
     conf::locations::Location,

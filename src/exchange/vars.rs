@@ -131,6 +131,18 @@ fn known_names() -> &'static HashMap<&'static str, Known> {
     TABLE.get_or_init(|| NAMES.iter().copied().collect())
 }
 
+impl Known {
+    /// A number that stands for the variable of that name, as long as the process lives.
+    pub fn number(name: &str) -> Option<u16> {
+        let known = known_names().get(name)?;
+        NAMES.iter().position(|(_, other)| other == known).map(|at| at as u16)
+    }
+
+    pub fn numbered(number: u16) -> Option<Known> {
+        NAMES.get(usize::from(number)).map(|(_, known)| *known)
+    }
+}
+
 impl Var {
     /// Never fails: a name that nothing knows is a custom variable, absent until someone sets it.
     pub fn parse(name: &str) -> Var {

@@ -359,6 +359,9 @@ impl Vm {
 }
 
 /// Compiles a script of config.yaml; the error names the file or the directive, and the line.
+///
+/// The script becomes the body of a function, as lua-nginx-module makes it: the JIT begins no trace at a chunk, whose arguments
+/// vary. One that reads its arguments stays a chunk.
 pub fn load_script(lua: &mlua::Lua, script: &Script) -> std::result::Result<mlua::Function, String> {
     let (text, what) = match &script.source {
         Source::Inline(text) => (text.as_bytes().to_vec(), "inlined Lua code".to_owned()),
@@ -370,11 +373,15 @@ pub fn load_script(lua: &mlua::Lua, script: &Script) -> std::result::Result<mlua
         }
         Source::Varying(_) => return Err("a file whose name holds variables has no meaning here".into()),
     };
-    let chunk = lua.load(text).set_name(&*script.name).set_mode(mlua::chunk::ChunkMode::Text).into_function();
-    chunk.map_err(|e| match e {
+    let load =
+        |text: &[u8]| lua.load(text).set_name(&*script.name).set_mode(mlua::chunk::ChunkMode::Text).into_function();
+    // By itself first: what is no chunk must not become one by what is put around it.
+    let chunk = load(&text).map_err(|e| match e {
         mlua::Error::SyntaxError { message, .. } => format!("failed to load {what}: {message}"),
         e => format!("failed to load {what}: {e}"),
-    })
+    })?;
+    let body = [b"return function() ", &text[..], b"\nend"].concat();
+    Ok(load(&body).and_then(|made| made.call(())).unwrap_or(chunk))
 }
 
 fn options() -> mlua::LuaOptions {

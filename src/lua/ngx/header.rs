@@ -5,16 +5,14 @@ use std::{
     ffi::{c_int, c_void},
 };
 
-use smallvec::SmallVec;
-
 use super::{Text, codec, scratch, with_scratch};
 use crate::{
     error::Result,
     exchange::{Exchange, Headers, Version},
     lua::{
-        api::{Api, Phases},
+        api::{Api, Phases, Stack, request},
         fast,
-        host::cjson::write_number,
+        host::{Answer, cjson::write_number},
     },
     observe::log::Level,
 };
@@ -40,79 +38,50 @@ pub fn register(api: &mut Api) -> Result<()> {
     api.fast("req_header_set_number", set_number, any, doc, req_header_set_number as *const c_void)?;
     let doc = "as `resp_header_set`, with a number's text as the value";
     api.fast("resp_header_set_number", set_number, any, doc, resp_header_set_number as *const c_void)?;
-    let all = "int (double, int, void *)";
-    let doc = "all request headers (max, raw, out): their number in `out`, at most max; -1 when there is no request";
-    api.fast("req_headers", all, any, doc, req_headers as *const c_void)?;
-    let doc = "the same of the response's";
-    api.fast("resp_headers", all, any, doc, resp_headers as *const c_void)?;
+    api.func("native.req.headers", any, "headers(max, raw): table, \"truncated\"", |s| {
+        push_headers(s, &request()?.request.headers, "request")
+    })?;
     let doc = "keeps_underscores(): lua_transform_underscores_in_response_headers is off";
     api.func("native.resp.keeps_underscores", any, doc, |s| {
         let location = fast::exchange().and_then(|x| x.location.as_ref());
         Ok(s.push_bool(location.is_some_and(|l| !l.directives.lua_transform_underscores_in_response_headers)))
     })?;
-    Ok(())
-}
-
-/// `moongate_field`
-#[repr(C)]
-pub(crate) struct Field {
-    name: Text,
-    value: Text,
-}
-
-/// `moongate_fields`: valid until the next call or change of the headers.
-#[repr(C)]
-pub(crate) struct Fields {
-    list: *const Field,
-    /// There were more than asked for.
-    truncated: bool,
-}
-
-/// What `Fields` points at; one per thread, as Lua copies before the next call.
-#[derive(Default)]
-struct FieldList {
-    fields: Vec<Field>,
-    /// Names in lower case, one behind the other.
-    names: Vec<u8>,
-}
-
-/// Room that stays between two calls: a block that had its bounds raised is not held for ever.
-const MAX_KEPT: usize = 1024;
-
-/// Lists the fields, with names in lower case unless they are wanted `raw`.
-fn list<'h>(mut all: impl Iterator<Item = (&'h [u8], &'h [u8])>, max: f64, raw: bool, out: &mut Fields) -> usize {
-    thread_local! {
-        static LIST: std::cell::RefCell<FieldList> = std::cell::RefCell::default();
-    }
-    let max = if max <= 0.0 { usize::MAX } else { max as usize };
-    let text = |text: &[u8]| Text { ptr: text.as_ptr(), len: text.len() };
-    LIST.with_borrow_mut(|FieldList { fields, names }| {
-        fields.clear();
-        fields.shrink_to(MAX_KEPT);
-        fields.extend(all.by_ref().take(max).map(|(name, value)| Field { name: text(name), value: text(value) }));
-        (out.list, out.truncated) = (fields.as_ptr(), all.next().is_some());
-        if !raw {
-            names.clear();
-            names.shrink_to(MAX_KEPT * 32);
-            // All at once, so that none moves.
-            names.reserve(fields.iter().map(|field| field.name.len).sum());
-            for field in &mut *fields {
-                let at = names.len();
-                // SAFETY: the field's name is in `all`'s headers, which nothing has changed since.
-                names.extend_from_slice(unsafe { fast::bytes(field.name.ptr, field.name.len) });
-                names[at..].make_ascii_lowercase();
-                field.name = text(&names[at..]);
-            }
+    api.func("native.resp.headers", any, "headers(max, raw): table, \"truncated\"", |s| {
+        let x = request()?;
+        if x.location.is_none() {
+            return push_headers(s, &x.response.headers, "response");
         }
-        fields.len()
+        let mut all = x.response.headers.clone();
+        built_in(x).into_iter().for_each(|(name, value)| all.append(name, value));
+        push_headers(s, &all, "response")
     })
 }
 
-/// A line for who looks why headers are missing.
-fn note_limit(x: &Exchange, kind: &str, fields: &Fields, all: usize, max: f64) {
-    if fields.truncated {
-        x.log(Level::Debug, format!("lua exceeding {kind} header limit {all} > {max}").as_bytes());
+/// Pushes the fields as a table by lower-case name, or as they came when argument 2 is true.
+fn push_headers(s: &Stack, headers: &Headers, kind: &str) -> Answer {
+    let max = codec::limit(s, 1)?;
+    let raw = s.boolean(2);
+    s.push_table(0, headers.len());
+    let table = s.top();
+    let mut lower = Vec::new();
+    for (n, (name, value)) in headers.iter().enumerate() {
+        if n == max {
+            if let Some(x) = fast::exchange() {
+                let text = format!("lua exceeding {kind} header limit {} > {max}", headers.len());
+                x.log(Level::Debug, text.as_bytes());
+            }
+            s.push_bytes("truncated");
+            return Ok(2);
+        }
+        s.push_bytes(value);
+        lower.clear();
+        lower.extend_from_slice(name);
+        if !raw {
+            lower.make_ascii_lowercase();
+        }
+        codec::add(s, table, &lower);
     }
+    Ok(1)
 }
 
 /// What may stand in a field's value; the rest is percent-encoded, as OpenResty does, so that no script splits a head.
@@ -124,9 +93,40 @@ fn in_name(b: u8) -> bool {
     (b > 0x20) & (b < 0x7f) & (b != b':')
 }
 
-fn safe(text: &[u8], keep: impl Fn(u8) -> bool) -> Cow<'_, [u8]> {
-    // All bytes at once, by vector instructions: nearly all texts are as they should be.
-    if text.iter().fold(true, |kept, b| kept & keep(*b)) {
+/// One in each byte of a word.
+const EACH: u64 = 0x0101_0101_0101_0101;
+const HIGH: u64 = 0x80 * EACH;
+
+/// A bit where there are bytes below `n`; nothing where there is none.
+fn below(word: u64, n: u8) -> u64 {
+    word.wrapping_sub(u64::from(n) * EACH) & !word & HIGH
+}
+
+/// A bit where a byte is `b`; nothing where none is.
+fn is(word: u64, b: u8) -> u64 {
+    below(word ^ (u64::from(b) * EACH), 1)
+}
+
+/// What `in_value` refuses, and the tab.
+fn odd_in_value(word: u64) -> u64 {
+    below(word, 0x20) | is(word, 0x7f)
+}
+
+/// What `in_name` refuses.
+fn odd_in_name(word: u64) -> u64 {
+    below(word, 0x21) | is(word, 0x7f) | is(word, b':') | (word & HIGH)
+}
+
+/// `bad`: a bit for each byte of a word that may have to be escaped. Nearly all texts have none.
+fn safe(text: &[u8], bad: impl Fn(u64) -> u64, keep: impl Fn(u8) -> bool) -> Cow<'_, [u8]> {
+    let sound = match (text.last_chunk(), text.as_chunks().0) {
+        // The last word overlaps those before it.
+        (Some(last), words) => {
+            words.iter().chain([last]).fold(0, |all, word| all | bad(u64::from_le_bytes(*word))) == 0
+        }
+        (None, _) => text.iter().all(|b| keep(*b)),
+    };
+    if sound {
         return text.into();
     }
     let mut out = Vec::with_capacity(text.len() + 8);
@@ -135,10 +135,10 @@ fn safe(text: &[u8], keep: impl Fn(u8) -> bool) -> Cow<'_, [u8]> {
 }
 
 fn change(headers: &mut Headers, name: &[u8], value: &[u8], how: c_int) {
-    let name = safe(name, in_name);
+    let name = safe(name, odd_in_name, in_name);
     match how {
-        0 => headers.set(&*name, &*safe(value, in_value)),
-        1 => headers.append(&*name, &*safe(value, in_value)),
+        0 => headers.set(&*name, &*safe(value, odd_in_value, in_value)),
+        1 => headers.append(&*name, &*safe(value, odd_in_value, in_value)),
         _ => {
             headers.remove(&*name);
         }
@@ -181,27 +181,6 @@ crate::export! {
     fn req_header(name: *const u8, len: usize, n: u32, out: *mut Text) -> c_int, 0 => {
         let Some(x) = fast::exchange() else { return 0 };
         unsafe { nth(&x.request.headers, fast::bytes(name, len), n, &mut *out) }
-    }
-
-    fn req_headers(max: f64, raw: c_int, out: *mut Fields) -> c_int, -1 => {
-        let Some(x) = fast::exchange() else { return -1 };
-        let out = unsafe { &mut *out };
-        let listed = list(x.request.headers.iter(), max, raw != 0, out);
-        note_limit(x, "request", out, x.request.headers.len(), max);
-        listed as c_int
-    }
-
-    fn resp_headers(max: f64, raw: c_int, out: *mut Fields) -> c_int, -1 => {
-        let Some(x) = fast::exchange() else { return -1 };
-        let out = unsafe { &mut *out };
-        let built_in: SmallVec<[_; 2]> = match x.location {
-            Some(_) => built_in(x).into_iter().map(|(name, value)| (name.as_bytes(), value.as_bytes())).collect(),
-            None => SmallVec::new(),
-        };
-        let all = x.response.headers.iter().chain(built_in.iter().copied());
-        let listed = list(all, max, raw != 0, out);
-        note_limit(x, "response", out, x.response.headers.len() + built_in.len(), max);
-        listed as c_int
     }
 
     fn resp_header(name: *const u8, len: usize, n: u32, out: *mut Text) -> c_int, 0 => {
@@ -278,6 +257,24 @@ const LUA_DIGITS: c_int = 14;
 #[cfg(test)]
 mod tests {
     use crate::lua::host::tests::serve;
+
+    #[test]
+    fn every_byte_is_kept_or_escaped_wherever_it_stands() {
+        for len in [1, 7, 8, 9, 16, 21] {
+            for (at, b) in (0..len).flat_map(|at| (0..=255).map(move |b| (at, b))) {
+                let mut text = vec![b'a'; len];
+                text[at] = b;
+                for (odd, keep) in [
+                    (super::odd_in_name as fn(u64) -> u64, super::in_name as fn(u8) -> bool),
+                    (super::odd_in_value, super::in_value),
+                ] {
+                    let kept = super::safe(&text, odd, keep);
+                    let expected = if keep(b) { len } else { len + 2 };
+                    assert_eq!(kept.len(), expected, "{b:#x} at {at} of {len}");
+                }
+            }
+        }
+    }
 
     #[test]
     fn response_headers_are_set_read_and_removed() {

@@ -5,7 +5,7 @@ use std::ffi::{c_int, c_void};
 use super::{Text, with_scratch};
 use crate::{
     error::Result,
-    exchange::{Exchange, Var},
+    exchange::{Exchange, Known, Var},
     lua::{
         api::{Api, Phases},
         fast,
@@ -19,6 +19,10 @@ pub fn register(api: &mut Api) -> Result<()> {
     let doc = "a variable's value: 1 when it has one, -1 without a request";
     let signature = "int (const char *, size_t, void *)";
     api.fast("var_get", signature, Phases::ANY, doc, var_get as *const c_void)?;
+    let doc = "the number of a variable of the gateway's for `var_at`; -1: there is none of that name";
+    api.fast("var_id", "int (const char *, size_t)", Phases::ANY, doc, var_id as *const c_void)?;
+    let doc = "a variable's value by its number: 1 when it has one, -1 without a request";
+    api.fast("var_at", "int (int, void *)", Phases::ANY, doc, var_at as *const c_void)?;
     let doc = "sets a variable; a null value unsets it; 0: it cannot be changed, -1: no request";
     let signature = "int (const char *, size_t, const char *, size_t)";
     api.fast("var_set", signature, Phases::ANY, doc, var_set as *const c_void)
@@ -29,6 +33,23 @@ crate::export! {
     fn var_get(name: *const u8, len: usize, out: *mut Text) -> c_int, 0 => {
         let Some(x) = fast::exchange() else { return -1 };
         unsafe { c_int::from(read(x, fast::bytes(name, len), &mut *out)) }
+    }
+
+    fn var_id(name: *const u8, len: usize) -> c_int, -1 => {
+        let name = std::str::from_utf8(unsafe { fast::bytes(name, len) });
+        name.ok().and_then(Known::number).map_or(-1, c_int::from)
+    }
+
+    fn var_at(number: c_int, out: *mut Text) -> c_int, 0 => {
+        let Some(x) = fast::exchange() else { return -1 };
+        let Some(known) = u16::try_from(number).ok().and_then(Known::numbered) else { return 0 };
+        with_scratch(|scratch| match x.var(&Var::Known(known), scratch) {
+            Some(value) => {
+                unsafe { (*out).set(value) };
+                1
+            }
+            None => 0,
+        })
     }
 
     fn var_set(name: *const u8, len: usize, value: *const u8, value_len: usize) -> c_int, 0 => {
