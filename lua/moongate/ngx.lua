@@ -233,23 +233,43 @@ local function set_values(set, set_number, name, value)
 end
 
 local function read_header(get, name)
-    if get(name, #name, 0, out) == 0 then return nil end
+    local rc = get(name, #name, 0, out)
+    if rc == 0 then return nil end
     local value = ffi_string(out.ptr, out.len)
-    if get(name, #name, 1, out) == 0 then return value end
+    if rc == 1 then return value end
     local all = { value }
     local n = 1
-    while get(name, #name, n, out) == 1 do
+    repeat
+        rc = get(name, #name, n, out)
         n = n + 1
         all[n] = ffi_string(out.ptr, out.len)
-    end
+    until rc ~= 2
     return all
 end
 
 local keeps_underscores = native.resp.keeps_underscores
 
-local function set_response_header(name, value)
+-- Names without an underscore, which are most. A script has few; a bound for one that makes them up.
+local MAX_PLAIN = 1024
+local plain_names, plain_count = {}, 0
+
+-- The name that a response field gets.
+local function response_name(name)
+    if plain_names[name] then return name end
     name = text_name(name)
-    if name:find("_", 1, true) and not keeps_underscores() then name = name:gsub("_", "-") end
+    if name:find("_", 1, true) then
+        if not keeps_underscores() then name = name:gsub("_", "-") end
+        return name
+    end
+    if plain_count >= MAX_PLAIN then
+        plain_names, plain_count = {}, 0
+    end
+    plain_names[name], plain_count = true, plain_count + 1
+    return name
+end
+
+local function set_response_header(name, value)
+    name = response_name(name)
     -- The name's length first: nearly all are others.
     if #name == 14 and value ~= nil and type(value) ~= "table" and not tonumber(value)
         and name:lower() == "content-length" then

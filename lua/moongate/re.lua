@@ -91,9 +91,15 @@ local function group(ovector, subject, n)
 end
 
 local function captures(re, subject, set, into)
-    local ovector = re.ptr.ovector
-    for n = 0, re.groups do
-        into[n] = n < set and group(ovector, subject, n)
+    local ovector, groups = re.ptr.ovector, re.groups
+    -- The first ones by themselves: a loop in here keeps the caller's trace from being compiled.
+    into[0] = group(ovector, subject, 0)
+    if groups > 0 then into[1] = set > 1 and group(ovector, subject, 1) end
+    if groups > 1 then into[2] = set > 2 and group(ovector, subject, 2) end
+    if groups > 2 then
+        for n = 3, groups do
+            into[n] = n < set and group(ovector, subject, n)
+        end
     end
     local names = re.names
     if names then

@@ -60,11 +60,20 @@ impl Headers {
 
     /// All values of `name`, in order.
     pub fn get_all<'a>(&'a self, name: &'a [u8]) -> impl Iterator<Item = &'a [u8]> {
-        self.fields.iter().filter(move |f| self.is(f, name)).map(|f| self.slice(f.value))
+        let fields = if self.may_have(name) { &self.fields[..] } else { &[] };
+        fields.iter().filter(move |f| self.is(f, name)).map(|f| self.slice(f.value))
     }
 
     pub fn contains(&self, name: impl AsRef<[u8]>) -> bool {
         self.get(name).is_some()
+    }
+
+    /// The fields whose names have so many bytes.
+    pub fn of_length(&self, len: usize) -> impl Iterator<Item = (&[u8], &[u8])> {
+        self.fields
+            .iter()
+            .filter(move |f| f.name.len as usize == len)
+            .map(|f| (self.slice(f.name), self.slice(f.value)))
     }
 
     pub fn iter(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
@@ -159,8 +168,9 @@ impl Headers {
         before != self.fields.len()
     }
 
+    #[inline]
     fn is(&self, f: &Field, name: &[u8]) -> bool {
-        same_name(self.slice(f.name), name)
+        f.name.len as usize == name.len() && same_name(self.slice(f.name), name)
     }
 
     fn slice(&self, s: Span) -> &[u8] {

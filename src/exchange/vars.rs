@@ -547,11 +547,9 @@ fn field<'a>(headers: &'a Headers, name: &str, scratch: &'a mut Vec<u8>) -> Opti
     if !headers.may_have_length(name.len()) {
         return None;
     }
-    let matches = |n: &[u8]| {
-        n.len() == name.len()
-            && n.iter().zip(name.bytes()).all(|(a, b)| a.to_ascii_lowercase() == b || (*a == b'-' && b == b'_'))
-    };
-    let mut values = headers.iter().filter(|(n, _)| matches(n)).map(|(_, v)| v);
+    let same = |(a, b): (&u8, u8)| a.to_ascii_lowercase() == b || (*a == b'-' && b == b'_');
+    let mut values =
+        headers.of_length(name.len()).filter(|(n, _)| n.iter().zip(name.bytes()).all(same)).map(|(_, v)| v);
     let first = values.next()?;
     let Some(second) = values.next() else { return Some(first) };
     let comma: &[u8] = if name == "cookie" { b"; " } else { b", " };

@@ -405,6 +405,14 @@ fn plugins_say_why_they_refuse_a_conf() {
     }
 }
 
+/// Requests whose plugins are not done, log phase included.
+fn requests_in_vms(gw: &Gateway) -> u64 {
+    let told = get(&gw.control(), "/v1/lua").json();
+    let workers = told["workers"].as_array().cloned().unwrap_or_default();
+    let vms = workers.iter().flat_map(|worker| worker["vms"].as_array().cloned().unwrap_or_default());
+    vms.map(|vm| vm["requests"].as_u64().unwrap_or(1)).sum()
+}
+
 #[test]
 fn limit_conn_refuses_what_is_one_too_many_and_counts_down_again() {
     let (release, hold) = std::sync::mpsc::channel::<()>();
@@ -430,6 +438,8 @@ fn limit_conn_refuses_what_is_one_too_many_and_counts_down_again() {
         release.send(()).expect("the upstream waits");
         release.send(()).expect("the upstream waits");
         assert_eq!((first.reply("GET").status, other.reply("GET").status), (200, 200));
+        // The log phase counts down: it comes when the answer is sent.
+        eventually("both have ended", || (requests_in_vms(&gw) == 0).then_some(()));
     }
     let bad = gw.admin(
         "PUT",

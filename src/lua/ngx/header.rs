@@ -8,7 +8,7 @@ use std::{
 use super::{Text, codec, scratch, with_scratch};
 use crate::{
     error::Result,
-    exchange::{Exchange, Headers, Version},
+    exchange::{Exchange, Headers, Version, headers::same_name},
     lua::{
         api::{Api, Phases, Stack, request},
         fast,
@@ -26,10 +26,10 @@ pub fn register(api: &mut Api) -> Result<()> {
         "req_header",
         get,
         any,
-        "n-th value of a request header: 1 when there is one",
+        "n-th value of a request header: 1 when there is one, 2 when there are more",
         req_header as *const c_void,
     )?;
-    api.fast("resp_header", get, any, "n-th value of a response header", resp_header as *const c_void)?;
+    api.fast("resp_header", get, any, "the same of a response header", resp_header as *const c_void)?;
     let doc = "changes a request header: 0 replaces, 1 adds, 2 removes; 0 when there is no request";
     api.fast("req_header_set", set, any, doc, req_header_set as *const c_void)?;
     let doc = "changes a response header; 0 when there is no request, -1 when the head is sent";
@@ -64,6 +64,8 @@ fn push_headers(s: &Stack, headers: &Headers, kind: &str) -> Answer {
     s.push_table(0, headers.len());
     let table = s.top();
     let mut lower = Vec::new();
+    // Bit `n` of the names' lengths that were seen.
+    let mut lengths = 0u64;
     for (n, (name, value)) in headers.iter().enumerate() {
         if n == max {
             if let Some(x) = fast::exchange() {
@@ -73,13 +75,29 @@ fn push_headers(s: &Stack, headers: &Headers, kind: &str) -> Answer {
             s.push_bytes("truncated");
             return Ok(2);
         }
-        s.push_bytes(value);
-        lower.clear();
-        lower.extend_from_slice(name);
+        let mut shown = name;
         if !raw {
+            lower.clear();
+            lower.extend_from_slice(name);
             lower.make_ascii_lowercase();
+            shown = &lower;
         }
-        codec::add(s, table, &lower);
+        let length = 1 << (name.len() % 64);
+        let same = |other: &[u8]| if raw { other == name } else { same_name(other, name) };
+        if lengths & length != 0
+            && headers
+                .of_length(name.len())
+                .take_while(|(other, _)| !std::ptr::eq(*other, name))
+                .any(|(other, _)| same(other))
+        {
+            s.push_bytes(value);
+            codec::add(s, table, shown);
+        } else {
+            s.push_bytes(shown);
+            s.push_bytes(value);
+            s.set_raw(table);
+        }
+        lengths |= length;
     }
     Ok(1)
 }
@@ -161,19 +179,20 @@ fn without_port(host: &[u8]) -> &[u8] {
 }
 
 fn nth(headers: &Headers, name: &[u8], n: u32, out: &mut Text) -> c_int {
-    let found = if n == 0 { headers.get(name) } else { headers.get_all(name).nth(n as usize) };
-    if let Some(value) = found {
+    let mut found = headers.get_all(name).skip(n as usize);
+    if let Some(value) = found.next() {
         out.set(value);
-        return 1;
+        return 1 + c_int::from(found.next().is_some());
     }
     // Lua writes `content_type` for `Content-Type`.
     if memchr::memchr(b'_', name).is_none() {
         return 0;
     }
     let dashed: smallvec::SmallVec<[u8; 64]> = name.iter().map(|b| if *b == b'_' { b'-' } else { *b }).collect();
-    let Some(value) = headers.get_all(&dashed).nth(n as usize) else { return 0 };
+    let mut found = headers.get_all(&dashed).skip(n as usize);
+    let Some(value) = found.next() else { return 0 };
     scratch(out, |buffer| buffer.extend_from_slice(value));
-    1
+    1 + c_int::from(found.next().is_some())
 }
 
 // SAFETY (all exports): Lua passes strings with their lengths and its own buffer for the answer.
