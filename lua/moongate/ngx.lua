@@ -177,7 +177,7 @@ ngx.var = setmetatable({}, {
 local req_header, resp_header = fast.req_header, fast.resp_header
 local req_header_set, resp_header_set = fast.req_header_set, fast.resp_header_set
 local req_header_set_number, resp_header_set_number = fast.req_header_set_number, fast.resp_header_set_number
-local SET, ADD, REMOVE = 0, 1, 2
+local SET, ADD, REMOVE, SOUND = 0, 1, 2, 4
 
 -- Fields that hold one value: of a table the last one counts.
 local single = {
@@ -212,13 +212,28 @@ local function text_of(value)
     error("invalid header value: " .. kind, 4)
 end
 
+-- Names that need no escapes. A script has few; a bound for one that makes them up.
+local MAX_SOUND = 1024
+local sound_names, sound_count = {}, 0
+
+local function is_sound(name)
+    if sound_names[name] then return true end
+    if name:find("[^\33-\57\59-\126]") then return false end
+    if sound_count >= MAX_SOUND then
+        sound_names, sound_count = {}, 0
+    end
+    sound_names[name], sound_count = true, sound_count + 1
+    return true
+end
+
 local function set_values(set, set_number, name, value)
     if value == nil then return set(name, #name, "", 0, REMOVE) end
     local kind = type(value)
-    if kind == "number" then return set_number(name, #name, value, SET) end
+    local how = is_sound(name) and SET + SOUND or SET
+    if kind == "number" then return set_number(name, #name, value, how) end
     if kind ~= "table" then
         local text = text_of(value)
-        return set(name, #name, text, #text, SET)
+        return set(name, #name, text, #text, how)
     end
     local n = #value
     if n == 0 then return set(name, #name, "", 0, REMOVE) end

@@ -99,6 +99,18 @@ impl Headers {
         self.fields[first] = self.store(name, value);
     }
 
+    /// As `set`, for a name and a value that were looked at: neither holds CR, LF or NUL.
+    pub fn set_sound(&mut self, name: &[u8], value: &[u8]) {
+        let first = if self.may_have(name) { self.fields.iter().position(|f| self.is(f, name)) } else { None };
+        match first {
+            Some(_) => self.set(name, value),
+            None => {
+                let field = self.store_sound(name, value);
+                self.fields.push(field);
+            }
+        }
+    }
+
     /// Removes every field of that name; says whether there was one.
     pub fn remove(&mut self, name: impl AsRef<[u8]>) -> bool {
         self.may_have(name.as_ref()) && self.remove_from(0, name.as_ref())
@@ -192,6 +204,11 @@ impl Headers {
         if has_break(name) || has_break(value) {
             return self.store(&cleaned(name), &cleaned(value));
         }
+        self.store_sound(name, value)
+    }
+
+    fn store_sound(&mut self, name: &[u8], value: &[u8]) -> Field {
+        debug_assert!(!has_break(name) && !has_break(value));
         self.lengths |= bit(name);
         let at = self.bytes.len() as u32;
         write_line(&mut self.bytes, name, value);

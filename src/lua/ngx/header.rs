@@ -30,7 +30,7 @@ pub fn register(api: &mut Api) -> Result<()> {
         req_header as *const c_void,
     )?;
     api.fast("resp_header", get, any, "the same of a response header", resp_header as *const c_void)?;
-    let doc = "changes a request header: 0 replaces, 1 adds, 2 removes; 0 when there is no request";
+    let doc = "changes a request header: 0 replaces, 1 adds, 2 removes, 4 more: the name is sound; 0 when there is no request";
     api.fast("req_header_set", set, any, doc, req_header_set as *const c_void)?;
     let doc = "changes a response header; 0 when there is no request, -1 when the head is sent";
     api.fast("resp_header_set", set, any, doc, resp_header_set as *const c_void)?;
@@ -152,10 +152,13 @@ fn safe(text: &[u8], bad: impl Fn(u64) -> u64, keep: impl Fn(u8) -> bool) -> Cow
     out.into()
 }
 
+/// Added to what is done with a field: its name was looked at before and needs no escapes.
+const SOUND: c_int = 4;
+
 fn change(headers: &mut Headers, name: &[u8], value: &[u8], how: c_int) {
-    let name = safe(name, odd_in_name, in_name);
-    match how {
-        0 => headers.set(&*name, &*safe(value, odd_in_value, in_value)),
+    let name = if how & SOUND != 0 { Cow::Borrowed(name) } else { safe(name, odd_in_name, in_name) };
+    match how & !SOUND {
+        0 => headers.set_sound(&name, &safe(value, odd_in_value, in_value)),
         1 => headers.append(&*name, &*safe(value, odd_in_value, in_value)),
         _ => {
             headers.remove(&*name);
@@ -166,7 +169,7 @@ fn change(headers: &mut Headers, name: &[u8], value: &[u8], how: c_int) {
 /// Sets, adds (`1`) or removes (`2`) a request header, and what follows from it.
 pub fn change_request(x: &mut Exchange, name: &[u8], value: &[u8], how: c_int) {
     change(&mut x.request.headers, name, value, how);
-    if how == 0 && name.eq_ignore_ascii_case(b"host") {
+    if how & !SOUND == 0 && name.eq_ignore_ascii_case(b"host") {
         x.request.host.clear();
         x.request.host.extend(without_port(value).iter().map(u8::to_ascii_lowercase));
     }
@@ -229,7 +232,7 @@ crate::export! {
             return -1;
         }
         let (name, value) = unsafe { (fast::bytes(name, len), fast::bytes(value, value_len)) };
-        if how == 2 && name.eq_ignore_ascii_case(b"content-type") {
+        if how & !SOUND == 2 && name.eq_ignore_ascii_case(b"content-type") {
             x.untyped = true;
         }
         change(&mut x.response.headers, name, value, how);
@@ -276,6 +279,18 @@ const LUA_DIGITS: c_int = 14;
 #[cfg(test)]
 mod tests {
     use crate::lua::host::tests::serve;
+
+    #[test]
+    fn no_name_splits_a_head_the_second_time_either() {
+        for (name, shown) in
+            [("X-A\\r\\nB", "X-A%0D%0AB"), ("X: y", "X%3A%20y"), ("X-\\0", "X-%00"), ("\\127", "%7F"), ("\\200", "%C8")]
+        {
+            let set = format!("local n = '{name}' for _ = 1, 3 do ngx.header[n] = 'v' ngx.req.set_header(n, 1) end");
+            let read = "local h = ngx.resp.get_headers(0, true) local r = ngx.req.get_headers(0, true)";
+            let chunk = format!("{set} {read} return tostring(next(h)) .. tostring(next(r))");
+            serve(|_| {}, &chunk, &format!("{shown}{shown}"));
+        }
+    }
 
     #[test]
     fn every_byte_is_kept_or_escaped_wherever_it_stands() {
