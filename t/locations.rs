@@ -651,3 +651,51 @@ fn preloaded_libraries_are_in_reach_of_ffi() {
         assert!(text.contains(part), "{text}");
     }
 }
+
+/// Says of each call whether it is compiled, ends its trace, or is left to the interpreter.
+const CLASSIFY: &str = r#"
+    local util = require("jit.util")
+    local function classify(f)
+        local seen = "interpreted"
+        local function on(what, trace)
+            if what ~= "stop" then return end
+            if util.traceinfo(trace).linktype == "stitch" then
+                seen = "stitched"
+            elseif seen == "interpreted" then
+                seen = "compiled"
+            end
+        end
+        jit.flush()
+        jit.attach(on, "trace")
+        for _ = 1, 500 do f() end
+        jit.attach(on)
+        return seen
+    end
+    local told = {}
+    for call in ngx.var.arg_calls:gmatch("[^;]+") do
+        call = ngx.unescape_uri(call)
+        local f = loadstring("return function() local x = " .. call .. " return x end")
+            or assert(loadstring("return function() " .. call .. " end"))
+        told[#told + 1] = call .. ": " .. classify(f())
+    end
+    ngx.print(table.concat(told, "\n"))
+"#;
+
+#[test]
+fn calls_are_compiled_as_documented() {
+    let page = include_str!("../docs/performance.md");
+    let gw = Gateway::with(json!({
+        "lua_shared_dict": {"counts": "1m"},
+        "lua_locations": [{"location": "= /t", "content_by_lua": CLASSIFY}],
+    }));
+    for (start, kind) in [("\nCompiled: ", "compiled"), ("\nStitched: ", "stitched")] {
+        let list = page.split(start).nth(1).and_then(|rest| rest.split("\n\n").next()).expect("the list is there");
+        let calls: Vec<&str> = list.split('`').skip(1).step_by(2).collect();
+        assert!(calls.len() > 20, "{calls:?}");
+        let escaped = |call: &&str| call.bytes().map(|b| format!("%{b:02x}")).collect::<String>();
+        let calls_arg: Vec<String> = calls.iter().map(escaped).collect();
+        let reply = gw.get(&format!("/t?calls={}", calls_arg.join(";")));
+        let expected: Vec<String> = calls.iter().map(|call| format!("{call}: {kind}")).collect();
+        assert_eq!((reply.status, reply.text()), (200, expected.join("\n")));
+    }
+}
