@@ -13,6 +13,7 @@ pub mod limits;
 pub mod ngx;
 pub mod preload;
 pub mod sched;
+pub mod timers;
 pub mod vm;
 
 pub use api::{Api, Phases, Raise, Stack, Wait};
@@ -23,7 +24,8 @@ pub use vm::{Vm, VmConfig};
 use crate::{error::Result, observe::log::Level};
 
 /// Everything that fills the API table, in order. An area adds its `register` here.
-pub const REGISTRARS: &[fn(&mut Api) -> Result<()>] = &[fast::register, sched::register, host::register, ngx::register];
+pub const REGISTRARS: &[fn(&mut Api) -> Result<()>] =
+    &[fast::register, sched::register, timers::register, host::register, ngx::register];
 
 /// Says in error.log what went wrong in a script, with the request it happened in.
 pub fn log_error(x: &crate::exchange::Exchange, text: &str) {

@@ -17,7 +17,8 @@ use super::{
     convert, host,
     limits::{self, Limits},
     ngx,
-    sched::{Coroutine, Timers},
+    sched::Coroutine,
+    timers::Timers,
 };
 use crate::{
     conf::locations::{Script, Source},
