@@ -3,6 +3,8 @@
 
 use std::time::Duration;
 
+use serde_json::{Map, Value};
+
 use super::{
     locations::{Options, Template},
     typed,
@@ -55,9 +57,14 @@ pub struct AddHeader {
 }
 
 impl Directives {
-    /// `path`: of the location, for what is wrong.
-    pub(super) fn read(options: &Options, path: &str, mistakes: &mut Vec<String>) -> Directives {
-        let mut r = Reader { options, path, mistakes };
+    /// `said`: the map at `path` that says some of `options`, and is told of what is wrong with those.
+    pub(super) fn read(
+        options: &Options,
+        path: &str,
+        said: Option<&Map<String, Value>>,
+        mistakes: &mut Vec<String>,
+    ) -> Directives {
+        let mut r = Reader { options, path, said, mistakes };
         Directives {
             default_type: options.get("default_type").map(Box::from),
             lua_use_default_type: r.on("lua_use_default_type", true),
@@ -83,6 +90,7 @@ impl Directives {
 struct Reader<'a> {
     options: &'a Options,
     path: &'a str,
+    said: Option<&'a Map<String, Value>>,
     mistakes: &'a mut Vec<String>,
 }
 
@@ -108,8 +116,8 @@ impl Reader<'_> {
     fn value<T>(&mut self, name: &str, meant: &str, read: impl FnOnce(&str) -> Option<T>) -> Option<T> {
         let text = self.options.get(name)?;
         let value = read(text);
-        if value.is_none() {
-            self.mistakes.push(format!("{}.options.{name}: {text:?} is not {meant}", self.path));
+        if value.is_none() && self.said.is_some_and(|said| said.contains_key(name)) {
+            self.mistakes.push(format!("{}.{name}: {text:?} is not {meant}", self.path));
         }
         value
     }
@@ -132,10 +140,10 @@ mod tests {
 
     use super::*;
 
-    fn read(options: serde_json::Value) -> (Directives, Vec<String>) {
+    fn read(said: Value) -> (Directives, Vec<String>) {
         let mut mistakes = Vec::new();
-        let options = Options::read(options.as_object(), &Options::default());
-        (Directives::read(&options, "lua_locations[0]", &mut mistakes), mistakes)
+        let options = Options::read(said.as_object(), &Options::default());
+        (Directives::read(&options, "lua_locations[0].options", said.as_object(), &mut mistakes), mistakes)
     }
 
     #[test]

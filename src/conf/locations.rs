@@ -245,7 +245,10 @@ impl Template {
 pub(super) fn read(json: &Value, prefix: &Path, mistakes: &mut Vec<String>) -> Locations {
     let mut r = Reader { prefix, mistakes };
     let server = at(json, "lua_server").and_then(Value::as_object).cloned().unwrap_or_default();
-    let options = Options::read(at(json, "lua_options").and_then(Value::as_object), &Options::default());
+    let everywhere = at(json, "lua_options").and_then(Value::as_object);
+    let options = Options::read(everywhere, &Options::default());
+    // Told once, and not with each location that has them.
+    Directives::read(&options, "lua_options", everywhere, r.mistakes);
     let list = at(json, "lua_locations").and_then(Value::as_array).map_or(&[][..], |list| list);
     let list = list
         .iter()
@@ -329,7 +332,8 @@ impl Reader<'_> {
         let set = in_order(
             sets.map(|(name, value)| (name.to_ascii_lowercase().into(), Template::parse(&text(value)))).collect(),
         );
-        let options = Options::read(own.get("options").and_then(Value::as_object), options);
+        let said = own.get("options").and_then(Value::as_object);
+        let options = Options::read(said, options);
         let lua_sets = map.get("set_by_lua").and_then(Value::as_array).cloned().unwrap_or_default();
         Some(Location {
             pattern,
@@ -348,7 +352,7 @@ impl Reader<'_> {
             log: self.script(&map, "log_by_lua"),
             root: self.prefix.join(options.get("root").unwrap_or("html")),
             body_dir: self.prefix.join("client_body_temp"),
-            directives: Directives::read(&options, path, self.mistakes),
+            directives: Directives::read(&options, &format!("{path}.options"), said, self.mistakes),
         })
     }
 
@@ -569,6 +573,22 @@ mod tests {
             (Some("text/html"), true)
         );
         assert_eq!(one.directives.proxy_set_header.len(), 2);
+    }
+
+    #[test]
+    fn a_mistake_is_told_once_and_where_it_was_written() {
+        let (_, mistakes) = read_all(json!({
+            "lua_options": {"lua_code_cache": "never", "proxy_read_timeout": "soon"},
+            "lua_locations": [{"location": "/a", "options": {"proxy_read_timeout": "late"}}, {"location": "/b"}],
+        }));
+        assert_eq!(
+            mistakes,
+            [
+                r#"lua_options.lua_code_cache: "never" is not on or off"#,
+                r#"lua_options.proxy_read_timeout: "soon" is not a time as 60s or 100ms"#,
+                r#"lua_locations[0].options.proxy_read_timeout: "late" is not a time as 60s or 100ms"#,
+            ]
+        );
     }
 
     #[test]

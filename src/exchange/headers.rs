@@ -169,6 +169,21 @@ impl Headers {
         );
     }
 
+    /// Leaves out what no field is any more, where that is most of the block.
+    fn compact(&mut self) {
+        let lines = self.fields.iter().map(|f| (f.name.len + f.value.len) as usize + 4);
+        if lines.sum::<usize>() > self.bytes.len() / 2 {
+            return;
+        }
+        let old = std::mem::take(&mut self.bytes);
+        for f in &mut self.fields {
+            let (name, value) = (span_of(&old, f.name), span_of(&old, f.value));
+            let at = self.bytes.len() as u32;
+            write_line(&mut self.bytes, name, value);
+            (f.name.at, f.value.at, f.whole) = (at, at + f.name.len + 2, true);
+        }
+    }
+
     fn remove_from(&mut self, start: usize, name: &[u8]) -> bool {
         let before = self.fields.len();
         let mut at = 0;
@@ -209,6 +224,9 @@ impl Headers {
 
     fn store_sound(&mut self, name: &[u8], value: &[u8]) -> Field {
         debug_assert!(!has_break(name) && !has_break(value));
+        if self.bytes.len() > COMPACT_AT {
+            self.compact();
+        }
         self.lengths |= bit(name);
         let at = self.bytes.len() as u32;
         write_line(&mut self.bytes, name, value);
@@ -271,6 +289,9 @@ pub fn has_break(text: &[u8]) -> bool {
 fn cleaned(text: &[u8]) -> Vec<u8> {
     text.iter().map(|b| if matches!(b, b'\r' | b'\n' | 0) { b' ' } else { *b }).collect()
 }
+
+/// A longer block is looked through for what was changed or removed: a script that lives long may change a field for ever.
+const COMPACT_AT: usize = 64 << 10;
 
 /// One in each byte of a word.
 const EACH: u64 = 0x0101_0101_0101_0101;
@@ -391,6 +412,25 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_field_that_is_changed_for_ever_takes_no_more_room() {
+        let mut h = sample();
+        for i in 0..100_000 {
+            h.set("X-B", i.to_string());
+            h.set_sound(b"X-C", b"a value of some length");
+            assert!(h.byte_len() <= COMPACT_AT + 100, "{i}: {}", h.byte_len());
+        }
+        let all: Vec<_> = h.iter().map(|(n, v)| [n, b"=", v].concat()).collect();
+        assert_eq!(all.join(&b' '), b"Host=a X-A=1 x-a=2 X-B=99999 X-C=a value of some length");
+        let mut out = Vec::new();
+        assert_eq!(h.write_to(&mut out, |name, _| name != b"Host"), 4);
+        assert_eq!(out, b"X-A: 1\r\nx-a: 2\r\nX-B: 99999\r\nX-C: a value of some length\r\n");
+        // What is all in use stays.
+        let long = "v".repeat(COMPACT_AT);
+        (0..3).for_each(|_| h.append("L", &long));
+        assert_eq!((h.byte_len() > 3 * COMPACT_AT, h.get_all(b"L").count()), (true, 3));
     }
 
     #[test]

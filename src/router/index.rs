@@ -14,8 +14,8 @@ use super::{
 
 /// Pages in a group: with a hundred thousand rules the list of groups is about as long as a group.
 const GROUP: usize = 128;
-/// Rules of a page on average. With more pages, the groups that lead to them would leave the caches; a longer page would take
-/// more time to look through and to copy.
+/// Hashes of a page, on average, past which there is one page more. With more pages, the groups that lead to them would leave the
+/// caches; a longer page would take more time to look through and to copy.
 const LOAD: usize = 8;
 
 /// Rules by a hash of their path and scope. Rules that share a hash by accident share a list.

@@ -22,7 +22,7 @@ use crate::{
 /// A JIT stack grows to this before a match fails: deeper than the 32 KB that the machine stack lends, small enough per thread.
 const MAX_JIT_STACK: usize = 1 << 20;
 
-/// Shorter patterns are compiled by the JIT always; it costs tens of microseconds, once per pattern and VM.
+/// What it starts with: as much as the machine stack lends.
 const MIN_JIT_STACK: usize = 32 << 10;
 
 /// Room for the DFA matcher's own state.
