@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use moongate::{
@@ -52,16 +52,27 @@ impl EtcdServer {
     fn start_with(dir: &Path, ports: [u16; 2], scheme: &str, more: &[&str]) -> Self {
         let client = format!("{scheme}://127.0.0.1:{}", ports[0]);
         let peer = format!("http://127.0.0.1:{}", ports[1]);
-        let child = Command::new("etcd")
+        let mut command = Command::new("etcd");
+        command
             .args(more)
             .args(["--data-dir", dir.to_str().unwrap(), "--log-level", "error"])
             .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
             .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
             .args(["--initial-cluster", &format!("default={peer}")])
             .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("etcd (Debian: etcd-server) must be installed");
+            .stderr(Stdio::null());
+        let mut spawn = || command.spawn().expect("etcd (Debian: etcd-server) must be installed");
+        let mut child = spawn();
+        let end = Instant::now() + DEADLINE;
+        let listens = |port: u16| std::net::TcpStream::connect(("127.0.0.1", port)).is_ok();
+        // A port that was free a moment ago may be somebody's for a moment: etcd ends then.
+        while !ports.into_iter().all(listens) || child.try_wait().unwrap().is_some() {
+            assert!(Instant::now() < end, "etcd does not listen on {ports:?}");
+            if child.try_wait().unwrap().is_some() {
+                child = spawn();
+            }
+            std::thread::park_timeout(Duration::from_millis(5));
+        }
         EtcdServer { child, dir: dir.to_owned(), ports }
     }
 

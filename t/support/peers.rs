@@ -73,18 +73,27 @@ impl Etcd {
         self.stop();
         let (client, peer) = (self.url(), format!("http://127.0.0.1:{}", self.peer_port));
         let data = self.dir.path().join("data");
-        let child = Command::new("etcd")
+        let mut command = Command::new("etcd");
+        command
             .args(["--name", "t", "--data-dir", &data.to_string_lossy()])
             .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
             .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
             .args(["--initial-cluster", &format!("t={peer}")])
             .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("etcd is installed (Debian: etcd-server)");
-        let started = Peer { child, port: self.port, dir: TempDir::new().expect("a directory") };
-        wait_for_port(self.port);
-        self.peer = Some(started);
+            .stderr(Stdio::null());
+        let mut spawn = || command.spawn().expect("etcd is installed (Debian: etcd-server)");
+        let mut child = spawn();
+        let ports = [self.port, self.peer_port];
+        // A port that was free a moment ago may be somebody's for a moment: etcd ends then.
+        eventually("etcd listens", || {
+            let listens = ports.into_iter().all(|port| TcpStream::connect(("127.0.0.1", port)).is_ok());
+            let ended = child.try_wait().expect("its state").is_some();
+            if ended {
+                child = spawn();
+            }
+            (listens && !ended).then_some(())
+        });
+        self.peer = Some(Peer { child, port: self.port, dir: TempDir::new().expect("a directory") });
         eventually("etcd answers", || self.ctl(&["endpoint", "health"]).map(drop));
     }
 
