@@ -23,9 +23,30 @@ local error, getmetatable, ipairs, pairs, rawget, rawset, select, setmetatable, 
     error, getmetatable, ipairs, pairs, rawget, rawset, select, setmetatable, tonumber, tostring, type
 local concat, floor = table.concat, math.floor
 local ffi_string = ffi.string
+local clear_table = require("table.clear")
 
 -- One buffer for all answers: each is copied before the next call.
 local out = ffi.new("moongate_str")
+
+-- Names that scripts ask for. A script has few; a bound for one that makes them up.
+local MAX_NAMES = 1024
+
+-- A table that asks `make` once for each name. What is known compiles to one look into the table.
+local function remembered(make)
+    local n = 0
+    return setmetatable({}, {
+        __index = function(self, name)
+            local value = make(name)
+            if n >= MAX_NAMES then
+                clear_table(self)
+                n = 0
+            end
+            n = n + 1
+            rawset(self, name, value)
+            return value
+        end,
+    })
+end
 
 ngx.null = native.null or require("cjson").null
 ngx.OK, ngx.ERROR, ngx.AGAIN, ngx.DONE, ngx.DECLINED = 0, -1, -2, -4, -5
@@ -121,20 +142,11 @@ function ngx.update_time() end
 
 local var_get, var_at, var_id, var_set = fast.var_get, fast.var_at, fast.var_id, fast.var_set
 
--- The numbers of names that scripts ask for, false for those that have none. A script has few; a bound for one that makes them up.
-local MAX_VARS = 1024
-local var_ids, var_count = {}, 0
-
-local function number_of(name)
+-- The numbers of the gateway's variables by name; false for a name that has none.
+local var_ids = remembered(function(name)
     local id = var_id(name, #name)
-    if var_count >= MAX_VARS then
-        var_ids, var_count = {}, 0
-    end
-    var_count = var_count + 1
-    if id < 0 then id = false end
-    var_ids[name] = id
-    return id
-end
+    return id >= 0 and id
+end)
 
 ngx.var = setmetatable({}, {
     __index = function(_, name)
@@ -144,7 +156,6 @@ ngx.var = setmetatable({}, {
             name = tostring(name)
         end
         local id = var_ids[name]
-        if id == nil then id = number_of(name) end
         local rc
         if id then
             rc = var_at(id, out)
@@ -193,13 +204,10 @@ local function text_name(name)
 end
 
 -- Underscores stand for dashes in the names of response fields alone.
-local function dashed(name)
-    name = text_name(name)
-    if name:find("_", 1, true) then
-        name = name:gsub("_", "-")
-    end
-    return name
-end
+local dashed = remembered(function(name)
+    local text = name:gsub("_", "-")
+    return text
+end)
 
 local function text_of(value)
     local kind = type(value)
@@ -212,24 +220,15 @@ local function text_of(value)
     error("invalid header value: " .. kind, 4)
 end
 
--- Names that need no escapes. A script has few; a bound for one that makes them up.
-local MAX_SOUND = 1024
-local sound_names, sound_count = {}, 0
-
-local function is_sound(name)
-    if sound_names[name] then return true end
-    if name:find("[^\33-\57\59-\126]") then return false end
-    if sound_count >= MAX_SOUND then
-        sound_names, sound_count = {}, 0
-    end
-    sound_names[name], sound_count = true, sound_count + 1
-    return true
-end
+-- Whether a field's name needs no escapes.
+local is_sound = remembered(function(name)
+    return not name:find("[^\33-\57\59-\126]")
+end)
 
 local function set_values(set, set_number, name, value)
     if value == nil then return set(name, #name, "", 0, REMOVE) end
     local kind = type(value)
-    local how = is_sound(name) and SET + SOUND or SET
+    local how = is_sound[name] and SET + SOUND or SET
     if kind == "number" then return set_number(name, #name, value, how) end
     if kind ~= "table" then
         local text = text_of(value)
@@ -264,23 +263,12 @@ end
 
 local keeps_underscores = native.resp.keeps_underscores
 
--- Names without an underscore, which are most. A script has few; a bound for one that makes them up.
-local MAX_PLAIN = 1024
-local plain_names, plain_count = {}, 0
-
 -- The name that a response field gets.
 local function response_name(name)
-    if plain_names[name] then return name end
     name = text_name(name)
-    if name:find("_", 1, true) then
-        if not keeps_underscores() then name = name:gsub("_", "-") end
-        return name
-    end
-    if plain_count >= MAX_PLAIN then
-        plain_names, plain_count = {}, 0
-    end
-    plain_names[name], plain_count = true, plain_count + 1
-    return name
+    local text = dashed[name]
+    if text ~= name and keeps_underscores() then return name end
+    return text
 end
 
 local function set_response_header(name, value)
@@ -309,26 +297,17 @@ ngx.header = setmetatable({}, {
     end,
 })
 
--- Names that scripts ask for, and how they stand in a table of headers. A script has few; a bound for one that makes them up.
-local MAX_NAMES = 1024
-local field_names, field_count = {}, 0
-
-local function field_name(name)
-    local key = field_names[name]
-    if key then return key end
-    key = name:lower():gsub("_", "-")
-    if field_count >= MAX_NAMES then
-        field_names, field_count = {}, 0
-    end
-    field_names[name], field_count = key, field_count + 1
-    return key
-end
+-- How names stand in a table of headers.
+local field_names = remembered(function(name)
+    local text = name:lower():gsub("_", "-")
+    return text
+end)
 
 -- A table of headers answers for any case, and underscores for dashes.
 local headers_mt = {
     __index = function(self, name)
         if type(name) ~= "string" then return nil end
-        local key = field_name(name)
+        local key = field_names[name]
         if key == name then return nil end
         local value = rawget(self, key)
         return value
@@ -362,7 +341,7 @@ ngx.resp.get_headers = headers_of(native.resp.headers)
 
 --- Adds a response header beside those of that name. For apisix.core.
 function native.resp.add_header(name, value)
-    if add_values(resp_header_set, dashed(name), value) == 0 then error("no request found", 2) end
+    if add_values(resp_header_set, dashed[text_name(name)], value) == 0 then error("no request found", 2) end
 end
 
 local req = ngx.req

@@ -611,15 +611,22 @@ fn bodies_of_both_apis_are_bounded() {
     });
 }
 
-/// Another writer is always quicker.
-struct Contended {
+/// A store whose writes do not go as the Admin API would like.
+struct Unkind {
     inner: Arc<dyn Store>,
-    tries: Arc<AtomicUsize>,
+    how: Unkindness,
 }
 
-impl Store for Contended {
+enum Unkindness {
+    /// Another writer is always quicker; the tries are counted.
+    Contended(Arc<AtomicUsize>),
+    /// A write says that it is further ahead than what it will show.
+    Lagging,
+}
+
+impl Store for Unkind {
     fn name(&self) -> &'static str {
-        "contended"
+        "unkind"
     }
 
     fn get<'a>(&'a self, key: &'a str) -> store::BoxFuture<'a, error::Result<Option<store::Entry>>> {
@@ -638,10 +645,17 @@ impl Store for Contended {
         ttl: Option<u64>,
     ) -> store::BoxFuture<'a, error::Result<store::Written>> {
         Box::pin(async move {
-            let other = value.clone();
-            self.inner.put(key, other, store::Condition::Always, None).await?;
-            self.tries.fetch_add(1, Ordering::Relaxed);
-            self.inner.put(key, value, on, ttl).await
+            match &self.how {
+                Unkindness::Contended(tries) => {
+                    self.inner.put(key, value.clone(), store::Condition::Always, None).await?;
+                    tries.fetch_add(1, Ordering::Relaxed);
+                    self.inner.put(key, value, on, ttl).await
+                }
+                Unkindness::Lagging => {
+                    let written = self.inner.put(key, value, on, ttl).await?;
+                    Ok(store::Written { revision: written.revision + 1000, ..written })
+                }
+            }
         })
     }
 
@@ -658,52 +672,10 @@ impl Store for Contended {
     }
 }
 
-/// Says that a write is further ahead than what it will show.
-struct Lagging(Arc<dyn Store>);
-
-impl Store for Lagging {
-    fn name(&self) -> &'static str {
-        "lagging"
-    }
-
-    fn get<'a>(&'a self, key: &'a str) -> store::BoxFuture<'a, error::Result<Option<store::Entry>>> {
-        self.0.get(key)
-    }
-
-    fn list<'a>(&'a self, prefix: &'a str) -> store::BoxFuture<'a, error::Result<(Vec<store::Entry>, i64)>> {
-        self.0.list(prefix)
-    }
-
-    fn put<'a>(
-        &'a self,
-        key: &'a str,
-        value: String,
-        on: store::Condition,
-        ttl: Option<u64>,
-    ) -> store::BoxFuture<'a, error::Result<store::Written>> {
-        Box::pin(async move {
-            let written = self.0.put(key, value, on, ttl).await?;
-            Ok(store::Written { revision: written.revision + 1000, ..written })
-        })
-    }
-
-    fn delete<'a>(
-        &'a self,
-        key: &'a str,
-        on: store::Condition,
-    ) -> store::BoxFuture<'a, error::Result<Option<(store::Entry, i64)>>> {
-        self.0.delete(key, on)
-    }
-
-    fn watch(self: Arc<Self>, changes: store::ChangeSink) -> store::BoxFuture<'static, ()> {
-        self.0.clone().watch(changes)
-    }
-}
-
 #[test]
 fn a_write_that_is_stored_is_answered_though_it_is_not_served() {
     scene(|| async {
-        let api = start_on(|inner| Arc::new(Lagging(inner))).await;
+        let api = start_on(|inner| Arc::new(Unkind { inner, how: Unkindness::Lagging })).await;
         let began = std::time::Instant::now();
         let put = api.call("PUT", "/routes/1", json!({"uri": "/a", "upstream": upstream()})).await;
         assert_eq!(put.status, 201);
@@ -717,7 +689,7 @@ fn a_write_gives_way_to_others_only_so_often() {
     scene(|| async {
         let tries = Arc::new(AtomicUsize::new(0));
         let counted = tries.clone();
-        let api = start_on(|inner| Arc::new(Contended { inner, tries: counted })).await;
+        let api = start_on(|inner| Arc::new(Unkind { inner, how: Unkindness::Contended(counted) })).await;
         let route = json!({"id": "1", "uri": "/a", "upstream": upstream()});
         api.store.put("/routes/1", route.to_string(), store::Condition::Always, None).await.expect("is stored");
         let patched = api.call("PATCH", "/routes/1", json!({"desc": "x"})).await;

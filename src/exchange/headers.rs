@@ -89,25 +89,24 @@ impl Headers {
     /// Makes `value` the only value of `name`; an existing field keeps its place and the new name's case.
     pub fn set(&mut self, name: impl AsRef<[u8]>, value: impl AsRef<[u8]>) {
         let (name, value) = (name.as_ref(), value.as_ref());
-        let first = if self.may_have(name) { self.fields.iter().position(|f| self.is(f, name)) } else { None };
-        let Some(first) = first else {
-            return self.append(name, value);
-        };
-        if self.fields[first + 1..].iter().any(|f| self.is(f, name)) {
-            self.remove_from(first + 1, name);
+        match has_break(name) || has_break(value) {
+            true => self.set_sound(&cleaned(name), &cleaned(value)),
+            false => self.set_sound(name, value),
         }
-        self.fields[first] = self.store(name, value);
     }
 
     /// As `set`, for a name and a value that were looked at: neither holds CR, LF or NUL.
     pub fn set_sound(&mut self, name: &[u8], value: &[u8]) {
         let first = if self.may_have(name) { self.fields.iter().position(|f| self.is(f, name)) } else { None };
+        if let Some(first) = first
+            && self.fields[first + 1..].iter().any(|f| self.is(f, name))
+        {
+            self.remove_from(first + 1, name);
+        }
+        let field = self.store_sound(name, value);
         match first {
-            Some(_) => self.set(name, value),
-            None => {
-                let field = self.store_sound(name, value);
-                self.fields.push(field);
-            }
+            Some(first) => self.fields[first] = field,
+            None => self.fields.push(field),
         }
     }
 

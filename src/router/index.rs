@@ -72,19 +72,16 @@ impl Index {
 
     pub fn add(&mut self, key: u64, rule: Arc<Rule>) {
         let page = self.page(place(key, self.pages));
-        let known = page.as_deref().unwrap_or_default();
-        if known.iter().all(|entry| entry.key != key) {
-            let new = Entry { key, rules: Rules::One(rule) };
-            *page = Some(known.iter().cloned().chain([new]).collect());
-            self.len += 1;
-            if self.len > self.pages * LOAD {
-                self.split();
-            }
-            return;
+        let at = page.as_deref().and_then(|known| known.iter().position(|entry| entry.key == key));
+        if let (Some(at), Some(known)) = (at, page.as_mut()) {
+            return Arc::make_mut(known)[at].rules.add(rule);
         }
-        let entries = Arc::make_mut(page.as_mut().expect("the key is in the page"));
-        let entry = entries.iter_mut().find(|entry| entry.key == key).expect("the key is in the page");
-        entry.rules.add(rule);
+        let new = Entry { key, rules: Rules::One(rule) };
+        *page = Some(page.as_deref().unwrap_or_default().iter().cloned().chain([new]).collect());
+        self.len += 1;
+        if self.len > self.pages * LOAD {
+            self.split();
+        }
     }
 
     /// Takes out the rule that is equal to `rule` in order, if it is there.
