@@ -4,7 +4,7 @@
 use libfuzzer_sys::fuzz_target;
 use moongate::{
     exchange::{
-        Request,
+        LastHost, Request,
         framing::{HeadLimits, HeadScan},
     },
     net::head,
@@ -25,15 +25,19 @@ fuzz_target!(|data: &[u8]| {
     // is refused.
     if data.ends_with(b"\r\n\r\n") && data[0].is_ascii_uppercase() && data.len() <= LIMITS.line {
         let mut guessed = Request::default();
-        if head::parse(data, &mut guessed).is_ok() {
+        if head::parse(data, &LastHost::default(), &mut guessed).is_ok() {
             assert_eq!(whole, Ok(Some(guessed.head_len as usize)));
         }
     }
     let Ok(Some(end)) = whole else { return };
-    let mut request = Request::default();
-    if head::parse(&data[..end], &mut request).is_err() {
+    let (last, mut request) = (LastHost::default(), Request::default());
+    if head::parse(&data[..end], &last, &mut request).is_err() {
         return;
     }
+    // A second one on the connection is read in the same way.
+    let mut again = Request::default();
+    assert!(head::parse(&data[..end], &last, &mut again).is_ok());
+    assert_eq!(again.host, request.host);
     assert_eq!(request.head_len as usize, end);
     assert!(request.path == b"*" || request.path.starts_with(b"/"));
     assert!(!request.path.windows(2).any(|w| w == b"//") && !request.path.contains(&0));

@@ -30,6 +30,7 @@ use crate::{
     plugin::{Runner, Setup},
     proxy::Proxy,
     store::Published,
+    tcp,
 };
 
 /// Address space for deep Lua and regex recursion; pages that are not touched cost nothing.
@@ -101,9 +102,11 @@ pub fn spawn(worker: usize, blueprint: Blueprint, sockets: Vec<Bound>, line: Lin
 
 fn run(worker: usize, blueprint: Blueprint, sockets: Vec<Bound>, line: Line) -> Result<()> {
     // Local by itself, so that no `LocalSet` keeps a second list of tasks inside the runtime's.
-    let runtime = Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
+    let runtime =
+        Builder::new_current_thread().on_thread_park(tcp::flush).enable_all().build_local(LocalOptions::default())?;
+    tcp::begin_turns();
     // A task of its own: what `block_on` gets itself is polled after every event of every connection.
-    runtime.block_on(async {
+    let ended = runtime.block_on(async {
         match spawn_local(serve(worker, blueprint, sockets, line)).await {
             Ok(ended) => ended,
             Err(e) => match e.try_into_panic() {
@@ -111,7 +114,10 @@ fn run(worker: usize, blueprint: Blueprint, sockets: Vec<Bound>, line: Line) -> 
                 Err(e) => Err(Error::internal(Kind::Other).cause(e).context(format!("worker {worker}"))),
             },
         }
-    })
+    });
+    // The last turn has no end of its own.
+    tcp::flush();
+    ended
 }
 
 async fn serve(worker: usize, blueprint: Blueprint, sockets: Vec<Bound>, line: Line) -> Result<()> {

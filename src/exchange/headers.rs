@@ -86,6 +86,15 @@ impl Headers {
         self.fields.push(field);
     }
 
+    /// Adds the fields of a block that was made by `append`s: one copy for all.
+    pub fn append_block(&mut self, block: &Headers) {
+        let base = self.bytes.len() as u32;
+        let moved = |s: Span| Span { at: s.at.wrapping_add(base), len: s.len };
+        self.bytes.extend_from_slice(&block.bytes);
+        self.lengths |= block.lengths;
+        self.fields.extend(block.fields.iter().map(|f| Field { name: moved(f.name), value: moved(f.value), ..*f }));
+    }
+
     /// Makes `value` the only value of `name`; an existing field keeps its place and the new name's case.
     pub fn set(&mut self, name: impl AsRef<[u8]>, value: impl AsRef<[u8]>) {
         let (name, value) = (name.as_ref(), value.as_ref());
@@ -430,6 +439,21 @@ mod tests {
         let long = "v".repeat(COMPACT_AT);
         (0..3).for_each(|_| h.append("L", &long));
         assert_eq!((h.byte_len() > 3 * COMPACT_AT, h.get_all(b"L").count()), (true, 3));
+    }
+
+    #[test]
+    fn a_block_is_added_as_its_fields_are() {
+        let (mut h, mut block) = (sample(), Headers::new());
+        block.append("X-B", "3");
+        block.append("Empty", "");
+        h.append_block(&block);
+        h.append_block(&Headers::new());
+        let all: Vec<_> = h.iter().map(|(n, v)| [n, b"=", v].concat()).collect();
+        assert_eq!(all.join(&b' '), b"Host=a X-A=1 x-a=2 X-B=3 Empty=");
+        assert_eq!((h.get("x-b"), h.get("empty"), h.get("none")), (Some(&b"3"[..]), Some(&b""[..]), None));
+        let mut out = Vec::new();
+        assert_eq!(h.write_to(&mut out, |name, _| name != b"X-A"), 4);
+        assert_eq!(out, b"Host: a\r\nx-a: 2\r\nX-B: 3\r\nEmpty: \r\n");
     }
 
     #[test]

@@ -9,6 +9,7 @@ pub mod deadline;
 pub mod framing;
 pub mod headers;
 pub mod host;
+mod last_host;
 mod log;
 mod random;
 pub mod status;
@@ -28,6 +29,7 @@ use smallvec::SmallVec;
 
 pub use body::{Chunk, RequestBody, Spooled};
 pub use headers::Headers;
+pub use last_host::LastHost;
 pub use vars::{Known, Var};
 
 use crate::{
@@ -135,6 +137,7 @@ pub struct Connection {
     pub tls: Option<TlsInfo>,
     /// The other end of the socket when PROXY protocol changed `peer`.
     pub proxy: Option<SocketAddr>,
+    pub last_host: LastHost,
     /// The peer's address in words: each request writes it twice or more.
     peer_text: OnceCell<SmallVec<[u8; 40]>>,
 }
@@ -142,7 +145,15 @@ pub struct Connection {
 impl Connection {
     /// Without TLS and PROXY protocol.
     pub fn new(serial: u64, peer: SocketAddr, local: SocketAddr) -> Self {
-        Connection { serial, peer, local, tls: None, proxy: None, peer_text: OnceCell::new() }
+        Connection {
+            serial,
+            peer,
+            local,
+            tls: None,
+            proxy: None,
+            last_host: LastHost::default(),
+            peer_text: OnceCell::new(),
+        }
     }
 
     /// The peer's address without its port. `peer` must not change any more.

@@ -24,6 +24,7 @@ use crate::{
     conf::locations::{Script, Source},
     error::{Error, Result},
     store::Snapshot,
+    tcp,
 };
 
 /// Idle coroutines kept: as many as requests are usually inside Lua at once on one worker.
@@ -181,7 +182,8 @@ impl Vm {
         *self.snapshot.borrow_mut() = snapshot.clone();
     }
 
-    /// Makes this the VM that host functions find while `run` runs.
+    /// Makes this the VM that host functions find while `run` runs. A script may take long: what other requests have made goes
+    /// out before it.
     #[inline]
     pub fn entered<R>(&self, run: impl FnOnce() -> R) -> R {
         struct Restore(*const Vm);
@@ -190,6 +192,7 @@ impl Vm {
                 CURRENT.set(self.0);
             }
         }
+        tcp::flush();
         let _restore = Restore(CURRENT.replace(self));
         run()
     }

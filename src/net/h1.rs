@@ -10,7 +10,7 @@ use std::{
     io::{self, IoSlice},
     pin::Pin,
     rc::Rc,
-    task::{Context, Poll, ready},
+    task::{Context, Poll, Waker, ready},
     time::{Duration, Instant},
 };
 
@@ -22,7 +22,6 @@ use super::{
     drain::Drain,
     h2, head,
     listener::Tls,
-    pool::{BUFFER_SIZE, put_buffer, take_buffer},
 };
 use crate::{
     error::{Error, Kind, Result},
@@ -31,6 +30,7 @@ use crate::{
         deadline::Deadline,
         framing::{ChunkDecoder, Chunked, Framing, HeadScan, LAST_CHUNK, Refusal, write_chunk_size},
     },
+    tcp::buffers,
 };
 
 /// Response bytes gathered before they must be written: a head and a small body leave in one write.
@@ -290,6 +290,12 @@ impl H1 {
 
     /// Nothing to read now: is there a reason to stop waiting?
     fn poll_idle(&mut self, cx: &Context<'_>, idle: bool, nth: u64) -> Poll<Next> {
+        // The client does not take its answer: the time between requests begins when it has.
+        if idle && self.io.as_ref().is_some_and(|io| io.stream().is_stuck()) {
+            self.read_limit.progress();
+            let late = self.write_limit.poll(cx, self.settings.send_timeout);
+            return if late { Poll::Ready(Next::Closed) } else { Poll::Pending };
+        }
         if idle && self.drain.is_draining() {
             return Poll::Ready(Next::Closed);
         }
@@ -341,8 +347,13 @@ impl H1 {
         (self.body_bytes, self.received, self.sent) = (0, 0, 0);
         self.continues = Continue::No;
         self.body_out = BodyOut::NotStarted;
-        let framing = head::parse(&self.inp[self.at..self.at + len], &mut x.request);
+        let framing = head::parse(&self.inp[self.at..self.at + len], &x.conn.last_host, &mut x.request);
         self.at += x.request.head_len as usize;
+        if self.at == self.inp.len() {
+            // Others have a use for it while this one waits for its answer, and the one used last is the warmest.
+            buffers::put(std::mem::take(&mut self.inp));
+            self.at = 0;
+        }
         self.version = x.request.version;
         let framing = framing?;
         self.keep = x.request.keep_alive
@@ -397,9 +408,9 @@ impl H1 {
         if matches!(self.body, BodyIn::Length(n) if n > DISCARD_MAX) {
             return false;
         }
-        let (mut rest, mut total) = (take_buffer(), 0);
+        let (mut rest, mut total) = (buffers::take(), 0);
         let done = loop {
-            match poll_fn(|cx| self.poll_read_body(cx, &mut rest, BUFFER_SIZE)).await {
+            match poll_fn(|cx| self.poll_read_body(cx, &mut rest, buffers::SIZE)).await {
                 Ok(0) => break true,
                 Ok(n) => total += n as u64,
                 Err(_) => break false,
@@ -409,7 +420,7 @@ impl H1 {
                 break false;
             }
         };
-        put_buffer(rest);
+        buffers::put(rest);
         done
     }
 
@@ -451,19 +462,19 @@ impl H1 {
             if let Io::Tcp(socket) = io {
                 ready!(socket.poll_readable(cx))?;
             }
-            self.inp = take_buffer();
+            self.inp = buffers::take();
         }
         if self.inp.len() == self.inp.capacity() {
             if self.at > 0 {
                 self.inp.drain(..self.at);
                 self.at = 0;
             } else {
-                self.inp.reserve(BUFFER_SIZE);
+                self.inp.reserve(buffers::SIZE);
             }
         }
         let read = io.poll_read_into(cx, &mut self.inp, usize::MAX);
         if self.inp.is_empty() {
-            put_buffer(std::mem::take(&mut self.inp));
+            buffers::put(std::mem::take(&mut self.inp));
         }
         self.eof |= matches!(read, Poll::Ready(Ok(0)));
         read
@@ -484,7 +495,7 @@ impl H1 {
             self.at += n;
             n
         } else {
-            into.reserve(max.min(BUFFER_SIZE));
+            into.reserve(max.min(buffers::SIZE));
             let read = match &mut self.io {
                 Some(io) if !self.eof => io.poll_read_into(cx, into, max),
                 _ => Poll::Ready(Ok(0)),
@@ -572,7 +583,7 @@ impl H1 {
 
     fn queue(&mut self, bytes: &[u8]) {
         if self.out.capacity() == 0 {
-            self.out = take_buffer();
+            self.out = buffers::take();
         }
         self.out.extend_from_slice(bytes);
     }
@@ -610,7 +621,7 @@ impl H1 {
                 continue;
             }
             self.out_at = 0;
-            put_buffer(std::mem::take(&mut self.out));
+            buffers::put(std::mem::take(&mut self.out));
             if n > queued || data.is_empty() {
                 return Poll::Ready(Ok(n - queued));
             }
@@ -627,6 +638,19 @@ impl H1 {
         }
         self.queue(data);
         Poll::Ready(Ok(data.len()))
+    }
+
+    /// Leaves the end of a response to the end of the worker's turn, where the connection goes on.
+    fn send_later(&mut self, waker: &Waker) -> bool {
+        let goes_on = self.keep && self.out_at == 0 && matches!(self.body, BodyIn::Done);
+        let Some(Io::Tcp(socket)) = self.io.as_ref().filter(|_| goes_on && !self.out.is_empty()) else { return false };
+        let taken = socket.stream().send_later(&self.out, Some(waker));
+        if taken {
+            self.sent += self.out.len() as u64;
+            buffers::put(std::mem::take(&mut self.out));
+            self.write_limit.progress();
+        }
+        taken
     }
 
     fn broken(&mut self, what: &'static str) -> Error {
@@ -648,8 +672,8 @@ fn closed(what: &'static str) -> Error {
 
 impl Drop for H1 {
     fn drop(&mut self) {
-        put_buffer(std::mem::take(&mut self.inp));
-        put_buffer(std::mem::take(&mut self.out));
+        buffers::put(std::mem::take(&mut self.inp));
+        buffers::put(std::mem::take(&mut self.out));
     }
 }
 
@@ -686,7 +710,7 @@ impl Client for H1 {
         };
         self.keep = self.stays() && body_out != BodyOut::UntilClose && response.status != 101;
         if self.out.capacity() == 0 {
-            self.out = take_buffer();
+            self.out = buffers::take();
         }
         let closing = match (response.status, self.keep) {
             (101, _) => Closing::Upgrade,
@@ -702,7 +726,7 @@ impl Client for H1 {
         // HTTP/1.0 knows none (RFC 9110, 15.2).
         if self.version != Version::Http10 && self.body_out == BodyOut::NotStarted {
             if self.out.capacity() == 0 {
-                self.out = take_buffer();
+                self.out = buffers::take();
             }
             answer::write_interim(&mut self.out, status, headers);
         }
@@ -757,13 +781,16 @@ impl Client for H1 {
             _ => {}
         }
         self.body_out = BodyOut::Ended;
+        if self.send_later(cx.waker()) {
+            return Poll::Ready(Ok(()));
+        }
         self.poll_flush(cx)
     }
 
     fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         loop {
             // A client that sends far ahead is not looked at further: its bytes would have to be kept.
-            if self.unread().len() >= BUFFER_SIZE {
+            if self.unread().len() >= buffers::SIZE {
                 return Poll::Pending;
             }
             match ready!(self.poll_fill(cx)) {
@@ -776,9 +803,11 @@ impl Client for H1 {
     fn abort(&mut self) {
         self.keep = false;
         let Some(io) = self.io.take() else { return };
+        // Of an earlier answer.
+        io.stream().flush();
         // Where only the end of the connection ends the body, it must not look like one.
         if self.body_out == BodyOut::UntilClose {
-            let _ = socket2::SockRef::from(io.tcp()).set_linger(Some(Duration::ZERO));
+            let _ = socket2::SockRef::from(io.stream().tcp()).set_linger(Some(Duration::ZERO));
         }
     }
 
@@ -798,7 +827,7 @@ impl Client for H1 {
 impl H1 {
     fn open_chunk(&mut self, len: usize) -> u64 {
         if self.out.capacity() == 0 {
-            self.out = take_buffer();
+            self.out = buffers::take();
         }
         write_chunk_size(len as u64, &mut self.out);
         self.body_out = BodyOut::Chunked(len as u64);

@@ -28,7 +28,7 @@ use super::{Handler, Io, Server, Settings, h1::Limit, head, listener::Tls};
 use crate::{
     error::{Error, Kind, Result},
     exchange::{
-        BodyLength, Client, Connection, Headers, Request, RequestBody, Response, Version,
+        BodyLength, Client, Connection, Headers, LastHost, Request, RequestBody, Response, Version,
         framing::{BodyFields, Refusal},
         status,
     },
@@ -146,7 +146,7 @@ async fn answer<H: Handler>(
     server.handler.expect(|| parts.uri.path().as_bytes());
     let mut x = server.pool.take(&streams.conn);
     x.request.nth = streams.total.get();
-    let read = read_head(&parts, &mut x.request).and_then(|length| {
+    let read = read_head(&parts, &x.conn.last_host, &mut x.request).and_then(|length| {
         if !incoming.is_end_stream() {
             x.body = RequestBody::Streaming { length };
         }
@@ -195,7 +195,7 @@ impl std::fmt::Display for Cut {
 impl std::error::Error for Cut {}
 
 /// Makes a stream's head a request, and says what `content-length` does.
-fn read_head(parts: &Parts, request: &mut Request) -> Result<Option<u64>, Refusal> {
+fn read_head(parts: &Parts, last: &LastHost, request: &mut Request) -> Result<Option<u64>, Refusal> {
     request.version = Version::Http2;
     request.keep_alive = true;
     request.method.extend_from_slice(parts.method.as_str().as_bytes());
@@ -209,7 +209,7 @@ fn read_head(parts: &Parts, request: &mut Request) -> Result<Option<u64>, Refusa
     head::check_method(&request.method)?;
     head::split_target(request)?;
     let host = request.headers.get("host").ok_or(Refusal::bad("no Host"))?;
-    head::parse_host(host, &mut request.host)?;
+    head::name_of(host, last, &mut request.host)?;
     request.head_len = (request.method.len() + target.len() + request.headers.byte_len()) as u64;
     Ok(body.length())
 }
@@ -617,7 +617,7 @@ mod tests {
     fn read(request: http::request::Builder) -> Result<Request, u16> {
         let (parts, ()) = request.body(()).unwrap().into_parts();
         let mut got = Request::default();
-        read_head(&parts, &mut got).map(|_| got).map_err(|r| r.status)
+        read_head(&parts, &LastHost::default(), &mut got).map(|_| got).map_err(|r| r.status)
     }
 
     fn get(uri: &str) -> http::request::Builder {

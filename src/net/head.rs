@@ -8,7 +8,7 @@ use std::mem::MaybeUninit;
 use httparse::Status;
 
 use crate::exchange::{
-    Request, Version,
+    LastHost, Request, Version,
     framing::{BARE_LF, BodyFields, Framing, Refusal, ends_in_crlf},
     headers::same_name,
 };
@@ -17,8 +17,8 @@ use crate::exchange::{
 const FIELDS_MAX: usize = 256;
 
 /// Reads the head that `block` starts with into `request`, whose `head_len` says where it ends; the caller knows that all of it
-/// is there. After a refusal `request` holds what was understood, for the log.
-pub fn parse(block: &[u8], request: &mut Request) -> Result<Framing, Refusal> {
+/// is there. After a refusal `request` holds what was understood, for the log. `last`: the connection's.
+pub fn parse(block: &[u8], last: &LastHost, request: &mut Request) -> Result<Framing, Refusal> {
     request.head_len = block.len() as u64;
     let mut fields = [const { MaybeUninit::uninit() }; FIELDS_MAX];
     let mut head = httparse::Request::new(&mut []);
@@ -48,7 +48,7 @@ pub fn parse(block: &[u8], request: &mut Request) -> Result<Framing, Refusal> {
     let said = read_fields(fields)?;
     let authority = split_target(request)?;
     let framing = said.body.of_request(request.version)?;
-    read_host(authority, said.host, request)?;
+    read_host(authority, said.host, last, request)?;
     request.keep_alive = !said.close && (request.version == Version::Http11 || said.keep_alive);
     request.expects_continue = said.expects && framing != Framing::None && request.version == Version::Http11;
     request.upgrade = said.upgrade && said.upgrade_field && request.version == Version::Http11;
@@ -194,16 +194,30 @@ fn cut_authority(target: &mut Vec<u8>) -> Result<Vec<u8>, Refusal> {
 
 /// Decides `$host`. An absolute target wins over the Host field and replaces it (RFC 9112, 3.2.2), so that whoever is next
 /// sees one host.
-fn read_host(authority: Option<Vec<u8>>, field: Option<&[u8]>, request: &mut Request) -> Result<(), Refusal> {
+fn read_host(
+    authority: Option<Vec<u8>>,
+    field: Option<&[u8]>,
+    last: &LastHost,
+    request: &mut Request,
+) -> Result<(), Refusal> {
     if field.is_none() && request.version == Version::Http11 {
         return Err(Refusal::bad("no Host"));
     }
     if let Some(value) = field {
-        parse_host(value, &mut request.host)?;
+        name_of(value, last, &mut request.host)?;
     }
     if let Some(value) = authority {
         parse_host(&value, &mut request.host)?;
         request.headers.set("Host", value);
+    }
+    Ok(())
+}
+
+/// As `parse_host`, for an empty `host`; what the connection said before needs no second look.
+pub(super) fn name_of(value: &[u8], last: &LastHost, host: &mut Vec<u8>) -> Result<(), Refusal> {
+    if !last.name(value, host) {
+        parse_host(value, host)?;
+        last.remember(value, host);
     }
     Ok(())
 }
@@ -344,7 +358,7 @@ mod tests {
 
     fn read(head: &str) -> Result<(Request, Framing), u16> {
         let mut request = Request::default();
-        let framing = parse(head.as_bytes(), &mut request).map_err(|r| r.status)?;
+        let framing = parse(head.as_bytes(), &LastHost::default(), &mut request).map_err(|r| r.status)?;
         Ok((request, framing))
     }
 
@@ -453,7 +467,7 @@ mod tests {
     fn keeps_the_first_line_of_what_it_refuses() {
         let line = |head: &str| {
             let mut request = Request::default();
-            assert!(parse(head.as_bytes(), &mut request).is_err());
+            assert!(parse(head.as_bytes(), &LastHost::default(), &mut request).is_err());
             (String::from_utf8(request.method).unwrap(), String::from_utf8(request.target).unwrap())
         };
         assert_eq!(line("GET /x HTTP/1.1\r\nbad\r\n\r\n"), ("GET".into(), "/x".into()));

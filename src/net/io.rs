@@ -17,7 +17,7 @@ use crate::tcp;
 /// A TCP stream from which something was read too early (after a PROXY protocol header).
 pub struct Socket {
     unread: Vec<u8>,
-    tcp: TcpStream,
+    tcp: tcp::Stream,
 }
 
 /// What a connection is read from and written to.
@@ -28,7 +28,7 @@ pub enum Io {
 
 impl Socket {
     pub fn new(tcp: TcpStream, unread: Vec<u8>) -> Self {
-        Socket { unread, tcp }
+        Socket { unread, tcp: tcp::Stream::new(tcp) }
     }
 
     /// The next reads give `bytes` first.
@@ -37,18 +37,20 @@ impl Socket {
         self.unread = bytes;
     }
 
-    pub fn tcp(&self) -> &TcpStream {
+    /// The stream below what was read too early.
+    pub fn stream(&self) -> &tcp::Stream {
         &self.tcp
     }
 
     /// Whether a read may find something.
     pub fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if self.unread.is_empty() { self.tcp.poll_read_ready(cx) } else { Poll::Ready(Ok(())) }
+        if self.unread.is_empty() { self.tcp.poll_readable(cx) } else { Poll::Ready(Ok(())) }
     }
 }
 
 impl Io {
-    pub fn tcp(&self) -> &TcpStream {
+    /// The stream below TLS and what was read too early.
+    pub fn stream(&self) -> &tcp::Stream {
         match self {
             Io::Tcp(s) => &s.tcp,
             Io::Tls(s) => &s.get_ref().0.tcp,
@@ -76,33 +78,33 @@ impl AsyncRead for Socket {
             self.unread.drain(..n);
             return Poll::Ready(Ok(()));
         }
-        tcp::poll_read(&self.tcp, cx, buf)
+        self.tcp.poll_read(cx, buf)
     }
 }
 
 impl AsyncWrite for Socket {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
-        tcp::poll_write(&self.tcp, cx, data)
+        self.tcp.poll_write(cx, data)
     }
 
     fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
+        self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         data: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.tcp).poll_write_vectored(cx, data)
+        self.tcp.poll_write_vectored(cx, data)
     }
 
     fn is_write_vectored(&self) -> bool {
         true
     }
 
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.tcp).poll_flush(cx)
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.tcp.poll_settled(cx)
     }
 
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.tcp).poll_shutdown(cx)
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.tcp.poll_shutdown(cx)
     }
 }
 

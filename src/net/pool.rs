@@ -1,4 +1,4 @@
-//! Exchanges and buffers that wait for their next use, so that a request allocates nothing once a worker is warm.
+//! Exchanges that wait for their next use, so that a request allocates nothing once a worker is warm.
 
 use std::{
     cell::{Cell, RefCell},
@@ -73,34 +73,6 @@ impl Default for ExchangePool {
     }
 }
 
-/// A buffer's first size: a head and a small body.
-pub(super) const BUFFER_SIZE: usize = 16 * 1024;
-/// Buffers kept per worker. Connections hold one only while bytes wait in it.
-const KEPT_BUFFERS: usize = 64;
-/// A buffer that grew past this is freed instead.
-const KEPT_BUFFER_SIZE: usize = 64 * 1024;
-
-thread_local! {
-    static BUFFERS: RefCell<Vec<Vec<u8>>> = const { RefCell::new(Vec::new()) };
-}
-
-/// An empty buffer of at least `BUFFER_SIZE`.
-pub(super) fn take_buffer() -> Vec<u8> {
-    BUFFERS.with_borrow_mut(Vec::pop).unwrap_or_else(|| Vec::with_capacity(BUFFER_SIZE))
-}
-
-pub(super) fn put_buffer(mut buffer: Vec<u8>) {
-    if !(BUFFER_SIZE..=KEPT_BUFFER_SIZE).contains(&buffer.capacity()) {
-        return;
-    }
-    buffer.clear();
-    BUFFERS.with_borrow_mut(|idle| {
-        if idle.len() < KEPT_BUFFERS {
-            idle.push(buffer);
-        }
-    });
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -113,20 +85,5 @@ mod tests {
         out.into_iter().for_each(|x| pool.put(x));
         assert_eq!(pool.idle.borrow().len(), KEPT_EXCHANGES);
         assert_eq!(Rc::strong_count(&conn), 1, "idle ones hold no connection");
-    }
-
-    #[test]
-    fn buffers_are_kept_up_to_a_number_and_a_size() {
-        let count = || BUFFERS.with_borrow(Vec::len);
-        put_buffer(Vec::with_capacity(KEPT_BUFFER_SIZE + 1));
-        put_buffer(Vec::with_capacity(BUFFER_SIZE - 1));
-        assert_eq!(count(), 0, "neither one that grew too long nor one that is too short");
-        put_buffer(Vec::with_capacity(KEPT_BUFFER_SIZE));
-        for _ in 0..KEPT_BUFFERS {
-            put_buffer(vec![b'x'; BUFFER_SIZE]);
-        }
-        assert_eq!(count(), KEPT_BUFFERS);
-        assert!(take_buffer().is_empty());
-        assert_eq!(count(), KEPT_BUFFERS - 1);
     }
 }

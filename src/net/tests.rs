@@ -1,6 +1,7 @@
 //! The codec over real sockets, with a handler that echoes.
 
 use std::{
+    cell::Cell,
     future::poll_fn,
     net::{Ipv4Addr, SocketAddr},
     rc::Rc,
@@ -16,6 +17,7 @@ use rustls_pki_types::ServerName;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
+    runtime::{Builder, Runtime},
     task::LocalSet,
 };
 
@@ -24,8 +26,13 @@ use crate::{
     exchange::{BodyLength, RequestBody},
     model::{Object, Ssl, next_uid},
     store::{Published, Snapshot},
-    tls,
+    tcp, tls,
 };
+
+thread_local! {
+    /// Requests that `Echo` has answered.
+    static HANDLED: Cell<usize> = const { Cell::new(0) };
+}
 
 /// Answers `METHOD path body`, chunked when the path says so. Refusals get `refused`.
 struct Echo;
@@ -77,6 +84,7 @@ impl Handler for Echo {
             client.abort();
         }
         x.client = Some(client);
+        HANDLED.set(HANDLED.get() + 1);
         x
     }
 
@@ -93,10 +101,15 @@ impl Handler for Echo {
     }
 }
 
+/// As a worker's.
+fn runtime() -> Runtime {
+    tcp::begin_turns();
+    Builder::new_current_thread().on_thread_park(tcp::flush).enable_all().build().expect("a runtime")
+}
+
 /// Runs `test` against a server with `settings`.
 fn with_server<F: Future<Output = ()>>(settings: Settings, test: impl FnOnce(SocketAddr, Rc<Server<Echo>>) -> F) {
-    let rt = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-    LocalSet::new().block_on(&rt, async {
+    LocalSet::new().block_on(&runtime(), async {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a port");
         let addr = listener.local_addr().expect("an address");
         let server = Rc::new(Server { handler: Echo, settings, pool: ExchangePool::new(), drain: Drain::default() });
@@ -115,8 +128,7 @@ fn with_server<F: Future<Output = ()>>(settings: Settings, test: impl FnOnce(Soc
 
 /// The same with the accept loop.
 fn with_listener<F: Future<Output = ()>>(proxy_protocol: bool, ssls: Vec<Ssl>, test: impl FnOnce(SocketAddr) -> F) {
-    let rt = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-    LocalSet::new().block_on(&rt, async {
+    LocalSet::new().block_on(&runtime(), async {
         let mut snapshot = Snapshot::default();
         for (i, ssl) in ssls.into_iter().enumerate() {
             let id: Arc<str> = i.to_string().into();
@@ -352,6 +364,64 @@ fn a_client_that_takes_no_answer_is_let_go() {
         }
         server.drain.done().await;
         assert!(rest(&mut tcp).await.len() < 50_000_000);
+    })
+}
+
+/// A connection whose client has not taken all of `sent` when its request is answered. The answer waits for the client.
+async fn with_answer_that_is_stuck(server: &Rc<Server<Echo>>) -> (TcpStream, usize) {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a port");
+    let addr = listener.local_addr().expect("an address");
+    let mut client = TcpStream::connect(addr).await.expect("connects");
+    let (tcp, peer) = listener.accept().await.expect("a connection");
+    tcp.writable().await.expect("is open");
+    let mut sent = 0;
+    while let Ok(n) = tcp.try_write(&[b'.'; 1 << 16]) {
+        sent += n;
+    }
+    let (io, conn) = (Io::Tcp(Socket::new(tcp, Vec::new())), Rc::new(Connection::new(1, peer, addr)));
+    tokio::task::spawn_local(serve_connection(server.clone(), io, conn, None, server.drain.enter()));
+    client.write_all(b"GET /late HTTP/1.1\r\nHost: a\r\n\r\n").await.expect("sends");
+    while HANDLED.get() == 0 {
+        tokio::task::yield_now().await;
+    }
+    tcp::flush();
+    (client, sent)
+}
+
+#[test]
+fn an_answer_that_waits_for_its_client_outlasts_a_drain() {
+    with_server(Settings::default(), |_, server| async move {
+        let (mut client, before) = with_answer_that_is_stuck(&server).await;
+        server.drain.begin();
+        let got = rest_bytes(&mut client).await;
+        let answer = String::from_utf8_lossy(&got[before..]);
+        assert!(answer.starts_with("HTTP/1.1 200 OK\r\n") && answer.ends_with("GET /late "), "{answer}");
+        server.drain.done().await;
+    })
+}
+
+#[test]
+fn an_answer_waits_only_so_long_for_its_client() {
+    let settings = Settings { send_timeout: Duration::from_millis(50), ..Settings::default() };
+    with_server(settings, |_, server| async move {
+        let (mut client, before) = with_answer_that_is_stuck(&server).await;
+        server.drain.done().await;
+        assert_eq!(rest_bytes(&mut client).await.len(), before);
+    })
+}
+
+#[test]
+fn answers_wait_for_the_end_of_the_turn() {
+    with_server(Settings::default(), |addr, _| async move {
+        let mut client = TcpStream::connect(addr).await.expect("connects");
+        client.write_all(b"GET /a HTTP/1.1\r\nHost: a\r\n\r\nGET /b HTTP/1.1\r\nHost: a\r\n\r\n").await.expect("sends");
+        while HANDLED.get() < 2 {
+            assert!(client.try_read(&mut [0]).is_err(), "the first one is sent with the second");
+            tokio::task::yield_now().await;
+        }
+        let both = until(&mut client, "GET /b ").await;
+        assert_eq!(both.matches("HTTP/1.1 200 OK").count(), 2, "{both}");
+        assert!(both.contains("GET /a HTTP/1.1"), "{both}");
     })
 }
 

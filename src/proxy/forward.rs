@@ -41,18 +41,19 @@ pub(super) async fn forward(p: &Proxy, x: &mut Exchange) -> Result<()> {
         let scheme = crate::exchange::vars::scheme_name(conf.scheme);
         return Err(Error::upstream(Kind::Other).context(format!("upstream scheme {scheme} is not served yet")));
     }
-    let (upload, mut framing) = Upload::new(&x.body, p.buffers.take(), p.buffers.take())?;
+    let (upload, mut framing) = Upload::new(&x.body, is_harmless(x))?;
     // `Content-Length: 0` is passed on: some servers refuse a POST that says nothing.
     if framing == BodyFraming::None && x.request.headers.contains("content-length") {
         framing = BodyFraming::Length(0);
     }
     let (websocket, times) = (is_websocket(x), timeouts(p, x, &conf));
     let mut way = Way { p, conf: &conf, framing, websocket, times, upload, waited: false };
-    let outcome = way.run(x).await;
-    let (out, piece) = way.upload.into_buffers();
-    p.buffers.put(out);
-    p.buffers.put(piece);
-    outcome
+    way.run(x).await
+}
+
+/// To be repeated, should nobody know whether a node acted on it.
+fn is_harmless(x: &Exchange) -> bool {
+    !matches!(&x.request.method[..], b"POST" | b"PATCH" | b"LOCK")
 }
 
 /// One request on its way.
@@ -155,11 +156,10 @@ impl Way<'_> {
 
     /// As nginx's `proxy_next_upstream error timeout`: what may have been acted on is repeated only when that is harmless.
     fn may_repeat(&self, x: &Exchange, e: &Error) -> bool {
-        let harmless = !matches!(&x.request.method[..], b"POST" | b"PATCH" | b"LOCK");
         match e.retry_advice() {
             _ if e.origin() != Origin::Upstream => false,
             Retry::Safe => true,
-            Retry::Idempotent => harmless || !self.upload.has_started(),
+            Retry::Idempotent => is_harmless(x) || !self.upload.has_started(),
             Retry::Never => false,
         }
     }
@@ -273,10 +273,11 @@ impl Way<'_> {
             if let Some(e) = broken {
                 return Poll::Ready(Err(e));
             }
-            if is_gone(cx, &mut x.client) {
-                return Poll::Ready(Err(Error::client(Kind::Closed).context("client prematurely closed connection")));
-            }
-            return Poll::Pending;
+            // Until all of the request is sent, the wait may be the client's own.
+            return match !self.upload.is_done() || conn.is_slow() {
+                true => poll_client(cx, &mut x.client),
+                false => Poll::Pending,
+            };
         }
         Poll::Ready(Err(Error::upstream(Kind::Malformed).context("too many interim responses from the upstream")))
     }
@@ -289,7 +290,7 @@ impl Way<'_> {
             x.upstream.headers.clone_from(&x.response.headers);
             self.waited = true;
         }
-        x.response.headers.set("Server", &self.p.settings.server);
+        x.response.headers.set_sound(b"Server", self.p.settings.server.as_bytes());
         add_early(&mut x.response);
         super::location::add_headers(x);
         rescue::upstream_status(self.p, x);
@@ -326,7 +327,7 @@ impl Way<'_> {
                     x.body_bytes_sent += n as u64;
                 }
                 Poll::Ready(Err(e)) => return Poll::Ready(Err(e)),
-                Poll::Pending => return poll_idle(cx, x),
+                Poll::Pending => return poll_idle(cx, x, conn),
             }
         }
     }
@@ -348,7 +349,7 @@ impl Way<'_> {
             let piece = poll_fn(|cx| {
                 self.poll_rest_of_request(cx, x, conn)?;
                 match conn.poll_body(cx, self.times.read) {
-                    Poll::Pending => poll_idle(cx, x),
+                    Poll::Pending => poll_idle(cx, x, conn),
                     ready => ready,
                 }
             })
@@ -385,20 +386,21 @@ impl Way<'_> {
 }
 
 /// The node has nothing now: send what is queued, and look after the client. The node's time is its connection's to watch.
-fn poll_idle<T>(cx: &mut Context<'_>, x: &mut Exchange) -> Poll<Result<T>> {
+fn poll_idle<T>(cx: &mut Context<'_>, x: &mut Exchange, conn: &Conn) -> Poll<Result<T>> {
     if let Some(client) = &mut x.client
         && let Poll::Ready(Err(e)) = client.poll_flush(cx)
     {
         return Poll::Ready(Err(e));
     }
-    if is_gone(cx, &mut x.client) {
+    if conn.is_slow() { poll_client(cx, &mut x.client) } else { Poll::Pending }
+}
+
+/// Ready when nobody waits for the response any more.
+fn poll_client<T>(cx: &mut Context<'_>, client: &mut Option<Box<dyn Client>>) -> Poll<Result<T>> {
+    if client.as_mut().is_none_or(|c| c.poll_gone(cx).is_ready()) {
         return Poll::Ready(Err(Error::client(Kind::Closed).context("client prematurely closed connection")));
     }
     Poll::Pending
-}
-
-fn is_gone(cx: &mut Context<'_>, client: &mut Option<Box<dyn Client>>) -> bool {
-    client.as_mut().is_none_or(|c| c.poll_gone(cx).is_ready())
 }
 
 fn push_try(x: &mut Exchange, addr: SocketAddr, node: usize) {

@@ -33,7 +33,20 @@ pub(super) fn apply(trusted: &[IpNet], x: &mut Exchange) {
             return complete(x);
         }
     }
+    add_all(x);
+}
+
+/// All of them, nearly always the same as for the connection's last request.
+fn add_all(x: &mut Exchange) {
+    if x.conn.last_host.forward(&mut x.request.headers) {
+        return;
+    }
+    let before = x.request.headers.len();
     add(x, [true; 3]);
+    let headers = &x.request.headers;
+    if let Some(field) = headers.get("host") {
+        x.conn.last_host.remember_forwarded(field, headers.iter().skip(before));
+    }
 }
 
 /// Adds what a trusted peer did not say.

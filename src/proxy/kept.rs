@@ -1,5 +1,4 @@
-//! What a worker's proxy keeps from request to request, each up to a bound: balancers' state, names of TLS settings,
-//! buffers.
+//! What a worker's proxy keeps from request to request, each up to a bound: balancers' state, names of TLS settings.
 
 use std::{
     cell::{Cell, RefCell},
@@ -21,9 +20,6 @@ const MAX_PICKERS: usize = 10_000;
 const PICKER_IDLE: Duration = Duration::from_secs(60);
 /// TLS settings and names that have a number; past it all are numbered anew.
 const MAX_NUMBERS: usize = 10_000;
-/// Buffers kept for request heads and bodies on their way up.
-const KEPT_BUFFERS: usize = 64;
-const KEPT_BUFFER_SIZE: usize = 64 * 1024;
 
 /// An upstream's balancer state, and when it was last used.
 pub(super) struct Picked {
@@ -72,23 +68,6 @@ impl TlsNumbers {
             numbers.clear();
         }
         numbers.entry(key).or_insert_with(|| (next_uid(), config.clone())).0
-    }
-}
-
-#[derive(Default)]
-pub(super) struct Buffers(RefCell<Vec<Vec<u8>>>);
-
-impl Buffers {
-    pub fn take(&self) -> Vec<u8> {
-        self.0.borrow_mut().pop().unwrap_or_default()
-    }
-
-    pub fn put(&self, mut buffer: Vec<u8>) {
-        let mut buffers = self.0.borrow_mut();
-        if buffer.capacity() <= KEPT_BUFFER_SIZE && buffers.len() < KEPT_BUFFERS {
-            buffer.clear();
-            buffers.push(buffer);
-        }
     }
 }
 
@@ -146,18 +125,5 @@ mod tests {
         let more = numbers.of("more.test", &config);
         assert_eq!(numbers.0.borrow().len(), 1);
         assert!(!given.contains(&more) && !given.contains(&numbers.of("0.test", &config)));
-    }
-
-    #[test]
-    fn buffers_are_kept_up_to_a_number_and_a_size() {
-        let buffers = Buffers::default();
-        buffers.put(Vec::with_capacity(KEPT_BUFFER_SIZE + 1));
-        assert_eq!(buffers.take().capacity(), 0);
-        for _ in 0..KEPT_BUFFERS + 1 {
-            buffers.put(vec![b'x'; 100]);
-        }
-        assert_eq!(buffers.0.borrow().len(), KEPT_BUFFERS);
-        let again = buffers.take();
-        assert!(again.is_empty() && again.capacity() >= 100);
     }
 }

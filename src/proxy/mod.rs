@@ -27,7 +27,7 @@ use std::{
 
 use hashbrown::HashMap;
 use ipnet::IpNet;
-use kept::{Buffers, Pickers, TlsNumbers};
+use kept::{Pickers, TlsNumbers};
 
 use crate::{
     conf::locations::{Locations, Script},
@@ -86,7 +86,6 @@ pub struct Proxy {
     current: RefCell<Arc<Snapshot>>,
     version: Cell<u64>,
     pickers: Pickers,
-    buffers: Buffers,
     /// Spreads requests over the addresses of a name: the state of a linear congruential generator.
     turn: Cell<u64>,
     tls_numbers: TlsNumbers,
@@ -117,7 +116,6 @@ impl Proxy {
             current: RefCell::new(current),
             published,
             pickers: Pickers::default(),
-            buffers: Buffers::default(),
             turn: Cell::new(0),
         }
     }

@@ -16,6 +16,7 @@ use crate::{
         Client, RequestBody,
         framing::{LAST_CHUNK, write_chunk_size},
     },
+    tcp::buffers,
     upstream::Conn,
 };
 
@@ -34,6 +35,7 @@ pub(super) struct Upload {
     source: Source,
     chunked: bool,
     flushed: bool,
+    may_wait: bool,
     pub total: u64,
     /// The body so far, unframed, for another try; `None` once it was too long.
     kept: Option<Vec<u8>>,
@@ -56,8 +58,9 @@ enum Source {
 }
 
 impl Upload {
-    /// For a request whose body is `body`. The head is written to `head_mut` next.
-    pub fn new(body: &RequestBody, out: Vec<u8>, piece: Vec<u8>) -> Result<(Upload, BodyFraming)> {
+    /// For a request whose body is `body`. The head is written to `head_mut` next. `may_wait`: a request without a body may leave at
+    /// the end of the worker's turn.
+    pub fn new(body: &RequestBody, may_wait: bool) -> Result<(Upload, BodyFraming)> {
         let (source, framing) = match body {
             RequestBody::None | RequestBody::Consumed => (Source::Done, BodyFraming::None),
             RequestBody::Streaming { length: Some(n) } => (Source::Client, BodyFraming::Length(*n)),
@@ -72,10 +75,20 @@ impl Upload {
                 (Source::File { file, left: *length }, BodyFraming::Length(*length))
             }
         };
-        let chunked = framing == BodyFraming::Chunked;
-        let kept = Some(Vec::new());
-        let upload = Upload { out, sent: 0, source, chunked, flushed: false, total: 0, kept, piece };
-        Ok((upload, framing))
+        Ok((
+            Upload {
+                out: buffers::take(),
+                sent: 0,
+                chunked: framing == BodyFraming::Chunked,
+                flushed: false,
+                may_wait: may_wait && matches!(source, Source::Done),
+                total: 0,
+                kept: Some(Vec::new()),
+                piece: if matches!(source, Source::Client) { buffers::take() } else { Vec::new() },
+                source,
+            },
+            framing,
+        ))
     }
 
     /// Where the head goes, before anything is sent.
@@ -143,6 +156,12 @@ impl Upload {
         client: &mut Option<Box<dyn Client>>,
         limit: Duration,
     ) -> Poll<Result<()>> {
+        if self.may_wait && self.total == 0 && conn.send_later(&self.out) {
+            self.total = self.out.len() as u64;
+            self.out.clear();
+            self.flushed = true;
+            return Poll::Ready(Ok(()));
+        }
         loop {
             while self.sent < self.out.len() {
                 let n = ready!(conn.poll_write(cx, &self.out[self.sent..], limit))?;
@@ -226,9 +245,11 @@ impl Upload {
             }
         }
     }
+}
 
-    /// The buffers, for the next request.
-    pub fn into_buffers(self) -> (Vec<u8>, Vec<u8>) {
-        (self.out, self.piece)
+impl Drop for Upload {
+    fn drop(&mut self) {
+        buffers::put(std::mem::take(&mut self.out));
+        buffers::put(std::mem::take(&mut self.piece));
     }
 }

@@ -4,7 +4,6 @@
 //! buffer is held only while something waits in it, so a kept connection costs its box and its socket.
 
 use std::{
-    cell::RefCell,
     ops::Range,
     pin::Pin,
     task::{Context, Poll, Waker, ready},
@@ -24,35 +23,8 @@ use crate::{
         deadline::Deadline,
         framing::{ChunkDecoder, Chunked, Framing, HeadScan, Refusal},
     },
+    tcp::buffers,
 };
-
-/// A buffer's first size: a head and a small body in one read.
-const BUFFER_SIZE: usize = 16 * 1024;
-/// What it grows to when reads fill it: fewer system calls for long bodies, still little beside a socket's buffers.
-const BUFFER_MAX: usize = 64 * 1024;
-/// Idle buffers kept per worker.
-const KEPT_BUFFERS: usize = 64;
-
-thread_local! {
-    static BUFFERS: RefCell<Vec<Vec<u8>>> = const { RefCell::new(Vec::new()) };
-}
-
-/// An empty buffer with room for a head and a small body.
-pub fn take_buffer() -> Vec<u8> {
-    BUFFERS.with_borrow_mut(Vec::pop).unwrap_or_else(|| Vec::with_capacity(BUFFER_SIZE))
-}
-
-pub fn put_buffer(mut buffer: Vec<u8>) {
-    if !(BUFFER_SIZE..=BUFFER_MAX).contains(&buffer.capacity()) {
-        return;
-    }
-    buffer.clear();
-    BUFFERS.with_borrow_mut(|idle| {
-        if idle.len() < KEPT_BUFFERS {
-            idle.push(buffer);
-        }
-    });
-}
 
 /// What is left to read of the response's body.
 #[derive(Debug)]
@@ -63,10 +35,23 @@ enum Body {
     UntilClose,
 }
 
+/// How long the node is being waited for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Wait {
+    None,
+    Short,
+    /// `SOON` has passed.
+    Long,
+}
+
+/// A wait that is shorter is not worth a look at anything else: to watch a client costs 2 % of a request that has nothing
+/// else to do, and nearly all nodes answer before that tells them anything.
+const SOON: Duration = Duration::from_millis(50);
+
 pub struct Conn {
     io: Stream,
     deadline: Deadline,
-    armed: bool,
+    wait: Wait,
     /// `inp[at..]` was read and not looked at yet.
     inp: Vec<u8>,
     at: usize,
@@ -86,7 +71,7 @@ impl Conn {
         Conn {
             io,
             deadline: Deadline::new(),
-            armed: false,
+            wait: Wait::None,
             inp: Vec::new(),
             at: 0,
             run: 0..0,
@@ -107,7 +92,7 @@ impl Conn {
         self.scan = HeadScan::default();
         self.body = Body::Done;
         self.keep = false;
-        self.armed = false;
+        self.wait = Wait::None;
     }
 
     /// Requests that it has served, with the one under way.
@@ -126,13 +111,18 @@ impl Conn {
 
     /// Whether another request may be sent on it: the response was read to its end and nothing came after it.
     pub fn is_reusable(&self) -> bool {
-        self.keep && !self.eof && matches!(self.body, Body::Done) && self.run.is_empty() && self.at == self.inp.len()
+        self.keep
+            && !self.eof
+            && self.io.is_settled()
+            && matches!(self.body, Body::Done)
+            && self.run.is_empty()
+            && self.at == self.inp.len()
     }
 
     /// Lets go of what an idle connection does not need.
     pub fn rest(&mut self) {
         self.deadline.clear();
-        put_buffer(std::mem::take(&mut self.inp));
+        buffers::put(std::mem::take(&mut self.inp));
         self.at = 0;
         self.run = 0..0;
     }
@@ -142,7 +132,8 @@ impl Conn {
         let mut byte = [0];
         if let Stream::Tcp(tcp) = &self.io {
             // Unlike a poll this leaves the waker alone.
-            return matches!(tcp.try_read(&mut byte), Err(e) if e.kind() == std::io::ErrorKind::WouldBlock);
+            return tcp.is_settled()
+                && matches!(tcp.tcp().try_read(&mut byte), Err(e) if e.kind() == std::io::ErrorKind::WouldBlock);
         }
         let mut buf = ReadBuf::new(&mut byte);
         let mut cx = Context::from_waker(Waker::noop());
@@ -153,7 +144,7 @@ impl Conn {
     pub fn poll_write(&mut self, cx: &mut Context<'_>, data: &[u8], limit: Duration) -> Poll<Result<usize>> {
         match Pin::new(&mut self.io).poll_write(cx, data) {
             Poll::Ready(Ok(n)) if n > 0 => {
-                self.armed = false;
+                self.wait = Wait::None;
                 self.sent += n as u64;
                 Poll::Ready(Ok(n))
             }
@@ -165,6 +156,17 @@ impl Conn {
             }
             Poll::Pending => Poll::Pending,
         }
+    }
+
+    /// Takes a whole request, to send it at the end of the worker's turn; `false`: it is to be written now.
+    pub fn send_later(&mut self, request: &[u8]) -> bool {
+        let Stream::Tcp(tcp) = &self.io else { return false };
+        // Should the node not take it, the first look at this wait finds out (`SOON`).
+        let taken = tcp.send_later(request, None);
+        if taken {
+            self.sent += request.len() as u64;
+        }
+        taken
     }
 
     /// What TLS still holds back leaves.
@@ -325,10 +327,10 @@ impl Conn {
                 Poll::Ready(Ok(false))
             }
             Poll::Ready(Ok(n)) => {
-                self.armed = false;
+                self.wait = Wait::None;
                 self.received += n as u64;
-                if n == full && self.inp.capacity() < BUFFER_MAX {
-                    self.inp.reserve_exact(BUFFER_MAX - self.inp.len());
+                if n == full && self.inp.capacity() < buffers::KEPT_SIZE {
+                    self.inp.reserve_exact(buffers::KEPT_SIZE - self.inp.len());
                 }
                 Poll::Ready(Ok(true))
             }
@@ -338,12 +340,22 @@ impl Conn {
                 self.eof = true;
                 Poll::Ready(Err(self.lost(what).cause(e)))
             }
-            Poll::Pending => match limit {
-                Some(limit) if self.late(cx, limit) => Poll::Ready(Err(Error::upstream(Kind::ReadTimeout)
-                    .retry(Retry::Idempotent)
-                    .context(format!("upstream timed out (110: Connection timed out) while {what}")))),
-                _ => Poll::Pending,
-            },
+            Poll::Pending if self.inp.is_empty() => {
+                // Others have a use for it meanwhile, and the one used last is the warmest.
+                buffers::put(std::mem::take(&mut self.inp));
+                self.poll_late(cx, limit, what)
+            }
+            Poll::Pending => self.poll_late(cx, limit, what),
+        }
+    }
+
+    /// Nothing came: waits on, for `limit` in all.
+    fn poll_late(&mut self, cx: &Context<'_>, limit: Option<Duration>, what: &str) -> Poll<Result<bool>> {
+        match limit {
+            Some(limit) if self.late(cx, limit) => Poll::Ready(Err(Error::upstream(Kind::ReadTimeout)
+                .retry(Retry::Idempotent)
+                .context(format!("upstream timed out (110: Connection timed out) while {what}")))),
+            _ => Poll::Pending,
         }
     }
 
@@ -354,22 +366,36 @@ impl Conn {
             self.run = 0..0;
         }
         if self.inp.capacity() == 0 {
-            self.inp = take_buffer();
+            self.inp = buffers::take();
         }
         // Only a head can fill the buffer, and its length is bounded.
         if self.inp.len() == self.inp.capacity() {
-            self.inp.reserve(BUFFER_SIZE);
+            self.inp.reserve(buffers::SIZE);
         }
     }
 
     /// For a wait that cannot go on now: starts the clock with the first call, says whether time is up.
     fn late(&mut self, cx: &Context<'_>, limit: Duration) -> bool {
-        if self.armed {
-            return self.deadline.poll_expired(cx);
+        let first = limit.min(SOON);
+        match self.wait {
+            Wait::None => {
+                self.wait = Wait::Short;
+                self.deadline.start(first, cx);
+                false
+            }
+            _ if !self.deadline.poll_expired(cx) => false,
+            Wait::Short if first < limit => {
+                self.wait = Wait::Long;
+                self.deadline.start(limit - first, cx);
+                false
+            }
+            Wait::Short | Wait::Long => true,
         }
-        self.armed = true;
-        self.deadline.start(limit, cx);
-        false
+    }
+
+    /// The node has been waited for so long that there is time to look after the client.
+    pub fn is_slow(&self) -> bool {
+        self.wait == Wait::Long
     }
 
     /// A failed write: if nothing of the request left, it may go elsewhere whatever it is.
@@ -402,24 +428,4 @@ impl Conn {
 
 fn invalid(why: &'static str) -> Error {
     Error::upstream(Kind::Malformed).retry(Retry::Idempotent).context(why).context("upstream sent invalid response")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn buffers_are_kept_up_to_a_number_and_a_size() {
-        let count = || BUFFERS.with_borrow(Vec::len);
-        put_buffer(Vec::with_capacity(BUFFER_MAX + 1));
-        put_buffer(Vec::with_capacity(BUFFER_SIZE - 1));
-        assert_eq!(count(), 0, "neither one that grew too long nor one that is too short");
-        put_buffer(Vec::with_capacity(BUFFER_MAX));
-        for _ in 0..KEPT_BUFFERS {
-            put_buffer(vec![b'x'; BUFFER_SIZE]);
-        }
-        assert_eq!(count(), KEPT_BUFFERS);
-        assert!(take_buffer().is_empty());
-        assert_eq!(count(), KEPT_BUFFERS - 1);
-    }
 }

@@ -18,7 +18,10 @@ pub use pool::{Key, Pool};
 pub use response::Head;
 pub use stream::Stream;
 
-use crate::error::{Error, Kind, Result, Retry};
+use crate::{
+    error::{Error, Kind, Result, Retry},
+    tcp,
+};
 
 /// How TLS is spoken to a node.
 #[derive(Clone, Debug)]
@@ -31,12 +34,12 @@ pub struct Tls {
 /// Opens a connection to a node, TLS included, within `limit`.
 pub async fn connect(addr: SocketAddr, tls: Option<&Tls>, limit: Duration) -> Result<Box<Conn>> {
     let opening = async {
-        let tcp = TcpStream::connect(addr).await.map_err(refused)?;
+        let socket = TcpStream::connect(addr).await.map_err(refused)?;
         // Heads and bodies are gathered before they are written: Nagle would only hold back their ends.
-        let _ = tcp.set_nodelay(true);
+        let _ = socket.set_nodelay(true);
         match tls {
-            None => Ok(Stream::Tcp(tcp)),
-            Some(tls) => handshake(tcp, tls).await,
+            None => Ok(Stream::Tcp(tcp::Stream::new(socket))),
+            Some(tls) => handshake(socket, tls).await,
         }
     };
     let late = || Error::upstream(Kind::ConnectTimeout).retry(Retry::Safe).context("Connection timed out");

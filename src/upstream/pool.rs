@@ -144,7 +144,7 @@ mod tests {
         async fn used(&mut self) -> Box<Conn> {
             let stream = TcpStream::connect(self.key.addr).await.expect("connects");
             let (node, _) = self.listener.accept().await.expect("accepts");
-            let mut conn = Box::new(Conn::new(Stream::Tcp(stream)));
+            let mut conn = Box::new(Conn::new(Stream::Tcp(crate::tcp::Stream::new(stream))));
             conn.begin();
             node.try_write(b"HTTP/1.1 204 No Content\r\n\r\n").expect("is sent");
             self.open.push(node);

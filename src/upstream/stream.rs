@@ -15,11 +15,19 @@ use tokio_rustls::client::TlsStream;
 use crate::tcp;
 
 pub enum Stream {
-    Tcp(TcpStream),
+    Tcp(tcp::Stream),
     Tls(Box<TlsStream<TcpStream>>),
 }
 
 impl Stream {
+    /// Nothing waits to be sent at the end of the turn.
+    pub fn is_settled(&self) -> bool {
+        match self {
+            Stream::Tcp(s) => s.is_settled(),
+            Stream::Tls(_) => true,
+        }
+    }
+
     /// Appends what there is to `into`, never past its capacity. `Ready(Ok(0))` is the end.
     pub fn poll_read_into(&mut self, cx: &mut Context<'_>, into: &mut Vec<u8>) -> Poll<io::Result<usize>> {
         let mut buf = ReadBuf::uninit(into.spare_capacity_mut());
@@ -34,7 +42,7 @@ impl Stream {
 impl AsyncRead for Stream {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         match &mut *self {
-            Stream::Tcp(s) => tcp::poll_read(s, cx, buf),
+            Stream::Tcp(s) => s.poll_read(cx, buf),
             Stream::Tls(s) => Pin::new(s.as_mut()).poll_read(cx, buf),
         }
     }
@@ -43,22 +51,21 @@ impl AsyncRead for Stream {
 impl AsyncWrite for Stream {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
         match &mut *self {
-            Stream::Tcp(s) => tcp::poll_write(s, cx, data),
+            Stream::Tcp(s) => s.poll_write(cx, data),
             Stream::Tls(s) => Pin::new(s.as_mut()).poll_write(cx, data),
         }
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match &mut *self {
-            // A TCP stream keeps nothing back.
-            Stream::Tcp(_) => Poll::Ready(Ok(())),
+            Stream::Tcp(s) => s.poll_settled(cx),
             Stream::Tls(s) => Pin::new(s.as_mut()).poll_flush(cx),
         }
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match &mut *self {
-            Stream::Tcp(s) => Pin::new(s).poll_shutdown(cx),
+            Stream::Tcp(s) => s.poll_shutdown(cx),
             Stream::Tls(s) => Pin::new(s.as_mut()).poll_shutdown(cx),
         }
     }

@@ -4,6 +4,9 @@
 //! first and a wait is prepared only when it says no, and it is asked directly: glibc's `send` and `recv` are prepared for
 //! threads that are cancelled, which costs each call two atomic operations in a program with threads.
 
+pub mod buffers;
+mod stream;
+
 use std::{
     io::{self, ErrorKind},
     mem::MaybeUninit,
@@ -17,6 +20,8 @@ use tokio::{
     net::TcpStream,
     task::coop,
 };
+
+pub use stream::{Stream, begin_turns, flush};
 
 /// `AsyncRead::poll_read`.
 pub fn poll_read(tcp: &TcpStream, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
