@@ -32,6 +32,7 @@ const LAST_WORK: std::time::Duration = std::time::Duration::from_millis(500);
 
 /// Runs the gateway until a signal ends it.
 pub fn run(config: Config, _warnings: Vec<Warning>) -> Result<()> {
+    refuse_huge_pages();
     for dir in ["data", "logs"] {
         let path = config.prefix.join(dir);
         fs::create_dir_all(&path)
@@ -50,6 +51,14 @@ pub fn run(config: Config, _warnings: Vec<Warning>) -> Result<()> {
     let ended = LocalSet::new().block_on(&runtime, control::run(config));
     runtime.shutdown_timeout(LAST_WORK);
     ended
+}
+
+/// The allocator asks for transparent huge pages. It gives memory back in pieces of 64 KB, and the kernel fills the holes
+/// again when it next looks for pages to merge: memory that nobody uses comes back in steps of 2 MB. Requests gain nothing
+/// by them (docs/performance.md).
+fn refuse_huge_pages() {
+    // SAFETY: takes no pointer. Where it is not allowed, memory has steps.
+    unsafe { libc::prctl(libc::PR_SET_THP_DISABLE, 1, 0, 0, 0) };
 }
 
 /// Whom upstreams' certificates must chain to. The system's are read when they are needed.

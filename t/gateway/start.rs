@@ -18,6 +18,13 @@ fn starts_without_a_configuration_file_and_says_what_to_do_next() {
 }
 
 #[test]
+fn memory_that_is_given_back_stays_with_the_kernel() {
+    let gw = Gateway::start();
+    let status = std::fs::read_to_string(format!("/proc/{}/status", gw.pid())).expect("a live process");
+    assert!(status.contains("THP_enabled:\t0"), "huge pages would be filled up again: {status}");
+}
+
+#[test]
 fn the_admin_key_is_generated_once_and_only_its_owner_reads_it() {
     let mut gw = Gateway::start();
     let key = gw.key();
