@@ -665,6 +665,10 @@ const CLASSIFY: &str = r#"
                 seen = "compiled"
             end
         end
+        -- What the first call does is done once.
+        jit.off()
+        f()
+        jit.on()
         jit.flush()
         jit.attach(on, "trace")
         for _ = 1, 500 do f() end
@@ -698,4 +702,39 @@ fn calls_are_compiled_as_documented() {
         let expected: Vec<String> = calls.iter().map(|call| format!("{call}: {kind}")).collect();
         assert_eq!((reply.status, reply.text()), (200, expected.join("\n")));
     }
+}
+
+/// Says what begins a trace and cannot end it: LuaJIT's error 8, "leaving loop in root trace".
+const LEAVING: &str = r#"
+    local left = {}
+    jit.attach(function(what, _, f, _, e)
+        local info = what == "abort" and e == 8 and require("jit.util").funcinfo(f)
+        if info then left[info.source .. ":" .. info.linedefined] = true end
+    end, "trace")
+    local calls = {}
+    for call in ngx.var.arg_calls:gmatch("[^;]+") do
+        call = ngx.unescape_uri(call)
+        calls[#calls + 1] = assert(loadstring("local x = " .. call) or loadstring(call))
+    end
+    -- In turn, so that what several of them call gets hot before they do.
+    for _ = 1, 500 do
+        for i = 1, #calls do calls[i]() end
+    end
+    for place in pairs(left) do ngx.say(place) end
+"#;
+
+/// A function whose last call is a tail call of no Lua function is tried ever again, and in the end never.
+#[test]
+fn what_is_compiled_begins_no_trace_in_vain() {
+    let page = include_str!("../docs/performance.md");
+    let list = page.split("\nCompiled: ").nth(1).and_then(|rest| rest.split("\n\n").next()).expect("the list is there");
+    let calls: Vec<&str> = list.split('`').skip(1).step_by(2).collect();
+    let gw = Gateway::with(json!({
+        "lua_shared_dict": {"counts": "1m"},
+        "lua_locations": [{"location": "= /t", "content_by_lua": format!("jit.off(true)\n{LEAVING}")}],
+    }));
+    let escaped = |call: &&str| call.bytes().map(|b| format!("%{b:02x}")).collect::<String>();
+    let calls: Vec<String> = calls.iter().map(escaped).collect();
+    let reply = gw.get(&format!("/t?calls={}", calls.join(";")));
+    assert_eq!((reply.status, reply.text().as_str()), (200, ""));
 }

@@ -31,21 +31,22 @@ local out = ffi.new("moongate_str")
 -- Names that scripts ask for. A script has few; a bound for one that makes them up.
 local MAX_NAMES = 1024
 
--- A table that asks `make` once for each name. What is known compiles to one look into the table.
+-- A table that asks `make` once for each name. What is known compiles to one look into the table. The first look is not to be
+-- compiled: a trace that was recorded with it would leave by a side exit ever after.
 local function remembered(make)
     local n = 0
-    return setmetatable({}, {
-        __index = function(self, name)
-            local value = make(name)
-            if n >= MAX_NAMES then
-                clear_table(self)
-                n = 0
-            end
-            n = n + 1
-            rawset(self, name, value)
-            return value
-        end,
-    })
+    local function first(self, name)
+        local value = make(name)
+        if n >= MAX_NAMES then
+            clear_table(self)
+            n = 0
+        end
+        n = n + 1
+        rawset(self, name, value)
+        return value
+    end
+    jit.off(first)
+    return setmetatable({}, { __index = first })
 end
 
 ngx.null = native.null or require("cjson").null
@@ -212,12 +213,12 @@ end)
 local function text_of(value)
     local kind = type(value)
     if kind == "string" then return value end
-    if kind == "number" or kind == "boolean" then return tostring(value) end
-    if kind == "table" then
-        local mt = getmetatable(value)
-        if mt and mt.__tostring then return tostring(value) end
+    local mt = kind == "table" and getmetatable(value)
+    if kind ~= "number" and kind ~= "boolean" and not (mt and mt.__tostring) then
+        error("invalid header value: " .. kind, 4)
     end
-    error("invalid header value: " .. kind, 4)
+    local text = tostring(value)
+    return text
 end
 
 -- Whether a field's name needs no escapes.
@@ -225,20 +226,27 @@ local is_sound = remembered(function(name)
     return not name:find("[^\33-\57\59-\126]")
 end)
 
+-- No tail calls of what is no Lua function, here and elsewhere: a function that ends so begins no trace.
 local function set_values(set, set_number, name, value)
-    if value == nil then return set(name, #name, "", 0, REMOVE) end
     local kind = type(value)
+    local rc = 1
+    if kind == "nil" or kind == "table" and #value == 0 then
+        rc = set(name, #name, "", 0, REMOVE)
+        return rc
+    end
     local how = is_sound[name] and SET + SOUND or SET
-    if kind == "number" then return set_number(name, #name, value, how) end
+    if kind == "number" then
+        rc = set_number(name, #name, value, how)
+        return rc
+    end
     if kind ~= "table" then
         local text = text_of(value)
-        return set(name, #name, text, #text, how)
+        rc = set(name, #name, text, #text, how)
+        return rc
     end
     local n = #value
-    if n == 0 then return set(name, #name, "", 0, REMOVE) end
     local first = 1
     if set == resp_header_set and single[name:lower()] then first = n end
-    local rc = 1
     for i = first, n do
         local text = text_of(value[i])
         rc = set(name, #name, text, #text, i == first and SET or ADD)
@@ -323,11 +331,12 @@ local function headers_of(read)
 end
 
 local function add_values(set, name, value)
+    local rc = 1
     if type(value) ~= "table" then
         local text = text_of(value)
-        return set(name, #name, text, #text, ADD)
+        rc = set(name, #name, text, #text, ADD)
+        return rc
     end
-    local rc = 1
     for i = 1, #value do
         local text = text_of(value[i])
         rc = set(name, #name, text, #text, ADD)

@@ -58,13 +58,8 @@ local function compile_new(regex, options)
     return re
 end
 
-local function compiled(regex, options)
-    options = options or ""
+local function compile(regex, options)
     local by_options = cache[options]
-    if by_options then
-        local re = by_options[regex]
-        if re then return re end
-    end
     local re, err = compile_new(regex, options)
     if not re then return nil, err end
     if cached >= CACHE_ENTRIES then
@@ -79,6 +74,17 @@ local function compiled(regex, options)
     return re
 end
 
+-- A trace that was recorded with the first look would leave by a side exit ever after.
+jit.off(compile)
+
+local function compiled(regex, options)
+    options = options or ""
+    local by_options = cache[options]
+    local re = by_options and by_options[regex]
+    if re then return re end
+    return compile(regex, options)
+end
+
 local function exec_error(rc)
     return "pcre_exec() failed: " .. rc
 end
@@ -87,7 +93,8 @@ local function group(ovector, subject, n)
     local from, to = tonumber(ovector[2 * n]), tonumber(ovector[2 * n + 1])
     -- A group that took no part holds the largest offset.
     if from > #subject then return false end
-    return sub(subject, from + 1, to)
+    local part = sub(subject, from + 1, to)
+    return part
 end
 
 local function captures(re, subject, set, into)

@@ -57,7 +57,10 @@ end
 
 local function unload()
     local kind = val.kind
-    if kind == STRING then return ffi_string(val.text.ptr, val.text.len) end
+    if kind == STRING then
+        local text = ffi_string(val.text.ptr, val.text.len)
+        return text
+    end
     if kind == NUMBER then return val.number end
     if kind == BOOLEAN then return val.number ~= 0 end
     return nil
@@ -179,7 +182,8 @@ local function push_at(dict, at, key, value)
     load(value)
     local n = push(ptr, at, key, #key, val)
     if n < 0 then return nil, ffi_string(val.error) end
-    return tonumber(n)
+    n = tonumber(n)
+    return n
 end
 
 --- length, err = DICT:lpush(key, value)
@@ -225,7 +229,8 @@ function _M.llen(dict, key)
     if not key then return nil, err end
     local n = llen(ptr, key, #key, val)
     if n < 0 then return nil, ffi_string(val.error) end
-    return tonumber(n)
+    n = tonumber(n)
+    return n
 end
 
 --- ttl, err = DICT:ttl(key): seconds, 0 for ever.
@@ -236,7 +241,8 @@ function _M.ttl(dict, key)
     if not key then return nil, err end
     local left = ttl(ptr, key, #key)
     if left < 0 then return nil, "not found" end
-    return tonumber(left)
+    left = tonumber(left)
+    return left
 end
 
 --- success, err = DICT:expire(key, exptime)

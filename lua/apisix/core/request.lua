@@ -102,7 +102,8 @@ function _M.get_remote_client_ip(ctx)
 end
 
 function _M.get_remote_client_port(ctx)
-    return tonumber(context(ctx).var.remote_port)
+    local port = tonumber(context(ctx).var.remote_port)
+    return port
 end
 
 --- `http` or `https`.
@@ -116,7 +117,8 @@ end
 
 --- The port that the request came in on.
 function _M.get_port(ctx)
-    return tonumber(context(ctx).var.server_port)
+    local port = tonumber(context(ctx).var.server_port)
+    return port
 end
 
 function _M.get_path(ctx)

@@ -13,7 +13,8 @@ local _M = setmetatable({}, { __index = string })
 
 --- `find` without patterns; from `from` on.
 function _M.find(haystack, needle, from)
-    return find(haystack, needle, from or 1, true)
+    local first, last = find(haystack, needle, from or 1, true)
+    return first, last
 end
 
 --- Whether `s` starts with `prefix`.
