@@ -58,7 +58,7 @@ local function compile_new(regex, options)
     return re
 end
 
-local function compile(regex, options)
+local function first_look(regex, options)
     local by_options = cache[options]
     local re, err = compile_new(regex, options)
     if not re then return nil, err end
@@ -75,14 +75,14 @@ local function compile(regex, options)
 end
 
 -- A trace that was recorded with the first look would leave by a side exit ever after.
-jit.off(compile)
+jit.off(first_look)
 
 local function compiled(regex, options)
     options = options or ""
     local by_options = cache[options]
     local re = by_options and by_options[regex]
     if re then return re end
-    return compile(regex, options)
+    return first_look(regex, options)
 end
 
 local function exec_error(rc)

@@ -5,6 +5,8 @@ use std::{
     ffi::{c_int, c_void},
 };
 
+use smallvec::SmallVec;
+
 use super::{Text, codec, scratch, with_scratch};
 use crate::{
     error::Result,
@@ -63,7 +65,7 @@ fn push_headers(s: &Stack, headers: &Headers, kind: &str) -> Answer {
     let raw = s.boolean(2);
     s.push_table(0, headers.len());
     let table = s.top();
-    let mut lower = Vec::new();
+    let mut lower: SmallVec<[u8; 64]> = SmallVec::new();
     // Bit `n` of the names' lengths that were seen.
     let mut lengths = 0u64;
     for (n, (name, value)) in headers.iter().enumerate() {
@@ -191,7 +193,7 @@ fn nth(headers: &Headers, name: &[u8], n: u32, out: &mut Text) -> c_int {
     if memchr::memchr(b'_', name).is_none() {
         return 0;
     }
-    let dashed: smallvec::SmallVec<[u8; 64]> = name.iter().map(|b| if *b == b'_' { b'-' } else { *b }).collect();
+    let dashed: SmallVec<[u8; 64]> = name.iter().map(|b| if *b == b'_' { b'-' } else { *b }).collect();
     let mut found = headers.get_all(&dashed).skip(n as usize);
     let Some(value) = found.next() else { return 0 };
     scratch(out, |buffer| buffer.extend_from_slice(value));
