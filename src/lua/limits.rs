@@ -48,12 +48,15 @@ impl Default for Limits {
 }
 
 impl Limits {
-    /// `lua.limits` of the configuration.
+    /// `lua.limits` of the configuration; 0 is no limit.
     pub fn from_config(config: &serde_json::Value) -> Limits {
-        let read = |key: &str| config.pointer("/lua/limits").and_then(|l| l.get(key)).and_then(|v| v.as_u64());
+        let read = |key: &str, default: u64| {
+            let set = config.pointer("/lua/limits").and_then(|l| l.get(key)).and_then(|v| v.as_u64());
+            if set == Some(0) { u64::MAX } else { set.unwrap_or(default) }
+        };
         Limits {
-            cpu_ms: read("cpu_ms").unwrap_or(DEFAULT_CPU_MS),
-            memory_mb: read("memory_mb").map_or(DEFAULT_MEMORY_MB, |mb| mb as usize),
+            cpu_ms: read("cpu_ms", DEFAULT_CPU_MS),
+            memory_mb: usize::try_from(read("memory_mb", DEFAULT_MEMORY_MB as u64)).unwrap_or(usize::MAX),
         }
     }
 }
@@ -310,6 +313,17 @@ mod tests {
 
     /// Forty tables that lead to each other in a million million ways.
     const FAN: &str = "local t = {} for _ = 1, 40 do t = {t, t} end ";
+
+    #[test]
+    fn without_limits_scripts_run_as_long_as_they_want() {
+        let config = serde_json::json!({"lua": {"limits": {"cpu_ms": 0, "memory_mb": 0}}});
+        let vm = Vm::new(VmConfig { config: config.into(), ..Default::default() }).expect("a VM");
+        // The watchdog looks at it four times.
+        let chunk = "local begun, n = os.clock(), 0 while os.clock() - begun < 0.2 do n = n + 1 end return 'ended'";
+        let f = vm.lua.load(chunk).into_function().expect("compiles");
+        let ended = vm.entered(|| limits::bounded(vm.main(), vm.limits(), || f.call::<String>(())));
+        assert_eq!(ended.map_err(|e| e.to_string()).as_deref(), Ok("ended"));
+    }
 
     #[test]
     fn host_functions_that_follow_tables_are_cut_off() {
