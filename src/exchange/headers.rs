@@ -6,6 +6,8 @@
 //! Built for the proxy path: parsing copies the block once, changes append, nothing allocates once the
 //! buffers have grown to the traffic's size. Names keep their case and match without it (RFC 9110, 5.1).
 
+use std::borrow::Cow;
+
 /// One field; offsets into the block's buffer.
 #[derive(Clone, Copy, Debug)]
 struct Field {
@@ -322,6 +324,26 @@ pub fn same_name(a: &[u8], b: &[u8]) -> bool {
     }
 }
 
+/// A name in lower case. `room` is for those that fit: nearly all.
+#[inline]
+pub fn lower<'a>(name: &[u8], room: &'a mut [u8; 64]) -> Cow<'a, [u8]> {
+    let Some(out) = room.get_mut(..name.len()) else { return name.to_ascii_lowercase().into() };
+    let (words, rest) = name.as_chunks();
+    let (lowered, last) = out.as_chunks_mut();
+    for (word, lowered) in words.iter().zip(lowered) {
+        *lowered = lower_word(u64::from_le_bytes(*word)).to_le_bytes();
+    }
+    for (byte, lowered) in rest.iter().zip(last) {
+        *lowered = byte.to_ascii_lowercase();
+    }
+    Cow::Borrowed(out)
+}
+
+#[inline]
+fn lower_word(word: u64) -> u64 {
+    word | (letters(word | (0x20 * EACH)) >> 2)
+}
+
 /// For up to eight bytes, as many in both.
 #[inline]
 fn same_short(a: &[u8], b: &[u8]) -> bool {
@@ -344,11 +366,14 @@ fn short_word(s: &[u8]) -> u64 {
 
 #[inline]
 fn same_word(a: u64, b: u64) -> bool {
-    let lower = a | (0x20 * EACH);
+    (a ^ b) & !(letters(a | (0x20 * EACH)) >> 2) == 0
+}
+
+/// The high bit of each byte that is a letter, when they are all in lower case.
+#[inline]
+fn letters(lower: u64) -> u64 {
     let low = lower & (0x7f * EACH);
-    // The high bit of each byte that is a letter.
-    let letters = (low + 0x1f * EACH) & !(low + 0x05 * EACH) & !lower & (0x80 * EACH);
-    (a ^ b) & !(letters >> 2) == 0
+    (low + 0x1f * EACH) & !(low + 0x05 * EACH) & !lower & (0x80 * EACH)
 }
 
 fn bit(name: &[u8]) -> u64 {
@@ -397,6 +422,17 @@ mod tests {
                 }
             }
             assert!(!same_name(&name, &[&name[..], b"a"].concat()));
+        }
+    }
+
+    #[test]
+    fn letters_are_lowered_and_nothing_else() {
+        let all: Vec<u8> = (0..=255).collect();
+        for n in (0..80).chain([256]) {
+            for start in [0, 60, 120, 250 - 60.min(n)] {
+                let name: Vec<u8> = all.iter().cycle().skip(start).take(n).copied().collect();
+                assert_eq!(*lower(&name, &mut [0; 64]), name.to_ascii_lowercase(), "{start} {n}");
+            }
         }
     }
 

@@ -10,7 +10,10 @@ use smallvec::SmallVec;
 use super::{Text, codec, scratch, with_scratch};
 use crate::{
     error::Result,
-    exchange::{Exchange, Headers, Version, headers::same_name},
+    exchange::{
+        Exchange, Headers, Version,
+        headers::{lower, same_name},
+    },
     lua::{
         api::{Api, Phases, Stack, request},
         fast,
@@ -65,7 +68,7 @@ fn push_headers(s: &Stack, headers: &Headers, kind: &str) -> Answer {
     let raw = s.boolean(2);
     s.push_table(0, headers.len());
     let table = s.top();
-    let mut lower: SmallVec<[u8; 64]> = SmallVec::new();
+    let mut room = [0; 64];
     // Bit `n` of the names' lengths that were seen.
     let mut lengths = 0u64;
     for (n, (name, value)) in headers.iter().enumerate() {
@@ -77,13 +80,7 @@ fn push_headers(s: &Stack, headers: &Headers, kind: &str) -> Answer {
             s.push_bytes("truncated");
             return Ok(2);
         }
-        let mut shown = name;
-        if !raw {
-            lower.clear();
-            lower.extend_from_slice(name);
-            lower.make_ascii_lowercase();
-            shown = &lower;
-        }
+        let shown = if raw { Cow::Borrowed(name) } else { lower(name, &mut room) };
         let length = 1 << (name.len() % 64);
         let same = |other: &[u8]| if raw { other == name } else { same_name(other, name) };
         if lengths & length != 0
@@ -93,9 +90,9 @@ fn push_headers(s: &Stack, headers: &Headers, kind: &str) -> Answer {
                 .any(|(other, _)| same(other))
         {
             s.push_bytes(value);
-            codec::add(s, table, shown);
+            codec::add(s, table, &shown);
         } else {
-            s.push_bytes(shown);
+            s.push_bytes(&shown);
             s.push_bytes(value);
             s.set_raw(table);
         }
