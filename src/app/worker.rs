@@ -102,11 +102,10 @@ pub fn spawn(worker: usize, blueprint: Blueprint, sockets: Vec<Bound>, line: Lin
 
 fn run(worker: usize, blueprint: Blueprint, sockets: Vec<Bound>, line: Line) -> Result<()> {
     // Local by itself, so that no `LocalSet` keeps a second list of tasks inside the runtime's.
-    let runtime =
-        Builder::new_current_thread().on_thread_park(tcp::flush).enable_all().build_local(LocalOptions::default())?;
-    tcp::begin_turns();
+    let runtime = Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
     // A task of its own: what `block_on` gets itself is polled after every event of every connection.
     let ended = runtime.block_on(async {
+        spawn_local(tcp::turns());
         match spawn_local(serve(worker, blueprint, sockets, line)).await {
             Ok(ended) => ended,
             Err(e) => match e.try_into_panic() {

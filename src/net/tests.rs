@@ -101,15 +101,14 @@ impl Handler for Echo {
     }
 }
 
-/// As a worker's.
 fn runtime() -> Runtime {
-    tcp::begin_turns();
-    Builder::new_current_thread().on_thread_park(tcp::flush).enable_all().build().expect("a runtime")
+    Builder::new_current_thread().enable_all().build().expect("a runtime")
 }
 
 /// Runs `test` against a server with `settings`.
 fn with_server<F: Future<Output = ()>>(settings: Settings, test: impl FnOnce(SocketAddr, Rc<Server<Echo>>) -> F) {
     LocalSet::new().block_on(&runtime(), async {
+        tokio::task::spawn_local(tcp::turns());
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a port");
         let addr = listener.local_addr().expect("an address");
         let server = Rc::new(Server { handler: Echo, settings, pool: ExchangePool::new(), drain: Drain::default() });
@@ -129,6 +128,7 @@ fn with_server<F: Future<Output = ()>>(settings: Settings, test: impl FnOnce(Soc
 /// The same with the accept loop.
 fn with_listener<F: Future<Output = ()>>(proxy_protocol: bool, ssls: Vec<Ssl>, test: impl FnOnce(SocketAddr) -> F) {
     LocalSet::new().block_on(&runtime(), async {
+        tokio::task::spawn_local(tcp::turns());
         let mut snapshot = Snapshot::default();
         for (i, ssl) in ssls.into_iter().enumerate() {
             let id: Arc<str> = i.to_string().into();

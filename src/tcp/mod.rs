@@ -21,7 +21,7 @@ use tokio::{
     task::coop,
 };
 
-pub use stream::{Stream, begin_turns, flush};
+pub use stream::{Stream, flush, turns};
 
 /// `AsyncRead::poll_read`.
 pub fn poll_read(tcp: &TcpStream, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {

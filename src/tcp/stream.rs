@@ -1,11 +1,12 @@
 //! A stream whose owner may leave bytes to be sent at the end of the worker's turn.
 //!
-//! A turn is what a worker does between two waits for events. Sending each request and each response when it is made has the
+//! A turn is what a worker does for all that was ready at once. Sending each request and each response when it is made has the
 //! kernel's way out and the gateway's own code push each other out of the processor's caches, dozens of times per turn; sent
 //! together they cost 2 to 3 % less (docs/decisions/0007), and nobody waits longer than the turn takes.
 
 use std::{
     cell::{Cell, RefCell},
+    future::poll_fn,
     io::{self, ErrorKind, IoSlice},
     net::Shutdown,
     os::fd::AsRawFd,
@@ -38,20 +39,38 @@ struct Waiting {
     bytes: Vec<u8>,
     /// Where each one's bytes end. More than once, for more than one piece.
     streams: Vec<(Rc<Inner>, usize)>,
+    /// `turns`.
+    end: Option<Waker>,
 }
 
-/// This thread calls `flush` before each wait for events from now on.
-pub fn begin_turns() {
-    WAITING.with_borrow_mut(|waiting| *waiting = Some(Waiting::default()));
+/// Ends this thread's turns: a task that is woken by the first piece of a turn runs behind all that was ready then, and is reached
+/// however much becomes ready meanwhile. Until it runs, and once it is dropped, nothing waits.
+pub async fn turns() {
+    struct End;
+    impl Drop for End {
+        fn drop(&mut self) {
+            flush();
+            WAITING.set(None);
+        }
+    }
+    let _end = End;
+    poll_fn(|cx| {
+        flush();
+        WAITING.with_borrow_mut(|waiting| waiting.get_or_insert_default().end = Some(cx.waker().clone()));
+        Poll::Pending
+    })
+    .await
 }
 
-/// Sends what waits on this thread. To be called at the end of a turn, and before anything that may take long.
+/// Sends what waits on this thread. To be called before anything that may take long.
 pub fn flush() {
     let take = |waiting: &mut Option<Waiting>| match waiting {
-        Some(some) if !some.streams.is_empty() => Some(std::mem::take(some)),
+        Some(some) if !some.streams.is_empty() => {
+            Some((std::mem::take(&mut some.bytes), std::mem::take(&mut some.streams)))
+        }
         _ => None,
     };
-    let Some(Waiting { mut bytes, mut streams }) = WAITING.with_borrow_mut(take) else { return };
+    let Some((mut bytes, mut streams)) = WAITING.with_borrow_mut(take) else { return };
     let mut start = 0;
     for (stream, end) in streams.drain(..) {
         stream.flush(&bytes[start..end]);
@@ -60,7 +79,7 @@ pub fn flush() {
     bytes.clear();
     // The room is for the next turn.
     WAITING.with_borrow_mut(|waiting| match waiting {
-        Some(next) if next.streams.is_empty() => *next = Waiting { bytes, streams },
+        Some(next) if next.streams.is_empty() => (next.bytes, next.streams) = (bytes, streams),
         _ => {}
     });
 }
@@ -113,7 +132,12 @@ impl Stream {
             return false;
         }
         let full = WAITING.with_borrow_mut(|waiting| {
-            let Waiting { bytes, streams } = waiting.as_mut()?;
+            let Waiting { bytes, streams, end } = waiting.as_mut()?;
+            if streams.is_empty()
+                && let Some(end) = end
+            {
+                end.wake_by_ref();
+            }
             bytes.extend_from_slice(piece);
             streams.push((self.0.clone(), bytes.len()));
             Some(bytes.len() >= WAITING_MAX)
@@ -286,6 +310,11 @@ mod tests {
 
     use super::*;
 
+    /// Turns that the test ends.
+    fn begin_turns() {
+        WAITING.set(Some(Waiting::default()));
+    }
+
     /// A stream of this worker and its peer, which does not wait.
     async fn pair() -> (Stream, StdStream) {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -362,6 +391,34 @@ mod tests {
         assert!(later(&a, b"three"));
         flush();
         assert_eq!(has(&mut to_a), b"three");
+    }
+
+    #[tokio::test]
+    async fn a_turn_ends_on_a_thread_that_always_has_something_to_do() {
+        let ((own, mut peer), local) = (pair().await, tokio::task::LocalSet::new());
+        let sent = local.run_until(async {
+            let turns = tokio::task::spawn_local(turns());
+            tokio::task::spawn_local(async {
+                loop {
+                    tokio::task::yield_now().await;
+                }
+            });
+            while !later(&own, b"x") {
+                tokio::task::yield_now().await;
+            }
+            assert!(has(&mut peer).is_empty());
+            let mut looks = 0;
+            while !own.is_settled() && looks < 1000 {
+                looks += 1;
+                tokio::task::yield_now().await;
+            }
+            assert!(looks < 1000, "it waits for a thread that is idle");
+            turns.abort();
+            assert!(turns.await.is_err_and(|e| e.is_cancelled()));
+            has(&mut peer)
+        });
+        assert_eq!(sent.await, b"x");
+        assert!(!later(&own, b"y"), "nobody ends a turn any more");
     }
 
     #[tokio::test]
