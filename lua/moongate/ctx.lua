@@ -11,7 +11,7 @@ local _M = {}
 -- Contexts that wait for a request: as many as requests are usually in flight on one worker.
 local MAX_POOLED = 512
 
-local ctxs = request.ctxs
+local ctxs, clear_request = request.ctxs, request.clear
 local pool, pooled = {}, 0
 
 -- ctx.var -------------------------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ end
 --- The request of slot `at` has ended.
 function _M.clear(at)
     local ctx = ctxs[at]
-    request.ngx_ctxs[at] = nil
+    clear_request(at)
     if not ctx then return end
     ctxs[at] = nil
     if pooled < MAX_POOLED then

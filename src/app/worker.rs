@@ -28,7 +28,7 @@ use crate::{
     exchange::Exchange,
     net::{Drain, ExchangePool, Handler, Server, listener},
     plugin::{Runner, Setup},
-    proxy::Proxy,
+    proxy::{Proxy, handshake},
     store::Published,
     tcp,
 };
@@ -184,9 +184,10 @@ fn listen(blueprint: &Blueprint, handler: &Counted, drain: &Drain, sockets: Vec<
     };
     let (with_http2, without) = (server(true), server(false));
     let mut listeners = JoinSet::new();
+    let scripts = handshake::scripts(&handler.proxy, &blueprint.config.locations.handshakes);
     for Bound { socket, proxy_protocol, http2, tls } in sockets {
         let published = &blueprint.published;
-        let tls = tls.map(|server| listener::Tls { server, published: published.clone() });
+        let tls = tls.map(|server| listener::Tls { server, published: published.clone(), scripts: scripts.clone() });
         let server = if http2 { with_http2.clone() } else { without.clone() };
         listeners.spawn_local(listener::run(server, listener::Listener { socket, proxy_protocol, tls }));
     }

@@ -25,6 +25,7 @@ pub struct Locations {
     /// Run before a location is chosen.
     pub server_rewrite: Option<Arc<Script>>,
     pub init: Init,
+    pub handshakes: Handshakes,
     /// `lua_upstreams`: servers as `address:port weight=n`, by the name that `proxy_pass` uses.
     pub upstreams: HashMap<String, Vec<String>>,
     /// For `lua_package_path` and `lua_package_cpath`; `;;` stands for the default.
@@ -38,6 +39,15 @@ pub struct Init {
     pub init: Option<Arc<Script>>,
     pub init_worker: Option<Arc<Script>>,
     pub exit_worker: Option<Arc<Script>>,
+}
+
+/// What `lua_server` runs in the handshakes of all TLS listeners.
+#[derive(Clone, Debug, Default)]
+pub struct Handshakes {
+    pub client_hello: Option<Arc<Script>>,
+    pub certificate: Option<Arc<Script>>,
+    pub session_fetch: Option<Arc<Script>>,
+    pub session_store: Option<Arc<Script>>,
 }
 
 #[derive(Clone, Debug)]
@@ -275,6 +285,12 @@ pub(super) fn read(json: &Value, prefix: &Path, mistakes: &mut Vec<String>) -> L
             init: r.script(&init, "init_by_lua"),
             init_worker: r.script(&init, "init_worker_by_lua"),
             exit_worker: r.script(&init, "exit_worker_by_lua"),
+        },
+        handshakes: Handshakes {
+            client_hello: r.script(&server, "ssl_client_hello_by_lua"),
+            certificate: r.script(&server, "ssl_certificate_by_lua"),
+            session_fetch: r.script(&server, "ssl_session_fetch_by_lua"),
+            session_store: r.script(&server, "ssl_session_store_by_lua"),
         },
         upstreams: upstreams
             .map(|(name, servers)| {

@@ -1,6 +1,6 @@
 //! Lines of error.log about a request, with what nginx says of it behind the message.
 
-use super::{Exchange, vars};
+use super::{Exchange, Phase, vars};
 use crate::observe::log::{self, Level, RequestContext};
 
 impl Exchange {
@@ -11,7 +11,10 @@ impl Exchange {
             return;
         }
         if self.request.method.is_empty() && self.request.target.is_empty() {
-            return log::line(level, message, None);
+            return match self.handshake_phase() {
+                Some(phase) => self.log_handshake(level, message, phase),
+                None => log::line(level, message, None),
+            };
         }
         let text = |write: &dyn Fn(&mut Vec<u8>)| {
             let mut bytes = Vec::new();
@@ -34,5 +37,30 @@ impl Exchange {
             upstream: upstream.as_deref(),
         };
         log::line(level, message, Some(&context));
+    }
+
+    /// nginx's words for the phase of a handshake.
+    fn handshake_phase(&self) -> Option<&'static str> {
+        match self.phase {
+            Phase::Ssl => Some("ssl_certificate_by_lua*"),
+            Phase::SslClientHello => Some("ssl_client_hello_by_lua*"),
+            Phase::SslSessionFetch => Some("ssl_session_fetch_by_lua*"),
+            Phase::SslSessionStore => Some("ssl_session_store_by_lua*"),
+            _ => None,
+        }
+    }
+
+    /// `*5 message, context: ssl_certificate_by_lua*, client: …, server: 127.0.0.1:9443`
+    fn log_handshake(&self, level: Level, message: &[u8], phase: &str) {
+        let message = [message, b", context: ", phase.as_bytes()].concat();
+        let context = RequestContext {
+            connection: self.conn.serial,
+            client: &self.conn.peer.ip().to_string(),
+            server: &self.conn.local.to_string(),
+            request: "",
+            host: "",
+            upstream: None,
+        };
+        log::line(level, &message, Some(&context));
     }
 }

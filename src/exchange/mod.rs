@@ -7,6 +7,7 @@
 pub mod body;
 pub mod deadline;
 pub mod framing;
+pub mod handshake;
 pub mod headers;
 pub mod host;
 mod last_host;
@@ -113,6 +114,10 @@ pub enum Phase {
     ServerRewrite,
     RewriteByLua,
     Precontent,
+    /// The phases of a handshake beside `Ssl`, which is `ssl_certificate_by_lua`.
+    SslClientHello,
+    SslSessionFetch,
+    SslSessionStore,
 }
 
 /// A change of location: `ngx.exec`, `ngx.req.set_uri(uri, true)`.
@@ -127,7 +132,6 @@ pub enum Jump {
 }
 
 /// What stays the same for all requests of a client's connection.
-#[derive(Debug)]
 pub struct Connection {
     /// Unique in the process: `$connection`.
     pub serial: u64,
@@ -138,6 +142,8 @@ pub struct Connection {
     /// The other end of the socket when PROXY protocol changed `peer`.
     pub proxy: Option<SocketAddr>,
     pub last_host: LastHost,
+    /// The `ngx.ctx` that the handshake's scripts have left, which each request begins with: the VM's own, opaque here.
+    pub ctx: Option<Rc<dyn Any>>,
     /// The peer's address in words: each request writes it twice or more.
     peer_text: OnceCell<SmallVec<[u8; 40]>>,
 }
@@ -152,6 +158,7 @@ impl Connection {
             tls: None,
             proxy: None,
             last_host: LastHost::default(),
+            ctx: None,
             peer_text: OnceCell::new(),
         }
     }
@@ -180,6 +187,18 @@ pub struct TlsInfo {
     pub client_verify: Box<str>,
     /// The object whose certificate was served: what it asks of clients.
     pub ssl: Option<Arc<Object<model::Ssl>>>,
+    pub hello: Option<ClientHello>,
+    /// The agreed protocol of ALPN: `h2`.
+    pub alpn: Option<Box<[u8]>>,
+}
+
+/// What is kept of a client's first message.
+#[derive(Debug, PartialEq, Eq)]
+pub struct ClientHello {
+    pub random: [u8; 32],
+    /// Cipher suites and groups by their numbers, in the client's order.
+    pub ciphers: Box<[u16]>,
+    pub curves: Box<[u16]>,
 }
 
 /// The request's head. Vectors instead of strings: the network does not promise UTF-8.
@@ -317,8 +336,10 @@ pub struct LuaState {
     pub slot: Option<u32>,
     /// The VM generation and the plan that the request runs on: owned by `plugin::run`, opaque here.
     pub run: Option<Rc<dyn Any>>,
+    /// The handshake whose scripts run, instead of a request.
+    pub handshake: Option<Box<handshake::Handshake>>,
     /// The phases that the plan has something for, as `plugin::PhaseMask` counts them.
-    pub phases: u16,
+    pub phases: u32,
     /// Who serves the request, for scripts of locations.
     pub host: Option<Rc<dyn host::Host>>,
     /// What `ngx.arg` holds in `set_by_lua`.

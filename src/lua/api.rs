@@ -24,11 +24,17 @@ use crate::{
 
 /// Phases in which a function may be called.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Phases(pub u16);
+pub struct Phases(pub u32);
 
 impl Phases {
     pub const INIT: Phases = Phases::of(Phase::Init);
-    pub const SSL: Phases = Phases::of(Phase::Ssl);
+    /// The four phases of a handshake.
+    pub const SSL: Phases = Phases(
+        Phases::of(Phase::Ssl).0
+            | Phases::of(Phase::SslClientHello).0
+            | Phases::of(Phase::SslSessionFetch).0
+            | Phases::of(Phase::SslSessionStore).0,
+    );
     /// nginx's rewrite and access are one for plugins: both of their phases run there.
     pub const REWRITE: Phases =
         Phases(Phases::of(Phase::Rewrite).0 | Phases::of(Phase::ServerRewrite).0 | Phases::of(Phase::RewriteByLua).0);
@@ -40,14 +46,14 @@ impl Phases {
     pub const BODY_FILTER: Phases = Phases(Phases::of(Phase::BodyFilter).0 | Phases::of(Phase::DelayedBodyFilter).0);
     pub const LOG: Phases = Phases::of(Phase::Log);
     pub const TIMER: Phases = Phases::of(Phase::Timer);
-    pub const ANY: Phases = Phases(u16::MAX);
+    pub const ANY: Phases = Phases(u32::MAX);
     /// Every phase of a request.
     pub const REQUEST: Phases = Phases(!(Self::INIT.0 | Self::TIMER.0 | Self::SSL.0));
     /// Before the response's head: where a request may still be answered.
     pub const BEFORE_HEAD: Phases = Phases(Self::REWRITE.0 | Self::ACCESS.0 | Self::CONTENT.0);
 
     pub const fn of(phase: Phase) -> Phases {
-        Phases(1 << phase as u16)
+        Phases(1 << phase as u32)
     }
 
     pub const fn has(self, phase: Phase) -> bool {
@@ -79,6 +85,9 @@ pub fn context_name(phase: Phase) -> &'static str {
         Phase::ServerRewrite => "server_rewrite_by_lua*",
         Phase::RewriteByLua => "rewrite_by_lua*",
         Phase::Precontent => "precontent_by_lua*",
+        Phase::SslClientHello => "ssl_client_hello_by_lua*",
+        Phase::SslSessionFetch => "ssl_session_fetch_by_lua*",
+        Phase::SslSessionStore => "ssl_session_store_by_lua*",
     }
 }
 
@@ -607,7 +616,7 @@ unsafe extern "C-unwind" fn wait_host<F: HostWait>(l: *mut ffi::lua_State) -> us
 /// Checks the phase; leaves OpenResty's message on the stack when the function is not for it.
 fn allowed(stack: &Stack) -> bool {
     // SAFETY: every host function has its mask as first upvalue.
-    let mask = unsafe { ffi::lua_tointeger_(stack.l, ffi_upvalue(1)) } as u16;
+    let mask = unsafe { ffi::lua_tointeger_(stack.l, ffi_upvalue(1)) } as u32;
     let phase = fast::phase();
     if Phases(mask).has(phase) {
         return true;
@@ -662,8 +671,9 @@ pub fn document(entries: &[Entry]) -> String {
 }
 
 fn phase_names(phases: Phases) -> String {
-    const NAMES: [(Phases, &str); 9] = [
+    const NAMES: [(Phases, &str); 10] = [
         (Phases::INIT, "init"),
+        (Phases::SSL, "ssl"),
         (Phases::REWRITE, "rewrite"),
         (Phases::ACCESS, "access"),
         (Phases::BALANCER, "balancer"),

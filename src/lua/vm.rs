@@ -1,7 +1,9 @@
 //! One VM: made, filled with the API, booted.
 
 use std::{
+    any::Any,
     cell::{Cell, RefCell},
+    ffi::c_int,
     path::PathBuf,
     ptr,
     rc::Rc,
@@ -81,6 +83,9 @@ pub struct Vm {
     clear: Cell<i32>,
     /// Of `moongate.request`'s `adopt`.
     adopt: Cell<i32>,
+    /// Of its `inherit` and `left`.
+    inherit: Cell<i32>,
+    left: Cell<i32>,
     idle: RefCell<Vec<Coroutine>>,
     /// Coroutines made and not released: the idle ones and those in use.
     coroutines: Cell<usize>,
@@ -150,6 +155,8 @@ impl Vm {
             limits,
             clear: Cell::new(ffi::LUA_NOREF),
             adopt: Cell::new(ffi::LUA_NOREF),
+            inherit: Cell::new(ffi::LUA_NOREF),
+            left: Cell::new(ffi::LUA_NOREF),
             idle: RefCell::default(),
             coroutines: Cell::new(0),
             slots: RefCell::default(),
@@ -163,6 +170,8 @@ impl Vm {
         vm.entered(|| boot(&vm.lua, &native, &vm.config))?;
         vm.clear.set(vm.function("moongate.ctx", "clear")?);
         vm.adopt.set(vm.function("moongate.request", "adopt")?);
+        vm.inherit.set(vm.function("moongate.request", "inherit")?);
+        vm.left.set(vm.function("moongate.request", "left")?);
         if let Some(init) = vm.config.init.clone() {
             vm.run_script(&init).map_err(|e| e.context("init_by_lua error"))?;
         }
@@ -307,18 +316,44 @@ impl Vm {
     }
 
     /// Makes a table that a script gave along `ngx.ctx` of the request with these tables.
-    pub fn adopt_ctx(&self, slot: u32, ctx: &dyn std::any::Any) {
+    pub fn adopt_ctx(&self, slot: u32, ctx: &dyn Any) {
+        self.hand_ctx(self.adopt.get(), slot, ctx);
+    }
+
+    /// Has `ngx.ctx` of the request with these tables begin with what its connection's handshake has left.
+    pub fn inherit_ctx(&self, slot: u32, ctx: &dyn Any) {
+        self.hand_ctx(self.inherit.get(), slot, ctx);
+    }
+
+    fn hand_ctx(&self, to: c_int, slot: u32, ctx: &dyn Any) {
         let kept = ctx.downcast_ref::<ngx::location::Kept>().filter(|kept| kept.is_of(self));
         let Some(kept) = kept else { return };
-        // SAFETY: the main state is idle; `adopt` sets a field of a plain table.
+        // SAFETY: the main state is idle; the function sets a field of a plain table.
         unsafe {
             let s = super::api::Stack::new(self.main);
-            s.get_index(ffi::LUA_REGISTRYINDEX, self.adopt.get() as usize);
+            s.get_index(ffi::LUA_REGISTRYINDEX, to as usize);
             s.push_number(f64::from(slot));
             kept.push(&s);
             if ffi::lua_pcall(self.main, 2, 0, 0) != 0 {
                 ffi::lua_pop(self.main, 1);
             }
+        }
+    }
+
+    /// What `ngx.ctx` of these tables is, when a script has asked for it.
+    pub fn kept_ctx(self: &Rc<Self>, slot: u32) -> Option<Rc<dyn Any>> {
+        // SAFETY: the main state is idle; the function reads a field of a plain table, and what it returns is kept or popped.
+        unsafe {
+            let s = super::api::Stack::new(self.main);
+            s.get_index(ffi::LUA_REGISTRYINDEX, self.left.get() as usize);
+            s.push_number(f64::from(slot));
+            let failed = ffi::lua_pcall(self.main, 1, 1, 0) != 0;
+            if failed || !s.is_table(-1) {
+                ffi::lua_pop(self.main, 1);
+                return None;
+            }
+            let anchor = ffi::luaL_ref(self.main, ffi::LUA_REGISTRYINDEX);
+            Some(Rc::new(ngx::location::Kept::new(self, anchor)))
         }
     }
 

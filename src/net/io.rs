@@ -76,6 +76,9 @@ impl AsyncRead for Socket {
             let n = self.unread.len().min(buf.remaining());
             buf.put_slice(&self.unread[..n]);
             self.unread.drain(..n);
+            if self.unread.is_empty() {
+                self.unread = Vec::new();
+            }
             return Poll::Ready(Ok(()));
         }
         self.tcp.poll_read(cx, buf)

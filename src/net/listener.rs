@@ -31,9 +31,9 @@ use super::{
 };
 use crate::{
     error::{Error, Kind, Result},
-    exchange::{Connection, Request, deadline::Deadline, framing::Refusal},
-    store::Published,
-    tls,
+    exchange::{Connection, Exchange, Request, deadline::Deadline, framing::Refusal, handshake::Handshake},
+    store::{Published, Snapshot},
+    tls::{self, hello::Hello},
 };
 
 /// nginx's default for `backlog`.
@@ -55,6 +55,8 @@ pub struct Listener {
 pub struct Tls {
     pub server: Arc<tls::Server>,
     pub published: Arc<Published>,
+    /// Those that have a say in handshakes, when there are any.
+    pub scripts: Option<Rc<dyn tls::Scripts>>,
 }
 
 impl Tls {
@@ -199,10 +201,35 @@ async fn prepare(tcp: TcpStream, peer: SocketAddr, local: SocketAddr, way: &Way)
         false => Socket::new(tcp, Vec::new()),
     };
     let Some(tls) = &way.tls else { return Ok((Io::Tcp(socket), conn)) };
+    let mut socket = socket;
+    let opening = tls::hello::read(&mut socket).await?;
+    socket.put_back(opening.bytes);
+    let kept = opening.hello.as_deref().and_then(Hello::parse).map(|hello| hello.keep());
     let snapshot = tls.published.load();
-    let (stream, info) = tls.server.accept(socket, &snapshot.ssls).await?;
+    let (stream, mut info) = match (&tls.scripts, opening.hello) {
+        (Some(scripts), Some(hello)) => {
+            let mut x = handshake(&conn, &snapshot, hello);
+            let accepted = tls.server.accept_scripted(socket, &snapshot.ssls, &mut x, &**scripts).await?;
+            scripts.end(&mut x);
+            conn.ctx = x.lua.ctx.take();
+            accepted
+        }
+        // What is no ClientHello gets its alert from the library.
+        _ => tls.server.accept(socket, &snapshot.ssls).await?,
+    };
+    info.hello = kept;
     conn.tls = Some(info);
     Ok((Io::Tls(Box::new(stream)), conn))
+}
+
+/// What scripts of a handshake run on, before there is a request.
+fn handshake(conn: &Connection, snapshot: &Arc<Snapshot>, hello: Vec<u8>) -> Exchange {
+    let mut own = Connection::new(conn.serial, conn.peer, conn.local);
+    own.proxy = conn.proxy;
+    let mut x = Exchange::new(Rc::new(own), snapshot.clone());
+    x.begin();
+    x.lua.handshake = Some(Box::new(Handshake { hello, ..Handshake::default() }));
+    x
 }
 
 async fn read_proxy_header(mut tcp: TcpStream, conn: &mut Connection) -> Result<Socket> {

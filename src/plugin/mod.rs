@@ -13,14 +13,14 @@ use crate::exchange::Phase;
 
 /// A set of phases.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct PhaseMask(pub u16);
+pub struct PhaseMask(pub u32);
 
 impl PhaseMask {
     pub fn has(self, phase: Phase) -> bool {
-        self.0 & (1 << phase as u16) != 0
+        self.0 & (1 << phase as u32) != 0
     }
 
     pub fn add(&mut self, phase: Phase) {
-        self.0 |= 1 << phase as u16;
+        self.0 |= 1 << phase as u32;
     }
 }

@@ -261,6 +261,9 @@ impl Runner {
         plan.shown_to(x);
         if mask != PhaseMask::default() {
             let slot = plan.generation.vm.take_slot();
+            if let Some(ctx) = &x.conn.ctx {
+                plan.generation.vm.inherit_ctx(slot, &**ctx);
+            }
             x.lua.slot = Some(slot);
             x.lua.run = Some(Rc::new(Run { job: Job::Plan(RefCell::new(plan)), slot }));
         }

@@ -8,6 +8,7 @@ mod capture;
 mod files;
 pub mod forward;
 mod forwarded;
+pub mod handshake;
 pub mod head;
 mod kept;
 mod location;

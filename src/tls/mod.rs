@@ -3,11 +3,14 @@
 //! rustls with ring: TLS 1.2 and 1.3. What is parsed is kept by the version of the object it came from.
 
 pub mod client;
+pub mod hello;
+pub mod scripted;
 pub mod server;
 
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 
 pub use client::client_config;
+pub use scripted::Scripts;
 pub use server::{Server, ServerOptions};
 
 use crate::error::{Error, Kind, Result};

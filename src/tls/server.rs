@@ -24,7 +24,7 @@ use rustls::{
 };
 use rustls_pki_types::{CertificateDer, UnixTime};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio_rustls::{LazyConfigAcceptor, server::TlsStream};
+use tokio_rustls::{LazyConfigAcceptor, StartHandshake, server::TlsStream};
 
 use super::{certificates, private_key, versions};
 use crate::{
@@ -38,7 +38,7 @@ const CONFIGS_KEPT: u64 = 10_000;
 /// Sessions kept per certificate for clients without tickets.
 const SESSIONS_KEPT: usize = 1024;
 
-type Ssls = Table<Id, Arc<Object<Ssl>>>;
+pub(super) type Ssls = Table<Id, Arc<Object<Ssl>>>;
 
 /// `apisix.ssl` of config.yaml.
 #[derive(Clone, Debug)]
@@ -61,17 +61,28 @@ pub struct Server {
     configs: Cache<u64, Option<Arc<Prepared>>>,
     /// The names of the `ssls` seen last.
     index: Mutex<Option<Arc<Index>>>,
-    /// Has no certificate: ends the handshake with an alert.
-    nothing: Arc<ServerConfig>,
+    /// Has no certificate: a handshake with it ends with an alert, unless a script brings one.
+    bare: Arc<Prepared>,
 }
 
 /// An object made ready.
-struct Prepared {
-    config: Arc<ServerConfig>,
+pub(super) struct Prepared {
+    pub config: Arc<ServerConfig>,
+    pub versions: Vec<&'static SupportedProtocolVersion>,
+    pub keys: Arc<Keys>,
     /// Set when the object asks for client certificates: `$ssl_client_verify` is what it says.
-    verifier: Option<Arc<dyn ClientCertVerifier>>,
+    pub verifier: Option<Arc<dyn ClientCertVerifier>>,
+    /// What the handshake says of them; it may let all pass.
+    pub asking: Option<Arc<dyn ClientCertVerifier>>,
     /// `client.skip_mtls_uri_regex`
     skip: Vec<Regex>,
+}
+
+/// What a configuration of the TLS library is made of.
+pub(super) struct Parts {
+    pub versions: Vec<&'static SupportedProtocolVersion>,
+    pub verifier: Option<Arc<dyn ClientCertVerifier>>,
+    pub resolver: Arc<dyn ResolvesServerCert>,
 }
 
 /// Objects by name; of several, the one changed last.
@@ -91,17 +102,16 @@ impl Server {
         if !unknown.is_empty() {
             tracing::warn!("apisix.ssl.ssl_protocols: {unknown:?} are not available and ignored");
         }
-        let nothing = ServerConfig::builder_with_provider(provider.clone())
-            .with_protocol_versions(&known)
-            .map_err(|e| Error::config(Kind::Tls).cause(e).context("apisix.ssl.ssl_protocols"))?
-            .with_no_client_auth()
-            .with_cert_resolver(Arc::new(Keys(Vec::new())));
+        let keys = Arc::new(Keys(Vec::new()));
+        let parts = Parts { versions: known.clone(), verifier: None, resolver: keys.clone() };
+        let config = Arc::new(with_sessions(config_of(&provider, parts)?, &options)?);
+        let bare = Prepared { config, versions: known, keys, verifier: None, asking: None, skip: Vec::new() };
         Ok(Server {
             options,
             provider,
             configs: Cache::new(CONFIGS_KEPT),
             index: Mutex::new(None),
-            nothing: Arc::new(nothing),
+            bare: Arc::new(bare),
         })
     }
 
@@ -110,45 +120,46 @@ impl Server {
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
-        let failed = |e: std::io::Error| Error::client(Kind::Tls).cause(e).context("SSL handshake failed");
         let start = LazyConfigAcceptor::new(Acceptor::default(), stream).await.map_err(failed)?;
         let sni = start.client_hello().server_name().map(str::to_ascii_lowercase);
-        let name = sni.as_deref().or(self.options.fallback_sni.as_deref());
-        let (ssl, prepared) = match self.choose(name, ssls) {
+        let (ssl, prepared) = match self.choose(sni.as_deref(), ssls) {
             Ok(found) => found,
             Err(e) => {
                 tracing::error!("{e}");
-                // Sends the alert; the error that it gives is the one we already know.
-                let _ = start.into_stream(self.nothing.clone()).await;
+                self.refuse(start).await;
                 return Err(e);
             }
         };
         let stream = start.into_stream(prepared.config.clone()).await.map_err(failed)?;
-        let info = info(stream.get_ref().1, sni, ssl, prepared.verifier.as_deref());
+        let info = info(stream.get_ref().1, sni, Some(ssl), prepared.verifier.as_deref());
         Ok((stream, info))
+    }
+
+    /// Ends a handshake with an alert. The error that it gives is one that the caller knows already.
+    pub(super) async fn refuse<S: AsyncRead + AsyncWrite + Unpin>(&self, start: StartHandshake<S>) {
+        let _ = start.into_stream(self.bare.config.clone()).await;
     }
 
     /// Whether a request for `host` and `uri` may be served on a connection that began as `info` says; the error is for
     /// the log, the answer is 400. A certificate checked for one name is none for another whose object asks for its own.
     pub fn check_client(&self, info: &TlsInfo, host: &[u8], uri: &[u8], ssls: &Ssls) -> Result<(), String> {
-        let Some(ssl) = &info.ssl else { return Ok(()) };
+        let sni = info.sni.as_deref().unwrap_or_default();
+        let host = std::str::from_utf8(host).unwrap_or_default();
+        let asks = |id: Option<&Id>| match self.index(ssls).find(host) {
+            Some(other) if other.value.client_ca.is_some() && Some(&other.id) != id => {
+                Err(format!("client certificate verified with SNI {sni}, but the host is {host}"))
+            }
+            _ => Ok(()),
+        };
+        // A script has brought the certificate.
+        let Some(ssl) = &info.ssl else { return asks(None) };
         if ssl.value.client_ca.is_some() && &*info.client_verify != "SUCCESS" && !self.skips(ssl, uri) {
             return Err(match &*info.client_verify {
                 "NONE" => "client certificate was not present".into(),
                 failed => format!("client certificate verification is not passed: {failed}"),
             });
         }
-        let sni = info.sni.as_deref().unwrap_or_default();
-        let host = std::str::from_utf8(host).unwrap_or_default();
-        if host == sni {
-            return Ok(());
-        }
-        match self.index(ssls).find(host) {
-            Some(other) if other.value.client_ca.is_some() && other.id != ssl.id => {
-                Err(format!("client certificate verified with SNI {sni}, but the host is {host}"))
-            }
-            _ => Ok(()),
-        }
+        if host == sni { Ok(()) } else { asks(Some(&ssl.id)) }
     }
 
     fn skips(&self, ssl: &Arc<Object<Ssl>>, uri: &[u8]) -> bool {
@@ -166,9 +177,9 @@ impl Server {
         })
     }
 
-    fn choose(&self, name: Option<&str>, ssls: &Ssls) -> Result<(Arc<Object<Ssl>>, Arc<Prepared>)> {
+    pub(super) fn choose(&self, sni: Option<&str>, ssls: &Ssls) -> Result<(Arc<Object<Ssl>>, Arc<Prepared>)> {
         let no = |text: String| Error::client(Kind::Tls).context(text);
-        let name = name.ok_or_else(|| {
+        let name = sni.or(self.options.fallback_sni.as_deref()).ok_or_else(|| {
             no("failed to find SNI: please check if the client requests via IP or uses an outdated protocol. \
                 If you need to report an issue, provide a packet capture file of the TLS handshake."
                 .into())
@@ -177,6 +188,11 @@ impl Server {
         let ssl = index.find(name).ok_or_else(|| no(format!("failed to match any SSL certificate by SNI: {name}")))?;
         let prepared = self.prepared(&ssl).ok_or_else(|| no(format!("ssls/{} cannot be served", ssl.id)))?;
         Ok((ssl, prepared))
+    }
+
+    /// The object that a name has, whether or not it can be served.
+    pub(super) fn find(&self, sni: Option<&str>, ssls: &Ssls) -> Option<Arc<Object<Ssl>>> {
+        self.index(ssls).find(sni.or(self.options.fallback_sni.as_deref())?)
     }
 
     fn index(&self, ssls: &Ssls) -> Arc<Index> {
@@ -189,30 +205,20 @@ impl Server {
     }
 
     fn prepare(&self, ssl: &Ssl) -> Result<Prepared> {
-        let failed = |e: rustls::Error| Error::config(Kind::Tls).cause(e);
         let keys = ssl.pairs.iter().map(|(cert, key)| self.key_pair(cert, key)).collect::<Result<Vec<_>>>()?;
-        let builder = ServerConfig::builder_with_provider(self.provider.clone())
-            .with_protocol_versions(&self.versions(ssl)?)
-            .map_err(failed)?;
+        let versions = self.versions(ssl)?;
         let verifier = ssl.client_ca.as_ref().map(|(ca, depth)| self.verifier(ca, *depth, ssl)).transpose()?;
-        let builder = match &verifier {
-            Some(v) if ssl.skip_mtls_uri_regex.is_empty() => builder.with_client_cert_verifier(v.clone()),
-            // The path decides whether a certificate is needed, and it comes later: ask, let through, tell.
-            Some(v) => builder.with_client_cert_verifier(Arc::new(Lax(v.clone()))),
-            None => builder.with_no_client_auth(),
-        };
-        let mut config = builder.with_cert_resolver(Arc::new(Keys(keys)));
-        config.alpn_protocols = match self.options.http2 {
-            true => vec![b"h2".to_vec(), b"http/1.1".to_vec()],
-            false => vec![b"http/1.1".to_vec()],
-        };
-        config.session_storage = ServerSessionMemoryCache::new(SESSIONS_KEPT);
-        if self.options.session_tickets {
-            config.ticketer = ring::Ticketer::new().map_err(failed)?;
-        }
+        let asking = verifier.clone().map(|verifier| match ssl.skip_mtls_uri_regex.is_empty() {
+            true => verifier,
+            // The path decides whether a certificate is needed, and it comes later.
+            false => Arc::new(Lax(verifier)),
+        });
+        let keys = Arc::new(Keys(keys));
+        let parts = Parts { versions: versions.clone(), verifier: asking.clone(), resolver: keys.clone() };
+        let config = Arc::new(with_sessions(config_of(&self.provider, parts)?, &self.options)?);
         let skip = ssl.skip_mtls_uri_regex.iter().map(|r| Regex::new(r)).collect::<Result<_, _>>();
         let skip = skip.map_err(|e| Error::config(Kind::Invalid).cause(e).context("client.skip_mtls_uri_regex"))?;
-        Ok(Prepared { config: Arc::new(config), verifier, skip })
+        Ok(Prepared { config, versions, keys, verifier, asking, skip })
     }
 
     fn versions(&self, ssl: &Ssl) -> Result<Vec<&'static SupportedProtocolVersion>> {
@@ -226,6 +232,15 @@ impl Server {
             tracing::warn!("ssl_protocols {unknown:?} are not available and ignored: only TLSv1.2 and TLSv1.3 are");
         }
         Ok(known)
+    }
+
+    /// For names that no object is for.
+    pub(super) fn bare(&self) -> Arc<Prepared> {
+        self.bare.clone()
+    }
+
+    pub(super) fn provider(&self) -> &Arc<CryptoProvider> {
+        &self.provider
     }
 
     fn key_pair(&self, cert: &str, key: &str) -> Result<Arc<CertifiedKey>> {
@@ -267,9 +282,46 @@ impl Index {
     }
 }
 
+/// A configuration without sessions and protocols.
+pub(super) fn config_of(provider: &Arc<CryptoProvider>, parts: Parts) -> Result<ServerConfig> {
+    let builder = ServerConfig::builder_with_provider(provider.clone())
+        .with_protocol_versions(&parts.versions)
+        .map_err(|e| Error::config(Kind::Tls).cause(e))?;
+    let builder = match parts.verifier {
+        Some(verifier) => builder.with_client_cert_verifier(verifier),
+        None => builder.with_no_client_auth(),
+    };
+    Ok(builder.with_cert_resolver(parts.resolver))
+}
+
+/// Adds what connections share, and what is spoken on them.
+fn with_sessions(mut config: ServerConfig, options: &ServerOptions) -> Result<ServerConfig> {
+    config.alpn_protocols = match options.http2 {
+        true => vec![b"h2".to_vec(), b"http/1.1".to_vec()],
+        false => vec![b"http/1.1".to_vec()],
+    };
+    config.session_storage = ServerSessionMemoryCache::new(SESSIONS_KEPT);
+    if options.session_tickets {
+        config.ticketer = ring::Ticketer::new().map_err(|e| Error::config(Kind::Tls).cause(e))?;
+    }
+    Ok(config)
+}
+
+pub(super) fn failed(e: std::io::Error) -> Error {
+    Error::client(Kind::Tls).cause(e).context("SSL handshake failed")
+}
+
 /// The key pairs of one object: the first that the client can check.
 #[derive(Debug)]
-struct Keys(Vec<Arc<CertifiedKey>>);
+pub(super) struct Keys(pub Vec<Arc<CertifiedKey>>);
+
+impl Keys {
+    /// The same with an OCSP response beside each certificate.
+    pub fn stapled(&self, ocsp: &[u8]) -> Keys {
+        let with = |pair: &Arc<CertifiedKey>| Arc::new(CertifiedKey { ocsp: Some(ocsp.to_vec()), ..(**pair).clone() });
+        Keys(self.0.iter().map(with).collect())
+    }
+}
 
 impl ResolvesServerCert for Keys {
     fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
@@ -279,14 +331,14 @@ impl ResolvesServerCert for Keys {
 
 /// Limits how many certificates stand between the client's and the CA's (`client.depth`).
 #[derive(Debug)]
-struct Bounded {
-    inner: Arc<dyn ClientCertVerifier>,
-    depth: u8,
+pub(super) struct Bounded {
+    pub inner: Arc<dyn ClientCertVerifier>,
+    pub depth: u8,
 }
 
 /// Asks for a certificate and lets every answer pass: what it is worth is decided later. The proof that the client has the key is still required.
 #[derive(Debug)]
-struct Lax(Arc<dyn ClientCertVerifier>);
+pub(super) struct Lax(pub Arc<dyn ClientCertVerifier>);
 
 macro_rules! forward {
     ($inner:tt) => {
@@ -351,10 +403,10 @@ impl ClientCertVerifier for Lax {
     }
 }
 
-fn info(
+pub(super) fn info(
     connection: &ServerConnection,
     sni: Option<String>,
-    ssl: Arc<Object<Ssl>>,
+    ssl: Option<Arc<Object<Ssl>>>,
     verifier: Option<&dyn ClientCertVerifier>,
 ) -> TlsInfo {
     let chain = connection.peer_certificates().unwrap_or_default();
@@ -368,7 +420,9 @@ fn info(
         session_reused: connection.handshake_kind() == Some(HandshakeKind::Resumed),
         client_cert: chain.first().map(|c| c.as_ref().into()),
         client_verify: client_verify(chain, verifier),
-        ssl: Some(ssl),
+        ssl,
+        hello: None,
+        alpn: connection.alpn_protocol().map(Into::into),
     }
 }
 

@@ -160,7 +160,7 @@ fn public_key(alg: &[u8], key: &[u8]) -> std::result::Result<(Algorithm, Vec<u8>
 }
 
 /// The first PEM block: its label and bytes.
-pub(super) fn pem(text: &[u8]) -> Option<(&str, Vec<u8>)> {
+pub(in crate::lua) fn pem(text: &[u8]) -> Option<(&str, Vec<u8>)> {
     use base64::Engine;
     let text = std::str::from_utf8(text).ok()?;
     let rest = &text[text.find("-----BEGIN ")? + 11..];

@@ -12,7 +12,10 @@ use ring::{
 use rsa::{
     Oaep, Pkcs1v15Encrypt, Pkcs1v15Sign, PrivateKey, Pss, PublicKey,
     pkcs1::{DecodeRsaPrivateKey, DecodeRsaPublicKey, EncodeRsaPrivateKey, EncodeRsaPublicKey},
-    pkcs8::{DecodePrivateKey, DecodePublicKey, EncodePrivateKey, EncodePublicKey},
+    pkcs8::{
+        DecodePrivateKey, DecodePublicKey, EncodePrivateKey, EncodePublicKey, EncryptedPrivateKeyInfoRef,
+        SecretDocument,
+    },
     rand_core::{TryCryptoRng, TryRng},
     traits::{PrivateKeyParts, PublicKeyParts},
 };
@@ -144,13 +147,17 @@ fn parse(text: &[u8], password: Option<&[u8]>) -> std::result::Result<Key, Failu
     match label {
         "ENCRYPTED PRIVATE KEY" => {
             let password = password.ok_or("the key needs a password")?;
-            let pem = std::str::from_utf8(text).map_err(|_| BAD_KEY)?;
-            let key = PrivateKey::from_pkcs8_encrypted_pem(pem.trim(), password);
-            key.map(|key| Key::RsaPrivate(Box::new(key))).map_err(|_| "failed to decrypt the key")
+            let der = decrypted(&der, password).ok_or("failed to decrypt the key")?;
+            parse_der(der.as_bytes()).ok_or(BAD_KEY)
         }
         "CERTIFICATE" => jwt::certificate_key(&der).and_then(|spki| parse_der(&spki)).ok_or(BAD_KEY),
         _ => parse_der(&der).ok_or(BAD_KEY),
     }
+}
+
+/// The PKCS #8 of an encrypted one (RFC 8018); `None` when the password is not its own.
+pub(in crate::lua) fn decrypted(der: &[u8], password: &[u8]) -> Option<SecretDocument> {
+    EncryptedPrivateKeyInfoRef::try_from(der).ok()?.decrypt(password).ok()
 }
 
 /// Any of PKCS #8, SubjectPublicKeyInfo, PKCS #1 and SEC 1.

@@ -1,6 +1,10 @@
 //! `ngx.location.capture`, `ngx.exec`: from location to location. Their options are read in lua/moongate/location.lua.
 
-use std::{any::Any, ffi::c_int, rc::Rc};
+use std::{
+    any::Any,
+    ffi::c_int,
+    rc::{Rc, Weak},
+};
 
 use bytes::Bytes;
 use mlua::ffi;
@@ -37,14 +41,20 @@ pub fn register(api: &mut Api) -> Result<()> {
 
 /// A value of the VM that a subrequest brings along.
 pub struct Kept {
-    vm: Rc<Vm>,
+    /// Not kept alive: a connection may outlive the VM that its handshake ran in.
+    vm: Weak<Vm>,
     anchor: c_int,
 }
 
 impl Kept {
+    /// `anchor` is a registry reference of `vm`, released with the value.
+    pub fn new(vm: &Rc<Vm>, anchor: c_int) -> Self {
+        Kept { vm: Rc::downgrade(vm), anchor }
+    }
+
     /// Whether it is a value of this VM.
     pub fn is_of(&self, vm: &Vm) -> bool {
-        std::ptr::eq(&raw const *self.vm, vm)
+        std::ptr::eq(self.vm.as_ptr(), vm)
     }
 
     /// Pushes it.
@@ -55,7 +65,9 @@ impl Kept {
 
 impl Drop for Kept {
     fn drop(&mut self) {
-        self.vm.release(self.anchor);
+        if let Some(vm) = self.vm.upgrade() {
+            vm.release(self.anchor);
+        }
     }
 }
 
@@ -118,7 +130,7 @@ fn subrequest(s: &Stack, i: c_int) -> std::result::Result<Subrequest, Raise> {
         (true, Some(vm)) => {
             // SAFETY: the table is on top; luaL_ref pops it.
             let anchor = unsafe { ffi::luaL_ref(s.raw(), ffi::LUA_REGISTRYINDEX) };
-            Some(Rc::new(Kept { vm, anchor }) as Rc<dyn Any>)
+            Some(Rc::new(Kept::new(&vm, anchor)) as Rc<dyn Any>)
         }
         _ => {
             s.pop(1);
@@ -154,7 +166,7 @@ fn on_abort(s: &Stack) -> Answer {
     s.push_copy(1);
     // SAFETY: the function is on top; luaL_ref pops it.
     let anchor = unsafe { ffi::luaL_ref(s.raw(), ffi::LUA_REGISTRYINDEX) };
-    x.lua.on_abort = Some(Rc::new(Kept { vm, anchor }));
+    x.lua.on_abort = Some(Rc::new(Kept::new(&vm, anchor)));
     Ok(s.push_number(1.0))
 }
 

@@ -6,6 +6,7 @@
 
 pub mod balancer;
 pub mod codec;
+pub mod handshake;
 pub mod header;
 pub mod location;
 pub mod log;
@@ -66,6 +67,7 @@ pub fn scratch(out: &mut Text, fill: impl FnOnce(&mut Vec<u8>)) {
 pub fn register(api: &mut Api) -> Result<()> {
     balancer::register(api)?;
     codec::register(api)?;
+    handshake::register(api)?;
     header::register(api)?;
     location::register(api)?;
     log::register(api)?;

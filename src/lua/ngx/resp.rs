@@ -45,7 +45,8 @@ pub fn register(api: &mut Api) -> Result<()> {
     let doc = "flush(wait?): ok, err; sends what was printed. Plugins and functions: it goes out when the phase ends";
     api.wait("ngx.flush", PRINT, doc, flush)?;
     api.wait("ngx.send_headers", PRINT, "send_headers(): ok, err; the head is settled", send_headers)?;
-    api.wait("ngx.exit", request | Phases::TIMER, "exit(status): ends the phase or the request", exit)?;
+    let doc = "exit(status): ends the phase or the request; ngx.ERROR ends a handshake";
+    api.wait("ngx.exit", request | Phases::TIMER | Phases::SSL, doc, exit)?;
     api.wait("ngx.redirect", Phases::BEFORE_HEAD, "redirect(uri, status?): 302 by default", redirect)?;
     api.func(
         "native.resp.set_arg",

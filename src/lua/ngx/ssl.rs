@@ -1,4 +1,4 @@
-//! What `ngx.ssl` parses: certificates and keys that `sock:setclientcert` takes.
+//! What `ngx.ssl` parses: certificates and keys, which `sock:setclientcert` and a handshake with the client take.
 
 use std::rc::Rc;
 
@@ -12,6 +12,7 @@ use crate::{
     lua::{
         Raise,
         api::{Api, Phases, Stack},
+        host::{jwt, pkey},
     },
 };
 
@@ -26,17 +27,29 @@ pub struct Key(pub Box<str>);
 
 pub fn register(api: &mut Api) -> Result<()> {
     let any = Phases::ANY;
-    api.func("native.ssl.chain", any, "chain(PEM or DER) -> object for setclientcert | nil, err", |s| {
+    api.func("native.ssl.chain", any, "chain(PEM or DER) -> certificates, the owner's first | nil", |s| {
         match text(s)?.and_then(chain) {
             Some(chain) => Ok(object::push(s, Rc::new(chain))),
-            None => s.fail("failed to load the certificate"),
+            None => Ok(s.push_nil()),
         }
     })?;
-    api.func("native.ssl.key", any, "key(PEM or DER) -> object for setclientcert | nil, err", |s| {
-        match text(s)?.and_then(key) {
+    api.func("native.ssl.key", any, "key(PEM or DER, passphrase?) -> a private key | nil", |s| {
+        let passphrase = s.opt_bytes(2)?;
+        match text(s)?.and_then(|text| key(text, passphrase)) {
             Some(key) => Ok(object::push(s, Rc::new(key))),
-            None => s.fail("failed to load the key"),
+            None => Ok(s.push_nil()),
         }
+    })?;
+    api.func("native.ssl.chain_der", any, "chain_der(certificates): one behind the other", |s| {
+        let chain = object::get::<Chain>(s, 1)?;
+        let ders: Vec<Vec<u8>> =
+            CertificateDer::pem_slice_iter(chain.0.as_bytes()).filter_map(|c| Some(c.ok()?.to_vec())).collect();
+        Ok(s.push_bytes(ders.concat()))
+    })?;
+    api.func("native.ssl.key_der", any, "key_der(key): PKCS #8, PKCS #1 or SEC 1", |s| {
+        let key = object::get::<Key>(s, 1)?;
+        let parsed = PrivateKeyDer::from_pem_slice(key.0.as_bytes()).map_err(|e| e.to_string())?;
+        Ok(s.push_bytes(parsed.secret_der()))
     })
 }
 
@@ -65,10 +78,12 @@ fn chain(text: &[u8]) -> Option<Chain> {
     sound.then(|| Chain(ders.iter().map(|der| pem("CERTIFICATE", der)).collect::<String>().into()))
 }
 
-fn key(text: &[u8]) -> Option<Key> {
-    let der = match is_pem(text) {
-        true => PrivateKeyDer::from_pem_slice(text).ok()?,
-        false => PrivateKeyDer::try_from(text.to_vec()).ok()?,
+fn key(text: &[u8], passphrase: Option<&[u8]>) -> Option<Key> {
+    let encrypted = jwt::pem(text).filter(|(label, _)| *label == "ENCRYPTED PRIVATE KEY");
+    let der = match (is_pem(text), encrypted) {
+        (_, Some((_, der))) => PrivateKeyDer::try_from(pkey::decrypted(&der, passphrase?)?.as_bytes().to_vec()).ok()?,
+        (true, None) => PrivateKeyDer::from_pem_slice(text).ok()?,
+        (false, None) => PrivateKeyDer::try_from(text.to_vec()).ok()?,
     };
     let label = match &der {
         PrivateKeyDer::Pkcs1(_) => "RSA PRIVATE KEY",

@@ -7,7 +7,7 @@ use mlua::ffi;
 use super::{Flow, Generation, Job, Run, Runner, failed, run_of, settle};
 use crate::{
     conf::locations::{Location, Script, SetByLua, Source},
-    error::{Error, Result},
+    error::{Error, Kind, Result},
     exchange::{Exchange, Phase},
     lua::{
         Stack, api,
@@ -117,8 +117,10 @@ impl Runner {
             let generation = self.generation_for(x);
             let slot = generation.vm.take_slot();
             x.lua.slot = Some(slot);
-            if let Some(ctx) = x.lua.ctx.take() {
-                generation.vm.adopt_ctx(slot, &*ctx);
+            match (x.lua.ctx.take(), &x.conn.ctx) {
+                (Some(ctx), _) => generation.vm.adopt_ctx(slot, &*ctx),
+                (None, Some(ctx)) => generation.vm.inherit_ctx(slot, &**ctx),
+                (None, None) => {}
             }
             x.lua.run = Some(Rc::new(Run { job: Job::Location(generation), slot }));
         }
@@ -215,6 +217,41 @@ impl Runner {
         }
     }
 
+    /// Runs a script of a handshake, whose exchange has no request. An error ends the handshake; it is logged here.
+    pub async fn handshake(&self, x: &mut Exchange, script: &Arc<Script>, phase: Phase) -> Result<()> {
+        if x.lua.run.is_none() {
+            if x.snapshot.version != self.snapshot.get() {
+                self.follow(&x.snapshot);
+            }
+            let generation = self.generation.borrow().clone();
+            let slot = generation.vm.take_slot();
+            x.lua.slot = Some(slot);
+            x.lua.run = Some(Rc::new(Run { job: Job::Location(generation), slot }));
+        }
+        x.phase = phase;
+        let ended = match self.run_script(x, script).await {
+            Ok(Outcome::Failed(text)) => format!("lua entry thread aborted: runtime error: {text}"),
+            Ok(Outcome::Exit(code)) if code == -1 || code >= 300 => {
+                let text = format!("{}: lua exit with code {code}", api::context_name(phase));
+                x.log(Level::Info, text.as_bytes());
+                return Err(over(phase));
+            }
+            Ok(_) => return Ok(()),
+            Err(NotLoaded { text, .. }) => text,
+        };
+        x.log(Level::Error, ended.as_bytes());
+        Err(over(phase))
+    }
+
+    /// Ends the scripts of a handshake. What they have left in `ngx.ctx` stands in `x.lua.ctx` then.
+    pub fn end_handshake(&self, x: &mut Exchange) {
+        if let (Some(run), Some(slot)) = (run_of(x), x.lua.slot) {
+            x.lua.ctx = run.generation().vm.kept_ctx(slot);
+        }
+        x.lua.run = None;
+        x.lua.slot = None;
+    }
+
     /// Reads the request's body before anything runs: `lua_need_request_body`.
     pub async fn read_body(&self, x: &mut Exchange) -> Result<()> {
         crate::lua::ngx::req::read_all(x).await
@@ -265,6 +302,10 @@ impl Runner {
         };
         Ok((generation, anchor))
     }
+}
+
+fn over(phase: Phase) -> Error {
+    Error::client(Kind::Tls).context(format!("{} has ended the handshake", api::context_name(phase)))
 }
 
 fn location_script(x: &Exchange, phase: Phase) -> Option<Arc<Script>> {

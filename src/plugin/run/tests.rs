@@ -633,7 +633,7 @@ fn functions_refuse_phases_that_are_not_theirs() {
     assert!(checked > 0);
 }
 
-const ALL_PHASES: [Phase; 12] = [
+const ALL_PHASES: [Phase; 15] = [
     Phase::Init,
     Phase::Ssl,
     Phase::Rewrite,
@@ -646,6 +646,9 @@ const ALL_PHASES: [Phase; 12] = [
     Phase::DelayedBodyFilter,
     Phase::Log,
     Phase::Timer,
+    Phase::SslClientHello,
+    Phase::SslSessionFetch,
+    Phase::SslSessionStore,
 ];
 
 #[test]

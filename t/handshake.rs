@@ -1,0 +1,497 @@
+//! Scripts that have a say in TLS handshakes, with a real client: rustls.
+
+mod support;
+
+use std::{
+    io::{Read, Write},
+    net::TcpStream,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, CertifiedKey, IsCa, KeyPair};
+use rustls::{
+    ClientConfig, ClientConnection, DigitallySignedStruct, HandshakeKind, SignatureScheme, StreamOwned,
+    client::{
+        Resumption,
+        danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    },
+    crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature},
+};
+use rustls_pki_types::{CertificateDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
+use serde_json::{Value, json};
+use support::{DEADLINE, Dir, Gateway, Upstream, eventually};
+
+/// What the server has shown.
+#[derive(Clone, Debug, Default)]
+struct Shown {
+    certificate: Vec<u8>,
+    ocsp: Vec<u8>,
+}
+
+/// Trusts every certificate and remembers it; whether the server has its key is checked.
+#[derive(Debug)]
+struct Trusting {
+    provider: Arc<CryptoProvider>,
+    shown: Arc<Mutex<Shown>>,
+}
+
+impl ServerCertVerifier for Trusting {
+    fn verify_server_cert(
+        &self,
+        cert: &CertificateDer<'_>,
+        _intermediates: &[CertificateDer<'_>],
+        _name: &ServerName<'_>,
+        ocsp: &[u8],
+        _now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        *self.shown.lock().expect("no panic") = Shown { certificate: cert.to_vec(), ocsp: ocsp.to_vec() };
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls12_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+/// A client that keeps its sessions from connection to connection.
+struct Browser {
+    config: Arc<ClientConfig>,
+    shown: Arc<Mutex<Shown>>,
+}
+
+const BOTH: &[&rustls::SupportedProtocolVersion] = &[&rustls::version::TLS12, &rustls::version::TLS13];
+
+impl Browser {
+    fn new() -> Self {
+        Self::with(BOTH, None)
+    }
+
+    fn with(versions: &[&'static rustls::SupportedProtocolVersion], own: Option<&CertifiedKey<KeyPair>>) -> Self {
+        let provider = Arc::new(ring::default_provider());
+        let shown = Arc::new(Mutex::default());
+        let builder = ClientConfig::builder_with_provider(provider.clone())
+            .with_protocol_versions(versions)
+            .expect("versions")
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(Trusting { provider, shown: shown.clone() }));
+        let mut config = match own {
+            Some(pair) => builder
+                .with_client_auth_cert(
+                    vec![pair.cert.der().clone()],
+                    PrivatePkcs8KeyDer::from(pair.signing_key.serialize_der()).into(),
+                )
+                .expect("a client's certificate"),
+            None => builder.with_no_client_auth(),
+        };
+        config.resumption = Resumption::in_memory_sessions(16);
+        Browser { config: Arc::new(config), shown }
+    }
+
+    /// Does the handshake; the error is what the client says of it.
+    fn connect(&self, gw: &Gateway, name: &'static str) -> Result<Page, String> {
+        let stream = TcpStream::connect(gw.proxy_tls()).map_err(|e| e.to_string())?;
+        stream.set_read_timeout(Some(DEADLINE)).expect("a timeout");
+        let name = ServerName::try_from(name).expect("a name");
+        let connection = ClientConnection::new(self.config.clone(), name).expect("a client");
+        let mut tls = StreamOwned::new(connection, stream);
+        while tls.conn.is_handshaking() {
+            tls.conn.complete_io(&mut tls.sock).map_err(|e| e.to_string())?;
+        }
+        let shown = self.shown.lock().expect("no panic").clone();
+        Ok(Page { tls, shown })
+    }
+
+    /// The body of `/t` over a new connection.
+    #[track_caller]
+    fn get(&self, gw: &Gateway, name: &'static str) -> String {
+        self.connect(gw, name).expect("a connection").get("/t", name).1
+    }
+}
+
+struct Page {
+    tls: StreamOwned<ClientConnection, TcpStream>,
+    shown: Shown,
+}
+
+impl Page {
+    /// Status and body of one request; the connection stays.
+    fn get(&mut self, path: &str, host: &str) -> (u16, String) {
+        write!(self.tls, "GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n").expect("sent");
+        let (mut text, mut some) = (Vec::new(), [0; 4096]);
+        loop {
+            let all = String::from_utf8_lossy(&text).into_owned();
+            if let Some((head, body)) = all.split_once("\r\n\r\n") {
+                let length = head.to_ascii_lowercase().split_once("content-length: ").map(|(_, rest)| {
+                    rest.split("\r\n").next().and_then(|n| n.parse::<usize>().ok()).expect("a length")
+                });
+                let chunked = head.to_ascii_lowercase().contains("transfer-encoding: chunked");
+                if length.is_some_and(|n| body.len() >= n) || (chunked && body.ends_with("0\r\n\r\n")) {
+                    let status = head[9..12].parse().expect("a status");
+                    let body = if chunked { body.split("\r\n").nth(1).unwrap_or_default() } else { body };
+                    return (status, body.trim_end().to_owned());
+                }
+            }
+            let n = self.tls.read(&mut some).expect("an answer");
+            assert!(n > 0, "the connection ended after {all:?}");
+            text.extend_from_slice(&some[..n]);
+        }
+    }
+
+    fn resumed(&self) -> bool {
+        self.tls.conn.handshake_kind() == Some(HandshakeKind::Resumed)
+    }
+}
+
+fn pair(name: &str) -> CertifiedKey<KeyPair> {
+    rcgen::generate_simple_self_signed([name.to_owned()]).expect("a certificate")
+}
+
+fn write_pair(dir: &Dir, name: &str, pair: &CertifiedKey<KeyPair>) {
+    dir.write(&format!("conf/{name}.crt"), pair.cert.pem());
+    dir.write(&format!("conf/{name}.key"), pair.signing_key.serialize_pem());
+}
+
+/// Reads `conf/NAME.crt` and `.key` and sets them.
+const SET: &str = "
+    local ssl = require('ngx.ssl')
+    local function file(name)
+        local f = assert(io.open(ngx.config.prefix() .. 'conf/' .. name))
+        local text = f:read('*a')
+        f:close()
+        return text
+    end
+    local function set(name)
+        assert(ssl.set_cert(assert(ssl.parse_pem_cert(file(name .. '.crt')))))
+        assert(ssl.set_priv_key(assert(ssl.parse_pem_priv_key(file(name .. '.key')))))
+    end
+";
+
+/// A gateway whose handshakes run `server`, with one location `/t` that runs `content`, and the certificate `any` in its conf/.
+fn gateway(server: Value, content: &str) -> (Gateway, CertifiedKey<KeyPair>) {
+    let dir = Dir::new();
+    let any = pair("any.test");
+    write_pair(&dir, "any", &any);
+    let mut settings = json!({
+        "lua_server": server,
+        "lua_shared_dict": {"notes": "1m"},
+        "lua_locations": [{"location": "= /t", "content_by_lua": content}],
+    });
+    if let Some(more) = settings["lua_server"].as_object_mut().and_then(|server| server.remove("settings")) {
+        for (key, value) in more.as_object().expect("a map") {
+            settings[key] = value.clone();
+        }
+    }
+    dir.configure(settings);
+    (Gateway::in_dir(dir), any)
+}
+
+#[test]
+fn a_script_brings_the_certificate_and_may_wait_for_it() {
+    let upstream =
+        Upstream::answering(|_| "HTTP/1.0 200 OK\r\nConnection: close\r\nContent-Length: 9\r\n\r\nfrom afar");
+    let port = upstream.addr().rsplit(':').next().expect("a port").to_owned();
+    let script = format!(
+        "{SET}
+        local sock = ngx.socket.tcp()
+        assert(sock:connect('127.0.0.1', {port}))
+        assert(sock:send('GET / HTTP/1.0\\r\\nHost: a\\r\\n\\r\\n'))
+        local answer = assert(sock:receive('*a'))
+        ngx.sleep(0.001)
+        ngx.ctx.found = answer:match('from afar')
+        ngx.ctx.phase = ngx.get_phase()
+        ngx.log(ngx.WARN, 'asked for ', (ssl.server_name()))
+        set('any')"
+    );
+    let content = "local ctx = ngx.ctx ngx.say(ctx.found, ' ', ctx.phase, ' ', tostring(ctx.mine)) ctx.mine = 1";
+    let (gw, any) = gateway(json!({"ssl_certificate_by_lua": script}), content);
+    let mut page = Browser::new().connect(&gw, "some.test").expect("a connection");
+    assert_eq!(page.shown.certificate, any.cert.der().as_ref());
+    assert_eq!(page.get("/t", "some.test"), (200, "from afar ssl_cert nil".into()));
+    assert_eq!(page.get("/t", "some.test").1, "from afar ssl_cert nil", "what a request sets is its own");
+    gw.expect_log("asked for some.test, context: ssl_certificate_by_lua*, client: 127.0.0.1, server: 127.0.0.1:");
+}
+
+#[test]
+fn names_with_an_object_keep_its_certificate_unless_the_script_says_otherwise() {
+    let script = format!("{SET} if ssl.server_name() == 'mine.test' then set('any') end");
+    let (gw, any) = gateway(json!({"ssl_certificate_by_lua": script}), "ngx.say('ok')");
+    let own = pair("own.test");
+    for (id, name) in [("1", "own.test"), ("2", "mine.test")] {
+        let object = json!({"snis": [name], "cert": own.cert.pem(), "key": own.signing_key.serialize_pem()});
+        gw.put(&format!("/ssls/{id}"), object);
+    }
+    let browser = Browser::new();
+    let show = |name| browser.connect(&gw, name).expect("a connection").shown.certificate;
+    assert_eq!(show("own.test"), own.cert.der().as_ref());
+    assert_eq!(show("mine.test"), any.cert.der().as_ref());
+    assert!(browser.connect(&gw, "none.test").is_err(), "neither has one");
+}
+
+#[test]
+fn a_script_that_fails_ends_the_handshake_and_no_other() {
+    let script = format!(
+        "{SET} local name = ssl.server_name()
+        if name == 'raise.test' then error('on purpose') end
+        if name == 'exit.test' then return ngx.exit(ngx.ERROR) end
+        if name == 'endless.test' then while true do end end
+        if name == 'bad.test' then
+            local chain, err = ssl.parse_pem_cert('no certificate')
+            local der, err2 = ssl.parse_der_cert('no certificate')
+            local key, err3 = ssl.parse_pem_priv_key('no key')
+            local der_key, err4 = ssl.parse_der_priv_key('no key')
+            ngx.log(ngx.ERR, tostring(chain or der or key or der_key), ' ', err, ' ', err2, ' ', err3, ' ', err4)
+            return
+        end
+        set('any')
+        if name == 'cleared.test' then ssl.clear_certs() end
+        if name == 'other.test' then assert(ssl.set_priv_key(assert(ssl.parse_pem_priv_key(file('other.key'))))) end
+        if name == 'fine.test' then return ngx.exit(ngx.OK) end"
+    );
+    let server = json!({"ssl_certificate_by_lua": script, "settings": {"lua": {"limits": {"cpu_ms": 100}}}});
+    let (gw, _) = gateway(server, "ngx.say('ok')");
+    write_pair(&gw.dir, "other", &pair("other.test"));
+    let browser = Browser::new();
+    for (name, log) in [
+        ("raise.test", "lua entry thread aborted: runtime error: ssl_certificate_by_lua:"),
+        ("exit.test", "ssl_certificate_by_lua*: lua exit with code -1, context: ssl_certificate_by_lua*"),
+        ("endless.test", "the script ran longer than lua.limits.cpu_ms allows"),
+        ("cleared.test", "the certificates were cleared and none was set"),
+        ("other.test", "the certificate or its key cannot be used"),
+        (
+            "bad.test",
+            "nil PEM_read_bio_X509_AUX() failed d2i_X509_bio() failed PEM_read_bio_PrivateKey() failed d2i_PrivateKey_bio() failed",
+        ),
+    ] {
+        assert!(browser.connect(&gw, name).is_err(), "{name}");
+        gw.expect_log(log);
+        assert_eq!(browser.get(&gw, "fine.test"), "ok", "after {name}");
+    }
+    assert_eq!(gw.send("GET", "/t", &[], b"").status, 200, "plain connections have no handshake");
+}
+
+#[test]
+fn a_handshake_waits_no_longer_than_a_head() {
+    let server = json!({
+        "ssl_client_hello_by_lua": "ngx.sleep(3600)",
+        "settings": {"nginx_config": {"http": {"client_header_timeout": "300ms"}}},
+    });
+    let (gw, _) = gateway(server, "ngx.say('ok')");
+    assert!(Browser::new().connect(&gw, "any.test").is_err());
+    gw.expect_log("handshake timed out");
+}
+
+#[test]
+fn the_first_message_is_there_for_a_script() {
+    let hello = "
+        local hello = require('ngx.ssl.clienthello')
+        local name = hello.get_client_hello_server_name()
+        local function has(list, what)
+            for _, one in ipairs(list) do if one == what then return true end end
+            return false
+        end
+        if name == 'refused.test' then return ngx.exit(ngx.ERROR) end
+        if name == 'old.test' then assert(hello.set_protocols({'TLSv1.1', 'TLSv1.2'})) end
+        local ok, err = hello.set_protocols({'TLSv9'})
+        local ok2, err2 = hello.set_protocols(name == 'old.test' and {'TLSv1.2'} or {'TLSv1.2', 'TLSv1.3'})
+        ngx.ctx.seen = table.concat({ name, ngx.get_phase(), tostring(ok), tostring(err), tostring(ok2),
+            tostring(has(hello.get_supported_versions(), 'TLSv1.3')), tostring(has(hello.get_client_hello_ciphers(), 0x1301)),
+            tostring(has(hello.get_client_hello_ext_present(), 0)), #hello.get_client_hello_ext(0),
+            tostring(hello.get_client_hello_ext(9999)), tostring(hello.get_client_hello_ext(-1)) }, ' ')";
+    let certificate = format!("{SET} ngx.ctx.version = ssl.get_tls1_version_str() set('any')");
+    let content = "local ssl = require('ngx.ssl')
+        local _, err = pcall(require('ngx.ssl.clienthello').get_client_hello_ciphers)
+        ngx.say(ngx.ctx.seen, ' ', ngx.ctx.version, ' ', ssl.get_tls1_version_str(), ' ', err)";
+    let (gw, _) = gateway(json!({"ssl_client_hello_by_lua": hello, "ssl_certificate_by_lua": certificate}), content);
+    let seen = "ssl_client_hello nil invalid protocols failed true true true true";
+    let disabled = "API disabled in the context of content_by_lua*";
+    let browser = Browser::new();
+    assert_eq!(browser.get(&gw, "new.test"), format!("new.test {seen} 13 nil nil TLSv1.3 TLSv1.3 {disabled}"));
+    assert_eq!(browser.get(&gw, "old.test"), format!("old.test {seen} 13 nil nil TLSv1.2 TLSv1.2 {disabled}"));
+    assert!(browser.connect(&gw, "refused.test").is_err());
+}
+
+#[test]
+fn requests_know_their_handshake() {
+    let certificate = format!("{SET} ngx.ctx.random = ssl.get_client_random() set('any')");
+    let content = "local ssl = require('ngx.ssl')
+        local function shown(bytes, kind) return table.concat({ bytes:byte(1, -1) }, '.') .. ' ' .. kind end
+        local ciphers = ssl.get_req_shared_ssl_ciphers()
+        local none, why = ssl.get_req_ssl_pointer()
+        ngx.say(shown(ssl.raw_client_addr()), ' ', shown(ssl.raw_server_addr()), ' ',
+            ssl.server_port() == tonumber(ngx.var.server_port), ' ', ssl.get_tls1_version(), ' ', #ssl.get_client_random(),
+            ' ', ssl.get_client_random() == ngx.ctx.random, ' ', ssl.get_client_random(0), ' ', #ssl.get_client_random(5), ' ',
+            #ciphers > 3, ' ', ssl.server_name(), ' ', tostring(none), ' ', why)";
+    let (gw, _) = gateway(json!({"ssl_certificate_by_lua": certificate}), content);
+    assert_eq!(
+        Browser::new().get(&gw, "a.test"),
+        "127.0.0.1 inet 127.0.0.1 inet true 772 32 true 32 5 true a.test nil not supported: the TLS library is not OpenSSL"
+    );
+}
+
+/// An authority and a certificate that it has signed.
+fn signed(name: &str) -> (String, CertifiedKey<KeyPair>) {
+    let mut params = CertificateParams::new([]).expect("parameters");
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate().expect("a key")).expect("an authority");
+    let signing_key = KeyPair::generate().expect("a key");
+    let params = CertificateParams::new([name.to_owned()]).expect("parameters");
+    let cert = params.signed_by(&signing_key, &issuer).expect("a certificate");
+    (issuer.pem(), CertifiedKey { cert, signing_key })
+}
+
+#[test]
+fn a_script_asks_for_the_certificate_of_the_client() {
+    let certificate = format!(
+        "{SET} set('any')
+        if ssl.server_name() == 'nobody.test' then assert(ssl.verify_client()) return end
+        local ca = assert(ssl.parse_pem_cert(file('ca.crt')))
+        local ok, err = ssl.verify_client(ca, 1)
+        if not ok then ngx.log(ngx.ERR, 'not asked: ', err) end"
+    );
+    let (gw, _) = gateway(json!({"ssl_certificate_by_lua": certificate}), "ngx.say(ngx.var.ssl_client_verify)");
+    let (authority, friend) = signed("friend");
+    gw.dir.write("conf/ca.crt", &authority);
+    let stranger = pair("stranger");
+    assert_eq!(Browser::with(BOTH, Some(&friend)).get(&gw, "a.test"), "SUCCESS");
+    assert_eq!(Browser::with(BOTH, None).get(&gw, "a.test"), "NONE");
+    for versions in [&[&rustls::version::TLS12][..], &[&rustls::version::TLS13]] {
+        let said = Browser::with(versions, Some(&stranger)).get(&gw, "a.test");
+        assert!(said.starts_with("FAILED:"), "{said}");
+    }
+    assert!(Browser::with(BOTH, Some(&friend)).get(&gw, "nobody.test").starts_with("FAILED:"));
+    let browser = Browser::with(BOTH, Some(&friend));
+    assert_eq!(browser.get(&gw, "a.test"), "SUCCESS");
+    let mut again = browser.connect(&gw, "a.test").expect("a connection");
+    assert_eq!((again.get("/t", "a.test").1.as_str(), again.resumed()), ("SUCCESS", false), "asked each time");
+
+    let own = pair("strict.test");
+    gw.put(
+        "/ssls/1",
+        json!({"snis": ["strict.test"], "cert": own.cert.pem(), "key": own.signing_key.serialize_pem(), "client": {"ca": own.cert.pem()}}),
+    );
+    let old = Browser::with(&[&rustls::version::TLS12], None);
+    eventually("the object counts", || old.connect(&gw, "strict.test").err());
+    gw.expect_log("not asked: the certificate's object has client.ca");
+    let (status, _) = Browser::new().connect(&gw, "a.test").expect("a connection").get("/t", "strict.test");
+    assert_eq!(status, 400, "no way around the object's check by another name");
+}
+
+#[test]
+fn an_ocsp_response_goes_along_with_either_certificate() {
+    let certificate = format!(
+        "{SET} if ssl.server_name() ~= 'own.test' then set('any') end
+        local native = require('moongate.native').ssl
+        local _, err = native.set_ocsp(('x'):rep(65537))
+        ngx.log(ngx.WARN, err)
+        local ok, warning = native.set_ocsp('a response')
+        ngx.log(ngx.WARN, 'stapled: ', tostring(ok), ' ', tostring(warning))"
+    );
+    let (gw, _) = gateway(json!({"ssl_certificate_by_lua": certificate}), "ngx.say('ok')");
+    let own = pair("own.test");
+    gw.put("/ssls/1", json!({"snis": ["own.test"], "cert": own.cert.pem(), "key": own.signing_key.serialize_pem()}));
+    for name in ["a.test", "own.test"] {
+        assert_eq!(Browser::new().connect(&gw, name).expect("a connection").shown.ocsp, b"a response", "{name}");
+    }
+    gw.expect_log("an OCSP response has 1 to 65536 bytes");
+    gw.expect_log("stapled: true nil");
+}
+
+/// Sessions in files: they outlive the process.
+const SESSIONS: &str = "
+    local session = require('ngx.ssl.session')
+    local id = assert(session.get_session_id())
+    local name = ngx.config.prefix() .. 'data/' .. ngx.md5(id)
+";
+
+#[test]
+fn sessions_live_where_scripts_keep_them() {
+    for versions in [&[&rustls::version::TLS12][..], &[&rustls::version::TLS13]] {
+        let store = format!(
+            "{SESSIONS} local f = assert(io.open(name, 'wb'))
+            f:write(assert(session.get_serialized_session()))
+            f:close()
+            ngx.log(ngx.WARN, 'kept in ', ngx.get_phase())"
+        );
+        let fetch = format!(
+            "{SESSIONS} local f = io.open(name, 'rb')
+            if not f then return end
+            local text = f:read('*a')
+            f:close()
+            ngx.sleep(0.001)
+            local ok, err = session.set_serialized_session('moongate-session-2:' .. text)
+            ngx.log(ngx.WARN, 'another form: ', tostring(ok), ' ', err)
+            assert(session.set_serialized_session(text))
+            ngx.log(ngx.WARN, 'found in ', ngx.get_phase())"
+        );
+        let certificate = format!("{SET} set('any') ngx.log(ngx.WARN, 'a full handshake')");
+        let server = json!({
+            "ssl_session_store_by_lua": store, "ssl_session_fetch_by_lua": fetch, "ssl_certificate_by_lua": certificate,
+            "settings": {"apisix": {
+                "node_listen": [{"ip": "127.0.0.1", "port": 0}],
+                "control": {"ip": "127.0.0.1", "port": 0},
+                "ssl": {"listen": [{"ip": "127.0.0.1", "port": 0}], "ssl_session_tickets": false},
+            }},
+        });
+        let (mut gw, _) = gateway(server, "ngx.say(ngx.var.ssl_session_reused)");
+        let browser = Browser::with(versions, None);
+        assert_eq!(browser.get(&gw, "a.test"), ".");
+        gw.expect_log("kept in ssl_session_store, context: ssl_session_store_by_lua*");
+        gw.kill();
+        gw.launch();
+        let mut page = browser.connect(&gw, "a.test").expect("a connection");
+        assert_eq!((page.get("/t", "a.test").1.as_str(), page.resumed()), ("r", true), "{versions:?}");
+        gw.expect_log("found in ssl_session_fetch, context: ssl_session_fetch_by_lua*");
+        gw.expect_log("another form: nil failed to de-serialize session");
+        assert_eq!(gw.log().matches("a full handshake").count(), 1, "a session needs no certificate");
+        assert_eq!(Browser::with(versions, None).get(&gw, "a.test"), ".");
+        assert_eq!(gw.log().matches("a full handshake").count(), 2);
+    }
+}
+
+#[test]
+fn a_ticket_needs_no_certificate_either() {
+    for versions in [&[&rustls::version::TLS12][..], &[&rustls::version::TLS13]] {
+        let certificate = format!("{SET} set('any') ngx.log(ngx.WARN, 'a full handshake')");
+        let (gw, _) = gateway(json!({"ssl_certificate_by_lua": certificate}), "ngx.say(ngx.var.ssl_session_reused)");
+        let browser = Browser::with(versions, None);
+        assert_eq!(browser.get(&gw, "a.test"), ".");
+        let mut page = browser.connect(&gw, "a.test").expect("a connection");
+        assert_eq!((page.get("/t", "a.test").1.as_str(), page.resumed()), ("r", true), "{versions:?}");
+        assert_eq!(gw.log().matches("a full handshake").count(), 1);
+    }
+}
+
+#[test]
+fn what_is_no_handshake_is_refused_as_ever() {
+    let (gw, _) = gateway(json!({"ssl_client_hello_by_lua": "ngx.log(ngx.WARN, 'ran')"}), "ngx.say('ok')");
+    let mut stream = TcpStream::connect(gw.proxy_tls()).expect("a connection");
+    stream.set_read_timeout(Some(Duration::from_secs(10))).expect("a timeout");
+    stream.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").expect("sent");
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).expect("the end");
+    assert!(answer.first().is_none_or(|kind| *kind == 21), "an alert or nothing: {answer:?}");
+    gw.expect_log("SSL handshake failed");
+    assert!(!gw.log().contains("ran"));
+    assert!(Browser::new().connect(&gw, "a.test").is_err(), "no certificate for the name");
+    gw.expect_log("failed to match any SSL certificate by SNI: a.test");
+    gw.expect_log("ran");
+}
