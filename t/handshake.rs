@@ -399,10 +399,10 @@ fn a_script_asks_for_the_certificate_of_the_client() {
 fn an_ocsp_response_goes_along_with_either_certificate() {
     let certificate = format!(
         "{SET} if ssl.server_name() ~= 'own.test' then set('any') end
-        local native = require('moongate.native').ssl
-        local _, err = native.set_ocsp(('x'):rep(65537))
+        local ocsp = require('ngx.ocsp')
+        local _, err = ocsp.set_ocsp_status_resp(('x'):rep(65537))
         ngx.log(ngx.WARN, err)
-        local ok, warning = native.set_ocsp('a response')
+        local ok, warning = ocsp.set_ocsp_status_resp('a response')
         ngx.log(ngx.WARN, 'stapled: ', tostring(ok), ' ', tostring(warning))"
     );
     let (gw, _) = gateway(json!({"ssl_certificate_by_lua": certificate}), "ngx.say('ok')");

@@ -8,6 +8,8 @@ mod dns;
 mod memcached;
 #[path = "libraries/mysql.rs"]
 mod mysql;
+#[path = "libraries/ocsp.rs"]
+mod ocsp;
 #[path = "libraries/redis.rs"]
 mod redis;
 #[path = "libraries/upload.rs"]

@@ -1,9 +1,11 @@
-//! TLS on both sides: certificates by SNI for clients (`server`), configurations for upstreams (`client`).
+//! TLS on both sides: certificates by SNI for clients (`server`), configurations for upstreams (`client`); what an issuer says of a
+//! certificate (`ocsp`).
 //!
 //! rustls with ring: TLS 1.2 and 1.3. What is parsed is kept by the version of the object it came from.
 
 pub mod client;
 pub mod hello;
+pub mod ocsp;
 pub mod scripted;
 pub mod server;
 

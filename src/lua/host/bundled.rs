@@ -83,6 +83,18 @@ fn ngx_ssl_reads_certificates_and_keys() {
     );
 }
 
+/// What the connection's side answers comes through as it is. The rest of the module is in t/libraries/ocsp.rs.
+#[test]
+fn ngx_ocsp_hands_a_response_to_the_connection() {
+    check(
+        "local native = require('moongate.native')
+         native.ssl.set_ocsp = function(response) return true, 'no status req to ' .. response end
+         local ok, warning = require('ngx.ocsp').set_ocsp_status_resp('staple')
+         return tostring(ok) .. ' ' .. warning",
+        "true no status req to staple",
+    );
+}
+
 #[test]
 fn cookies_end_at_semicolons_only() {
     use super::tests::serve;

@@ -11,6 +11,7 @@ pub mod header;
 pub mod location;
 pub mod log;
 pub mod object;
+pub mod ocsp;
 pub mod pipe;
 pub mod req;
 pub mod resp;
@@ -71,6 +72,7 @@ pub fn register(api: &mut Api) -> Result<()> {
     header::register(api)?;
     location::register(api)?;
     log::register(api)?;
+    ocsp::register(api)?;
     pipe::register(api)?;
     req::register(api)?;
     resp::register(api)?;
