@@ -66,6 +66,24 @@ impl Headers {
         fields.iter().filter(move |f| self.is(f, name)).map(|f| self.slice(f.value))
     }
 
+    /// The nth value of `name`, and whether more follow.
+    #[inline]
+    pub fn nth(&self, name: &[u8], n: usize) -> Option<(&[u8], bool)> {
+        if !self.may_have(name) {
+            return None;
+        }
+        let mut left = n;
+        let mut found = None;
+        for field in self.fields.iter().filter(|f| self.is(f, name)) {
+            match (found, left) {
+                (Some(value), _) => return Some((self.slice(value), true)),
+                (None, 0) => found = Some(field.value),
+                _ => left -= 1,
+            }
+        }
+        found.map(|value| (self.slice(value), false))
+    }
+
     pub fn contains(&self, name: impl AsRef<[u8]>) -> bool {
         self.get(name).is_some()
     }
@@ -352,7 +370,7 @@ fn same_short(a: &[u8], b: &[u8]) -> bool {
 
 /// Up to eight bytes as one word, some of them twice.
 #[inline]
-fn short_word(s: &[u8]) -> u64 {
+pub fn short_word(s: &[u8]) -> u64 {
     if let (Some(start), Some(end)) = (s.first_chunk(), s.last_chunk()) {
         return u64::from(u32::from_le_bytes(*start)) | u64::from(u32::from_le_bytes(*end)) << 32;
     }
@@ -366,7 +384,8 @@ fn short_word(s: &[u8]) -> u64 {
 
 #[inline]
 fn same_word(a: u64, b: u64) -> bool {
-    (a ^ b) & !(letters(a | (0x20 * EACH)) >> 2) == 0
+    // Mostly they are written alike.
+    a == b || (a ^ b) & !(letters(a | (0x20 * EACH)) >> 2) == 0
 }
 
 /// The high bit of each byte that is a letter, when they are all in lower case.

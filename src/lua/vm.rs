@@ -93,6 +93,8 @@ pub struct Vm {
     pub(super) timers: Timers,
     /// `ngx.socket`: whose sockets are open, and which are idle.
     pub(super) sockets: ngx::socket::Sockets,
+    /// Names of headers as strings.
+    pub(super) header_names: ngx::header_names::Names,
     /// Light threads: whether they have ended and nobody has waited for them yet.
     pub(super) light: RefCell<HashMap<usize, bool>>,
     /// Consumers that scripts attach by number.
@@ -117,6 +119,12 @@ thread_local! {
 pub fn current() -> Option<Rc<Vm>> {
     // SAFETY: `entered` sets the cell from a borrow of a live VM and restores it before the borrow ends.
     unsafe { CURRENT.get().as_ref() }.and_then(|vm| vm.itself.upgrade())
+}
+
+/// As `current`, for as long as `run` takes.
+pub fn with_current<R>(run: impl FnOnce(&Vm) -> R) -> Option<R> {
+    // SAFETY: as in `current`; the borrow ends before this returns.
+    unsafe { CURRENT.get().as_ref() }.map(run)
 }
 
 impl Vm {
@@ -162,6 +170,7 @@ impl Vm {
             slots: RefCell::default(),
             timers,
             sockets: Default::default(),
+            header_names: Default::default(),
             light: Default::default(),
             consumers: Default::default(),
             snapshot: RefCell::default(),

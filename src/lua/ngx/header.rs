@@ -7,17 +7,18 @@ use std::{
 
 use smallvec::SmallVec;
 
-use super::{Text, codec, scratch, with_scratch};
+use super::{Text, codec, header_names::Names, scratch, with_scratch};
 use crate::{
     error::Result,
     exchange::{
         Exchange, Headers, Version,
-        headers::{lower, same_name},
+        headers::{lower, same_name, short_word},
     },
     lua::{
         api::{Api, Phases, Stack, request},
         fast,
         host::{Answer, cjson::write_number},
+        vm,
     },
     observe::log::Level,
 };
@@ -65,10 +66,21 @@ pub fn register(api: &mut Api) -> Result<()> {
 /// Pushes the fields as a table by lower-case name, or as they came when argument 2 is true.
 fn push_headers(s: &Stack, headers: &Headers, kind: &str) -> Answer {
     let max = codec::limit(s, 1)?;
-    let raw = s.boolean(2);
+    match s.boolean(2) {
+        true => push_fields(s, headers, kind, max, None),
+        false => vm::with_current(|vm| push_fields(s, headers, kind, max, Some(&vm.header_names)))
+            .unwrap_or_else(|| Err("no VM runs".into())),
+    }
+}
+
+/// `names`: where names are known in lower case; without them they stay as they came.
+fn push_fields(s: &Stack, headers: &Headers, kind: &str, max: usize, names: Option<&Names>) -> Answer {
+    if let Some(names) = names {
+        names.begin(s);
+    }
+    let strings = s.top();
     s.push_table(0, headers.len());
     let table = s.top();
-    let mut room = [0; 64];
     // Bit `n` of the names' lengths that were seen.
     let mut lengths = 0u64;
     for (n, (name, value)) in headers.iter().enumerate() {
@@ -80,9 +92,8 @@ fn push_headers(s: &Stack, headers: &Headers, kind: &str) -> Answer {
             s.push_bytes("truncated");
             return Ok(2);
         }
-        let shown = if raw { Cow::Borrowed(name) } else { lower(name, &mut room) };
         let length = 1 << (name.len() % 64);
-        let same = |other: &[u8]| if raw { other == name } else { same_name(other, name) };
+        let same = |other: &[u8]| if names.is_none() { other == name } else { same_name(other, name) };
         if lengths & length != 0
             && headers
                 .of_length(name.len())
@@ -90,9 +101,17 @@ fn push_headers(s: &Stack, headers: &Headers, kind: &str) -> Answer {
                 .any(|(other, _)| same(other))
         {
             s.push_bytes(value);
-            codec::add(s, table, &shown);
+            match names {
+                Some(_) => codec::add(s, table, &lower(name, &mut [0; 64])),
+                None => codec::add(s, table, name),
+            }
         } else {
-            s.push_bytes(&shown);
+            match names {
+                Some(names) => names.push(s, strings, name),
+                None => {
+                    s.push_bytes(name);
+                }
+            }
             s.push_bytes(value);
             s.set_raw(table);
         }
@@ -134,6 +153,11 @@ fn odd_in_name(word: u64) -> u64 {
     below(word, 0x21) | is(word, 0x7f) | is(word, b':') | (word & HIGH)
 }
 
+/// The bits of as many bytes as `short_word` fills.
+fn whole(len: usize) -> u64 {
+    if len < 4 { (1 << (len * 8)) - 1 } else { u64::MAX }
+}
+
 /// `bad`: a bit for each byte of a word that may have to be escaped. Nearly all texts have none.
 fn safe(text: &[u8], bad: impl Fn(u64) -> u64, keep: impl Fn(u8) -> bool) -> Cow<'_, [u8]> {
     let sound = match (text.last_chunk(), text.as_chunks().0) {
@@ -141,7 +165,9 @@ fn safe(text: &[u8], bad: impl Fn(u64) -> u64, keep: impl Fn(u8) -> bool) -> Cow
         (Some(last), words) => {
             words.iter().chain([last]).fold(0, |all, word| all | bad(u64::from_le_bytes(*word))) == 0
         }
-        (None, _) => text.iter().all(|b| keep(*b)),
+        (None, _) if text.is_empty() => true,
+        // Some bytes are there twice.
+        (None, _) => bad(short_word(text)) & whole(text.len()) == 0,
     };
     if sound {
         return text.into();
@@ -181,20 +207,18 @@ fn without_port(host: &[u8]) -> &[u8] {
 }
 
 fn nth(headers: &Headers, name: &[u8], n: u32, out: &mut Text) -> c_int {
-    let mut found = headers.get_all(name).skip(n as usize);
-    if let Some(value) = found.next() {
+    if let Some((value, more)) = headers.nth(name, n as usize) {
         out.set(value);
-        return 1 + c_int::from(found.next().is_some());
+        return 1 + c_int::from(more);
     }
     // Lua writes `content_type` for `Content-Type`.
     if memchr::memchr(b'_', name).is_none() {
         return 0;
     }
     let dashed: SmallVec<[u8; 64]> = name.iter().map(|b| if *b == b'_' { b'-' } else { *b }).collect();
-    let mut found = headers.get_all(&dashed).skip(n as usize);
-    let Some(value) = found.next() else { return 0 };
+    let Some((value, more)) = headers.nth(&dashed, n as usize) else { return 0 };
     scratch(out, |buffer| buffer.extend_from_slice(value));
-    1 + c_int::from(found.next().is_some())
+    1 + c_int::from(more)
 }
 
 // SAFETY (all exports): Lua passes strings with their lengths and its own buffer for the answer.

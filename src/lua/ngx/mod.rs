@@ -8,6 +8,7 @@ pub mod balancer;
 pub mod codec;
 pub mod handshake;
 pub mod header;
+pub mod header_names;
 pub mod location;
 pub mod log;
 pub mod object;
