@@ -108,6 +108,10 @@ fn set_peer_down(s: &Stack) -> Answer {
         }
     }
     let id = s.arg_number(3)?;
+    // What is uploaded for some paths decides nothing for all others.
+    if vm::current().is_none_or(|vm| vm.config.purpose == vm::Purpose::Functions) {
+        return s.fail("not open to functions");
+    }
     let Some(group) = group else { return s.fail(NOT_FOUND) };
     // Anything but a whole number from 0 is nobody's.
     let peer = if id >= 0.0 && id.fract() == 0.0 { group.level(s.boolean(2)).nth(id as usize) } else { None };
@@ -152,5 +156,38 @@ fn flag(s: &Stack, key: &str, value: bool) {
     if value {
         s.push_bool(true);
         s.set(-2, key);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::{
+        balancer::group::Groups,
+        lua::{Vm, VmConfig, vm::Purpose},
+    };
+
+    /// What a chunk returns as text, in a VM for `purpose` with one upstream.
+    fn run(purpose: Purpose, chunk: &str) -> String {
+        let config = "lua_upstreams: {u: [\"10.0.0.1:80\"]}";
+        let (config, _) = crate::conf::parse(std::path::Path::new("/"), config).expect("a configuration");
+        let groups = Groups::new(&config.locations).into();
+        let vm = Vm::new(VmConfig { purpose, groups, ..VmConfig::default() }).expect("a VM");
+        let chunk = format!("local u = require('ngx.upstream') {chunk}");
+        let values = vm.entered(|| vm.run("t.lua", &chunk)).expect("runs");
+        values.iter().map(|value| value.to_string().expect("a text")).collect::<Vec<_>>().join(" ")
+    }
+
+    #[test]
+    fn upstreams_are_known_outside_of_requests() {
+        assert_eq!(run(Purpose::Plugins, "return u.get_upstreams()[1], u.get_servers('u')[1].addr"), "u 10.0.0.1:80");
+        let down = "return u.set_peer_down('u', false, 0, true), u.get_primary_peers('u')[1].down";
+        assert_eq!(run(Purpose::Plugins, down), "true true");
+    }
+
+    #[test]
+    fn an_uploaded_function_takes_no_server_out() {
+        let down = "local ok, err = u.set_peer_down('u', false, 0, true)
+            return tostring(ok), err, tostring(u.get_primary_peers('u')[1].down)";
+        assert_eq!(run(Purpose::Functions, down), "nil not open to functions nil");
     }
 }
