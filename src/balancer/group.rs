@@ -29,8 +29,8 @@ pub struct Groups {
 #[derive(Debug)]
 pub struct Group {
     pub name: Box<str>,
-    /// Nobody has written it down: a `proxy_pass` names its only server.
-    pub implicit: bool,
+    /// Nobody has written it down: a `proxy_pass` names its only server. The port where it names none.
+    pub implicit: Option<u16>,
     peers: Vec<Peer>,
     /// Indexes into `peers`.
     primary: Vec<usize>,
@@ -71,7 +71,10 @@ impl Groups {
     pub fn new(locations: &Locations) -> Groups {
         let mut groups = Groups::default();
         let written = locations.upstreams.iter().map(|u| Group::new(&u.name, &u.servers));
-        written.map(Some).chain(locations.proxied().map(Group::implicit)).for_each(|group| groups.add(group));
+        written
+            .map(Some)
+            .chain(locations.proxied().map(|(scheme, host)| Group::implicit(scheme, host)))
+            .for_each(|group| groups.add(group));
         groups
     }
 
@@ -96,18 +99,24 @@ impl Group {
         let of = |backup: bool| servers.iter().enumerate().filter(move |(_, s)| s.backup == backup).map(|(at, _)| at);
         Group {
             name: name.into(),
-            implicit: false,
+            implicit: None,
             primary: of(false).collect(),
             backup: of(true).collect(),
             peers: servers.iter().cloned().map(Peer::new).collect(),
         }
     }
 
-    /// The group of a `proxy_pass` to `host:port`; `None`: that is no address and no name.
-    pub fn implicit(place: &str) -> Option<Group> {
-        // A parameter is no part of a place.
-        let server = Server::parse(place).ok().filter(|server| *server.name == *place)?;
-        Some(Group { implicit: true, ..Group::new(place, &[server]) })
+    /// The group of a `proxy_pass` to `scheme://place`; `None`: that is no address and no name.
+    pub fn implicit(scheme: &str, place: &str) -> Option<Group> {
+        let port = default_port(scheme);
+        let server = Server::at(place, port).ok()?;
+        Some(Group { implicit: Some(port), ..Group::new(place, &[server]) })
+    }
+
+    /// Whether a `proxy_pass` that names it means it: without a port, the scheme says which one.
+    pub fn serves(&self, scheme: &str) -> bool {
+        let port = default_port(scheme);
+        self.implicit.is_none_or(|known| known == port || self.peers.iter().all(|peer| peer.server.port != known))
     }
 
     /// Primary and backup ones, in the order in which they are written.
@@ -240,6 +249,10 @@ impl Drop for Lease {
     }
 }
 
+fn default_port(scheme: &str) -> u16 {
+    if scheme == "https" { 443 } else { 80 }
+}
+
 /// A year from `now` at the latest: no sum of instants overflows.
 fn later(now: Instant, after: Duration) -> Instant {
     now + after.min(Duration::from_secs(365 * 86_400))
@@ -352,10 +365,20 @@ mod tests {
         let named = Upstream { name: "b".into(), servers: vec![Server::parse("a").unwrap()], balancer: None };
         let mut groups = Groups::new(&Locations { upstreams: vec![Arc::new(named)], ..Locations::default() });
         for place in ["h:1", "b", "h:1", "h:x", "h:1 down"] {
-            groups.add(Group::implicit(place));
+            groups.add(Group::implicit("http", place));
         }
         let found: Vec<_> = groups.iter().map(|g| (&*g.name, g.implicit)).collect();
-        assert_eq!(found, [("b", false), ("h:1", true)]);
+        assert_eq!(found, [("b", None), ("h:1", Some(80))]);
         assert!(groups.get("h:1").is_some() && groups.get("c").is_none());
+    }
+
+    #[test]
+    fn without_a_port_the_scheme_says_which() {
+        let port = |scheme, place| Group::implicit(scheme, place).expect("a group").peers()[0].server.port;
+        assert_eq!((port("http", "h"), port("https", "h"), port("https", "h:80")), (80, 443, 80));
+        let plain = Group::implicit("http", "h").expect("a group");
+        assert!(plain.serves("http") && !plain.serves("https"));
+        assert!(Group::implicit("http", "h:1").expect("a group").serves("https"));
+        assert!(group(&["a"]).serves("https"), "what is written down has the ports that it has");
     }
 }

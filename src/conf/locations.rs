@@ -37,10 +37,10 @@ pub struct Locations {
 }
 
 impl Locations {
-    /// The hosts that each `proxy_pass` names, as they stand there.
-    pub fn proxied(&self) -> impl Iterator<Item = &str> {
+    /// The scheme and the host that each `proxy_pass` names, as they stand there.
+    pub fn proxied(&self) -> impl Iterator<Item = (&str, &str)> {
         self.list.iter().filter_map(|location| match &location.content {
-            Content::Proxy(target) => target.host(),
+            Content::Proxy(target) => target.origin(),
             _ => None,
         })
     }
@@ -250,14 +250,14 @@ impl Template {
         self.0.iter().any(|piece| matches!(piece, Piece::Var(_)))
     }
 
-    /// The host and port of a URL, where they are text and no variable: `backend` of `http://backend/$uri`.
-    pub fn host(&self) -> Option<&str> {
+    /// The scheme of a URL, and its host and port, where they are text and no variable: `http`, `backend` of `http://backend/$uri`.
+    pub fn origin(&self) -> Option<(&str, &str)> {
         let [Piece::Text(text), more @ ..] = self.0.as_slice() else { return None };
-        let (_, rest) = text.split_once("://")?;
+        let (scheme, rest) = text.split_once("://")?;
         match rest.find(['/', '?']) {
-            Some(end) => Some(&rest[..end]),
+            Some(end) => Some((scheme, &rest[..end])),
             // What follows may be part of it.
-            None => Some(rest).filter(|_| more.is_empty()),
+            None => Some((scheme, rest)).filter(|_| more.is_empty()),
         }
     }
 
@@ -570,16 +570,16 @@ mod tests {
         let literal = |text: &str| Piece::Text(text.into());
         assert_eq!(Template::parse("a${b}c$d-$").0, [literal("a"), var("b"), literal("c"), var("d"), literal("-$")]);
         assert!(Template::parse("").0.is_empty());
-        for (target, host) in [
-            ("http://b", Some("b")),
-            ("http://b:1/$uri", Some("b:1")),
-            ("http://b?$args", Some("b")),
+        for (target, origin) in [
+            ("http://b", Some(("http", "b"))),
+            ("https://b:1/$uri", Some(("https", "b:1"))),
+            ("http://b?$args", Some(("http", "b"))),
             ("http://b$uri", None),
             ("http://$b/", None),
             ("$all", None),
             ("b", None),
         ] {
-            assert_eq!(Template::parse(target).host(), host, "{target}");
+            assert_eq!(Template::parse(target).origin(), origin, "{target}");
         }
     }
 

@@ -53,22 +53,26 @@ impl Server {
     /// Reads `address[:port] parameter…`; an error says what is wrong with it.
     pub fn parse(text: &str) -> Result<Server, String> {
         let mut words = text.split_whitespace();
-        let name = words.next().unwrap_or_default();
-        let (host, port) = place(name)?;
-        let mut server = Server {
+        let mut server = Server::at(words.next().unwrap_or_default(), PORT)?;
+        for word in words {
+            server.set(word)?;
+        }
+        Ok(server)
+    }
+
+    /// One without parameters. `port`: where the place names none.
+    pub fn at(name: &str, port: u16) -> Result<Server, String> {
+        let (host, written) = place(name)?;
+        Ok(Server {
             name: name.into(),
             host: host.into(),
-            port,
+            port: written.unwrap_or(port),
             weight: WEIGHT,
             max_fails: MAX_FAILS,
             fail_timeout: FAIL_TIMEOUT,
             backup: false,
             down: false,
-        };
-        for word in words {
-            server.set(word)?;
-        }
-        Ok(server)
+        })
     }
 
     fn set(&mut self, word: &str) -> Result<(), String> {
@@ -92,7 +96,7 @@ impl Server {
 }
 
 /// `host`, `host:port`, `[v6]`, `[v6]:port`
-fn place(text: &str) -> Result<(&str, u16), String> {
+fn place(text: &str) -> Result<(&str, Option<u16>), String> {
     let bad = || format!("{text:?} is no address; write 127.0.0.1:1980, [::1]:1980 or a name and a port");
     let (host, port) = match text.strip_prefix('[') {
         Some(rest) => {
@@ -107,8 +111,8 @@ fn place(text: &str) -> Result<(&str, u16), String> {
         return Err(bad());
     }
     match port {
-        None => Ok((host, PORT)),
-        Some(port) => Ok((host, port.parse().ok().filter(|port| *port > 0).ok_or_else(bad)?)),
+        None => Ok((host, None)),
+        Some(port) => Ok((host, Some(port.parse().ok().filter(|port| *port > 0).ok_or_else(bad)?))),
     }
 }
 

@@ -526,7 +526,7 @@ async fn proxy(p: &Proxy, x: &mut Exchange, location: &Location, target: &Templa
     let host = &rest[..rest.find(['/', '?']).unwrap_or(rest.len())];
     // Bytes that are no text may stand in the URI only, which is what follows the same start.
     let uri = text.get(scheme.len() + 3 + host.len()..).ok_or_else(bad)?;
-    let named = p.upstreams.get(host).cloned().or_else(|| Named::implicit(host)).ok_or_else(bad)?;
+    let named = Named::find(p, scheme, host).ok_or_else(bad)?;
     x.upstream.scheme = scheme.as_bytes().to_vec();
     x.upstream.host = host.as_bytes().to_vec();
     if !uri.is_empty() {

@@ -57,14 +57,14 @@ fn servers(s: &Stack) -> Answer {
         s.push_table(0, 8);
         text(s, "addr", &address(peer));
         // nginx keeps nothing else of one that only a proxy_pass names.
-        let (weight, fails, secs) = match group.implicit {
+        let (weight, fails, secs) = match group.implicit.is_some() {
             true => (0, 0, 0.0),
             false => (server.weight, server.max_fails, server.fail_timeout.as_secs_f64()),
         };
         number(s, "weight", weight.into());
         number(s, "max_fails", fails.into());
         number(s, "fail_timeout", secs);
-        if !group.implicit {
+        if group.implicit.is_none() {
             text(s, "name", &server.name);
         }
         flag(s, "backup", server.backup);

@@ -40,9 +40,11 @@ pub(in crate::proxy) struct Named {
 }
 
 impl Named {
-    /// What a `proxy_pass` to `host:port` means where nobody has said more. `None`: that is no place.
-    pub fn implicit(host: &str) -> Option<Rc<Named>> {
-        Group::implicit(host).map(|group| Rc::new(Named::of(Rc::new(group), None)))
+    /// What a `proxy_pass` to `scheme://host` means. `None`: that is no place.
+    pub fn find(p: &Proxy, scheme: &str, host: &str) -> Option<Rc<Named>> {
+        let known = p.upstreams.get(host).filter(|named| named.group.serves(scheme)).cloned();
+        let implicit = || Group::implicit(scheme, host).map(|group| Rc::new(Named::of(Rc::new(group), None)));
+        known.or_else(implicit)
     }
 
     fn of(group: Rc<Group>, balancer: Option<Arc<Script>>) -> Named {
