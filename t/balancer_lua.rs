@@ -121,7 +121,7 @@ fn a_server_that_fails_is_followed_by_the_next_and_rests() {
 #[test]
 fn a_server_is_back_after_its_rest() {
     let ((shaky, status), up) = (switchable("shaky"), named("up"));
-    let servers = json!([format!("{} max_fails=2 fail_timeout=1s", shaky.addr()), format!("{} backup", up.addr())]);
+    let servers = json!([format!("{} max_fails=2 fail_timeout=2s", shaky.addr()), format!("{} backup", up.addr())]);
     let gw = passing(servers, json!({"proxy_next_upstream": "http_503"}));
     says(&gw.get("/t"), 200, "shaky");
     status.store(503, Ordering::SeqCst);
@@ -198,6 +198,9 @@ fn what_is_tried_again_is_said_by_the_location() {
     says(&scene(&silent, json!({}), "GET"), 200, "up");
     assert_eq!(scene(&silent, json!({"proxy_next_upstream": "error"}), "GET").status, 504);
     assert_eq!(scene(&silent, json!({"proxy_next_upstream_timeout": "10ms"}), "GET").status, 504, "it is over by then");
+    // Nothing of it was sent: it may go anywhere.
+    let gw = passing(json!([Upstream::dead(), up.addr()]), json!({}));
+    says(&gw.send("POST", "/t", &[], b"body"), 200, "up");
     let garbled = Upstream::answering(|_| "SPDY/9\r\n\r\n");
     assert_eq!(scene(&garbled, json!({}), "GET").status, 502);
     says(&scene(&garbled, json!({"proxy_next_upstream": "invalid_header"}), "GET"), 200, "up");

@@ -78,6 +78,8 @@ struct Reached {
 }
 
 impl<'a> Way<'a> {
+    // A request of a route makes one where it stays: it is not to be moved there.
+    #[inline(always)]
     fn new(p: &'a Proxy, x: &Exchange, conf: &'a Upstream) -> Result<Way<'a>> {
         let served = match x.upstream.scheme.as_slice() {
             b"" => matches!(conf.scheme, Scheme::Http | Scheme::Https),

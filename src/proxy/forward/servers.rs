@@ -222,14 +222,12 @@ impl Way<'_> {
 /// Tells the server's record how the try has ended.
 fn account(x: &Exchange, lease: Option<&Lease>, attempted: &Result<Reached>, failure: Option<Failure>) {
     let Some(lease) = lease else { return };
-    match failure {
-        Some(Failure { is_next: false, .. }) => {
-            if lease.failed(Instant::now()) {
-                x.log(Level::Warn, b"upstream server temporarily disabled while connecting to upstream");
-            }
-        }
-        _ if attempted.is_ok() => lease.succeeded(),
-        _ => {}
+    let failed = failure.is_some_and(|failure| !failure.is_next);
+    if failed && lease.failed(Instant::now()) {
+        x.log(Level::Warn, b"upstream server temporarily disabled while connecting to upstream");
+    }
+    if !failed && attempted.is_ok() {
+        lease.succeeded();
     }
 }
 
