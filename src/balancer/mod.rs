@@ -7,6 +7,7 @@
 //! nothing, unless it is the only one. When health leaves no node at all, health is not asked: a guess beats a refusal.
 
 mod ewma;
+pub mod group;
 mod least_conn;
 mod ring;
 mod round_robin;

@@ -34,6 +34,7 @@ pub struct Directives {
     pub proxy: Patience,
     /// `proxy_http_version 1.1`
     pub proxy_http11: bool,
+    pub next_upstream: NextUpstream,
     /// `proxy_set_header name value`, in their order.
     pub proxy_set_header: Vec<(Box<str>, Template)>,
     pub add_header: Vec<AddHeader>,
@@ -45,6 +46,59 @@ pub struct Patience {
     pub connect: Option<Duration>,
     pub send: Option<Duration>,
     pub read: Option<Duration>,
+}
+
+/// `proxy_next_upstream`, `proxy_next_upstream_tries`, `proxy_next_upstream_timeout`: which tries are followed by another one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct NextUpstream {
+    pub error: bool,
+    pub timeout: bool,
+    pub invalid_header: bool,
+    /// Also for requests that must not be acted on twice, once something of them was sent.
+    pub non_idempotent: bool,
+    /// Bits of `NEXT_STATUSES`.
+    statuses: u8,
+    /// Tries of a request in all; 0: no bound of its own.
+    pub tries: u32,
+    /// No further try begins past it. `None`: no bound.
+    pub within: Option<Duration>,
+}
+
+/// The statuses that `http_…` may name.
+const NEXT_STATUSES: [u16; 7] = [500, 502, 503, 504, 403, 404, 429];
+
+/// What `proxy_next_upstream` may say.
+const NEXT_WORDS: &str =
+    "error, timeout, invalid_header, non_idempotent, off, or http_ with 500, 502, 503, 504, 403, 404 or 429";
+
+impl NextUpstream {
+    /// Whether an answer with this status is followed by another try.
+    pub fn has_status(&self, status: u16) -> bool {
+        NEXT_STATUSES.iter().position(|known| *known == status).is_some_and(|bit| self.statuses & (1 << bit) != 0)
+    }
+
+    /// The words of the directive. `off` stands alone.
+    fn parse(text: &str) -> Option<NextUpstream> {
+        let mut next = NextUpstream::default();
+        let mut words = text.split_whitespace().peekable();
+        words.peek()?;
+        if text.trim() == "off" {
+            return Some(next);
+        }
+        for word in words {
+            match word {
+                "error" => next.error = true,
+                "timeout" => next.timeout = true,
+                "invalid_header" => next.invalid_header = true,
+                "non_idempotent" => next.non_idempotent = true,
+                _ => {
+                    let status: u16 = word.strip_prefix("http_")?.parse().ok()?;
+                    next.statuses |= 1 << NEXT_STATUSES.iter().position(|known| *known == status)?;
+                }
+            }
+        }
+        Some(next)
+    }
 }
 
 /// `add_header name value [always]`
@@ -81,6 +135,7 @@ impl Directives {
             socket: r.patience("lua_socket"),
             proxy: r.patience("proxy"),
             proxy_http11: options.get("proxy_http_version") == Some("1.1"),
+            next_upstream: r.next_upstream(),
             proxy_set_header: options.all("proxy_set_header").iter().map(|line| field(line)).collect(),
             add_header: options.all("add_header").iter().map(|line| added(line)).collect(),
         }
@@ -113,8 +168,27 @@ impl Reader<'_> {
         Patience { connect: duration("connect"), send: duration("send"), read: duration("read") }
     }
 
+    fn next_upstream(&mut self) -> NextUpstream {
+        let usual = NextUpstream { error: true, timeout: true, ..NextUpstream::default() };
+        NextUpstream {
+            tries: self.value("proxy_next_upstream_tries", "a number of tries", |n| n.parse().ok()).unwrap_or(0),
+            within: self.duration("proxy_next_upstream_timeout").filter(|limit| !limit.is_zero()),
+            ..self.words("proxy_next_upstream", NEXT_WORDS, NextUpstream::parse).unwrap_or(usual)
+        }
+    }
+
+    /// Of a directive that is one list of words: `[error, timeout]` is that, not two directives.
+    fn words<T>(&mut self, name: &str, meant: &str, read: impl FnOnce(&str) -> Option<T>) -> Option<T> {
+        let lines = self.options.all(name);
+        if lines.is_empty() { None } else { self.read(name, &lines.join(" "), meant, read) }
+    }
+
     fn value<T>(&mut self, name: &str, meant: &str, read: impl FnOnce(&str) -> Option<T>) -> Option<T> {
         let text = self.options.get(name)?;
+        self.read(name, text, meant, read)
+    }
+
+    fn read<T>(&mut self, name: &str, text: &str, meant: &str, read: impl FnOnce(&str) -> Option<T>) -> Option<T> {
         let value = read(text);
         if value.is_none() && self.said.is_some_and(|said| said.contains_key(name)) {
             self.mistakes.push(format!("{}.{name}: {text:?} is not {meant}", self.path));
@@ -181,6 +255,41 @@ mod tests {
         assert_eq!(
             added,
             [("X-B", text("1"), true), ("X-C", text("two words"), false), ("X-D", text("always"), false)]
+        );
+    }
+
+    #[test]
+    fn which_tries_are_followed_by_another() {
+        let next = |said: Value| {
+            let (d, mistakes) = read(said);
+            assert!(mistakes.is_empty(), "{mistakes:?}");
+            d.next_upstream
+        };
+        let usual = next(json!({}));
+        assert!(usual.error && usual.timeout && !usual.invalid_header && !usual.non_idempotent);
+        assert_eq!((usual.tries, usual.within, usual.has_status(502)), (0, None, false));
+        let all = next(json!({
+            "proxy_next_upstream": "invalid_header http_404 http_500 non_idempotent", "proxy_next_upstream_tries": 3,
+            "proxy_next_upstream_timeout": "2s",
+        }));
+        assert!(all.invalid_header && all.non_idempotent && !all.error && !all.timeout);
+        assert!(all.has_status(404) && all.has_status(500) && !all.has_status(403) && !all.has_status(200));
+        assert_eq!((all.tries, all.within), (3, Some(Duration::from_secs(2))));
+        for list in [json!([["http_429", "error"]]), json!(["http_429", "error"])] {
+            let next = next(json!({"proxy_next_upstream": list}));
+            assert!(next.has_status(429) && next.error && !next.timeout);
+        }
+        let off = next(json!({"proxy_next_upstream": "off", "proxy_next_upstream_timeout": "0"}));
+        assert_eq!(off, NextUpstream::default());
+        for bad in ["http_200", "off error", "", "errors"] {
+            let (_, mistakes) = read(json!({"proxy_next_upstream": bad}));
+            let start = format!("lua_locations[0].options.proxy_next_upstream: {bad:?} is not error, timeout,");
+            assert!(mistakes.len() == 1 && mistakes[0].starts_with(&start), "{mistakes:?}");
+        }
+        let (_, mistakes) = read(json!({"proxy_next_upstream_tries": "many"}));
+        assert_eq!(
+            mistakes,
+            [r#"lua_locations[0].options.proxy_next_upstream_tries: "many" is not a number of tries"#]
         );
     }
 

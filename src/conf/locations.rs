@@ -14,7 +14,11 @@ use ipnet::IpNet;
 use pcre2::bytes::{Regex, RegexBuilder};
 use serde_json::{Map, Value, json};
 
-use super::{directives::Directives, keys::at};
+use super::{
+    directives::Directives,
+    keys::at,
+    upstreams::{self, Upstream},
+};
 
 /// Everything that config.yaml says beside routes and plugins about what Lua runs when.
 #[derive(Clone, Debug, Default)]
@@ -26,11 +30,21 @@ pub struct Locations {
     pub server_rewrite: Option<Arc<Script>>,
     pub init: Init,
     pub handshakes: Handshakes,
-    /// `lua_upstreams`: servers as `address:port weight=n`, by the name that `proxy_pass` uses.
-    pub upstreams: HashMap<String, Vec<String>>,
+    /// `lua_upstreams`, by name.
+    pub upstreams: Vec<Arc<Upstream>>,
     /// For `lua_package_path` and `lua_package_cpath`; `;;` stands for the default.
     pub package_path: String,
     pub package_cpath: String,
+}
+
+impl Locations {
+    /// The scheme and the host that each `proxy_pass` names, as they stand there.
+    pub fn proxied(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.list.iter().filter_map(|location| match &location.content {
+            Content::Proxy(target) => target.origin(),
+            _ => None,
+        })
+    }
 }
 
 /// What runs once per VM.
@@ -246,6 +260,17 @@ impl Template {
         self.0.iter().any(|piece| matches!(piece, Piece::Var(_)))
     }
 
+    /// The scheme of a URL, and its host and port, where they are text and no variable: `http`, `backend` of `http://backend/$uri`.
+    pub fn origin(&self) -> Option<(&str, &str)> {
+        let [Piece::Text(text), more @ ..] = self.0.as_slice() else { return None };
+        let (scheme, rest) = text.split_once("://")?;
+        match rest.find(['/', '?']) {
+            Some(end) => Some((scheme, &rest[..end])),
+            // What follows may be part of it.
+            None => Some((scheme, rest)).filter(|_| more.is_empty()),
+        }
+    }
+
     fn needs(&self, name: &str) -> bool {
         self.0.iter().any(|piece| matches!(piece, Piece::Var(var) if **var == *name))
     }
@@ -275,7 +300,9 @@ pub(super) fn read(json: &Value, prefix: &Path, mistakes: &mut Vec<String>) -> L
     let implied = json!({"location": "/"});
     let rest = if list.is_empty() { None } else { r.location("lua_locations", &implied, &server, &options) };
     let init = at(json, "lua_init").and_then(Value::as_object).cloned().unwrap_or_default();
-    let upstreams = at(json, "lua_upstreams").and_then(Value::as_object).into_iter().flatten();
+    let mut wrong = Vec::new();
+    let upstreams = upstreams::read(at(json, "lua_upstreams"), &mut wrong, |map| r.script(map, "balancer_by_lua"));
+    r.mistakes.append(&mut wrong);
     let line = |key: &str| at(json, key).map(|v| text(v).into_owned()).unwrap_or_default();
     Locations {
         list,
@@ -292,12 +319,7 @@ pub(super) fn read(json: &Value, prefix: &Path, mistakes: &mut Vec<String>) -> L
             session_fetch: r.script(&server, "ssl_session_fetch_by_lua"),
             session_store: r.script(&server, "ssl_session_store_by_lua"),
         },
-        upstreams: upstreams
-            .map(|(name, servers)| {
-                let servers = servers.as_array().into_iter().flatten().map(|s| text(s).into_owned());
-                (name.clone(), servers.collect())
-            })
-            .collect(),
+        upstreams,
         package_path: line("lua_package_path"),
         package_cpath: line("lua_package_cpath"),
     }
@@ -462,7 +484,7 @@ impl Reader<'_> {
         }
     }
 
-    fn script(&mut self, map: &Map<String, Value>, phase: &str) -> Option<Arc<Script>> {
+    fn script(&self, map: &Map<String, Value>, phase: &str) -> Option<Arc<Script>> {
         if let Some(file) = map.get(&format!("{phase}_file")).and_then(Value::as_str) {
             return Some(self.file(file));
         }
@@ -564,6 +586,17 @@ mod tests {
         let literal = |text: &str| Piece::Text(text.into());
         assert_eq!(Template::parse("a${b}c$d-$").0, [literal("a"), var("b"), literal("c"), var("d"), literal("-$")]);
         assert!(Template::parse("").0.is_empty());
+        for (target, origin) in [
+            ("http://b", Some(("http", "b"))),
+            ("https://b:1/$uri", Some(("https", "b:1"))),
+            ("http://b?$args", Some(("http", "b"))),
+            ("http://b$uri", None),
+            ("http://$b/", None),
+            ("$all", None),
+            ("b", None),
+        ] {
+            assert_eq!(Template::parse(target).origin(), origin, "{target}");
+        }
     }
 
     #[test]

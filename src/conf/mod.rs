@@ -10,6 +10,7 @@ mod env;
 mod keys;
 pub mod locations;
 mod typed;
+pub mod upstreams;
 
 use std::{
     fmt, fs,

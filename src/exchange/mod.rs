@@ -306,11 +306,36 @@ pub struct UpstreamState {
     pub timeouts: [Option<Duration>; 3],
     /// How long the connection may be idle and how many requests it may serve (`balancer.enable_keepalive`).
     pub keepalive: Option<(Duration, u64)>,
+    /// What else `ngx.balancer` asks for or asks about. In a box of its own: ordinary requests have none.
+    pub balancing: Option<Box<Balancing>>,
     pub tries: SmallVec<[Try; 1]>,
     /// Response bytes may be withheld in the gateway (`proxy_buffering`); off: each read is sent at once.
     pub buffering: bool,
     /// Fields as the upstream sent them (`$upstream_http_*`), kept only when something asks: see `vars`.
     pub headers: Headers,
+}
+
+/// The tries of a request as its `balancer_by_lua` sees them, and what a script says of the one that comes.
+#[derive(Debug, Default)]
+pub struct Balancing {
+    /// The upstream that a location's `proxy_pass` names: `ngx.upstream`'s `current_upstream_name`.
+    pub name: Box<str>,
+    /// How the try before this one ended; `None` before the first.
+    pub last_failure: Option<Failure>,
+    /// Tries that may follow the one that comes, whatever a script asks for. `None`: as many as are ever allowed.
+    pub most: Option<u32>,
+    /// The name for TLS with the peer that the script has set: `set_current_peer`'s third argument.
+    pub tls_name: Option<Box<str>>,
+    /// Where connections come from (`bind_to_local_addr`); port 0: any.
+    pub local: Option<SocketAddr>,
+}
+
+/// How a try ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// The server is well, but the answer is not wanted (403, 404): `next`; else `failed`.
+    pub is_next: bool,
+    pub status: u16,
 }
 
 /// One attempt at a node: an element of `$upstream_addr`, `$upstream_status` and their like.
@@ -469,6 +494,7 @@ impl UpstreamState {
         self.more_tries = None;
         self.timeouts = [None; 3];
         self.keepalive = None;
+        self.balancing = None;
         self.tries.clear();
         self.buffering = true;
         self.headers.clear();

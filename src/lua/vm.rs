@@ -23,6 +23,7 @@ use super::{
     timers::Timers,
 };
 use crate::{
+    balancer::group::Groups,
     conf::locations::{Script, Source},
     error::{Error, Result},
     store::Snapshot,
@@ -70,6 +71,8 @@ pub struct VmConfig {
     pub package_cpath: String,
     /// `lua_init.init_by_lua`: the last thing at the start of the VM.
     pub init: Option<Arc<Script>>,
+    /// The upstreams of the worker's locations: `ngx.upstream`.
+    pub groups: Rc<Groups>,
 }
 
 /// A live VM. Its state is closed when the last handle goes.

@@ -134,6 +134,26 @@ impl Upstream {
         }
     }
 
+    /// One that only names its nodes.
+    pub fn of_nodes(nodes: impl IntoIterator<Item = Node>) -> Upstream {
+        Upstream {
+            uid: next_uid(),
+            id: None,
+            name: None,
+            nodes: nodes.into_iter().collect(),
+            balance: Balance::RoundRobin,
+            scheme: Scheme::Http,
+            pass_host: PassHost::Pass,
+            retries: None,
+            retry_timeout: None,
+            timeout: None,
+            keepalive: None,
+            tls: None,
+            discovery: None,
+            checks: None,
+        }
+    }
+
     /// From JSON that its schema has checked and filled.
     pub(super) fn from_json(map: &mut Map<String, Value>, context: &ParseContext<'_>) -> Result<Upstream> {
         let scheme = Scheme::of(text(map, "scheme").unwrap_or("http"));

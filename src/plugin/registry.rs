@@ -106,6 +106,7 @@ impl Setup {
             package_path: self.locations.package_path.clone(),
             package_cpath: self.locations.package_cpath.clone(),
             init: self.locations.init.init.clone().filter(|_| purpose == Purpose::Plugins),
+            groups: Rc::default(),
         }
     }
 

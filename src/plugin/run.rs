@@ -33,11 +33,12 @@ use super::{
     registry::{self, Plugins, Setup},
 };
 use crate::{
+    balancer::group::Groups,
     conf::locations::Script,
     error::Result,
     exchange::{Exchange, Phase, Source},
     lua::{
-        Stack, Vm, limits, log_error,
+        Stack, Vm, VmConfig, limits, log_error,
         sched::{self, Outcome},
         vm::Purpose,
     },
@@ -80,6 +81,8 @@ pub struct Runner {
     others: Rc<Others>,
     filters: RefCell<HashMap<u64, Option<c_int>>>,
     until_memory_check: Cell<u32>,
+    /// The upstreams of the worker's locations.
+    groups: Rc<Groups>,
 }
 
 /// One plugin VM, from a load of the plugins to the next.
@@ -217,9 +220,11 @@ impl Runner {
             let text = b"lua_code_cache is off; this will hurt performance";
             log::line(Level::Alert, text, None);
         }
-        let generation = Generation::load(&setup, worker, snapshot)?;
+        let groups = Rc::new(Groups::new(&setup.locations));
+        let generation = Generation::load(&setup, worker, snapshot, &groups)?;
         let others = Rc::new(Others::default());
         Ok(Runner {
+            groups,
             setup,
             worker,
             generation: RefCell::new(generation),
@@ -230,6 +235,11 @@ impl Runner {
             filters: RefCell::default(),
             until_memory_check: Cell::new(MEMORY_CHECK_EVERY),
         })
+    }
+
+    /// The upstreams of locations, as this worker's scripts and its proxy know them.
+    pub fn groups(&self) -> &Rc<Groups> {
+        &self.groups
     }
 
     /// The loaded plugins.
@@ -383,7 +393,10 @@ impl Runner {
     pub async fn function(&self, x: &mut Exchange, id: &str) -> Option<Flow> {
         let function = x.snapshot.functions.get(id)?.clone();
         x.phase = Phase::Content;
-        let make = || self.setup.vm_config(Purpose::Functions, self.worker, &x.snapshot);
+        let make = || VmConfig {
+            groups: self.groups.clone(),
+            ..self.setup.vm_config(Purpose::Functions, self.worker, &x.snapshot)
+        };
         let called = match self.functions.prepare(make, &function) {
             Ok(ready) => self.functions.call(ready, x).await,
             Err(e) => {
@@ -461,7 +474,7 @@ impl Runner {
 
     /// Builds a VM beside the one that serves; requests under way keep theirs.
     fn renew(&self, snapshot: &Arc<Snapshot>) {
-        match Generation::load(&self.setup, self.worker, snapshot) {
+        match Generation::load(&self.setup, self.worker, snapshot, &self.groups) {
             Ok(next) => {
                 self.plans.borrow_mut().clear();
                 self.filters.borrow_mut().clear();
@@ -547,8 +560,8 @@ impl Runner {
 }
 
 impl Generation {
-    fn load(setup: &Setup, worker: usize, snapshot: &Arc<Snapshot>) -> Result<Rc<Generation>> {
-        let config = setup.vm_config(Purpose::Plugins, worker, snapshot);
+    fn load(setup: &Setup, worker: usize, snapshot: &Arc<Snapshot>, groups: &Rc<Groups>) -> Result<Rc<Generation>> {
+        let config = VmConfig { groups: groups.clone(), ..setup.vm_config(Purpose::Plugins, worker, snapshot) };
         let (vm, plugins) = registry::load(config, &setup.names(snapshot))?;
         vm.set_snapshot(snapshot);
         let errors: HashMap<String, String> = registry::call(&vm, "moongate.plugins", "init", ())?;
@@ -569,8 +582,8 @@ impl Generation {
     }
 
     /// A VM without plugins, for scripts that are loaded anew for each request.
-    fn bare(setup: &Setup, worker: usize, snapshot: &Arc<Snapshot>) -> Result<Rc<Generation>> {
-        let config = setup.vm_config(Purpose::Plugins, worker, snapshot);
+    fn bare(setup: &Setup, worker: usize, snapshot: &Arc<Snapshot>, groups: &Rc<Groups>) -> Result<Rc<Generation>> {
+        let config = VmConfig { groups: groups.clone(), ..setup.vm_config(Purpose::Plugins, worker, snapshot) };
         let (vm, plugins) = registry::load(config, &[])?;
         vm.set_snapshot(snapshot);
         let entry = Entry::of(&vm)?;

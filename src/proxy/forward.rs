@@ -1,5 +1,7 @@
 //! A request to an upstream and its response back: tries, streams both ways, and gives the connection back.
 
+pub(super) mod servers;
+
 use std::{
     borrow::Cow,
     future::poll_fn,
@@ -24,6 +26,7 @@ use crate::{
     tls,
     upstream::{self, Conn, Head, Key, Tls},
 };
+use servers::Servers;
 
 /// Interim responses (1xx) before the real one: past it the node is playing.
 const MAX_INTERIM: usize = 16;
@@ -33,22 +36,17 @@ pub(super) async fn forward(p: &Proxy, x: &mut Exchange) -> Result<()> {
     let Some(conf) = x.upstream.conf.clone() else {
         return Err(Error::config(Kind::NoNode).context("missing upstream configuration in Route or Service"));
     };
-    let served = match x.upstream.scheme.as_slice() {
-        b"" => matches!(conf.scheme, Scheme::Http | Scheme::Https),
-        set => matches!(set, b"http" | b"https"),
-    };
-    if !served {
-        let scheme = crate::exchange::vars::scheme_name(conf.scheme);
-        return Err(Error::upstream(Kind::Other).context(format!("upstream scheme {scheme} is not served yet")));
-    }
+    Way::new(p, x, &conf)?.run(x).await
+}
+
+/// The body as it is to be sent, and how it is framed.
+fn body(x: &Exchange) -> Result<(Upload, BodyFraming)> {
     let (upload, mut framing) = Upload::new(&x.body, is_harmless(x))?;
     // `Content-Length: 0` is passed on: some servers refuse a POST that says nothing.
     if framing == BodyFraming::None && x.request.headers.contains("content-length") {
         framing = BodyFraming::Length(0);
     }
-    let (websocket, times) = (is_websocket(x), timeouts(p, x, &conf));
-    let mut way = Way { p, conf: &conf, framing, websocket, times, upload, waited: false };
-    way.run(x).await
+    Ok((upload, framing))
 }
 
 /// To be repeated, should nobody know whether a node acted on it.
@@ -66,6 +64,8 @@ struct Way<'a> {
     upload: Upload,
     /// Between the response's head and its end there was a wait, or a plugin.
     waited: bool,
+    /// Of a location; a route has nodes only.
+    servers: Option<Box<Servers>>,
 }
 
 /// A node that has answered.
@@ -77,10 +77,33 @@ struct Reached {
     begun: Instant,
 }
 
-impl Way<'_> {
+impl<'a> Way<'a> {
+    // A request of a route makes one where it stays: it is not to be moved there.
+    #[inline(always)]
+    fn new(p: &'a Proxy, x: &Exchange, conf: &'a Upstream) -> Result<Way<'a>> {
+        let served = match x.upstream.scheme.as_slice() {
+            b"" => matches!(conf.scheme, Scheme::Http | Scheme::Https),
+            set => matches!(set, b"http" | b"https"),
+        };
+        if !served {
+            let scheme = crate::exchange::vars::scheme_name(conf.scheme);
+            return Err(Error::upstream(Kind::Other).context(format!("upstream scheme {scheme} is not served yet")));
+        }
+        let (upload, framing) = body(x)?;
+        let (websocket, times) = (is_websocket(x), timeouts(p, x, conf));
+        Ok(Way { p, conf, framing, websocket, times, upload, waited: false, servers: None })
+    }
+
     async fn run(&mut self, x: &mut Exchange) -> Result<()> {
         std::mem::swap(&mut x.response.headers, &mut x.response.early);
-        let Reached { mut conn, key, head, begun } = self.reach(x).await?;
+        let Reached { mut conn, key, head, begun } = match self.servers {
+            None => self.reach(x).await?,
+            // In a box: what only locations need is no part of every request.
+            Some(_) => match Box::pin(self.reach_server(x)).await? {
+                Some(reached) => reached,
+                None => return Ok(()),
+            },
+        };
         if head.status == 101 {
             return self.switch(x, conn).await;
         }
@@ -125,7 +148,8 @@ impl Way<'_> {
                 }
                 Err(e) => return Err(Error::upstream(Kind::Other).context(e.message())),
             };
-            let e = match self.attempt(x, at, begun).await {
+            let conf = self.conf;
+            let e = match self.attempt(x, &conf.nodes[at], at, begun).await {
                 Ok(reached) => {
                     let latency = x.upstream.tries.last().and_then(|t| t.header_time);
                     if let Some(picked) = &picked {
@@ -164,9 +188,9 @@ impl Way<'_> {
         }
     }
 
-    /// One try at node `at`. A pooled connection that turns out to be closed does not count: a new one is made.
-    async fn attempt(&mut self, x: &mut Exchange, at: usize, begun: Instant) -> Result<Reached> {
-        let node = &self.conf.nodes[at];
+    /// One try at a node, the upstream's `at`th. A pooled connection that turns out to be closed does not count: a new one is
+    /// made.
+    async fn attempt(&mut self, x: &mut Exchange, node: &Node, at: usize, begun: Instant) -> Result<Reached> {
         let addr = match node.ip.filter(|_| x.upstream.peer.is_none()) {
             Some(ip) => Ok(SocketAddr::new(ip, node.port)),
             None => self.address(x, node).await,
@@ -179,7 +203,11 @@ impl Way<'_> {
             }
         };
         push_try(x, addr, at);
-        let (key, tls) = self.key(x, node, addr).map_err(|e| fail(x, begun, e))?;
+        let (mut key, tls) = self.key(x, node, addr).map_err(|e| fail(x, begun, e))?;
+        let from = x.upstream.balancing.as_ref().and_then(|b| b.local);
+        if let Some(from) = from {
+            key.tls = self.p.local_numbers.of(from, key.tls);
+        }
         if let Some(mut conn) = self.p.pool.take(&key, begun) {
             match self.ask(x, node, &mut conn).await {
                 Ok(head) => return Ok(Reached { conn, key, head: succeed(x, begun, head), begun }),
@@ -188,7 +216,7 @@ impl Way<'_> {
             }
         }
         let mut conn =
-            upstream::connect(addr, tls.as_ref(), self.times.connect).await.map_err(|e| fail(x, begun, e))?;
+            upstream::connect(addr, from, tls.as_ref(), self.times.connect).await.map_err(|e| fail(x, begun, e))?;
         if let Some(last) = x.upstream.tries.last_mut() {
             last.connect_time = Some(begun.elapsed());
         }
@@ -465,8 +493,11 @@ fn keepalive(p: &Proxy, x: &Exchange, conf: &Upstream) -> Keepalive {
     x.upstream.keepalive.map_or(set, |(idle_timeout, requests)| Keepalive { idle_timeout, requests, ..set })
 }
 
-/// The name for SNI and verification: the Host that is sent, without its port.
+/// The name for SNI and verification: a script's, else the Host that is sent, without its port.
 fn server_name(x: &Exchange, node: &Node) -> Box<str> {
+    if let Some(name) = x.upstream.balancing.as_ref().and_then(|b| b.tls_name.clone()) {
+        return name;
+    }
     let host = if x.upstream.host.is_empty() { &x.request.host } else { &x.upstream.host };
     let text = String::from_utf8_lossy(host);
     let name = match x.upstream.conf.as_deref().map(|c| &c.pass_host) {

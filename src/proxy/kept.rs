@@ -2,6 +2,7 @@
 
 use std::{
     cell::{Cell, RefCell},
+    net::SocketAddr,
     rc::Rc,
     sync::Arc,
     time::{Duration, Instant},
@@ -71,28 +72,30 @@ impl TlsNumbers {
     }
 }
 
+/// A number per address that connections come from and TLS number, for the pool's keys.
+#[derive(Default)]
+pub(super) struct LocalNumbers(RefCell<HashMap<(SocketAddr, u64), u64>>);
+
+impl LocalNumbers {
+    /// In place of the TLS number `tls`, for connections from `local`.
+    pub fn of(&self, local: SocketAddr, tls: u64) -> u64 {
+        let mut numbers = self.0.borrow_mut();
+        if let Some(number) = numbers.get(&(local, tls)) {
+            return *number;
+        }
+        if numbers.len() >= MAX_NUMBERS {
+            numbers.clear();
+        }
+        *numbers.entry((local, tls)).or_insert_with(next_uid)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::upstream::{Balance, PassHost, Scheme};
 
     fn upstream(uid: u64) -> Upstream {
-        Upstream {
-            uid,
-            id: None,
-            name: None,
-            nodes: Default::default(),
-            balance: Balance::RoundRobin,
-            scheme: Scheme::Http,
-            pass_host: PassHost::Pass,
-            retries: None,
-            retry_timeout: None,
-            timeout: None,
-            keepalive: None,
-            tls: None,
-            discovery: None,
-            checks: None,
-        }
+        Upstream { uid, ..Upstream::of_nodes([]) }
     }
 
     #[test]
@@ -125,5 +128,19 @@ mod tests {
         let more = numbers.of("more.test", &config);
         assert_eq!(numbers.0.borrow().len(), 1);
         assert!(!given.contains(&more) && !given.contains(&numbers.of("0.test", &config)));
+    }
+
+    #[test]
+    fn local_addresses_past_the_bound_are_numbered_anew() {
+        let numbers = LocalNumbers::default();
+        let from = |n: usize| SocketAddr::from((std::net::Ipv4Addr::from(n as u32), 0));
+        let first = numbers.of(from(0), 0);
+        assert_ne!(first, numbers.of(from(0), 7), "TLS is no plain connection");
+        for n in 1..MAX_NUMBERS - 1 {
+            numbers.of(from(n), 0);
+        }
+        assert_eq!((numbers.of(from(0), 0), numbers.0.borrow().len()), (first, MAX_NUMBERS));
+        let more = numbers.of(from(MAX_NUMBERS), 0);
+        assert!(numbers.0.borrow().len() == 1 && more != numbers.of(from(0), 0) && first != numbers.of(from(0), 0));
     }
 }

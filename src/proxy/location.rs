@@ -5,19 +5,19 @@ use std::{
     sync::Arc,
 };
 
-use hashbrown::HashMap;
-use serde_json::json;
-
-use super::{Proxy, capture, files, forward, head, request, rescue};
+use super::{
+    Proxy, capture, files,
+    forward::servers::{Named, forward_to},
+    head, request, rescue,
+};
 use crate::{
-    conf::locations::{Content, Flag, Location, Locations, Pattern, Rewrite, Template},
+    conf::locations::{Content, Flag, Location, Pattern, Rewrite, Template},
     error::{Error, Kind, Result},
     exchange::{
         BodyLength, Exchange, Jump, Phase, Version,
         host::{Answered, Doing, Host, Sending, Subrequest},
     },
     location::Chosen,
-    model::{self, Keyring, ParseContext, Parsed},
     plugin::{Flow, PhaseMask, output},
 };
 
@@ -526,10 +526,7 @@ async fn proxy(p: &Proxy, x: &mut Exchange, location: &Location, target: &Templa
     let host = &rest[..rest.find(['/', '?']).unwrap_or(rest.len())];
     // Bytes that are no text may stand in the URI only, which is what follows the same start.
     let uri = text.get(scheme.len() + 3 + host.len()..).ok_or_else(bad)?;
-    x.upstream.conf = Some(match p.upstreams.get(host) {
-        Some(upstream) => upstream.clone(),
-        None => upstream(scheme, &[host.to_owned()]).ok_or_else(bad)?,
-    });
+    let named = Named::find(p, scheme, host).ok_or_else(bad)?;
     x.upstream.scheme = scheme.as_bytes().to_vec();
     x.upstream.host = host.as_bytes().to_vec();
     if !uri.is_empty() {
@@ -543,28 +540,5 @@ async fn proxy(p: &Proxy, x: &mut Exchange, location: &Location, target: &Templa
         }
         x.upstream.uri = uri;
     }
-    forward::forward(p, x).await
-}
-
-/// `lua_upstreams` as upstreams.
-pub(super) fn upstreams(locations: &Locations) -> HashMap<String, Arc<model::Upstream>> {
-    let all = locations.upstreams.iter();
-    all.filter_map(|(name, servers)| Some((name.clone(), upstream("http", servers)?))).collect()
-}
-
-/// Servers as nginx writes them: `127.0.0.1:1980 weight=2`.
-fn upstream(scheme: &str, servers: &[String]) -> Option<Arc<model::Upstream>> {
-    let mut nodes = serde_json::Map::new();
-    for server in servers {
-        let mut words = server.split_whitespace();
-        let place = words.next()?;
-        let weight = words.find_map(|w| w.strip_prefix("weight=")?.parse::<u32>().ok()).unwrap_or(1);
-        nodes.insert(place.to_owned(), weight.into());
-    }
-    let json = json!({"type": "roundrobin", "scheme": scheme, "nodes": nodes}).to_string();
-    let keyring = Keyring::default();
-    match model::parse(model::Kind::Upstream, "lua_upstreams", &json, &ParseContext::new(&keyring)) {
-        Ok(Parsed::Upstream(upstream)) => Some(upstream),
-        _ => None,
-    }
+    forward_to(p, x, &named, location.directives.next_upstream).await
 }

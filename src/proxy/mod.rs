@@ -26,9 +26,10 @@ use std::{
     time::Duration,
 };
 
+use forward::servers::Named;
 use hashbrown::HashMap;
 use ipnet::IpNet;
-use kept::{Pickers, TlsNumbers};
+use kept::{LocalNumbers, Pickers, TlsNumbers};
 
 use crate::{
     conf::locations::{Locations, Script},
@@ -79,8 +80,8 @@ pub struct Proxy {
     pub pool: Pool,
     /// Runs before a location is chosen.
     server_rewrite: Option<Arc<Script>>,
-    /// `lua_upstreams`, by name.
-    upstreams: HashMap<String, Arc<model::Upstream>>,
+    /// `lua_upstreams` and what else locations name, by name.
+    upstreams: HashMap<Box<str>, Rc<Named>>,
     /// What scripts reach the proxy by; made with the first request that has any.
     host: OnceCell<Rc<dyn Host>>,
     ending: Box<dyn Ending>,
@@ -90,6 +91,7 @@ pub struct Proxy {
     /// Spreads requests over the addresses of a name: the state of a linear congruential generator.
     turn: Cell<u64>,
     tls_numbers: TlsNumbers,
+    local_numbers: LocalNumbers,
 }
 
 impl Proxy {
@@ -103,15 +105,16 @@ impl Proxy {
     ) -> Self {
         let current = published.load();
         Proxy {
+            upstreams: forward::servers::named(locations, runner.groups()),
             settings,
             runner,
             locations: Chooser::new(&locations.list, locations.rest.clone()),
             server_rewrite: locations.server_rewrite.clone(),
-            upstreams: location::upstreams(locations),
             host: OnceCell::new(),
             resolver,
             pool: Pool::default(),
             tls_numbers: TlsNumbers::default(),
+            local_numbers: LocalNumbers::default(),
             ending,
             version: Cell::new(current.version),
             current: RefCell::new(current),

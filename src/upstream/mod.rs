@@ -11,7 +11,7 @@ mod stream;
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use rustls::{ClientConfig, pki_types::ServerName};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 
 pub use conn::Conn;
 pub use pool::{Key, Pool};
@@ -31,10 +31,19 @@ pub struct Tls {
     pub name: ServerName<'static>,
 }
 
-/// Opens a connection to a node, TLS included, within `limit`.
-pub async fn connect(addr: SocketAddr, tls: Option<&Tls>, limit: Duration) -> Result<Box<Conn>> {
+/// Opens a connection to a node, TLS included, within `limit`. `from`: the address that it comes from, where that is not the
+/// system's to choose.
+pub async fn connect(
+    addr: SocketAddr,
+    from: Option<SocketAddr>,
+    tls: Option<&Tls>,
+    limit: Duration,
+) -> Result<Box<Conn>> {
     let opening = async {
-        let socket = TcpStream::connect(addr).await.map_err(refused)?;
+        let socket = match from {
+            None => TcpStream::connect(addr).await.map_err(refused)?,
+            Some(from) => bound(from)?.connect(addr).await.map_err(refused)?,
+        };
         // Heads and bodies are gathered before they are written: Nagle would only hold back their ends.
         let _ = socket.set_nodelay(true);
         match tls {
@@ -53,6 +62,17 @@ async fn handshake(tcp: TcpStream, tls: &Tls) -> Result<Stream> {
     let stream = connector.connect(tls.name.clone(), tcp).await;
     let failed = |e| Error::upstream(Kind::Tls).retry(Retry::Safe).context("TLS handshake").cause(e);
     stream.map(|s| Stream::Tls(Box::new(s))).map_err(failed)
+}
+
+/// A socket that connects from this address. That it cannot be had is no fault of the node.
+fn bound(from: SocketAddr) -> Result<TcpSocket> {
+    let socket = if from.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() };
+    let failed = |e| Error::internal(Kind::Io).cause(e).context(format!("bind({from}) failed"));
+    let socket = socket.map_err(failed)?;
+    // A port that is named may still be that of a connection that has ended.
+    socket.set_reuseaddr(true).map_err(failed)?;
+    socket.bind(from).map_err(failed)?;
+    Ok(socket)
 }
 
 fn refused(e: io::Error) -> Error {

@@ -70,16 +70,23 @@ fn ngx_ssl_reads_certificates_and_keys() {
                     type(ssl.parse_pem_priv_key(key)), type(ssl.parse_der_priv_key(ssl.priv_key_pem_to_der(key)))",
                 "userdata userdata userdata userdata",
             ),
-            ("ssl.priv_key_pem_to_der(certificate)", "nil no private key in the text"),
-            ("ssl.parse_der_cert(ssl.cert_pem_to_der(certificate) .. 'x')", "nil failed to load the certificate"),
-            ("ssl.parse_pem_cert('no')", "nil failed to load the certificate"),
-            ("ssl.parse_pem_priv_key(certificate)", "nil not a private key"),
-            ("ssl.set_cert()", "nil not supported"),
+            ("ssl.priv_key_pem_to_der(certificate)", "nil PEM_read_bio_PrivateKey() failed"),
+            ("ssl.parse_der_cert(ssl.cert_pem_to_der(certificate) .. 'x')", "nil d2i_X509_bio() failed"),
+            ("ssl.parse_pem_cert('no')", "nil PEM_read_bio_X509_AUX() failed"),
+            ("ssl.parse_pem_priv_key(certificate)", "nil PEM_read_bio_PrivateKey() failed"),
+            ("ssl.parse_der_priv_key(ssl.cert_pem_to_der(certificate))", "nil d2i_PrivateKey_bio() failed"),
+            ("pcall(ssl.parse_pem_cert, 5)", "false bad argument #1 (string expected, got number)"),
+            ("pcall(ssl.set_cert)", "false API disabled in the context of init_worker_by_lua*"),
         ],
     );
     table(
         &format!("local ssl, text = require('ngx.ssl'), [[{RSA_ENCRYPTED}]]"),
-        &[("ssl.priv_key_pem_to_der(text)", "nil the key is encrypted")],
+        &[
+            ("ssl.priv_key_pem_to_der(text)", "nil PEM_read_bio_PrivateKey() failed"),
+            ("ssl.priv_key_pem_to_der(text, 'wrong')", "nil PEM_read_bio_PrivateKey() failed"),
+            ("type(ssl.parse_der_priv_key(ssl.priv_key_pem_to_der(text, 'secret')))", "userdata"),
+            ("type(ssl.parse_pem_priv_key(text, 'secret'))", "userdata"),
+        ],
     );
 }
 

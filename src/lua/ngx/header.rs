@@ -66,16 +66,28 @@ pub fn register(api: &mut Api) -> Result<()> {
 /// Pushes the fields as a table by lower-case name, or as they came when argument 2 is true.
 fn push_headers(s: &Stack, headers: &Headers, kind: &str) -> Answer {
     let max = codec::limit(s, 1)?;
-    match s.boolean(2) {
-        true => push_fields(s, headers, kind, max, None),
-        false => vm::with_current(|vm| push_fields(s, headers, kind, max, Some(&vm.header_names)))
-            .unwrap_or_else(|| Err("no VM runs".into())),
-    }
+    let raw = s.boolean(2);
+    let pushed = if raw {
+        None
+    } else {
+        vm::with_current(|vm| push_fields(s, headers, kind, max, Name::Known(&vm.header_names)))
+    };
+    pushed.unwrap_or_else(|| push_fields(s, headers, kind, max, if raw { Name::Raw } else { Name::Made }))
 }
 
-/// `names`: where names are known in lower case; without them they stay as they came.
-fn push_fields(s: &Stack, headers: &Headers, kind: &str, max: usize, names: Option<&Names>) -> Answer {
-    if let Some(names) = names {
+/// How names become strings.
+#[derive(Clone, Copy)]
+enum Name<'a> {
+    /// As they came.
+    Raw,
+    /// In lower case; where they are known already.
+    Known(&'a Names),
+    /// In lower case, outside of VMs that keep them.
+    Made,
+}
+
+fn push_fields(s: &Stack, headers: &Headers, kind: &str, max: usize, how: Name) -> Answer {
+    if let Name::Known(names) = how {
         names.begin(s);
     }
     let strings = s.top();
@@ -93,7 +105,8 @@ fn push_fields(s: &Stack, headers: &Headers, kind: &str, max: usize, names: Opti
             return Ok(2);
         }
         let length = 1 << (name.len() % 64);
-        let same = |other: &[u8]| if names.is_none() { other == name } else { same_name(other, name) };
+        let raw = matches!(how, Name::Raw);
+        let same = |other: &[u8]| if raw { other == name } else { same_name(other, name) };
         if lengths & length != 0
             && headers
                 .of_length(name.len())
@@ -101,16 +114,13 @@ fn push_fields(s: &Stack, headers: &Headers, kind: &str, max: usize, names: Opti
                 .any(|(other, _)| same(other))
         {
             s.push_bytes(value);
-            match names {
-                Some(_) => codec::add(s, table, &lower(name, &mut [0; 64])),
-                None => codec::add(s, table, name),
-            }
+            let shown = if raw { Cow::Borrowed(name) } else { Cow::Owned(name.to_ascii_lowercase()) };
+            codec::add(s, table, &shown);
         } else {
-            match names {
-                Some(names) => names.push(s, strings, name),
-                None => {
-                    s.push_bytes(name);
-                }
+            match how {
+                Name::Known(names) => names.push(s, strings, name),
+                Name::Raw => _ = s.push_bytes(name),
+                Name::Made => _ = s.push_bytes(lower(name, &mut [0; 64])),
             }
             s.push_bytes(value);
             s.set_raw(table);

@@ -74,12 +74,26 @@ fn place(name: &[u8]) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::lua::host::tests::serve;
+    use crate::{
+        exchange::Exchange,
+        lua::{Vm, fast, sched, vm::VmConfig},
+    };
+
+    #[track_caller]
+    fn gives(vm: &std::rc::Rc<Vm>, prepare: impl FnOnce(&mut Exchange), chunk: &str, expected: &str) {
+        let mut x = sched::background(vm);
+        prepare(&mut x);
+        let given: String =
+            vm.entered(|| fast::enter(&mut x, || vm.lua.load(chunk).eval())).expect("a chunk that ends");
+        assert_eq!(given, expected);
+        sched::end_background(vm, &mut x);
+    }
 
     #[test]
     fn names_are_themselves_however_many_come() {
-        // More than there are places, in two spellings, twice.
-        let add = |x: &mut crate::exchange::Exchange| {
+        let vm = Vm::new(VmConfig::default()).expect("a VM");
+        // More than there are places, short ones and such as are too long to be kept, each twice.
+        let add = |x: &mut Exchange| {
             for n in 0..PLACES * 3 {
                 x.request.headers.append(format!("X-{n}-{}", "a".repeat(n % 40)), n.to_string());
             }
@@ -90,16 +104,21 @@ mod tests {
                     if name ~= 'x-' .. value .. '-' .. ('a'):rep(value % 40) then return name end
                     n = n + 1
                 end
-                if n ~= 768 then return n end
+                if n ~= 768 then return tostring(n) end
                 if ngx.req.get_headers(0)['X-5-AAAAA'] ~= '5' then return 'case' end
             end
             return 'all'";
-        serve(add, chunk, "all");
-        let twice = |x: &mut crate::exchange::Exchange| {
+        gives(&vm, add, chunk, "all");
+        let twice = |x: &mut Exchange| {
             x.request.headers.append("X-Abc", "1");
             x.request.headers.append("x-aBC", "2");
             x.request.headers.append("", "none");
         };
-        serve(twice, "local h = ngx.req.get_headers() return h['x-abc'][1] .. h['x-abc'][2] .. h['']", "12none");
+        gives(&vm, twice, "local h = ngx.req.get_headers() return h['x-abc'][1] .. h['x-abc'][2] .. h['']", "12none");
+        // The strings are kept from the collector.
+        let one = |x: &mut Exchange| x.request.headers.append("X-Kept", "1");
+        for _ in 0..3 {
+            gives(&vm, one, "collectgarbage() return next(ngx.req.get_headers())", "x-kept");
+        }
     }
 }

@@ -26,6 +26,7 @@ pub mod ssl;
 #[cfg(test)]
 mod tests;
 pub mod time;
+pub mod upstream;
 pub mod var;
 pub mod worker;
 
@@ -83,6 +84,7 @@ pub fn register(api: &mut Api) -> Result<()> {
     socket_udp::register(api)?;
     ssl::register(api)?;
     time::register(api)?;
+    upstream::register(api)?;
     var::register(api)?;
     worker::register(api)
 }

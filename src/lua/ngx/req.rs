@@ -35,6 +35,8 @@ const READ_CHUNK: usize = 64 << 10;
 
 const BODY: Phases = Phases::BEFORE_HEAD;
 const READ: Phases = Phases::REQUEST;
+/// A `balancer_by_lua` may give each try a body of its own.
+const REPLACE: Phases = Phases(BODY.0 | Phases::BALANCER.0);
 
 pub fn register(api: &mut Api) -> Result<()> {
     api.fast("method", "int (void *)", READ, "the request's method; 0 without a request", method as *const c_void)?;
@@ -89,7 +91,7 @@ pub fn register(api: &mut Api) -> Result<()> {
         RequestBody::File { path, .. } => Ok(s.push_bytes(path.as_os_str().as_encoded_bytes())),
         _ => Ok(s.push_nil()),
     })?;
-    api.func("ngx.req.set_body_data", BODY, "set_body_data(text): replaces the body", |s| {
+    api.func("ngx.req.set_body_data", REPLACE, "set_body_data(text): replaces the body", |s| {
         let data = Bytes::copy_from_slice(s.arg_bytes(1)?);
         let x = request()?;
         if let Some(why) = unreadable(x) {
@@ -105,7 +107,7 @@ pub fn register(api: &mut Api) -> Result<()> {
         })
     })?;
     api.func("native.req.replace_body", BODY, "replace_body(text, size?): to a file when it is longer", replace_with)?;
-    api.func("ngx.req.set_body_file", BODY, "set_body_file(name, auto_clean?): replaces the body", |s| {
+    api.func("ngx.req.set_body_file", REPLACE, "set_body_file(name, auto_clean?): replaces the body", |s| {
         let path: std::path::PathBuf = s.arg_str(1)?.into_owned().into();
         let x = request()?;
         if let Some(why) = unreadable(x) {

@@ -34,7 +34,7 @@ const MAX_PRINTED: usize = 256 << 20;
 /// What a location has printed goes out once it has grown to this.
 const SEND_AT: usize = 64 << 10;
 
-const PRINT: Phases = Phases(Phases::BEFORE_HEAD.0 | Phases::of(Phase::Balancer).0);
+const PRINT: Phases = Phases::BEFORE_HEAD;
 
 pub fn register(api: &mut Api) -> Result<()> {
     let any = Phases::ANY;

@@ -85,6 +85,8 @@ fn key(text: &[u8], passphrase: Option<&[u8]>) -> Option<Key> {
         (true, None) => PrivateKeyDer::from_pem_slice(text).ok()?,
         (false, None) => PrivateKeyDer::try_from(text.to_vec()).ok()?,
     };
+    // What nobody could sign with is no key.
+    rustls::crypto::ring::sign::any_supported_type(&der).ok()?;
     let label = match &der {
         PrivateKeyDer::Pkcs1(_) => "RSA PRIVATE KEY",
         PrivateKeyDer::Sec1(_) => "EC PRIVATE KEY",

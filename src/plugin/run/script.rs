@@ -132,7 +132,7 @@ impl Runner {
         if x.location.as_ref().is_none_or(|l| l.directives.lua_code_cache) {
             return shared;
         }
-        match Generation::bare(&self.setup, self.worker, &x.snapshot) {
+        match Generation::bare(&self.setup, self.worker, &x.snapshot, &self.groups) {
             Ok(own) => {
                 self.others.plugins(&own);
                 own
@@ -252,7 +252,21 @@ impl Runner {
         x.lua.slot = None;
     }
 
-    /// Reads the request's body before anything runs: `lua_need_request_body`.
+    /// `balancer_by_lua`, before a try at the upstream. A status: the script has ended the request with it.
+    pub async fn balancer(&self, x: &mut Exchange, script: &Arc<Script>) -> Result<Option<u16>> {
+        x.phase = Phase::Balancer;
+        match self.run_script(x, script).await {
+            Ok(Outcome::Done(()) | Outcome::Exit(0)) => Ok(None),
+            Ok(Outcome::Exit(status @ 100..=999)) => Ok(Some(status as u16)),
+            Ok(Outcome::Exit(n)) => {
+                Err(Error::script(format!("balancer_by_lua* has ended the request with ngx.exit({n})")))
+            }
+            Ok(Outcome::Failed(text)) => Err(Error::script(format!("failed to run balancer_by_lua*: {text}"))),
+            Err(NotLoaded { text, .. }) => Err(Error::script(text)),
+        }
+    }
+
+    /// Reads the request's body before anything else has it: `lua_need_request_body`, `balancer_by_lua`.
     pub async fn read_body(&self, x: &mut Exchange) -> Result<()> {
         crate::lua::ngx::req::read_all(x).await
     }
