@@ -199,7 +199,7 @@ fn chain(c: &mut Criterion, title: &str, plugins: usize) {
     let snapshot = Arc::new(snapshot);
     let (runtime, local) = runtime();
     let setup = Setup { config: json!({"plugins": []}).into(), ..Setup::default() };
-    let runner = local.block_on(&runtime, async { Runner::new(setup, 0, &snapshot) }).expect("a runner");
+    let runner = local.block_on(&runtime, Runner::new(setup, 0, &snapshot)).expect("a runner");
     let kept = RefCell::new(Some(Exchange::new(connection(), snapshot)));
     let request = async |times: u64| {
         let mut x = kept.take().expect("one runs at a time");

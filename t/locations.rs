@@ -319,6 +319,32 @@ fn scripts_of_the_start_and_their_modules_are_there() {
 }
 
 #[test]
+fn scripts_of_the_start_may_wait() {
+    let up = Upstream::answering(|_| "HTTP/1.0 200 OK\r\nConnection: close\r\nContent-Length: 4\r\n\r\nthis");
+    let port = up.addr().rsplit(':').next().expect("a port").to_owned();
+    let ask = |name: &str| {
+        format!(
+            "local sock = ngx.socket.tcp()
+            assert(sock:connect('127.0.0.1', {port}))
+            assert(sock:send('GET / HTTP/1.0\\r\\nHost: a\\r\\n\\r\\n'))
+            ngx.sleep(0.001)
+            {name} = assert(sock:receive('*a')):match('this') .. ' in ' .. ngx.get_phase()"
+        )
+    };
+    let dir = Dir::new();
+    let plugin = "local _M = { version = 0.1, priority = 1, name = 'asks', schema = { type = 'object' } }
+        function _M.init() ASK end
+        return _M";
+    dir.write("plugins/asks.lua", plugin.replace("ASK", &ask("of_plugin")));
+    dir.configure(json!({
+        "lua_init": {"init_by_lua": ask("first"), "init_worker_by_lua": ask("second")},
+        "lua_locations": [{"location": "= /t", "content_by_lua": "ngx.say(first, ', ', of_plugin, ', ', second)"}],
+    }));
+    let gw = Gateway::in_dir(dir);
+    says(&gw.get("/t"), "this in init, this in init_worker, this in init_worker\n");
+}
+
+#[test]
 fn a_location_may_pass_on_rewrite_and_refuse() {
     let upstream = Upstream::echo();
     let gw = Gateway::with(json!({

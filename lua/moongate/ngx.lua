@@ -512,7 +512,7 @@ ngx.arg = setmetatable({}, {
 local phase_names = {
     [0] = "init_worker", "ssl_cert", "access", "access", "access", "balancer", "content", "header_filter",
     "body_filter", "body_filter", "log", "timer", "set", "server_rewrite", "rewrite", "precontent",
-    "ssl_client_hello", "ssl_session_fetch", "ssl_session_store",
+    "ssl_client_hello", "ssl_session_fetch", "ssl_session_store", "init",
 }
 
 --- ngx.get_phase()

@@ -123,7 +123,11 @@ async fn serve(worker: usize, blueprint: Blueprint, sockets: Vec<Bound>, line: L
     let Line { mut orders, reports, collections, questions } = line;
     let config = blueprint.config.clone();
     let ending = Rc::new(blueprint.endings.of_worker(&config));
-    let proxy = Rc::new(new_proxy(worker, &blueprint, ending.clone())?);
+    let proxy = tokio::select! {
+        made = new_proxy(worker, &blueprint, ending.clone()) => Rc::new(made?),
+        // Plugins' init may wait, and nobody is served yet.
+        () = ordered(&mut orders, |order| order != Order::Serve) => return Ok(()),
+    };
     let counter = ending.clone();
     let drain = Drain::telling(move |opened| match opened {
         true => counter.recorder.connections().opened(),
@@ -158,9 +162,10 @@ async fn serve(worker: usize, blueprint: Blueprint, sockets: Vec<Bound>, line: L
     ended
 }
 
-fn new_proxy(worker: usize, blueprint: &Blueprint, ending: Rc<Ending>) -> Result<Proxy> {
+async fn new_proxy(worker: usize, blueprint: &Blueprint, ending: Rc<Ending>) -> Result<Proxy> {
     let snapshot = blueprint.published.load();
     let runner = Runner::new(blueprint.setup.clone(), worker, &snapshot)
+        .await
         .map_err(|e| e.context(format!("worker {worker}: load the plugins")))?;
     Ok(Proxy::new(
         settings::proxy(&blueprint.config),

@@ -118,6 +118,8 @@ pub enum Phase {
     SslClientHello,
     SslSessionFetch,
     SslSessionStore,
+    /// `init_by_lua`; `Init` is `init_worker_by_lua` and plugins' `init`.
+    InitByLua,
 }
 
 /// A change of location: `ngx.exec`, `ngx.req.set_uri(uri, true)`.

@@ -27,7 +27,7 @@ use crate::{
 pub struct Phases(pub u32);
 
 impl Phases {
-    pub const INIT: Phases = Phases::of(Phase::Init);
+    pub const INIT: Phases = Phases(Phases::of(Phase::Init).0 | Phases::of(Phase::InitByLua).0);
     /// The four phases of a handshake.
     pub const SSL: Phases = Phases(
         Phases::of(Phase::Ssl).0
@@ -73,6 +73,7 @@ impl std::ops::BitOr for Phases {
 pub fn context_name(phase: Phase) -> &'static str {
     match phase {
         Phase::Init => "init_worker_by_lua*",
+        Phase::InitByLua => "init_by_lua*",
         Phase::Ssl => "ssl_certificate_by_lua*",
         Phase::Rewrite | Phase::Access | Phase::BeforeProxy => "access_by_lua*",
         Phase::Balancer => "balancer_by_lua*",

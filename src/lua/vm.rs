@@ -69,8 +69,6 @@ pub struct VmConfig {
     /// `lua_package_path`, `lua_package_cpath`: in place of the default path, which `;;` in them stands for.
     pub package_path: String,
     pub package_cpath: String,
-    /// `lua_init.init_by_lua`: the last thing at the start of the VM.
-    pub init: Option<Arc<Script>>,
     /// The upstreams of the worker's locations: `ngx.upstream`.
     pub groups: Rc<Groups>,
 }
@@ -184,9 +182,6 @@ impl Vm {
         vm.adopt.set(vm.function("moongate.request", "adopt")?);
         vm.inherit.set(vm.function("moongate.request", "inherit")?);
         vm.left.set(vm.function("moongate.request", "left")?);
-        if let Some(init) = vm.config.init.clone() {
-            vm.run_script(&init).map_err(|e| e.context("init_by_lua error"))?;
-        }
         Ok(vm)
     }
 

@@ -105,7 +105,6 @@ impl Setup {
             plugin_sources: sources.collect(),
             package_path: self.locations.package_path.clone(),
             package_cpath: self.locations.package_cpath.clone(),
-            init: self.locations.init.init.clone().filter(|_| purpose == Purpose::Plugins),
             groups: Rc::default(),
         }
     }
@@ -149,12 +148,16 @@ fn plugin_files(dir: &Path, names: &mut Vec<Box<str>>) {
     names.append(&mut found);
 }
 
-/// A VM with the plugins of `names` loaded. What does not load is logged and left out.
-pub fn load(config: VmConfig, names: &[Box<str>]) -> Result<(Rc<Vm>, Plugins)> {
-    let vm = Vm::with(config, &[natives::register])?;
+/// A VM that plugins can be loaded in.
+pub fn vm(config: VmConfig) -> Result<Rc<Vm>> {
+    Vm::with(config, &[natives::register])
+}
+
+/// Loads the plugins of `names`. What does not load is logged and left out.
+pub fn load(vm: &Rc<Vm>, names: &[Box<str>]) -> Plugins {
     let mut plugins = Plugins::new();
     for name in names {
-        match load_one(&vm, name) {
+        match load_one(vm, name) {
             Ok(info) => {
                 plugins.insert(name.clone(), Arc::new(info));
             }
@@ -163,7 +166,7 @@ pub fn load(config: VmConfig, names: &[Box<str>]) -> Result<(Rc<Vm>, Plugins)> {
             Err(Refused::Broken(text)) => tracing::error!(target: "lua", "failed to load plugin [{name}] err: {text}"),
         }
     }
-    Ok((vm, plugins))
+    plugins
 }
 
 enum Refused {
@@ -232,7 +235,8 @@ impl Checker {
 
     fn load(&self, snapshot: &Snapshot) -> Result<()> {
         let config = self.setup.vm_config(Purpose::Check, 0, snapshot);
-        let (vm, plugins) = load(config, &self.setup.names(snapshot))?;
+        let vm = vm(config)?;
+        let plugins = load(&vm, &self.setup.names(snapshot));
         *self.state.borrow_mut() = Some(Loaded { vm, plugins: Rc::new(plugins) });
         self.generation.set(self.generation.get() + 1);
         Ok(())
@@ -275,7 +279,7 @@ impl Checker {
     /// and line.
     pub fn inspect_plugin(&self, name: &str, source: &str) -> Result<PluginInfo, String> {
         let config = self.setup.vm_config(Purpose::Check, 0, &Snapshot::default());
-        let vm = Vm::with(config, &[natives::register]).map_err(|e| e.to_string())?;
+        let vm = vm(config).map_err(|e| e.to_string())?;
         let chunk = vm::load_chunk(&vm.lua, &format!("plugins/{name}.lua"), source.as_bytes()).map_err(plain)?;
         let (info, reason): (mlua::Value, Option<String>) =
             call(&vm, "moongate.plugins", "inspect", (chunk, name)).map_err(|e| e.to_string())?;

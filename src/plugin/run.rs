@@ -20,6 +20,7 @@ use mlua::ffi;
 mod counters;
 mod function;
 mod script;
+mod start;
 #[cfg(test)]
 mod tests;
 
@@ -65,6 +66,9 @@ pub enum Flow {
 /// Plans kept per worker. Past it those that were not used since the last sweep go.
 const MAX_PLANS: usize = 4096;
 
+/// What no snapshot's version is.
+const NO_SNAPSHOT: u64 = u64::MAX;
+
 /// Requests between two looks at a VM's memory.
 const MEMORY_CHECK_EVERY: u32 = 256;
 
@@ -76,6 +80,10 @@ pub struct Runner {
     plans: RefCell<hashbrown::HashMap<Key, Rc<Plan>>>,
     /// The snapshot that plans were last made for.
     snapshot: Cell<u64>,
+    /// The newest that came, whether or not its VM serves.
+    newest: Cell<u64>,
+    /// The VM that is to serve next, while it starts.
+    renewal: RefCell<Option<start::Renewal>>,
     functions: Functions,
     /// VMs that still end, and those of one request.
     others: Rc<Others>,
@@ -215,13 +223,13 @@ fn run_of(x: &Exchange) -> Option<&Run> {
 
 impl Runner {
     /// Loads the plugins. Must be called inside the worker's runtime: `init` may start timers.
-    pub fn new(setup: Setup, worker: usize, snapshot: &Arc<Snapshot>) -> Result<Runner> {
+    pub async fn new(setup: Setup, worker: usize, snapshot: &Arc<Snapshot>) -> Result<Runner> {
         if worker == 0 && setup.locations.list.iter().any(|l| !l.directives.lua_code_cache) {
             let text = b"lua_code_cache is off; this will hurt performance";
             log::line(Level::Alert, text, None);
         }
         let groups = Rc::new(Groups::new(&setup.locations));
-        let generation = Generation::load(&setup, worker, snapshot, &groups)?;
+        let generation = Generation::started(setup.clone(), worker, snapshot.clone(), groups.clone()).await?;
         let others = Rc::new(Others::default());
         Ok(Runner {
             groups,
@@ -230,6 +238,8 @@ impl Runner {
             generation: RefCell::new(generation),
             plans: RefCell::default(),
             snapshot: Cell::new(snapshot.version),
+            newest: Cell::new(snapshot.version),
+            renewal: RefCell::default(),
             functions: Functions::new(others.clone()),
             others,
             filters: RefCell::default(),
@@ -460,30 +470,24 @@ impl Runner {
 
     /// Takes a new snapshot in: a new generation when the plugins changed.
     fn follow(&self, snapshot: &Arc<Snapshot>) {
-        let newest = snapshot.version > self.snapshot.get();
-        if !newest {
+        if snapshot.version < self.newest.get() || snapshot.version == self.snapshot.get() {
             return;
         }
-        self.snapshot.set(snapshot.version);
+        self.newest.set(snapshot.version);
         let changed = self.generation.borrow().number != snapshot.plugins_generation;
-        if changed {
-            self.renew(snapshot);
-        }
+        let followed = !changed || self.renew(snapshot);
+        // Else the next request asks again.
+        self.snapshot.set(if followed { snapshot.version } else { NO_SNAPSHOT });
         self.generation.borrow().vm.set_snapshot(snapshot);
     }
 
-    /// Builds a VM beside the one that serves; requests under way keep theirs.
-    fn renew(&self, snapshot: &Arc<Snapshot>) {
-        match Generation::load(&self.setup, self.worker, snapshot, &self.groups) {
-            Ok(next) => {
-                self.plans.borrow_mut().clear();
-                self.filters.borrow_mut().clear();
-                let old = self.generation.replace(next);
-                old.vm.close();
-                self.others.plugins(&old);
-            }
-            Err(e) => tracing::error!(target: "lua", "failed to load the plugins anew, the old ones go on: {e}"),
-        }
+    /// Has another VM serve; requests under way keep theirs.
+    fn install(&self, next: Rc<Generation>) {
+        self.plans.borrow_mut().clear();
+        self.filters.borrow_mut().clear();
+        let old = self.generation.replace(next);
+        old.vm.close();
+        self.others.plugins(&old);
     }
 
     fn plan(&self, sources: &Sources<'_>) -> Option<Rc<Plan>> {
@@ -560,32 +564,44 @@ impl Runner {
 }
 
 impl Generation {
-    fn load(setup: &Setup, worker: usize, snapshot: &Arc<Snapshot>, groups: &Rc<Groups>) -> Result<Rc<Generation>> {
+    async fn load(
+        setup: &Setup,
+        worker: usize,
+        snapshot: &Arc<Snapshot>,
+        groups: &Rc<Groups>,
+    ) -> Result<Rc<Generation>> {
         let config = VmConfig { groups: groups.clone(), ..setup.vm_config(Purpose::Plugins, worker, snapshot) };
-        let (vm, plugins) = registry::load(config, &setup.names(snapshot))?;
+        let vm = registry::vm(config)?;
         vm.set_snapshot(snapshot);
-        let errors: HashMap<String, String> = registry::call(&vm, "moongate.plugins", "init", ())?;
-        for (name, text) in errors {
+        let init = &setup.locations.init;
+        if let Some(script) = &init.init {
+            start::script(&vm, script, Phase::InitByLua).await.map_err(|e| e.context("init_by_lua error"))?;
+        }
+        let plugins = registry::load(&vm, &setup.names(snapshot));
+        for (name, text) in start::init_plugins(&vm).await? {
             tracing::error!(target: "lua", "failed to init plugin [{name}]: {text}");
         }
-        if let Some(script) = &setup.locations.init.init_worker
-            && let Err(e) = vm.run_script(script)
+        if let Some(script) = &init.init_worker
+            && let Err(e) = start::script(&vm, script, Phase::Init).await
         {
             tracing::error!("init_worker_by_lua error: {e}");
         }
         let entry = Entry::of(&vm)?;
         let scripts = script::Compiled::default();
-        let exit_worker = setup.locations.init.exit_worker.clone();
+        let exit_worker = init.exit_worker.clone();
         let number = snapshot.plugins_generation;
         let plans = Cell::new(0);
         Ok(Rc::new(Generation { vm, number, plugins, entry, scripts, exit_worker, own: false, plans }))
     }
 
-    /// A VM without plugins, for scripts that are loaded anew for each request.
+    /// A VM without plugins, for scripts that are loaded anew for each request. Its `init_by_lua` cannot wait.
     fn bare(setup: &Setup, worker: usize, snapshot: &Arc<Snapshot>, groups: &Rc<Groups>) -> Result<Rc<Generation>> {
         let config = VmConfig { groups: groups.clone(), ..setup.vm_config(Purpose::Plugins, worker, snapshot) };
-        let (vm, plugins) = registry::load(config, &[])?;
+        let (vm, plugins) = (registry::vm(config)?, Plugins::new());
         vm.set_snapshot(snapshot);
+        if let Some(script) = &setup.locations.init.init {
+            vm.run_script(script).map_err(|e| e.context("init_by_lua error"))?;
+        }
         let entry = Entry::of(&vm)?;
         let (scripts, number) = (script::Compiled::default(), snapshot.plugins_generation);
         let plans = Cell::new(0);

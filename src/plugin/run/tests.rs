@@ -111,13 +111,17 @@ impl Scene {
     }
 
     fn start(self) -> Started {
+        self.try_start().expect("a runner")
+    }
+
+    fn try_start(self) -> Result<Started> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("rt");
         let local = tokio::task::LocalSet::new();
         let config = json!({"plugins": [], "lua": {"limits": {"cpu_ms": 100}}});
         let setup = Setup { config: config.into(), ..Setup::default() };
         let snapshot = Arc::new(self.snapshot);
-        let runner = local.block_on(&runtime, async { Runner::new(setup, 0, &snapshot) }).expect("a runner");
-        Started { runtime, local, runner, snapshot, route: self.route, service: self.service }
+        let runner = local.block_on(&runtime, Runner::new(setup, 0, &snapshot))?;
+        Ok(Started { runtime, local, runner, snapshot, route: self.route, service: self.service })
     }
 }
 
@@ -434,6 +438,55 @@ fn new_plugins_build_a_vm_beside_the_old_one() {
     s.block_on(s.runner.log(&mut old));
 }
 
+/// The same scene with another text of a plugin.
+fn with_plugin(s: &Started, version: u64, name: &str, source: &str) -> Arc<Snapshot> {
+    let mut next = Snapshot::clone(&s.snapshot);
+    (next.version, next.plugins_generation) = (version, version);
+    next.plugin_sources.insert(name.into(), object(name, &json!({}), model::PluginSource { source: source.into() }));
+    Arc::new(next)
+}
+
+/// Answers with this status; `init` runs first.
+fn slow(status: u16, init: &str) -> String {
+    plugin("v", 1, "", &format!("function _M.init() {init} end function _M.access() return {status} end"))
+}
+
+#[test]
+fn the_old_vm_serves_until_the_new_one_has_waited_for_its_start() {
+    let mut s = Scene::new().plugin("v", &slow(201, "ngx.sleep(0.001)")).route(json!({"v": {}})).start();
+    assert_eq!(s.request().1, 201);
+    s.snapshot = with_plugin(&s, 2, "v", &slow(202, "ngx.sleep(0.02)"));
+    assert_eq!(s.request().1, 201, "the new one sleeps");
+    // One that comes meanwhile takes its place.
+    s.snapshot = with_plugin(&s, 3, "v", &slow(203, "ngx.sleep(0.02)"));
+    let mut answers = Vec::new();
+    while answers.last() != Some(&203) {
+        answers.push(s.request().1);
+        s.block_on(tokio::task::yield_now());
+        assert!(answers.len() < 1_000_000);
+    }
+    assert!(answers.iter().all(|status| matches!(status, 201 | 203)), "{answers:?}");
+    s.snapshot = with_plugin(&s, 4, "v", &slow(204, ""));
+    assert_eq!(s.request().1, 204, "what waits for nothing serves at once");
+}
+
+#[test]
+fn a_start_that_waits_too_long_fails() {
+    let mut s = Scene::new().plugin("v", &slow(201, "")).route(json!({"v": {}})).start();
+    s.snapshot = with_plugin(&s, 2, "v", &slow(202, "ngx.sleep(3600)"));
+    assert_eq!(s.request().1, 201);
+    s.block_on(async {
+        while s.runner.renewal.borrow().as_ref().is_some_and(|r| !r.has_ended()) {
+            tokio::task::yield_now().await;
+        }
+    });
+    assert_eq!(s.request().1, 201, "the old one goes on");
+    assert!(s.runner.renewal.borrow().is_none() && s.runner.snapshot.get() == 2, "and nobody tries again");
+    let scene = Scene::new().plugin("v", &slow(201, "ngx.sleep(3600)")).route(json!({"v": {}}));
+    let refused = scene.try_start().err().expect("no runner").to_string();
+    assert!(refused.contains("waited for more than"), "{refused}");
+}
+
 #[test]
 fn plans_are_bounded_and_those_in_use_stay() {
     let s = Scene::new().route(json!({"t": {"answer": "access", "code": 201}})).start();
@@ -556,8 +609,7 @@ fn every_bundled_plugin_loads() {
     let names = setup.names(&Snapshot::default());
     assert!(names.len() > 20, "{names:?}");
     let config = setup.vm_config(Purpose::Check, 0, &Snapshot::default());
-    let (vm, plugins) = registry::load(config, &[]).expect("a VM");
-    assert!(plugins.is_empty());
+    let vm = registry::vm(config).expect("a VM");
     let mut failed = Vec::new();
     for name in &names {
         let (info, reason): (mlua::Value, Option<String>) =
@@ -633,7 +685,7 @@ fn functions_refuse_phases_that_are_not_theirs() {
     assert!(checked > 0);
 }
 
-const ALL_PHASES: [Phase; 15] = [
+const ALL_PHASES: [Phase; 16] = [
     Phase::Init,
     Phase::Ssl,
     Phase::Rewrite,
@@ -649,6 +701,7 @@ const ALL_PHASES: [Phase; 15] = [
     Phase::SslClientHello,
     Phase::SslSessionFetch,
     Phase::SslSessionStore,
+    Phase::InitByLua,
 ];
 
 #[test]
