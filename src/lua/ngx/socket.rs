@@ -209,8 +209,9 @@ pub trait Shut {
 }
 
 /// A request or a timer's run, while it has sockets.
-#[derive(Default)]
 pub struct Owner {
+    /// The number of the request's tables.
+    slot: u32,
     ended: Cell<bool>,
     sockets: RefCell<Vec<Weak<dyn Shut>>>,
 }
@@ -235,11 +236,8 @@ pub struct Sockets {
 
 impl Sockets {
     fn owner(&self, slot: u32) -> Rc<Owner> {
-        self.owners.borrow_mut().entry(slot).or_default().clone()
-    }
-
-    fn owns(&self, slot: u32, owner: &Rc<Owner>) -> bool {
-        self.owners.borrow().get(&slot).is_some_and(|o| Rc::ptr_eq(o, owner))
+        let new = || Rc::new(Owner { slot, ended: Cell::new(false), sockets: RefCell::default() });
+        self.owners.borrow_mut().entry(slot).or_insert_with(new).clone()
     }
 
     /// Sockets that hold a connection or are about to.
@@ -277,9 +275,9 @@ pub fn current_owner() -> Result<Rc<Owner>, Raise> {
     Ok(current_vm()?.sockets.owner(slot()?))
 }
 
-/// Refuses a socket of another request.
+/// Refuses a socket of another request. One that has the same number came later, and this one's had ended.
 pub fn check_owner(owner: &Rc<Owner>) -> Result<(), Raise> {
-    let own = !owner.ended.get() && current_vm()?.sockets.owns(slot()?, owner);
+    let own = !owner.ended.get() && owner.slot == slot()?;
     if own { Ok(()) } else { Err("bad request".into()) }
 }
 

@@ -4,6 +4,7 @@
 //! buffer per connection; every wait ends with the socket's timeout, which counts from the last byte as nginx's does.
 
 use std::{
+    borrow::Cow,
     cell::{Cell, RefCell},
     ffi::c_int,
     io,
@@ -16,7 +17,7 @@ use std::{
     time::Duration,
 };
 
-use bytes::{Bytes, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
 use rustls::CertificateError;
 use rustls_pki_types::ServerName;
 use smallvec::smallvec;
@@ -727,41 +728,50 @@ struct Until {
     done: Cell<bool>,
 }
 
-enum Got {
-    Data(Vec<u8>),
+/// What was wanted, as it lies in the buffer.
+enum Got<'a> {
+    Data(&'a [u8]),
+    /// Up to its line feed.
+    Line(&'a [u8]),
     /// The iterator has come to its pattern.
     End,
 }
 
-impl Got {
-    fn values(self) -> Values {
+impl Got<'_> {
+    fn push(&self, s: &Stack) -> c_int {
         match self {
-            Got::Data(data) => smallvec![Value::Bytes(data)],
+            Got::Data(data) => s.push_bytes(data),
+            Got::Line(line) => s.push_bytes(without_cr(line)),
+            Got::End => s.push_nil(),
+        }
+    }
+
+    fn values(&self) -> Values {
+        match self {
+            Got::Data(data) => smallvec![Value::Bytes(data.to_vec())],
+            Got::Line(line) => smallvec![Value::Bytes(without_cr(line).into_owned())],
             Got::End => smallvec![Value::Nil],
         }
     }
 }
 
 impl Want {
-    /// Takes what is wanted, if it is there.
-    fn take(&mut self, buf: &mut BytesMut) -> Option<Got> {
-        let data = match self {
+    /// What is wanted, if it is there, and how many bytes go with it.
+    fn look<'a>(&mut self, buf: &'a [u8]) -> Option<(Got<'a>, usize)> {
+        let data = |n: usize| Some((Got::Data(&buf[..n]), n));
+        match self {
             Want::Line(seen) => match memchr::memchr(b'\n', &buf[*seen..]) {
-                Some(at) => {
-                    let line = buf.split_to(*seen + at + 1);
-                    without_cr(&line[..line.len() - 1])
-                }
+                Some(at) => Some((Got::Line(&buf[..*seen + at]), *seen + at + 1)),
                 None => {
                     *seen = buf.len();
-                    return None;
+                    None
                 }
             },
-            Want::Exactly(n) if buf.len() >= *n => buf.split_to(*n).to_vec(),
-            Want::Any(max) if !buf.is_empty() => buf.split_to((*max).min(buf.len())).to_vec(),
-            Want::Until(until, size) => return until.take(*size, buf),
-            _ => return None,
-        };
-        Some(Got::Data(data))
+            Want::Exactly(n) if buf.len() >= *n => data(*n),
+            Want::Any(max) if !buf.is_empty() => data((*max).min(buf.len())),
+            Want::Until(until, size) => until.look(*size, buf),
+            _ => None,
+        }
     }
 
     /// What there is when no more comes, or not in time.
@@ -771,39 +781,41 @@ impl Want {
             Want::Until(until, _) if !ended => buf.split_to(buf.len() - until.overlap(buf)),
             _ => buf.split(),
         };
-        if let Want::Line(_) = self { without_cr(&all) } else { all.to_vec() }
+        if let Want::Line(_) = self { without_cr(&all).into_owned() } else { all.to_vec() }
     }
 }
 
-fn without_cr(line: &[u8]) -> Vec<u8> {
-    line.iter().copied().filter(|b| *b != b'\r').collect()
+/// A line's carriage returns do not count. Nearly all lines have one, at their end.
+fn without_cr(line: &[u8]) -> Cow<'_, [u8]> {
+    match memchr::memchr(b'\r', line) {
+        None => line.into(),
+        Some(at) if at + 1 == line.len() => line[..at].into(),
+        Some(_) => line.iter().copied().filter(|b| *b != b'\r').collect(),
+    }
 }
 
 impl Until {
-    fn take(&self, size: Option<usize>, buf: &mut BytesMut) -> Option<Got> {
+    fn look<'a>(&self, size: Option<usize>, buf: &'a [u8]) -> Option<(Got<'a>, usize)> {
         if self.done.replace(false) && size.is_some() {
-            return Some(Got::End);
+            return Some((Got::End, 0));
         }
         let len = self.pattern.len();
         let Some(at) = memchr::memmem::find(buf, &self.pattern) else {
             // Of what cannot be the pattern's begin, as much as was asked for.
             let size = size.filter(|size| buf.len() - self.overlap(buf) >= *size)?;
-            return Some(Got::Data(buf.split_to(size).to_vec()));
+            return Some((Got::Data(&buf[..size]), size));
         };
         let end = if self.inclusive { at + len } else { at };
         if let Some(size) = size {
             if at > size {
-                return Some(Got::Data(buf.split_to(size).to_vec()));
+                return Some((Got::Data(&buf[..size]), size));
             }
             if end == 0 {
-                let _ = buf.split_to(len);
-                return Some(Got::End);
+                return Some((Got::End, len));
             }
             self.done.set(true);
         }
-        let mut data = buf.split_to(at + len);
-        data.truncate(end);
-        Some(Got::Data(data.to_vec()))
+        Some((Got::Data(&buf[..end]), at + len))
     }
 
     /// How many of the last bytes may be the begin of the pattern.
@@ -884,12 +896,19 @@ fn read(s: &Stack, socket: &Rc<Socket>, mut want: Want) -> Result<Wait, Raise> {
     if matches!(want, Want::Exactly(n) if n > MAX_RECEIVE) {
         return refuse(s, "too much data");
     }
-    let got = socket.conn.borrow_mut().as_mut().and_then(|c| want.take(&mut c.buf));
-    Ok(match got {
-        Some(Got::Data(data)) => Wait::Ready(s.push_bytes(data)),
-        Some(Got::End) => Wait::Ready(s.push_nil()),
-        None => Wait::Park(Op::future(read_more(Busy::new(socket, READING), want))),
-    })
+    // Taken out: a push may collect garbage, and that run a script's finalizer.
+    let mut buf = socket.conn.borrow_mut().as_mut().map(|c| std::mem::take(&mut c.buf)).unwrap_or_default();
+    let found = want.look(&buf).map(|(got, len)| (got.push(s), len));
+    if let Some((_, len)) = found {
+        buf.advance(len);
+    }
+    if let Some(conn) = socket.conn.borrow_mut().as_mut() {
+        conn.buf = buf;
+    }
+    if let Some((results, _)) = found {
+        return Ok(Wait::Ready(results));
+    }
+    Ok(Wait::Park(Op::future(read_more(Busy::new(socket, READING), want))))
 }
 
 async fn read_more(busy: Busy, mut want: Want) -> Values {
@@ -911,8 +930,12 @@ async fn read_more(busy: Busy, mut want: Want) -> Values {
                 return smallvec![Value::Bytes(all)];
             }
             Ok(Ok(0)) => ("closed".to_owned(), true),
-            Ok(Ok(_)) => match want.take(buf) {
-                Some(got) => return got.values(),
+            Ok(Ok(_)) => match want.look(buf) {
+                Some((got, len)) => {
+                    let values = got.values();
+                    buf.advance(len);
+                    return values;
+                }
                 None if buf.len() <= MAX_RECEIVE => continue,
                 None => {
                     buf.clear();
