@@ -827,12 +827,14 @@ impl Until {
 
 fn receive(s: &Stack) -> Result<Wait, Raise> {
     let socket = this(s)?;
+    // Most ask for a line: looked at first, since what is no number takes long to be found none.
+    if s.is_nil(2) || (s.kind(2) == mlua::ffi::LUA_TSTRING && s.bytes(2) == Some(b"*l")) {
+        return read(s, &socket, Want::Line(0));
+    }
     let want = match s.number(2) {
-        _ if s.is_nil(2) => Want::Line(0),
         Some(n) if n >= 0.0 => Want::Exactly(n as usize),
         Some(_) => return Err(s.argument_error(1, "bad number argument")),
         None => match s.arg_bytes(2)? {
-            b"*l" => Want::Line(0),
             b"*a" => Want::All,
             other => {
                 let text = format!("bad pattern argument: {}", String::from_utf8_lossy(other));
