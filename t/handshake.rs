@@ -495,3 +495,149 @@ fn what_is_no_handshake_is_refused_as_ever() {
     gw.expect_log("failed to match any SSL certificate by SNI: a.test");
     gw.expect_log("ran");
 }
+
+#[test]
+fn requests_do_not_wait_for_what_keeps_sessions() {
+    let server = json!({
+        "ssl_session_store_by_lua": "ngx.log(ngx.WARN, 'waits') ngx.sleep(3600)",
+        "ssl_certificate_by_lua": format!("{SET} set('any')"),
+        "settings": {"nginx_config": {"http": {"client_header_timeout": "300ms"}}},
+    });
+    let (gw, _) = gateway(server, "ngx.say('ok')");
+    let mut page = Browser::with(&[&rustls::version::TLS12], None).connect(&gw, "a.test").expect("a connection");
+    gw.expect_log("waits");
+    assert_eq!(page.get("/t", "a.test"), (200, "ok".into()));
+}
+
+#[test]
+fn what_belongs_to_requests_is_refused_before_there_is_one() {
+    let calls = [
+        "return ngx.var.host",
+        "ngx.var.foo = 1",
+        "ngx.header['X-A'] = 'b'",
+        "ngx.status = 403",
+        "return ngx.status",
+        "return ngx.req.get_headers()",
+        "return ngx.req.get_method()",
+        "ngx.req.set_header('X-A', 'b')",
+        "ngx.say('x')",
+        "return ngx.req.get_uri_args()",
+        "return ngx.location.capture('/t')",
+    ];
+    let tried: Vec<_> = calls.iter().map(|call| format!("refused(function() {call} end)")).collect();
+    let script = format!(
+        "{SET} set('any')
+        local n, answered = 0, {{}}
+        local function refused(f)
+            n = n + 1
+            if pcall(f) then answered[#answered + 1] = n end
+        end
+        {}
+        ngx.log(ngx.WARN, 'answered of ', n, ': ', table.concat(answered, ' '), ';')",
+        tried.join("\n")
+    );
+    let (gw, _) = gateway(json!({"ssl_certificate_by_lua": script}), "ngx.say('ok')");
+    assert_eq!(Browser::new().get(&gw, "a.test"), "ok");
+    gw.expect_log(&format!("answered of {}: ;", calls.len()));
+}
+
+#[test]
+fn a_name_that_gets_an_object_is_checked_on_old_connections_too() {
+    let (gw, _) = gateway(json!({"ssl_certificate_by_lua": format!("{SET} set('any')")}), "ngx.say('ok')");
+    let mut page = Browser::new().connect(&gw, "late.test").expect("a connection");
+    assert_eq!(page.get("/t", "late.test").0, 200);
+    let own = pair("late.test");
+    gw.put(
+        "/ssls/1",
+        json!({"snis": ["late.test"], "cert": own.cert.pem(), "key": own.signing_key.serialize_pem(), "client": {"ca": own.cert.pem()}}),
+    );
+    assert_eq!(page.get("/t", "late.test").0, 400);
+}
+
+#[test]
+fn what_a_handshake_left_outlives_its_vm_as_far_as_it_is_plain() {
+    let script = format!(
+        "{SET} set('any')
+        ngx.ctx.verdict, ngx.ctx.list, ngx.ctx.f = 'limited', {{ 1, 2 }}, function() return 'called' end"
+    );
+    let content = "local ctx = ngx.ctx ngx.say(ctx.verdict, ' ', #ctx.list, ' ', ctx.f and ctx.f() or 'gone')";
+    let (gw, _) = gateway(json!({"ssl_certificate_by_lua": script}), content);
+    let mut page = Browser::new().connect(&gw, "a.test").expect("a connection");
+    assert_eq!(page.get("/t", "a.test").1, "limited 2 called");
+    let source = "local _M = { version = 0.1, priority = 1, name = 'new', schema = { type = 'object' } } return _M";
+    assert_eq!(gw.admin_text("PUT", "/plugin_sources/new", source, "text/plain").status, 201);
+    eventually("another VM serves", || (page.get("/t", "a.test").1 == "limited 2 gone").then_some(()));
+}
+
+/// A client's memory that offers whatever session it has to every name.
+#[derive(Debug)]
+struct Careless(rustls::client::ClientSessionMemoryCache);
+
+fn one_name() -> ServerName<'static> {
+    ServerName::try_from("one.test").expect("a name")
+}
+
+impl rustls::client::ClientSessionStore for Careless {
+    fn set_kx_hint(&self, _: ServerName<'static>, _: rustls::NamedGroup) {}
+
+    fn kx_hint(&self, _: &ServerName<'_>) -> Option<rustls::NamedGroup> {
+        None
+    }
+
+    fn set_tls12_session(&self, _: ServerName<'static>, value: rustls::client::Tls12ClientSessionValue) {
+        self.0.set_tls12_session(one_name(), value);
+    }
+
+    fn tls12_session(&self, _: &ServerName<'_>) -> Option<rustls::client::Tls12ClientSessionValue> {
+        self.0.tls12_session(&one_name())
+    }
+
+    fn remove_tls12_session(&self, _: &ServerName<'static>) {}
+
+    fn insert_tls13_ticket(&self, _: ServerName<'static>, value: rustls::client::Tls13ClientSessionValue) {
+        self.0.insert_tls13_ticket(one_name(), value);
+    }
+
+    fn take_tls13_ticket(&self, _: &ServerName<'static>) -> Option<rustls::client::Tls13ClientSessionValue> {
+        self.0.take_tls13_ticket(&one_name())
+    }
+}
+
+#[test]
+fn sessions_are_for_their_name_and_their_checks() {
+    let script = format!("{SET} set('any') if ssl.server_name() == 'asked.test' then assert(ssl.verify_client()) end");
+    let (gw, _) = gateway(json!({"ssl_certificate_by_lua": script}), "ngx.say(ngx.var.ssl_client_verify)");
+    for versions in [&[&rustls::version::TLS12][..], &[&rustls::version::TLS13]] {
+        let mut browser = Browser::with(versions, None);
+        let config = Arc::get_mut(&mut browser.config).expect("its own");
+        config.resumption = Resumption::store(Arc::new(Careless(rustls::client::ClientSessionMemoryCache::new(16))));
+        let resumed = |name| {
+            let mut page = browser.connect(&gw, name).expect("a connection");
+            page.get("/t", name);
+            page.resumed()
+        };
+        assert_eq!([resumed("a.test"), resumed("a.test"), resumed("b.test")], [false, true, false], "{versions:?}");
+        assert_eq!([resumed("asked.test"), resumed("asked.test")], [false, false], "{versions:?}");
+    }
+}
+
+#[test]
+fn a_handshake_that_is_given_up_leaves_nothing() {
+    let server = json!({
+        "ssl_client_hello_by_lua": "ngx.log(ngx.WARN, 'waits') ngx.sleep(3600)",
+        "settings": {"nginx_config": {"http": {"client_header_timeout": "100ms"}, "worker_processes": 1}},
+    });
+    let (gw, _) = gateway(server, "ngx.say('ok')");
+    for _ in 0..10 {
+        assert!(Browser::new().connect(&gw, "a.test").is_err());
+    }
+    let vms = || {
+        let workers = support::get(&gw.control(), "/v1/lua").json()["workers"].as_array().cloned().expect("workers");
+        workers.iter().flat_map(|w| w["vms"].as_array().cloned().expect("vms")).collect::<Vec<_>>()
+    };
+    eventually("nothing is left", || {
+        let left = |vm: &Value| vm["coroutines"]["in_use"] == 0 && vm["requests"] == 0 && vm["light_threads"] == 0;
+        vms().iter().all(left).then_some(())
+    });
+    assert!(gw.log().matches("] ssl_client_hello_by_lua:1: waits").count() >= 10);
+}

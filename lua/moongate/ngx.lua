@@ -438,6 +438,7 @@ setmetatable(ngx, {
             return ctx
         elseif name == "status" then
             local code = status()
+            if code < 0 then error("no request found", 2) end
             return code
         elseif name == "headers_sent" then
             local sent = headers_sent() ~= 0

@@ -1,6 +1,9 @@
 //! A TLS handshake as its scripts see it: what the client said, and what they decide.
 
-use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+use std::sync::Arc;
+
+use rustls::sign::SigningKey;
+use rustls_pki_types::CertificateDer;
 
 /// State of one handshake, from the client's first message to the end of `ssl_session_store_by_lua`.
 #[derive(Default)]
@@ -14,7 +17,7 @@ pub struct Handshake {
     pub cleared: bool,
     /// The certificate that a script has set, and those that stand above it.
     pub chain: Option<Vec<CertificateDer<'static>>>,
-    pub key: Option<PrivateKeyDer<'static>>,
+    pub key: Option<Arc<dyn SigningKey>>,
     /// What is stapled to the certificate.
     pub ocsp: Option<Vec<u8>>,
     pub verify: Option<VerifyClient>,

@@ -549,7 +549,7 @@ impl Stack {
 ///
 /// The borrow must end before the function returns to Lua or calls it.
 pub fn request<'a>() -> Result<&'a mut Exchange, Raise> {
-    fast::exchange().ok_or_else(|| "no request found".into())
+    fast::request().ok_or_else(|| "no request found".into())
 }
 
 unsafe extern "C-unwind" {

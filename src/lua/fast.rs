@@ -28,6 +28,12 @@ pub fn exchange<'a>() -> Option<&'a mut Exchange> {
     unsafe { CURRENT.get().as_mut() }
 }
 
+/// The same without what is no request: a timer's run, a handshake, the start of a VM.
+#[inline]
+pub fn request<'a>() -> Option<&'a mut Exchange> {
+    exchange().filter(|x| Phases::REQUEST.has(x.phase))
+}
+
 /// The phase that runs; outside of any: `Init`.
 #[inline]
 pub fn phase() -> Phase {

@@ -15,7 +15,7 @@ use mlua::ffi;
 
 use super::{
     REGISTRARS,
-    api::{Api, Entry, script},
+    api::{Api, Entry, Stack, script},
     convert, host,
     limits::{self, Limits},
     ngx,
@@ -114,6 +114,28 @@ struct Slots {
 
 thread_local! {
     static CURRENT: Cell<*const Vm> = const { Cell::new(ptr::null()) };
+}
+
+/// What the scripts of a handshake have left in `ngx.ctx`.
+struct LeftCtx {
+    table: ngx::location::Kept,
+    /// The same without functions and what else belongs to the VM, which may be replaced while the connection lives.
+    plain: serde_json::Value,
+}
+
+/// The fields of the table at `i` that are plain values, or tables of such.
+fn plain_of(s: &Stack, i: c_int) -> serde_json::Value {
+    let mut plain = serde_json::Map::new();
+    let _: std::result::Result<(), ()> = s.pairs(i, |s| {
+        if s.kind(-2) == ffi::LUA_TSTRING
+            && let Some(name) = s.bytes(-2)
+            && let Ok(value) = convert::to_json(s, s.top())
+        {
+            plain.insert(String::from_utf8_lossy(name).into_owned(), value);
+        }
+        Ok(())
+    });
+    plain.into()
 }
 
 /// The VM that runs on this thread now.
@@ -324,23 +346,34 @@ impl Vm {
 
     /// Makes a table that a script gave along `ngx.ctx` of the request with these tables.
     pub fn adopt_ctx(&self, slot: u32, ctx: &dyn Any) {
-        self.hand_ctx(self.adopt.get(), slot, ctx);
+        if let Some(kept) = ctx.downcast_ref::<ngx::location::Kept>().filter(|kept| kept.is_of(self)) {
+            self.hand_ctx(self.adopt.get(), slot, |s| kept.push(s));
+        }
     }
 
     /// Has `ngx.ctx` of the request with these tables begin with what its connection's handshake has left.
     pub fn inherit_ctx(&self, slot: u32, ctx: &dyn Any) {
-        self.hand_ctx(self.inherit.get(), slot, ctx);
+        let Some(left) = ctx.downcast_ref::<LeftCtx>() else { return };
+        match left.table.is_of(self) {
+            true => self.hand_ctx(self.inherit.get(), slot, |s| left.table.push(s)),
+            // The VM was replaced since: what is plain is handed over.
+            false => self.hand_ctx(self.inherit.get(), slot, |s| {
+                let top = s.top();
+                if convert::push_json(s, &left.plain).is_err() {
+                    s.set_top(top);
+                    s.push_table(0, 0);
+                }
+            }),
+        }
     }
 
-    fn hand_ctx(&self, to: c_int, slot: u32, ctx: &dyn Any) {
-        let kept = ctx.downcast_ref::<ngx::location::Kept>().filter(|kept| kept.is_of(self));
-        let Some(kept) = kept else { return };
+    fn hand_ctx(&self, to: c_int, slot: u32, push: impl FnOnce(&Stack)) {
         // SAFETY: the main state is idle; the function sets a field of a plain table.
         unsafe {
-            let s = super::api::Stack::new(self.main);
+            let s = Stack::new(self.main);
             s.get_index(ffi::LUA_REGISTRYINDEX, to as usize);
             s.push_number(f64::from(slot));
-            kept.push(&s);
+            push(&s);
             if ffi::lua_pcall(self.main, 2, 0, 0) != 0 {
                 ffi::lua_pop(self.main, 1);
             }
@@ -351,7 +384,7 @@ impl Vm {
     pub fn kept_ctx(self: &Rc<Self>, slot: u32) -> Option<Rc<dyn Any>> {
         // SAFETY: the main state is idle; the function reads a field of a plain table, and what it returns is kept or popped.
         unsafe {
-            let s = super::api::Stack::new(self.main);
+            let s = Stack::new(self.main);
             s.get_index(ffi::LUA_REGISTRYINDEX, self.left.get() as usize);
             s.push_number(f64::from(slot));
             let failed = ffi::lua_pcall(self.main, 1, 1, 0) != 0;
@@ -359,8 +392,9 @@ impl Vm {
                 ffi::lua_pop(self.main, 1);
                 return None;
             }
+            let plain = plain_of(&s, s.top());
             let anchor = ffi::luaL_ref(self.main, ffi::LUA_REGISTRYINDEX);
-            Some(Rc::new(ngx::location::Kept::new(self, anchor)))
+            Some(Rc::new(LeftCtx { table: ngx::location::Kept::new(self, anchor), plain }))
         }
     }
 

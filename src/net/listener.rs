@@ -63,9 +63,10 @@ impl Tls {
     /// Refuses a request whose host or path needs a client certificate that its connection does not have.
     pub(super) fn check(&self, conn: &Connection, request: &Request) -> Result<(), Refusal> {
         let Some(info) = &conn.tls else { return Ok(()) };
-        // Nearly all: no certificate is asked for, and the host is the one that the handshake named.
+        // Nearly all: no certificate is asked for, and the host is the one that the handshake named. A name whose certificate a script
+        // has brought may have got an object since.
         let named = info.sni.as_deref().is_some_and(|sni| sni.as_bytes() == request.host);
-        if named && info.ssl.as_ref().is_none_or(|ssl| ssl.value.client_ca.is_none()) {
+        if named && info.ssl.as_ref().is_some_and(|ssl| ssl.value.client_ca.is_none()) {
             return Ok(());
         }
         let ssls = &self.published.load().ssls;
@@ -209,10 +210,13 @@ async fn prepare(tcp: TcpStream, peer: SocketAddr, local: SocketAddr, way: &Way)
     let (stream, mut info) = match (&tls.scripts, opening.hello) {
         (Some(scripts), Some(hello)) => {
             let mut x = handshake(&conn, &snapshot, hello);
-            let accepted = tls.server.accept_scripted(socket, &snapshot.ssls, &mut x, &**scripts).await?;
+            let (stream, info, made) = tls.server.accept_scripted(socket, &snapshot.ssls, &mut x, &**scripts).await?;
             scripts.end(&mut x);
-            conn.ctx = x.lua.ctx.take();
-            accepted
+            conn.ctx.clone_from(&x.lua.ctx);
+            if !made.is_empty() {
+                spawn_local(tls::store(scripts.clone(), x, made));
+            }
+            (stream, info)
         }
         // What is no ClientHello gets its alert from the library.
         _ => tls.server.accept(socket, &snapshot.ssls).await?,

@@ -9,6 +9,7 @@ use crate::{error::Result, exchange::ClientHello};
 /// As much as the TLS library takes for one message.
 const MAX_HELLO: usize = 0xffff;
 const RECORD_HEADER: usize = 5;
+const MESSAGE_HEADER: usize = 4;
 const HANDSHAKE_RECORD: u8 = 22;
 const CLIENT_HELLO: u8 = 1;
 const PRE_SHARED_KEY: u16 = 41;
@@ -16,6 +17,9 @@ const SERVER_NAME: u16 = 0;
 const SUPPORTED_VERSIONS: u16 = 43;
 const SUPPORTED_GROUPS: u16 = 10;
 const SESSION_TICKET: u16 = 35;
+
+/// As many bytes as a ClientHello may take with its records: tiny records could make ten times as many of it.
+const MAX_BYTES: usize = MAX_HELLO + 4096;
 
 /// What was read off a connection so far.
 pub struct Opening {
@@ -28,49 +32,68 @@ pub struct Opening {
 /// Reads until the client's first message is whole. The caller limits its time.
 pub async fn read(stream: &mut (impl AsyncRead + Unpin)) -> Result<Opening> {
     let mut bytes = Vec::with_capacity(1024);
+    let mut joined = Joined::default();
     loop {
-        match message(&bytes) {
-            Progress::Whole(hello) => return Ok(Opening { bytes, hello: Some(hello) }),
+        match joined.go_on(&bytes) {
+            Progress::Whole => {
+                let hello = joined.message.split_off(MESSAGE_HEADER);
+                return Ok(Opening { bytes, hello: Some(hello) });
+            }
             Progress::Other => return Ok(Opening { bytes, hello: None }),
             Progress::Partial => {}
         }
-        if stream.read_buf(&mut bytes).await? == 0 {
+        if bytes.len() >= MAX_BYTES || stream.read_buf(&mut bytes).await? == 0 {
             return Ok(Opening { bytes, hello: None });
         }
     }
 }
 
+#[derive(Debug, PartialEq, Eq)]
 enum Progress {
-    Whole(Vec<u8>),
+    Whole,
     Partial,
     Other,
 }
 
-/// Joins the fragments of a message that several records carry.
-fn message(mut records: &[u8]) -> Progress {
-    let mut joined = Vec::new();
-    loop {
-        if let [kind, a, b, c, body @ ..] = &joined[..] {
-            let len = usize::from(*a) << 16 | usize::from(*b) << 8 | usize::from(*c);
-            if *kind != CLIENT_HELLO || len > MAX_HELLO {
-                return Progress::Other;
+/// A message that several records may carry, as far as it is there: each byte is looked at once, however many reads it takes.
+#[derive(Default)]
+struct Joined {
+    /// How much of what was read is in it.
+    at: usize,
+    message: Vec<u8>,
+}
+
+impl Joined {
+    /// Takes what `bytes`, everything read so far, holds of whole records.
+    fn go_on(&mut self, bytes: &[u8]) -> Progress {
+        loop {
+            if let [kind, a, b, c, body @ ..] = &self.message[..] {
+                let len = usize::from(*a) << 16 | usize::from(*b) << 8 | usize::from(*c);
+                if *kind != CLIENT_HELLO || len > MAX_HELLO {
+                    return Progress::Other;
+                }
+                if body.len() >= len {
+                    self.message.truncate(MESSAGE_HEADER + len);
+                    return Progress::Whole;
+                }
             }
-            if body.len() >= len {
-                return Progress::Whole(body[..len].to_vec());
+            let record = &bytes[self.at..];
+            match record {
+                [kind, ..] if *kind != HANDSHAKE_RECORD => return Progress::Other,
+                [_, _, _, high, low, ..] => {
+                    let len = usize::from(u16::from_be_bytes([*high, *low]));
+                    if len == 0 {
+                        return Progress::Other;
+                    }
+                    let Some(fragment) = record.get(RECORD_HEADER..RECORD_HEADER + len) else {
+                        return Progress::Partial;
+                    };
+                    self.message.extend_from_slice(fragment);
+                    self.at += RECORD_HEADER + len;
+                }
+                _ => return Progress::Partial,
             }
         }
-        match records.first() {
-            Some(kind) if *kind != HANDSHAKE_RECORD => return Progress::Other,
-            _ if records.len() < RECORD_HEADER => return Progress::Partial,
-            _ => {}
-        }
-        let len = usize::from(u16::from_be_bytes([records[3], records[4]]));
-        if len == 0 {
-            return Progress::Other;
-        }
-        let Some(fragment) = records.get(RECORD_HEADER..RECORD_HEADER + len) else { return Progress::Partial };
-        joined.extend_from_slice(fragment);
-        records = &records[RECORD_HEADER + len..];
     }
 }
 
@@ -189,9 +212,13 @@ impl<'a> Hello<'a> {
         self.extension(SESSION_TICKET).is_some_and(|ticket| !ticket.is_empty())
     }
 
-    /// Whether the client brings something of an earlier session.
-    pub fn resumes(&self) -> bool {
-        self.brings_ticket() || self.extension(PRE_SHARED_KEY).is_some() || !self.session_id.is_empty()
+    /// Whether the client brings something of an earlier session. A session ID says nothing in TLS 1.3: clients send one so that
+    /// the first message looks as it used to (RFC 8446, D.4).
+    pub fn resumes(&self, tls13: bool) -> bool {
+        match tls13 {
+            true => self.extension(PRE_SHARED_KEY).is_some(),
+            false => self.brings_ticket() || !self.session_id.is_empty(),
+        }
     }
 
     /// What the session is called that the client wants to resume: of TLS 1.3 the first identity of its keys.
@@ -272,15 +299,35 @@ mod tests {
         }
     }
 
+    /// A message of so many bytes in records of at most so many.
+    fn in_records(len: usize, record: usize) -> Vec<u8> {
+        let message = [&[1, (len >> 16) as u8, (len >> 8) as u8, len as u8][..], &vec![0; len]].concat();
+        let record_of = |part: &[u8]| [&[22, 3, 1, (part.len() >> 8) as u8, part.len() as u8][..], part].concat();
+        message.chunks(record).map(record_of).collect::<Vec<_>>().concat()
+    }
+
     #[test]
     fn the_longest_hello_is_read_and_a_longer_one_is_not() {
-        let records = |len: usize| {
-            let message = [&[1, (len >> 16) as u8, (len >> 8) as u8, len as u8][..], &vec![0; len]].concat();
-            let record = |part: &[u8]| [&[22, 3, 1, (part.len() >> 8) as u8, part.len() as u8][..], part].concat();
-            message.chunks(16384).map(record).collect::<Vec<_>>().concat()
-        };
-        assert_eq!(read_all(&records(MAX_HELLO)).hello.map(|h| h.len()), Some(MAX_HELLO));
-        assert!(read_all(&records(MAX_HELLO + 1)).hello.is_none());
+        assert_eq!(read_all(&in_records(MAX_HELLO, 16_384)).hello.map(|h| h.len()), Some(MAX_HELLO));
+        assert!(read_all(&in_records(MAX_HELLO + 1, 16_384)).hello.is_none());
+    }
+
+    #[test]
+    fn tiny_records_are_read_up_to_a_bound_and_no_byte_twice() {
+        let bytes = in_records(10_000, 1);
+        assert_eq!(read_all(&bytes).hello.map(|h| h.len()), Some(10_000));
+        let endless = in_records(MAX_HELLO, 1);
+        let opening = read_all(&endless);
+        assert!(opening.hello.is_none());
+        assert!(opening.bytes.len() < MAX_BYTES * 2, "{}", opening.bytes.len());
+        // What is there is taken with the first look, and a second one has nothing left to take.
+        let mut joined = Joined::default();
+        for end in 0..bytes.len() {
+            let before = joined.at;
+            assert_eq!(joined.go_on(&bytes[..end]), Progress::Partial);
+            assert!(joined.at - before <= RECORD_HEADER + 1 && end - joined.at < RECORD_HEADER + 1, "at {end}");
+        }
+        assert_eq!(joined.go_on(&bytes), Progress::Whole);
     }
 
     #[test]
@@ -294,7 +341,13 @@ mod tests {
                 let mut damaged = hello.clone();
                 damaged[at] ^= bits;
                 if let Some(hello) = Hello::parse(&damaged) {
-                    let _ = (hello.server_name(), hello.resumes(), hello.offers(0x304), hello.resumed_session(true));
+                    let _ = (
+                        hello.server_name(),
+                        hello.resumes(true),
+                        hello.resumes(false),
+                        hello.offers(0x304),
+                        hello.resumed_session(true),
+                    );
                     let _ = hello.ciphers().count() + hello.extensions().count();
                 }
             }

@@ -4,7 +4,12 @@
 //! Each runs between two steps of the TLS library and may wait. The configuration of the connection is made of what they decided
 //! and of the object that its name has, if any.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::{
+    cell::Cell,
+    rc::Rc,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use rustls::{
     CertificateError, DigitallySignedStruct, DistinguishedName, HandshakeKind, ProtocolVersion, RootCertStore,
@@ -53,6 +58,46 @@ pub trait Scripts {
     fn end(&self, x: &mut Exchange);
 }
 
+/// Sessions that a handshake has made, by what they are called: what `ssl_session_store_by_lua` is to keep.
+pub type Made = Vec<(Vec<u8>, Vec<u8>)>;
+
+/// Scripts of one worker that keep sessions at once, and how long each may take: connections do not wait for them, and what is
+/// not kept is not resumed.
+const MAX_STORING: usize = 1024;
+const LONGEST_STORE: Duration = Duration::from_secs(10);
+
+thread_local! {
+    static STORING: Cell<usize> = const { Cell::new(0) };
+}
+
+/// Has a script keep what a handshake has made. `x` is the handshake's.
+pub async fn store(scripts: Rc<dyn Scripts>, mut x: Exchange, made: Made) {
+    struct Storing;
+    impl Drop for Storing {
+        fn drop(&mut self) {
+            STORING.set(STORING.get() - 1);
+        }
+    }
+    if STORING.get() >= MAX_STORING {
+        tracing::warn!("ssl_session_store_by_lua: {MAX_STORING} run already: a session is not kept");
+        return;
+    }
+    STORING.set(STORING.get() + 1);
+    let _storing = Storing;
+    let all = async {
+        for (id, session) in made {
+            let handshake = state(&mut x);
+            (handshake.session_id, handshake.session) = (id, Some(session));
+            // Its error is in the log.
+            let _ = scripts.run(&mut x, Phase::SslSessionStore).await;
+        }
+    };
+    if tokio::time::timeout(LONGEST_STORE, all).await.is_err() {
+        tracing::error!("ssl_session_store_by_lua took more than {LONGEST_STORE:?}: a session is not kept");
+    }
+    scripts.end(&mut x);
+}
+
 impl Server {
     /// Does a handshake whose first message stands in `x.lua.handshake` and is still to be read from `stream`. The caller limits
     /// its time.
@@ -62,7 +107,7 @@ impl Server {
         ssls: &Ssls,
         x: &mut Exchange,
         scripts: &dyn Scripts,
-    ) -> Result<(TlsStream<S>, TlsInfo)>
+    ) -> Result<(TlsStream<S>, TlsInfo, Made)>
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
@@ -77,13 +122,7 @@ impl Server {
         };
         let stream = start.into_stream(Arc::new(decided.config)).await.map_err(failed)?;
         let info = info(stream.get_ref().1, sni, decided.ssl, decided.verifier.as_deref());
-        for (id, session) in decided.sessions.iter().flat_map(|s| s.made()) {
-            let handshake = state(x);
-            (handshake.session_id, handshake.session) = (id, Some(session));
-            // The handshake is done; a session that is not kept is one that will not be resumed.
-            let _ = scripts.run(x, Phase::SslSessionStore).await;
-        }
-        Ok((stream, info))
+        Ok((stream, info, decided.sessions.map(|s| s.made()).unwrap_or_default()))
     }
 
     /// Asks the scripts up to the point where the library can go on.
@@ -116,7 +155,7 @@ impl Server {
         let mut verifier = prepared.verifier.clone();
         let config = match scripts.has(Phase::Ssl) {
             false => base.config(prepared.config.cert_resolver.clone(), None)?,
-            true => match base.resumption(&state(x).hello) {
+            true => match base.resumption(state(x)) {
                 Some(config) => config,
                 None => {
                     scripts.run(x, Phase::Ssl).await?;
@@ -144,7 +183,7 @@ impl Server {
         }
         let handshake = state(x);
         let offered = Hello::parse(&handshake.hello).and_then(|hello| {
-            let tls13 = hello.offers(0x304) && handshake.protocols.iter().any(|p| **p == *"TLSv1.3");
+            let tls13 = agrees_on_13(&hello, &handshake.protocols);
             // With tickets the client keeps the session, and what it calls it means nothing here.
             let tickets = prepared.config.ticketer.enabled() && (tls13 || hello.brings_ticket());
             hello.resumed_session(tls13).filter(|_| !tickets).map(<[u8]>::to_vec)
@@ -168,15 +207,14 @@ impl Server {
         let ocsp = handshake.ocsp.take();
         match (handshake.chain.take(), handshake.key.take()) {
             (Some(chain), Some(key)) => {
-                let pair = CertifiedKey::from_der(chain, key, self.provider());
-                let mut pair = pair.map_err(|e| refused(&format!("the certificate or its key cannot be used: {e}")))?;
-                pair.ocsp = ocsp;
+                let pair = CertifiedKey { cert: chain, key, ocsp };
+                pair.keys_match().map_err(|e| refused(&format!("the certificate or its key cannot be used: {e}")))?;
                 Ok(Arc::new(Keys(vec![Arc::new(pair)])))
             }
             (None, None) if handshake.cleared => Err(refused("the certificates were cleared and none was set")),
             (None, None) => Ok(match ocsp {
                 None => prepared.config.cert_resolver.clone(),
-                Some(ocsp) => Arc::new(prepared.keys.stapled(&ocsp)),
+                Some(ocsp) => Arc::new(prepared.keys.stapled(ocsp)),
             }),
             (Some(_), None) => Err(refused("a certificate was set without its private key")),
             (None, Some(_)) => Err(refused("a private key was set without its certificate")),
@@ -229,13 +267,17 @@ impl Base<'_> {
 
     /// A configuration for a client whose session will be resumed: no certificate is needed, and its script does not run. The
     /// library is asked by having it answer the first message once, with a key that signs nothing.
-    fn resumption(&self, hello: &[u8]) -> Option<ServerConfig> {
-        if !Hello::parse(hello)?.resumes() {
+    fn resumption(&self, handshake: &Handshake) -> Option<ServerConfig> {
+        let hello = Hello::parse(&handshake.hello)?;
+        let tls13 = agrees_on_13(&hello, &handshake.protocols);
+        if !hello.resumes(tls13) {
             return None;
         }
-        let flight = records(hello);
-        [SignatureAlgorithm::ECDSA, SignatureAlgorithm::RSA].into_iter().find_map(|algorithm| {
-            let pair = CertifiedKey::new(vec![CertificateDer::from(Vec::new())], Arc::new(Mute(algorithm)));
+        let flight = records(&handshake.hello);
+        // The cipher suites of TLS 1.2 go with the kind of the key.
+        let algorithms = if tls13 { &KEYS[..1] } else { &KEYS };
+        algorithms.iter().find_map(|algorithm| {
+            let pair = CertifiedKey::new(vec![CertificateDer::from(Vec::new())], Arc::new(Mute(*algorithm)));
             let config = self.config(Arc::new(SingleCertAndKey::from(pair)), None).ok()?;
             let mut trial = config.clone();
             trial.session_storage = Arc::new(Looking(self.storage.clone()));
@@ -248,6 +290,14 @@ impl Base<'_> {
             (connection.handshake_kind() == Some(HandshakeKind::Resumed)).then_some(config)
         })
     }
+}
+
+/// Kinds of keys that a session may have been made with.
+const KEYS: [SignatureAlgorithm; 2] = [SignatureAlgorithm::ECDSA, SignatureAlgorithm::RSA];
+
+/// Whether both sides have TLS 1.3, and so will use it.
+fn agrees_on_13(hello: &Hello, protocols: &[Box<str>]) -> bool {
+    hello.offers(0x304) && protocols.iter().any(|p| **p == *"TLSv1.3")
 }
 
 /// The state that scripts work on; the listener has put it there.
@@ -277,11 +327,11 @@ fn records(hello: &[u8]) -> Vec<u8> {
 struct Sessions {
     inner: Arc<dyn StoresServerSessions>,
     fetched: Option<(Vec<u8>, Vec<u8>)>,
-    made: Mutex<Vec<(Vec<u8>, Vec<u8>)>>,
+    made: Mutex<Made>,
 }
 
 impl Sessions {
-    fn made(&self) -> Vec<(Vec<u8>, Vec<u8>)> {
+    fn made(&self) -> Made {
         std::mem::take(&mut *self.made.lock().unwrap_or_else(PoisonError::into_inner))
     }
 

@@ -1,7 +1,8 @@
 //! The server's side: which certificate answers a name, and who the client is.
 //!
 //! One `Server` per process, so that sessions resume on any worker. Each `ssls` object has its own rustls
-//! configuration and session store: a session of one object never resumes on another with other client checks.
+//! configuration and session store: a session of one object never resumes on another with other client checks. Names without an
+//! object, whose certificates scripts bring, share one; the library resumes a session for the name alone that it was made for.
 
 use std::{
     collections::HashMap,
@@ -316,10 +317,13 @@ pub(super) fn failed(e: std::io::Error) -> Error {
 pub(super) struct Keys(pub Vec<Arc<CertifiedKey>>);
 
 impl Keys {
-    /// The same with an OCSP response beside each certificate.
-    pub fn stapled(&self, ocsp: &[u8]) -> Keys {
-        let with = |pair: &Arc<CertifiedKey>| Arc::new(CertifiedKey { ocsp: Some(ocsp.to_vec()), ..(**pair).clone() });
-        Keys(self.0.iter().map(with).collect())
+    /// The same with an OCSP response beside the first certificate: a response is about one.
+    pub fn stapled(&self, ocsp: Vec<u8>) -> Keys {
+        let mut keys = self.0.clone();
+        if let Some(first) = keys.first_mut() {
+            *first = Arc::new(CertifiedKey { ocsp: Some(ocsp), ..(**first).clone() });
+        }
+        Keys(keys)
     }
 }
 

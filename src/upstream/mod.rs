@@ -42,7 +42,13 @@ pub async fn connect(
     let opening = async {
         let socket = match from {
             None => TcpStream::connect(addr).await.map_err(refused)?,
-            Some(from) => bound(from)?.connect(addr).await.map_err(refused)?,
+            Some(from) => bound(from)?.connect(addr).await.map_err(|e| match e.kind() {
+                // No fault of the node: another connection has the port, or the address is of the other family.
+                io::ErrorKind::AddrNotAvailable | io::ErrorKind::InvalidInput | io::ErrorKind::AddrInUse => {
+                    Error::internal(Kind::Io).cause(e).context(format!("connect from {from} failed"))
+                }
+                _ => refused(e),
+            })?,
         };
         // Heads and bodies are gathered before they are written: Nagle would only hold back their ends.
         let _ = socket.set_nodelay(true);

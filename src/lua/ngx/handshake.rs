@@ -2,8 +2,6 @@
 
 use std::{ffi::c_int, net::IpAddr};
 
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
-
 use super::{
     object,
     ssl::{Chain, Key},
@@ -40,7 +38,12 @@ pub fn register(api: &mut Api) -> Result<()> {
     let certificate = Phases::of(Phase::Ssl);
     let fetch = Phases::of(Phase::SslSessionFetch);
     let store = Phases::of(Phase::SslSessionStore);
-    api.func("native.ssl.server_name", any, "server_name(): the host that the client asked for, or nil", server_name)?;
+    api.func(
+        "native.ssl.server_name",
+        any,
+        "server_name(): the host that the client asked for, in lower case, or nil",
+        server_name,
+    )?;
     api.func("native.ssl.version", any, "version(): 0x304 for TLS 1.3 | nil, err", version)?;
     api.func("native.ssl.address", any, "address(of the client?): bytes, inet or inet6 | nil, nil, err", address)?;
     api.func("native.ssl.port", any, "port(): the server's | nil, err", |s| match fast::exchange() {
@@ -77,13 +80,11 @@ pub fn register(api: &mut Api) -> Result<()> {
         Ok(s.push_bool(true))
     })?;
     api.func("native.ssl.set_chain", certificate, "set_chain(chain): true | nil, err", |s| {
-        state()?.chain = Some(certificates(&*object::get::<Chain>(s, 1)?)?);
+        state()?.chain = Some(object::get::<Chain>(s, 1)?.certificates.clone());
         Ok(s.push_bool(true))
     })?;
     api.func("native.ssl.set_key", certificate, "set_key(key): true | nil, err", |s| {
-        let key = object::get::<Key>(s, 1)?;
-        let parsed = PrivateKeyDer::from_pem_slice(key.0.as_bytes()).map_err(|e| e.to_string())?;
-        state()?.key = Some(parsed);
+        state()?.key = Some(object::get::<Key>(s, 1)?.signing.clone());
         Ok(s.push_bool(true))
     })?;
     let doc = "verify_client(authorities?, depth?, trusted?): true | nil, err; the request sees $ssl_client_verify";
@@ -147,9 +148,10 @@ fn version_name(number: u16) -> Option<&'static str> {
 
 fn server_name(s: &Stack) -> Answer {
     let Some(x) = fast::exchange() else { return s.fail("no request found") };
+    // In lower case, as certificates are looked up and as `conn.tls` has it: else `A.test` would get around what is for `a.test`.
     let name = match &x.conn.tls {
-        Some(tls) => tls.sni.as_deref(),
-        None => of_handshake(x).and_then(|hello| hello.server_name()),
+        Some(tls) => tls.sni.as_deref().map(str::to_owned),
+        None => of_handshake(x).and_then(|hello| hello.server_name()).map(str::to_ascii_lowercase),
     };
     Ok(name.map_or_else(|| s.push_nil(), |name| s.push_bytes(name)))
 }
@@ -219,24 +221,18 @@ fn set_protocols(s: &Stack) -> Answer {
         }
         names.push(name.into());
     }
-    let handshake = state()?;
-    handshake.protocols = names;
-    let (known, _) = crate::tls::versions(handshake.protocols.iter().map(|name| &**name));
-    match known.is_empty() {
-        true => s.fail("none of the protocols is available: only TLSv1.2 and TLSv1.3 are"),
-        false => Ok(s.push_bool(true)),
+    let (known, _) = crate::tls::versions(names.iter().map(|name| &**name));
+    if known.is_empty() {
+        return s.fail("none of the protocols is available: only TLSv1.2 and TLSv1.3 are");
     }
-}
-
-fn certificates(chain: &Chain) -> std::result::Result<Vec<CertificateDer<'static>>, Raise> {
-    let parsed: std::result::Result<Vec<_>, _> = CertificateDer::pem_slice_iter(chain.0.as_bytes()).collect();
-    parsed.map_err(|e| e.to_string().into())
+    state()?.protocols = names;
+    Ok(s.push_bool(true))
 }
 
 fn verify_client(s: &Stack) -> Answer {
     let given = |i| match s.is_nil(i) {
         true => Ok(Vec::new()),
-        false => certificates(&*object::get::<Chain>(s, i)?),
+        false => object::get::<Chain>(s, i).map(|chain| chain.certificates.clone()),
     };
     let (authorities, trusted) = (given(1)?, given(3)?);
     // nginx's default of ssl_verify_depth.

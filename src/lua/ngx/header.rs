@@ -234,12 +234,12 @@ fn nth(headers: &Headers, name: &[u8], n: u32, out: &mut Text) -> c_int {
 // SAFETY (all exports): Lua passes strings with their lengths and its own buffer for the answer.
 crate::export! {
     fn req_header(name: *const u8, len: usize, n: u32, out: *mut Text) -> c_int, 0 => {
-        let Some(x) = fast::exchange() else { return 0 };
+        let Some(x) = fast::request() else { return 0 };
         unsafe { nth(&x.request.headers, fast::bytes(name, len), n, &mut *out) }
     }
 
     fn resp_header(name: *const u8, len: usize, n: u32, out: *mut Text) -> c_int, 0 => {
-        let Some(x) = fast::exchange() else { return 0 };
+        let Some(x) = fast::request() else { return 0 };
         let name = unsafe { fast::bytes(name, len) };
         let found = unsafe { nth(&x.response.headers, name, n, &mut *out) };
         if found == 0 && n == 0 && x.location.is_some() {
@@ -253,14 +253,14 @@ crate::export! {
     }
 
     fn req_header_set(name: *const u8, len: usize, value: *const u8, value_len: usize, how: c_int) -> c_int, 0 => {
-        let Some(x) = fast::exchange() else { return 0 };
+        let Some(x) = fast::request() else { return 0 };
         let (name, value) = unsafe { (fast::bytes(name, len), fast::bytes(value, value_len)) };
         change_request(x, name, value, how);
         1
     }
 
     fn resp_header_set(name: *const u8, len: usize, value: *const u8, value_len: usize, how: c_int) -> c_int, 0 => {
-        let Some(x) = fast::exchange() else { return 0 };
+        let Some(x) = fast::request() else { return 0 };
         if x.response.head_sent || x.response.settled {
             return -1;
         }
@@ -273,14 +273,14 @@ crate::export! {
     }
 
     fn req_header_set_number(name: *const u8, len: usize, value: f64, how: c_int) -> c_int, 0 => {
-        let Some(x) = fast::exchange() else { return 0 };
+        let Some(x) = fast::request() else { return 0 };
         let name = unsafe { fast::bytes(name, len) };
         with_text(value, |text| change_request(x, name, text, how));
         1
     }
 
     fn resp_header_set_number(name: *const u8, len: usize, value: f64, how: c_int) -> c_int, 0 => {
-        let Some(x) = fast::exchange() else { return 0 };
+        let Some(x) = fast::request() else { return 0 };
         if x.response.head_sent || x.response.settled {
             return -1;
         }

@@ -75,13 +75,14 @@ fn place(name: &[u8]) -> usize {
 mod tests {
     use super::*;
     use crate::{
-        exchange::Exchange,
+        exchange::{Exchange, Phase},
         lua::{Vm, fast, sched, vm::VmConfig},
     };
 
     #[track_caller]
     fn gives(vm: &std::rc::Rc<Vm>, prepare: impl FnOnce(&mut Exchange), chunk: &str, expected: &str) {
         let mut x = sched::background(vm);
+        x.phase = Phase::Content;
         prepare(&mut x);
         let given: String =
             vm.entered(|| fast::enter(&mut x, || vm.lua.load(chunk).eval())).expect("a chunk that ends");

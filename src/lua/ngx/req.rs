@@ -123,13 +123,13 @@ pub fn register(api: &mut Api) -> Result<()> {
 // SAFETY (all exports): Lua passes its own buffer for the answer.
 crate::export! {
     fn method(out: *mut Text) -> c_int, 0 => {
-        let Some(x) = fast::exchange() else { return 0 };
+        let Some(x) = fast::request() else { return 0 };
         unsafe { (*out).set(&x.request.method) };
         1
     }
 
     fn args(out: *mut Text) -> c_int, 0 => {
-        let Some(x) = fast::exchange() else { return 0 };
+        let Some(x) = fast::request() else { return 0 };
         unsafe { (*out).set(&x.request.args) };
         1
     }

@@ -631,7 +631,7 @@ async fn agree(busy: Busy, io: Box<dyn Io>, peer: IpAddr, name: Option<String>, 
         Some(name) => ServerName::try_from(name).map_err(|_| "invalid server name"),
     };
     let client = busy.socket.client.borrow().clone();
-    let pair = client.as_ref().map(|(chain, key)| (&*chain.0, &*key.0));
+    let pair = client.as_ref().map(|(chain, key)| (&*chain.pem, &*key.pem));
     let (name, config) = match (name, tls::client_config(verify, pair, &[])) {
         (Ok(name), Ok(config)) => (name, config),
         (Err(text), _) => return failed(text),

@@ -1,8 +1,9 @@
 //! What `ngx.ssl` parses: certificates and keys, which `sock:setclientcert` and a handshake with the client take.
 
-use std::rc::Rc;
+use std::{rc::Rc, sync::Arc};
 
 use base64::Engine;
+use rustls::sign::SigningKey;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use x509_parser::{certificate::X509Certificate, prelude::FromDer};
 
@@ -19,11 +20,17 @@ use crate::{
 /// A longer text is neither a certificate chain nor a key.
 const MAX_TEXT: usize = 256 * 1024;
 
-/// Certificates in PEM, the owner's first.
-pub struct Chain(pub Box<str>);
+/// Certificates, the owner's first.
+pub struct Chain {
+    pub pem: Box<str>,
+    pub certificates: Vec<CertificateDer<'static>>,
+}
 
-/// A private key in PEM.
-pub struct Key(pub Box<str>);
+/// A private key.
+pub struct Key {
+    pub pem: Box<str>,
+    pub signing: Arc<dyn SigningKey>,
+}
 
 pub fn register(api: &mut Api) -> Result<()> {
     let any = Phases::ANY;
@@ -42,13 +49,12 @@ pub fn register(api: &mut Api) -> Result<()> {
     })?;
     api.func("native.ssl.chain_der", any, "chain_der(certificates): one behind the other", |s| {
         let chain = object::get::<Chain>(s, 1)?;
-        let ders: Vec<Vec<u8>> =
-            CertificateDer::pem_slice_iter(chain.0.as_bytes()).filter_map(|c| Some(c.ok()?.to_vec())).collect();
+        let ders: Vec<&[u8]> = chain.certificates.iter().map(|der| &**der).collect();
         Ok(s.push_bytes(ders.concat()))
     })?;
     api.func("native.ssl.key_der", any, "key_der(key): PKCS #8, PKCS #1 or SEC 1", |s| {
         let key = object::get::<Key>(s, 1)?;
-        let parsed = PrivateKeyDer::from_pem_slice(key.0.as_bytes()).map_err(|e| e.to_string())?;
+        let parsed = PrivateKeyDer::from_pem_slice(key.pem.as_bytes()).map_err(|e| e.to_string())?;
         Ok(s.push_bytes(parsed.secret_der()))
     })
 }
@@ -75,7 +81,10 @@ fn chain(text: &[u8]) -> Option<Chain> {
         }
     };
     let sound = !ders.is_empty() && ders.iter().all(|der| X509Certificate::from_der(der).is_ok());
-    sound.then(|| Chain(ders.iter().map(|der| pem("CERTIFICATE", der)).collect::<String>().into()))
+    sound.then(|| Chain {
+        pem: ders.iter().map(|der| pem("CERTIFICATE", der)).collect::<String>().into(),
+        certificates: ders.into_iter().map(CertificateDer::from).collect(),
+    })
 }
 
 fn key(text: &[u8], passphrase: Option<&[u8]>) -> Option<Key> {
@@ -86,13 +95,13 @@ fn key(text: &[u8], passphrase: Option<&[u8]>) -> Option<Key> {
         (false, None) => PrivateKeyDer::try_from(text.to_vec()).ok()?,
     };
     // What nobody could sign with is no key.
-    rustls::crypto::ring::sign::any_supported_type(&der).ok()?;
+    let signing = rustls::crypto::ring::sign::any_supported_type(&der).ok()?;
     let label = match &der {
         PrivateKeyDer::Pkcs1(_) => "RSA PRIVATE KEY",
         PrivateKeyDer::Sec1(_) => "EC PRIVATE KEY",
         _ => "PRIVATE KEY",
     };
-    Some(Key(pem(label, der.secret_der()).into()))
+    Some(Key { pem: pem(label, der.secret_der()).into(), signing })
 }
 
 fn pem(label: &str, der: &[u8]) -> String {

@@ -225,6 +225,9 @@ impl Runner {
             }
             let generation = self.generation.borrow().clone();
             let slot = generation.vm.take_slot();
+            if let Some(ctx) = x.lua.ctx.take() {
+                generation.vm.inherit_ctx(slot, &*ctx);
+            }
             x.lua.slot = Some(slot);
             x.lua.run = Some(Rc::new(Run { job: Job::Location(generation), slot }));
         }
@@ -250,6 +253,7 @@ impl Runner {
         }
         x.lua.run = None;
         x.lua.slot = None;
+        self.check_memory();
     }
 
     /// `balancer_by_lua`, before a try at the upstream. A status: the script has ended the request with it.
@@ -257,7 +261,7 @@ impl Runner {
         x.phase = Phase::Balancer;
         match self.run_script(x, script).await {
             Ok(Outcome::Done(()) | Outcome::Exit(0)) => Ok(None),
-            Ok(Outcome::Exit(status @ 100..=999)) => Ok(Some(status as u16)),
+            Ok(Outcome::Exit(status @ 200..=999)) => Ok(Some(status as u16)),
             Ok(Outcome::Exit(n)) => {
                 Err(Error::script(format!("balancer_by_lua* has ended the request with ngx.exit({n})")))
             }
