@@ -133,6 +133,19 @@ async fn run_one(p: &Rc<Proxy>, child: Child) -> (Captured, Vars) {
     (captured, std::mem::take(&mut x.custom_vars))
 }
 
+/// What nginx fills before it passes it on (`proxy_buffering`).
+const PIECE: usize = 4096;
+
+/// The upstream took too long: what it has sent of the piece that was to be filled never came out, in nginx.
+pub(super) fn forget_last_piece(x: &mut Exchange) {
+    let buffered = x.location.as_ref().is_some_and(|l| l.directives.proxy_buffering);
+    let capture = x.client.as_mut().and_then(|client| client.as_any().downcast_mut::<Capture>());
+    if let Some(Capture(received)) = capture.filter(|_| buffered) {
+        let body = &mut received.borrow_mut().body;
+        body.truncate(body.len() / PIECE * PIECE);
+    }
+}
+
 /// The client of a subrequest: keeps what it is sent.
 struct Capture(Rc<RefCell<Received>>);
 

@@ -30,7 +30,7 @@ use ipnet::IpNet;
 use kept::{Pickers, TlsNumbers};
 
 use crate::{
-    conf::locations::{Locations, Script},
+    conf::locations::{Locations, Rewrite, Script},
     dns::Resolver,
     exchange::{Exchange, host::Host},
     location::Chooser,
@@ -76,7 +76,8 @@ pub struct Proxy {
     pub locations: Chooser,
     pub resolver: Arc<Resolver>,
     pub pool: Pool,
-    /// Runs before a location is chosen.
+    /// Tried, and run, before a location is chosen.
+    server_rewrites: Vec<Rewrite>,
     server_rewrite: Option<Arc<Script>>,
     /// `lua_upstreams`, by name.
     upstreams: HashMap<String, Arc<model::Upstream>>,
@@ -105,6 +106,7 @@ impl Proxy {
             settings,
             runner,
             locations: Chooser::new(&locations.list, locations.rest.clone()),
+            server_rewrites: locations.server_rewrites.clone(),
             server_rewrite: locations.server_rewrite.clone(),
             upstreams: location::upstreams(locations),
             host: OnceCell::new(),

@@ -160,7 +160,7 @@ impl Runner {
             }
             Ok(_) if x.jump.is_some() => Flow::Jump,
             // ngx.DECLINED: somebody else is to answer, and in the content phase nobody is left. ngx.ERROR: nobody is to.
-            Ok(Outcome::Exit(-5)) if phase != Phase::Content => Flow::Next,
+            Ok(Outcome::Exit(-5)) if phase != Phase::Content => Flow::Declined,
             Ok(Outcome::Exit(-5 | -1)) => Flow::Close,
             // The client went away: there is nobody to answer.
             Ok(Outcome::Exit(499)) => {
