@@ -402,9 +402,7 @@ impl Reader<'_> {
                     let (path, args) = (Template::parse(path), args.map(Template::parse));
                     rewrites.push(Rewrite { regex, path, args, flag });
                 }
-                Err(e) => {
-                    self.mistakes.push(format!("{path}.rewrite: {regex:?} is no regular expression: {e}"))
-                }
+                Err(e) => self.mistakes.push(format!("{path}.rewrite: {regex:?} is no regular expression: {e}")),
             }
         }
         rewrites

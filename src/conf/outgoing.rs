@@ -1,10 +1,6 @@
 //! Directives about what leaves: error pages, the charset, compression. Names, values and defaults are nginx's.
 
-use super::{
-    directives::Reader,
-    locations::Template,
-    typed,
-};
+use super::{directives::Reader, locations::Template, typed};
 
 /// `error_page code… [=[status]] target`
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -108,7 +104,8 @@ impl Gzip {
 
 impl ErrorPage {
     pub(super) fn read_all(r: &mut Reader<'_>) -> Vec<ErrorPage> {
-        const MEANT: &str = "statuses from 300 to 599 and a path, @name or URL, as 404 /missing.html or 502 503 =200 @later";
+        const MEANT: &str =
+            "statuses from 300 to 599 and a path, @name or URL, as 404 /missing.html or 502 503 =200 @later";
         let pages = r.options.all("error_page").iter().map(|line| (line, ErrorPage::parse(line)));
         let (good, bad): (Vec<_>, Vec<_>) = pages.partition(|(_, page)| page.is_some());
         bad.iter().for_each(|(line, _)| r.mistake("error_page", line, MEANT));

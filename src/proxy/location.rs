@@ -92,7 +92,7 @@ pub(super) async fn serve_child(p: &Rc<Proxy>, x: &mut Exchange) {
     let served = match server_rewrites(p, x).await {
         Ok(Flow::Sent) => Ok(()),
         Ok(_) => {
-            let chosen = choose(p, x).or_else(|| p.locations.rest().map(plain));
+            let chosen = choose_or_rest(p, x);
             Box::pin(run(p, x, chosen)).await
         }
         Err(e) => Err(e),
@@ -210,6 +210,11 @@ async fn error_page(p: &Proxy, x: &mut Exchange, status: u16) -> Result<Option<F
 
 fn choose(p: &Proxy, x: &Exchange) -> Option<Chosen> {
     p.locations.choose(&x.request.path)
+}
+
+/// For a request that has left the client's path: no route is for it.
+fn choose_or_rest(p: &Proxy, x: &Exchange) -> Option<Chosen> {
+    choose(p, x).or_else(|| p.locations.rest().map(plain))
 }
 
 /// The proxy, as scripts reach it.
@@ -442,7 +447,7 @@ fn jump(p: &Proxy, x: &mut Exchange) -> Option<Chosen> {
     match x.jump.take()? {
         Jump::Again => {
             p.runner.forget_location(x);
-            choose(p, x)
+            choose_or_rest(p, x)
         }
         Jump::Exec { path, args } => {
             x.internal = true;
@@ -450,7 +455,7 @@ fn jump(p: &Proxy, x: &mut Exchange) -> Option<Chosen> {
             x.request.args = args.unwrap_or_default();
             x.request.uri_changed = true;
             p.runner.forget_location(x);
-            choose(p, x)
+            choose_or_rest(p, x)
         }
         Jump::Named(name) => {
             x.internal = true;

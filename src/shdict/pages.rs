@@ -33,8 +33,7 @@ impl Pages {
         let by_size = bytes.saturating_sub(ZONE_HEAD) / (PAGE + PAGE_ENTRY);
         let start = (ZONE_HEAD + by_size * PAGE_ENTRY).next_multiple_of(PAGE);
         let by_place = bytes.saturating_sub(start) / PAGE;
-        let mut pages =
-            Pages { total: by_size.min(by_place).max(OWN.len() + 1), used: 0, pieces: [0; CLASSES] };
+        let mut pages = Pages { total: by_size.min(by_place).max(OWN.len() + 1), used: 0, pieces: [0; CLASSES] };
         OWN.into_iter().for_each(|bytes| pages.take(bytes));
         pages
     }

@@ -292,9 +292,12 @@ mod tests {
 
     #[test]
     fn a_match_goes_as_far_as_its_limit() {
-        let lua = "local m, e = ngx.re.match(('a'):rep(30) .. '!', '(a+)+$', 'jo') return tostring(m) .. ': ' .. tostring(e)";
+        let lua =
+            "local m, e = ngx.re.match(('a'):rep(30) .. '!', '(a+)+$', 'jo') return tostring(m) .. ': ' .. tostring(e)";
         let config = |limit: serde_json::Value| serde_json::json!({"lua_options": {"lua_regex_match_limit": limit}});
-        for (limit, expected) in [("100".into(), "nil: pcre_exec() failed: -47"), (100.into(), "nil: pcre_exec() failed: -47")] {
+        for (limit, expected) in
+            [("100".into(), "nil: pcre_exec() failed: -47"), (100.into(), "nil: pcre_exec() failed: -47")]
+        {
             let vm = Vm::new(VmConfig { config: config(limit).into(), ..VmConfig::default() }).expect("a VM");
             assert_eq!(vm.lua.load(lua).eval::<String>().expect("a text"), expected);
         }

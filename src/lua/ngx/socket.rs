@@ -17,8 +17,9 @@ use hashbrown::HashMap;
 use super::socket_pool::Pools;
 use crate::{
     dns::Resolver,
+    exchange::Phase,
     lua::{
-        api::{Raise, Stack},
+        api::{Raise, Stack, context_name},
         fast, limits, vm,
     },
 };
@@ -280,6 +281,17 @@ pub fn current_vm() -> Result<Rc<vm::Vm>, Raise> {
 /// Whoever runs now, as an owner.
 pub fn current_owner() -> Result<Rc<Owner>, Raise> {
     Ok(current_vm()?.sockets.owner(slot()?))
+}
+
+/// Refuses sockets where OpenResty has none, which scripts of locations were written for. Plugins may have them in every phase.
+pub fn check_phase() -> Result<(), Raise> {
+    let Some(x) = fast::exchange().filter(|x| x.location.is_some()) else { return Ok(()) };
+    match x.phase {
+        Phase::Set | Phase::HeaderFilter | Phase::BodyFilter | Phase::Log => {
+            Err(format!("API disabled in the context of {}", context_name(x.phase)).into())
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Refuses a socket of another request.

@@ -267,6 +267,7 @@ pub fn register(api: &mut Api) -> Result<()> {
 }
 
 fn new(s: &Stack) -> Answer {
+    socket::check_phase()?;
     Ok(object::push(s, new_socket()?))
 }
 

@@ -96,6 +96,7 @@ pub fn register(api: &mut Api) -> Result<()> {
 }
 
 fn new(s: &Stack) -> Answer {
+    socket::check_phase()?;
     let owner = socket::current_owner()?;
     let socket = Rc::new(Socket {
         owner: owner.clone(),
