@@ -294,6 +294,23 @@ fn a_shorter_answer_than_promised_goes_out_before_the_connection_ends() {
 }
 
 #[test]
+fn a_body_filter_that_returns_an_error_cuts_the_response_off() {
+    let gw = Gateway::with(json!({"lua_locations": [
+        {"location": "= /error", "content_by_lua": "ngx.say('x')", "body_filter_by_lua": "return ngx.ERROR"},
+        {"location": "= /ok", "content_by_lua": "ngx.say('x')", "body_filter_by_lua": "return ngx.OK"},
+        {"location": "= /file", "return": {"status": 200, "body": "x"}, "body_filter_by_lua": "return 500"},
+        {"location": "= /sub", "content_by_lua": "ngx.say(ngx.location.capture('/error').status)"},
+        {"location": "= /subs", "content_by_lua": "ngx.say(ngx.location.capture('/ok').body)"},
+    ]}));
+    for path in ["/error", "/file", "/sub"] {
+        let got = raw(&gw.proxy(), format!("GET {path} HTTP/1.1\r\nHost: h\r\n\r\n").as_bytes());
+        assert_eq!(got, "", "{path}");
+    }
+    says(&gw.get("/ok"), 200, "x\n");
+    says(&gw.get("/subs"), 200, "x\n\n");
+}
+
+#[test]
 fn a_body_is_as_long_as_a_script_says_before_it_is_read() {
     let read = "ngx.req.set_header('Content-Length', 3) ngx.req.read_body()";
     let gw = Gateway::with(json!({"lua_locations": [

@@ -72,8 +72,18 @@ async fn failed(p: &Proxy, x: &mut Exchange, e: Error) {
     if x.depth > 0 && e.origin() == Origin::Upstream && e.kind() == Kind::ReadTimeout {
         capture::forget_last_piece(x);
     }
-    let exit = x.filter_exit.take().filter(|_| !x.response.head_sent);
+    let of_body = x.phase == Phase::BodyFilter;
+    if of_body && x.depth > 0 {
+        capture::fail(x);
+    }
+    let exit = x.filter_exit.take().filter(|_| of_body || !x.response.head_sent);
     let ended = match exit {
+        Some(_) if of_body => {
+            if let Some(client) = &mut x.client {
+                client.abort();
+            }
+            Ok(())
+        }
         Some(status) => end_by_filter(p, x, status).await,
         None if x.response.ended => Ok(()),
         None => {

@@ -336,7 +336,7 @@ fn of_request(s: &Stack) -> Answer {
     if let Some(client) = x.client.as_mut().filter(|_| x.request.expects_continue)
         && let Err(e) = client.interim(100, &Headers::new())
     {
-        return s.fail(&e.to_string());
+        return s.fail(e.to_string());
     }
     // The script may still put another one in its place.
     x.body = RequestBody::Memory(Bytes::new());
