@@ -87,14 +87,15 @@ fn accepts_gzip(field: &[u8]) -> bool {
     })
 }
 
-/// Compresses `x.chunk`. What the encoder keeps back comes with a later one, at the latest with the last.
+/// Compresses `x.chunk`, whole: what is flushed, or comes from an upstream bit by bit, is not to wait for the rest.
 pub(super) fn chunk(x: &mut Exchange) -> Result<()> {
-    let Some(encoder) = &mut x.encoder else { return Ok(()) };
+    let Some(encoder) = x.encoder.as_mut().filter(|_| x.chunk.eof || !x.chunk.data.is_empty()) else { return Ok(()) };
     let failed = |e| Error::internal(Kind::Other).cause(e).context("gzip");
     encoder.write_all(&x.chunk.data).map_err(failed)?;
     x.chunk.data.clear();
-    if x.chunk.eof {
-        encoder.try_finish().map_err(failed)?;
+    match x.chunk.eof {
+        true => encoder.try_finish().map_err(failed)?,
+        false => encoder.flush().map_err(failed)?,
     }
     x.chunk.data.append(encoder.get_mut());
     Ok(())

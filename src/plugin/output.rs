@@ -116,10 +116,12 @@ pub fn remaining_length(x: &Exchange) -> BodyLength {
     }
 }
 
-pub async fn filter_head(x: &mut Exchange, runner: &Runner) -> Result<()> {
-    filter_head_of(x, runner, None).await
+/// Runs header_filter, and for a location what nginx does behind it.
+pub fn filter_head(x: &mut Exchange, runner: &Runner) -> impl Future<Output = Result<()>> {
+    filter_head_of(x, runner, None)
 }
 
+/// `length`: of the body, where the head does not say it.
 async fn filter_head_of(x: &mut Exchange, runner: &Runner, length: Option<u64>) -> Result<()> {
     let of_location = x.location.is_some();
     if of_location {
