@@ -44,13 +44,13 @@ impl Chooser {
         self.exact.is_empty() && self.prefixes.is_empty() && self.regexes.is_empty() && self.named.is_empty()
     }
 
-    /// Whether a path without its last slash is the name of a location that is passed on: nginx sends the client there.
-    pub fn is_folder(&self, path: &[u8]) -> bool {
+    /// The location that is passed on and whose name is the path with a slash behind it: nginx sends the client there.
+    pub fn folder(&self, path: &[u8]) -> Option<&Arc<Location>> {
         let with_slash = [path, b"/"].concat();
         let passes = |l: &Arc<Location>| matches!(l.content, Content::Proxy(_));
         let exact = std::str::from_utf8(&with_slash).ok().and_then(|path| self.exact.get(path));
         let prefix = self.prefixes.iter().find(|(prefix, ..)| prefix.as_bytes() == with_slash).map(|(.., l)| l);
-        exact.or(prefix).is_some_and(passes)
+        exact.or(prefix).filter(|l| passes(l))
     }
 
     pub fn rest(&self) -> Option<&Arc<Location>> {

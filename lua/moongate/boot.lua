@@ -86,11 +86,14 @@ local raw_create, raw_resume, raw_yield, raw_status =
 -- A light thread lives while it waits for something, and until somebody has waited for it.
 local light = native.thread.state
 
+-- Those that are suspended since a coroutine which they have resumed waits.
+local resumers = setmetatable({}, { __mode = "k" })
+
 function coroutine.status(co)
     local status = raw_status(co)
     if status == "suspended" or status == "dead" then
         local state = light(co)
-        if state == 1 and status == "suspended" then return "running" end
+        if state == 1 and status == "suspended" then return resumers[co] and "normal" or "running" end
         if state == 2 then return "zombie" end
     end
     return status
@@ -98,13 +101,16 @@ end
 
 local pass
 
-local function pass_on(co, ...)
+local function pass_on(co, own, ...)
+    resumers[own] = nil
     return pass(co, raw_resume(co, ...))
 end
 
 function pass(co, ok, first, ...)
     if ok and first == marker and raw_status(co) == "suspended" then
-        return pass_on(co, raw_yield(marker))
+        local own = raw_running()
+        resumers[own] = true
+        return pass_on(co, own, raw_yield(marker))
     end
     return ok, first, ...
 end

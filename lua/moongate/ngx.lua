@@ -21,7 +21,7 @@ local ngx = ngx
 
 local error, getmetatable, ipairs, pairs, rawget, rawset, select, setmetatable, tonumber, tostring, type =
     error, getmetatable, ipairs, pairs, rawget, rawset, select, setmetatable, tonumber, tostring, type
-local concat, floor = table.concat, math.floor
+local byte, concat, floor, rep, string_sub = string.byte, table.concat, math.floor, string.rep, string.sub
 local ffi_string = ffi.string
 local clear_table = require("table.clear")
 
@@ -563,8 +563,33 @@ function ngx.escape_uri(text, kind)
     return escape_uri(text, kind)
 end
 
+-- Base 32 as set_misc writes it: the digits of extended hex (RFC 4648, 7) in lower case.
+local base32 = "0123456789abcdefghijklmnopqrstuv"
+
+local function encode_base32(text)
+    text = tostring(text)
+    local digits, n, held, bits = {}, 0, 0, 0
+    for i = 1, #text do
+        held, bits = held * 256 + byte(text, i), bits + 8
+        while bits >= 5 do
+            bits = bits - 5
+            local digit = floor(held / 2 ^ bits)
+            held = held - digit * 2 ^ bits
+            n = n + 1
+            digits[n] = string_sub(base32, digit + 1, digit + 1)
+        end
+    end
+    if bits > 0 then
+        local digit = held * 2 ^ (5 - bits)
+        digits[n + 1] = string_sub(base32, digit + 1, digit + 1)
+        digits[n + 2] = rep("=", -(n + 1) % 8)
+    end
+    return concat(digits)
+end
+
 -- The directives of nginx's set_misc module, as lua-nginx-module reaches them.
 local set_var = {
+    set_encode_base32 = encode_base32,
     set_escape_uri = ngx.escape_uri, set_unescape_uri = ngx.unescape_uri, set_quote_sql_str = ngx.quote_sql_str,
     set_md5 = ngx.md5, set_encode_base64 = ngx.encode_base64, set_decode_base64 = ngx.decode_base64,
 }

@@ -143,6 +143,10 @@ end
 
 function readers.body(self)
     local data, err = self.next(self.size)
+    -- A boundary right behind the head, or behind a whole piece, comes as an empty one.
+    if data == "" then
+        data, err = self.next(self.size)
+    end
     if err then return nil, nil, err end
     if data then
         keep(self, data)

@@ -7,6 +7,7 @@ use serde_json::{Map, Value};
 
 use super::{
     locations::{Options, Template},
+    outgoing::{Charset, ErrorPage, Gzip},
     typed,
 };
 
@@ -38,6 +39,17 @@ pub struct Directives {
     /// `proxy_set_header name value`, in their order.
     pub proxy_set_header: Vec<(Box<str>, Template)>,
     pub add_header: Vec<AddHeader>,
+    /// `satisfy any`: one of `allow`, `auth_request` and `access_by_lua` lets a request in.
+    pub satisfy_any: bool,
+    /// `auth_request path`: a subrequest that says whether a request may come in.
+    pub auth_request: Option<Box<str>>,
+    pub error_page: Vec<ErrorPage>,
+    pub charset: Option<Charset>,
+    pub gzip: Option<Gzip>,
+    /// `proxy_buffering`: what the upstream cut off within its first piece is not sent on.
+    pub proxy_buffering: bool,
+    /// `absolute_redirect`: nginx's own redirects name scheme and host.
+    pub absolute_redirect: bool,
 }
 
 /// How long what is done with another host may take.
@@ -119,6 +131,8 @@ impl Directives {
         mistakes: &mut Vec<String>,
     ) -> Directives {
         let mut r = Reader { options, path, said, mistakes };
+        // For the VM, which reads it itself.
+        r.value("lua_regex_match_limit", "a number", |text| text.parse::<u32>().ok());
         Directives {
             default_type: options.get("default_type").map(Box::from),
             lua_use_default_type: r.on("lua_use_default_type", true),
@@ -138,19 +152,26 @@ impl Directives {
             next_upstream: r.next_upstream(),
             proxy_set_header: options.all("proxy_set_header").iter().map(|line| field(line)).collect(),
             add_header: options.all("add_header").iter().map(|line| added(line)).collect(),
+            satisfy_any: r.value("satisfy", "all or any", any).unwrap_or(false),
+            auth_request: r.value("auth_request", "off or a path as /auth", path_or_off).flatten(),
+            error_page: ErrorPage::read_all(&mut r),
+            charset: Charset::read(&r),
+            gzip: Gzip::read(&mut r),
+            proxy_buffering: r.on("proxy_buffering", true),
+            absolute_redirect: r.on("absolute_redirect", true),
         }
     }
 }
 
-struct Reader<'a> {
-    options: &'a Options,
+pub(super) struct Reader<'a> {
+    pub options: &'a Options,
     path: &'a str,
     said: Option<&'a Map<String, Value>>,
     mistakes: &'a mut Vec<String>,
 }
 
 impl Reader<'_> {
-    fn on(&mut self, name: &str, default: bool) -> bool {
+    pub fn on(&mut self, name: &str, default: bool) -> bool {
         let read = |text: &str| match text {
             "on" => Some(true),
             "off" => Some(false),
@@ -183,17 +204,39 @@ impl Reader<'_> {
         if lines.is_empty() { None } else { self.read(name, &lines.join(" "), meant, read) }
     }
 
-    fn value<T>(&mut self, name: &str, meant: &str, read: impl FnOnce(&str) -> Option<T>) -> Option<T> {
+    pub fn value<T>(&mut self, name: &str, meant: &str, read: impl FnOnce(&str) -> Option<T>) -> Option<T> {
         let text = self.options.get(name)?;
         self.read(name, text, meant, read)
     }
 
     fn read<T>(&mut self, name: &str, text: &str, meant: &str, read: impl FnOnce(&str) -> Option<T>) -> Option<T> {
         let value = read(text);
-        if value.is_none() && self.said.is_some_and(|said| said.contains_key(name)) {
-            self.mistakes.push(format!("{}.{name}: {text:?} is not {meant}", self.path));
+        if value.is_none() {
+            self.mistake(name, text, meant);
         }
         value
+    }
+
+    /// Tells of a value, if it was said here and not for all locations.
+    pub fn mistake(&mut self, name: &str, text: &str, meant: &str) {
+        if self.said.is_some_and(|said| said.contains_key(name)) {
+            self.mistakes.push(format!("{}.{name}: {text:?} is not {meant}", self.path));
+        }
+    }
+}
+
+fn any(text: &str) -> Option<bool> {
+    match text {
+        "all" => Some(false),
+        "any" => Some(true),
+        _ => None,
+    }
+}
+
+fn path_or_off(text: &str) -> Option<Option<Box<str>>> {
+    match text {
+        "off" => Some(None),
+        path => path.starts_with('/').then(|| Some(path.into())),
     }
 }
 
@@ -227,6 +270,8 @@ mod tests {
         assert!(d.lua_use_default_type && d.lua_code_cache && d.lua_http10_buffering && d.lua_socket_log_errors);
         assert!(d.lua_transform_underscores_in_response_headers && !d.proxy_http11 && !d.client_body_in_file_only);
         assert!(!d.lua_need_request_body && !d.lua_check_client_abort && !d.log_subrequest);
+        assert!(!d.satisfy_any && d.auth_request.is_none() && d.error_page.is_empty() && d.charset.is_none());
+        assert!(d.gzip.is_none() && d.proxy_buffering && d.absolute_redirect);
         assert!(d.default_type.is_none() && d.client_body_buffer_size.is_none() && d.socket.connect.is_none());
     }
 
@@ -297,13 +342,26 @@ mod tests {
     fn what_cannot_be_read_is_told_with_its_path() {
         let (_, mistakes) = read(json!({
             "lua_code_cache": "never", "client_body_buffer_size": "big", "proxy_send_timeout": "soon",
+            "satisfy": "some", "auth_request": "auth", "error_page": [["404", "/x"], ["missing", "/y"]],
+            "gzip": "yes", "gzip_comp_level": "10", "gzip_min_length": "-1", "gzip_proxied": "expired",
+            "gzip_http_version": "2", "lua_regex_match_limit": "far",
         }));
         assert_eq!(
             mistakes,
             [
+                r#"lua_locations[0].options.lua_regex_match_limit: "far" is not a number"#,
                 r#"lua_locations[0].options.lua_code_cache: "never" is not on or off"#,
                 r#"lua_locations[0].options.client_body_buffer_size: "big" is not a size as 8k"#,
                 r#"lua_locations[0].options.proxy_send_timeout: "soon" is not a time as 60s or 100ms"#,
+                r#"lua_locations[0].options.satisfy: "some" is not all or any"#,
+                r#"lua_locations[0].options.auth_request: "auth" is not off or a path as /auth"#,
+                "lua_locations[0].options.error_page: \"missing /y\" is not statuses from 300 to 599 and a path, @name or \
+                 URL, as 404 /missing.html or 502 503 =200 @later",
+                r#"lua_locations[0].options.gzip: "yes" is not on or off"#,
+                r#"lua_locations[0].options.gzip_min_length: "-1" is not a size as 1k"#,
+                r#"lua_locations[0].options.gzip_comp_level: "10" is not a level from 1 to 9"#,
+                r#"lua_locations[0].options.gzip_http_version: "2" is not 1.0 or 1.1"#,
+                r#"lua_locations[0].options.gzip_proxied: "expired" is not off or any"#,
             ]
         );
     }

@@ -26,7 +26,9 @@ pub struct Locations {
     pub list: Vec<Arc<Location>>,
     /// Where there are locations at all, what nginx does with every other path.
     pub rest: Option<Arc<Location>>,
-    /// Run before a location is chosen.
+    /// `rewrite` of the server: tried before a location is chosen.
+    pub server_rewrites: Vec<Rewrite>,
+    /// Run then, too.
     pub server_rewrite: Option<Arc<Script>>,
     pub init: Init,
     pub handshakes: Handshakes,
@@ -307,6 +309,7 @@ pub(super) fn read(json: &Value, prefix: &Path, mistakes: &mut Vec<String>) -> L
     Locations {
         list,
         rest: rest.map(Arc::new),
+        server_rewrites: r.rewrites("lua_options", &options),
         server_rewrite: r.script(&server, "server_rewrite_by_lua"),
         init: Init {
             init: r.script(&init, "init_by_lua"),
@@ -379,7 +382,8 @@ impl Reader<'_> {
             internal: map.get("internal").and_then(Value::as_bool).unwrap_or(false),
             set,
             set_by_lua: lua_sets.iter().enumerate().filter_map(|(i, s)| self.set_by_lua(path, i, s)).collect(),
-            rewrites: self.rewrites(path, &options),
+            // Those of the server are not inherited: they have been tried before.
+            rewrites: self.rewrites(&format!("{path}.options"), &Options::read(said, &Options::default())),
             rules: self.rules(path, &options),
             rewrite: self.script(&map, "rewrite_by_lua"),
             access: self.script(&map, "access_by_lua"),
@@ -436,9 +440,7 @@ impl Reader<'_> {
                     let (path, args) = (Template::parse(path), args.map(Template::parse));
                     rewrites.push(Rewrite { regex, path, args, flag });
                 }
-                Err(e) => {
-                    self.mistakes.push(format!("{path}.options.rewrite: {regex:?} is no regular expression: {e}"))
-                }
+                Err(e) => self.mistakes.push(format!("{path}.rewrite: {regex:?} is no regular expression: {e}")),
             }
         }
         rewrites

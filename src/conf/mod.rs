@@ -9,6 +9,7 @@ pub mod directives;
 mod env;
 mod keys;
 pub mod locations;
+pub mod outgoing;
 mod typed;
 pub mod upstreams;
 

@@ -62,6 +62,8 @@ pub struct Captured {
     pub body: Vec<u8>,
     /// The body ended before its time.
     pub truncated: bool,
+    /// A body filter failed: the request that asked ends, too.
+    pub failed: bool,
 }
 
 impl RequestBody {

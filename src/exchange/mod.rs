@@ -79,6 +79,10 @@ pub struct Exchange {
     pub location: Option<Arc<Location>>,
     /// Where a script sent the request, until the proxy goes there.
     pub jump: Option<Jump>,
+    /// An error page serves the request: the status that it is answered with, 0 for its own.
+    pub error_status: Option<u16>,
+    /// Compresses the response.
+    pub encoder: Option<Box<flate2::write::GzEncoder<Vec<u8>>>>,
     /// The status with which a location's header filter ended the response.
     pub filter_exit: Option<u16>,
     /// How often it was sent on, and whether by `ngx.exec` or as a subrequest: `ngx.req.is_internal`.
@@ -528,6 +532,8 @@ impl Exchange {
             untyped: false,
             location: None,
             jump: None,
+            error_status: None,
+            encoder: None,
             filter_exit: None,
             jumps: 0,
             internal: false,
@@ -565,6 +571,8 @@ impl Exchange {
         self.untyped = false;
         self.location = None;
         self.jump = None;
+        self.error_status = None;
+        self.encoder = None;
         self.filter_exit = None;
         self.jumps = 0;
         self.internal = false;
@@ -572,6 +580,12 @@ impl Exchange {
         self.lua = LuaState::default();
         self.bytes_sent = 0;
         self.body_bytes_sent = 0;
+    }
+
+    /// Decides the status, also that of an error page.
+    pub fn set_status(&mut self, status: u16) {
+        self.response.status = status;
+        self.error_status = self.error_status.map(|_| 0);
     }
 
     /// The address that the request is taken to come from: `$remote_addr`.

@@ -128,6 +128,9 @@ fn subrequests(x: &mut Exchange, list: Vec<Subrequest>) -> Op {
         if let Some(vars) = answered.vars {
             x.custom_vars = vars;
         }
+        if let Some(client) = x.client.as_mut().filter(|_| answered.list.iter().any(|one| one.failed)) {
+            client.abort();
+        }
         Poll::Ready(answered.list.into_iter().map(super::ngx::location::answer).collect())
     }))
 }

@@ -178,6 +178,7 @@ impl Vm {
         let (native, entries) = table.finish()?;
         let limits = Limits::from_config(&config.config);
         let timers = Timers::from_config(&config.config);
+        host::regex::limit_matches(host::regex::match_limit(&config.config));
         let vm = Rc::new_cyclic(|itself| Vm {
             lua,
             main,

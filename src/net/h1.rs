@@ -568,8 +568,8 @@ impl H1 {
     /// Queues `100 Continue` when the client waits for it, and sees that it leaves.
     fn poll_continue(&mut self, cx: &mut Context<'_>) -> Poll<Result<()>> {
         if self.continues == Continue::Awaited {
-            // A client that sends without waiting needs none, and after the final head it would be a second one.
-            if !self.unread().is_empty() || self.body_out != BodyOut::NotStarted {
+            // After the final head it would be a second one. To a client that sends without waiting it is sent as nginx does.
+            if self.body_out != BodyOut::NotStarted {
                 self.continues = Continue::No;
                 return Poll::Ready(Ok(()));
             }
@@ -729,6 +729,9 @@ impl Client for H1 {
                 self.out = buffers::take();
             }
             answer::write_interim(&mut self.out, status, headers);
+            if status == 100 && self.continues == Continue::Awaited {
+                self.continues = Continue::Queued;
+            }
         }
         Ok(())
     }

@@ -1,5 +1,6 @@
 //! Plugins: which exist (`registry`), which run for a request (`plan`), and running them (`run`).
 
+mod late;
 mod natives;
 pub mod output;
 pub mod plan;

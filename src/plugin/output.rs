@@ -5,7 +5,7 @@
 
 use std::future::poll_fn;
 
-use super::{PhaseMask, run::Runner};
+use super::{PhaseMask, late, run::Runner};
 use crate::{
     error::{Error, Kind, Result},
     exchange::{BodyLength, Client, Exchange, Phase, framing::parse_decimal},
@@ -13,6 +13,11 @@ use crate::{
 
 /// Sends the response whose body is `x.printed`, through the filters, to its end.
 pub async fn answer(x: &mut Exchange, runner: &Runner) -> Result<()> {
+    answer_with(x, runner, |_| ()).await
+}
+
+/// The same; `last` works on what the filters have left, before it goes out.
+pub async fn answer_with(x: &mut Exchange, runner: &Runner, last: impl FnOnce(&mut Exchange)) -> Result<()> {
     if x.response.head_sent {
         return rest(x, runner).await;
     }
@@ -21,13 +26,15 @@ pub async fn answer(x: &mut Exchange, runner: &Runner) -> Result<()> {
     }
     // The gateway's own bodies have the length that they have, whatever a plugin copied.
     x.response.headers.remove("content-length");
-    filter_head(x, runner).await?;
-    if has_body_filter(runner.mask(x)) {
+    let length = x.printed.len() as u64;
+    filter_head_of(x, runner, Some(length)).await?;
+    if changes_body(x, runner) {
         std::mem::swap(&mut x.chunk.data, &mut x.printed);
         x.chunk.eof = true;
         filter_chunk(x, runner).await?;
         std::mem::swap(&mut x.chunk.data, &mut x.printed);
     }
+    last(x);
     plain(x).await
 }
 
@@ -67,7 +74,7 @@ pub async fn start(x: &mut Exchange, runner: &Runner) -> Result<()> {
 
 /// Runs the body filters on `x.chunk` and sends what they left of it.
 pub async fn chunk(x: &mut Exchange, runner: &Runner) -> Result<()> {
-    if has_body_filter(runner.mask(x)) {
+    if changes_body(x, runner) {
         filter_chunk(x, runner).await?;
     }
     let data = std::mem::take(&mut x.chunk.data);
@@ -93,6 +100,11 @@ pub fn has_body_filter(mask: PhaseMask) -> bool {
     mask.has(Phase::BodyFilter) || mask.has(Phase::DelayedBodyFilter)
 }
 
+/// Whether what goes out is not what came: only known behind `filter_head`.
+pub fn changes_body(x: &Exchange, runner: &Runner) -> bool {
+    has_body_filter(runner.mask(x)) || x.encoder.is_some()
+}
+
 /// What `Content-Length` still says after header_filter: a filter that changes the body removes it.
 pub fn remaining_length(x: &Exchange) -> BodyLength {
     if x.request.method == b"HEAD" || matches!(x.response.status, 204 | 304) {
@@ -104,10 +116,23 @@ pub fn remaining_length(x: &Exchange) -> BodyLength {
     }
 }
 
-pub async fn filter_head(x: &mut Exchange, runner: &Runner) -> Result<()> {
+/// Runs header_filter, and for a location what nginx does behind it.
+pub fn filter_head(x: &mut Exchange, runner: &Runner) -> impl Future<Output = Result<()>> {
+    filter_head_of(x, runner, None)
+}
+
+/// `length`: of the body, where the head does not say it.
+async fn filter_head_of(x: &mut Exchange, runner: &Runner, length: Option<u64>) -> Result<()> {
+    let of_location = x.location.is_some();
+    if of_location {
+        late::status(x);
+    }
     if runner.mask(x).has(Phase::HeaderFilter) {
         x.phase = Phase::HeaderFilter;
         runner.header_filter(x).await?;
+    }
+    if of_location {
+        late::head(x, length);
     }
     Ok(())
 }
@@ -122,7 +147,7 @@ async fn filter_chunk(x: &mut Exchange, runner: &Runner) -> Result<()> {
         x.phase = Phase::DelayedBodyFilter;
         runner.delayed_body_filter(x).await?;
     }
-    Ok(())
+    late::chunk(x)
 }
 
 pub fn send_head(x: &mut Exchange, length: BodyLength) -> Result<()> {

@@ -53,6 +53,8 @@ use crate::{
 pub enum Flow {
     /// Go on with the next phase.
     Next,
+    /// The same, but the script has not said that it agrees (`ngx.exit(ngx.DECLINED)`).
+    Declined,
     /// The gateway answers: status and headers stand in `response`, the body in `printed`.
     Answer,
     /// Lua has sent the answer itself, to its last byte.

@@ -73,6 +73,7 @@ struct Received {
     length: Option<u64>,
     bodiless: bool,
     truncated: bool,
+    failed: bool,
 }
 
 fn child(x: &Exchange, one: Subrequest) -> Child {
@@ -123,14 +124,37 @@ fn child(x: &Exchange, one: Subrequest) -> Child {
 async fn run_one(p: &Rc<Proxy>, child: Child) -> (Captured, Vars) {
     let Child { mut x, received } = child;
     location::serve_child(p, &mut x).await;
-    let Received { body, length, truncated, .. } = received.take();
+    let Received { body, length, truncated, failed, .. } = received.take();
     let mut headers = std::mem::take(&mut x.response.headers);
     // A file's length is known ahead of its bytes.
     if let Some(length) = length.filter(|_| headers.contains("last-modified")) {
         headers.set("Content-Length", length.to_string());
     }
-    let captured = Captured { status: x.response.status, headers, body, truncated };
+    let captured = Captured { status: x.response.status, headers, body, truncated, failed };
     (captured, std::mem::take(&mut x.custom_vars))
+}
+
+fn capture(x: &mut Exchange) -> Option<&mut Capture> {
+    x.client.as_mut()?.as_any().downcast_mut()
+}
+
+/// A body filter of the subrequest has failed: in nginx the request that made it ends with it.
+pub(super) fn fail(x: &mut Exchange) {
+    if let Some(Capture(received)) = capture(x) {
+        received.borrow_mut().failed = true;
+    }
+}
+
+/// What nginx fills before it passes it on (`proxy_buffering`).
+const PIECE: usize = 4096;
+
+/// The upstream took too long: what it has sent of the piece that was to be filled never came out, in nginx.
+pub(super) fn forget_last_piece(x: &mut Exchange) {
+    let buffered = x.location.as_ref().is_some_and(|l| l.directives.proxy_buffering);
+    if let Some(Capture(received)) = capture(x).filter(|_| buffered) {
+        let body = &mut received.borrow_mut().body;
+        body.truncate(body.len() / PIECE * PIECE);
+    }
 }
 
 /// The client of a subrequest: keeps what it is sent.

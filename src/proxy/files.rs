@@ -1,5 +1,5 @@
 //! Files under a location's `root`, for locations in which nothing else answers: what people who bring an OpenResty
-//! configuration have beside their Lua. Small ones: no ranges, no conditions but `If-Modified-Since`.
+//! configuration have beside their Lua. Small ones; one range of them, and no conditions but `If-Modified-Since`.
 
 use std::{
     io,
@@ -13,7 +13,7 @@ use crate::{
     error::Result,
     exchange::{Exchange, status},
     observe::log::Level,
-    plugin::output,
+    plugin::{Flow, output},
 };
 
 /// The largest file that is served: it is read into memory whole.
@@ -36,12 +36,11 @@ const TYPES: &[(&str, &str)] = &[
 ];
 
 /// Answers with the file that the path names; a folder has its `index.html`.
-pub(super) async fn serve(p: &Proxy, x: &mut Exchange, location: &Location) -> Result<()> {
+pub(super) async fn serve(p: &Proxy, x: &mut Exchange, location: &Location) -> Result<Flow> {
     if !matches!(&x.request.method[..], b"GET" | b"HEAD") {
-        rescue::page(p, x, 405);
-        return output::answer(x, &p.runner).await;
+        return location::refuse(p, x, 405).await;
     }
-    let Some(path) = path_of(x, location) else { return location::not_found(p, x).await };
+    let Some(path) = path_of(x, location) else { return location::refuse(p, x, 404).await };
     let meta = match tokio::fs::metadata(&path).await {
         Ok(meta) => meta,
         Err(e) => return refuse(p, x, &path, &e).await,
@@ -58,18 +57,78 @@ pub(super) async fn serve(p: &Proxy, x: &mut Exchange, location: &Location) -> R
     };
     let modified = meta.modified().ok().and_then(|at| at.duration_since(UNIX_EPOCH).ok()).unwrap_or_default();
     let modified = status::format_date(modified.as_secs());
-    x.response.status = match x.request.headers.get("if-modified-since") {
-        Some(since) if *since == modified && x.depth == 0 && !x.response.bypasses_if => 304,
-        _ => 200,
+    let known = match x.request.headers.get("if-modified-since") {
+        Some(since) => *since == modified && x.depth == 0 && !x.response.bypasses_if,
+        None => false,
+    };
+    x.response.status = match (x.error_status, known) {
+        (Some(status @ 1..), _) => status,
+        (_, true) => 304,
+        (_, false) => 200,
     };
     x.response.headers.set("Content-Type", content_type(&path, location));
     x.response.headers.set("Last-Modified", modified);
     rescue::stamp(p, x);
     location::add_headers(x);
-    if x.response.status == 200 {
+    if x.response.status != 304 {
         x.printed = text;
     }
-    output::answer(x, &p.runner).await
+    output::answer_with(x, &p.runner, |x| cut(p, x)).await?;
+    Ok(Flow::Sent)
+}
+
+/// Leaves the range of the body that the request asks for (RFC 9110, 14.2). Several at once, or what cannot be read: all of it.
+fn cut(p: &Proxy, x: &mut Exchange) {
+    if x.depth > 0 || x.response.status != 200 || x.response.headers.contains("content-encoding") {
+        return;
+    }
+    x.response.headers.set("Accept-Ranges", "bytes");
+    let modified = x.response.headers.get("last-modified");
+    let current = x.request.headers.get("if-range").is_none_or(|since| Some(since) == modified);
+    let Some(asked) = x.request.headers.get("range").filter(|_| current) else { return };
+    let length = x.printed.len();
+    match range(asked, length) {
+        Range::All => {}
+        Range::Part(part) => {
+            x.response.status = 206;
+            let place = format!("bytes {}-{}/{length}", part.start, part.end - 1);
+            x.response.headers.set("Content-Range", place);
+            x.printed.truncate(part.end);
+            x.printed.drain(..part.start);
+        }
+        Range::None => {
+            rescue::page(p, x, 416);
+            x.response.headers.remove("accept-ranges");
+            x.response.headers.remove("last-modified");
+            x.response.headers.set("Content-Range", format!("bytes */{length}"));
+        }
+    }
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Range {
+    All,
+    Part(std::ops::Range<usize>),
+    /// Nothing of the body is in it.
+    None,
+}
+
+/// `bytes=first-last`, `bytes=first-`, `bytes=-count`
+fn range(asked: &[u8], length: usize) -> Range {
+    let bounds = std::str::from_utf8(asked).ok().and_then(|text| text.trim().strip_prefix("bytes="));
+    let Some((first, last)) = bounds.and_then(|text| text.trim().split_once('-')) else { return Range::All };
+    let number = |text: &str| {
+        let digits = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+        // One that is too long for a number is past every end.
+        digits.then(|| text.parse().unwrap_or(usize::MAX))
+    };
+    let part = match (number(first), number(last)) {
+        (Some(first), Some(last)) if first <= last => first..last.saturating_add(1).min(length),
+        (Some(first), None) if last.is_empty() => first..length,
+        (None, Some(count)) if first.is_empty() => length.saturating_sub(count)..length,
+        _ => return Range::All,
+    };
+    if part.start >= part.end { Range::None } else { Range::Part(part) }
 }
 
 /// `None`: a path that leads out of the root, or is no text.
@@ -89,7 +148,7 @@ fn content_type<'l>(path: &Path, location: &'l Location) -> &'l str {
     known.or(location.directives.default_type.as_deref()).unwrap_or("application/octet-stream")
 }
 
-async fn refuse(p: &Proxy, x: &mut Exchange, path: &Path, e: &io::Error) -> Result<()> {
+async fn refuse(p: &Proxy, x: &mut Exchange, path: &Path, e: &io::Error) -> Result<Flow> {
     let (status, number) = match e.kind() {
         io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => (404, 2),
         io::ErrorKind::PermissionDenied => (403, 13),
@@ -98,6 +157,31 @@ async fn refuse(p: &Proxy, x: &mut Exchange, path: &Path, e: &io::Error) -> Resu
     let why = e.to_string();
     let why = why.split(" (os error").next().unwrap_or_default();
     x.log(Level::Error, format!("open() \"{}\" failed ({number}: {why})", path.display()).as_bytes());
-    rescue::page(p, x, status);
-    output::answer(x, &p.runner).await
+    location::refuse(p, x, status).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Range, range};
+
+    #[test]
+    fn one_range_is_taken_as_it_is_written() {
+        for (asked, expected) in [
+            ("bytes=0-4", Range::Part(0..5)),
+            ("bytes=3-", Range::Part(3..10)),
+            ("bytes=-4", Range::Part(6..10)),
+            ("bytes=-40", Range::Part(0..10)),
+            ("bytes=8-99999999999999999999999", Range::Part(8..10)),
+            ("bytes=10-", Range::None),
+            ("bytes=99999999999999999999999-", Range::None),
+            ("bytes=-0", Range::None),
+            ("bytes=4-3", Range::All),
+            ("bytes=0-1,3-4", Range::All),
+            ("bytes=+1-2", Range::All),
+            ("bytes=-", Range::All),
+            ("lines=0-4", Range::All),
+        ] {
+            assert_eq!(range(asked.as_bytes(), 10), expected, "{asked}");
+        }
+    }
 }

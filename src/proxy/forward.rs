@@ -236,7 +236,11 @@ impl<'a> Way<'a> {
             return Ok(SocketAddr::new(ip, port));
         }
         let addresses = self.p.resolver.resolve(&host).await.map_err(|e| {
-            Error::upstream(Kind::Resolve).retry(Retry::Safe).cause(e).context(format!("failed to resolve {host}"))
+            let what = match x.location {
+                Some(_) => format!("{host} could not be resolved"),
+                None => format!("failed to resolve {host}"),
+            };
+            Error::upstream(Kind::Resolve).retry(Retry::Safe).cause(e).context(what)
         })?;
         // Not one after the other: names that are asked for in turn would each get every other address.
         let turn = self.p.turn.get().wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -325,7 +329,7 @@ impl<'a> Way<'a> {
         output::filter_head(x, &self.p.runner).await?;
         let length = output::remaining_length(x);
         output::send_head(x, length)?;
-        if output::has_body_filter(self.p.runner.mask(x)) {
+        if output::changes_body(x, &self.p.runner) {
             self.relay_filtered(x, conn).await?;
         } else {
             poll_fn(|cx| {

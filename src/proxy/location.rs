@@ -11,13 +11,17 @@ use super::{
     head, request, rescue,
 };
 use crate::{
-    conf::locations::{Content, Flag, Location, Pattern, Rewrite, Template},
-    error::{Error, Kind, Result},
+    conf::{
+        locations::{Content, Flag, Location, Pattern, Rewrite, Script, Template},
+        outgoing::{ErrorPage, PageStatus},
+    },
+    error::{Error, Kind, Origin, Result},
     exchange::{
         BodyLength, Exchange, Jump, Phase, Version,
         host::{Answered, Doing, Host, Sending, Subrequest},
     },
     location::Chosen,
+    observe::log::Level,
     plugin::{Flow, PhaseMask, output},
 };
 
@@ -26,19 +30,60 @@ const MAX_JUMPS: u32 = 10;
 
 /// Serves the request, if a location is there for its path; says whether one was.
 pub(super) async fn serve(p: &Rc<Proxy>, x: &mut Exchange) -> bool {
-    let Some(chosen) = choose(p, x) else { return false };
-    x.lua.host = Some(host(p));
-    if let Err(e) = enter(p, x, chosen).await {
+    let rewritten = server_rewrites(p, x).await;
+    let served = match (rewritten, choose(p, x)) {
+        (Err(e), _) => Err(e),
+        (Ok(Flow::Sent), _) => Ok(()),
+        (Ok(_), Some(chosen)) => {
+            x.lua.host = Some(host(p));
+            enter(p, x, chosen).await
+        }
+        (Ok(_), None) => return false,
+    };
+    end(p, x, served).await;
+    true
+}
+
+async fn end(p: &Proxy, x: &mut Exchange, served: Result<()>) {
+    if let Err(e) = served {
         failed(p, x, e).await;
     }
     let phases = PhaseMask(x.lua.phases);
     request::end(p, x, phases).await;
+}
+
+/// Answers what was refused before it was a request, if the server has an error page for that; says whether it had one.
+pub(super) async fn serve_refusal(p: &Rc<Proxy>, x: &mut Exchange, status: u16) -> bool {
+    let Some(rest) = p.locations.rest().filter(|rest| page_for(rest, status).is_some()) else { return false };
+    p.runner.enter_location(x, rest.clone());
+    x.lua.host = Some(host(p));
+    let served = match refuse(p, x, status).await {
+        Ok(Flow::Jump) => {
+            let next = jump(p, x);
+            run(p, x, next).await
+        }
+        flow => flow.map(drop),
+    };
+    end(p, x, served).await;
     true
 }
 
 async fn failed(p: &Proxy, x: &mut Exchange, e: Error) {
-    let exit = x.filter_exit.take().filter(|_| !x.response.head_sent);
+    if x.depth > 0 && e.origin() == Origin::Upstream && e.kind() == Kind::ReadTimeout {
+        capture::forget_last_piece(x);
+    }
+    let of_body = x.phase == Phase::BodyFilter;
+    if of_body && x.depth > 0 {
+        capture::fail(x);
+    }
+    let exit = x.filter_exit.take().filter(|_| of_body || !x.response.head_sent);
     let ended = match exit {
+        Some(_) if of_body => {
+            if let Some(client) = &mut x.client {
+                client.abort();
+            }
+            Ok(())
+        }
         Some(status) => end_by_filter(p, x, status).await,
         None if x.response.ended => Ok(()),
         None => {
@@ -54,11 +99,13 @@ async fn failed(p: &Proxy, x: &mut Exchange, e: Error) {
 /// Serves a subrequest; its answer stands in the exchange and with its client.
 pub(super) async fn serve_child(p: &Rc<Proxy>, x: &mut Exchange) {
     x.lua.host = Some(host(p));
-    let chosen = choose(p, x);
-    let served = match (chosen, p.locations.rest()) {
-        (Some(chosen), _) => Box::pin(run(p, x, chosen)).await,
-        (None, Some(rest)) => serve_rest(p, x, rest).await,
-        (None, None) => not_found(p, x).await,
+    let served = match server_rewrites(p, x).await {
+        Ok(Flow::Sent) => Ok(()),
+        Ok(_) => {
+            let chosen = choose_or_rest(p, x);
+            Box::pin(run(p, x, chosen)).await
+        }
+        Err(e) => Err(e),
     };
     if let Err(e) = served {
         failed(p, x, e).await;
@@ -71,40 +118,113 @@ pub(super) async fn serve_child(p: &Rc<Proxy>, x: &mut Exchange) {
 }
 
 /// What neither a location nor a route is for is looked up under the root, as nginx does.
-pub(super) async fn serve_rest(p: &Proxy, x: &mut Exchange, location: &Arc<Location>) -> Result<()> {
-    p.runner.enter_location(x, location.clone());
-    match p.locations.is_folder(&x.request.path) {
-        true => to_folder(p, x).await,
-        false => files::serve(p, x, location).await,
-    }
+pub(super) async fn serve_rest(p: &Rc<Proxy>, x: &mut Exchange, location: &Arc<Location>) -> Result<()> {
+    x.lua.host = Some(host(p));
+    Box::pin(run(p, x, Some(plain(location)))).await
+}
+
+fn plain(location: &Arc<Location>) -> Chosen {
+    Chosen { location: location.clone(), captures: Vec::new() }
 }
 
 /// Sends the client to the same path with a slash.
-pub(super) async fn to_folder(p: &Proxy, x: &mut Exchange) -> Result<()> {
+pub(super) async fn to_folder(p: &Proxy, x: &mut Exchange) -> Result<Flow> {
     let mut target = Vec::new();
-    if x.depth == 0 {
-        // Absolute, with the port that the client has reached.
-        let (scheme, default) = if x.conn.tls.is_some() { ("https", 443) } else { ("http", 80) };
-        target.extend_from_slice(format!("{scheme}://").as_bytes());
-        target.extend_from_slice(&x.request.host);
-        let port = x.conn.local.port();
-        if port != default {
-            target.extend_from_slice(format!(":{port}").as_bytes());
-        }
-    }
     head::escape_path(&x.request.path, &mut target);
     target.push(b'/');
     if !x.request.args.is_empty() {
         target.push(b'?');
         target.extend_from_slice(&x.request.args);
     }
-    x.response.headers.set("Location", &target);
-    rescue::page(p, x, 301);
-    output::answer(x, &p.runner).await
+    redirect(p, x, 301, &target).await
+}
+
+/// Sends the client to `target`. The filters see a path as it is; what leaves names scheme, host and the port that was reached.
+async fn redirect(p: &Proxy, x: &mut Exchange, status: u16, target: &[u8]) -> Result<Flow> {
+    x.response.headers.set("Location", target);
+    rescue::page(p, x, status);
+    output::answer_with(x, &p.runner, |x| make_absolute(x, target)).await?;
+    Ok(Flow::Sent)
+}
+
+/// `absolute_redirect`, for a target that the filters have left alone.
+fn make_absolute(x: &mut Exchange, target: &[u8]) {
+    let absolute = x.location.as_ref().is_some_and(|l| l.directives.absolute_redirect);
+    if x.depth > 0 || !absolute || !target.starts_with(b"/") || x.response.headers.get("location") != Some(target) {
+        return;
+    }
+    let (scheme, default) = if x.conn.tls.is_some() { ("https", 443) } else { ("http", 80) };
+    let mut whole = format!("{scheme}://").into_bytes();
+    whole.extend_from_slice(&x.request.host);
+    let port = x.conn.local.port();
+    if port != default {
+        whole.extend_from_slice(format!(":{port}").as_bytes());
+    }
+    whole.extend_from_slice(target);
+    x.response.headers.set("Location", whole);
+}
+
+/// Answers with nginx's page for a status, or goes where `error_page` says.
+pub(super) async fn refuse(p: &Proxy, x: &mut Exchange, status: u16) -> Result<Flow> {
+    if let Some(flow) = error_page(p, x, status).await? {
+        return Ok(flow);
+    }
+    // An error within an error page has its own status.
+    x.error_status = x.error_status.map(|_| 0);
+    rescue::page(p, x, status);
+    output::answer(x, &p.runner).await?;
+    Ok(Flow::Sent)
+}
+
+fn page_for(location: &Location, status: u16) -> Option<&ErrorPage> {
+    location.directives.error_page.iter().find(|page| page.codes.contains(&status))
+}
+
+/// Goes to the page for a status: once per request, as nginx does.
+async fn error_page(p: &Proxy, x: &mut Exchange, status: u16) -> Result<Option<Flow>> {
+    let Some(location) = x.location.clone().filter(|_| x.error_status.is_none() && !x.response.head_sent) else {
+        return Ok(None);
+    };
+    let Some(page) = page_for(&location, status) else { return Ok(None) };
+    let mut target = Vec::new();
+    x.fill(&page.target, &mut target);
+    x.printed.clear();
+    x.response.headers.remove("content-length");
+    if !target.starts_with(b"/") && !target.starts_with(b"@") {
+        let status = match page.status {
+            PageStatus::Given(status @ (301 | 302 | 303 | 307 | 308)) => status,
+            _ => 302,
+        };
+        x.error_status = Some(0);
+        return redirect(p, x, status, &target).await.map(Some);
+    }
+    let answered = match page.status {
+        PageStatus::Same => status,
+        PageStatus::Own => 0,
+        PageStatus::Given(status) => status,
+    };
+    x.error_status = Some(answered);
+    x.response.status = answered;
+    x.jump = Some(match target.strip_prefix(b"@") {
+        Some(_) => Jump::Named(String::from_utf8_lossy(&target).into()),
+        None => {
+            if x.request.method != b"HEAD" {
+                x.request.method = b"GET".to_vec();
+            }
+            let mut parts = target.splitn(2, |b| *b == b'?').map(<[u8]>::to_vec);
+            Jump::Exec { path: parts.next().unwrap_or_default(), args: parts.next() }
+        }
+    });
+    Ok(Some(Flow::Jump))
 }
 
 fn choose(p: &Proxy, x: &Exchange) -> Option<Chosen> {
     p.locations.choose(&x.request.path)
+}
+
+/// For a request that has left the client's path: no route is for it.
+fn choose_or_rest(p: &Proxy, x: &Exchange) -> Option<Chosen> {
+    choose(p, x).or_else(|| p.locations.rest().map(plain))
 }
 
 /// The proxy, as scripts reach it.
@@ -146,10 +266,18 @@ async fn send(p: &Proxy, x: &mut Exchange, what: Sending) -> Result<()> {
         return Ok(());
     }
     body(p, x, what == Sending::End).await?;
+    if what != Sending::End || is_short(x) {
+        output::flush(x).await?;
+    }
     match what {
         Sending::End => output::finish(x).await,
-        _ => output::flush(x).await,
+        _ => Ok(()),
     }
+}
+
+/// Less was printed than the head promises: it goes out all the same, and the connection ends with it.
+fn is_short(x: &Exchange) -> bool {
+    matches!(output::remaining_length(x), BodyLength::Known(n) if n > x.body_bytes_sent)
 }
 
 /// Settles the head; says whether that was all of the response.
@@ -242,34 +370,49 @@ async fn body(p: &Proxy, x: &mut Exchange, eof: bool) -> Result<()> {
 
 /// What the server does first, then the locations.
 async fn enter(p: &Proxy, x: &mut Exchange, chosen: Chosen) -> Result<()> {
-    let Some(script) = &p.server_rewrite else { return run(p, x, chosen).await };
+    let Some(script) = &p.server_rewrite else { return run(p, x, Some(chosen)).await };
     p.runner.enter_location(x, chosen.location.clone());
     match p.runner.script(x, script, Phase::ServerRewrite).await {
         // Its path may be another one now.
-        Flow::Next | Flow::Jump => {
+        Flow::Next | Flow::Declined | Flow::Jump => {
             x.jump = None;
             let chosen = choose(p, x).unwrap_or(chosen);
-            run(p, x, chosen).await
+            run(p, x, Some(chosen)).await
         }
-        flow => finish(p, x, flow).await,
+        flow => match finish(p, x, flow).await? {
+            Flow::Jump => {
+                let next = jump(p, x);
+                run(p, x, next).await
+            }
+            _ => Ok(()),
+        },
     }
 }
 
+/// `rewrite` of the server, before a location is chosen. `Flow::Sent`: the client was sent elsewhere.
+async fn server_rewrites(p: &Proxy, x: &mut Exchange) -> Result<Flow> {
+    let Some(rest) = p.locations.rest().filter(|_| !p.server_rewrites.is_empty()) else { return Ok(Flow::Next) };
+    p.runner.enter_location(x, rest.clone());
+    let flow = rewrite(p, x, &p.server_rewrites).await?;
+    if flow != Some(Flow::Sent) {
+        x.jump = None;
+        p.runner.forget_location(x);
+    }
+    Ok(flow.unwrap_or(Flow::Next))
+}
+
 /// From location to location, until one answers.
-async fn run(p: &Proxy, x: &mut Exchange, chosen: Chosen) -> Result<()> {
-    let mut next = Some(chosen);
+async fn run(p: &Proxy, x: &mut Exchange, mut next: Option<Chosen>) -> Result<()> {
     loop {
-        let Some(Chosen { location, captures }) = next else { return not_found(p, x).await };
-        if location.internal && !x.internal {
-            return not_found(p, x).await;
-        }
-        for (name, value) in captures {
-            set(x, &name, value);
-        }
-        p.runner.enter_location(x, location.clone());
-        let flow = phases(p, x, &location).await?;
+        let flow = match next {
+            Some(chosen) => match visit(p, x, chosen).await {
+                Ok(flow) => flow,
+                Err(e) => rescued(p, x, e).await?,
+            },
+            None => refuse(p, x, 404).await?,
+        };
         if flow != Flow::Jump {
-            return finish(p, x, flow).await;
+            return Ok(());
         }
         x.jumps += 1;
         if x.jumps > MAX_JUMPS {
@@ -281,12 +424,40 @@ async fn run(p: &Proxy, x: &mut Exchange, chosen: Chosen) -> Result<()> {
     }
 }
 
+/// Runs one location. `Flow::Jump`: the request goes on to another one.
+async fn visit(p: &Proxy, x: &mut Exchange, chosen: Chosen) -> Result<Flow> {
+    let Chosen { location, captures } = chosen;
+    if location.internal && !x.internal {
+        return refuse(p, x, 404).await;
+    }
+    for (name, value) in captures {
+        set(x, &name, value);
+    }
+    p.runner.enter_location(x, location.clone());
+    let flow = phases(p, x, &location).await?;
+    finish(p, x, flow).await
+}
+
+/// An error that `error_page` has something for; any other stays one.
+async fn rescued(p: &Proxy, x: &mut Exchange, e: Error) -> Result<Flow> {
+    if x.filter_exit.is_some() || x.response.ended {
+        return Err(e);
+    }
+    match error_page(p, x, rescue::status_of(&e)).await? {
+        Some(flow) => {
+            x.log(Level::Error, e.to_string().as_bytes());
+            Ok(flow)
+        }
+        None => Err(e),
+    }
+}
+
 /// Goes where a script sent the request.
 fn jump(p: &Proxy, x: &mut Exchange) -> Option<Chosen> {
     match x.jump.take()? {
         Jump::Again => {
             p.runner.forget_location(x);
-            choose(p, x)
+            choose_or_rest(p, x)
         }
         Jump::Exec { path, args } => {
             x.internal = true;
@@ -294,7 +465,7 @@ fn jump(p: &Proxy, x: &mut Exchange) -> Option<Chosen> {
             x.request.args = args.unwrap_or_default();
             x.request.uri_changed = true;
             p.runner.forget_location(x);
-            choose(p, x)
+            choose_or_rest(p, x)
         }
         Jump::Named(name) => {
             x.internal = true;
@@ -317,25 +488,20 @@ async fn phases(p: &Proxy, x: &mut Exchange, location: &Arc<Location>) -> Result
     if location.directives.lua_need_request_body {
         p.runner.read_body(x).await?;
     }
-    if let Some(flow) = rewrite(p, x, location).await? {
+    if let Some(flow) = rewrite(p, x, &location.rewrites).await? {
         return Ok(flow);
     }
-    for (script, phase) in [
-        (&location.rewrite, Phase::RewriteByLua),
-        (&location.access, Phase::Access),
-        (&location.precontent, Phase::Precontent),
-    ] {
-        if phase == Phase::Access && x.depth == 0 && is_denied(x, location) {
-            rescue::page(p, x, 403);
-            output::answer(x, &p.runner).await?;
-            return Ok(Flow::Sent);
-        }
-        // A subrequest is as welcome as the request that made it.
-        let Some(script) = script.as_ref().filter(|_| phase != Phase::Access || x.depth == 0) else { continue };
-        let flow = p.runner.script(x, script, phase).await;
-        if flow != Flow::Next {
-            return Ok(flow);
-        }
+    if let Some(flow) = script(p, x, &location.rewrite, Phase::RewriteByLua).await {
+        return Ok(flow);
+    }
+    // A subrequest is as welcome as the request that made it.
+    if x.depth == 0
+        && let Some(flow) = access(p, x, location).await?
+    {
+        return Ok(flow);
+    }
+    if let Some(flow) = script(p, x, &location.precontent, Phase::Precontent).await {
+        return Ok(flow);
     }
     x.phase = Phase::Content;
     match &location.content {
@@ -343,18 +509,98 @@ async fn phases(p: &Proxy, x: &mut Exchange, location: &Arc<Location>) -> Result
         Content::Return { status, body } => {
             let mut text = Vec::new();
             x.fill(body, &mut text);
-            returned(p, x, *status, text).await?;
-            Ok(Flow::Sent)
+            returned(p, x, *status, text).await
         }
         Content::Proxy(target) => {
             proxy(p, x, location, target).await?;
             Ok(Flow::Sent)
         }
-        Content::Nothing => {
-            files::serve(p, x, location).await?;
-            Ok(Flow::Sent)
+        Content::Nothing => match p.locations.folder(&x.request.path).cloned() {
+            // Its filters are those of the location that the client is sent to.
+            Some(folder) => {
+                p.runner.enter_location(x, folder);
+                to_folder(p, x).await
+            }
+            None => files::serve(p, x, location).await,
+        },
+    }
+}
+
+/// Runs a script of the location. `None`: the request goes on here.
+async fn script(p: &Proxy, x: &mut Exchange, script: &Option<Arc<Script>>, phase: Phase) -> Option<Flow> {
+    let flow = p.runner.script(x, script.as_ref()?, phase).await;
+    (!matches!(flow, Flow::Next | Flow::Declined)).then_some(flow)
+}
+
+/// Whether the request may come in: `allow` and `deny`, `auth_request`, `access_by_lua`. All of them must agree, or with
+/// `satisfy any` the first that does. `None`: it may.
+async fn access(p: &Proxy, x: &mut Exchange, location: &Location) -> Result<Option<Flow>> {
+    let any = location.directives.satisfy_any;
+    let mut refused = None;
+    match (is_allowed(x, location), any) {
+        (Some(true), true) => return Ok(None),
+        (Some(false), true) => refused = Some(403),
+        (Some(false), false) => return forbid(p, x, 403).await.map(Some),
+        _ => {}
+    }
+    if let Some(path) = &location.directives.auth_request {
+        match (authorize(x, path).await, any) {
+            (200..300, true) => return Ok(None),
+            (200..300, false) => {}
+            (status @ (401 | 403), true) => refused = Some(status),
+            (status @ (401 | 403), false) => return refuse(p, x, status).await.map(Some),
+            (status, _) => {
+                x.log(Level::Error, format!("auth request unexpected status: {status}").as_bytes());
+                return refuse(p, x, 500).await.map(Some);
+            }
         }
     }
+    if let Some(script) = &location.access {
+        match p.runner.script(x, script, Phase::Access).await {
+            Flow::Next if any => return Ok(None),
+            Flow::Next | Flow::Declined => {}
+            Flow::Answer if any && x.printed.is_empty() && matches!(x.response.status, 401 | 403) => {
+                refused = Some(x.response.status);
+            }
+            flow => return Ok(Some(flow)),
+        }
+    }
+    match refused {
+        Some(status) => forbid(p, x, status).await.map(Some),
+        None => Ok(None),
+    }
+}
+
+async fn forbid(p: &Proxy, x: &mut Exchange, status: u16) -> Result<Flow> {
+    if status == 403 {
+        x.log(Level::Error, b"access forbidden by rule");
+    }
+    refuse(p, x, status).await
+}
+
+/// The status of the subrequest that `auth_request` makes. What a 401 asks for goes to the client.
+async fn authorize(x: &mut Exchange, path: &str) -> u16 {
+    let Some(host) = x.lua.host.clone() else { return 500 };
+    let asked = Subrequest {
+        method: b"GET".to_vec(),
+        path: path.as_bytes().to_vec(),
+        args: Vec::new(),
+        body: None,
+        forward_body: false,
+        vars: Vec::new(),
+        copy_vars: false,
+        share_vars: true,
+        ctx: None,
+    };
+    let answered = host.subrequests(x, vec![asked]).await;
+    if let Some(vars) = answered.vars {
+        x.custom_vars = vars;
+    }
+    let Some(answer) = answered.list.into_iter().next() else { return 500 };
+    if let Some(asks) = answer.headers.get("www-authenticate").filter(|_| answer.status == 401) {
+        x.response.headers.set("WWW-Authenticate", asks);
+    }
+    answer.status
 }
 
 fn set(x: &mut Exchange, name: &str, value: Vec<u8>) {
@@ -362,40 +608,37 @@ fn set(x: &mut Exchange, name: &str, value: Vec<u8>) {
     let _ = x.set_var(name, &value);
 }
 
-async fn finish(p: &Proxy, x: &mut Exchange, flow: Flow) -> Result<()> {
+/// Answers as the phases have decided. `Flow::Jump`: another location does.
+async fn finish(p: &Proxy, x: &mut Exchange, flow: Flow) -> Result<Flow> {
     match flow {
-        Flow::Sent | Flow::Jump => Ok(()),
-        Flow::Close if x.depth > 0 => {
-            x.response.status = 500;
-            Ok(())
-        }
+        Flow::Sent | Flow::Jump => return Ok(flow),
+        Flow::Close if x.depth > 0 => x.response.status = 500,
         Flow::Close => {
             if let Some(client) = &mut x.client {
                 client.abort();
             }
-            Ok(())
         }
         // A script that ends has answered; one that exits with a status may have left the words to nginx.
-        Flow::Next => send(p, x, Sending::End).await,
-        Flow::Answer => answer(p, x).await,
+        Flow::Next | Flow::Declined => send(p, x, Sending::End).await?,
+        Flow::Answer => return answer(p, x).await,
     }
+    Ok(Flow::Sent)
 }
 
 /// `rewrite regex replacement [flag]`, each of them in turn. `None`: the request goes on here.
-async fn rewrite(p: &Proxy, x: &mut Exchange, location: &Location) -> Result<Option<Flow>> {
-    if location.rewrites.is_empty() {
+async fn rewrite(p: &Proxy, x: &mut Exchange, rules: &[Rewrite]) -> Result<Option<Flow>> {
+    if rules.is_empty() {
         return Ok(None);
     }
     let before = x.request.path.clone();
-    for rule in &location.rewrites {
+    for rule in rules {
         let Some((mut path, args)) = replacement(x, rule) else { continue };
         if let Flag::Redirect(status) = rule.flag {
             if let Some(args) = args {
                 path.push(b'?');
                 path.extend_from_slice(&args);
             }
-            returned(p, x, status, path).await?;
-            return Ok(Some(Flow::Sent));
+            return returned(p, x, status, path).await.map(Some);
         }
         change_target(x, path, args);
         match rule.flag {
@@ -441,29 +684,38 @@ fn change_target(x: &mut Exchange, path: Vec<u8>, args: Option<Vec<u8>>) {
     x.request.uri_changed = true;
 }
 
-/// `allow`, `deny`: the first rule that the address is in decides; who is in none may come in.
-fn is_denied(x: &Exchange, location: &Location) -> bool {
+/// `allow`, `deny`: the first rule that the address is in decides; about who is in none they say nothing.
+fn is_allowed(x: &Exchange, location: &Location) -> Option<bool> {
     let remote = x.remote().ip().to_canonical();
     let mut rules = location.rules.iter();
-    rules.find(|rule| rule.network.is_none_or(|network| network.contains(&remote))).is_some_and(|rule| !rule.allow)
+    rules.find(|rule| rule.network.is_none_or(|network| network.contains(&remote))).map(|rule| rule.allow)
 }
 
 /// Sends what the scripts printed, or nginx's page for a status that nobody has printed anything for.
-async fn answer(p: &Proxy, x: &mut Exchange) -> Result<()> {
+async fn answer(p: &Proxy, x: &mut Exchange) -> Result<Flow> {
     if x.response.status == 0 {
         x.response.status = 200;
     }
     let status = x.response.status;
-    if x.printed.is_empty() && !x.response.head_sent && status >= 300 && status != 304 && x.depth == 0 {
-        rescue::page(p, x, status);
-        return output::answer(x, &p.runner).await;
+    if x.printed.is_empty() && !x.response.head_sent && status >= 300 && status != 304 {
+        if let Some(flow) = error_page(p, x, status).await? {
+            // A page with a status of its own has the script's until it says another one.
+            if x.response.status == 0 {
+                x.response.status = status;
+            }
+            return Ok(flow);
+        }
+        if x.depth == 0 {
+            return refuse(p, x, status).await;
+        }
     }
-    send(p, x, Sending::End).await
+    send(p, x, Sending::End).await?;
+    Ok(Flow::Sent)
 }
 
 fn length(x: &Exchange) -> BodyLength {
     match output::remaining_length(x) {
-        BodyLength::Unknown if x.request.version == Version::Http10 && buffers(x) && !has_body_filter(x) => {
+        BodyLength::Unknown if x.request.version == Version::Http10 && buffers(x) && !changes_body(x) => {
             BodyLength::Known(x.printed.len() as u64)
         }
         length => length,
@@ -471,8 +723,8 @@ fn length(x: &Exchange) -> BodyLength {
 }
 
 /// Nobody knows ahead how long the filter makes it.
-fn has_body_filter(x: &Exchange) -> bool {
-    output::has_body_filter(PhaseMask(x.lua.phases))
+fn changes_body(x: &Exchange) -> bool {
+    output::has_body_filter(PhaseMask(x.lua.phases)) || x.encoder.is_some()
 }
 
 /// `lua_http10_buffering`
@@ -493,27 +745,27 @@ fn default_type(x: &mut Exchange) {
 }
 
 /// `return status body`
-async fn returned(p: &Proxy, x: &mut Exchange, status: u16, body: Vec<u8>) -> Result<()> {
+async fn returned(p: &Proxy, x: &mut Exchange, status: u16, body: Vec<u8>) -> Result<Flow> {
     x.response.status = status;
-    if x.depth > 0 && body.is_empty() {
-        return output::plain(x).await;
-    }
     if matches!(status, 301 | 302 | 303 | 307 | 308) && !body.is_empty() {
-        x.response.headers.set("Location", &body);
-        rescue::page(p, x, status);
-    } else if body.is_empty() && status >= 300 && status != 304 {
-        rescue::page(p, x, status);
-    } else {
-        x.printed = body;
-        default_type(x);
-        rescue::stamp(p, x);
+        return redirect(p, x, status, &body).await;
     }
-    output::answer(x, &p.runner).await
-}
-
-pub(super) async fn not_found(p: &Proxy, x: &mut Exchange) -> Result<()> {
-    rescue::page(p, x, 404);
-    output::answer(x, &p.runner).await
+    let without_words = body.is_empty() && status >= 300 && status != 304;
+    if x.depth > 0 && body.is_empty() {
+        if let Some(flow) = error_page(p, x, status).await?.filter(|_| without_words) {
+            return Ok(flow);
+        }
+        output::plain(x).await?;
+        return Ok(Flow::Sent);
+    }
+    if without_words {
+        return refuse(p, x, status).await;
+    }
+    x.printed = body;
+    default_type(x);
+    rescue::stamp(p, x);
+    output::answer(x, &p.runner).await?;
+    Ok(Flow::Sent)
 }
 
 /// `proxy_pass http://host:port/uri`. Of a URI without variables the part of the path behind the location's prefix follows.

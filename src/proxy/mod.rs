@@ -32,7 +32,7 @@ use ipnet::IpNet;
 use kept::{LocalNumbers, Pickers, TlsNumbers};
 
 use crate::{
-    conf::locations::{Locations, Script},
+    conf::locations::{Locations, Rewrite, Script},
     dns::Resolver,
     exchange::{Exchange, host::Host},
     location::Chooser,
@@ -78,7 +78,8 @@ pub struct Proxy {
     pub locations: Chooser,
     pub resolver: Arc<Resolver>,
     pub pool: Pool,
-    /// Runs before a location is chosen.
+    /// Tried, and run, before a location is chosen.
+    server_rewrites: Vec<Rewrite>,
     server_rewrite: Option<Arc<Script>>,
     /// `lua_upstreams` and what else locations name, by name.
     upstreams: HashMap<Box<str>, Rc<Named>>,
@@ -109,6 +110,7 @@ impl Proxy {
             settings,
             runner,
             locations: Chooser::new(&locations.list, locations.rest.clone()),
+            server_rewrites: locations.server_rewrites.clone(),
             server_rewrite: locations.server_rewrite.clone(),
             host: OnceCell::new(),
             resolver,

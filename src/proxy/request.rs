@@ -40,9 +40,12 @@ pub(super) async fn serve(p: &Rc<Proxy>, x: &mut Exchange) {
 }
 
 /// Answers what was refused before it was a request, and logs it.
-pub(super) async fn reject(p: &Proxy, x: &mut Exchange, why: &'static str) {
+pub(super) async fn reject(p: &Rc<Proxy>, x: &mut Exchange, why: &'static str) {
     x.log(Level::Info, format!("client sent an invalid request: {why}").as_bytes());
     let status = x.response.status;
+    if x.client.is_some() && location::serve_refusal(p, x, status).await {
+        return;
+    }
     if x.client.is_some() {
         rescue::page(p, x, status);
         if let Err(e) = output::plain(x).await {
@@ -103,7 +106,7 @@ async fn answer(p: &Rc<Proxy>, x: &mut Exchange, phases: PhaseMask) -> Result<()
 /// What a plugin decided instead of going on.
 async fn flowed(p: &Proxy, x: &mut Exchange, flow: Flow) -> Result<()> {
     match flow {
-        Flow::Next | Flow::Sent => Ok(()),
+        Flow::Next | Flow::Declined | Flow::Sent => Ok(()),
         Flow::Answer => {
             if x.response.head_sent {
                 return output::answer(x, &p.runner).await;

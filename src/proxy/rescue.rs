@@ -16,6 +16,10 @@ pub(super) async fn answer(p: &Proxy, x: &mut Exchange, e: Error) {
     let status = status_of(&e);
     log(x, &e, status);
     if x.response.head_sent {
+        // What came before the error is the client's.
+        if e.origin() != Origin::Client && output::flush(x).await.is_err() {
+            tracing::debug!("the client has left before the rest of a response that was cut off");
+        }
         if let Some(client) = &mut x.client {
             client.abort();
         }
@@ -45,7 +49,8 @@ pub(super) async fn answer(p: &Proxy, x: &mut Exchange, e: Error) {
     }
 }
 
-fn status_of(e: &Error) -> u16 {
+/// What an error is answered with, where nothing else is.
+pub(super) fn status_of(e: &Error) -> u16 {
     match (e.origin(), e.kind()) {
         (Origin::Client, Kind::TooLarge) => 413,
         (Origin::Client, Kind::ReadTimeout) => 408,

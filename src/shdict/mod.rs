@@ -4,6 +4,7 @@
 //! time as an argument (`now`, milliseconds), so that tests and simulations decide what has expired. One lock per shard, held
 //! for the operation alone; small dictionaries have one shard, so that their order of eviction is exact.
 
+mod pages;
 mod shard;
 
 use std::{
@@ -109,7 +110,7 @@ impl Dict {
         self.capacity
     }
 
-    /// Bytes not used by entries.
+    /// Bytes of pages that no entry is in.
     pub fn free_space(&self) -> usize {
         self.shards.iter().map(|s| lock(s).free()).sum()
     }
@@ -289,7 +290,7 @@ mod tests {
     use super::*;
 
     fn dict() -> Dict {
-        Dict::new("d", 16 << 10)
+        Dict::new("d", 64 << 10)
     }
 
     fn text(s: &str) -> Value {
@@ -396,21 +397,27 @@ mod tests {
         let full = (0..1000).find(|n| put(*n, 1).is_err()).unwrap();
         assert_eq!(put(full, 1), Err(Refusal::NoMemory));
         assert_eq!(put(full, 60), Ok(false));
-        assert_eq!(set(&d, "huge", text(&"x".repeat(20 << 10)), 0, 60), Err(Refusal::NoMemory));
+        assert_eq!(set(&d, "huge", text(&"x".repeat(70 << 10)), 0, 60), Err(Refusal::NoMemory));
     }
 
     #[test]
     fn a_changed_size_is_counted() {
         let d = dict();
         let free = d.free_space();
-        set(&d, "k", text(&"x".repeat(500)), 0, 1).unwrap();
-        set(&d, "k", text("y"), 0, 1).unwrap();
-        assert!(free - d.free_space() < 200);
+        set(&d, "k", text(&"x".repeat(9000)), 0, 1).unwrap();
+        set(&d, "k", text(&"y".repeat(200)), 0, 1).unwrap();
+        assert_eq!(free - d.free_space(), 4096, "one page for a piece of 512");
+        assert_eq!(set(&d, "k", text(&"x".repeat(64 << 10)), 0, 1), Err(Refusal::NoMemory));
+        assert_eq!(free - d.free_space(), 4096, "it is still what it was");
         d.delete(b"k");
         assert_eq!(d.free_space(), free);
-        d.push(End::Left, b"l", text("12345"), 1).unwrap();
+        let long = "x".repeat(3000);
+        d.push(End::Left, b"l", text(&long), 1).unwrap();
+        d.push(End::Left, b"l", text(&long), 1).unwrap();
+        assert_eq!(free - d.free_space(), 2 * 4096);
         d.pop(End::Left, b"l", 1).unwrap();
-        assert_eq!(d.free_space(), free);
+        set(&d, "l", Value::Bool(true), 0, 1).unwrap();
+        assert_eq!(d.free_space(), free, "its elements are gone");
     }
 
     #[test]
@@ -434,6 +441,7 @@ mod tests {
     #[test]
     fn random_operations_never_exceed_the_bound() {
         let d = Dict::new("r", 32 << 10);
+        let empty = d.free_space();
         let mut seed = 0x9E37_79B9_7F4A_7C15_u64;
         let mut rnd = |n: u64| {
             seed ^= seed << 13;
@@ -452,11 +460,11 @@ mod tests {
                 4 => drop(d.pop(End::Right, format!("l{}", rnd(5)).as_bytes(), now)),
                 _ => drop(d.delete(key.as_bytes())),
             }
-            assert!(d.free_space() <= 32 << 10);
+            assert!(d.free_space() <= empty);
         }
         d.flush_all();
         d.flush_expired(0, 20_000);
-        assert_eq!(d.free_space(), 32 << 10);
+        assert_eq!(d.free_space(), empty);
     }
 
     #[test]
@@ -475,12 +483,23 @@ mod tests {
         while set(&d, &format!("k{n}"), text("x"), 0, 1) == Ok(false) {
             n += 1;
         }
-        assert!(n > 2 * shard::MAX_EVICTIONS, "{n}");
+        assert!(n > 4 * shard::MAX_EVICTIONS, "{n}");
         let before = d.keys(0, 1).len();
-        assert_eq!(set(&d, "long", text(&"x".repeat(15 << 10)), 0, 1), Err(Refusal::NoMemory));
+        assert_eq!(set(&d, "long", text(&"x".repeat(40 << 10)), 0, 1), Err(Refusal::NoMemory));
         assert_eq!(before - d.keys(0, 1).len(), shard::MAX_EVICTIONS, "what was evicted is gone");
-        let rest = d.free_space() + 100 * (shard::MAX_EVICTIONS - 2);
-        assert_eq!(set(&d, "long", text(&"x".repeat(rest)), 0, 1), Ok(true), "this takes fewer");
+        assert_eq!(set(&d, "page", text(&"x".repeat(3000)), 0, 1), Ok(false), "they have left a page");
+    }
+
+    /// Whatever sizes they have: so many entries hold a whole page.
+    #[test]
+    fn a_page_is_always_to_be_had() {
+        let d = dict();
+        for n in 0..2000_usize {
+            let (size, longer) = (60 << (n % 5), 100 << (n % 7));
+            for (key, size) in [(format!("a{n}"), size), (format!("b{n}"), longer.min(4000))] {
+                assert!(set(&d, &key, text(&"x".repeat(size)), 0, 1).is_ok(), "{n}: {size}");
+            }
+        }
     }
 
     #[test]

@@ -4,16 +4,21 @@ use std::collections::VecDeque;
 
 use hashbrown::HashTable;
 
-use super::{End, Millis, Mode, Pressure, Read, Refusal};
+use super::{
+    End, Millis, Mode, Pressure, Read, Refusal,
+    pages::{Pages, same_size},
+};
 
-/// What an entry costs beside its key and value: the slab's slot, the table's, and what the allocator adds.
-const ENTRY_BYTES: usize = 120;
+/// What nginx's entry takes beside its key and value, and an element of a list beside its bytes.
+const ENTRY_BYTES: usize = 68;
+const ELEMENT_BYTES: usize = 21;
 
-/// What an element of a list costs beside its bytes.
-const ELEMENT_BYTES: usize = 40;
+/// What a list takes in its entry, whatever its elements.
+const LIST_BYTES: usize = 16;
 
 /// Entries in use that one write may evict ("tens", says the documentation): a huge value must not empty the dictionary of counters.
-pub(super) const MAX_EVICTIONS: usize = 30;
+/// Enough for a page: at most 31, 15, 7, 3 and 1 can go of the five sizes before a page of them is empty.
+pub(super) const MAX_EVICTIONS: usize = 64;
 
 /// Expired entries looked for at the end of the list when a write makes a new entry.
 const EXPIRED_PER_WRITE: usize = 2;
@@ -31,12 +36,20 @@ pub enum Value {
 }
 
 impl Value {
+    /// What it takes in its entry, as nginx stores it.
     fn bytes(&self) -> usize {
         match self {
-            Value::Bool(_) | Value::Num(_) => 0,
+            Value::Bool(_) => 1,
+            Value::Num(_) => 8,
             Value::Str(s) => s.len(),
-            Value::List(l) => l.iter().map(|v| v.bytes() + ELEMENT_BYTES).sum(),
+            Value::List(_) => LIST_BYTES,
         }
+    }
+
+    /// What each of its elements takes beside the entry.
+    fn elements(&self) -> impl Iterator<Item = usize> {
+        let list = if let Value::List(list) = self { Some(list) } else { None };
+        list.into_iter().flatten().map(element_bytes)
     }
 }
 
@@ -57,8 +70,7 @@ struct Entry {
 const LONG_AGO: Millis = 1;
 
 pub(super) struct Shard {
-    capacity: usize,
-    used: usize,
+    pages: Pages,
     table: HashTable<u32>,
     slab: Vec<Entry>,
     free: u32,
@@ -69,11 +81,11 @@ pub(super) struct Shard {
 impl Shard {
     pub(super) fn new(capacity: usize) -> Shard {
         let (table, slab) = (HashTable::new(), Vec::new());
-        Shard { capacity, used: 0, table, slab, free: NONE, newest: NONE, oldest: NONE }
+        Shard { pages: Pages::new(capacity), table, slab, free: NONE, newest: NONE, oldest: NONE }
     }
 
     pub(super) fn free(&self) -> usize {
-        self.capacity.saturating_sub(self.used)
+        self.pages.free()
     }
 
     pub(super) fn get(&mut self, hash: u64, key: &[u8], now: Millis, want_stale: bool) -> Option<Read<'_>> {
@@ -107,14 +119,12 @@ impl Shard {
             _ => {}
         }
         let Some(at) = found else {
-            let forced = self.reserve(cost(key, &value), pressure, now, NONE)?;
+            let forced = self.reserve(size(key, &value), pressure, now, NONE)?;
             self.insert(hash, key, value, expires, flags);
             return Ok(forced);
         };
         self.touch(at);
-        let (new, old) = (value.bytes(), self.slab[at as usize].value.bytes());
-        let forced = if new > old { self.reserve(new - old, pressure, now, at)? } else { false };
-        self.used = self.used + new - old;
+        let forced = self.resize(at, size(key, &value), pressure, now)?;
         let entry = &mut self.slab[at as usize];
         (entry.value, entry.expires, entry.flags) = (value, expires, flags);
         Ok(forced)
@@ -145,7 +155,7 @@ impl Shard {
         if let Some(at) = found {
             self.remove(at);
         }
-        let forced = self.reserve(cost(key, &Value::Num(n)), Pressure::Evict, now, NONE)?;
+        let forced = self.reserve(size(key, &Value::Num(n)), Pressure::Evict, now, NONE)?;
         self.insert(hash, key, Value::Num(n), init_expires, 0);
         Ok((n, forced))
     }
@@ -158,13 +168,11 @@ impl Shard {
         value: Value,
         now: Millis,
     ) -> Result<usize, Refusal> {
-        let bytes = value.bytes() + ELEMENT_BYTES;
+        let bytes = element_bytes(&value);
         let found = self.live(hash, key, now);
         let Some(at) = found else {
             self.delete(hash, key);
-            let value = Value::List(VecDeque::from([value]));
-            self.reserve(cost(key, &value), Pressure::Safe, now, NONE)?;
-            self.insert(hash, key, value, 0, 0);
+            self.push_first(hash, key, value, now)?;
             return Ok(1);
         };
         if !matches!(self.slab[at as usize].value, Value::List(_)) {
@@ -172,13 +180,30 @@ impl Shard {
         }
         self.touch(at);
         self.reserve(bytes, Pressure::Safe, now, at)?;
-        self.used += bytes;
+        self.pages.take(bytes);
         let Value::List(list) = &mut self.slab[at as usize].value else { return Err(Refusal::NotAList) };
         match end {
             End::Left => list.push_front(value),
             End::Right => list.push_back(value),
         }
         Ok(list.len())
+    }
+
+    /// Makes a list of one element: two blocks, of which the second must find room beside the first.
+    fn push_first(&mut self, hash: u64, key: &[u8], value: Value, now: Millis) -> Result<(), Refusal> {
+        let list = Value::List(VecDeque::new());
+        self.reserve(size(key, &list), Pressure::Safe, now, NONE)?;
+        self.insert(hash, key, list, 0, 0);
+        let (at, bytes) = (self.newest, element_bytes(&value));
+        if let Err(e) = self.reserve(bytes, Pressure::Safe, now, at) {
+            self.remove(at);
+            return Err(e);
+        }
+        self.pages.take(bytes);
+        if let Value::List(list) = &mut self.slab[at as usize].value {
+            list.push_back(value);
+        }
+        Ok(())
     }
 
     pub(super) fn pop(&mut self, end: End, hash: u64, key: &[u8], now: Millis) -> Result<Option<Value>, Refusal> {
@@ -189,7 +214,9 @@ impl Shard {
             End::Right => list.pop_back(),
         };
         let empty = list.is_empty();
-        self.used -= value.as_ref().map_or(0, |v| v.bytes() + ELEMENT_BYTES);
+        if let Some(value) = &value {
+            self.pages.give(element_bytes(value));
+        }
         if empty {
             self.remove(at);
         } else {
@@ -265,19 +292,16 @@ impl Shard {
         expires != 0 && expires <= now
     }
 
-    /// Makes room for `bytes` more. Expired entries go first, then, if allowed, the least recently used; never `keep`.
+    /// Makes room for a block of `bytes`. Expired entries go first, then, if allowed, the least recently used; never `keep`.
     fn reserve(&mut self, bytes: usize, pressure: Pressure, now: Millis, keep: u32) -> Result<bool, Refusal> {
         if keep == NONE {
             self.drop_old(EXPIRED_PER_WRITE, now);
         }
-        if self.used + bytes <= self.capacity {
-            return Ok(false);
-        }
-        if bytes > self.capacity {
+        if !self.pages.could_hold(bytes) {
             return Err(Refusal::NoMemory);
         }
         let mut forced = 0;
-        while self.used + bytes > self.capacity {
+        while !self.pages.has_room(bytes) {
             let at = self.oldest;
             if at == NONE || at == keep {
                 return Err(Refusal::NoMemory);
@@ -293,6 +317,28 @@ impl Shard {
         Ok(forced > 0)
     }
 
+    /// Counts entry `at` as one of `new` bytes without elements, as its next value has it; on a refusal it stays what it is.
+    fn resize(&mut self, at: u32, new: usize, pressure: Pressure, now: Millis) -> Result<bool, Refusal> {
+        let entry = &self.slab[at as usize];
+        let old = size(&entry.key, &entry.value);
+        entry.value.elements().for_each(|bytes| self.pages.give(bytes));
+        if same_size(old, new) {
+            return Ok(false);
+        }
+        self.pages.give(old);
+        match self.reserve(new, pressure, now, at) {
+            Ok(forced) => {
+                self.pages.take(new);
+                Ok(forced)
+            }
+            Err(e) => {
+                self.pages.take(old);
+                self.slab[at as usize].value.elements().for_each(|bytes| self.pages.take(bytes));
+                Err(e)
+            }
+        }
+    }
+
     fn drop_old(&mut self, max: usize, now: Millis) {
         for _ in 0..max {
             let at = self.oldest;
@@ -304,7 +350,7 @@ impl Shard {
     }
 
     fn insert(&mut self, hash: u64, key: &[u8], value: Value, expires: Millis, flags: u32) {
-        self.used += cost(key, &value);
+        self.pages.take(size(key, &value));
         let entry = Entry { hash, key: key.into(), value, flags, expires, newer: NONE, older: NONE };
         let at = if self.free == NONE {
             self.slab.push(entry);
@@ -323,7 +369,8 @@ impl Shard {
     fn remove(&mut self, at: u32) {
         self.unlink(at);
         let entry = &mut self.slab[at as usize];
-        self.used -= cost(&entry.key, &entry.value);
+        self.pages.give(size(&entry.key, &entry.value));
+        entry.value.elements().for_each(|bytes| self.pages.give(bytes));
         (entry.key, entry.value) = (Box::default(), Value::Bool(false));
         entry.older = self.free;
         self.free = at;
@@ -362,6 +409,11 @@ impl Shard {
     }
 }
 
-fn cost(key: &[u8], value: &Value) -> usize {
-    key.len() + value.bytes() + ENTRY_BYTES
+/// Bytes of an entry, without the elements of a list.
+fn size(key: &[u8], value: &Value) -> usize {
+    ENTRY_BYTES + key.len() + value.bytes()
+}
+
+fn element_bytes(value: &Value) -> usize {
+    ELEMENT_BYTES + value.bytes()
 }

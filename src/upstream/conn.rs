@@ -338,7 +338,7 @@ impl Conn {
             // that would hide a cut, so it stays an error.
             Poll::Ready(Err(e)) => {
                 self.eof = true;
-                Poll::Ready(Err(self.lost(what).cause(e)))
+                Poll::Ready(Err(self.lost(format!("while {what}")).cause(e)))
             }
             Poll::Pending if self.inp.is_empty() => {
                 // Others have a use for it meanwhile, and the one used last is the warmest.
@@ -406,12 +406,12 @@ impl Conn {
     }
 
     fn closed(&self, what: &str) -> Error {
-        self.lost(what).context("upstream prematurely closed connection")
+        self.lost(format!("upstream prematurely closed connection while {what}"))
     }
 
-    fn lost(&self, what: &str) -> Error {
+    fn lost(&self, what: String) -> Error {
         let retry = if self.sent == 0 { Retry::Safe } else { Retry::Idempotent };
-        Error::upstream(Kind::Closed).retry(retry).context(format!("while {what}"))
+        Error::upstream(Kind::Closed).retry(retry).context(what)
     }
 
     /// The raw stream after a 101, and what was read of it already.

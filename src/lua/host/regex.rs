@@ -76,6 +76,29 @@ thread_local! {
     static CONTEXT: MatchContext = MatchContext::new();
 }
 
+/// `lua_options.lua_regex_match_limit` of config.yaml; 0 and nothing: what PCRE2 was built with.
+pub fn match_limit(config: &serde_json::Value) -> Option<u32> {
+    let said = config.pointer("/lua_options/lua_regex_match_limit")?;
+    let limit = said.as_u64().or_else(|| said.as_str()?.parse().ok())?;
+    u32::try_from(limit).ok().filter(|limit| *limit > 0)
+}
+
+/// Bounds how far a match on this thread may go before it fails with PCRE2's error -47.
+pub fn limit_matches(limit: Option<u32>) {
+    let limit = limit.unwrap_or_else(|| {
+        let mut built_in = 0_u32;
+        // SAFETY: what is asked for is written as 32 bits.
+        unsafe { pcre::pcre2_config_8(pcre::PCRE2_CONFIG_MATCHLIMIT, (&raw mut built_in).cast()) };
+        built_in
+    });
+    CONTEXT.with(|c| {
+        if !c.0.is_null() {
+            // SAFETY: the context is this thread's own.
+            unsafe { pcre::pcre2_set_match_limit_8(c.0, limit) };
+        }
+    });
+}
+
 /// The flags that option letters stand for; `None` for a letter that none has.
 fn flags(options: &[u8]) -> Option<(u32, bool)> {
     let (mut flags, mut dfa) = (0, false);
@@ -255,6 +278,7 @@ pub fn register(api: &mut Api) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::super::tests::{check, fails};
+    use crate::lua::{Vm, vm::VmConfig};
 
     /// The machine stack lends 32 KB: what needs more matches up to the bound, and fails past it.
     #[test]
@@ -264,6 +288,22 @@ mod tests {
             "local m, e = ngx.re.match(('ab'):rep(2000000), '^(a|b|(?:ab))*$', 'jo') return tostring(m) .. ': ' .. e",
             "nil: pcre_exec() failed: -46",
         );
+    }
+
+    #[test]
+    fn a_match_goes_as_far_as_its_limit() {
+        let lua =
+            "local m, e = ngx.re.match(('a'):rep(30) .. '!', '(a+)+$', 'jo') return tostring(m) .. ': ' .. tostring(e)";
+        let config = |limit: serde_json::Value| serde_json::json!({"lua_options": {"lua_regex_match_limit": limit}});
+        for (limit, expected) in
+            [("100".into(), "nil: pcre_exec() failed: -47"), (100.into(), "nil: pcre_exec() failed: -47")]
+        {
+            let vm = Vm::new(VmConfig { config: config(limit).into(), ..VmConfig::default() }).expect("a VM");
+            assert_eq!(vm.lua.load(lua).eval::<String>().expect("a text"), expected);
+        }
+        assert_eq!(super::match_limit(&config(0.into())), None);
+        // The next VM of the thread has its own limit.
+        check(&lua.replace("(30)", "(10)"), "nil: nil");
     }
 
     #[test]

@@ -15,7 +15,7 @@ use super::{Text, codec, header::change_request};
 use crate::{
     conf::locations::Location,
     error::{Error, Kind, Result},
-    exchange::{Exchange, RequestBody, Spooled, Version},
+    exchange::{Exchange, RequestBody, Spooled, Version, framing::parse_decimal},
     lua::{
         Op, Values, Wait,
         api::{Api, Phases, Raise, Stack, request},
@@ -292,6 +292,19 @@ impl Reading {
         }
         Ok(())
     }
+
+    /// A script may have said that the body is shorter (`Content-Length`): what is beyond that is dropped.
+    fn cut(&mut self, length: Option<u64>) -> std::io::Result<()> {
+        let Some(length) = length.filter(|length| *length < self.length) else { return Ok(()) };
+        self.length = length;
+        match &self.file {
+            Some((_, file)) => file.set_len(length),
+            None => {
+                self.memory.truncate(length as usize);
+                Ok(())
+            }
+        }
+    }
 }
 
 impl Drop for Reading {
@@ -363,6 +376,10 @@ fn poll_body(cx: &mut Context<'_>, x: &mut Exchange, reading: &mut Reading, keep
         } else if let Err(e) = reading.spill(x.location.as_deref()) {
             return Poll::Ready(failed(e.to_string()));
         }
+    }
+    let length = x.request.headers.get("content-length").and_then(parse_decimal);
+    if keep && let Err(e) = reading.cut(length) {
+        return Poll::Ready(failed(e.to_string()));
     }
     x.body = match (keep, reading.file.take()) {
         (false, _) => RequestBody::Consumed,

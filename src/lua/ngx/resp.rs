@@ -93,7 +93,7 @@ crate::export! {
         if x.response.head_sent || x.response.settled {
             return -1;
         }
-        x.response.status = code.clamp(0, 999) as u16;
+        x.set_status(code.clamp(0, 999) as u16);
         x.response.reason.clear();
         1
     }
@@ -139,7 +139,7 @@ fn set_status(s: &Stack) -> Answer {
         x.log(Level::Error, b"attempt to set ngx.status after sending out response headers");
         return Ok(s.push_bool(false));
     }
-    x.response.status = status as u16;
+    x.set_status(status as u16);
     x.response.reason.clear();
     x.response.reason.extend_from_slice(reason);
     Ok(s.push_bool(true))

@@ -217,6 +217,11 @@ pub struct Owner {
 }
 
 impl Owner {
+    /// The request is over; what it left open is closed.
+    pub fn has_ended(&self) -> bool {
+        self.ended.get()
+    }
+
     /// Closes `socket` with this owner's end.
     pub fn adopt(&self, socket: Weak<dyn Shut>) {
         let mut sockets = self.sockets.borrow_mut();

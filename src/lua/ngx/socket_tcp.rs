@@ -38,7 +38,7 @@ use super::{
 use crate::{
     conf::locations::Location,
     error::{Kind, Result},
-    exchange::{RequestBody, Version},
+    exchange::{Headers, RequestBody, Version},
     lua::{
         api::{Api, Phases, Raise, Stack, Wait, request},
         fast,
@@ -332,6 +332,12 @@ fn of_request(s: &Stack) -> Answer {
     if x.request.headers.contains("transfer-encoding") {
         return s.fail("chunked request bodies not supported yet");
     }
+    // Now, and not with the first read: the script may print something before that.
+    if let Some(client) = x.client.as_mut().filter(|_| x.request.expects_continue)
+        && let Err(e) = client.interim(100, &Headers::new())
+    {
+        return s.fail(e.to_string());
+    }
     // The script may still put another one in its place.
     x.body = RequestBody::Memory(Bytes::new());
     x.body_read = true;
@@ -392,13 +398,26 @@ fn of_client(s: &Stack) -> Result<Wait, Raise> {
 
 /// The socket in `self[1]`, if it belongs to whoever runs.
 fn this(s: &Stack) -> Result<Rc<Socket>, Raise> {
+    let socket = any(s)?;
+    socket::check_owner(&socket.owner)?;
+    Ok(socket)
+}
+
+/// The same for reading and writing. One of a request that has ended is not somebody else's: it is closed.
+fn open_one(s: &Stack) -> Result<Rc<Socket>, Raise> {
+    let socket = any(s)?;
+    if !socket.owner.has_ended() {
+        socket::check_owner(&socket.owner)?;
+    }
+    Ok(socket)
+}
+
+fn any(s: &Stack) -> Result<Rc<Socket>, Raise> {
     s.arg_table(1)?;
     s.get_index(1, 1);
     let socket = object::get::<Socket>(s, -1);
     s.pop(1);
-    let socket = socket.map_err(|_| s.argument_error(1, "socket expected"))?;
-    socket::check_owner(&socket.owner)?;
-    Ok(socket)
+    socket.map_err(|_| s.argument_error(1, "socket expected"))
 }
 
 fn refuse(s: &Stack, text: &str) -> Result<Wait, Raise> {
@@ -673,7 +692,7 @@ fn tls_text(e: &io::Error) -> String {
 }
 
 fn send(s: &Stack) -> Result<Wait, Raise> {
-    let socket = this(s)?;
+    let socket = open_one(s)?;
     let mut data = Vec::new();
     socket::gather(s, 2, &mut data)?;
     if let Some(text) = socket.busy_text(CONNECTING | WRITING) {
@@ -810,9 +829,7 @@ impl Until {
             if at > size {
                 return Some((Got::Data(&buf[..size]), size));
             }
-            if end == 0 {
-                return Some((Got::End, len));
-            }
+            // Nothing in front of it is a piece, too: an empty line, say.
             self.done.set(true);
         }
         Some((Got::Data(&buf[..end]), at + len))
@@ -826,7 +843,7 @@ impl Until {
 }
 
 fn receive(s: &Stack) -> Result<Wait, Raise> {
-    let socket = this(s)?;
+    let socket = open_one(s)?;
     // Most ask for a line: looked at first, since what is no number takes long to be found none.
     if s.is_nil(2) || (s.kind(2) == mlua::ffi::LUA_TSTRING && s.bytes(2) == Some(b"*l")) {
         return read(s, &socket, Want::Line(0));
@@ -849,7 +866,7 @@ fn receive_any(s: &Stack) -> Result<Wait, Raise> {
     if s.top() < 2 {
         return Err(format!("expecting 2 arguments (including the object), but got {}", s.top()).into());
     }
-    let socket = this(s)?;
+    let socket = open_one(s)?;
     match s.number(2) {
         Some(max) if max >= 1.0 => read(s, &socket, Want::Any(max as usize)),
         _ => Err(s.argument_error(2, "bad max argument")),
@@ -878,7 +895,7 @@ fn until(s: &Stack) -> Answer {
 }
 
 fn read_until(s: &Stack) -> Result<Wait, Raise> {
-    let socket = this(s)?;
+    let socket = open_one(s)?;
     let until = object::get::<Until>(s, 2)?;
     let size = match s.opt_number(3)? {
         Some(n) if n < 0.0 => return Err(s.argument_error(1, "bad size argument")),

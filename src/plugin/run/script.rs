@@ -30,6 +30,9 @@ pub(super) struct Compiled {
 /// Files with variables in their names that are kept compiled: the client may have a say in the names.
 const MAX_FILES: usize = 1000;
 
+/// The status of a response that a body filter cuts off: nginx's for a connection that is closed without an answer.
+const CUT_OFF: u16 = 444;
+
 /// Why a script does not run, and what nginx answers then.
 struct NotLoaded {
     text: String,
@@ -162,7 +165,7 @@ impl Runner {
             }
             Ok(_) if x.jump.is_some() => Flow::Jump,
             // ngx.DECLINED: somebody else is to answer, and in the content phase nobody is left. ngx.ERROR: nobody is to.
-            Ok(Outcome::Exit(-5)) if phase != Phase::Content => Flow::Next,
+            Ok(Outcome::Exit(-5)) if phase != Phase::Content => Flow::Declined,
             Ok(Outcome::Exit(-5 | -1)) => Flow::Close,
             // The client went away: there is nobody to answer.
             Ok(Outcome::Exit(499)) => {
@@ -170,7 +173,7 @@ impl Runner {
                 Flow::Close
             }
             Ok(Outcome::Exit(n)) => settle(x, Outcome::Exit(n)),
-            Ok(Outcome::Done(())) => settle(x, Outcome::Done(None)),
+            Ok(Outcome::Done(_)) => settle(x, Outcome::Done(None)),
             Err(NotLoaded { text, status }) => {
                 x.log(Level::Error, text.as_bytes());
                 failed(x);
@@ -260,7 +263,7 @@ impl Runner {
     pub async fn balancer(&self, x: &mut Exchange, script: &Arc<Script>) -> Result<Option<u16>> {
         x.phase = Phase::Balancer;
         match self.run_script(x, script).await {
-            Ok(Outcome::Done(()) | Outcome::Exit(0)) => Ok(None),
+            Ok(Outcome::Done(_) | Outcome::Exit(0)) => Ok(None),
             Ok(Outcome::Exit(status @ 200..=999)) => Ok(Some(status as u16)),
             Ok(Outcome::Exit(n)) => {
                 Err(Error::script(format!("balancer_by_lua* has ended the request with ngx.exit({n})")))
@@ -289,6 +292,11 @@ impl Runner {
                 x.filter_exit = Some(n as u16);
                 Err(Error::script("the header filter has ended the response"))
             }
+            // `return ngx.ERROR`: nginx cuts the response off.
+            Ok(Outcome::Done(Some(n))) if phase == Phase::BodyFilter && (n == -1.0 || n >= 300.0) => {
+                x.filter_exit = Some(CUT_OFF);
+                Err(Error::script("the body filter has ended the response"))
+            }
             Ok(_) => Ok(()),
             Err(NotLoaded { text, .. }) => {
                 x.log(Level::Error, text.as_bytes());
@@ -297,13 +305,14 @@ impl Runner {
         }
     }
 
-    async fn run_script(&self, x: &mut Exchange, script: &Arc<Script>) -> Result<Outcome<()>, NotLoaded> {
+    /// The number that the script returns, if it does.
+    async fn run_script(&self, x: &mut Exchange, script: &Arc<Script>) -> Result<Outcome<Option<f64>>, NotLoaded> {
         let (generation, anchor) = self.prepared(x, script)?;
         let push = |s: &Stack| {
             s.get_index(ffi::LUA_REGISTRYINDEX, anchor as usize);
             0
         };
-        Ok(sched::call(&generation.vm, x, push, |_| ()).await)
+        Ok(sched::call(&generation.vm, x, push, |s| s.number(1)).await)
     }
 
     /// The VM of the request and the script compiled in it.

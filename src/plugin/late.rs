@@ -1,0 +1,122 @@
+//! What nginx's own filters do to a location's response behind those of Lua: the status of an error page, the charset, compression.
+
+use std::io::Write;
+
+use flate2::{Compression, write::GzEncoder};
+
+use crate::{
+    conf::outgoing::{Charset, Gzip},
+    error::{Error, Kind, Result},
+    exchange::{Exchange, Version},
+};
+
+/// The head, once the filters are through with it. `length`: of the body, where the head does not say it.
+pub(super) fn head(x: &mut Exchange, length: Option<u64>) {
+    let Some(location) = x.location.clone() else { return };
+    if x.depth > 0 {
+        return;
+    }
+    if let Some(charset) = &location.directives.charset {
+        name_charset(x, charset);
+    }
+    if let Some(gzip) = &location.directives.gzip {
+        compress(x, gzip, length);
+    }
+}
+
+/// The status that an error page has, whatever answered in its place.
+pub(super) fn status(x: &mut Exchange) {
+    if let Some(status @ 1..) = x.error_status {
+        x.response.status = status;
+    }
+}
+
+fn name_charset(x: &mut Exchange, charset: &Charset) {
+    let headers = &mut x.response.headers;
+    let Some(kind) = headers.get("content-type") else { return };
+    let named = kind.to_ascii_lowercase().windows(8).any(|part| part == b"charset=");
+    if named || headers.contains("content-encoding") || !charset.types.has(kind) {
+        return;
+    }
+    let mut kind = kind.to_vec();
+    kind.extend_from_slice(b"; charset=");
+    kind.extend_from_slice(charset.name.as_bytes());
+    headers.set("Content-Type", kind);
+}
+
+fn compress(x: &mut Exchange, gzip: &Gzip, length: Option<u64>) {
+    let headers = &x.response.headers;
+    let said = headers.get("content-length").and_then(crate::exchange::framing::parse_decimal);
+    let candidate = matches!(x.response.status, 200 | 403 | 404)
+        && !headers.contains("content-encoding")
+        && said.or(length).is_none_or(|n| n >= gzip.min_length)
+        && headers.get("content-type").is_some_and(|kind| gzip.types.has(kind))
+        && x.request.method != b"HEAD";
+    if !candidate {
+        return;
+    }
+    if gzip.vary {
+        x.response.headers.append("Vary", "Accept-Encoding");
+    }
+    let old = x.request.version == Version::Http10 && !gzip.http10;
+    let by_proxy = x.request.headers.contains("via") && !gzip.proxied;
+    if old || by_proxy || !x.request.headers.get("accept-encoding").is_some_and(accepts_gzip) {
+        return;
+    }
+    let headers = &mut x.response.headers;
+    headers.set("Content-Encoding", "gzip");
+    headers.remove("content-length");
+    headers.remove("accept-ranges");
+    // Other bytes than those it was made for: nginx weakens it.
+    if let Some(etag) = headers.get("etag").filter(|etag| !etag.starts_with(b"W/")).map(<[u8]>::to_vec) {
+        headers.set("ETag", [b"W/", &etag[..]].concat());
+    }
+    x.encoder = Some(Box::new(GzEncoder::new(Vec::new(), Compression::new(gzip.level))));
+}
+
+/// RFC 9110, 12.5.3: `gzip` is among the codings, and not with a weight of 0.
+fn accepts_gzip(field: &[u8]) -> bool {
+    field.split(|b| *b == b',').any(|coding| {
+        let mut parts = coding.split(|b| *b == b';').map(<[u8]>::trim_ascii);
+        let named = parts.next().is_some_and(|name| name.eq_ignore_ascii_case(b"gzip"));
+        let refused = parts.any(|part| {
+            let weight = part.strip_prefix(b"q=").or_else(|| part.strip_prefix(b"Q="));
+            weight.is_some_and(|weight| weight.iter().all(|b| matches!(b, b'0' | b'.')))
+        });
+        named && !refused
+    })
+}
+
+/// Compresses `x.chunk`, whole: what is flushed, or comes from an upstream bit by bit, is not to wait for the rest.
+pub(super) fn chunk(x: &mut Exchange) -> Result<()> {
+    let Some(encoder) = x.encoder.as_mut().filter(|_| x.chunk.eof || !x.chunk.data.is_empty()) else { return Ok(()) };
+    let failed = |e| Error::internal(Kind::Other).cause(e).context("gzip");
+    encoder.write_all(&x.chunk.data).map_err(failed)?;
+    x.chunk.data.clear();
+    match x.chunk.eof {
+        true => encoder.try_finish().map_err(failed)?,
+        false => encoder.flush().map_err(failed)?,
+    }
+    x.chunk.data.append(encoder.get_mut());
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::accepts_gzip;
+
+    #[test]
+    fn codings_are_weighed() {
+        for (field, accepted) in [
+            ("gzip", true),
+            ("deflate, GZIP;q=0.1", true),
+            ("br,gzip ; q=1", true),
+            ("gzip;q=0", false),
+            ("gzip;q=0.00", false),
+            ("x-gzip, deflate", false),
+            ("", false),
+        ] {
+            assert_eq!(accepts_gzip(field.as_bytes()), accepted, "{field}");
+        }
+    }
+}

@@ -1,0 +1,384 @@
+//! nginx's own directives beside Lua in locations: who may come in, error pages, charset, compression, ranges, rewrites.
+
+mod support;
+
+use std::{
+    io::{Read, Write},
+    process::ExitStatus,
+};
+
+use serde_json::{Value, json};
+use support::{Client, Dir, Gateway, Reply, Upstream, http::raw, run};
+
+#[track_caller]
+fn says(reply: &Reply, status: u16, expected: &str) {
+    assert_eq!((reply.status, reply.text().as_str()), (status, expected));
+}
+
+fn unzip(body: &[u8]) -> String {
+    let mut text = String::new();
+    flate2::read::GzDecoder::new(body).read_to_string(&mut text).expect("gzip");
+    text
+}
+
+#[test]
+fn with_satisfy_any_one_that_agrees_is_enough() {
+    let location = |name: &str, satisfy: &str, rule: &str, lua: &str| {
+        json!({"location": name, "options": {"satisfy": satisfy, rule: [["all"]]}, "access_by_lua": lua,
+            "content_by_lua": "ngx.say('in')"})
+    };
+    let gw = Gateway::with(json!({"lua_locations": [
+        location("= /allowed", "any", "allow", "ngx.exit(403)"),
+        location("= /denied", "any", "deny", "ngx.exit(403)"),
+        location("= /agreed", "any", "deny", "return"),
+        location("= /agreed/ok", "any", "deny", "ngx.sleep(0) ngx.exit(ngx.OK)"),
+        location("= /declined", "any", "deny", "ngx.exit(ngx.DECLINED)"),
+        location("= /asked", "any", "deny", "ngx.header['WWW-Authenticate'] = 'Basic' ngx.exit(401)"),
+        location("= /broken", "any", "deny", "ngx.exit(500)"),
+        location("= /words", "any", "deny", "ngx.status = 403 ngx.say('no') ngx.exit(403)"),
+        location("= /all/denied", "all", "deny", "return"),
+        location("= /all/refused", "all", "allow", "ngx.exit(403)"),
+        location("= /all", "all", "allow", "ngx.exit(ngx.DECLINED)"),
+    ]}));
+    for (path, status) in [
+        ("/allowed", 200),
+        ("/denied", 403),
+        ("/agreed", 200),
+        ("/agreed/ok", 200),
+        ("/declined", 403),
+        ("/asked", 401),
+        ("/broken", 500),
+        ("/all/denied", 403),
+        ("/all/refused", 403),
+        ("/all", 200),
+    ] {
+        assert_eq!(gw.get(path).status, status, "{path}");
+    }
+    assert_eq!(gw.get("/asked").header("www-authenticate"), Some("Basic"));
+    says(&gw.get("/words"), 403, "no\n");
+    gw.expect_log("access forbidden by rule");
+}
+
+#[test]
+fn a_subrequest_says_who_may_come_in() {
+    let api = |name: &str, options: Value| {
+        json!({"location": name, "set": {"user": "$arg_user"}, "options": options,
+        "content_by_lua": "ngx.say('hello ', ngx.var.user, ' ', ngx.var.seen)"})
+    };
+    let gw = Gateway::with(json!({"lua_locations": [
+        {"location": "= /auth", "set": {"seen": "yes"}, "content_by_lua": r#"
+            local status = ({a = 200, b = 403, c = 401, d = 302})[ngx.var.user]
+            ngx.header["WWW-Authenticate"] = "Basic realm=x"
+            ngx.exit(status)"#},
+        api("= /api", json!({"auth_request": "/auth"})),
+        api("= /any", json!({"auth_request": "/auth", "satisfy": "any", "deny": [["all"]]})),
+        api("= /off", json!({"auth_request": "off"})),
+    ]}));
+    says(&gw.get("/api?user=a"), 200, "hello a yes\n");
+    says(&gw.get("/any?user=a"), 200, "hello a yes\n");
+    for (path, status, asks) in [
+        ("/api?user=b", 403, None),
+        ("/api?user=c", 401, Some("Basic realm=x")),
+        ("/api?user=d", 500, None),
+        ("/any?user=b", 403, None),
+        ("/off?user=b", 200, None),
+    ] {
+        let reply = gw.get(path);
+        assert_eq!((reply.status, reply.header("www-authenticate")), (status, asks), "{path}");
+    }
+    gw.expect_log("auth request unexpected status: 302");
+}
+
+#[test]
+fn error_pages_stand_in_for_nginx_own() {
+    let dead = "http://127.0.0.1:1/";
+    let dir = Dir::new();
+    std::fs::create_dir_all(dir.join("html")).expect("a directory");
+    dir.write("html/404.html", "not here\n");
+    dir.configure(json!({
+        "lua_options": {"error_page": [["404", "/404.html"], ["403", "=200", "@kind"], ["502", "504", "/down?why=$uri"],
+            ["410", "=", "/own"], ["409", "http://other.test/"], ["408", "=303", "http://other.test/$arg_a"],
+            ["401", "/twice"], ["400", "=", "/own"]]},
+        "lua_locations": [
+            {"location": "= /exit", "content_by_lua": "ngx.exit(tonumber(ngx.var.arg_status))"},
+            {"location": "= /return", "return": {"status": 404}},
+            {"location": "= /access", "access_by_lua": "ngx.exit(404)", "content_by_lua": "ngx.say('no')"},
+            {"location": "= /dead", "proxy_pass": dead},
+            {"location": "= /words", "content_by_lua": "ngx.status = 404 ngx.say('mine')"},
+            {"location": "= /sub", "content_by_lua": r#"
+                local res = ngx.location.capture("/return") ngx.print(res.status, ' ', res.body)"#},
+            {"location": "@kind", "content_by_lua": "ngx.say('kind ', ngx.var.uri)"},
+            {"location": "= /down", "internal": true,
+             "content_by_lua": "ngx.say('down ', ngx.var.arg_why, ' ', ngx.req.get_method(), ' ', ngx.status)"},
+            {"location": "= /own", "content_by_lua": "if ngx.var.arg_a then ngx.status = 299 end ngx.say('own')"},
+            {"location": "= /twice", "content_by_lua": "ngx.exit(404)"},
+            {"location": "= /plain", "options": {"error_page": []}, "return": {"status": 404}},
+        ],
+    }));
+    let gw = Gateway::in_dir(dir);
+    for (path, status, text) in [
+        ("/exit?status=404", 404, "not here\n"),
+        ("/return", 404, "not here\n"),
+        ("/access", 404, "not here\n"),
+        ("/missing", 404, "not here\n"),
+        ("/exit?status=403", 200, "kind /exit\n"),
+        ("/exit?status=410", 410, "own\n"),
+        ("/words", 404, "mine\n"),
+        ("/sub", 200, "404 not here\n"),
+    ] {
+        says(&gw.get(path), status, text);
+    }
+    says(&gw.send("POST", "/dead", &[], b"x"), 502, "down /dead GET 502\n");
+    for (path, status, place) in
+        [("/exit?status=409", 302, "http://other.test/"), ("/exit?status=408&a=b", 303, "http://other.test/b")]
+    {
+        let reply = gw.get(path);
+        assert_eq!((reply.status, reply.header("location")), (status, Some(place)), "{path}");
+    }
+    // An error within a page is not sent to another one.
+    let twice = gw.get("/exit?status=401");
+    assert_eq!(twice.status, 404);
+    assert!(twice.text().contains("<h1>404 Not Found</h1>"), "{}", twice.text());
+    assert!(gw.get("/plain").text().contains("<h1>404 Not Found</h1>"));
+    assert!(gw.get("/exit?status=405").text().contains("<h1>405 Not Allowed</h1>"));
+    assert_eq!(gw.get("/down").status, 404, "an internal one");
+    let refused = raw(&gw.proxy(), b"GeT / HTTP/1.1\r\nHost: h\r\n\r\n");
+    assert!(refused.starts_with("HTTP/1.1 200 OK\r\n") && refused.contains("own\n"), "{refused}");
+}
+
+#[test]
+fn a_charset_is_named_where_none_is() {
+    let typed = |name: &str, kind: &str| {
+        json!({"location": name, "content_by_lua":
+        format!("ngx.header.content_type = '{kind}' ngx.say('x')")})
+    };
+    let gw = Gateway::with(json!({
+        "lua_options": {"charset": "GBK"},
+        "lua_locations": [
+            typed("= /plain", "text/plain"),
+            typed("= /named", "text/plain; charset=utf-8"),
+            typed("= /image", "image/png"),
+            {"location": "= /page", "return": {"status": 404}},
+            {"location": "= /json", "options": {"charset": "utf-8", "charset_types": "application/json",
+                "default_type": "application/json"}, "content_by_lua": "ngx.say('{}')"},
+            {"location": "= /off", "options": {"charset": "off"}, "content_by_lua": "ngx.say('x')"},
+        ],
+    }));
+    for (path, kind) in [
+        ("/plain", "text/plain; charset=GBK"),
+        ("/named", "text/plain; charset=utf-8"),
+        ("/image", "image/png"),
+        ("/page", "text/html; charset=GBK"),
+        ("/json", "application/json; charset=utf-8"),
+        ("/off", "text/plain"),
+    ] {
+        assert_eq!(gw.get(path).header("content-type"), Some(kind), "{path}");
+    }
+}
+
+#[test]
+fn responses_are_compressed_behind_the_filters_of_lua() {
+    let page = format!("HTTP/1.1 200 OK\r\nContent-Type: text/css\r\nContent-Length: 50\r\n\r\n{}", "e".repeat(50));
+    let upstream = Upstream::answering(move |_| page.clone());
+    let dir = Dir::new();
+    std::fs::create_dir_all(dir.join("html")).expect("a directory");
+    dir.write("html/long.txt", "long ".repeat(100));
+    dir.configure(json!({
+        "lua_options": {"gzip": "on", "gzip_types": "text/plain", "gzip_vary": "on", "gzip_comp_level": "9"},
+        "lua_locations": [
+            {"location": "= /lua", "header_filter_by_lua": "ngx.header.etag = '\"x\"' ngx.header.content_length = nil",
+             "body_filter_by_lua": "ngx.arg[1] = ngx.arg[1]:upper()",
+             "content_by_lua": "ngx.print('abc') ngx.flush(true) ngx.print(('d'):rep(50))"},
+            {"location": "= /short", "return": {"status": 200, "body": "0123456789"}},
+            {"location": "= /status", "content_by_lua": "ngx.status = 500 ngx.print(('d'):rep(50))"},
+            {"location": "= /done", "content_by_lua":
+                "ngx.header.content_encoding = 'br' ngx.print(('d'):rep(50))"},
+            {"location": "= /type", "content_by_lua": "ngx.header.content_type = 'image/png' ngx.print(('d'):rep(50))"},
+            {"location": "= /passed", "proxy_pass": format!("http://{}/", upstream.addr()),
+             "options": {"gzip_types": "*"}},
+            {"location": "= /off", "options": {"gzip": "off"}, "return": {"status": 200, "body": "d".repeat(50)}},
+        ],
+    }));
+    let gw = Gateway::in_dir(dir);
+    let accepting = [("Accept-Encoding", "br, gzip")];
+    for (path, text) in
+        [("/lua", format!("ABC{}", "D".repeat(50))), ("/long.txt", "long ".repeat(100)), ("/passed", "e".repeat(50))]
+    {
+        says(&gw.get(path), 200, &text);
+        let reply = gw.send("GET", path, &accepting, b"");
+        assert_eq!((reply.status, reply.header("content-encoding")), (200, Some("gzip")), "{path}");
+        assert_eq!(reply.header("vary"), Some("Accept-Encoding"), "{path}");
+        assert_eq!(unzip(&reply.body), text, "{path}");
+    }
+    let mut client = Client::connect(&gw.proxy());
+    client.send("GET", "/lua", &accepting, b"");
+    assert_eq!(client.head().header("etag"), Some("W/\"x\""));
+    let first = client.chunk().expect("a chunk");
+    let mut decoder = flate2::write::GzDecoder::new(Vec::new());
+    decoder.write_all(&first).and_then(|()| decoder.flush()).expect("gzip");
+    assert_eq!(decoder.get_ref(), b"ABC", "what is flushed does not wait for the rest");
+    for path in ["/short", "/status", "/done", "/type", "/off"] {
+        let reply = gw.send("GET", path, &accepting, b"");
+        assert_ne!(reply.header("content-encoding"), Some("gzip"), "{path}");
+    }
+    for headers in [&[("Accept-Encoding", "gzip;q=0")][..], &[], &[accepting[0], ("Via", "1.1 other")]] {
+        let reply = gw.send("GET", "/long.txt", headers, b"");
+        assert_eq!(reply.header("content-encoding"), None, "{headers:?}");
+        assert_eq!(reply.header("vary"), Some("Accept-Encoding"), "it might have been");
+    }
+    assert_eq!(gw.send("HEAD", "/long.txt", &accepting, b"").header("content-encoding"), None);
+    let old = raw(&gw.proxy(), b"GET /long.txt HTTP/1.0\r\nAccept-Encoding: gzip\r\n\r\n");
+    assert!(!old.contains("Content-Encoding"), "{old}");
+}
+
+#[test]
+fn a_file_is_sent_in_ranges() {
+    let dir = Dir::new();
+    std::fs::create_dir_all(dir.join("html")).expect("a directory");
+    dir.write("html/a.txt", "0123456789");
+    dir.configure(json!({"lua_locations": [
+        {"location": "/", "header_filter_by_lua": "ngx.header.x = ngx.status"},
+        {"location": "= /sub", "content_by_lua": "ngx.print(ngx.location.capture('/a.txt').body)"},
+    ]}));
+    let gw = Gateway::in_dir(dir);
+    let ask = |range: &str| gw.send("GET", "/a.txt", &[("Range", range)], b"");
+    let part = ask("bytes=2-4");
+    says(&part, 206, "234");
+    assert_eq!((part.header("content-range"), part.header("x")), (Some("bytes 2-4/10"), Some("200")));
+    says(&ask("bytes=-2"), 206, "89");
+    says(&ask("bytes=0-1,3-4"), 200, "0123456789");
+    let none = ask("bytes=10-");
+    assert_eq!((none.status, none.header("content-range")), (416, Some("bytes */10")));
+    let whole = gw.get("/a.txt");
+    assert_eq!(whole.header("accept-ranges"), Some("bytes"));
+    let since = whole.header("last-modified").expect("a date").to_owned();
+    let asked = |since: &str| gw.send("GET", "/a.txt", &[("Range", "bytes=0-0"), ("If-Range", since)], b"");
+    says(&asked(&since), 206, "0");
+    says(&asked("Thu, 01 Jan 1970 00:00:00 GMT"), 200, "0123456789");
+    says(&gw.send("GET", "/sub", &[("Range", "bytes=0-0")], b""), 200, "0123456789");
+}
+
+#[test]
+fn the_servers_rewrites_come_before_a_location_is_chosen() {
+    let gw = Gateway::with(json!({
+        "lua_options": {"rewrite": [["^/old/(.*)$", "/new/$1"], ["^/gone$", "/gone/", "permanent"]]},
+        "lua_locations": [
+            {"location": "/new/", "content_by_lua": "ngx.say(ngx.var.uri)"},
+            {"location": "/old/", "content_by_lua": "ngx.say('old')"},
+            {"location": "= /sub", "content_by_lua": r#"
+                local moved, new = ngx.location.capture("/gone"), ngx.location.capture("/old/b")
+                ngx.print(moved.status, ' ', moved.header.Location, ' ', new.body)"#},
+        ],
+    }));
+    says(&gw.get("/old/a"), 200, "/new/a\n");
+    says(&gw.get("/sub"), 200, "301 /gone/ /new/b\n");
+    let gone = gw.get("/gone");
+    let there = format!("http://{}/gone/", gw.proxy());
+    assert_eq!((gone.status, gone.header("location")), (301, Some(&*there)));
+}
+
+#[test]
+fn a_redirect_is_relative_for_filters_and_where_nothing_else_is_wanted() {
+    let gw = Gateway::with(json!({"lua_locations": [
+        {"location": "= /to", "return": {"status": 302, "body": "/there"},
+         "header_filter_by_lua": "ngx.header.seen = ngx.header.location"},
+        {"location": "= /own", "return": {"status": 302, "body": "/there"},
+         "header_filter_by_lua": "ngx.header.location = '/mine'"},
+        {"location": "= /relative", "options": {"absolute_redirect": "off"}, "return": {"status": 302, "body": "/there"}},
+    ]}));
+    let to = gw.get("/to");
+    let there = format!("http://{}/there", gw.proxy());
+    assert_eq!((to.header("location"), to.header("seen")), (Some(&*there), Some("/there")));
+    assert_eq!(gw.get("/own").header("location"), Some("/mine"));
+    assert_eq!(gw.get("/relative").header("location"), Some("/there"));
+}
+
+#[test]
+fn a_shorter_answer_than_promised_goes_out_before_the_connection_ends() {
+    let gw = Gateway::with(json!({"lua_locations": [
+        {"location": "= /big", "content_by_lua": "ngx.header.content_length = 8589934591 ngx.say('hi')"},
+    ]}));
+    let cut = raw(&gw.proxy(), b"GET /big HTTP/1.1\r\nHost: h\r\n\r\n");
+    assert!(cut.contains("Content-Length: 8589934591\r\n") && cut.ends_with("\r\n\r\nhi\n"), "{cut}");
+}
+
+#[test]
+fn a_body_filter_that_returns_an_error_cuts_the_response_off() {
+    let gw = Gateway::with(json!({"lua_locations": [
+        {"location": "= /error", "content_by_lua": "ngx.say('x')", "body_filter_by_lua": "return ngx.ERROR"},
+        {"location": "= /ok", "content_by_lua": "ngx.say('x')", "body_filter_by_lua": "return ngx.OK"},
+        {"location": "= /file", "return": {"status": 200, "body": "x"}, "body_filter_by_lua": "return 500"},
+        {"location": "= /sub", "content_by_lua": "ngx.say(ngx.location.capture('/error').status)"},
+        {"location": "= /subs", "content_by_lua": "ngx.say(ngx.location.capture('/ok').body)"},
+    ]}));
+    for path in ["/error", "/file", "/sub"] {
+        let got = raw(&gw.proxy(), format!("GET {path} HTTP/1.1\r\nHost: h\r\n\r\n").as_bytes());
+        assert_eq!(got, "", "{path}");
+    }
+    says(&gw.get("/ok"), 200, "x\n");
+    says(&gw.get("/subs"), 200, "x\n\n");
+}
+
+#[test]
+fn a_body_is_as_long_as_a_script_says_before_it_is_read() {
+    let read = "ngx.req.set_header('Content-Length', 3) ngx.req.read_body()";
+    let gw = Gateway::with(json!({"lua_locations": [
+        {"location": "= /memory", "content_by_lua": format!("{read} ngx.print(ngx.req.get_body_data())")},
+        {"location": "= /file", "options": {"client_body_in_file_only": "on"},
+         "content_by_lua": format!("{read} ngx.print(io.open(ngx.req.get_body_file()):read('*a'))")},
+    ]}));
+    for path in ["/memory", "/file"] {
+        says(&gw.send("POST", path, &[], b"abcdef"), 200, "abc");
+        says(&gw.send("POST", path, &[], b"ab"), 200, "ab");
+    }
+}
+
+#[test]
+fn sockets_are_there_where_openresty_has_none() {
+    let up = Upstream::answering(|_| "HTTP/1.0 200 OK\r\nConnection: close\r\nContent-Length: 4\r\n\r\nthis");
+    let port = up.addr().rsplit(':').next().expect("a port").to_owned();
+    let ask = format!(
+        "local sock = ngx.socket.tcp() assert(sock:connect('127.0.0.1', {port})) assert(sock:send('GET / HTTP/1.0\\r\\n\\r\\n'))
+        local said = assert(sock:receive('*a')):match('this') assert(sock:close())"
+    );
+    let gw = Gateway::with(json!({"lua_locations": [{
+        "location": "= /t", "content_by_lua": "ngx.print(ngx.var.set, ' ')",
+        "set_by_lua": [{"var": "set", "lua": format!("{ask} return said")}],
+        "header_filter_by_lua": format!("{ask} ngx.header.x = said"),
+        "body_filter_by_lua": format!("if ngx.arg[2] then {ask} ngx.arg[1] = ngx.arg[1] .. said end"),
+        "log_by_lua": format!("{ask} ngx.log(ngx.WARN, said, ' in ', ngx.get_phase())"),
+    }]}));
+    let reply = gw.get("/t");
+    says(&reply, 200, "this this");
+    assert_eq!(reply.header("x"), Some("this"));
+    gw.expect_log("this in log");
+}
+
+#[test]
+fn values_that_cannot_be_read_stop_the_start() {
+    let told = |settings: Value| -> (ExitStatus, String) {
+        let dir = Dir::new();
+        dir.configure(settings);
+        let mut command = dir.command();
+        command.arg("test");
+        run(command)
+    };
+    let (status, text) = told(json!({
+        "lua_options": {"lua_regex_match_limit": "far", "rewrite": [["(", "/x"]]},
+        "lua_locations": [{"location": "/x", "options": {
+            "satisfy": "some", "auth_request": "auth", "error_page": [["x", "/y"]], "gzip": "maybe", "gzip_comp_level": "0",
+        }}],
+    }));
+    assert_eq!(status.code(), Some(1));
+    for path in [
+        "lua_options.lua_regex_match_limit: \"far\"",
+        "lua_options.rewrite: \"(\"",
+        "lua_locations[0].options.satisfy: \"some\"",
+        "lua_locations[0].options.auth_request: \"auth\"",
+        "lua_locations[0].options.error_page: \"x /y\"",
+        "lua_locations[0].options.gzip: \"maybe\"",
+        "lua_locations[0].options.gzip_comp_level: \"0\"",
+    ] {
+        assert!(text.contains(path), "{path}: {text}");
+    }
+}
