@@ -36,10 +36,26 @@ pub(super) async fn forward(p: &Proxy, x: &mut Exchange) -> Result<()> {
     let Some(conf) = x.upstream.conf.clone() else {
         return Err(Error::config(Kind::NoNode).context("missing upstream configuration in Route or Service"));
     };
-    Way::new(p, x, &conf)?.run(x).await
+    served(x, &conf)?;
+    let (upload, framing) = body(x)?;
+    Way::new(p, x, &conf, upload, framing).run(x).await
+}
+
+/// Refuses a scheme that nobody speaks here.
+fn served(x: &Exchange, conf: &Upstream) -> Result<()> {
+    let served = match x.upstream.scheme.as_slice() {
+        b"" => matches!(conf.scheme, Scheme::Http | Scheme::Https),
+        set => matches!(set, b"http" | b"https"),
+    };
+    if served {
+        return Ok(());
+    }
+    let scheme = crate::exchange::vars::scheme_name(conf.scheme);
+    Err(Error::upstream(Kind::Other).context(format!("upstream scheme {scheme} is not served yet")))
 }
 
 /// The body as it is to be sent, and how it is framed.
+#[inline(always)]
 fn body(x: &Exchange) -> Result<(Upload, BodyFraming)> {
     let (upload, mut framing) = Upload::new(&x.body, is_harmless(x))?;
     // `Content-Length: 0` is passed on: some servers refuse a POST that says nothing.
@@ -78,20 +94,11 @@ struct Reached {
 }
 
 impl<'a> Way<'a> {
-    // A request of a route makes one where it stays: it is not to be moved there.
+    // No `Result`, and made where it stays: it is large, and is not to be moved there.
     #[inline(always)]
-    fn new(p: &'a Proxy, x: &Exchange, conf: &'a Upstream) -> Result<Way<'a>> {
-        let served = match x.upstream.scheme.as_slice() {
-            b"" => matches!(conf.scheme, Scheme::Http | Scheme::Https),
-            set => matches!(set, b"http" | b"https"),
-        };
-        if !served {
-            let scheme = crate::exchange::vars::scheme_name(conf.scheme);
-            return Err(Error::upstream(Kind::Other).context(format!("upstream scheme {scheme} is not served yet")));
-        }
-        let (upload, framing) = body(x)?;
+    fn new(p: &'a Proxy, x: &Exchange, conf: &'a Upstream, upload: Upload, framing: BodyFraming) -> Way<'a> {
         let (websocket, times) = (is_websocket(x), timeouts(p, x, conf));
-        Ok(Way { p, conf, framing, websocket, times, upload, waited: false, servers: None })
+        Way { p, conf, framing, websocket, times, upload, waited: false, servers: None }
     }
 
     async fn run(&mut self, x: &mut Exchange) -> Result<()> {
@@ -149,7 +156,7 @@ impl<'a> Way<'a> {
                 Err(e) => return Err(Error::upstream(Kind::Other).context(e.message())),
             };
             let conf = self.conf;
-            let e = match self.attempt(x, &conf.nodes[at], at, begun).await {
+            let e = match self.attempt::<false>(x, &conf.nodes[at], at, begun).await {
                 Ok(reached) => {
                     let latency = x.upstream.tries.last().and_then(|t| t.header_time);
                     if let Some(picked) = &picked {
@@ -189,8 +196,14 @@ impl<'a> Way<'a> {
     }
 
     /// One try at a node, the upstream's `at`th. A pooled connection that turns out to be closed does not count: a new one is
-    /// made.
-    async fn attempt(&mut self, x: &mut Exchange, node: &Node, at: usize, begun: Instant) -> Result<Reached> {
+    /// made. `SERVER`: of a location's upstream. Each has a copy of its own, which the compiler makes part of its caller.
+    async fn attempt<const SERVER: bool>(
+        &mut self,
+        x: &mut Exchange,
+        node: &Node,
+        at: usize,
+        begun: Instant,
+    ) -> Result<Reached> {
         let addr = match node.ip.filter(|_| x.upstream.peer.is_none()) {
             Some(ip) => Ok(SocketAddr::new(ip, node.port)),
             None => self.address(x, node).await,
@@ -468,6 +481,7 @@ fn fail(x: &mut Exchange, begun: Instant, e: Error) -> Error {
 }
 
 /// What a script has set, else the route's `timeout`, else the upstream's, else nginx's.
+#[inline(always)]
 fn timeouts(p: &Proxy, x: &Exchange, conf: &Upstream) -> Timeouts {
     let configured = configured_timeouts(p, x, conf);
     let [connect, send, read] = x.upstream.timeouts;

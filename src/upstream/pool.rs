@@ -5,7 +5,8 @@
 
 use std::{
     cell::{Cell, RefCell},
-    net::SocketAddr,
+    hash::{Hash, Hasher},
+    net::{IpAddr, SocketAddr},
     time::{Duration, Instant},
 };
 
@@ -21,11 +22,25 @@ pub const KEEPALIVE: Keepalive = Keepalive { size: 320, idle_timeout: Duration::
 const IDLE_MAX: usize = 4096;
 
 /// Connections that may stand in for each other.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Key {
     pub addr: SocketAddr,
     /// 0 without TLS; else one number per (name, verification, client certificate).
     pub tls: u64,
+}
+
+/// By address, port and number alone: what else belongs to an IPv6 address hardly ever tells two apart.
+impl Hash for Key {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        let place = (u64::from(self.addr.port()) << 48) ^ self.tls;
+        match self.addr.ip() {
+            IpAddr::V4(ip) => state.write_u64(place ^ u64::from(ip.to_bits())),
+            IpAddr::V6(ip) => {
+                state.write_u64(place);
+                state.write_u128(ip.to_bits());
+            }
+        }
+    }
 }
 
 /// Connections are boxed: they go from hand to hand with each request.

@@ -7,7 +7,7 @@ use std::{borrow::Cow, rc::Rc, sync::Arc, time::Instant};
 
 use hashbrown::HashMap;
 
-use super::{Reached, Way, body, is_harmless, timeouts};
+use super::{Reached, Way, body, is_harmless, served, timeouts};
 use crate::{
     balancer::{
         Tried,
@@ -109,7 +109,9 @@ pub(in crate::proxy) async fn forward_to(
     };
     servers.left = servers.left.min(servers.most(x));
     let conf = named.conf.clone();
-    Way { servers: Some(Box::new(servers)), ..Way::new(p, x, &conf)? }.run(x).await
+    served(x, &conf)?;
+    let (upload, framing) = body(x)?;
+    Way { servers: Some(Box::new(servers)), ..Way::new(p, x, &conf, upload, framing) }.run(x).await
 }
 
 impl Servers {
@@ -172,7 +174,7 @@ impl Way<'_> {
             let begun = Instant::now();
             let Target { node, lease } = servers.target(x, begun)?;
             let at = lease.as_ref().map_or(usize::MAX, Lease::at);
-            let attempted = self.attempt(x, &node, at, begun).await;
+            let attempted = self.attempt::<true>(x, &node, at, begun).await;
             drop(node);
             let failure = servers.failure(x, &attempted);
             account(x, lease.as_ref(), &attempted, failure);
