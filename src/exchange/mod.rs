@@ -12,7 +12,9 @@ pub mod headers;
 pub mod host;
 mod last_host;
 mod log;
+pub mod openssl;
 mod random;
+mod ssl;
 pub mod status;
 pub mod vars;
 
@@ -190,12 +192,18 @@ pub struct TlsInfo {
     pub hello: Option<ClientHello>,
     /// The agreed protocol of ALPN: `h2`.
     pub alpn: Option<Box<[u8]>>,
+    /// The number of the group that the keys were exchanged in.
+    pub curve: Option<u16>,
+    /// What the client calls the session of TLS 1.2 that it has resumed: `$ssl_session_id`.
+    pub session_id: Option<Box<[u8]>>,
 }
 
 /// What is kept of a client's first message.
 #[derive(Debug, PartialEq, Eq)]
 pub struct ClientHello {
     pub random: [u8; 32],
+    /// What it calls the session that it would resume; up to 32 bytes.
+    pub session_id: Box<[u8]>,
     /// Cipher suites and groups by their numbers, in the client's order.
     pub ciphers: Box<[u16]>,
     pub curves: Box<[u16]>,

@@ -77,8 +77,13 @@ known! {
     Hostname "hostname", Pid "pid", NginxVersion "nginx_version",
     Msec "msec", TimeLocal "time_local", TimeIso8601 "time_iso8601",
     SslProtocol "ssl_protocol", SslCipher "ssl_cipher", SslServerName "ssl_server_name",
-    SslSessionReused "ssl_session_reused", SslClientVerify "ssl_client_verify",
-    SslClientRawCert "ssl_client_raw_cert",
+    SslSessionReused "ssl_session_reused", SslSessionId "ssl_session_id", SslEarlyData "ssl_early_data",
+    SslAlpnProtocol "ssl_alpn_protocol", SslCiphers "ssl_ciphers", SslCurve "ssl_curve", SslCurves "ssl_curves",
+    SslClientVerify "ssl_client_verify", SslClientRawCert "ssl_client_raw_cert", SslClientCert "ssl_client_cert",
+    SslClientEscapedCert "ssl_client_escaped_cert", SslClientFingerprint "ssl_client_fingerprint",
+    SslClientSerial "ssl_client_serial", SslClientSDn "ssl_client_s_dn", SslClientIDn "ssl_client_i_dn",
+    SslClientSDnLegacy "ssl_client_s_dn_legacy", SslClientIDnLegacy "ssl_client_i_dn_legacy",
+    SslClientVStart "ssl_client_v_start", SslClientVEnd "ssl_client_v_end", SslClientVRemain "ssl_client_v_remain",
     UpstreamAddr "upstream_addr", UpstreamStatus "upstream_status",
     UpstreamResponseTime "upstream_response_time", ApisixUpstreamResponseTime "apisix_upstream_response_time",
     UpstreamConnectTime "upstream_connect_time", UpstreamHeaderTime "upstream_header_time",
@@ -342,8 +347,25 @@ impl Exchange {
             | Known::SslCipher
             | Known::SslServerName
             | Known::SslSessionReused
+            | Known::SslSessionId
+            | Known::SslEarlyData
+            | Known::SslAlpnProtocol
+            | Known::SslCiphers
+            | Known::SslCurve
+            | Known::SslCurves
             | Known::SslClientVerify
-            | Known::SslClientRawCert => self.ssl(known, scratch),
+            | Known::SslClientRawCert
+            | Known::SslClientCert
+            | Known::SslClientEscapedCert
+            | Known::SslClientFingerprint
+            | Known::SslClientSerial
+            | Known::SslClientSDn
+            | Known::SslClientIDn
+            | Known::SslClientSDnLegacy
+            | Known::SslClientIDnLegacy
+            | Known::SslClientVStart
+            | Known::SslClientVEnd
+            | Known::SslClientVRemain => self.ssl(known, scratch),
             Known::UpstreamUri => Some(&self.upstream.uri),
             Known::UpstreamHost => non_empty(&self.upstream.host).or_else(|| r.headers.get("host")),
             Known::UpstreamScheme => Some(self.upstream_scheme().as_bytes()),
@@ -428,21 +450,6 @@ impl Exchange {
             of_try(known, t, out)?;
         }
         Some(())
-    }
-
-    fn ssl<'a>(&'a self, known: Known, out: &'a mut Vec<u8>) -> Option<&'a [u8]> {
-        let tls = self.conn.tls.as_ref()?;
-        Some(match known {
-            Known::SslProtocol => tls.protocol.as_bytes(),
-            Known::SslCipher => tls.cipher.as_bytes(),
-            Known::SslServerName => tls.sni.as_deref()?.as_bytes(),
-            Known::SslSessionReused => [&b"."[..], b"r"][usize::from(tls.session_reused)],
-            Known::SslClientVerify => tls.client_verify.as_bytes(),
-            _ => {
-                pem(tls.client_cert.as_deref()?, out);
-                out
-            }
-        })
     }
 
     /// `http` or `https`, as the client came.
@@ -646,21 +653,12 @@ pub fn address(addr: SocketAddr, out: &mut Vec<u8>) {
     number(addr.port().into(), out);
 }
 
-fn hex(bytes: &[u8], out: &mut Vec<u8>) {
+/// Appends lower-case hexadecimal.
+pub(super) fn hex(bytes: &[u8], out: &mut Vec<u8>) {
     for b in bytes {
         out.push(b"0123456789abcdef"[usize::from(b >> 4)]);
         out.push(b"0123456789abcdef"[usize::from(b & 15)]);
     }
-}
-
-fn pem(der: &[u8], out: &mut Vec<u8>) {
-    let text = base64::engine::general_purpose::STANDARD.encode(der);
-    out.extend_from_slice(b"-----BEGIN CERTIFICATE-----\n");
-    for line in text.as_bytes().chunks(64) {
-        out.extend_from_slice(line);
-        out.push(b'\n');
-    }
-    out.extend_from_slice(b"-----END CERTIFICATE-----\n");
 }
 
 fn hostname() -> &'static str {
