@@ -149,6 +149,14 @@ local var_ids = remembered(function(name)
     return id >= 0 and id
 end)
 
+-- Why a variable was not set.
+local function not_set(rc, name)
+    if rc == 0 then return 'variable "' .. name .. '" not changeable' end
+    if rc == -3 then return 'variable "' .. name .. '" cannot be assigned a value' end
+    return 'variable "' .. name .. '" not found for writing; maybe it is a built-in variable that is not changeable ' ..
+        'or you forgot to use "set $' .. name .. ' \'\';" in the config file to define it first'
+end
+
 ngx.var = setmetatable({}, {
     __index = function(_, name)
         if type(name) ~= "string" then
@@ -179,8 +187,9 @@ ngx.var = setmetatable({}, {
             if type(value) ~= "string" then value = tostring(value) end
             rc = var_set(name, #name, value, #value)
         end
-        if rc < 0 then error("API disabled in the current context", 2) end
-        if rc == 0 then error('variable "' .. name .. '" not changeable', 2) end
+        if rc == 1 then return end
+        if rc == -1 then error("API disabled in the current context", 2) end
+        error(not_set(rc, name), 2)
     end,
 })
 

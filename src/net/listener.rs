@@ -249,7 +249,8 @@ async fn read_proxy_header(mut tcp: TcpStream, conn: &mut Connection) -> Result<
             return Err(Error::client(Kind::Closed).context("closed before the PROXY protocol header was whole"));
         }
     };
-    let Header { addresses, len } = header;
+    let Header { addresses, tlvs, len } = header;
+    conn.proxy_tlvs = input[tlvs..len].into();
     if let Some((client, to)) = addresses {
         conn.proxy = Some(conn.peer);
         (conn.peer, conn.local) = (client, to);
