@@ -2,5 +2,7 @@
 
 mod support;
 
+#[path = "api/functions.rs"]
+mod functions;
 #[path = "api/vars.rs"]
 mod vars;

@@ -28,6 +28,12 @@ pub fn exchange<'a>() -> Option<&'a mut Exchange> {
     unsafe { CURRENT.get().as_mut() }
 }
 
+/// The same where it is a client's: timers, the start of a VM and handshakes have none to ask or to answer.
+#[inline]
+pub fn request<'a>() -> Option<&'a mut Exchange> {
+    exchange().filter(|x| Phases::REQUEST.has(x.phase))
+}
+
 /// The phase that runs; outside of any: `Init`.
 #[inline]
 pub fn phase() -> Phase {

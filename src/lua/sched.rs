@@ -211,7 +211,7 @@ pub(super) fn park(op: Op) {
 }
 
 pub fn register(api: &mut Api) -> Result<()> {
-    let anywhere = Phases::ANY;
+    let anywhere = Phases::RUNNING;
     api.wait("ngx.sleep", anywhere, "sleeps for so many seconds", sleep)?;
     api.wait("ngx.thread.spawn", anywhere, "starts a light thread", |s| {
         s.arg_function(1)?;
@@ -225,7 +225,7 @@ pub fn register(api: &mut Api) -> Result<()> {
         Ok(Wait::Park(Op::Join(of)))
     })?;
     let doc = "state(coroutine): of a light thread 1 while it lives, 2 until somebody waits for it; else 0";
-    api.func("native.thread.state", anywhere, doc, |s| {
+    api.func("native.thread.state", Phases::ANY, doc, |s| {
         let l = thread_argument(s, 1)?;
         let ended = vm::current().and_then(|vm| vm.light.borrow().get(&(l as usize)).copied());
         Ok(s.push_number(ended.map_or(0.0, |ended| if ended { 2.0 } else { 1.0 })))
@@ -726,7 +726,7 @@ impl Threads {
         }
         self.ready.retain(|r| *r != t);
         self.drop_thread(t);
-        self.wake(i, smallvec::smallvec![Value::Bool(true)]);
+        self.wake(i, smallvec::smallvec![Value::Number(1.0)]);
     }
 
     /// A light thread has ended: whoever waits for it goes on.
@@ -872,7 +872,7 @@ mod tests {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("rt");
         let outcome = tokio::task::LocalSet::new().block_on(&runtime, run_in(&vm, source));
         let Outcome::Done(text) = outcome else { panic!("{outcome:?}") };
-        assert_eq!(text, "true true true too many pending timers too many pending timers 3");
+        assert_eq!(text, "1 1 1 too many pending timers too many pending timers 3");
     }
 
     #[test]
@@ -942,7 +942,7 @@ mod tests {
             local killed = ngx.thread.kill(t)
             local again, err = ngx.thread.kill(t)
             return tostring(killed) .. tostring(again) .. err"#,
-            "truenilalready waited or killed",
+            "1nilalready waited or killed",
         );
     }
 

@@ -77,6 +77,8 @@ pub struct Vm {
     pub lua: mlua::Lua,
     main: *mut ffi::lua_State,
     pub config: VmConfig,
+    /// What `require("moongate.native")` gives.
+    native: mlua::Table,
     entries: Vec<Entry>,
     limits: Limits,
     /// Registry reference of `moongate.ctx`'s `clear`.
@@ -151,6 +153,7 @@ impl Vm {
             lua,
             main,
             config,
+            native: native.clone(),
             entries,
             limits,
             clear: Cell::new(ffi::LUA_NOREF),
@@ -173,7 +176,7 @@ impl Vm {
         vm.inherit.set(vm.function("moongate.request", "inherit")?);
         vm.left.set(vm.function("moongate.request", "left")?);
         if let Some(init) = vm.config.init.clone() {
-            vm.run_script(&init).map_err(|e| e.context("init_by_lua error"))?;
+            vm.run_script(&init, "init").map_err(|e| e.context("init_by_lua error"))?;
         }
         Ok(vm)
     }
@@ -385,10 +388,13 @@ impl Vm {
         self.main
     }
 
-    /// Runs a script to its end outside of requests; it cannot wait.
-    pub fn run_script(&self, which: &Script) -> Result<()> {
+    /// Runs a script to its end outside of requests; it cannot wait. `stage` is what `ngx.get_phase` says meanwhile.
+    pub fn run_script(&self, which: &Script, stage: &str) -> Result<()> {
         let chunk = load_script(&self.lua, which).map_err(Error::script)?;
-        self.entered(|| limits::bounded(self.main, self.limits, || chunk.call::<()>(()))).map_err(script)
+        self.native.raw_set("stage", stage).map_err(script)?;
+        let ran = self.entered(|| limits::bounded(self.main, self.limits, || chunk.call::<()>(())));
+        self.native.raw_set("stage", mlua::Value::Nil).map_err(script)?;
+        ran.map_err(script)
     }
 
     /// Runs a chunk to its end; for set-up, not for requests.

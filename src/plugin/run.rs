@@ -195,7 +195,7 @@ impl Drop for Generation {
             log::line(Level::Debug, b"lua close the global Lua VM", None);
         }
         if let Some(script) = &self.exit_worker
-            && let Err(e) = self.vm.run_script(script)
+            && let Err(e) = self.vm.run_script(script, "exit_worker")
         {
             tracing::error!("exit_worker_by_lua error: {e}");
         }
@@ -556,7 +556,7 @@ impl Generation {
             tracing::error!(target: "lua", "failed to init plugin [{name}]: {text}");
         }
         if let Some(script) = &setup.locations.init.init_worker
-            && let Err(e) = vm.run_script(script)
+            && let Err(e) = vm.run_script(script, "init_worker")
         {
             tracing::error!("init_worker_by_lua error: {e}");
         }

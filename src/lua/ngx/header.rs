@@ -43,7 +43,7 @@ pub fn register(api: &mut Api) -> Result<()> {
     api.fast("req_header_set_number", set_number, any, doc, req_header_set_number as *const c_void)?;
     let doc = "as `resp_header_set`, with a number's text as the value";
     api.fast("resp_header_set_number", set_number, any, doc, resp_header_set_number as *const c_void)?;
-    api.func("native.req.headers", any, "headers(max, raw): table, \"truncated\"", |s| {
+    api.func("native.req.headers", Phases::REQUEST, "headers(max, raw): table, \"truncated\"", |s| {
         push_headers(s, &request()?.request.headers, "request")
     })?;
     let doc = "keeps_underscores(): lua_transform_underscores_in_response_headers is off";
@@ -51,7 +51,7 @@ pub fn register(api: &mut Api) -> Result<()> {
         let location = fast::exchange().and_then(|x| x.location.as_ref());
         Ok(s.push_bool(location.is_some_and(|l| !l.directives.lua_transform_underscores_in_response_headers)))
     })?;
-    api.func("native.resp.headers", any, "headers(max, raw): table, \"truncated\"", |s| {
+    api.func("native.resp.headers", Phases::REQUEST, "headers(max, raw): table, \"truncated\"", |s| {
         let x = request()?;
         if x.location.is_none() {
             return push_headers(s, &x.response.headers, "response");
@@ -200,12 +200,12 @@ fn nth(headers: &Headers, name: &[u8], n: u32, out: &mut Text) -> c_int {
 // SAFETY (all exports): Lua passes strings with their lengths and its own buffer for the answer.
 crate::export! {
     fn req_header(name: *const u8, len: usize, n: u32, out: *mut Text) -> c_int, 0 => {
-        let Some(x) = fast::exchange() else { return 0 };
+        let Some(x) = fast::request() else { return -1 };
         unsafe { nth(&x.request.headers, fast::bytes(name, len), n, &mut *out) }
     }
 
     fn resp_header(name: *const u8, len: usize, n: u32, out: *mut Text) -> c_int, 0 => {
-        let Some(x) = fast::exchange() else { return 0 };
+        let Some(x) = fast::request() else { return -1 };
         let name = unsafe { fast::bytes(name, len) };
         let found = unsafe { nth(&x.response.headers, name, n, &mut *out) };
         if found == 0 && n == 0 && x.location.is_some() {
@@ -219,14 +219,14 @@ crate::export! {
     }
 
     fn req_header_set(name: *const u8, len: usize, value: *const u8, value_len: usize, how: c_int) -> c_int, 0 => {
-        let Some(x) = fast::exchange() else { return 0 };
+        let Some(x) = fast::request() else { return 0 };
         let (name, value) = unsafe { (fast::bytes(name, len), fast::bytes(value, value_len)) };
         change_request(x, name, value, how);
         1
     }
 
     fn resp_header_set(name: *const u8, len: usize, value: *const u8, value_len: usize, how: c_int) -> c_int, 0 => {
-        let Some(x) = fast::exchange() else { return 0 };
+        let Some(x) = fast::request() else { return 0 };
         if x.response.head_sent || x.response.settled {
             return -1;
         }
@@ -239,14 +239,14 @@ crate::export! {
     }
 
     fn req_header_set_number(name: *const u8, len: usize, value: f64, how: c_int) -> c_int, 0 => {
-        let Some(x) = fast::exchange() else { return 0 };
+        let Some(x) = fast::request() else { return 0 };
         let name = unsafe { fast::bytes(name, len) };
         with_text(value, |text| change_request(x, name, text, how));
         1
     }
 
     fn resp_header_set_number(name: *const u8, len: usize, value: f64, how: c_int) -> c_int, 0 => {
-        let Some(x) = fast::exchange() else { return 0 };
+        let Some(x) = fast::request() else { return 0 };
         if x.response.head_sent || x.response.settled {
             return -1;
         }

@@ -66,9 +66,21 @@ pub fn register(api: &mut Api) -> Result<()> {
         s.set_top(0);
         Ok(0)
     })?;
-    api.fast("status", "int (void)", any, "the response's status, 0 before there is one", status as *const c_void)?;
+    api.fast(
+        "status",
+        "int (void)",
+        any,
+        "the response's status, 0 before there is one; -1: no request",
+        status as *const c_void,
+    )?;
     api.fast("status_set", "int (int)", any, "0: no request, -1: the head is sent", status_set as *const c_void)?;
-    api.fast("headers_sent", "int (void)", any, "1 when the head is on its way", headers_sent as *const c_void)?;
+    api.fast(
+        "headers_sent",
+        "int (void)",
+        any,
+        "1 when the head is on its way; -1: no request",
+        headers_sent as *const c_void,
+    )?;
     let doc = "the chunk of a body filter; 1 when it is the last, -1 outside of one";
     api.fast("chunk", "int (void *)", any, doc, chunk as *const c_void)?;
     let doc = "replaces the chunk of a body filter";
@@ -79,11 +91,11 @@ pub fn register(api: &mut Api) -> Result<()> {
 // SAFETY (all exports): Lua passes strings with their lengths and its own buffer for the answer.
 crate::export! {
     fn status() -> c_int, 0 => {
-        fast::exchange().map_or(0, |x| x.response.status.into())
+        fast::request().map_or(-1, |x| x.response.status.into())
     }
 
     fn status_set(code: c_int) -> c_int, 0 => {
-        let Some(x) = fast::exchange() else { return 0 };
+        let Some(x) = fast::request() else { return 0 };
         if x.response.head_sent || x.response.settled {
             return -1;
         }
@@ -93,7 +105,7 @@ crate::export! {
     }
 
     fn headers_sent() -> c_int, 0 => {
-        fast::exchange().map_or(0, |x| c_int::from(x.response.head_sent || x.response.settled))
+        fast::request().map_or(-1, |x| c_int::from(x.response.head_sent || x.response.settled))
     }
 
     fn chunk(out: *mut Text) -> c_int, -1 => {
@@ -233,6 +245,9 @@ fn eof(s: &Stack) -> Sent {
 }
 
 fn flush(s: &Stack) -> Sent {
+    if !s.is_nil(1) && s.kind(1) != mlua::ffi::LUA_TBOOLEAN {
+        return Err(s.bad_argument(1, "boolean"));
+    }
     let x = request()?;
     if let Some(why) = refusal(x) {
         return ready(s.fail(why));

@@ -36,7 +36,7 @@ pub fn register(api: &mut Api) -> Result<()> {
 // SAFETY (all exports): Lua passes strings with their lengths and its own buffer for the answer.
 crate::export! {
     fn var_get(name: *const u8, len: usize, out: *mut Text) -> c_int, 0 => {
-        let Some(x) = fast::exchange() else { return -1 };
+        let Some(x) = fast::request() else { return -1 };
         unsafe { c_int::from(read(x, fast::bytes(name, len), &mut *out)) }
     }
 
@@ -46,7 +46,7 @@ crate::export! {
     }
 
     fn var_at(number: c_int, out: *mut Text) -> c_int, 0 => {
-        let Some(x) = fast::exchange() else { return -1 };
+        let Some(x) = fast::request() else { return -1 };
         let Some(known) = u16::try_from(number).ok().and_then(Known::numbered) else { return 0 };
         with_scratch(|scratch| match x.var(&Var::Known(known), scratch) {
             Some(value) => {
@@ -58,7 +58,7 @@ crate::export! {
     }
 
     fn var_set(name: *const u8, len: usize, value: *const u8, value_len: usize) -> c_int, 0 => {
-        let Some(x) = fast::exchange() else { return -1 };
+        let Some(x) = fast::request() else { return -1 };
         let name = unsafe { fast::bytes(name, len) };
         let value = (!value.is_null()).then(|| unsafe { fast::bytes(value, value_len) });
         write(x, name, value)
