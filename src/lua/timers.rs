@@ -109,8 +109,10 @@ fn timer(s: &Stack, every: bool) -> Result<c_int, Raise> {
     if vm.timers.closing.get() {
         return s.fail("process exiting");
     }
-    if vm.config.purpose == vm::Purpose::Check {
-        return s.fail("no timers while a plugin is checked");
+    match vm.config.purpose {
+        vm::Purpose::Check => return s.fail("no timers while a plugin is checked"),
+        vm::Purpose::Thread => return s.fail("no timers in a worker thread"),
+        vm::Purpose::Plugins | vm::Purpose::Functions => {}
     }
     if vm.timers.pending.get() >= vm.timers.max_pending {
         return s.fail("too many pending timers");

@@ -46,6 +46,8 @@ pub enum Purpose {
     Plugins,
     /// Checks plugins and configurations on the control thread: no timers, no `init`.
     Check,
+    /// Runs one function after another for `ngx.run_worker_thread`: no requests, timers and waits.
+    Thread,
     /// Runs uploaded functions: no files, processes, FFI or debug library for them.
     Functions,
 }

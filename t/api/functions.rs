@@ -210,3 +210,101 @@ fn timers_and_the_start_of_a_worker_have_no_request() {
     gw.quit();
     gw.expect_log("leaving in exit_worker");
 }
+
+const TASKS: &str = r#"
+    local loads = 0
+    return {
+        add = function(a, b) return a + b, "sum" end,
+        echo = function(...) return ... end,
+        raise = function() error("on purpose") end,
+        give = function(what) return what == "function" and print or ngx.null end,
+        where = function() return ngx.get_phase(), require("ngx.process").type(), pcall(function() return ngx.var.uri end) end,
+        waits = function() return pcall(ngx.sleep, 1) end,
+        timer = function() return ngx.timer.at(0, print) end,
+        hash = function() return ngx.md5("hello"), ngx.encode_args({a = 1}), ngx.shared.dogs:get("seen") end,
+        until_told = function() while not ngx.shared.dogs:get("go") do end return "told" end,
+    }
+"#;
+
+#[test]
+fn threads_run_functions_of_modules() {
+    let content = r##"
+        ngx.shared.dogs:set("seen", "shared")
+        local function show(...)
+            local t = {}
+            for i = 1, select("#", ...) do
+                local v = select(i, ...)
+                t[i] = type(v) == "table" and "{" .. tostring(v[1]) .. "," .. tostring(v.a and v.a.b) .. "}" or tostring(v)
+            end
+            ngx.say((table.concat(t, " "):gsub("\n.*", ""):gsub("^false .-tasks.lua", "false tasks.lua")))
+        end
+        local run = ngx.run_worker_thread
+        show(run("pool", "tasks", "add", 1, 2))
+        show(run("pool", "tasks", "echo", nil, true, "a\0b", { 7, a = { b = 8 } }))
+        show(run("pool", "tasks", "raise"))
+        show(run("pool", "tasks", "nothing"))
+        show(run("pool", "no_such_module", "f"))
+        show(run("pool", "tasks", "echo", print))
+        local own = {}
+        own.own = own
+        show(run("pool", "tasks", "echo", own))
+        show(run("pool", "tasks", "give", "function"))
+        show(run("pool", "tasks", "where"))
+        show(run("pool", "tasks", "waits"))
+        show(run("pool", "tasks", "timer"))
+        show(run("pool", "tasks", "hash"))
+        show(pcall(run))
+    "##;
+    let dir = crate::support::Dir::new();
+    dir.write("conf/tasks.lua", TASKS);
+    dir.configure(json!({
+        "nginx_config": {"worker_processes": 1},
+        "lua_shared_dict": {"dogs": "1m"},
+        "lua_package_path": "$prefix/conf/?.lua;;",
+        "lua_locations": [
+            {"location": "= /t", "content_by_lua": content,
+             "header_filter_by_lua": "ngx.header['X-Filter'] = select(2, pcall(ngx.run_worker_thread, 'p', 'tasks', 'add')):match('API.*')"},
+            {"location": "= /wait", "content_by_lua": "ngx.say(ngx.run_worker_thread('p', 'tasks', 'until_told'))"},
+            {"location": "= /go", "content_by_lua": "ngx.shared.dogs:set('go', true) ngx.say('going')"},
+        ],
+    }));
+    let gw = Gateway::in_dir(dir);
+    let reply = gw.get("/t");
+    let expected = [
+        "true 3 sum",
+        "true nil true a\0b {7,8}",
+        "false tasks.lua:6: on purpose",
+        "false module 'tasks' has no function 'nothing'",
+        ": module 'no_such_module' not found:",
+        "false unsupported Lua type: function",
+        "false tables stand within each other more than 100 times",
+        "false unsupported Lua type: function",
+        "tasks.lua:8: API disabled in the current context",
+        "true false API disabled in the context of init_worker_by_lua*",
+        "true nil no timers in a worker thread",
+        "true 5d41402abc4b2a76b9719d911017c592 a=1 shared",
+        "false bad argument #1 to 'run_worker_thread' (string expected, got no value)",
+    ];
+    let text = reply.text();
+    for (line, expected) in text.lines().zip(expected) {
+        assert!(line.ends_with(expected), "{line:?} is not {expected:?}");
+    }
+    assert_eq!(text.lines().count(), expected.len(), "{text}");
+    assert!(text.contains("true init_worker worker false "), "{text}");
+    assert_eq!(reply.header("x-filter"), Some("API disabled in the context of header_filter_by_lua*"));
+    // The only worker serves others while a thread computes.
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| gw.get("/wait").text());
+        assert_eq!(gw.get("/go").text(), "going\n");
+        assert_eq!(waiting.join().expect("an answer"), "truetold\n");
+    });
+}
+
+#[test]
+fn uploaded_functions_have_no_threads() {
+    let gw = Gateway::start();
+    let source = "return function() return 200, tostring(select(2, ngx.run_worker_thread('p', 'os', 'time'))) end";
+    gw.admin_text("PUT", "/functions/hello", source, "text/plain");
+    gw.put("/routes/1", json!({"uri": "/hello", "function_id": "hello"}));
+    assert_eq!(gw.get("/hello").text(), "not open to functions");
+}

@@ -27,6 +27,7 @@ mod tests;
 pub mod time;
 pub mod var;
 pub mod worker;
+pub mod worker_thread;
 
 use super::api::Api;
 use crate::error::Result;
@@ -83,7 +84,8 @@ pub fn register(api: &mut Api) -> Result<()> {
     ssl::register(api)?;
     time::register(api)?;
     var::register(api)?;
-    worker::register(api)
+    worker::register(api)?;
+    worker_thread::register(api)
 }
 
 #[cfg(test)]
