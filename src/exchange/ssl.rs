@@ -397,6 +397,23 @@ zZjUIIVYqHCKFA07mk4WpTzOfpzD
     }
 
     #[test]
+    fn damaged_certificates_are_read_as_far_as_they_go_and_never_panic() {
+        let whole = CertificateDer::from_pem_slice(ODD.as_bytes()).expect("a certificate").to_vec();
+        let mut x = exchange(ODD);
+        let mut scratch = Vec::new();
+        for (at, bits) in (0..whole.len()).step_by(5).zip([0x01, 0x80, 0xff].into_iter().cycle()) {
+            let mut damaged = whole.clone();
+            damaged[at] ^= bits;
+            let conn = Rc::get_mut(&mut x.conn).expect("its own");
+            conn.tls.as_mut().expect("there").client_cert = Some(damaged.into());
+            for name in ["s_dn", "i_dn", "s_dn_legacy", "serial", "v_start", "v_end", "v_remain", "escaped_cert"] {
+                scratch.clear();
+                let _ = x.var_by_name(&format!("ssl_client_{name}"), &mut scratch);
+            }
+        }
+    }
+
+    #[test]
     fn a_long_serial_number_goes_on_in_a_second_line() {
         let x = exchange(LONG);
         assert_eq!(read(&x, "ssl_client_serial"), Some(format!("{}\\\n{}", "01".repeat(35), "01".repeat(5))));

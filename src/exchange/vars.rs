@@ -695,6 +695,7 @@ fn proxy_protocol_tlv<'a>(tlvs: &'a [u8], name: &str, scratch: &'a mut Vec<u8>) 
     // The client's flags, and whether its certificate was verified (the PROXY protocol, 2.2.6).
     let (head, within_ssl) = tlv(tlvs, SSL)?.split_at_checked(5)?;
     if within == "verify" {
+        scratch.clear();
         number(u32::from_be_bytes([head[1], head[2], head[3], head[4]]).into(), scratch);
         return Some(scratch);
     }
@@ -1037,6 +1038,13 @@ mod tests {
             ("proxy_protocol_server_port", Some("443")),
         ] {
             assert_eq!(read(&x, name).as_deref(), value, "{name}");
+        }
+        let mut scratch = Vec::new();
+        for cut in 0..x.conn.proxy_tlvs.len() {
+            for name in ["netns", "ssl_cn", "ssl_verify", "unique_id"] {
+                let whole = proxy_protocol_tlv(&x.conn.proxy_tlvs[..cut], name, &mut scratch);
+                assert!(whole.is_none_or(|value| matches!(value, b"" | b"a cn!" | b"3")), "{cut} {name}");
+            }
         }
     }
 
