@@ -49,8 +49,6 @@ impl Phases {
     pub const LOG: Phases = Phases::of(Phase::Log);
     pub const TIMER: Phases = Phases::of(Phase::Timer);
     pub const ANY: Phases = Phases(u32::MAX);
-    /// Wherever a coroutine runs that can wait.
-    pub const RUNNING: Phases = Phases(!Self::INIT.0);
     /// Every phase of a request.
     pub const REQUEST: Phases = Phases(!(Self::INIT.0 | Self::TIMER.0 | Self::SSL.0));
     /// Before the response's head: where a request may still be answered.

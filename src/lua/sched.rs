@@ -211,7 +211,7 @@ pub(super) fn park(op: Op) {
 }
 
 pub fn register(api: &mut Api) -> Result<()> {
-    let anywhere = Phases::RUNNING;
+    let anywhere = Phases::ANY;
     api.wait("ngx.sleep", anywhere, "sleeps for so many seconds", sleep)?;
     api.wait("ngx.thread.spawn", anywhere, "starts a light thread", |s| {
         s.arg_function(1)?;
@@ -225,7 +225,7 @@ pub fn register(api: &mut Api) -> Result<()> {
         Ok(Wait::Park(Op::Join(of)))
     })?;
     let doc = "state(coroutine): of a light thread 1 while it lives, 2 until somebody waits for it; else 0";
-    api.func("native.thread.state", Phases::ANY, doc, |s| {
+    api.func("native.thread.state", anywhere, doc, |s| {
         let l = thread_argument(s, 1)?;
         let ended = vm::current().and_then(|vm| vm.light.borrow().get(&(l as usize)).copied());
         Ok(s.push_number(ended.map_or(0.0, |ended| if ended { 2.0 } else { 1.0 })))

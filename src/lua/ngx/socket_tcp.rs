@@ -234,7 +234,7 @@ impl Drop for Busy {
 
 pub fn register(api: &mut Api) -> Result<()> {
     let any = Phases::ANY;
-    api.func("native.tcp.new", Phases::RUNNING, "new() -> object: the insides of a TCP socket.", new)?;
+    api.func("native.tcp.new", any, "new() -> object: the insides of a TCP socket.", new)?;
     api.func("native.tcp.bind", any, "bind(self, address, port?): where connections come from.", bind)?;
     api.wait(
         "native.tcp.connect",

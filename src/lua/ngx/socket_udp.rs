@@ -81,7 +81,7 @@ impl Drop for Receiving {
 
 pub fn register(api: &mut Api) -> Result<()> {
     let any = Phases::ANY;
-    api.func("native.udp.new", Phases::RUNNING, "new() -> object: the insides of a UDP socket.", new)?;
+    api.func("native.udp.new", any, "new() -> object: the insides of a UDP socket.", new)?;
     api.func("native.udp.bind", any, "bind(self, address): where datagrams come from.", bind)?;
     api.wait(
         "native.udp.setpeername",

@@ -5,6 +5,7 @@
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
+    path::PathBuf,
     rc::Rc,
     sync::{Arc, Mutex, OnceLock, PoisonError, mpsc},
     thread,
@@ -50,8 +51,19 @@ enum Plain {
     Table(Vec<(Plain, Plain)>),
 }
 
+/// What a VM is made of, as far as it may go to another thread.
+struct Sources {
+    prefix: PathBuf,
+    lua_path: String,
+    lua_cpath: String,
+    package_path: String,
+    package_cpath: String,
+    config: Arc<serde_json::Value>,
+    plugins: Vec<(Arc<str>, Arc<str>)>,
+}
+
 struct Task {
-    config: VmConfig,
+    sources: Sources,
     module: Vec<u8>,
     function: Vec<u8>,
     args: Vec<Plain>,
@@ -75,9 +87,9 @@ fn run(s: &Stack) -> std::result::Result<Wait, Raise> {
         Err(text) => return Ok(refuse(s, &text)),
     };
     let (done, outcome) = oneshot::channel();
-    let config = VmConfig { purpose: Purpose::Thread, init: None, ..vm.config.clone() };
+    let sources = Sources::of(&vm.config);
     let Some(tasks) = pool() else { return Ok(refuse(s, "no thread can be started")) };
-    if tasks.try_send(Task { config, module, function, args, done }).is_err() {
+    if tasks.try_send(Task { sources, module, function, args, done }).is_err() {
         return Ok(refuse(s, "too many tasks wait for a thread"));
     }
     Ok(Wait::Park(Op::future(async move {
@@ -116,8 +128,8 @@ fn work(waiting: &Mutex<mpsc::Receiver<Task>>) {
     loop {
         let next = waiting.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok(task) = next else { return };
-        let (config, call) = (task.config, (task.module, task.function, task.args));
-        let outcome = catch_unwind(AssertUnwindSafe(|| serve(&mut vm, config, call)));
+        let (sources, call) = (task.sources, (task.module, task.function, task.args));
+        let outcome = catch_unwind(AssertUnwindSafe(|| serve(&mut vm, sources, call)));
         let outcome = outcome.unwrap_or_else(|_| Err("the thread has failed".into()));
         // Whoever has asked may have gone.
         let _ = task.done.send(outcome);
@@ -127,20 +139,48 @@ fn work(waiting: &Mutex<mpsc::Receiver<Task>>) {
     }
 }
 
-fn serve(kept: &mut Option<Rc<Vm>>, config: VmConfig, call: (Vec<u8>, Vec<u8>, Vec<Plain>)) -> Outcome {
-    let vm = match kept.take().filter(|vm| same_sources(&vm.config, &config)) {
+fn serve(kept: &mut Option<Rc<Vm>>, sources: Sources, call: (Vec<u8>, Vec<u8>, Vec<Plain>)) -> Outcome {
+    let vm = match kept.take().filter(|vm| sources.are_of(&vm.config)) {
         Some(vm) => vm,
-        None => Vm::new(config).map_err(|e| e.to_string())?,
+        None => Vm::new(sources.config()).map_err(|e| e.to_string())?,
     };
     let outcome = called(&vm, call);
     *kept = Some(vm);
     outcome
 }
 
-/// Whether the modules that a script finds are the same.
-fn same_sources(a: &VmConfig, b: &VmConfig) -> bool {
-    let (a, b) = (&a.plugin_sources, &b.plugin_sources);
-    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.0 == b.0 && Arc::ptr_eq(&a.1, &b.1))
+impl Sources {
+    fn of(config: &VmConfig) -> Sources {
+        Sources {
+            prefix: config.prefix.clone(),
+            lua_path: config.lua_path.clone(),
+            lua_cpath: config.lua_cpath.clone(),
+            package_path: config.package_path.clone(),
+            package_cpath: config.package_cpath.clone(),
+            config: config.config.clone(),
+            plugins: config.plugin_sources.clone(),
+        }
+    }
+
+    fn config(self) -> VmConfig {
+        VmConfig {
+            purpose: Purpose::Thread,
+            prefix: self.prefix,
+            lua_path: self.lua_path,
+            lua_cpath: self.lua_cpath,
+            package_path: self.package_path,
+            package_cpath: self.package_cpath,
+            config: self.config,
+            plugin_sources: self.plugins,
+            ..VmConfig::default()
+        }
+    }
+
+    /// Whether the modules that a script finds are those of a VM: the rest does not change while the process lives.
+    fn are_of(&self, config: &VmConfig) -> bool {
+        let (a, b) = (&self.plugins, &config.plugin_sources);
+        a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.0 == b.0 && Arc::ptr_eq(&a.1, &b.1))
+    }
 }
 
 fn called(vm: &Vm, (module, function, args): (Vec<u8>, Vec<u8>, Vec<Plain>)) -> Outcome {
@@ -325,8 +365,8 @@ mod tests {
             ..VmConfig::default()
         };
         let (name, old, new): (Arc<str>, Arc<str>, Arc<str>) = ("a".into(), "return 1".into(), "return 2".into());
-        assert!(same_sources(&with(&[(&name, &old)]), &with(&[(&name, &old)])));
-        assert!(!same_sources(&with(&[(&name, &old)]), &with(&[(&name, &new)])));
-        assert!(!same_sources(&with(&[]), &with(&[(&name, &new)])));
+        assert!(Sources::of(&with(&[(&name, &old)])).are_of(&with(&[(&name, &old)])));
+        assert!(!Sources::of(&with(&[(&name, &old)])).are_of(&with(&[(&name, &new)])));
+        assert!(!Sources::of(&with(&[])).are_of(&with(&[(&name, &new)])));
     }
 }
