@@ -641,3 +641,139 @@ fn a_handshake_that_is_given_up_leaves_nothing() {
     });
     assert!(gw.log().matches("] ssl_client_hello_by_lua:1: waits").count() >= 10);
 }
+
+/// A client's certificate with everything fixed but its key.
+fn client_pair() -> CertifiedKey<KeyPair> {
+    let mut params = CertificateParams::new(Vec::new()).expect("parameters");
+    params.serial_number = Some(vec![0x0a, 0xbc, 0xde].into());
+    (params.not_before, params.not_after) = (rcgen::date_time_ymd(2020, 1, 5), rcgen::date_time_ymd(2126, 1, 5));
+    params.distinguished_name = rcgen::DistinguishedName::new();
+    params.distinguished_name.push(rcgen::DnType::CountryName, "DE");
+    params.distinguished_name.push(rcgen::DnType::OrganizationName, "a+b, \"Köln\"");
+    params.distinguished_name.push(rcgen::DnType::CommonName, "# one/two ");
+    let signing_key = KeyPair::generate().expect("a key");
+    let cert = params.self_signed(&signing_key).expect("a certificate");
+    CertifiedKey { cert, signing_key }
+}
+
+#[test]
+fn requests_know_the_handshake_and_the_clients_certificate() {
+    let script = format!("{SET} set('any') assert(ssl.verify_client())");
+    let content = "
+        local out = {}
+        for name in ngx.var.arg_names:gmatch('[^,]+') do out[#out + 1] = tostring(ngx.var['ssl_' .. name]) end
+        ngx.print(table.concat(out, '|'))";
+    let (gw, _) = gateway(json!({"ssl_certificate_by_lua": script}), content);
+    let own = client_pair();
+    let mut page = Browser::with(BOTH, Some(&own)).connect(&gw, "any.test").expect("a connection");
+    let mut is = |names: &str, expected: &str| {
+        assert_eq!(page.get(&format!("/t?names={names}"), "any.test").1, expected, "{names}");
+    };
+    is("client_serial", "0ABCDE");
+    is("client_s_dn", r#"CN=\# one/two\ ,O=a\+b\, \"K\C3\B6ln\",C=DE"#);
+    is("client_i_dn_legacy", r#"/C=DE/O=a\+b, "K\xC3\xB6ln"/CN=# one\/two"#);
+    is("client_v_start,client_v_end", "Jan  5 00:00:00 2020 GMT|Jan  5 00:00:00 2126 GMT");
+    is("client_verify", "FAILED:self-signed certificate");
+    is("protocol,curve,session_reused,session_id", "TLSv1.3|X25519|.|nil");
+    is("server_name,early_data,alpn_protocol", "any.test|nil|nil");
+    is("client_raw_cert", own.cert.pem().replace("\r\n", "\n").trim_end());
+    let ciphers = page.get("/t?names=ciphers", "any.test").1;
+    assert!(
+        ciphers.contains("TLS_AES_256_GCM_SHA384:") && ciphers.contains("ECDHE-ECDSA-AES128-GCM-SHA256"),
+        "{ciphers}"
+    );
+    let curves = page.get("/t?names=curves", "any.test").1;
+    assert!(curves.starts_with("X25519:prime256v1:secp384r1"), "{curves}");
+    let none = Browser::new().connect(&gw, "any.test").expect("a connection");
+    let mut none = none;
+    let names = "client_verify,client_serial,client_s_dn,client_fingerprint,client_cert,client_v_remain";
+    assert_eq!(none.get(&format!("/t?names={names}"), "any.test").1, "NONE|nil|nil|nil|nil|nil");
+}
+
+#[test]
+fn a_resumed_session_of_tls_12_has_the_id_that_the_client_sent() {
+    let script = format!("{SET} set('any')");
+    let content = "ngx.print(ngx.var.ssl_session_reused, ' ', tostring(ngx.var.ssl_session_id))";
+    let server =
+        json!({"ssl_certificate_by_lua": script, "settings": {"apisix": {"ssl": {"ssl_session_tickets": false}}}});
+    let (gw, _) = gateway(server, content);
+    let browser = Browser::with(&[&rustls::version::TLS12], None);
+    assert_eq!(browser.get(&gw, "any.test"), ". nil");
+    let resumed = browser.get(&gw, "any.test");
+    let id = resumed.strip_prefix("r ").expect("resumed");
+    assert!(id.len() == 64 && id.bytes().all(|b| b.is_ascii_hexdigit()), "{resumed}");
+}
+
+#[test]
+fn both_ends_derive_the_same_key_material() {
+    let script = format!("{SET} set('any')");
+    let content = "
+        local ssl = require('ngx.ssl')
+        local function show(key, err) return key and ngx.encode_base64(key) or 'nil ' .. err end
+        ngx.print(table.concat({
+            show(ssl.export_keying_material(16, 'EXPERIMENTAL my label', '\\0\\1\\2\\3')),
+            show(ssl.export_keying_material(40, 'EXPERIMENTAL my label')),
+            show(ssl.export_keying_material(8160, 'EXPERIMENTAL long')):sub(1, 8),
+            show(ssl.export_keying_material(0, 'x')),
+            show(ssl.export_keying_material(8161, 'x')),
+            show(ssl.export_keying_material_early(16, 'x')),
+        }, '|'))";
+    let (gw, _) = gateway(json!({"ssl_certificate_by_lua": script}), content);
+    for version in BOTH {
+        let mut page = Browser::with(&[version], None).connect(&gw, "any.test").expect("a connection");
+        let key = |len: usize, label: &[u8], context: Option<&[u8]>| {
+            let key = page.tls.conn.export_keying_material(vec![0u8; len], label, context).expect("a key");
+            base64::Engine::encode(&base64::engine::general_purpose::STANDARD, key)
+        };
+        let mine = key(16, b"EXPERIMENTAL my label", Some(&[0, 1, 2, 3]));
+        let bare = key(40, b"EXPERIMENTAL my label", None);
+        let long = key(8160, b"EXPERIMENTAL long", None)[..8].to_owned();
+        let bounds =
+            "nil the length is 1 to 8160|nil the length is 1 to 8160|nil there is no early data: 0-RTT is not offered";
+        assert_eq!(page.get("/t", "any.test").1, format!("{mine}|{bare}|{long}|{bounds}"), "{version:?}");
+    }
+    let plain = gw.send("GET", "/t", &[], b"").text();
+    assert!(plain.starts_with("nil bad ssl conn|nil bad ssl conn"), "{plain}");
+}
+
+#[test]
+fn a_socket_trusts_the_authorities_that_a_script_names() {
+    let content = format!(
+        "{SET}
+        local function try(store, name, verify)
+            local sock = ngx.socket.tcp()
+            assert(sock:connect('127.0.0.1', ngx.var.server_port))
+            if store ~= nil then assert(sock:settrustedstore(store)) end
+            local session, err = sock:sslhandshake(nil, name or 'any.test', verify ~= false)
+            return session and 'trusted' or err, sock
+        end
+        local x509 = require('resty.openssl.x509')
+        local own, other = assert(ssl.parse_pem_cert(file('any.crt'))), assert(ssl.parse_pem_cert(file('other.crt')))
+        local store = require('resty.openssl.x509.store').new()
+        local empty = pcall(function() return store.ctx end)
+        assert(store:add(assert(x509.new(file('other.crt')))))
+        local wrong = store.ctx
+        assert(store:add(assert(x509.new(file('any.crt')))))
+        local first, sock = try(own)
+        local session, pointer = sock:getsslsession(), select(2, sock:getsslpointer())
+        local bad, err = sock:settrustedstore('x')
+        assert(sock:settrustedstore(nil))
+        local plain = ngx.socket.tcp()
+        plain:connect('127.0.0.1', ngx.var.server_port)
+        ngx.print(table.concat({{ first, (try(own, 'none.test')), (try(nil)), (try(other)), (try(other, nil, false)), (try(wrong)),
+            (try(store.ctx)), tostring(empty), type(session), pointer, tostring(bad), err,
+            select(2, plain:getsslsession()) }}, '|'))"
+    );
+    let (gw, _) = gateway(json!({"ssl_certificate_by_lua": format!("{SET} set('any')")}), &content);
+    write_pair(&gw.dir, "other", &pair("other.test"));
+    let unknown = "20: unable to get local issuer certificate";
+    // It has the same name.
+    let wrong = "7: certificate signature failure";
+    assert_eq!(
+        Browser::new().get(&gw, "any.test"),
+        format!(
+            "trusted|certificate host mismatch|{unknown}|{wrong}|trusted|{wrong}|trusted|false|cdata|\
+             not supported: the TLS library is not OpenSSL|nil|bad store arg: cdata expected, got string|not an SSL connection"
+        )
+    );
+}

@@ -21,7 +21,7 @@ local ngx = ngx
 
 local error, getmetatable, ipairs, pairs, rawget, rawset, select, setmetatable, tonumber, tostring, type =
     error, getmetatable, ipairs, pairs, rawget, rawset, select, setmetatable, tonumber, tostring, type
-local byte, concat, floor, rep, string_sub = string.byte, table.concat, math.floor, string.rep, string.sub
+local concat, floor = table.concat, math.floor
 local ffi_string = ffi.string
 local clear_table = require("table.clear")
 
@@ -107,9 +107,10 @@ end
 
 --- ngx.log(level, ...): a line of error.log with the caller's position. The tail call leaves the caller on top.
 function ngx.log(level, ...)
-    if type(level) ~= "number" or level < 0 or level > 8 then
-        error("bad log level: " .. tostring(level), 2)
+    if type(level) ~= "number" then
+        error("bad argument #1 to 'log' (number expected, got " .. (level == nil and "no value" or type(level)) .. ")", 2)
     end
+    if level < 0 or level > 8 then error("bad argument #1 to 'log' (bad log level: " .. level .. ")", 2) end
     if level > log_level() then return end
     return write_line(level, log_text(...))
 end
@@ -149,6 +150,14 @@ local var_ids = remembered(function(name)
     return id >= 0 and id
 end)
 
+-- Why a variable was not set.
+local function not_set(rc, name)
+    if rc == 0 then return 'variable "' .. name .. '" not changeable' end
+    if rc == -3 then return 'variable "' .. name .. '" cannot be assigned a value' end
+    return 'variable "' .. name .. '" not found for writing; maybe it is a built-in variable that is not changeable ' ..
+        'or you forgot to use "set $' .. name .. ' \'\';" in the config file to define it first'
+end
+
 ngx.var = setmetatable({}, {
     __index = function(_, name)
         if type(name) ~= "string" then
@@ -179,8 +188,9 @@ ngx.var = setmetatable({}, {
             if type(value) ~= "string" then value = tostring(value) end
             rc = var_set(name, #name, value, #value)
         end
-        if rc < 0 then error("API disabled in the current context", 2) end
-        if rc == 0 then error('variable "' .. name .. '" not changeable', 2) end
+        if rc == 1 then return end
+        if rc == -1 then error("API disabled in the current context", 2) end
+        error(not_set(rc, name), 2)
     end,
 })
 
@@ -254,9 +264,15 @@ local function set_values(set, set_number, name, value)
     return rc
 end
 
+-- Where there is no request to ask or answer: timers, the start of a worker, handshakes.
+local function disabled()
+    error("API disabled in the current context", 3)
+end
+
 local function read_header(get, name)
     local rc = get(name, #name, 0, out)
     if rc == 0 then return nil end
+    if rc < 0 then error("API disabled in the current context", 3) end
     local value = ffi_string(out.ptr, out.len)
     if rc == 1 then return value end
     local all = { value }
@@ -290,7 +306,7 @@ local function set_response_header(name, value)
     if rc < 0 then
         ngx.log(ngx.ERR, "attempt to set ngx.header.HEADER after sending out response headers")
     elseif rc == 0 then
-        error("no request found", 3)
+        disabled()
     end
 end
 
@@ -350,7 +366,7 @@ ngx.resp.get_headers = headers_of(native.resp.headers)
 
 --- Adds a response header beside those of that name. For apisix.core.
 function native.resp.add_header(name, value)
-    if add_values(resp_header_set, dashed[text_name(name)], value) == 0 then error("no request found", 2) end
+    if add_values(resp_header_set, dashed[text_name(name)], value) == 0 then disabled() end
 end
 
 local req = ngx.req
@@ -359,40 +375,52 @@ req.get_headers = headers_of(native.req.headers)
 
 --- ngx.req.set_header(name, value): nil removes, a table sets several.
 function req.set_header(name, value)
-    if set_values(req_header_set, req_header_set_number, text_name(name), value) == 0 then error("no request found", 2) end
+    if name == nil then error("bad 'name' argument: string expected, got nil", 2) end
+    if set_values(req_header_set, req_header_set_number, text_name(name), value) == 0 then disabled() end
 end
 
 --- ngx.req.clear_header(name)
 function req.clear_header(name)
     name = text_name(name)
-    req_header_set(name, #name, "", 0, REMOVE)
+    if req_header_set(name, #name, "", 0, REMOVE) == 0 then disabled() end
 end
 
 --- Adds a request header beside those of that name. For apisix.core.
 function native.req.add_header(name, value)
-    if add_values(req_header_set, text_name(name), value) == 0 then error("no request found", 2) end
+    if add_values(req_header_set, text_name(name), value) == 0 then disabled() end
 end
 
 --- One request header by name; of several the first. For apisix.core.
 function native.req.header(name)
-    if req_header(name, #name, 0, out) == 0 then return nil end
+    if req_header(name, #name, 0, out) <= 0 then return nil end
     local value = ffi_string(out.ptr, out.len)
     return value
 end
 
 -- Request -----------------------------------------------------------------------------------------------------------
 
-local method = fast.method
+local method, get_uri_args = fast.method, req.get_uri_args
+
+--- ngx.req.get_uri_args(max?, tab?): tab is filled in place of a new table.
+function req.get_uri_args(max, tab)
+    if tab == nil then return get_uri_args(max) end
+    if type(tab) ~= "table" then error("bad argument #2 to 'get_uri_args' (table expected, got " .. type(tab) .. ")", 2) end
+    local args, err = get_uri_args(max)
+    clear_table(tab)
+    for name, value in pairs(args) do tab[name] = value end
+    return tab, err
+end
 
 --- ngx.req.get_method()
 function req.get_method()
-    if method(out) == 0 then error("no request found", 2) end
+    if method(out) == 0 then disabled() end
     local name = ffi_string(out.ptr, out.len)
     return name
 end
 
 --- ngx.req.set_method(ngx.HTTP_POST): a number of the constants.
 function req.set_method(id)
+    if type(id) ~= "number" then error("bad method number", 2) end
     local name = method_names[id]
     if not name then error("unsupported HTTP method: " .. tostring(id), 2) end
     return native.req.set_method(name)
@@ -438,11 +466,12 @@ setmetatable(ngx, {
             return ctx
         elseif name == "status" then
             local code = status()
-            if code < 0 then error("no request found", 2) end
+            if code < 0 then disabled() end
             return code
         elseif name == "headers_sent" then
-            local sent = headers_sent() ~= 0
-            return sent
+            local sent = headers_sent()
+            if sent < 0 then disabled() end
+            return sent ~= 0
         elseif name == "is_subrequest" then
             local sub = native.location.is_subrequest()
             return sub
@@ -451,6 +480,7 @@ setmetatable(ngx, {
     end,
     __newindex = function(self, name, value)
         if name == "ctx" then
+            if type(value) ~= "table" then error("ctx should be a table while getting a " .. type(value), 2) end
             set_ngx_ctx(value)
         elseif name == "status" then
             local code = tonumber(value)
@@ -459,7 +489,7 @@ setmetatable(ngx, {
             if rc < 0 then
                 ngx.log(ngx.ERR, "attempt to set ngx.status after sending out response headers")
             elseif rc == 0 then
-                error("no request found", 2)
+                disabled()
             end
         elseif name == "headers_sent" then
             error("attempt to write to ngx.headers_sent", 2)
@@ -518,7 +548,13 @@ local phase_names = {
 
 --- ngx.get_phase()
 function ngx.get_phase()
-    local name = phase_names[phase()]
+    local number = phase()
+    if number == 0 then
+        -- init_by_lua, init_worker_by_lua or exit_worker_by_lua: the VM's start and end.
+        local stage = native.stage or "init_worker"
+        return stage
+    end
+    local name = phase_names[number]
     return name
 end
 
@@ -563,46 +599,7 @@ function ngx.escape_uri(text, kind)
     return escape_uri(text, kind)
 end
 
--- Base 32 as set_misc writes it: the digits of extended hex (RFC 4648, 7) in lower case.
-local base32 = "0123456789abcdefghijklmnopqrstuv"
-
-local function encode_base32(text)
-    text = tostring(text)
-    local digits, n, held, bits = {}, 0, 0, 0
-    for i = 1, #text do
-        held, bits = held * 256 + byte(text, i), bits + 8
-        while bits >= 5 do
-            bits = bits - 5
-            local digit = floor(held / 2 ^ bits)
-            held = held - digit * 2 ^ bits
-            n = n + 1
-            digits[n] = string_sub(base32, digit + 1, digit + 1)
-        end
-    end
-    if bits > 0 then
-        local digit = held * 2 ^ (5 - bits)
-        digits[n + 1] = string_sub(base32, digit + 1, digit + 1)
-        digits[n + 2] = rep("=", -(n + 1) % 8)
-    end
-    return concat(digits)
-end
-
--- The directives of nginx's set_misc module, as lua-nginx-module reaches them.
-local set_var = {
-    set_encode_base32 = encode_base32,
-    set_escape_uri = ngx.escape_uri, set_unescape_uri = ngx.unescape_uri, set_quote_sql_str = ngx.quote_sql_str,
-    set_md5 = ngx.md5, set_encode_base64 = ngx.encode_base64, set_decode_base64 = ngx.decode_base64,
-}
-_G.ndk = {
-    set_var = setmetatable({}, {
-        __index = function(_, name)
-            local f = set_var[name]
-            if not f then error('ndk.set_var: directive "' .. tostring(name) .. '" not found or does not use ndk_set_var_value', 2) end
-            return f
-        end,
-        __newindex = function() error("not allowed", 2) end,
-    }),
-}
+_G.ndk = require("moongate.set_misc")
 
 -- The rest ----------------------------------------------------------------------------------------------------------
 
@@ -616,9 +613,24 @@ ngx.re = { match = re.match, find = re.find, gmatch = re.gmatch, sub = re.sub, g
 -- lua-resty-core is built in: requiring a part of it answers what is there.
 for _, name in ipairs({
     "base", "base64", "coroutine", "ctx", "exit", "hash", "misc", "ndk", "phase", "regex", "request", "response",
-    "shdict", "socket", "time", "uri", "utils", "var", "worker",
+    "shdict", "socket", "uri", "utils", "var", "worker",
 }) do
     package.preload["resty.core." .. name] = function() return { version = "0.1.28" } end
+end
+package.preload["resty.core.time"] = function()
+    return {
+        version = "0.1.28",
+        --- Milliseconds since the machine was started.
+        monotonic_msec = function()
+            local ms = fast.monotonic()
+            return ms
+        end,
+        --- The same in seconds.
+        monotonic_time = function()
+            local ms = fast.monotonic()
+            return ms / 1000
+        end,
+    }
 end
 package.preload["resty.core"] = function() return { version = "0.1.28" } end
 package.preload["resty.core.base"] = function()

@@ -135,6 +135,12 @@ local function text(value, n)
     error(format("bad argument #%d to '?' (string expected, got %s)", n, kind == "nil" and "nil" or kind), 3)
 end
 
+-- What is searched may be anything that has a text: a variable that is nil is the text "nil", as with lua-resty-core.
+local function subject_text(value)
+    if type(value) == "string" then return value end
+    return tostring(value)
+end
+
 local function start(ctx, subject)
     if not ctx then return 0 end
     local pos = ctx.pos
@@ -146,7 +152,7 @@ end
 
 --- captures, err = ngx.re.match(subject, regex, options?, ctx?, res_table?)
 function _M.match(subject, regex, options, ctx, res)
-    subject, regex = text(subject, 1), text(regex, 2)
+    subject, regex = subject_text(subject), text(regex, 2)
     local re, err = compiled(regex, options)
     if not re then return nil, err end
     local from = start(ctx, subject)
@@ -162,7 +168,7 @@ end
 
 --- from, to, err = ngx.re.find(subject, regex, options?, ctx?, nth?)
 function _M.find(subject, regex, options, ctx, nth)
-    subject, regex = text(subject, 1), text(regex, 2)
+    subject, regex = subject_text(subject), text(regex, 2)
     local re, err = compiled(regex, options)
     if not re then return nil, nil, err end
     local from = start(ctx, subject)
@@ -184,7 +190,7 @@ end
 
 --- iterator, err = ngx.re.gmatch(subject, regex, options?)
 function _M.gmatch(subject, regex, options)
-    subject, regex = text(subject, 1), text(regex, 2)
+    subject, regex = subject_text(subject), text(regex, 2)
     local re, err = compiled(regex, options)
     if not re then return nil, err end
     local pos = 0
@@ -288,7 +294,7 @@ local function char_len(subject, pos, utf8)
 end
 
 local function substitute(subject, regex, replace, options, global)
-    subject, regex = text(subject, 1), text(regex, 2)
+    subject, regex = subject_text(subject), text(regex, 2)
     local re, err = compiled(regex, options)
     if not re then return nil, nil, err end
     local kind, parts = type(replace), nil
@@ -395,8 +401,11 @@ function _M.split(subject, regex, options, ctx, limit, res)
     return res
 end
 
---- `require("ngx.re").opt(name, value)`: limits of the matcher; accepted and without effect, as its own bounds hold.
-function _M.opt() end
+--- `require("ngx.re").opt("jit_stack_size", bytes)`: accepted and without effect, as the matcher's own bounds hold.
+function _M.opt(name, value)
+    if name ~= "jit_stack_size" then error("unrecognized option name", 2) end
+    if type(value) ~= "number" then error("bad argument #2 to 'opt' (number expected, got " .. type(value) .. ")", 2) end
+end
 
 
 return _M

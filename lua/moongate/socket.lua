@@ -3,7 +3,7 @@
 local ffi = require("ffi")
 local native = require("moongate.native")
 
-local error, setmetatable = error, setmetatable
+local error, ipairs, setmetatable = error, ipairs, setmetatable
 local tcp = native.tcp
 local new, handshake, start_until, read_until = tcp.new, tcp.sslhandshake, tcp.receiveuntil, tcp.read_until
 
@@ -47,6 +47,26 @@ function methods.receiveuntil(...)
     local self = ...
     return function(size)
         return read_until(self, state, size)
+    end
+end
+
+--- sock:settrustedstore(store): the authorities that the next handshake trusts, if it verifies at all: what ngx.ssl.parse_pem_cert
+-- gives, or `ctx` of resty.openssl.x509.store; nil: those of the configuration.
+methods.settrustedstore = tcp.settrustedstore
+
+--- sock:getsslsession(): stands for the session, as what sslhandshake gives. @return session; nil, err
+function methods:getsslsession()
+    local ok, err = tcp.has_tls(self)
+    if not ok then return nil, err end
+    return session
+end
+
+-- Pointers to what OpenSSL has and the TLS library here has not.
+for _, name in ipairs({ "getsslpointer", "getsslctx" }) do
+    methods[name] = function(self)
+        local ok, err = tcp.has_tls(self)
+        if not ok then return nil, err end
+        return nil, "not supported: the TLS library is not OpenSSL"
     end
 end
 

@@ -60,6 +60,17 @@ function _M.get_req_shared_ssl_ciphers(filter_grease)
 end
 _M.get_shared_ssl_ciphers = _M.get_req_shared_ssl_ciphers
 
+--- Key material that the client can derive as well (RFC 5705), over HTTP/1. @param length number: bytes @param label string
+-- @param context string?: none and an empty one differ with TLS 1.2. @return bytes; nil, err
+function _M.export_keying_material(length, label, context)
+    return native.export(length, label, context)
+end
+
+--- The same of early data, which is not taken. @return nil, err
+function _M.export_keying_material_early()
+    return nil, "there is no early data: 0-RTT is not offered"
+end
+
 -- What is parsed --------------------------------------------------------------------------------------------------
 
 --- Certificates of a PEM text as an object for set_cert and sock:setclientcert. @return object; nil, err
@@ -140,8 +151,8 @@ end
 _M.verify_client = native.verify_client
 
 -- What OpenSSL alone has: its objects, and secrets that the TLS library keeps to itself.
-for _, name in ipairs({ "get_server_random", "get_session_master_key", "export_keying_material", "export_keying_material_early",
-    "get_req_ssl_pointer", "get_upstream_ssl_pointer", "ssl_session_reused" }) do
+for _, name in ipairs({ "get_server_random", "get_session_master_key", "get_req_ssl_pointer", "get_upstream_ssl_pointer",
+    "ssl_session_reused" }) do
     _M[name] = function()
         return nil, "not supported: the TLS library is not OpenSSL"
     end

@@ -5,7 +5,7 @@
 //! say it itself, as in nginx.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -89,8 +89,20 @@ pub struct Location {
     pub directives: Directives,
     /// `root`: where nginx would look for files, `$document_root`.
     pub root: PathBuf,
+    /// The variables that any location of the configuration sets: others than these are not for scripts to make.
+    pub defined: Arc<HashSet<Box<str>>>,
     /// Where request bodies go that do not fit `client_body_buffer_size`.
     pub body_dir: PathBuf,
+}
+
+impl Location {
+    /// The names of what it sets, by itself or as the captures of its patterns.
+    fn variables(&self) -> impl Iterator<Item = Box<str>> {
+        let captures = self.regex.iter().chain(self.rewrites.iter().map(|r| &r.regex)).flat_map(Regex::capture_names);
+        let captures = captures.flatten().map(|name| name.to_ascii_lowercase().into());
+        let set = self.set.iter().map(|(name, _)| name.clone());
+        set.chain(self.set_by_lua.iter().map(|one| one.var.clone())).chain(captures)
+    }
 }
 
 /// `allow network` or `deny network`
@@ -291,23 +303,25 @@ pub(super) fn read(json: &Value, prefix: &Path, mistakes: &mut Vec<String>) -> L
         .iter()
         .enumerate()
         .filter_map(|(i, one)| r.location(&format!("lua_locations[{i}]"), one, &server, &options));
-    let mut list: Vec<_> = list.map(Arc::new).collect();
+    let mut list: Vec<_> = list.collect();
     // What the server runs, it runs for every path.
-    let everywhere = |l: &Arc<Location>| matches!(&l.pattern, Pattern::Prefix { prefix, .. } if **prefix == *"/");
+    let everywhere = |l: &Location| matches!(&l.pattern, Pattern::Prefix { prefix, .. } if **prefix == *"/");
     let serves = PHASES.iter().any(|p| server.contains_key(*p) || server.contains_key(&format!("{p}_file")));
     if serves && !list.iter().any(everywhere) {
         let implied = json!({"location": "/"});
-        list.extend(r.location("lua_server", &implied, &server, &options).map(Arc::new));
+        list.extend(r.location("lua_server", &implied, &server, &options));
     }
     let implied = json!({"location": "/"});
-    let rest = if list.is_empty() { None } else { r.location("lua_locations", &implied, &server, &options) };
+    let mut rest = if list.is_empty() { None } else { r.location("lua_locations", &implied, &server, &options) };
+    let defined: Arc<HashSet<_>> = Arc::new(list.iter().flat_map(Location::variables).collect());
+    list.iter_mut().chain(&mut rest).for_each(|location| location.defined = defined.clone());
     let init = at(json, "lua_init").and_then(Value::as_object).cloned().unwrap_or_default();
     let mut wrong = Vec::new();
     let upstreams = upstreams::read(at(json, "lua_upstreams"), &mut wrong, |map| r.script(map, "balancer_by_lua"));
     r.mistakes.append(&mut wrong);
     let line = |key: &str| at(json, key).map(|v| text(v).into_owned()).unwrap_or_default();
     Locations {
-        list,
+        list: list.into_iter().map(Arc::new).collect(),
         rest: rest.map(Arc::new),
         server_rewrites: r.rewrites("lua_options", &options),
         server_rewrite: r.script(&server, "server_rewrite_by_lua"),
@@ -393,6 +407,7 @@ impl Reader<'_> {
             body_filter: self.script(&map, "body_filter_by_lua"),
             log: self.script(&map, "log_by_lua"),
             root: self.prefix.join(options.get("root").unwrap_or("html")),
+            defined: Arc::default(),
             body_dir: self.prefix.join("client_body_temp"),
             directives: Directives::read(&options, &format!("{path}.options"), said, self.mistakes),
         })

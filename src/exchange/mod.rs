@@ -12,7 +12,9 @@ pub mod headers;
 pub mod host;
 mod last_host;
 mod log;
+pub mod openssl;
 mod random;
+mod ssl;
 pub mod status;
 pub mod vars;
 
@@ -147,6 +149,10 @@ pub struct Connection {
     pub tls: Option<TlsInfo>,
     /// The other end of the socket when PROXY protocol changed `peer`.
     pub proxy: Option<SocketAddr>,
+    /// What else a PROXY protocol header of version 2 carried: type, length and value each.
+    pub proxy_tlvs: Box<[u8]>,
+    /// When it was accepted.
+    pub since: Instant,
     pub last_host: LastHost,
     /// The `ngx.ctx` that the handshake's scripts have left, which each request begins with: the VM's own, opaque here.
     pub ctx: Option<Rc<dyn Any>>,
@@ -163,6 +169,8 @@ impl Connection {
             local,
             tls: None,
             proxy: None,
+            proxy_tlvs: Box::default(),
+            since: Instant::now(),
             last_host: LastHost::default(),
             ctx: None,
             peer_text: OnceCell::new(),
@@ -196,12 +204,18 @@ pub struct TlsInfo {
     pub hello: Option<ClientHello>,
     /// The agreed protocol of ALPN: `h2`.
     pub alpn: Option<Box<[u8]>>,
+    /// The number of the group that the keys were exchanged in.
+    pub curve: Option<u16>,
+    /// What the client calls the session of TLS 1.2 that it has resumed: `$ssl_session_id`.
+    pub session_id: Option<Box<[u8]>>,
 }
 
 /// What is kept of a client's first message.
 #[derive(Debug, PartialEq, Eq)]
 pub struct ClientHello {
     pub random: [u8; 32],
+    /// What it calls the session that it would resume; up to 32 bytes.
+    pub session_id: Box<[u8]>,
     /// Cipher suites and groups by their numbers, in the client's order.
     pub ciphers: Box<[u16]>,
     pub curves: Box<[u16]>,
@@ -317,6 +331,8 @@ pub struct UpstreamState {
     pub tries: SmallVec<[Try; 1]>,
     /// Response bytes may be withheld in the gateway (`proxy_buffering`); off: each read is sent at once.
     pub buffering: bool,
+    /// Bytes of the response's body that have come so far: `$upstream_response_length`.
+    pub response_length: u64,
     /// Fields as the upstream sent them (`$upstream_http_*`), kept only when something asks: see `vars`.
     pub headers: Headers,
 }
@@ -434,8 +450,33 @@ pub trait Client {
         0
     }
 
+    /// What the kernel knows of the connection; `None` where requests share one.
+    fn tcp_info(&self) -> Option<TcpInfo> {
+        None
+    }
+
+    /// Fills `out` with what only the two ends of the TLS connection can derive (RFC 5705). `None`: there is no TLS, or requests
+    /// share the connection; an error is for the script.
+    fn export_keying_material(
+        &self,
+        _out: &mut [u8],
+        _label: &[u8],
+        _context: Option<&[u8]>,
+    ) -> Option<std::result::Result<(), String>> {
+        None
+    }
+
     /// Takes the connection for a tunnel (WebSocket) after a 101.
     fn as_any(&mut self) -> &mut dyn Any;
+}
+
+/// `$tcpinfo_*`: times in microseconds, the window in segments, the space in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TcpInfo {
+    pub rtt: u32,
+    pub rttvar: u32,
+    pub snd_cwnd: u32,
+    pub rcv_space: u32,
 }
 
 /// How long the response body is.
@@ -502,6 +543,7 @@ impl UpstreamState {
         self.keepalive = None;
         self.balancing = None;
         self.tries.clear();
+        self.response_length = 0;
         self.buffering = true;
         self.headers.clear();
     }

@@ -16,7 +16,7 @@ use std::{
 use base64::Engine;
 use hashbrown::HashMap;
 
-use super::{Exchange, Headers, RequestBody, Try, Version, headers::append_all};
+use super::{Exchange, Headers, RequestBody, TcpInfo, Try, Version, headers::append_all};
 use crate::{
     conf::locations::{Piece, Template},
     model::upstream::Scheme,
@@ -35,19 +35,26 @@ pub enum Var {
     UpstreamHttp(Box<str>),
     Arg(Box<str>),
     Cookie(Box<str>),
+    /// `upstream_cookie_x`: of the upstream's `Set-Cookie`.
+    UpstreamCookie(Box<str>),
+    /// `proxy_protocol_tlv_x`
+    ProxyProtocolTlv(Box<str>),
+    /// `sent_trailer_x`, `upstream_trailer_x`: no trailer is passed on, so that none has a value.
+    Trailer,
     /// `uri_param_x`: a `:x` of the route's uri.
     UriParam(Box<str>),
     Custom(Box<str>),
 }
 
-/// Why a variable was not set, in nginx's words.
+/// Why a variable was not set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Refused;
-
-impl Refused {
-    pub fn message(self, name: &str) -> String {
-        format!("variable \"{name}\" not changeable")
-    }
+pub enum Refused {
+    /// One of the server's own.
+    NotChangeable,
+    /// One of the handshake's.
+    NotAssignable,
+    /// It belongs to a family (`http_x`), or nothing has it.
+    NotFound,
 }
 
 macro_rules! known {
@@ -70,20 +77,28 @@ known! {
     RemoteAddr "remote_addr", RemotePort "remote_port", RemoteUser "remote_user",
     BinaryRemoteAddr "binary_remote_addr", RealipRemoteAddr "realip_remote_addr",
     RealipRemotePort "realip_remote_port", ProxyProtocolAddr "proxy_protocol_addr",
-    ProxyProtocolPort "proxy_protocol_port", ProxyAddXForwardedFor "proxy_add_x_forwarded_for",
+    ProxyProtocolPort "proxy_protocol_port", ProxyProtocolServerAddr "proxy_protocol_server_addr",
+    ProxyProtocolServerPort "proxy_protocol_server_port", ProxyAddXForwardedFor "proxy_add_x_forwarded_for",
     ContentLength "content_length", ContentType "content_type",
     Status "status", BytesSent "bytes_sent", BodyBytesSent "body_bytes_sent",
-    Connection "connection", ConnectionRequests "connection_requests", Pipe "pipe",
+    Connection "connection", ConnectionRequests "connection_requests", ConnectionTime "connection_time", Pipe "pipe",
+    TcpinfoRtt "tcpinfo_rtt", TcpinfoRttvar "tcpinfo_rttvar", TcpinfoSndCwnd "tcpinfo_snd_cwnd",
+    TcpinfoRcvSpace "tcpinfo_rcv_space", Http2 "http2", Http3 "http3", LimitRate "limit_rate",
     Hostname "hostname", Pid "pid", NginxVersion "nginx_version",
-    Msec "msec", TimeLocal "time_local", TimeIso8601 "time_iso8601",
+    Msec "msec", TimeLocal "time_local", TimeIso8601 "time_iso8601", DateLocal "date_local", DateGmt "date_gmt",
     SslProtocol "ssl_protocol", SslCipher "ssl_cipher", SslServerName "ssl_server_name",
-    SslSessionReused "ssl_session_reused", SslClientVerify "ssl_client_verify",
-    SslClientRawCert "ssl_client_raw_cert",
+    SslSessionReused "ssl_session_reused", SslSessionId "ssl_session_id", SslEarlyData "ssl_early_data",
+    SslAlpnProtocol "ssl_alpn_protocol", SslCiphers "ssl_ciphers", SslCurve "ssl_curve", SslCurves "ssl_curves",
+    SslClientVerify "ssl_client_verify", SslClientRawCert "ssl_client_raw_cert", SslClientCert "ssl_client_cert",
+    SslClientEscapedCert "ssl_client_escaped_cert", SslClientFingerprint "ssl_client_fingerprint",
+    SslClientSerial "ssl_client_serial", SslClientSDn "ssl_client_s_dn", SslClientIDn "ssl_client_i_dn",
+    SslClientSDnLegacy "ssl_client_s_dn_legacy", SslClientIDnLegacy "ssl_client_i_dn_legacy",
+    SslClientVStart "ssl_client_v_start", SslClientVEnd "ssl_client_v_end", SslClientVRemain "ssl_client_v_remain",
     UpstreamAddr "upstream_addr", UpstreamStatus "upstream_status",
     UpstreamResponseTime "upstream_response_time", ApisixUpstreamResponseTime "apisix_upstream_response_time",
     UpstreamConnectTime "upstream_connect_time", UpstreamHeaderTime "upstream_header_time",
     UpstreamBytesSent "upstream_bytes_sent", UpstreamBytesReceived "upstream_bytes_received",
-    UpstreamResponseLength "upstream_response_length",
+    UpstreamResponseLength "upstream_response_length", UpstreamCacheStatus "upstream_cache_status",
     UpstreamUri "upstream_uri", UpstreamHost "upstream_host", UpstreamScheme "upstream_scheme",
     UpstreamUnresolvedHost "upstream_unresolved_host", ProxyHost "proxy_host", ProxyPort "proxy_port",
     BalancerIp "balancer_ip", BalancerPort "balancer_port",
@@ -91,7 +106,7 @@ known! {
     RouteId "route_id", RouteName "route_name", ServiceId "service_id", ServiceName "service_name",
     VarXForwardedProto "var_x_forwarded_proto", VarXForwardedHost "var_x_forwarded_host",
     VarXForwardedPort "var_x_forwarded_port",
-    DocumentRoot "document_root", RealpathRoot "realpath_root",
+    DocumentRoot "document_root", RealpathRoot "realpath_root", RequestFilename "request_filename",
     EchoRequestMethod "echo_request_method", EchoClientRequestMethod "echo_client_request_method",
     EchoRequestUri "echo_request_uri", EchoRequestBody "echo_request_body",
     EchoClientRequestHeaders "echo_client_request_headers",
@@ -123,7 +138,6 @@ const DEFAULTS: &[(&str, &str)] = &[
     ("upstream_cache_bypass", ""),
     ("upstream_no_cache", ""),
     ("request_line", ""),
-    ("limit_rate", "0"),
 ];
 
 fn known_names() -> &'static HashMap<&'static str, Known> {
@@ -132,6 +146,10 @@ fn known_names() -> &'static HashMap<&'static str, Known> {
 }
 
 impl Known {
+    fn is_of_tls(self) -> bool {
+        NAMES.iter().any(|(name, known)| *known == self && name.starts_with("ssl_"))
+    }
+
     /// A number that stands for the variable of that name, as long as the process lives.
     pub fn number(name: &str) -> Option<u16> {
         let known = known_names().get(name)?;
@@ -155,6 +173,9 @@ impl Var {
             Family::UpstreamHttp(rest) => Var::UpstreamHttp(rest.into()),
             Family::Arg(rest) => Var::Arg(rest.into()),
             Family::Cookie(rest) => Var::Cookie(rest.into()),
+            Family::UpstreamCookie(rest) => Var::UpstreamCookie(rest.into()),
+            Family::ProxyProtocolTlv(rest) => Var::ProxyProtocolTlv(rest.into()),
+            Family::Trailer => Var::Trailer,
             Family::UriParam(rest) => Var::UriParam(rest.into()),
             Family::Custom(name) => Var::Custom(name.into()),
         }
@@ -168,6 +189,9 @@ enum Family<'a> {
     UpstreamHttp(Cow<'a, str>),
     Arg(&'a str),
     Cookie(&'a str),
+    UpstreamCookie(&'a str),
+    ProxyProtocolTlv(&'a str),
+    Trailer,
     UriParam(&'a str),
     Custom(&'a str),
 }
@@ -180,6 +204,9 @@ impl<'a> Family<'a> {
             Some(("cookie", rest)) => Family::Cookie(rest),
             Some(("sent", rest)) if rest.starts_with("http_") => Family::SentHttp(lower(&rest[5..])),
             Some(("upstream", rest)) if rest.starts_with("http_") => Family::UpstreamHttp(lower(&rest[5..])),
+            Some(("upstream", rest)) if rest.starts_with("cookie_") => Family::UpstreamCookie(&rest[7..]),
+            Some(("sent" | "upstream", rest)) if rest.starts_with("trailer_") => Family::Trailer,
+            Some(("proxy", rest)) if rest.starts_with("protocol_tlv_") => Family::ProxyProtocolTlv(&rest[13..]),
             Some(("uri", rest)) if rest.starts_with("param_") => Family::UriParam(&rest[6..]),
             _ => Family::Custom(name),
         }
@@ -200,10 +227,13 @@ impl Exchange {
         match var {
             Var::Known(known) => self.known(*known, scratch),
             Var::Http(name) => field(&self.request.headers, name, scratch),
-            Var::SentHttp(name) => field(&self.response.headers, name, scratch),
+            Var::SentHttp(name) => self.sent_field(name, scratch),
             Var::UpstreamHttp(name) => field(self.upstream_headers()?, name, scratch),
             Var::Arg(name) => arg(&self.request.args, name),
             Var::Cookie(name) => cookie(&self.request.headers, name),
+            Var::UpstreamCookie(name) => set_cookie(self.upstream_headers()?, name),
+            Var::ProxyProtocolTlv(name) => proxy_protocol_tlv(&self.conn.proxy_tlvs, name, scratch),
+            Var::Trailer => None,
             Var::UriParam(name) => self.uri_param(name),
             Var::Custom(name) => self.custom(name),
         }
@@ -222,10 +252,13 @@ impl Exchange {
         }
         match Family::of(name) {
             Family::Http(name) => field(&self.request.headers, &name, scratch),
-            Family::SentHttp(name) => field(&self.response.headers, &name, scratch),
+            Family::SentHttp(name) => self.sent_field(&name, scratch),
             Family::UpstreamHttp(name) => field(self.upstream_headers()?, &name, scratch),
             Family::Arg(name) => arg(&self.request.args, name),
             Family::Cookie(name) => cookie(&self.request.headers, name),
+            Family::UpstreamCookie(name) => set_cookie(self.upstream_headers()?, name),
+            Family::ProxyProtocolTlv(name) => proxy_protocol_tlv(&self.conn.proxy_tlvs, name, scratch),
+            Family::Trailer => None,
             Family::UriParam(name) => self.uri_param(name),
             Family::Custom(name) => self.custom(name),
         }
@@ -241,18 +274,35 @@ impl Exchange {
             Some(Known::UpstreamUri) => &mut self.upstream.uri,
             Some(Known::UpstreamHost) => &mut self.upstream.host,
             Some(Known::UpstreamScheme) => &mut self.upstream.scheme,
+            Some(Known::LimitRate) => {
+                // As nginx: what is no size changes nothing.
+                let Some(rate) = size(value) else { return Ok(()) };
+                let place = self.custom_place(name);
+                place.clear();
+                number(rate, place);
+                return Ok(());
+            }
             Some(Known::ApisixRequestId | Known::UpstreamUnresolvedHost | Known::ApisixUpstreamResponseTime) => {
                 self.custom_place(name)
             }
-            Some(_) => return Err(Refused),
-            None => match Var::parse(name) {
-                Var::Custom(_) => self.custom_place(name),
-                _ => return Err(Refused),
+            Some(known) if known.is_of_tls() => return Err(Refused::NotAssignable),
+            Some(_) => return Err(Refused::NotChangeable),
+            None => match Family::of(name) {
+                Family::Custom(_) => self.custom_place(name),
+                _ => return Err(Refused::NotFound),
             },
         };
         place.clear();
         place.extend_from_slice(value);
         Ok(())
+    }
+
+    /// Whether a script may make the variable, or it was made already: where a location serves, a name must stand somewhere in
+    /// the configuration, as with nginx.
+    pub fn is_defined(&self, name: &str) -> bool {
+        self.location.as_ref().is_none_or(|location| location.defined.contains(name))
+            || known_names().contains_key(name)
+            || DEFAULTS.iter().any(|(n, _)| *n == name)
     }
 
     /// What a template says now. A variable that has no value is empty.
@@ -286,6 +336,22 @@ impl Exchange {
         self.set_by_name(name).or_else(default)
     }
 
+    /// A field of the response; those that the protocol's codec adds are told from what it does.
+    fn sent_field<'a>(&'a self, name: &str, scratch: &'a mut Vec<u8>) -> Option<&'a [u8]> {
+        let r = &self.response;
+        field(&r.headers, name, scratch).or_else(|| match (name, self.request.version) {
+            (_, Version::Http2) => None,
+            ("connection", _) if r.status == 101 => Some(&b"upgrade"[..]),
+            ("connection", _) => Some(if self.request.keep_alive { b"keep-alive" } else { b"close" }),
+            ("transfer_encoding", Version::Http11) => {
+                let bodiless = matches!(r.status, 101..200 | 204 | 304) || self.request.method == b"HEAD";
+                let chunked = r.head_sent && !bodiless && !r.headers.contains("content-length");
+                chunked.then_some(&b"chunked"[..])
+            }
+            _ => None,
+        })
+    }
+
     /// The upstream's own fields; where nothing changed them, those of the response are still they.
     fn upstream_headers(&self) -> Option<&Headers> {
         let kept = !self.upstream.headers.is_empty();
@@ -313,9 +379,15 @@ impl Exchange {
             Known::Host => Some(&r.host),
             Known::ServerName => Some(b"_"),
             Known::ServerProtocol => Some(version(r.version)),
-            Known::DocumentRoot | Known::RealpathRoot => {
-                self.location.as_ref().map(|l| l.root.as_os_str().as_encoded_bytes())
-            }
+            Known::DocumentRoot => self.location.as_ref().map(|l| l.root.as_os_str().as_encoded_bytes()),
+            Known::Http2 => Some(match (r.version, &self.conn.tls) {
+                (Version::Http2, Some(_)) => b"h2",
+                (Version::Http2, None) => b"h2c",
+                _ => b"",
+            }),
+            Known::Http3 => Some(b""),
+            Known::LimitRate => self.set_by_name("limit_rate").or(Some(b"0")),
+            Known::UpstreamCacheStatus => None,
             Known::Scheme | Known::VarXForwardedProto => Some(self.scheme().as_bytes()),
             Known::Https => Some(if self.conn.tls.is_some() { b"on" } else { b"" }),
             Known::ContentLength => r.headers.get("content-length"),
@@ -342,8 +414,25 @@ impl Exchange {
             | Known::SslCipher
             | Known::SslServerName
             | Known::SslSessionReused
+            | Known::SslSessionId
+            | Known::SslEarlyData
+            | Known::SslAlpnProtocol
+            | Known::SslCiphers
+            | Known::SslCurve
+            | Known::SslCurves
             | Known::SslClientVerify
-            | Known::SslClientRawCert => self.ssl(known, scratch),
+            | Known::SslClientRawCert
+            | Known::SslClientCert
+            | Known::SslClientEscapedCert
+            | Known::SslClientFingerprint
+            | Known::SslClientSerial
+            | Known::SslClientSDn
+            | Known::SslClientIDn
+            | Known::SslClientSDnLegacy
+            | Known::SslClientIDnLegacy
+            | Known::SslClientVStart
+            | Known::SslClientVEnd
+            | Known::SslClientVRemain => self.ssl(known, scratch),
             Known::UpstreamUri => Some(&self.upstream.uri),
             Known::UpstreamHost => non_empty(&self.upstream.host).or_else(|| r.headers.get("host")),
             Known::UpstreamScheme => Some(self.upstream_scheme().as_bytes()),
@@ -392,6 +481,8 @@ impl Exchange {
             Known::RealipRemotePort => number(self.conn.peer.port().into(), out),
             Known::ProxyProtocolAddr => ip(self.conn.proxy.map(|_| self.conn.peer.ip())?, out),
             Known::ProxyProtocolPort => number(self.conn.proxy.map(|_| self.conn.peer.port())?.into(), out),
+            Known::ProxyProtocolServerAddr => ip(self.conn.proxy.map(|_| self.conn.local.ip())?, out),
+            Known::ProxyProtocolServerPort => number(self.conn.proxy.map(|_| self.conn.local.port())?.into(), out),
             Known::RemoteUser => remote_user(&r.headers, out)?,
             Known::ProxyAddXForwardedFor => self.forwarded_for(out),
             Known::VarXForwardedPort => self.forwarded_port(out),
@@ -404,10 +495,24 @@ impl Exchange {
             Known::BodyBytesSent => number(self.body_bytes_sent, out),
             Known::Connection => number(self.conn.serial, out),
             Known::ConnectionRequests => number(r.nth, out),
+            Known::ConnectionTime => seconds(self.conn.since.elapsed(), out),
+            Known::TcpinfoRtt => number(self.tcp_info()?.rtt.into(), out),
+            Known::TcpinfoRttvar => number(self.tcp_info()?.rttvar.into(), out),
+            Known::TcpinfoSndCwnd => number(self.tcp_info()?.snd_cwnd.into(), out),
+            Known::TcpinfoRcvSpace => number(self.tcp_info()?.rcv_space.into(), out),
+            Known::RealpathRoot => {
+                let root = std::fs::canonicalize(&self.location.as_ref()?.root).ok()?;
+                out.extend_from_slice(root.as_os_str().as_encoded_bytes());
+            }
+            Known::RequestFilename => {
+                append_all(out, [self.location.as_ref()?.root.as_os_str().as_encoded_bytes(), &r.path]);
+            }
             Known::Pid => number(std::process::id().into(), out),
             Known::Msec => seconds(SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default(), out),
             Known::TimeLocal => with_clock(|clock| out.extend_from_slice(clock.local.as_bytes())),
             Known::TimeIso8601 => with_clock(|clock| out.extend_from_slice(clock.iso.as_bytes())),
+            Known::DateLocal => date(true, out)?,
+            Known::DateGmt => date(false, out)?,
             Known::BalancerIp => ip(self.upstream.tries.last()?.addr.ip(), out),
             Known::BalancerPort | Known::ProxyPort => number(self.upstream.tries.last()?.addr.port().into(), out),
             _ => self.of_tries(known, out)?,
@@ -425,24 +530,18 @@ impl Exchange {
             if i > 0 {
                 out.extend_from_slice(b", ");
             }
-            of_try(known, t, out)?;
+            match known {
+                // Those before the last have brought no body.
+                Known::UpstreamResponseLength if i + 1 == tries.len() => number(self.upstream.response_length, out),
+                Known::UpstreamResponseLength => out.push(b'0'),
+                _ => of_try(known, t, out)?,
+            }
         }
         Some(())
     }
 
-    fn ssl<'a>(&'a self, known: Known, out: &'a mut Vec<u8>) -> Option<&'a [u8]> {
-        let tls = self.conn.tls.as_ref()?;
-        Some(match known {
-            Known::SslProtocol => tls.protocol.as_bytes(),
-            Known::SslCipher => tls.cipher.as_bytes(),
-            Known::SslServerName => tls.sni.as_deref()?.as_bytes(),
-            Known::SslSessionReused => [&b"."[..], b"r"][usize::from(tls.session_reused)],
-            Known::SslClientVerify => tls.client_verify.as_bytes(),
-            _ => {
-                pem(tls.client_cert.as_deref()?, out);
-                out
-            }
-        })
+    fn tcp_info(&self) -> Option<TcpInfo> {
+        self.client.as_ref()?.tcp_info()
     }
 
     /// `http` or `https`, as the client came.
@@ -523,7 +622,7 @@ fn of_try(known: Known, t: &Try, out: &mut Vec<u8>) -> Option<()> {
         Known::UpstreamConnectTime => time(t.connect_time, out),
         Known::UpstreamHeaderTime => time(t.header_time, out),
         Known::UpstreamBytesSent => number(t.bytes_sent, out),
-        Known::UpstreamBytesReceived | Known::UpstreamResponseLength => number(t.bytes_received, out),
+        Known::UpstreamBytesReceived => number(t.bytes_received, out),
         _ => return None,
     }
     Some(())
@@ -577,6 +676,89 @@ pub fn cookie<'a>(headers: &'a Headers, name: &str) -> Option<&'a [u8]> {
         let at = memchr::memchr(b'=', pair)?;
         pair[..at].trim_ascii_end().eq_ignore_ascii_case(name.as_bytes()).then_some(&pair[at + 1..])
     })
+}
+
+/// The value of the cookie of that name that a response sets.
+fn set_cookie<'a>(headers: &'a Headers, name: &str) -> Option<&'a [u8]> {
+    headers.get_all(b"set-cookie").find_map(|line| {
+        let pair = line.split(|b| *b == b';').next()?;
+        let at = memchr::memchr(b'=', pair)?;
+        pair[..at].trim_ascii().eq_ignore_ascii_case(name.as_bytes()).then(|| pair[at + 1..].trim_ascii())
+    })
+}
+
+/// A value that a PROXY protocol header of version 2 carries, by nginx's name for its type or by the number as `0x1f`; what
+/// stands within the one about TLS begins with `ssl_`.
+fn proxy_protocol_tlv<'a>(tlvs: &'a [u8], name: &str, scratch: &'a mut Vec<u8>) -> Option<&'a [u8]> {
+    const SSL: u8 = 0x20;
+    let Some(within) = name.strip_prefix("ssl_") else { return tlv(tlvs, tlv_type(name)?) };
+    // The client's flags, and whether its certificate was verified (the PROXY protocol, 2.2.6).
+    let (head, within_ssl) = tlv(tlvs, SSL)?.split_at_checked(5)?;
+    if within == "verify" {
+        scratch.clear();
+        number(u32::from_be_bytes([head[1], head[2], head[3], head[4]]).into(), scratch);
+        return Some(scratch);
+    }
+    tlv(within_ssl, tlv_type(name)?)
+}
+
+fn tlv_type(name: &str) -> Option<u8> {
+    let named = match name {
+        "alpn" => 0x01,
+        "authority" => 0x02,
+        "unique_id" => 0x05,
+        "ssl" => 0x20,
+        "ssl_version" => 0x21,
+        "ssl_cn" => 0x22,
+        "ssl_cipher" => 0x23,
+        "ssl_sig_alg" => 0x24,
+        "ssl_key_alg" => 0x25,
+        "netns" => 0x30,
+        _ => return u8::from_str_radix(name.strip_prefix("ssl_").unwrap_or(name).strip_prefix("0x")?, 16).ok(),
+    };
+    Some(named)
+}
+
+/// The first value of that type; `None` also when lengths before it do not agree.
+fn tlv(mut tlvs: &[u8], wanted: u8) -> Option<&[u8]> {
+    while let [kind, high, low, rest @ ..] = tlvs {
+        let (value, after) = rest.split_at_checked(usize::from(u16::from_be_bytes([*high, *low])))?;
+        if *kind == wanted {
+            return Some(value);
+        }
+        tlvs = after;
+    }
+    None
+}
+
+/// nginx's sizes: `512`, `4k`, `1m`.
+fn size(text: &[u8]) -> Option<u64> {
+    let (digits, factor) = match text.split_last()? {
+        (b'k' | b'K', digits) => (digits, 1 << 10),
+        (b'm' | b'M', digits) => (digits, 1 << 20),
+        _ => (text, 1),
+    };
+    // No sign and no spaces.
+    let plain = digits.iter().all(u8::is_ascii_digit);
+    std::str::from_utf8(digits).ok().filter(|_| plain)?.parse::<u64>().ok()?.checked_mul(factor)
+}
+
+/// `Thursday, 26-Nov-2026 02:53:09 GMT`: what server-side includes show when nothing else is configured.
+fn date(local: bool, out: &mut Vec<u8>) -> Option<()> {
+    let now = super::status::coarse_seconds() as libc::time_t;
+    let mut text = [0u8; 128];
+    // SAFETY: plain old data, for which zeros are valid; the buffers are as long as said and outlive the calls.
+    let len = unsafe {
+        let mut parts: libc::tm = std::mem::zeroed();
+        let broken = if local { libc::localtime_r(&now, &mut parts) } else { libc::gmtime_r(&now, &mut parts) };
+        if broken.is_null() {
+            return None;
+        }
+        let format = if local { c"%A, %d-%b-%Y %H:%M:%S %Z" } else { c"%A, %d-%b-%Y %H:%M:%S GMT" };
+        libc::strftime(text.as_mut_ptr().cast(), text.len(), format.as_ptr(), &parts)
+    };
+    out.extend_from_slice(text.get(..len)?);
+    Some(())
 }
 
 fn remote_user(headers: &Headers, out: &mut Vec<u8>) -> Option<()> {
@@ -646,21 +828,12 @@ pub fn address(addr: SocketAddr, out: &mut Vec<u8>) {
     number(addr.port().into(), out);
 }
 
-fn hex(bytes: &[u8], out: &mut Vec<u8>) {
+/// Appends lower-case hexadecimal.
+pub(super) fn hex(bytes: &[u8], out: &mut Vec<u8>) {
     for b in bytes {
         out.push(b"0123456789abcdef"[usize::from(b >> 4)]);
         out.push(b"0123456789abcdef"[usize::from(b & 15)]);
     }
-}
-
-fn pem(der: &[u8], out: &mut Vec<u8>) {
-    let text = base64::engine::general_purpose::STANDARD.encode(der);
-    out.extend_from_slice(b"-----BEGIN CERTIFICATE-----\n");
-    for line in text.as_bytes().chunks(64) {
-        out.extend_from_slice(line);
-        out.push(b'\n');
-    }
-    out.extend_from_slice(b"-----END CERTIFICATE-----\n");
 }
 
 fn hostname() -> &'static str {
@@ -803,6 +976,79 @@ mod tests {
     }
 
     #[test]
+    fn reads_what_the_protocol_around_the_request_says() {
+        let mut x = exchange();
+        for (name, value) in [
+            ("http2", Some("")),
+            ("http3", Some("")),
+            ("limit_rate", Some("0")),
+            ("sent_http_connection", Some("close")),
+            ("sent_http_transfer_encoding", None),
+            ("upstream_cache_status", None),
+            ("upstream_cookie_u", None),
+            ("upstream_trailer_x", None),
+            ("sent_trailer_x", None),
+            ("proxy_protocol_server_addr", None),
+            ("proxy_protocol_tlv_alpn", None),
+            ("tcpinfo_rtt", None),
+            ("request_filename", None),
+        ] {
+            assert_eq!(read(&x, name).as_deref(), value, "{name}");
+        }
+        assert!(read(&x, "connection_time").is_some_and(|t| t.parse::<f64>().is_ok()));
+        assert!(read(&x, "date_gmt").is_some_and(|t| t.ends_with(" GMT") && t.contains("day, ")));
+        assert!(read(&x, "date_local").is_some_and(|t| t.contains("day, ")));
+        x.request.keep_alive = true;
+        x.response.head_sent = true;
+        assert_eq!(read(&x, "sent_http_connection").as_deref(), Some("keep-alive"));
+        assert_eq!(read(&x, "sent_http_transfer_encoding").as_deref(), Some("chunked"));
+        x.response.headers.append("Content-Length", "5");
+        assert_eq!(read(&x, "sent_http_transfer_encoding"), None);
+        x.response.source = crate::exchange::Source::Upstream;
+        x.response.headers.append("Set-Cookie", "w=1");
+        x.response.headers.append("Set-Cookie", "u=uv=1; Path=/");
+        assert_eq!(read(&x, "upstream_cookie_u").as_deref(), Some("uv=1"));
+        assert_eq!(read(&x, "upstream_cookie_path"), None, "what follows the first pair is no cookie");
+        x.request.version = Version::Http2;
+        assert_eq!(read(&x, "http2").as_deref(), Some("h2c"));
+        assert_eq!(read(&x, "sent_http_connection"), None);
+    }
+
+    #[test]
+    fn reads_the_values_of_a_proxy_protocol_header() {
+        let mut conn = Connection::new(7, "10.0.0.9:5000".parse().unwrap(), "10.0.0.1:443".parse().unwrap());
+        conn.proxy = Some("127.0.0.1:1".parse().unwrap());
+        let ssl = [&[0x20, 0, 13, 1, 0, 0, 0, 3][..], &[0x22, 0, 5], b"a cn!"].concat();
+        conn.proxy_tlvs =
+            [&[1, 0, 2][..], b"h2", &ssl, &[0x30, 0, 0], &[0xea, 0, 1, b'x'], &[5, 0, 9, 1]].concat().into();
+        let x = Exchange::new(Rc::new(conn), Arc::default());
+        for (name, value) in [
+            ("proxy_protocol_tlv_alpn", Some("h2")),
+            ("proxy_protocol_tlv_0x01", Some("h2")),
+            ("proxy_protocol_tlv_ssl_verify", Some("3")),
+            ("proxy_protocol_tlv_ssl_cn", Some("a cn!")),
+            ("proxy_protocol_tlv_ssl_0x22", Some("a cn!")),
+            ("proxy_protocol_tlv_ssl_version", None),
+            ("proxy_protocol_tlv_netns", Some("")),
+            ("proxy_protocol_tlv_0xea", Some("x")),
+            ("proxy_protocol_tlv_unique_id", None),
+            ("proxy_protocol_tlv_0x1ff", None),
+            ("proxy_protocol_tlv_x", None),
+            ("proxy_protocol_server_addr", Some("10.0.0.1")),
+            ("proxy_protocol_server_port", Some("443")),
+        ] {
+            assert_eq!(read(&x, name).as_deref(), value, "{name}");
+        }
+        let mut scratch = Vec::new();
+        for cut in 0..x.conn.proxy_tlvs.len() {
+            for name in ["netns", "ssl_cn", "ssl_verify", "unique_id"] {
+                let whole = proxy_protocol_tlv(&x.conn.proxy_tlvs[..cut], name, &mut scratch);
+                assert!(whole.is_none_or(|value| matches!(value, b"" | b"a cn!" | b"3")), "{cut} {name}");
+            }
+        }
+    }
+
+    #[test]
     fn sets_what_may_be_set() {
         let mut x = exchange();
         for name in ["upstream_uri", "upstream_host", "my_own", "args", "apisix_request_id", "llm_model"] {
@@ -811,8 +1057,13 @@ mod tests {
         }
         assert!(x.request.uri_changed);
         for name in ["status", "remote_addr", "http_x", "arg_x", "request_id"] {
-            assert_eq!(x.set_var(name, b"1"), Err(Refused), "{name}");
+            let why = if name.contains("_x") { Refused::NotFound } else { Refused::NotChangeable };
+            assert_eq!(x.set_var(name, b"1"), Err(why), "{name}");
         }
-        assert_eq!(Refused.message("status"), "variable \"status\" not changeable");
+        assert_eq!(x.set_var("ssl_cipher", b"1"), Err(Refused::NotAssignable));
+        for (written, value) in [("4k", "4096"), ("1m", "1048576"), ("7", "7"), ("-1", "7"), ("x", "7"), ("", "7")] {
+            assert_eq!(x.set_var("limit_rate", written.as_bytes()), Ok(()));
+            assert_eq!(read(&x, "limit_rate").as_deref(), Some(value), "{written}");
+        }
     }
 }

@@ -40,6 +40,8 @@ impl Phases {
         Phases(Phases::of(Phase::Rewrite).0 | Phases::of(Phase::ServerRewrite).0 | Phases::of(Phase::RewriteByLua).0);
     pub const ACCESS: Phases =
         Phases(Phases::of(Phase::Access).0 | Phases::of(Phase::BeforeProxy).0 | Phases::of(Phase::Precontent).0);
+    /// `set_by_lua`
+    pub const SET: Phases = Phases::of(Phase::Set);
     pub const BALANCER: Phases = Phases::of(Phase::Balancer);
     pub const CONTENT: Phases = Phases::of(Phase::Content);
     pub const HEADER_FILTER: Phases = Phases::of(Phase::HeaderFilter);
@@ -327,6 +329,15 @@ impl Stack {
     pub fn boolean(&self, i: c_int) -> bool {
         // SAFETY: any index is valid for lua_toboolean.
         unsafe { ffi::lua_toboolean(self.l, i) != 0 }
+    }
+
+    /// The text of what functions of OpenResty take that turn their argument into one: nil and none are empty.
+    pub fn text(&self, i: c_int) -> Result<&[u8], Raise> {
+        match self.kind(i) {
+            ffi::LUA_TNIL | ffi::LUA_TNONE => Ok(b""),
+            ffi::LUA_TBOOLEAN => Ok(if self.boolean(i) { b"true" } else { b"false" }),
+            _ => self.arg_bytes(i),
+        }
     }
 
     /// A number, or a string that reads as one.

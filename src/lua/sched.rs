@@ -729,7 +729,7 @@ impl Threads {
         }
         self.ready.retain(|r| *r != t);
         self.drop_thread(t);
-        self.wake(i, smallvec::smallvec![Value::Bool(true)]);
+        self.wake(i, smallvec::smallvec![Value::Number(1.0)]);
     }
 
     /// A light thread has ended: whoever waits for it goes on.
@@ -875,7 +875,7 @@ mod tests {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("rt");
         let outcome = tokio::task::LocalSet::new().block_on(&runtime, run_in(&vm, source));
         let Outcome::Done(text) = outcome else { panic!("{outcome:?}") };
-        assert_eq!(text, "true true true too many pending timers too many pending timers 3");
+        assert_eq!(text, "1 1 1 too many pending timers too many pending timers 3");
     }
 
     #[test]
@@ -945,7 +945,7 @@ mod tests {
             local killed = ngx.thread.kill(t)
             local again, err = ngx.thread.kill(t)
             return tostring(killed) .. tostring(again) .. err"#,
-            "truenilalready waited or killed",
+            "1nilalready waited or killed",
         );
     }
 

@@ -98,7 +98,10 @@ fn timer_every(s: &Stack) -> Result<c_int, Raise> {
 /// `ngx.timer.at(delay, callback, args…)`, `ngx.timer.every`.
 fn timer(s: &Stack, every: bool) -> Result<c_int, Raise> {
     let delay = s.arg_number(1)?;
-    if delay < 0.0 || (every && delay == 0.0) {
+    if every && delay == 0.0 {
+        return Err("delay cannot be zero".into());
+    }
+    if delay < 0.0 {
         return Err(s.argument_error(1, "delay must be a positive number"));
     }
     s.arg_function(2)?;
@@ -106,8 +109,10 @@ fn timer(s: &Stack, every: bool) -> Result<c_int, Raise> {
     if vm.timers.closing.get() {
         return s.fail("process exiting");
     }
-    if vm.config.purpose == vm::Purpose::Check {
-        return s.fail("no timers while a plugin is checked");
+    match vm.config.purpose {
+        vm::Purpose::Check => return s.fail("no timers while a plugin is checked"),
+        vm::Purpose::Thread => return s.fail("no timers in a worker thread"),
+        vm::Purpose::Plugins | vm::Purpose::Functions => {}
     }
     if vm.timers.pending.get() >= vm.timers.max_pending {
         return s.fail("too many pending timers");
@@ -124,8 +129,7 @@ fn timer(s: &Stack, every: bool) -> Result<c_int, Raise> {
     let kept = Kept { vm: vm.clone(), anchor, n };
     vm.timers.pending.set(vm.timers.pending.get() + 1);
     tokio::task::spawn_local(run_timer(kept, seconds(delay), every));
-    s.push_bool(true);
-    Ok(1)
+    Ok(s.push_number(1.0))
 }
 
 /// A callback and its arguments, in the registry.

@@ -47,6 +47,8 @@ pub enum Purpose {
     Plugins,
     /// Checks plugins and configurations on the control thread: no timers, no `init`.
     Check,
+    /// Runs one function after another for `ngx.run_worker_thread`: no requests, timers and waits.
+    Thread,
     /// Runs uploaded functions: no files, processes, FFI or debug library for them.
     Functions,
 }
@@ -78,6 +80,8 @@ pub struct Vm {
     pub lua: mlua::Lua,
     main: *mut ffi::lua_State,
     pub config: VmConfig,
+    /// What `require("moongate.native")` gives.
+    native: mlua::Table,
     entries: Vec<Entry>,
     limits: Limits,
     /// Registry reference of `moongate.ctx`'s `clear`.
@@ -183,6 +187,7 @@ impl Vm {
             lua,
             main,
             config,
+            native: native.clone(),
             entries,
             limits,
             clear: Cell::new(ffi::LUA_NOREF),
@@ -427,10 +432,13 @@ impl Vm {
         self.main
     }
 
-    /// Runs a script to its end outside of requests; it cannot wait.
-    pub fn run_script(&self, which: &Script) -> Result<()> {
+    /// Runs a script to its end outside of requests; it cannot wait. `stage` is what `ngx.get_phase` says meanwhile.
+    pub fn run_script(&self, which: &Script, stage: &str) -> Result<()> {
         let chunk = load_script(&self.lua, which).map_err(Error::script)?;
-        self.entered(|| limits::bounded(self.main, self.limits, || chunk.call::<()>(()))).map_err(script)
+        self.native.raw_set("stage", stage).map_err(script)?;
+        let ran = self.entered(|| limits::bounded(self.main, self.limits, || chunk.call::<()>(())));
+        self.native.raw_set("stage", mlua::Value::Nil).map_err(script)?;
+        ran.map_err(script)
     }
 
     /// Runs a chunk to its end; for set-up, not for requests.

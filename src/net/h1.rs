@@ -26,7 +26,7 @@ use super::{
 use crate::{
     error::{Error, Kind, Result},
     exchange::{
-        BodyLength, Client, Connection, Exchange, Headers, Request, RequestBody, Response, Version,
+        BodyLength, Client, Connection, Exchange, Headers, Request, RequestBody, Response, TcpInfo, Version,
         deadline::Deadline,
         framing::{ChunkDecoder, Chunked, Framing, HeadScan, LAST_CHUNK, Refusal, write_chunk_size},
     },
@@ -820,6 +820,19 @@ impl Client for H1 {
 
     fn body_received(&self) -> u64 {
         self.received
+    }
+
+    fn tcp_info(&self) -> Option<TcpInfo> {
+        self.io.as_ref()?.tcp_info()
+    }
+
+    fn export_keying_material(
+        &self,
+        out: &mut [u8],
+        label: &[u8],
+        context: Option<&[u8]>,
+    ) -> Option<std::result::Result<(), String>> {
+        self.io.as_ref()?.export_keying_material(out, label, context)
     }
 
     fn as_any(&mut self) -> &mut dyn Any {

@@ -2,6 +2,7 @@
 
 use std::{
     io::{self, IoSlice},
+    os::fd::AsRawFd,
     pin::Pin,
     task::{Context, Poll, ready},
 };
@@ -12,7 +13,7 @@ use tokio::{
 };
 use tokio_rustls::server::TlsStream;
 
-use crate::tcp;
+use crate::{exchange::TcpInfo, tcp};
 
 /// A TCP stream from which something was read too early (after a PROXY protocol header).
 pub struct Socket {
@@ -55,6 +56,36 @@ impl Io {
             Io::Tcp(s) => &s.tcp,
             Io::Tls(s) => &s.get_ref().0.tcp,
         }
+    }
+
+    /// What the kernel knows of the connection.
+    pub fn tcp_info(&self) -> Option<TcpInfo> {
+        let mut len = size_of::<libc::tcp_info>() as libc::socklen_t;
+        let fd = self.stream().tcp().as_raw_fd();
+        // SAFETY: plain old data, for which zeros are valid; the kernel writes at most `len` bytes of it.
+        let (failed, info) = unsafe {
+            let mut info: libc::tcp_info = std::mem::zeroed();
+            let into = (&raw mut info).cast();
+            (libc::getsockopt(fd, libc::IPPROTO_TCP, libc::TCP_INFO, into, &mut len), info)
+        };
+        (failed == 0).then_some(TcpInfo {
+            rtt: info.tcpi_rtt,
+            rttvar: info.tcpi_rttvar,
+            snd_cwnd: info.tcpi_snd_cwnd,
+            rcv_space: info.tcpi_rcv_space,
+        })
+    }
+
+    /// See `Client::export_keying_material`.
+    pub fn export_keying_material(
+        &self,
+        out: &mut [u8],
+        label: &[u8],
+        context: Option<&[u8]>,
+    ) -> Option<Result<(), String>> {
+        let Io::Tls(stream) = self else { return None };
+        let exported = stream.get_ref().1.export_keying_material(out, label, context);
+        Some(exported.map(|_| ()).map_err(|e| e.to_string()))
     }
 
     /// Appends what there is to `into`, at most `max` bytes and never past its capacity. `Ready(Ok(0))` is the end.

@@ -221,6 +221,9 @@ async fn prepare(tcp: TcpStream, peer: SocketAddr, local: SocketAddr, way: &Way)
         // What is no ClientHello gets its alert from the library.
         _ => tls.server.accept(socket, &snapshot.ssls).await?,
     };
+    // TLS 1.3 has no such names: what a client sends there means nothing (RFC 8446, 4.1.2).
+    let named = kept.as_ref().filter(|_| info.session_reused && info.protocol == "TLSv1.2");
+    info.session_id = named.map(|hello| hello.session_id.clone()).filter(|id| !id.is_empty());
     info.hello = kept;
     conn.tls = Some(info);
     Ok((Io::Tls(Box::new(stream)), conn))
@@ -250,7 +253,8 @@ async fn read_proxy_header(mut tcp: TcpStream, conn: &mut Connection) -> Result<
             return Err(Error::client(Kind::Closed).context("closed before the PROXY protocol header was whole"));
         }
     };
-    let Header { addresses, len } = header;
+    let Header { addresses, tlvs, len } = header;
+    conn.proxy_tlvs = input[tlvs..len].into();
     if let Some((client, to)) = addresses {
         conn.proxy = Some(conn.peer);
         (conn.peer, conn.local) = (client, to);

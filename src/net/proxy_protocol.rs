@@ -10,6 +10,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 pub struct Header {
     /// `(client, the address it connected to)`; `None` when the balancer speaks for itself (health checks).
     pub addresses: Option<(SocketAddr, SocketAddr)>,
+    /// Where the values behind the addresses begin (2.2 of the specification); they end where the header does.
+    pub tlvs: usize,
     /// Bytes that it takes.
     pub len: usize,
 }
@@ -18,6 +20,9 @@ pub struct Header {
 const V1_MAX: usize = 107;
 /// A version 2 header with its TLVs: the largest known ones (TLS certificates of cloud balancers) stay under it.
 const V2_MAX: usize = 4096;
+/// Two addresses and two ports.
+const V4_ADDRESSES: usize = 12;
+const V6_ADDRESSES: usize = 36;
 const V2_SIGNATURE: &[u8; 12] = b"\r\n\r\n\0\r\nQUIT\n";
 
 /// `Ok(None)`: more bytes are needed. The error is for the log.
@@ -32,7 +37,7 @@ pub fn parse(input: &[u8]) -> Result<Option<Header>, &'static str> {
     }
     let window = &input[..input.len().min(V1_MAX)];
     match memchr::memchr(b'\n', window) {
-        Some(lf) => parse_v1(&input[..lf]).map(|addresses| Some(Header { addresses, len: lf + 1 })),
+        Some(lf) => parse_v1(&input[..lf]).map(|addresses| Some(Header { addresses, tlvs: lf + 1, len: lf + 1 })),
         None if input.len() < V1_MAX => Ok(None),
         None => Err("PROXY protocol line too long"),
     }
@@ -85,7 +90,12 @@ fn parse_v2(input: &[u8]) -> Result<Option<Header>, &'static str> {
         0x00 | 0x31 => None,
         _ => return Err("PROXY protocol for something that is not TCP"),
     };
-    Ok(Some(Header { addresses, len }))
+    let tlvs = match (family, addresses) {
+        (_, None) => len,
+        (0x11, _) => 16 + V4_ADDRESSES,
+        _ => 16 + V6_ADDRESSES,
+    };
+    Ok(Some(Header { addresses, tlvs, len }))
 }
 
 const SHORT: &str = "PROXY protocol header without its addresses";
@@ -136,7 +146,9 @@ mod tests {
                 assert_eq!(parse(&header[..cut]), Ok(None), "{}", header[..cut].escape_ascii());
             }
             let len = header.len();
-            assert_eq!(parse(&[&header[..], b"GET /\n"].concat()), Ok(Some(Header { addresses, len })));
+            // The first of the two v4 addresses has values behind it.
+            let tlvs = if header.ends_with(&[0xff, 0, 0]) { len - 3 } else { len };
+            assert_eq!(parse(&[&header[..], b"GET /\n"].concat()), Ok(Some(Header { addresses, tlvs, len })));
         }
     }
 

@@ -208,7 +208,7 @@ impl Drop for Generation {
             log::line(Level::Debug, b"lua close the global Lua VM", None);
         }
         if let Some(script) = &self.exit_worker
-            && let Err(e) = self.vm.run_script(script)
+            && let Err(e) = self.vm.run_script(script, "exit_worker")
         {
             tracing::error!("exit_worker_by_lua error: {e}");
         }
@@ -602,7 +602,7 @@ impl Generation {
         let (vm, plugins) = (registry::vm(config)?, Plugins::new());
         vm.set_snapshot(snapshot);
         if let Some(script) = &setup.locations.init.init {
-            vm.run_script(script).map_err(|e| e.context("init_by_lua error"))?;
+            vm.run_script(script, "init").map_err(|e| e.context("init_by_lua error"))?;
         }
         let entry = Entry::of(&vm)?;
         let (scripts, number) = (script::Compiled::default(), snapshot.plugins_generation);

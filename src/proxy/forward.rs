@@ -116,6 +116,7 @@ impl<'a> Way<'a> {
         }
         let relayed = self.relay(x, &mut conn, head).await;
         // A response that came whole with its head ended when it began, as far as a clock can tell.
+        x.upstream.response_length = conn.taken();
         let first = x.upstream.tries.last().and_then(|last| last.header_time).filter(|_| !self.waited);
         let ended = first.map_or_else(Instant::now, |first| begun + first);
         if let Some(last) = x.upstream.tries.last_mut() {
@@ -333,6 +334,9 @@ impl<'a> Way<'a> {
         x.response.source = Source::Upstream;
         if self.p.runner.mask(x) != PhaseMask::default() {
             x.upstream.headers.clone_from(&x.response.headers);
+            if let Some(last) = x.upstream.tries.last_mut() {
+                (last.bytes_received, last.bytes_sent) = (conn.received(), conn.sent());
+            }
             self.waited = true;
         }
         x.response.headers.set_sound(b"Server", self.p.settings.server.as_bytes());
@@ -404,6 +408,7 @@ impl<'a> Way<'a> {
                 x.chunk.data.extend_from_slice(conn.data());
                 let n = conn.data().len();
                 conn.consume(n);
+                x.upstream.response_length = conn.taken();
             }
             x.chunk.eof = conn.is_done()?;
             output::chunk(x, &self.p.runner).await?;

@@ -31,6 +31,8 @@ const SYSTEM_BUNDLES: [&str; 5] = [
 #[derive(Clone, PartialEq, Eq, Hash)]
 struct Key {
     verify: bool,
+    /// PEM of the authorities that are trusted in place of the configuration's.
+    roots: Option<Box<str>>,
     /// PEM of certificate and key.
     pair: Option<(Box<str>, Box<str>)>,
     alpn: Box<[&'static [u8]]>,
@@ -82,23 +84,47 @@ fn add_bundle(store: &mut RootCertStore, path: &Path) -> Result<()> {
 /// The configuration for an upstream. `pair`: PEM of a client certificate and its key. Blocking and slow only when it
 /// is not cached.
 pub fn client_config(verify: bool, pair: Option<(&str, &str)>, alpn: &[&'static [u8]]) -> Result<Arc<ClientConfig>> {
-    let key = Key { verify, pair: pair.map(|(c, k)| (c.into(), k.into())), alpn: alpn.into() };
+    let key = Key { verify, roots: None, pair: pair.map(|(c, k)| (c.into(), k.into())), alpn: alpn.into() };
+    cached(key, pair)
+}
+
+/// One that verifies against these authorities, in PEM, and no others.
+pub fn client_config_trusting(roots: &str, pair: Option<(&str, &str)>) -> Result<Arc<ClientConfig>> {
+    let pair_key = pair.map(|(c, k)| (c.into(), k.into()));
+    cached(Key { verify: true, roots: Some(roots.into()), pair: pair_key, alpn: [].into() }, pair)
+}
+
+fn cached(key: Key, pair: Option<(&str, &str)>) -> Result<Arc<ClientConfig>> {
     if let Some(config) = CONFIGS.get(&key) {
         return Ok(config);
     }
-    let config = Arc::new(build(verify, pair, alpn)?);
+    let roots = key.roots.as_deref().map(store_of).transpose()?.unwrap_or_else(trusted);
+    let config = Arc::new(build(key.verify.then_some(roots), pair, &key.alpn)?);
     CONFIGS.insert(key, config.clone());
     Ok(config)
 }
 
-fn build(verify: bool, pair: Option<(&str, &str)>, alpn: &[&'static [u8]]) -> Result<ClientConfig> {
+fn store_of(pem: &str) -> Result<Arc<RootCertStore>> {
+    let mut store = RootCertStore::empty();
+    for cert in certificates(pem)? {
+        store.add(cert).map_err(|e| Error::config(Kind::Tls).cause(e).context("a trusted certificate"))?;
+    }
+    Ok(Arc::new(store))
+}
+
+/// `roots`: whom certificates must chain to; without them each is taken.
+fn build(
+    roots: Option<Arc<RootCertStore>>,
+    pair: Option<(&str, &str)>,
+    alpn: &[&'static [u8]],
+) -> Result<ClientConfig> {
     let provider = Arc::new(ring::default_provider());
     let failed = |e: rustls::Error| Error::config(Kind::Tls).cause(e).context("TLS to the upstream");
     let builder = ClientConfig::builder_with_provider(provider.clone()).with_safe_default_protocol_versions();
     let builder = builder.map_err(failed)?;
-    let builder = match verify {
-        true => builder.with_root_certificates(trusted()),
-        false => builder.dangerous().with_custom_certificate_verifier(Arc::new(Anyone(provider))),
+    let builder = match roots {
+        Some(roots) => builder.with_root_certificates(roots),
+        None => builder.dangerous().with_custom_certificate_verifier(Arc::new(Anyone(provider))),
     };
     let mut config = match pair {
         Some((cert, key)) => builder.with_client_auth_cert(certificates(cert)?, private_key(key)?).map_err(failed)?,
@@ -156,7 +182,8 @@ mod tests {
         let config = client_config(false, None, &[]).expect("a configuration");
         assert!(Arc::ptr_eq(&config, &client_config(false, None, &[]).expect("the same")));
         for i in 0..CONFIGS_KEPT + 100 {
-            let key = Key { verify: false, pair: Some((i.to_string().into(), "".into())), alpn: [].into() };
+            let key =
+                Key { verify: false, roots: None, pair: Some((i.to_string().into(), "".into())), alpn: [].into() };
             CONFIGS.insert(key, config.clone());
         }
         CONFIGS.run_pending_tasks();

@@ -161,6 +161,7 @@ impl<'a> Hello<'a> {
         let curves = self.extension(SUPPORTED_GROUPS).and_then(|data| Input(data).vector()).unwrap_or_default();
         ClientHello {
             random: self.random.try_into().unwrap_or_default(),
+            session_id: self.session_id.into(),
             ciphers: self.ciphers().collect(),
             curves: numbers(curves).collect(),
         }

@@ -13,8 +13,8 @@ use imbl::HashMap as Table;
 use moka::sync::Cache;
 use pcre2::bytes::Regex;
 use rustls::{
-    CipherSuite, DigitallySignedStruct, DistinguishedName, HandshakeKind, ProtocolVersion, RootCertStore, ServerConfig,
-    ServerConnection, SignatureScheme, SupportedProtocolVersion,
+    CertificateError, DigitallySignedStruct, DistinguishedName, HandshakeKind, ProtocolVersion, RootCertStore,
+    ServerConfig, ServerConnection, SignatureScheme, SupportedProtocolVersion,
     client::danger::HandshakeSignatureValid,
     crypto::{CryptoProvider, ring},
     server::{
@@ -26,11 +26,12 @@ use rustls::{
 use rustls_pki_types::{CertificateDer, UnixTime};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::{LazyConfigAcceptor, StartHandshake, server::TlsStream};
+use x509_parser::{certificate::X509Certificate, prelude::FromDer};
 
 use super::{certificates, private_key, versions};
 use crate::{
     error::{Error, Kind, Result},
-    exchange::TlsInfo,
+    exchange::{TlsInfo, openssl},
     model::{Id, Object, Ssl},
 };
 
@@ -420,13 +421,19 @@ pub(super) fn info(
             Some(ProtocolVersion::TLSv1_2) => "TLSv1.2",
             _ => "TLSv1.3",
         },
-        cipher: connection.negotiated_cipher_suite().map_or("", |s| openssl_name(s.suite())).into(),
+        cipher: connection
+            .negotiated_cipher_suite()
+            .and_then(|s| openssl::cipher(s.suite().into()))
+            .unwrap_or("")
+            .into(),
         session_reused: connection.handshake_kind() == Some(HandshakeKind::Resumed),
         client_cert: chain.first().map(|c| c.as_ref().into()),
         client_verify: client_verify(chain, verifier),
         ssl,
         hello: None,
         alpn: connection.alpn_protocol().map(Into::into),
+        curve: connection.negotiated_key_exchange_group().map(|group| group.name().into()),
+        session_id: None,
     }
 }
 
@@ -435,24 +442,35 @@ fn client_verify(chain: &[CertificateDer<'_>], verifier: Option<&dyn ClientCertV
     let (Some((cert, intermediates)), Some(verifier)) = (chain.split_first(), verifier) else { return "NONE".into() };
     match verifier.verify_client_cert(cert, intermediates, UnixTime::now()) {
         Ok(_) => "SUCCESS".into(),
-        Err(e) => format!("FAILED:{e}").into(),
+        Err(e) => format!("FAILED:{}", reason(&e, cert)).into(),
     }
 }
 
-/// `$ssl_cipher` as OpenSSL calls it.
-fn openssl_name(suite: CipherSuite) -> &'static str {
-    match suite {
-        CipherSuite::TLS13_AES_128_GCM_SHA256 => "TLS_AES_128_GCM_SHA256",
-        CipherSuite::TLS13_AES_256_GCM_SHA384 => "TLS_AES_256_GCM_SHA384",
-        CipherSuite::TLS13_CHACHA20_POLY1305_SHA256 => "TLS_CHACHA20_POLY1305_SHA256",
-        CipherSuite::TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256 => "ECDHE-ECDSA-AES128-GCM-SHA256",
-        CipherSuite::TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384 => "ECDHE-ECDSA-AES256-GCM-SHA384",
-        CipherSuite::TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256 => "ECDHE-ECDSA-CHACHA20-POLY1305",
-        CipherSuite::TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256 => "ECDHE-RSA-AES128-GCM-SHA256",
-        CipherSuite::TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384 => "ECDHE-RSA-AES256-GCM-SHA384",
-        CipherSuite::TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256 => "ECDHE-RSA-CHACHA20-POLY1305",
-        _ => "",
-    }
+/// Why a certificate is not good, in OpenSSL's words where it has them.
+fn reason(e: &rustls::Error, cert: &[u8]) -> String {
+    let text = match e {
+        rustls::Error::InvalidCertificate(e) => match e {
+            CertificateError::Expired | CertificateError::ExpiredContext { .. } => "certificate has expired",
+            CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => {
+                "certificate is not yet valid"
+            }
+            CertificateError::UnknownIssuer if is_self_issued(cert) => "self-signed certificate",
+            CertificateError::UnknownIssuer => "unable to verify the first certificate",
+            CertificateError::BadSignature => "certificate signature failure",
+            CertificateError::Revoked => "certificate revoked",
+            CertificateError::InvalidPurpose | CertificateError::InvalidPurposeContext { .. } => {
+                "unsupported certificate purpose"
+            }
+            _ => return e.to_string(),
+        },
+        rustls::Error::General(text) => text,
+        _ => return e.to_string(),
+    };
+    text.to_owned()
+}
+
+fn is_self_issued(cert: &[u8]) -> bool {
+    X509Certificate::from_der(cert).is_ok_and(|(_, cert)| cert.subject().as_raw() == cert.issuer().as_raw())
 }
 
 #[cfg(test)]

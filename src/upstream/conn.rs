@@ -63,6 +63,7 @@ pub struct Conn {
     keep: bool,
     requests: u64,
     received: u64,
+    taken: u64,
     sent: u64,
 }
 
@@ -81,6 +82,7 @@ impl Conn {
             keep: false,
             requests: 0,
             received: 0,
+            taken: 0,
             sent: 0,
         }
     }
@@ -88,7 +90,7 @@ impl Conn {
     /// Starts the next request.
     pub fn begin(&mut self) {
         self.requests += 1;
-        (self.received, self.sent) = (0, 0);
+        (self.received, self.sent, self.taken) = (0, 0, 0);
         self.scan = HeadScan::default();
         self.body = Body::Done;
         self.keep = false;
@@ -262,6 +264,12 @@ impl Conn {
     /// The first `n` bytes of `data` were taken.
     pub fn consume(&mut self, n: usize) {
         self.run.start += n;
+        self.taken += n as u64;
+    }
+
+    /// Bytes of the body that were taken so far.
+    pub fn taken(&self) -> u64 {
+        self.taken
     }
 
     /// All of the body was taken, as far as that can be told without another read.

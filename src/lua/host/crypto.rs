@@ -64,6 +64,9 @@ pub fn register(api: &mut Api) -> Result<()> {
     api.func("ngx.crc32_long", any, "crc32_long(text)", crc32)?;
     api.func("ngx.encode_base64", any, "encode_base64(text, no_padding?)", encode_base64)?;
     api.func("ngx.decode_base64", any, "decode_base64(text): nil when malformed", decode_base64)?;
+    let doc =
+        "decode_base64mime(text): characters outside of the alphabet are passed over (RFC 2045); nil when malformed";
+    api.func("ngx.decode_base64mime", any, doc, decode_base64mime)?;
     api.func("native.crypto.encode_base64url", any, "encode_base64url(text): without padding", encode_base64url)?;
     api.func("native.crypto.decode_base64url", any, "decode_base64url(text): nil when malformed", decode_base64url)
 }
@@ -162,15 +165,15 @@ fn equal(s: &Stack) -> Answer {
 }
 
 fn md5_hex(s: &Stack) -> Answer {
-    Ok(s.push_bytes(to_hex(&Md5::digest(s.bytes(1).unwrap_or_default()))))
+    Ok(s.push_bytes(to_hex(&Md5::digest(s.text(1)?))))
 }
 
 fn md5_bin(s: &Stack) -> Answer {
-    Ok(s.push_bytes(Md5::digest(s.bytes(1).unwrap_or_default())))
+    Ok(s.push_bytes(Md5::digest(s.text(1)?)))
 }
 
 fn sha1_bin(s: &Stack) -> Answer {
-    Ok(s.push_bytes(digest::digest(&digest::SHA1_FOR_LEGACY_USE_ONLY, s.bytes(1).unwrap_or_default())))
+    Ok(s.push_bytes(digest::digest(&digest::SHA1_FOR_LEGACY_USE_ONLY, s.text(1)?)))
 }
 
 fn hmac_sha1(s: &Stack) -> Answer {
@@ -179,21 +182,11 @@ fn hmac_sha1(s: &Stack) -> Answer {
 }
 
 fn crc32(s: &Stack) -> Answer {
-    Ok(s.push_number(crc32fast::hash(s.arg_bytes(1)?).into()))
+    Ok(s.push_number(crc32fast::hash(s.text(1)?).into()))
 }
 
 fn encode_base64(s: &Stack) -> Answer {
-    let text = match s.kind(1) {
-        mlua::ffi::LUA_TNIL => &b""[..],
-        mlua::ffi::LUA_TBOOLEAN => {
-            if s.boolean(1) {
-                &b"true"[..]
-            } else {
-                b"false"
-            }
-        }
-        _ => s.arg_bytes(1)?,
-    };
+    let text = s.text(1)?;
     if !s.is_nil(2) && s.kind(2) != mlua::ffi::LUA_TBOOLEAN {
         return Err(s.bad_argument(2, "boolean"));
     }
@@ -216,6 +209,19 @@ fn decode_base64(s: &Stack) -> Answer {
         return Err("string argument only".into());
     }
     decode(s, &STANDARD)
+}
+
+fn decode_base64mime(s: &Stack) -> Answer {
+    if s.kind(1) != mlua::ffi::LUA_TSTRING {
+        return Err("string argument only".into());
+    }
+    let text = s.arg_bytes(1)?;
+    let end = memchr::memchr(b'=', text).unwrap_or(text.len());
+    let digits = text[..end].iter().copied().filter(|b| b.is_ascii_alphanumeric() || matches!(b, b'+' | b'/'));
+    match STANDARD.decode(digits.collect::<Vec<u8>>()) {
+        Ok(bytes) => Ok(s.push_bytes(bytes)),
+        Err(_) => Ok(s.push_nil()),
+    }
 }
 
 fn encode_base64url(s: &Stack) -> Answer {

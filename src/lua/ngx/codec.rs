@@ -20,7 +20,7 @@ pub fn register(api: &mut Api) -> Result<()> {
     let any = Phases::ANY;
     api.func("ngx.escape_uri", any, "escape_uri(text, type?): 0 a whole URI, 2 (default) a component", escape)?;
     api.func("ngx.unescape_uri", any, "unescape_uri(text): also + to a space", |s| {
-        Ok(s.push_bytes(unescape_uri(s.bytes(1).unwrap_or_default(), true)))
+        Ok(s.push_bytes(unescape_uri(s.text(1)?, true)))
     })?;
     api.func("ngx.encode_args", any, "encode_args(table): a query string", encode_args)?;
     api.func("ngx.decode_args", any, "decode_args(text, max?): a table; and \"truncated\"", |s| {
@@ -66,7 +66,7 @@ pub fn escape_into(out: &mut Vec<u8>, text: &[u8], keep: impl Fn(u8) -> bool) {
 }
 
 fn escape(s: &Stack) -> Answer {
-    let text = if s.is_nil(1) { &b""[..] } else { s.arg_bytes(1)? };
+    let text = s.text(1)?;
     let keep = match s.number(2) {
         None if !s.is_nil(2) => return Err("\"type\" is not a number".into()),
         None | Some(2.0) => component,

@@ -25,6 +25,8 @@ type Answer = std::result::Result<c_int, Raise>;
 /// Longer ones are refused: an OCSP response has some 2 KB, a session with a client's certificates some 10.
 const MAX_OCSP: usize = 64 * 1024;
 const MAX_SESSION: usize = 64 * 1024;
+/// Bytes of key material: 255 times the shorter of the digests (RFC 8446, 7.1).
+const MAX_EXPORT: usize = 255 * 32;
 /// What a session begins with outside of the gateway: that it is one, and of which form.
 const SESSION: &[u8] = b"moongate-session-1:";
 
@@ -51,6 +53,8 @@ pub fn register(api: &mut Api) -> Result<()> {
         None => s.fail("no request found"),
     })?;
     api.func("native.ssl.client_random", any, "client_random(): 32 bytes | nil, err", client_random)?;
+    let doc = "export(length, label, context?): bytes that the client can derive too | nil, err; over HTTP/1";
+    api.func("native.ssl.export", Phases::REQUEST, doc, export)?;
     let doc = "shared_ciphers(GREASE too?): numbers that both sides know | nil, err";
     api.func("native.ssl.shared_ciphers", any, doc, shared_ciphers)?;
     api.func("native.ssl.hello_versions", hello, "hello_versions(): names, as the client lists them, or nil", |s| {
@@ -206,6 +210,23 @@ fn shared_ciphers(s: &Stack) -> Answer {
     };
     let known = |c: &u16| rustls::crypto::ring::ALL_CIPHER_SUITES.iter().any(|suite| u16::from(suite.suite()) == *c);
     Ok(push_numbers(s, offered.into_iter().filter(|c| known(c) || (grease_too && is_grease(*c)))))
+}
+
+fn export(s: &Stack) -> Answer {
+    let (length, label, context) = (s.arg_number(1)?, s.arg_bytes(2)?, s.opt_bytes(3)?);
+    if !(1.0..=MAX_EXPORT as f64).contains(&length) {
+        return s.fail(format!("the length is 1 to {MAX_EXPORT}"));
+    }
+    let Some(x) = fast::exchange() else { return s.fail("no request found") };
+    if x.conn.tls.is_none() {
+        return s.fail("bad ssl conn");
+    }
+    let mut out = vec![0; length as usize];
+    match x.client.as_ref().and_then(|client| client.export_keying_material(&mut out, label, context)) {
+        Some(Ok(())) => Ok(s.push_bytes(out)),
+        Some(Err(text)) => s.fail(text),
+        None => s.fail("not supported where requests share a connection"),
+    }
 }
 
 fn set_protocols(s: &Stack) -> Answer {

@@ -44,7 +44,7 @@ pub fn register(api: &mut Api) -> Result<()> {
     api.fast("req_header_set_number", set_number, any, doc, req_header_set_number as *const c_void)?;
     let doc = "as `resp_header_set`, with a number's text as the value";
     api.fast("resp_header_set_number", set_number, any, doc, resp_header_set_number as *const c_void)?;
-    api.func("native.req.headers", any, "headers(max, raw): table, \"truncated\"", |s| {
+    api.func("native.req.headers", Phases::REQUEST, "headers(max, raw): table, \"truncated\"", |s| {
         push_headers(s, &request()?.request.headers, "request")
     })?;
     let doc = "keeps_underscores(): lua_transform_underscores_in_response_headers is off";
@@ -52,7 +52,7 @@ pub fn register(api: &mut Api) -> Result<()> {
         let location = fast::exchange().and_then(|x| x.location.as_ref());
         Ok(s.push_bool(location.is_some_and(|l| !l.directives.lua_transform_underscores_in_response_headers)))
     })?;
-    api.func("native.resp.headers", any, "headers(max, raw): table, \"truncated\"", |s| {
+    api.func("native.resp.headers", Phases::REQUEST, "headers(max, raw): table, \"truncated\"", |s| {
         let x = request()?;
         if x.location.is_none() {
             return push_headers(s, &x.response.headers, "response");
@@ -234,12 +234,12 @@ fn nth(headers: &Headers, name: &[u8], n: u32, out: &mut Text) -> c_int {
 // SAFETY (all exports): Lua passes strings with their lengths and its own buffer for the answer.
 crate::export! {
     fn req_header(name: *const u8, len: usize, n: u32, out: *mut Text) -> c_int, 0 => {
-        let Some(x) = fast::request() else { return 0 };
+        let Some(x) = fast::request() else { return -1 };
         unsafe { nth(&x.request.headers, fast::bytes(name, len), n, &mut *out) }
     }
 
     fn resp_header(name: *const u8, len: usize, n: u32, out: *mut Text) -> c_int, 0 => {
-        let Some(x) = fast::request() else { return 0 };
+        let Some(x) = fast::request() else { return -1 };
         let name = unsafe { fast::bytes(name, len) };
         let found = unsafe { nth(&x.response.headers, name, n, &mut *out) };
         if found == 0 && n == 0 && x.location.is_some() {

@@ -29,6 +29,7 @@ pub mod time;
 pub mod upstream;
 pub mod var;
 pub mod worker;
+pub mod worker_thread;
 
 use super::api::Api;
 use crate::error::Result;
@@ -86,7 +87,8 @@ pub fn register(api: &mut Api) -> Result<()> {
     time::register(api)?;
     upstream::register(api)?;
     var::register(api)?;
-    worker::register(api)
+    worker::register(api)?;
+    worker_thread::register(api)
 }
 
 #[cfg(test)]

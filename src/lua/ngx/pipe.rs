@@ -264,6 +264,7 @@ fn spawn(s: &Stack) -> Answer {
     match vm.config.purpose {
         Purpose::Plugins => {}
         Purpose::Functions => return s.fail("not open to functions"),
+        Purpose::Thread => return s.fail("no processes in a worker thread"),
         Purpose::Check => return s.fail("no processes while a plugin is checked"),
     }
     let mut command = command(s)?;

@@ -46,7 +46,7 @@ pub fn register(api: &mut Api) -> Result<()> {
         codec::push_args(s, &request()?.request.args, max)
     })?;
     api.func("ngx.req.get_post_args", READ, "get_post_args(max?): table, err", get_post_args)?;
-    api.func("native.req.set_method", BODY | Phases::HEADER_FILTER, "set_method(name)", |s| {
+    api.func("native.req.set_method", BODY | Phases::SET | Phases::HEADER_FILTER, "set_method(name)", |s| {
         let name = s.arg_bytes(1)?;
         let x = request()?;
         x.request.method.clear();
@@ -54,14 +54,9 @@ pub fn register(api: &mut Api) -> Result<()> {
         Ok(0)
     })?;
     let doc = "set_uri(uri, jump?, binary?): jump looks for the location anew and does not return";
-    let uri = BODY | Phases::HEADER_FILTER | Phases::BODY_FILTER;
+    let uri = BODY | Phases::SET | Phases::HEADER_FILTER | Phases::BODY_FILTER;
     api.wait("ngx.req.set_uri", uri, doc, set_uri)?;
-    api.func(
-        "ngx.req.set_uri_args",
-        BODY | Phases::HEADER_FILTER,
-        "set_uri_args(text, number or table)",
-        set_uri_args,
-    )?;
+    api.func("ngx.req.set_uri_args", uri, "set_uri_args(text, number or table)", set_uri_args)?;
     api.func("ngx.req.http_version", READ, "http_version(): 1.0, 1.1 or 2.0", |s| {
         let version = match request()?.request.version {
             Version::Http10 => 1.0,
@@ -100,13 +95,23 @@ pub fn register(api: &mut Api) -> Result<()> {
         replace_body(x, RequestBody::Memory(data.clone()), data.len() as u64);
         Ok(0)
     })?;
-    api.func("native.req.unreadable", BODY, "unreadable(): why the body cannot be replaced, or nil", |s| {
-        Ok(match unreadable(request()?) {
-            Some(why) => s.push_bytes(why),
-            None => s.push_nil(),
-        })
-    })?;
-    api.func("native.req.replace_body", BODY, "replace_body(text, size?): to a file when it is longer", replace_with)?;
+    api.func(
+        "native.req.unreadable",
+        BODY | Phases::SET,
+        "unreadable(): why the body cannot be replaced, or nil",
+        |s| {
+            Ok(match unreadable(request()?) {
+                Some(why) => s.push_bytes(why),
+                None => s.push_nil(),
+            })
+        },
+    )?;
+    api.func(
+        "native.req.replace_body",
+        BODY | Phases::SET,
+        "replace_body(text, size?): to a file when it is longer",
+        replace_with,
+    )?;
     api.func("ngx.req.set_body_file", REPLACE, "set_body_file(name, auto_clean?): replaces the body", |s| {
         let path: std::path::PathBuf = s.arg_str(1)?.into_owned().into();
         let x = request()?;
@@ -151,6 +156,11 @@ fn set_uri(s: &Stack) -> std::result::Result<Wait, Raise> {
     let uri = s.arg_bytes(1)?;
     if uri.is_empty() {
         return Err("attempt to use zero-length uri".into());
+    }
+    for i in [2, 3] {
+        if !s.is_nil(i) && s.kind(i) != mlua::ffi::LUA_TBOOLEAN {
+            return Err(s.bad_argument(i, "boolean"));
+        }
     }
     if !s.boolean(3)
         && let Some(at) = uri.iter().position(|b| is_unsafe(*b))
@@ -341,9 +351,6 @@ fn read_body(keep: bool) -> std::result::Result<Wait, Raise> {
     let x = request()?;
     x.body_read = true;
     if !matches!(x.body, RequestBody::Streaming { .. }) {
-        if !keep && !matches!(x.body, RequestBody::None) {
-            x.body = RequestBody::Consumed;
-        }
         return Ok(Wait::Ready(0));
     }
     let mut reading = Reading::default();

@@ -74,7 +74,13 @@ pub fn register(api: &mut Api) -> Result<()> {
         status as *const c_void,
     )?;
     api.fast("status_set", "int (int)", any, "0: no request, -1: the head is sent", status_set as *const c_void)?;
-    api.fast("headers_sent", "int (void)", any, "1 when the head is on its way", headers_sent as *const c_void)?;
+    api.fast(
+        "headers_sent",
+        "int (void)",
+        any,
+        "1 when the head is on its way; -1: no request",
+        headers_sent as *const c_void,
+    )?;
     let doc = "the chunk of a body filter; 1 when it is the last, -1 outside of one";
     api.fast("chunk", "int (void *)", any, doc, chunk as *const c_void)?;
     let doc = "replaces the chunk of a body filter";
@@ -99,7 +105,7 @@ crate::export! {
     }
 
     fn headers_sent() -> c_int, 0 => {
-        fast::request().map_or(0, |x| c_int::from(x.response.head_sent || x.response.settled))
+        fast::request().map_or(-1, |x| c_int::from(x.response.head_sent || x.response.settled))
     }
 
     fn chunk(out: *mut Text) -> c_int, -1 => {
@@ -239,6 +245,9 @@ fn eof(s: &Stack) -> Sent {
 }
 
 fn flush(s: &Stack) -> Sent {
+    if !s.is_nil(1) && s.kind(1) != mlua::ffi::LUA_TBOOLEAN {
+        return Err(s.bad_argument(1, "boolean"));
+    }
     let x = request()?;
     if let Some(why) = refusal(x) {
         return ready(s.fail(why));

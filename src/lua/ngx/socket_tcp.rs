@@ -124,6 +124,8 @@ struct Socket {
     local: Cell<Option<SocketAddr>>,
     /// `setclientcert`
     client: RefCell<Option<ssl::Pair>>,
+    /// `settrustedstore`, until a handshake has taken it.
+    trusted: RefCell<Option<Rc<ssl::Chain>>>,
 }
 
 impl Shut for Socket {
@@ -252,6 +254,10 @@ pub fn register(api: &mut Api) -> Result<()> {
     let doc =
         "setclientcert(self, certificate?, key?) -> true | nil, err: objects of native.ssl for the next handshake.";
     api.func("native.tcp.setclientcert", any, doc, set_client_cert)?;
+    let doc =
+        "settrustedstore(self, certificates?) -> true | nil, err: authorities of the next handshake that verifies.";
+    api.func("native.tcp.settrustedstore", any, doc, set_trusted_store)?;
+    api.func("native.tcp.has_tls", any, "has_tls(self) -> true | nil, err.", has_tls)?;
     api.wait("native.tcp.sslhandshake", any, "sslhandshake(self, session?, name?, verify?) -> true.", handshake)?;
     api.wait("native.tcp.send", any, "send(self, data) -> bytes.", send)?;
     api.wait("native.tcp.receive", any, "receive(self, size | \"*a\" | \"*l\") -> data.", receive)?;
@@ -282,6 +288,7 @@ fn new_socket() -> Result<Rc<Socket>, Raise> {
         read_timeout: Cell::new(None),
         local: Cell::new(None),
         client: RefCell::default(),
+        trusted: RefCell::default(),
     });
     let weak: std::rc::Weak<Socket> = Rc::downgrade(&socket);
     owner.adopt(weak);
@@ -624,6 +631,32 @@ fn set_client_cert(s: &Stack) -> Answer {
     }
 }
 
+fn set_trusted_store(s: &Stack) -> Answer {
+    let socket = this(s)?;
+    if socket.conn.borrow().is_none() {
+        return s.fail("closed");
+    }
+    let trusted = match s.is_nil(2) {
+        true => None,
+        false => match object::get::<ssl::Chain>(s, 2) {
+            Ok(chain) => Some(chain),
+            Err(_) => return s.fail(format!("bad store arg: cdata expected, got {}", s.kind_name(2))),
+        },
+    };
+    *socket.trusted.borrow_mut() = trusted;
+    Ok(s.push_bool(true))
+}
+
+fn has_tls(s: &Stack) -> Answer {
+    let socket = this(s)?;
+    let tls = socket.conn.borrow().as_ref().map(|conn| conn.tls);
+    match tls {
+        Some(true) => Ok(s.push_bool(true)),
+        Some(false) => s.fail("not an SSL connection"),
+        None => s.fail("closed"),
+    }
+}
+
 /// `sslhandshake(session, name, verify)`. Sessions are resumed by the TLS configuration itself.
 fn handshake(s: &Stack) -> Result<Wait, Raise> {
     let socket = this(s)?;
@@ -651,7 +684,12 @@ async fn agree(busy: Busy, io: Box<dyn Io>, peer: IpAddr, name: Option<String>, 
     };
     let client = busy.socket.client.borrow().clone();
     let pair = client.as_ref().map(|(chain, key)| (&*chain.pem, &*key.pem));
-    let (name, config) = match (name, tls::client_config(verify, pair, &[])) {
+    let trusted = busy.socket.trusted.borrow_mut().take().filter(|_| verify);
+    let config = match &trusted {
+        Some(trusted) => tls::client_config_trusting(&trusted.pem, pair),
+        None => tls::client_config(verify, pair, &[]),
+    };
+    let (name, config) = match (name, config) {
         (Ok(name), Ok(config)) => (name, config),
         (Err(text), _) => return failed(text),
         (_, Err(e)) => return failed(e.to_string()),
@@ -686,6 +724,7 @@ fn tls_text(e: &io::Error) -> String {
             "9: certificate is not yet valid"
         }
         CertificateError::Revoked => "23: certificate revoked",
+        CertificateError::BadSignature => "7: certificate signature failure",
         _ => "handshake failed",
     }
     .into()

@@ -5,7 +5,7 @@ use std::ffi::{c_int, c_void};
 use super::{Text, with_scratch};
 use crate::{
     error::Result,
-    exchange::{Exchange, Known, Var},
+    exchange::{Exchange, Known, Var, vars::Refused},
     lua::{
         api::{Api, Phases},
         fast,
@@ -15,6 +15,10 @@ use crate::{
 /// Variables of a request that scripts may make: a bound against a script that makes one per loop.
 const MAX_CUSTOM: usize = 256;
 
+const NOT_CHANGEABLE: c_int = 0;
+const NOT_FOUND: c_int = -2;
+const NOT_ASSIGNABLE: c_int = -3;
+
 pub fn register(api: &mut Api) -> Result<()> {
     let doc = "a variable's value: 1 when it has one, -1 without a request";
     let signature = "int (const char *, size_t, void *)";
@@ -23,7 +27,8 @@ pub fn register(api: &mut Api) -> Result<()> {
     api.fast("var_id", "int (const char *, size_t)", Phases::ANY, doc, var_id as *const c_void)?;
     let doc = "a variable's value by its number: 1 when it has one, -1 without a request";
     api.fast("var_at", "int (int, void *)", Phases::ANY, doc, var_at as *const c_void)?;
-    let doc = "sets a variable; a null value unsets it; 0: it cannot be changed, -1: no request";
+    let doc = "sets a variable; a null value unsets it; 0: it cannot be changed, -1: no request, -2: there is none of that \
+               name to write, -3: it cannot be assigned";
     let signature = "int (const char *, size_t, const char *, size_t)";
     api.fast("var_set", signature, Phases::ANY, doc, var_set as *const c_void)
 }
@@ -56,7 +61,7 @@ crate::export! {
         let Some(x) = fast::request() else { return -1 };
         let name = unsafe { fast::bytes(name, len) };
         let value = (!value.is_null()).then(|| unsafe { fast::bytes(value, value_len) });
-        c_int::from(write(x, name, value))
+        write(x, name, value)
     }
 }
 
@@ -72,19 +77,31 @@ fn read(x: &Exchange, name: &[u8], out: &mut Text) -> bool {
     })
 }
 
-fn write(x: &mut Exchange, name: &[u8], value: Option<&[u8]>) -> bool {
-    let Ok(name) = std::str::from_utf8(name) else { return false };
-    if let Some(value) = value {
-        let known = x.custom_vars.iter().any(|(n, _)| &**n == name);
-        return (known || x.custom_vars.len() < MAX_CUSTOM) && x.set_var(name, value).is_ok();
+/// 1, or what `var_set` says of a refusal.
+fn write(x: &mut Exchange, name: &[u8], value: Option<&[u8]>) -> c_int {
+    let Ok(name) = std::str::from_utf8(name) else { return NOT_FOUND };
+    let folded = x.location.is_some().then(|| name.to_ascii_lowercase());
+    let name = folded.as_deref().unwrap_or(name);
+    if !x.is_defined(name) {
+        return NOT_FOUND;
     }
-    // nil: a variable of the script's own goes, one of the gateway's becomes empty.
-    match x.custom_vars.iter().position(|(n, _)| &**n == name) {
-        Some(at) => {
+    let made = x.custom_vars.iter().position(|(n, _)| &**n == name);
+    let set = match (value, made) {
+        (Some(_), None) if x.custom_vars.len() >= MAX_CUSTOM => return NOT_CHANGEABLE,
+        (Some(value), _) => x.set_var(name, value),
+        // nil: a variable of the script's own goes, one of the gateway's becomes empty.
+        (None, Some(at)) => {
             x.custom_vars.swap_remove(at);
-            true
+            Ok(())
         }
-        None => matches!(Var::parse(name), Var::Custom(_)) || x.set_var(name, b"").is_ok(),
+        (None, None) if matches!(Var::parse(name), Var::Custom(_)) => Ok(()),
+        (None, None) => x.set_var(name, b""),
+    };
+    match set {
+        Ok(()) => 1,
+        Err(Refused::NotChangeable) => NOT_CHANGEABLE,
+        Err(Refused::NotFound) => NOT_FOUND,
+        Err(Refused::NotAssignable) => NOT_ASSIGNABLE,
     }
 }
 

@@ -109,9 +109,9 @@ fn request_headers_and_the_extension_of_the_path() {
          return table.concat(ngx.req.get_headers()['x-a'], ' ') .. ' ' .. ngx.req.get_headers()['x-b']",
         "1 2 3 4 true",
     );
-    for value in ["nil", "{}"] {
+    for (value, why) in [("nil", "string or table expected, got nil"), ("{}", "non-empty table expected")] {
         let chunk = format!("return (select(2, pcall(function() require('ngx.req').add_header('X', {value}) end)))");
-        serve(nothing, &chunk, "test:1: invalid header value");
+        serve(nothing, &chunk, &format!("test:1: bad 'value' argument: {why}"));
     }
     for (path, max, expected) in
         [("/a/test.m3u8", "", "m3u8"), ("/a.b/c", "", ""), ("/x.tar.gz", "1", "g"), ("/a/b.", "", "")]

@@ -1,0 +1,372 @@
+//! `ngx.run_worker_thread`: functions that compute for long or block, away from the threads that serve requests.
+//!
+//! A few threads for the whole process, each with a VM of its own, which it makes with its first task and anew when plugins were
+//! uploaded. What goes in and comes out is copied. Such a function has no request, waits for nothing and starts no timers.
+
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::PathBuf,
+    rc::Rc,
+    sync::{Arc, Mutex, OnceLock, PoisonError, mpsc},
+    thread,
+};
+
+use mlua::ffi;
+use tokio::sync::oneshot;
+
+use crate::{
+    error::Result,
+    lua::{
+        Op, Value, Values, Wait,
+        api::{Api, Phases, Raise, Stack, script},
+        limits::{self, Limits},
+        vm::{self, Purpose, Vm, VmConfig},
+    },
+};
+
+/// More would take the processor from those who serve requests.
+const THREADS: usize = 4;
+/// Tasks that wait for a thread; more are refused.
+const MAX_WAITING: usize = 1024;
+/// How deep tables may stand within each other, which bounds those that hold themselves, and how many values there may be.
+const MAX_DEPTH: usize = 100;
+const MAX_VALUES: usize = 1 << 20;
+/// How much longer than a script between two waits (`lua.limits.cpu_ms`) a task may compute: 60 s by default.
+const PATIENCE: u64 = 60;
+/// A VM that holds more after a task is not used again.
+const KEPT_MEMORY: usize = 64 << 20;
+
+pub fn register(api: &mut Api) -> Result<()> {
+    let doc = "run_worker_thread(pool, module, function, args…): true, results… | false, err; all pools are one. Not in functions";
+    api.wait("ngx.run_worker_thread", Phases::BEFORE_HEAD, doc, run)
+}
+
+/// A value that goes from one VM to another.
+#[derive(Debug, PartialEq)]
+enum Plain {
+    Nil,
+    Bool(bool),
+    Number(f64),
+    Bytes(Vec<u8>),
+    Table(Vec<(Plain, Plain)>),
+}
+
+/// What a VM is made of, as far as it may go to another thread.
+struct Sources {
+    prefix: PathBuf,
+    lua_path: String,
+    lua_cpath: String,
+    package_path: String,
+    package_cpath: String,
+    config: Arc<serde_json::Value>,
+    plugins: Vec<(Arc<str>, Arc<str>)>,
+}
+
+struct Task {
+    sources: Sources,
+    module: Vec<u8>,
+    function: Vec<u8>,
+    args: Vec<Plain>,
+    done: oneshot::Sender<Outcome>,
+}
+
+/// What the function has returned; the error is for the script.
+type Outcome = std::result::Result<Vec<Plain>, String>;
+
+fn run(s: &Stack) -> std::result::Result<Wait, Raise> {
+    s.arg_bytes(1)?;
+    let (module, function) = (s.arg_bytes(2)?.to_vec(), s.arg_bytes(3)?.to_vec());
+    let vm = vm::current().ok_or("no VM runs")?;
+    if vm.config.purpose != Purpose::Plugins {
+        return Ok(refuse(s, "not open to functions"));
+    }
+    let mut copying = Copying::default();
+    let args: std::result::Result<Vec<Plain>, String> = (4..=s.top()).map(|i| copying.read(s, i, 0)).collect();
+    let args = match args {
+        Ok(args) => args,
+        Err(text) => return Ok(refuse(s, &text)),
+    };
+    let (done, outcome) = oneshot::channel();
+    let sources = Sources::of(&vm.config);
+    let Some(tasks) = pool() else { return Ok(refuse(s, "no thread can be started")) };
+    if tasks.try_send(Task { sources, module, function, args, done }).is_err() {
+        return Ok(refuse(s, "too many tasks wait for a thread"));
+    }
+    Ok(Wait::Park(Op::future(async move {
+        let outcome = outcome.await.unwrap_or_else(|_| Err("the task was given up".into()));
+        let (ok, results) = match outcome {
+            Ok(results) => (true, results),
+            Err(text) => (false, vec![Plain::Bytes(text.into_bytes())]),
+        };
+        std::iter::once(Value::Bool(ok)).chain(results.into_iter().map(Value::from)).collect::<Values>()
+    })))
+}
+
+fn refuse(s: &Stack, text: &str) -> Wait {
+    s.push_bool(false);
+    s.push_bytes(text);
+    Wait::Ready(2)
+}
+
+/// Where tasks go. `None`: no thread could be started.
+fn pool() -> Option<&'static mpsc::SyncSender<Task>> {
+    static POOL: OnceLock<Option<mpsc::SyncSender<Task>>> = OnceLock::new();
+    let start = || {
+        let (tasks, waiting) = mpsc::sync_channel(MAX_WAITING);
+        let waiting = Arc::new(Mutex::new(waiting));
+        let started = (0..THREADS).filter(|n| {
+            let waiting = waiting.clone();
+            thread::Builder::new().name(format!("lua-thread-{n}")).spawn(move || work(&waiting)).is_ok()
+        });
+        (started.count() > 0).then_some(tasks)
+    };
+    POOL.get_or_init(start).as_ref()
+}
+
+fn work(waiting: &Mutex<mpsc::Receiver<Task>>) {
+    let mut vm = None;
+    loop {
+        let next = waiting.lock().unwrap_or_else(PoisonError::into_inner).recv();
+        let Ok(task) = next else { return };
+        let (sources, call) = (task.sources, (task.module, task.function, task.args));
+        let outcome = catch_unwind(AssertUnwindSafe(|| serve(&mut vm, sources, call)));
+        let outcome = outcome.unwrap_or_else(|_| Err("the thread has failed".into()));
+        // Whoever has asked may have gone.
+        let _ = task.done.send(outcome);
+        if vm.as_ref().is_some_and(|vm: &Rc<Vm>| vm.lua.used_memory() > KEPT_MEMORY) {
+            vm = None;
+        }
+    }
+}
+
+fn serve(kept: &mut Option<Rc<Vm>>, sources: Sources, call: (Vec<u8>, Vec<u8>, Vec<Plain>)) -> Outcome {
+    let vm = match kept.take().filter(|vm| sources.are_of(&vm.config)) {
+        Some(vm) => vm,
+        None => Vm::new(sources.config()).map_err(|e| e.to_string())?,
+    };
+    let outcome = called(&vm, call);
+    *kept = Some(vm);
+    outcome
+}
+
+impl Sources {
+    fn of(config: &VmConfig) -> Sources {
+        Sources {
+            prefix: config.prefix.clone(),
+            lua_path: config.lua_path.clone(),
+            lua_cpath: config.lua_cpath.clone(),
+            package_path: config.package_path.clone(),
+            package_cpath: config.package_cpath.clone(),
+            config: config.config.clone(),
+            plugins: config.plugin_sources.clone(),
+        }
+    }
+
+    fn config(self) -> VmConfig {
+        VmConfig {
+            purpose: Purpose::Thread,
+            prefix: self.prefix,
+            lua_path: self.lua_path,
+            lua_cpath: self.lua_cpath,
+            package_path: self.package_path,
+            package_cpath: self.package_cpath,
+            config: self.config,
+            plugin_sources: self.plugins,
+            ..VmConfig::default()
+        }
+    }
+
+    /// Whether the modules that a script finds are those of a VM: the rest does not change while the process lives.
+    fn are_of(&self, config: &VmConfig) -> bool {
+        let (a, b) = (&self.plugins, &config.plugin_sources);
+        a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.0 == b.0 && Arc::ptr_eq(&a.1, &b.1))
+    }
+}
+
+fn called(vm: &Vm, (module, function, args): (Vec<u8>, Vec<u8>, Vec<Plain>)) -> Outcome {
+    let run = || -> Result<mlua::MultiValue> {
+        let require: mlua::Function = vm.lua.globals().get("require").map_err(script)?;
+        let face: mlua::Table = require.call("moongate.worker_thread").map_err(script)?;
+        let run: mlua::Function = face.get("run").map_err(script)?;
+        let names = [Plain::Bytes(module), Plain::Bytes(function)];
+        let given: mlua::Result<mlua::MultiValue> =
+            names.into_iter().chain(args).map(|value| value.into_lua(&vm.lua)).collect();
+        run.call(given.map_err(script)?).map_err(script)
+    };
+    let Limits { cpu_ms, memory_mb } = vm.limits();
+    let limits = Limits { cpu_ms: cpu_ms.saturating_mul(PATIENCE), memory_mb };
+    let results = vm.entered(|| limits::bounded(vm.main(), limits, run)).map_err(|e| e.to_string())?;
+    let mut copying = Copying::default();
+    let results: std::result::Result<Vec<Plain>, String> = results.iter().map(|value| copying.take(value, 0)).collect();
+    let mut results = results?.into_iter();
+    match results.next() {
+        Some(Plain::Bool(true)) => Ok(results.collect()),
+        _ => Err(match results.next() {
+            Some(Plain::Bytes(text)) => String::from_utf8_lossy(&text).into_owned(),
+            _ => "the function has failed".into(),
+        }),
+    }
+}
+
+/// Counts what is copied.
+#[derive(Default)]
+struct Copying(usize);
+
+impl Copying {
+    fn count(&mut self, depth: usize) -> std::result::Result<(), String> {
+        self.0 += 1;
+        match () {
+            () if depth > MAX_DEPTH => Err(format!("tables stand within each other more than {MAX_DEPTH} times")),
+            () if self.0 > MAX_VALUES => Err(format!("more than {MAX_VALUES} values")),
+            () => Ok(()),
+        }
+    }
+
+    /// What stands at `i` of a stack.
+    fn read(&mut self, s: &Stack, i: std::ffi::c_int, depth: usize) -> std::result::Result<Plain, String> {
+        self.count(depth)?;
+        Ok(match s.kind(i) {
+            ffi::LUA_TNIL => Plain::Nil,
+            ffi::LUA_TBOOLEAN => Plain::Bool(s.boolean(i)),
+            ffi::LUA_TNUMBER => Plain::Number(s.number(i).unwrap_or_default()),
+            ffi::LUA_TSTRING => Plain::Bytes(s.bytes(i).unwrap_or_default().to_vec()),
+            ffi::LUA_TTABLE => {
+                s.reserve(8).map_err(|e| e.0.into_owned())?;
+                let mut entries = Vec::new();
+                s.pairs(i, |s| {
+                    let (key, value) = (s.absolute(-2), s.absolute(-1));
+                    entries.push((self.read(s, key, depth + 1)?, self.read(s, value, depth + 1)?));
+                    Ok(())
+                })
+                .map_err(|text: String| text)?;
+                Plain::Table(entries)
+            }
+            _ => return Err(format!("unsupported Lua type: {}", s.kind_name(i))),
+        })
+    }
+
+    fn take(&mut self, value: &mlua::Value, depth: usize) -> std::result::Result<Plain, String> {
+        self.count(depth)?;
+        Ok(match value {
+            mlua::Value::Nil => Plain::Nil,
+            mlua::Value::Boolean(b) => Plain::Bool(*b),
+            mlua::Value::Integer(n) => Plain::Number(*n as f64),
+            mlua::Value::Number(n) => Plain::Number(*n),
+            mlua::Value::String(text) => Plain::Bytes(text.as_bytes().to_vec()),
+            mlua::Value::Table(table) => {
+                let mut entries = Vec::new();
+                for entry in table.pairs::<mlua::Value, mlua::Value>() {
+                    let (key, value) = entry.map_err(|e| e.to_string())?;
+                    entries.push((self.take(&key, depth + 1)?, self.take(&value, depth + 1)?));
+                }
+                Plain::Table(entries)
+            }
+            other => return Err(format!("unsupported Lua type: {}", other.type_name())),
+        })
+    }
+}
+
+impl Plain {
+    fn into_lua(self, lua: &mlua::Lua) -> mlua::Result<mlua::Value> {
+        Ok(match self {
+            Plain::Nil => mlua::Value::Nil,
+            Plain::Bool(b) => mlua::Value::Boolean(b),
+            Plain::Number(n) => mlua::Value::Number(n),
+            Plain::Bytes(bytes) => mlua::Value::String(lua.create_string(bytes)?),
+            Plain::Table(entries) => {
+                let table = lua.create_table_with_capacity(0, entries.len())?;
+                for (key, value) in entries {
+                    table.raw_set(key.into_lua(lua)?, value.into_lua(lua)?)?;
+                }
+                mlua::Value::Table(table)
+            }
+        })
+    }
+
+    fn push(self, s: &Stack) {
+        match self {
+            Plain::Nil => s.push_nil(),
+            Plain::Bool(b) => s.push_bool(b),
+            Plain::Number(n) => s.push_number(n),
+            Plain::Bytes(bytes) => s.push_bytes(bytes),
+            Plain::Table(entries) => {
+                s.push_table(0, entries.len());
+                // A stack that cannot grow leaves the table empty; MAX_DEPTH keeps that from happening.
+                if s.reserve(8).is_ok() {
+                    let table = s.top();
+                    for (key, value) in entries {
+                        key.push(s);
+                        value.push(s);
+                        s.set_raw(table);
+                    }
+                }
+                1
+            }
+        };
+    }
+}
+
+impl From<Plain> for Value {
+    fn from(value: Plain) -> Value {
+        match value {
+            Plain::Nil => Value::Nil,
+            Plain::Bool(b) => Value::Bool(b),
+            Plain::Number(n) => Value::Number(n),
+            Plain::Bytes(bytes) => Value::Bytes(bytes),
+            table => Value::Push(Box::new(move |s| table.push(s))),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn outcome(config: VmConfig, source: &str, args: Vec<Plain>) -> Outcome {
+        let vm = Vm::new(VmConfig { purpose: Purpose::Thread, ..config }).expect("a VM");
+        vm.run("t.lua", source).expect("it runs");
+        called(&vm, (b"t".to_vec(), b"f".to_vec(), args))
+    }
+
+    #[test]
+    fn values_go_both_ways_up_to_a_number_and_a_depth() {
+        let echo = "package.preload.t = function() return { f = function(...) return ... end } end";
+        let nested = |depth: usize| {
+            (0..depth).fold(Plain::Bool(true), |inner, _| Plain::Table(vec![(Plain::Number(1.0), inner)]))
+        };
+        let args = || vec![Plain::Nil, Plain::Number(1.5), Plain::Bytes(vec![0, 255]), nested(MAX_DEPTH)];
+        assert_eq!(outcome(VmConfig::default(), echo, args()), Ok(args()));
+        let deep = outcome(VmConfig::default(), echo, vec![nested(MAX_DEPTH + 1)]);
+        assert_eq!(deep, Err("tables stand within each other more than 100 times".into()));
+        let many = |n: usize| {
+            format!(
+                "package.preload.t = function() return {{ f = function() local t = {{}} for i = 1, {n} do t[i] = i end return t end }} end"
+            )
+        };
+        // The answer itself, the table, and two for each element.
+        let most = (MAX_VALUES - 2) / 2;
+        assert!(outcome(VmConfig::default(), &many(most), Vec::new()).is_ok());
+        let more = outcome(VmConfig::default(), &many(most + 1), Vec::new());
+        assert_eq!(more, Err("more than 1048576 values".into()));
+    }
+
+    #[test]
+    fn a_task_that_never_ends_is_stopped() {
+        let endless = "package.preload.t = function() return { f = function() while true do pcall(function() while true do end end) end end } end";
+        let config = serde_json::json!({"lua": {"limits": {"cpu_ms": 2}}});
+        let stopped = outcome(VmConfig { config: config.into(), ..VmConfig::default() }, endless, Vec::new());
+        assert!(stopped.is_err_and(|text| text.contains("longer than lua.limits.cpu_ms allows")));
+    }
+
+    #[test]
+    fn a_vm_is_kept_for_the_same_sources_only() {
+        let with = |sources: &[(&Arc<str>, &Arc<str>)]| VmConfig {
+            plugin_sources: sources.iter().map(|(a, b)| ((*a).clone(), (*b).clone())).collect(),
+            ..VmConfig::default()
+        };
+        let (name, old, new): (Arc<str>, Arc<str>, Arc<str>) = ("a".into(), "return 1".into(), "return 2".into());
+        assert!(Sources::of(&with(&[(&name, &old)])).are_of(&with(&[(&name, &old)])));
+        assert!(!Sources::of(&with(&[(&name, &old)])).are_of(&with(&[(&name, &new)])));
+        assert!(!Sources::of(&with(&[])).are_of(&with(&[(&name, &new)])));
+    }
+}
