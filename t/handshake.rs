@@ -777,3 +777,144 @@ fn a_socket_trusts_the_authorities_that_a_script_names() {
         )
     );
 }
+
+/// A TLS server with this certificate that asks for the client's and answers with its length.
+fn asking(pair: &CertifiedKey<KeyPair>) -> Upstream {
+    #[derive(Debug)]
+    struct Any(Arc<CryptoProvider>);
+    impl rustls::server::danger::ClientCertVerifier for Any {
+        fn root_hint_subjects(&self) -> &[rustls::DistinguishedName] {
+            &[]
+        }
+        fn client_auth_mandatory(&self) -> bool {
+            false
+        }
+        fn verify_client_cert(
+            &self,
+            _: &CertificateDer<'_>,
+            _: &[CertificateDer<'_>],
+            _: UnixTime,
+        ) -> Result<rustls::server::danger::ClientCertVerified, rustls::Error> {
+            Ok(rustls::server::danger::ClientCertVerified::assertion())
+        }
+        fn verify_tls12_signature(
+            &self,
+            message: &[u8],
+            cert: &CertificateDer<'_>,
+            dss: &DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, rustls::Error> {
+            verify_tls12_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+        }
+        fn verify_tls13_signature(
+            &self,
+            message: &[u8],
+            cert: &CertificateDer<'_>,
+            dss: &DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, rustls::Error> {
+            verify_tls13_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+        }
+        fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+            self.0.signature_verification_algorithms.supported_schemes()
+        }
+    }
+    let provider = Arc::new(ring::default_provider());
+    let key = PrivatePkcs8KeyDer::from(pair.signing_key.serialize_der()).into();
+    let config = rustls::ServerConfig::builder_with_provider(provider.clone())
+        .with_protocol_versions(BOTH)
+        .expect("versions")
+        .with_client_cert_verifier(Arc::new(Any(provider)))
+        .with_single_cert(vec![pair.cert.der().clone()], key)
+        .expect("a certificate");
+    let config = Arc::new(config);
+    Upstream::serving(move |_, stream| {
+        let mut tls = StreamOwned::new(rustls::ServerConnection::new(config.clone()).expect("a server"), stream);
+        if tls.conn.complete_io(&mut tls.sock).is_ok() {
+            let shown = tls.conn.peer_certificates().map_or(0, |certs| certs[0].len());
+            let version = tls.conn.protocol_version();
+            let _ = writeln!(tls, "{shown} {version:?}");
+            let _ = tls.read(&mut [0]);
+        }
+    })
+}
+
+#[test]
+fn sockets_of_a_location_speak_tls_as_it_says() {
+    let issuer = {
+        let mut params = CertificateParams::new([]).expect("parameters");
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![rcgen::KeyUsagePurpose::KeyCertSign, rcgen::KeyUsagePurpose::CrlSign];
+        CertifiedIssuer::self_signed(params, KeyPair::generate().expect("a key")).expect("an authority")
+    };
+    let server = {
+        let signing_key = KeyPair::generate().expect("a key");
+        let mut params = CertificateParams::new(["peer.test".to_owned()]).expect("parameters");
+        params.serial_number = Some(7.into());
+        CertifiedKey { cert: params.signed_by(&signing_key, &issuer).expect("a certificate"), signing_key }
+    };
+    let revoked = |serial: u64| {
+        let one = rcgen::RevokedCertParams {
+            serial_number: serial.into(),
+            revocation_time: rcgen::date_time_ymd(2020, 1, 1),
+            reason_code: None,
+            invalidity_date: None,
+        };
+        let params = rcgen::CertificateRevocationListParams {
+            this_update: rcgen::date_time_ymd(2020, 1, 1),
+            next_update: rcgen::date_time_ymd(2120, 1, 1),
+            crl_number: 1.into(),
+            issuing_distribution_point: None,
+            revoked_certs: vec![one],
+            key_identifier_method: rcgen::KeyIdMethod::Sha256,
+        };
+        params.signed_by(&issuer).expect("a list").pem().expect("a text")
+    };
+    let peer = asking(&server);
+    let own = pair("client.test");
+    let dir = Dir::new();
+    dir.write("conf/ca.pem", issuer.pem());
+    dir.write("conf/this.crl", revoked(7));
+    dir.write("conf/other.crl", revoked(8));
+    write_pair(&dir, "own", &own);
+    let content = format!(
+        "local sock = ngx.socket.tcp()
+        assert(sock:connect('127.0.0.1', {}))
+        local ok, err = sock:sslhandshake(nil, 'peer.test', true)
+        ngx.print(ok and sock:receive() or err)",
+        peer.addr().rsplit(':').next().expect("a port")
+    );
+    let location =
+        |path: &str, options: Value| json!({"location": path, "content_by_lua": content, "options": options});
+    dir.configure(json!({"lua_locations": [
+        location("= /none", json!({})),
+        location("= /ca", json!({"lua_ssl_trusted_certificate": "ca.pem"})),
+        location("= /revoked", json!({"lua_ssl_trusted_certificate": "ca.pem", "lua_ssl_crl": "this.crl"})),
+        location("= /valid", json!({"lua_ssl_trusted_certificate": "ca.pem", "lua_ssl_crl": "other.crl"})),
+        location("= /own", json!({
+            "lua_ssl_trusted_certificate": "ca.pem", "lua_ssl_protocols": "TLSv1.1 TLSv1.2",
+            "lua_ssl_certificate": "own.crt", "lua_ssl_certificate_key": "own.key",
+        })),
+    ]}));
+    let gw = Gateway::in_dir(dir);
+    let got = |path: &str| gw.get(path).text();
+    assert_eq!(got("/none"), "20: unable to get local issuer certificate");
+    assert_eq!(got("/ca"), "0 Some(TLSv1_3)");
+    assert_ne!(got("/revoked"), "0 Some(TLSv1_3)");
+    assert_eq!(got("/valid"), "0 Some(TLSv1_3)");
+    assert_eq!(got("/own"), format!("{} Some(TLSv1_2)", own.cert.der().len()));
+
+    let dir = Dir::new();
+    dir.write("conf/no.pem", "no certificate");
+    dir.configure(json!({
+        "lua_options": {"lua_ssl_trusted_certificate": "missing.pem"},
+        "lua_locations": [location("= /a", json!({"lua_ssl_crl": "no.pem"})), location("= /b", json!({}))],
+    }));
+    let mut command = dir.command();
+    command.arg("test");
+    let (status, said) = support::run(command);
+    assert!(!status.success());
+    assert!(
+        said.contains("lua_locations[0].options.lua_ssl_crl: ") && said.contains("no.pem holds nothing in PEM"),
+        "{said}"
+    );
+    assert_eq!(said.matches("lua_options.lua_ssl_trusted_certificate: ").count(), 1, "{said}");
+}

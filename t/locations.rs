@@ -319,6 +319,42 @@ fn scripts_of_the_start_and_their_modules_are_there() {
 }
 
 #[test]
+fn pools_of_sockets_are_as_large_as_a_location_says() {
+    let up = Upstream::echo();
+    let content = format!(
+        "local function sock()
+            local sock = ngx.socket.tcp()
+            assert(sock:connect('127.0.0.1', {}))
+            return sock
+        end
+        local a, b = sock(), sock()
+        assert(a:setkeepalive())
+        assert(b:setkeepalive())
+        a, b = sock(), sock()
+        ngx.print(a:getreusedtimes(), ' ', b:getreusedtimes())",
+        up.addr().rsplit(':').next().expect("a port")
+    );
+    let dir = Dir::new();
+    let location =
+        |path: &str, options: Value| json!({"location": path, "content_by_lua": content, "options": options});
+    let locations = json!([location("= /usual", json!({})), location("= /one", json!({"lua_socket_pool_size": "1"}))]);
+    dir.configure(json!({"lua_locations": locations}));
+    says(&Gateway::in_dir(dir).get("/usual"), "1 1");
+    says(&with(locations).get("/one"), "1 0");
+    let dir = Dir::new();
+    dir.configure(json!({"lua_options": {"lua_socket_pool_size": "0", "lua_socket_keepalive_timeout": "soon"}}));
+    let mut command = dir.command();
+    command.arg("test");
+    let (status, said) = run(command);
+    assert!(!status.success());
+    for mistake in
+        ["lua_options.lua_socket_pool_size: \"0\" is not", "lua_options.lua_socket_keepalive_timeout: \"soon\" is not"]
+    {
+        assert!(said.contains(mistake), "{said}");
+    }
+}
+
+#[test]
 fn scripts_of_the_start_may_wait() {
     let up = Upstream::answering(|_| "HTTP/1.0 200 OK\r\nConnection: close\r\nContent-Length: 4\r\n\r\nthis");
     let port = up.addr().rsplit(':').next().expect("a port").to_owned();

@@ -31,6 +31,10 @@ pub struct Directives {
     pub client_body_timeout: Option<Duration>,
     /// `lua_socket_{connect,send,read}_timeout`
     pub socket: Patience,
+    /// `lua_socket_keepalive_timeout`; zero: until the peer closes.
+    pub socket_keepalive: Option<Duration>,
+    /// `lua_socket_pool_size`
+    pub socket_pool_size: Option<usize>,
     /// `proxy_{connect,send,read}_timeout`
     pub proxy: Patience,
     /// `proxy_http_version 1.1`
@@ -147,6 +151,8 @@ impl Directives {
             client_body_buffer_size: r.value("client_body_buffer_size", "a size as 8k", typed::size),
             client_body_timeout: r.duration("client_body_timeout"),
             socket: r.patience("lua_socket"),
+            socket_keepalive: r.duration("lua_socket_keepalive_timeout"),
+            socket_pool_size: r.value("lua_socket_pool_size", "a number from 1", |n| n.parse().ok().filter(|n| *n > 0)),
             proxy: r.patience("proxy"),
             proxy_http11: options.get("proxy_http_version") == Some("1.1"),
             next_upstream: r.next_upstream(),

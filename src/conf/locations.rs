@@ -87,6 +87,8 @@ pub struct Location {
     pub body_filter: Option<Arc<Script>>,
     pub log: Option<Arc<Script>>,
     pub directives: Directives,
+    /// How scripts' sockets speak TLS, where that is said.
+    pub socket_tls: Option<Arc<SocketTls>>,
     /// `root`: where nginx would look for files, `$document_root`.
     pub root: PathBuf,
     /// The variables that any location of the configuration sets: others than these are not for scripts to make.
@@ -103,6 +105,19 @@ impl Location {
         let set = self.set.iter().map(|(name, _)| name.clone());
         set.chain(self.set_by_lua.iter().map(|one| one.var.clone())).chain(captures)
     }
+}
+
+/// `lua_ssl_…`: texts in PEM.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct SocketTls {
+    /// `lua_ssl_trusted_certificate`: whom certificates must chain to, where a script verifies.
+    pub trusted: Option<Box<str>>,
+    /// `lua_ssl_crl`
+    pub crl: Option<Box<str>>,
+    /// `lua_ssl_certificate` and `lua_ssl_certificate_key`: what is shown to servers that ask.
+    pub pair: Option<(Box<str>, Box<str>)>,
+    /// `lua_ssl_protocols`; empty: whatever there is.
+    pub protocols: Vec<Box<str>>,
 }
 
 /// `allow network` or `deny network`
@@ -410,7 +425,40 @@ impl Reader<'_> {
             defined: Arc::default(),
             body_dir: self.prefix.join("client_body_temp"),
             directives: Directives::read(&options, &format!("{path}.options"), said, self.mistakes),
+            socket_tls: self.socket_tls(path, &options, said),
         })
+    }
+
+    /// `said`: those of `options` that the location says itself.
+    fn socket_tls(
+        &mut self,
+        path: &str,
+        options: &Options,
+        said: Option<&Map<String, Value>>,
+    ) -> Option<Arc<SocketTls>> {
+        let mut file = |name: &str| {
+            let place = self.prefix.join("conf").join(options.get(name)?);
+            let text = std::fs::read_to_string(&place).map_err(|e| format!("{}: {e}", place.display()));
+            let text = text.and_then(|text| match text.contains("-----BEGIN ") {
+                true => Ok(text),
+                false => Err(format!("{} holds nothing in PEM", place.display())),
+            });
+            let mistake = |e: String| {
+                let own = said.is_some_and(|said| said.contains_key(name));
+                let text = if own { format!("{path}.options.{name}: {e}") } else { format!("lua_options.{name}: {e}") };
+                // What all locations inherit is told once.
+                if !self.mistakes.contains(&text) {
+                    self.mistakes.push(text);
+                }
+            };
+            text.map_err(mistake).ok().map(Box::from)
+        };
+        let (trusted, crl) = (file("lua_ssl_trusted_certificate"), file("lua_ssl_crl"));
+        let pair = (file("lua_ssl_certificate"), file("lua_ssl_certificate_key"));
+        let protocols =
+            options.get("lua_ssl_protocols").unwrap_or_default().split_whitespace().map(Box::from).collect();
+        let tls = SocketTls { trusted, crl, pair: pair.0.zip(pair.1), protocols };
+        (tls != SocketTls::default()).then(|| Arc::new(tls))
     }
 
     /// Options are a map, so the order in which nginx would read the two directives is not known. Of a list in which each line

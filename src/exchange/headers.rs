@@ -286,7 +286,7 @@ fn write_line(out: &mut Vec<u8>, name: &[u8], value: &[u8]) {
 }
 
 /// Appends the pieces with one look at the room that there is: heads are put together of dozens.
-#[inline]
+#[inline(always)]
 pub fn append_all<const N: usize>(out: &mut Vec<u8>, pieces: [&[u8]; N]) {
     let len: usize = pieces.iter().map(|p| p.len()).sum();
     out.reserve(len);

@@ -8,13 +8,19 @@ use std::{
 use moka::sync::Cache;
 use rustls::{
     ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
-    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    client::{
+        WebPkiServerVerifier,
+        danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    },
     crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature},
 };
-use rustls_pki_types::{CertificateDer, ServerName, UnixTime, pem::PemObject};
+use rustls_pki_types::{CertificateDer, CertificateRevocationListDer, ServerName, UnixTime, pem::PemObject};
 
-use super::{certificates, private_key};
-use crate::error::{Error, Kind, Result};
+use super::{certificates, private_key, versions};
+use crate::{
+    conf::locations::SocketTls,
+    error::{Error, Kind, Result},
+};
 
 /// Client certificates in use at once; more are parsed again.
 const CONFIGS_KEPT: u64 = 1024;
@@ -36,6 +42,8 @@ struct Key {
     /// PEM of certificate and key.
     pair: Option<(Box<str>, Box<str>)>,
     alpn: Box<[&'static [u8]]>,
+    /// A location's `lua_ssl_…`, by address: it lives as long as the process.
+    own: usize,
 }
 
 static CONFIGS: LazyLock<Cache<Key, Arc<ClientConfig>>> = LazyLock::new(|| Cache::new(CONFIGS_KEPT));
@@ -84,22 +92,30 @@ fn add_bundle(store: &mut RootCertStore, path: &Path) -> Result<()> {
 /// The configuration for an upstream. `pair`: PEM of a client certificate and its key. Blocking and slow only when it
 /// is not cached.
 pub fn client_config(verify: bool, pair: Option<(&str, &str)>, alpn: &[&'static [u8]]) -> Result<Arc<ClientConfig>> {
-    let key = Key { verify, roots: None, pair: pair.map(|(c, k)| (c.into(), k.into())), alpn: alpn.into() };
-    cached(key, pair)
+    let key = Key { verify, roots: None, pair: pair.map(|(c, k)| (c.into(), k.into())), alpn: alpn.into(), own: 0 };
+    cached(key, pair, None)
+}
+
+/// One for sockets of scripts of a location that says how they speak TLS. `pair`: a script's own, in place of the location's.
+pub fn client_config_of(own: &Arc<SocketTls>, verify: bool, pair: Option<(&str, &str)>) -> Result<Arc<ClientConfig>> {
+    let pair_key = pair.map(|(c, k)| (c.into(), k.into()));
+    let key = Key { verify, roots: None, pair: pair_key, alpn: [].into(), own: Arc::as_ptr(own) as usize };
+    cached(key, pair.or(own.pair.as_ref().map(|(c, k)| (&**c, &**k))), Some(own))
 }
 
 /// One that verifies against these authorities, in PEM, and no others.
 pub fn client_config_trusting(roots: &str, pair: Option<(&str, &str)>) -> Result<Arc<ClientConfig>> {
     let pair_key = pair.map(|(c, k)| (c.into(), k.into()));
-    cached(Key { verify: true, roots: Some(roots.into()), pair: pair_key, alpn: [].into() }, pair)
+    cached(Key { verify: true, roots: Some(roots.into()), pair: pair_key, alpn: [].into(), own: 0 }, pair, None)
 }
 
-fn cached(key: Key, pair: Option<(&str, &str)>) -> Result<Arc<ClientConfig>> {
+fn cached(key: Key, pair: Option<(&str, &str)>, own: Option<&SocketTls>) -> Result<Arc<ClientConfig>> {
     if let Some(config) = CONFIGS.get(&key) {
         return Ok(config);
     }
-    let roots = key.roots.as_deref().map(store_of).transpose()?.unwrap_or_else(trusted);
-    let config = Arc::new(build(key.verify.then_some(roots), pair, &key.alpn)?);
+    let roots = key.roots.as_deref().or(own.and_then(|own| own.trusted.as_deref()));
+    let roots = roots.map(store_of).transpose()?.unwrap_or_else(trusted);
+    let config = Arc::new(build(key.verify.then_some(roots), pair, &key.alpn, own)?);
     CONFIGS.insert(key, config.clone());
     Ok(config)
 }
@@ -117,14 +133,29 @@ fn build(
     roots: Option<Arc<RootCertStore>>,
     pair: Option<(&str, &str)>,
     alpn: &[&'static [u8]],
+    own: Option<&SocketTls>,
 ) -> Result<ClientConfig> {
     let provider = Arc::new(ring::default_provider());
     let failed = |e: rustls::Error| Error::config(Kind::Tls).cause(e).context("TLS to the upstream");
-    let builder = ClientConfig::builder_with_provider(provider.clone()).with_safe_default_protocol_versions();
+    let builder = ClientConfig::builder_with_provider(provider.clone());
+    let named = own.map(|own| &own.protocols[..]).filter(|named| !named.is_empty());
+    let builder = match named {
+        None => builder.with_safe_default_protocol_versions(),
+        Some(named) => builder.with_protocol_versions(&versions(named.iter().map(|name| &**name)).0),
+    };
     let builder = builder.map_err(failed)?;
-    let builder = match roots {
-        Some(roots) => builder.with_root_certificates(roots),
-        None => builder.dangerous().with_custom_certificate_verifier(Arc::new(Anyone(provider))),
+    let builder = match (roots, own.and_then(|own| own.crl.as_deref())) {
+        (Some(roots), Some(crl)) => {
+            let revoked = CertificateRevocationListDer::pem_slice_iter(crl.as_bytes()).collect::<Result<Vec<_>, _>>();
+            let revoked = revoked.map_err(|e| Error::config(Kind::Tls).cause(e).context("lua_ssl_crl"))?;
+            let verifier = WebPkiServerVerifier::builder_with_provider(roots, provider).with_crls(revoked);
+            // As OpenSSL does for the server's own certificate: those above it are the authorities'.
+            let verifier = verifier.only_check_end_entity_revocation().build();
+            let verifier = verifier.map_err(|e| Error::config(Kind::Tls).cause(e).context("lua_ssl_crl"))?;
+            builder.dangerous().with_custom_certificate_verifier(verifier)
+        }
+        (Some(roots), None) => builder.with_root_certificates(roots),
+        (None, _) => builder.dangerous().with_custom_certificate_verifier(Arc::new(Anyone(provider))),
     };
     let mut config = match pair {
         Some((cert, key)) => builder.with_client_auth_cert(certificates(cert)?, private_key(key)?).map_err(failed)?,
@@ -182,8 +213,13 @@ mod tests {
         let config = client_config(false, None, &[]).expect("a configuration");
         assert!(Arc::ptr_eq(&config, &client_config(false, None, &[]).expect("the same")));
         for i in 0..CONFIGS_KEPT + 100 {
-            let key =
-                Key { verify: false, roots: None, pair: Some((i.to_string().into(), "".into())), alpn: [].into() };
+            let key = Key {
+                verify: false,
+                roots: None,
+                pair: Some((i.to_string().into(), "".into())),
+                alpn: [].into(),
+                own: 0,
+            };
             CONFIGS.insert(key, config.clone());
         }
         CONFIGS.run_pending_tasks();

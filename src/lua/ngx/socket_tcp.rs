@@ -36,9 +36,9 @@ use super::{
     ssl,
 };
 use crate::{
-    conf::locations::Location,
+    conf::locations::{Location, SocketTls},
     error::{Kind, Result},
-    exchange::{Headers, RequestBody, Version},
+    exchange::{Exchange, Headers, RequestBody, Version},
     lua::{
         api::{Api, Phases, Raise, Stack, Wait, request},
         fast,
@@ -673,10 +673,19 @@ fn handshake(s: &Stack) -> Result<Wait, Raise> {
         Some(conn) => (conn.io.take(), conn.peer),
     };
     let Some(io) = io else { return refuse(s, "closed") };
-    Ok(Wait::Park(Op::future(agree(Busy::new(&socket, CONNECTING), io, peer, name, verify))))
+    let own = fast::exchange().and_then(|x| x.location.as_ref()?.socket_tls.clone());
+    Ok(Wait::Park(Op::future(agree(Busy::new(&socket, CONNECTING), io, peer, name, verify, own))))
 }
 
-async fn agree(busy: Busy, io: Box<dyn Io>, peer: IpAddr, name: Option<String>, verify: bool) -> Values {
+/// `own`: what the location says of TLS.
+async fn agree(
+    busy: Busy,
+    io: Box<dyn Io>,
+    peer: IpAddr,
+    name: Option<String>,
+    verify: bool,
+    own: Option<Arc<SocketTls>>,
+) -> Values {
     let name = match name {
         // An address sends no name.
         None => Ok(ServerName::IpAddress(peer.into())),
@@ -685,9 +694,10 @@ async fn agree(busy: Busy, io: Box<dyn Io>, peer: IpAddr, name: Option<String>, 
     let client = busy.socket.client.borrow().clone();
     let pair = client.as_ref().map(|(chain, key)| (&*chain.pem, &*key.pem));
     let trusted = busy.socket.trusted.borrow_mut().take().filter(|_| verify);
-    let config = match &trusted {
-        Some(trusted) => tls::client_config_trusting(&trusted.pem, pair),
-        None => tls::client_config(verify, pair, &[]),
+    let config = match (&trusted, &own) {
+        (Some(trusted), _) => tls::client_config_trusting(&trusted.pem, pair),
+        (None, Some(own)) => tls::client_config_of(own, verify, pair),
+        (None, None) => tls::client_config(verify, pair, &[]),
     };
     let (name, config) = match (name, config) {
         (Ok(name), Ok(config)) => (name, config),
@@ -1073,12 +1083,17 @@ fn set_keepalive(s: &Stack) -> Answer {
     let number = |i: c_int| {
         s.opt_number(i).map_err(|_| s.argument_error(i - 1, &format!("number expected, got {}", s.kind_name(i))))
     };
+    let of_location = |x: &mut Exchange| {
+        let set = &x.location.as_ref()?.directives;
+        Some((set.socket_keepalive, set.socket_pool_size))
+    };
+    let (idle, most) = fast::exchange().and_then(of_location).unwrap_or_default();
     let limit = match number(2)? {
-        None => Some(KEEPALIVE_TIMEOUT),
+        None => Some(idle.unwrap_or(KEEPALIVE_TIMEOUT)).filter(|idle| !idle.is_zero()),
         Some(ms) if ms >= 1.0 => Some(Duration::from_millis(ms as u64)),
         Some(_) => None,
     };
-    let size = number(3)?.map_or(POOL_SIZE, |n| n.max(1.0) as usize);
+    let size = number(3)?.map_or(most.unwrap_or(POOL_SIZE), |n| n.max(1.0) as usize);
     if let Some(text) = socket.busy_text(CONNECTING | READING | WRITING) {
         return s.fail(text);
     }
