@@ -355,6 +355,32 @@ fn sockets_are_there_where_openresty_has_none() {
 }
 
 #[test]
+fn bodies_are_as_large_as_a_location_lets_them_be() {
+    let up = Upstream::echo();
+    let gw = Gateway::with(json!({"lua_options": {"client_max_body_size": "5"}, "lua_locations": [
+        {"location": "= /read", "content_by_lua": "ngx.req.read_body() ngx.print(ngx.req.get_body_data())"},
+        {"location": "= /proxied", "proxy_pass": format!("http://{}", up.addr()), "options": {"proxy_http_version": "1.1"}},
+        {"location": "= /any", "options": {"client_max_body_size": "0"},
+         "content_by_lua": "ngx.req.read_body() ngx.print(ngx.req.get_body_data())"},
+    ]}));
+    let chunked = |path: &str, body: &str| {
+        let head =
+            format!("POST {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n");
+        raw(&gw.proxy(), format!("{head}{:x}\r\n{body}\r\n0\r\n\r\n", body.len()).as_bytes())
+    };
+    for path in ["/read", "/proxied", "/any"] {
+        assert_eq!(gw.send("POST", path, &[], b"12345").status, 200, "{path}");
+        assert!(chunked(path, "12345").starts_with("HTTP/1.1 200"), "{path}");
+    }
+    for path in ["/read", "/proxied"] {
+        assert_eq!(gw.send("POST", path, &[], b"123456").status, 413, "{path}");
+        assert!(chunked(path, "123456").starts_with("HTTP/1.1 413"), "{path}");
+    }
+    says(&gw.send("POST", "/any", &[], b"123456"), 200, "123456");
+    gw.expect_log("client intended to send too large body");
+}
+
+#[test]
 fn values_that_cannot_be_read_stop_the_start() {
     let told = |settings: Value| -> (ExitStatus, String) {
         let dir = Dir::new();

@@ -29,6 +29,8 @@ pub struct Directives {
     /// Bytes of a request body that stay in memory.
     pub client_body_buffer_size: Option<u64>,
     pub client_body_timeout: Option<Duration>,
+    /// `client_max_body_size`; 0: no bound. Without it that of `nginx_config.http` holds, and it cannot be widened.
+    pub client_max_body_size: Option<u64>,
     /// `lua_socket_{connect,send,read}_timeout`
     pub socket: Patience,
     /// `lua_socket_keepalive_timeout`; zero: until the peer closes.
@@ -150,6 +152,7 @@ impl Directives {
             client_body_in_file_only: matches!(options.get("client_body_in_file_only"), Some("on" | "clean")),
             client_body_buffer_size: r.value("client_body_buffer_size", "a size as 8k", typed::size),
             client_body_timeout: r.duration("client_body_timeout"),
+            client_max_body_size: r.value("client_max_body_size", "a size as 1m", typed::size),
             socket: r.patience("lua_socket"),
             socket_keepalive: r.duration("lua_socket_keepalive_timeout"),
             socket_pool_size: r.value("lua_socket_pool_size", "a number from 1", |n| n.parse().ok().filter(|n| *n > 0)),

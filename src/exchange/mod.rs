@@ -419,6 +419,10 @@ pub trait Client {
     /// Sends `100 Continue` first when the client waits for it.
     fn poll_read_body(&mut self, cx: &mut Context<'_>, into: &mut Vec<u8>, max: usize) -> Poll<Result<usize>>;
 
+    /// Bounds the body anew, in bytes; 0: no bound (`client_max_body_size` of a location). One that says its length is the
+    /// caller's to refuse.
+    fn limit_body(&mut self, _max: u64) {}
+
     /// Queues the head. Adds the framing that the protocol and `length` need, `Date`, and `Connection`.
     fn start(&mut self, request: &Request, response: &Response, length: BodyLength) -> Result<()>;
 

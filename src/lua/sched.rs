@@ -44,6 +44,8 @@ pub enum Value {
     Bytes(Vec<u8>),
     /// Whatever else; pushes exactly one value.
     Push(Box<dyn FnOnce(&Stack)>),
+    /// The first of them: the call ends, as by `ngx.exit` with this number.
+    Exit(i64),
 }
 
 impl Value {
@@ -53,7 +55,7 @@ impl Value {
 
     fn push(self, stack: &Stack) {
         match self {
-            Value::Nil => stack.push_nil(),
+            Value::Nil | Value::Exit(_) => stack.push_nil(),
             Value::Bool(b) => stack.push_bool(b),
             Value::Number(n) => stack.push_number(n),
             Value::Bytes(b) => stack.push_bytes(b),
@@ -587,8 +589,15 @@ impl Threads {
                 // The others never become a state.
                 _ => Poll::Ready(Values::new()),
             };
-            if let Poll::Ready(values) = done {
-                self.wake(i, values);
+            match done {
+                Poll::Ready(values) => match values.first() {
+                    Some(Value::Exit(code)) => {
+                        self.ended = Some(Outcome::Exit(*code));
+                        return true;
+                    }
+                    _ => self.wake(i, values),
+                },
+                Poll::Pending => {}
             }
         }
         !self.ready.is_empty()

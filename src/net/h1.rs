@@ -176,6 +176,8 @@ struct H1 {
 
     body: BodyIn,
     body_bytes: u64,
+    /// What it may have at most; 0: no bound.
+    max_body: u64,
     received: u64,
     continues: Continue,
 
@@ -242,6 +244,7 @@ impl H1 {
             skipped: false,
             body: BodyIn::Done,
             body_bytes: 0,
+            max_body: settings.max_body,
             received: 0,
             continues: Continue::No,
             out: Vec::new(),
@@ -345,6 +348,7 @@ impl H1 {
         self.write_limit.progress();
         self.body = BodyIn::Done;
         (self.body_bytes, self.received, self.sent) = (0, 0, 0);
+        self.max_body = self.settings.max_body;
         self.continues = Continue::No;
         self.body_out = BodyOut::NotStarted;
         let framing = head::parse(&self.inp[self.at..self.at + len], &x.conn.last_host, &mut x.request);
@@ -542,7 +546,7 @@ impl H1 {
     /// `client_max_body_size` for a body that did not say its length.
     fn count_body(&mut self, n: usize) -> Poll<Result<usize>> {
         self.body_bytes += n as u64;
-        let max = self.settings.max_body;
+        let max = self.max_body;
         if max != 0 && self.body_bytes > max {
             return Poll::Ready(Err(Error::client(Kind::TooLarge).context("client sent too large chunked body")));
         }
@@ -678,6 +682,10 @@ impl Drop for H1 {
 }
 
 impl Client for H1 {
+    fn limit_body(&mut self, max: u64) {
+        self.max_body = max;
+    }
+
     fn poll_read_body(&mut self, cx: &mut Context<'_>, into: &mut Vec<u8>, max: usize) -> Poll<Result<usize>> {
         if max == 0 || matches!(self.body, BodyIn::Done) {
             return Poll::Ready(Ok(0));

@@ -368,6 +368,8 @@ struct H2 {
     /// What `Content-Length` still promises.
     left: Option<u64>,
     received: u64,
+    /// What the body may have at most; 0: no bound.
+    max_body: u64,
     sent: u64,
 }
 
@@ -385,6 +387,7 @@ impl H2 {
             bodiless: false,
             left: None,
             received: 0,
+            max_body: settings.max_body,
             sent: 0,
         }
     }
@@ -401,7 +404,7 @@ impl H2 {
                         continue;
                     }
                     self.received += data.len() as u64;
-                    if self.settings.max_body != 0 && self.received > self.settings.max_body {
+                    if self.max_body != 0 && self.received > self.max_body {
                         let late = Error::client(Kind::TooLarge).context("client sent too large body");
                         return Poll::Ready(Err(late));
                     }
@@ -460,6 +463,10 @@ impl Drop for H2 {
 }
 
 impl Client for H2 {
+    fn limit_body(&mut self, max: u64) {
+        self.max_body = max;
+    }
+
     fn poll_read_body(&mut self, cx: &mut Context<'_>, into: &mut Vec<u8>, max: usize) -> Poll<Result<usize>> {
         if max == 0 || (self.unread.is_empty() && (self.body_ended || !ready!(self.poll_fetch(cx))?)) {
             return Poll::Ready(Ok(0));

@@ -17,7 +17,7 @@ use crate::{
     },
     error::{Error, Kind, Origin, Result},
     exchange::{
-        BodyLength, Exchange, Jump, Phase, Version,
+        BodyLength, Exchange, Jump, Phase, RequestBody, Version,
         host::{Answered, Doing, Host, Sending, Subrequest},
     },
     location::Chosen,
@@ -434,8 +434,23 @@ async fn visit(p: &Proxy, x: &mut Exchange, chosen: Chosen) -> Result<Flow> {
         set(x, &name, value);
     }
     p.runner.enter_location(x, location.clone());
+    bound_body(x, &location)?;
     let flow = phases(p, x, &location).await?;
     finish(p, x, flow).await
+}
+
+/// `client_max_body_size`, for a body that is still to come.
+fn bound_body(x: &mut Exchange, location: &Location) -> Result<()> {
+    let (Some(max), RequestBody::Streaming { length }) = (location.directives.client_max_body_size, &x.body) else {
+        return Ok(());
+    };
+    if max != 0 && length.is_some_and(|length| length > max) {
+        return Err(Error::client(Kind::TooLarge).context("client intended to send too large body"));
+    }
+    if let Some(client) = &mut x.client {
+        client.limit_body(max);
+    }
+    Ok(())
 }
 
 /// An error that `error_page` has something for; any other stays one.

@@ -376,6 +376,12 @@ fn poll_body(cx: &mut Context<'_>, x: &mut Exchange, reading: &mut Reading, keep
         match read {
             Ok(0) => break,
             Ok(n) => reading.length += n as u64,
+            // As in nginx the script does not go on: its client has broken the bound of bodies.
+            Err(e) if e.kind() == Kind::TooLarge => {
+                x.log(Level::Error, e.to_string().as_bytes());
+                x.response.status = 413;
+                return Poll::Ready(smallvec::smallvec![crate::lua::Value::Exit(413)]);
+            }
             Err(e) => return Poll::Ready(failed(e.to_string())),
         }
         if !keep {
@@ -410,6 +416,9 @@ pub async fn read_all(x: &mut Exchange) -> Result<()> {
     match values.last() {
         Some(crate::lua::Value::Bytes(text)) => {
             Err(Error::client(Kind::Io).context(String::from_utf8_lossy(text).into_owned()))
+        }
+        Some(crate::lua::Value::Exit(_)) => {
+            Err(Error::client(Kind::TooLarge).context("client sent too large chunked body"))
         }
         _ => Ok(()),
     }
