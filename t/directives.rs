@@ -278,6 +278,55 @@ fn the_servers_rewrites_come_before_a_location_is_chosen() {
 }
 
 #[test]
+fn the_servers_rewrites_leave_a_subrequest_the_ctx_that_it_was_given() {
+    let gw = Gateway::with(json!({
+        "lua_options": {"rewrite": [["^/old/(.*)$", "/new/$1"]]},
+        "lua_locations": [
+            {"location": "/new/", "content_by_lua": "ngx.ctx.seen = ngx.ctx.given"},
+            {"location": "= /t", "content_by_lua": r#"
+                for _, path in ipairs({"/new/a", "/old/a"}) do
+                    local ctx = {given = "g"}
+                    ngx.location.capture(path, {ctx = ctx})
+                    ngx.print(tostring(ctx.seen), " ")
+                end"#},
+        ],
+    }));
+    says(&gw.get("/t"), 200, "g g ");
+}
+
+#[test]
+fn auth_request_asks_for_the_head_only() {
+    let (told, left) = std::sync::mpsc::channel();
+    // A body without end, of which the gateway may take what it likes.
+    let upstream = Upstream::serving(move |_, mut stream| {
+        let mut reader = std::io::BufReader::new(stream.try_clone().expect("a handle"));
+        let Some(seen) = support::upstream::read_request(&mut reader) else { return };
+        let status = seen.target.rsplit('=').next().expect("a status").to_owned();
+        let _ = stream.write_all(format!("HTTP/1.1 {status} X\r\nContent-Length: 1000000000000\r\n\r\nx").as_bytes());
+        let ended = reader.read(&mut [0]);
+        told.send(matches!(ended, Ok(0) | Err(_))).expect("the test waits");
+    });
+    let guarded = |name: &str, auth: &str| json!({"location": name, "options": {"auth_request": auth}, "content_by_lua": "ngx.say('in')"});
+    let asked = |name: &str, status: &str| json!({"location": name, "proxy_pass": format!("http://{}/auth?status={status}", upstream.addr())});
+    let gw = Gateway::with(json!({
+        "lua_shared_dict": {"done": "1m"},
+        "lua_locations": [
+            guarded("= /in", "/auth/in"), guarded("= /out", "/auth/out"), guarded("= /lua", "/auth/lua"),
+            asked("= /auth/in", "200"), asked("= /auth/out", "403"),
+            {"location": "= /auth/lua", "content_by_lua":
+                "ngx.say(('x'):rep(100000)) ngx.flush(true) ngx.sleep(0) ngx.shared.done:set('done', 1)"},
+            {"location": "= /done", "content_by_lua": "ngx.print(ngx.shared.done:get('done'))"},
+        ],
+    }));
+    says(&gw.get("/in"), 200, "in\n");
+    assert!(left.recv().expect("it is told"), "the connection is closed");
+    assert_eq!(gw.get("/out").status, 403);
+    assert!(left.recv().expect("it is told"));
+    says(&gw.get("/lua"), 200, "in\n");
+    says(&gw.get("/done"), 200, "1");
+}
+
+#[test]
 fn a_redirect_is_relative_for_filters_and_where_nothing_else_is_wanted() {
     let gw = Gateway::with(json!({"lua_locations": [
         {"location": "= /to", "return": {"status": 302, "body": "/there"},

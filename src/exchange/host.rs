@@ -44,6 +44,8 @@ pub struct Subrequest {
     pub share_vars: bool,
     /// `ctx`: the VM's own, opaque here.
     pub ctx: Option<Rc<dyn Any>>,
+    /// Only the head of the answer is asked for: the body is thrown away, and an upstream's not waited for.
+    pub header_only: bool,
 }
 
 /// What subrequests answered, in the order of their list.
@@ -74,7 +76,9 @@ impl RequestBody {
             RequestBody::File { path, length } => {
                 RequestBody::File { path: super::Spooled::theirs(path.to_path_buf()), length: *length }
             }
-            RequestBody::None | RequestBody::Streaming { .. } | RequestBody::Consumed => RequestBody::None,
+            RequestBody::None | RequestBody::Streaming { .. } | RequestBody::Consumed | RequestBody::Lost => {
+                RequestBody::None
+            }
         }
     }
 }

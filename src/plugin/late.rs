@@ -12,6 +12,8 @@ use crate::{
 
 /// The head, once the filters are through with it. `length`: of the body, where the head does not say it.
 pub(super) fn head(x: &mut Exchange, length: Option<u64>) {
+    // That of a head that was thrown away.
+    x.encoder = None;
     let Some(location) = x.location.clone() else { return };
     if x.depth > 0 {
         return;
@@ -26,9 +28,14 @@ pub(super) fn head(x: &mut Exchange, length: Option<u64>) {
 
 /// The status that an error page has, whatever answered in its place.
 pub(super) fn status(x: &mut Exchange) {
-    if let Some(status @ 1..) = x.error_status {
-        x.response.status = status;
+    let Some(status @ 1..) = x.error_status else { return };
+    x.response.reason.clear();
+    let bodiless = |status| matches!(status, 204 | 304);
+    if status != x.response.status && (bodiless(status) || bodiless(x.response.status)) {
+        // It has promised a body that does not come, or none is to come.
+        x.response.headers.remove("content-length");
     }
+    x.response.status = status;
 }
 
 fn name_charset(x: &mut Exchange, charset: &Charset) {

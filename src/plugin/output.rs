@@ -50,6 +50,11 @@ async fn rest(x: &mut Exchange, runner: &Runner) -> Result<()> {
     finish(x).await
 }
 
+/// The status that an error page has, for an answer that goes by the filters.
+pub fn settle_status(x: &mut Exchange) {
+    late::status(x);
+}
+
 /// The same without filters.
 pub async fn plain(x: &mut Exchange) -> Result<()> {
     let body = std::mem::take(&mut x.printed);

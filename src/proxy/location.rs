@@ -17,7 +17,7 @@ use crate::{
     },
     error::{Error, Kind, Origin, Result},
     exchange::{
-        BodyLength, Exchange, Jump, Phase, Version,
+        BodyLength, Exchange, Jump, Phase, UpstreamState, Version,
         host::{Answered, Doing, Host, Sending, Subrequest},
     },
     location::Chosen,
@@ -169,8 +169,6 @@ pub(super) async fn refuse(p: &Proxy, x: &mut Exchange, status: u16) -> Result<F
     if let Some(flow) = error_page(p, x, status).await? {
         return Ok(flow);
     }
-    // An error within an error page has its own status.
-    x.error_status = x.error_status.map(|_| 0);
     rescue::page(p, x, status);
     output::answer(x, &p.runner).await?;
     Ok(Flow::Sent)
@@ -180,16 +178,23 @@ fn page_for(location: &Location, status: u16) -> Option<&ErrorPage> {
     location.directives.error_page.iter().find(|page| page.codes.contains(&status))
 }
 
+/// Whether the request goes to a page when it ends with this status.
+pub(super) fn has_page(x: &Exchange, status: u16) -> bool {
+    takes_page(x) && x.location.as_ref().is_some_and(|location| page_for(location, status).is_some())
+}
+
+fn takes_page(x: &Exchange) -> bool {
+    x.error_status.is_none() && !x.response.head_sent
+}
+
 /// Goes to the page for a status: once per request, as nginx does.
 async fn error_page(p: &Proxy, x: &mut Exchange, status: u16) -> Result<Option<Flow>> {
-    let Some(location) = x.location.clone().filter(|_| x.error_status.is_none() && !x.response.head_sent) else {
-        return Ok(None);
-    };
+    let Some(location) = x.location.clone().filter(|_| takes_page(x)) else { return Ok(None) };
     let Some(page) = page_for(&location, status) else { return Ok(None) };
     let mut target = Vec::new();
     x.fill(&page.target, &mut target);
     x.printed.clear();
-    x.response.headers.remove("content-length");
+    rescue::forget_body(x);
     if !target.starts_with(b"/") && !target.starts_with(b"@") {
         let status = match page.status {
             PageStatus::Given(status @ (301 | 302 | 303 | 307 | 308)) => status,
@@ -322,9 +327,7 @@ async fn settle_head(p: &Proxy, x: &mut Exchange) -> Result<bool> {
 async fn end_by_filter(p: &Proxy, x: &mut Exchange, status: u16) -> Result<()> {
     x.response.status = status;
     x.printed.clear();
-    for about_the_body in ["content-length", "content-encoding", "last-modified", "etag"] {
-        x.response.headers.remove(about_the_body);
-    }
+    rescue::forget_body(x);
     if status >= 300 && status != 444 {
         rescue::page(p, x, status);
     }
@@ -392,13 +395,13 @@ async fn enter(p: &Proxy, x: &mut Exchange, chosen: Chosen) -> Result<()> {
 /// `rewrite` of the server, before a location is chosen. `Flow::Sent`: the client was sent elsewhere.
 async fn server_rewrites(p: &Proxy, x: &mut Exchange) -> Result<Flow> {
     let Some(rest) = p.locations.rest().filter(|_| !p.server_rewrites.is_empty()) else { return Ok(Flow::Next) };
+    // For the variables of the server alone: most requests go on, and have no use for a VM here.
+    x.location = Some(rest.clone());
+    let rewritten = rewrite(x, &p.server_rewrites);
+    x.location = None;
+    let Rewritten::Redirect(status, target) = rewritten else { return Ok(Flow::Next) };
     p.runner.enter_location(x, rest.clone());
-    let flow = rewrite(p, x, &p.server_rewrites).await?;
-    if flow != Some(Flow::Sent) {
-        x.jump = None;
-        p.runner.forget_location(x);
-    }
-    Ok(flow.unwrap_or(Flow::Next))
+    returned(p, x, status, target).await
 }
 
 /// From location to location, until one answers.
@@ -488,8 +491,13 @@ async fn phases(p: &Proxy, x: &mut Exchange, location: &Arc<Location>) -> Result
     if location.directives.lua_need_request_body {
         p.runner.read_body(x).await?;
     }
-    if let Some(flow) = rewrite(p, x, &location.rewrites).await? {
-        return Ok(flow);
+    match rewrite(x, &location.rewrites) {
+        Rewritten::Stays => {}
+        Rewritten::Again => {
+            x.jump = Some(Jump::Again);
+            return Ok(Flow::Jump);
+        }
+        Rewritten::Redirect(status, target) => return returned(p, x, status, target).await,
     }
     if let Some(flow) = script(p, x, &location.rewrite, Phase::RewriteByLua).await {
         return Ok(flow);
@@ -511,10 +519,7 @@ async fn phases(p: &Proxy, x: &mut Exchange, location: &Arc<Location>) -> Result
             x.fill(body, &mut text);
             returned(p, x, *status, text).await
         }
-        Content::Proxy(target) => {
-            proxy(p, x, location, target).await?;
-            Ok(Flow::Sent)
-        }
+        Content::Proxy(target) => proxy(p, x, location, target).await,
         Content::Nothing => match p.locations.folder(&x.request.path).cloned() {
             // Its filters are those of the location that the client is sent to.
             Some(folder) => {
@@ -591,6 +596,7 @@ async fn authorize(x: &mut Exchange, path: &str) -> u16 {
         copy_vars: false,
         share_vars: true,
         ctx: None,
+        header_only: true,
     };
     let answered = host.subrequests(x, vec![asked]).await;
     if let Some(vars) = answered.vars {
@@ -625,10 +631,19 @@ async fn finish(p: &Proxy, x: &mut Exchange, flow: Flow) -> Result<Flow> {
     Ok(Flow::Sent)
 }
 
-/// `rewrite regex replacement [flag]`, each of them in turn. `None`: the request goes on here.
-async fn rewrite(p: &Proxy, x: &mut Exchange, rules: &[Rewrite]) -> Result<Option<Flow>> {
+/// Where rules send a request.
+enum Rewritten {
+    Stays,
+    /// To the location of its new path.
+    Again,
+    /// Elsewhere, with that status.
+    Redirect(u16, Vec<u8>),
+}
+
+/// `rewrite regex replacement [flag]`, each of them in turn.
+fn rewrite(x: &mut Exchange, rules: &[Rewrite]) -> Rewritten {
     if rules.is_empty() {
-        return Ok(None);
+        return Rewritten::Stays;
     }
     let before = x.request.path.clone();
     for rule in rules {
@@ -638,22 +653,17 @@ async fn rewrite(p: &Proxy, x: &mut Exchange, rules: &[Rewrite]) -> Result<Optio
                 path.push(b'?');
                 path.extend_from_slice(&args);
             }
-            return returned(p, x, status, path).await.map(Some);
+            return Rewritten::Redirect(status, path);
         }
         change_target(x, path, args);
         match rule.flag {
-            Flag::Break => return Ok(None),
-            Flag::Last => return Ok(Some(look_again(x))),
+            Flag::Break => return Rewritten::Stays,
+            Flag::Last => return Rewritten::Again,
             Flag::None | Flag::Redirect(_) => {}
         }
     }
     // Without a flag the last one ends like `last`: the path is not the one that the location was chosen for.
-    Ok((x.request.path != before).then(|| look_again(x)))
-}
-
-fn look_again(x: &mut Exchange) -> Flow {
-    x.jump = Some(Jump::Again);
-    Flow::Jump
+    if x.request.path == before { Rewritten::Stays } else { Rewritten::Again }
 }
 
 /// What a rule makes of the path, if it is for it: a path and arguments. Its captures become `$1` and on.
@@ -708,6 +718,8 @@ async fn answer(p: &Proxy, x: &mut Exchange) -> Result<Flow> {
         if x.depth == 0 {
             return refuse(p, x, status).await;
         }
+        // What ends an error page is an error of its own.
+        x.set_status(status);
     }
     send(p, x, Sending::End).await?;
     Ok(Flow::Sent)
@@ -752,9 +764,14 @@ async fn returned(p: &Proxy, x: &mut Exchange, status: u16, body: Vec<u8>) -> Re
     }
     let without_words = body.is_empty() && status >= 300 && status != 304;
     if x.depth > 0 && body.is_empty() {
-        if let Some(flow) = error_page(p, x, status).await?.filter(|_| without_words) {
-            return Ok(flow);
+        if without_words {
+            if let Some(flow) = error_page(p, x, status).await? {
+                return Ok(flow);
+            }
+            x.set_status(status);
         }
+        // No filter sees it, but an error page keeps the status that it is for.
+        output::settle_status(x);
         output::plain(x).await?;
         return Ok(Flow::Sent);
     }
@@ -769,7 +786,7 @@ async fn returned(p: &Proxy, x: &mut Exchange, status: u16, body: Vec<u8>) -> Re
 }
 
 /// `proxy_pass http://host:port/uri`. Of a URI without variables the part of the path behind the location's prefix follows.
-async fn proxy(p: &Proxy, x: &mut Exchange, location: &Location, target: &Template) -> Result<()> {
+async fn proxy(p: &Proxy, x: &mut Exchange, location: &Location, target: &Template) -> Result<Flow> {
     let mut text = Vec::new();
     x.fill(target, &mut text);
     let shown = String::from_utf8_lossy(&text).into_owned();
@@ -779,6 +796,7 @@ async fn proxy(p: &Proxy, x: &mut Exchange, location: &Location, target: &Templa
     // Bytes that are no text may stand in the URI only, which is what follows the same start.
     let uri = text.get(scheme.len() + 3 + host.len()..).ok_or_else(bad)?;
     let named = Named::find(p, scheme, host).ok_or_else(bad)?;
+    forget_upstream(x);
     x.upstream.scheme = scheme.as_bytes().to_vec();
     x.upstream.host = host.as_bytes().to_vec();
     if !uri.is_empty() {
@@ -793,4 +811,11 @@ async fn proxy(p: &Proxy, x: &mut Exchange, location: &Location, target: &Templa
         x.upstream.uri = uri;
     }
     forward_to(p, x, &named, location.directives.next_upstream).await
+}
+
+/// What holds for the upstream of a location that was tried before. The tries are the request's: the log tells of all.
+fn forget_upstream(x: &mut Exchange) {
+    let tries = std::mem::take(&mut x.upstream.tries);
+    let buffering = x.upstream.buffering;
+    x.upstream = UpstreamState { tries, buffering, ..UpstreamState::default() };
 }

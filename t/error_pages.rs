@@ -1,0 +1,237 @@
+//! What is left of a try, an answer or a refusal when an error page takes its place: nothing that is not the page's.
+
+mod support;
+
+use std::{
+    io::{BufReader, Read, Write},
+    sync::mpsc,
+};
+
+use serde_json::{Value, json};
+use support::{
+    Client, Dir, Gateway, Reply, Upstream, eventually,
+    http::raw,
+    upstream::{Seen, read_request},
+};
+
+#[track_caller]
+fn says(reply: &Reply, status: u16, expected: &str) {
+    assert_eq!((reply.status, reply.text().as_str()), (status, expected));
+}
+
+/// Options of a location that keeps its connections to the upstream.
+fn keeping(mut options: Value) -> Value {
+    options["proxy_http_version"] = json!("1.1");
+    options["proxy_set_header"] = json!([["Connection", ""]]);
+    options
+}
+
+/// A server that closes its connection once it has a request whole.
+fn closing() -> Upstream {
+    Upstream::serving(|_, stream| {
+        let _ = read_request(&mut BufReader::new(stream));
+    })
+}
+
+/// A server that answers with what it got: the target and the body.
+fn telling() -> Upstream {
+    Upstream::answering(|seen: &Seen| {
+        let told = format!("{} {}", seen.target, String::from_utf8_lossy(&seen.body));
+        format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{told}", told.len())
+    })
+}
+
+fn proxied(name: &str, to: &Upstream, options: Value) -> Value {
+    json!({"location": name, "proxy_pass": format!("http://{}", to.addr()), "options": keeping(options)})
+}
+
+#[test]
+fn a_body_that_a_failed_try_has_taken_goes_to_the_page_whole() {
+    let (first, second) = (closing(), telling());
+    let garbage = Upstream::answering(|_| "nonsense\r\n\r\n");
+    let gw = Gateway::with(json!({"lua_locations": [
+        proxied("= /closed", &first, json!({"error_page": [["502", "=", "@second"]]})),
+        proxied("= /garbage", &garbage, json!({"error_page": [["502", "=", "@second"]]})),
+        proxied("= /lua", &first, json!({"error_page": [["502", "=200", "@lua"]]})),
+        proxied("@second", &second, json!({})),
+        {"location": "@lua", "content_by_lua": "ngx.req.read_body() ngx.print('lua ', ngx.req.get_body_data())"},
+    ]}));
+    for (path, expected) in [("/closed", "/closed hello"), ("/garbage", "/garbage hello"), ("/lua", "lua hello")] {
+        says(&gw.send("POST", path, &[], b"hello"), 200, expected);
+        let mut client = Client::connect(&gw.proxy());
+        client.send("POST", path, &[("Transfer-Encoding", "chunked")], b"");
+        client.write(b"3\r\nhel\r\n2\r\nlo\r\n0\r\n\r\n").expect("the body is written");
+        says(&client.reply("POST"), 200, expected);
+    }
+    assert!(second.seen().iter().all(|seen| seen.header("content-length") == Some("5")));
+}
+
+#[test]
+fn what_the_client_still_sends_goes_to_the_page_too() {
+    let (told, begun) = mpsc::channel();
+    let first = Upstream::serving(move |_, mut stream| {
+        let (mut got, mut piece) = (Vec::new(), [0; 1024]);
+        while !got.ends_with(b"\r\n\r\nhel") {
+            let n = stream.read(&mut piece).expect("the request comes");
+            got.extend_from_slice(&piece[..n]);
+        }
+        drop(stream);
+        told.send(()).expect("the test waits");
+    });
+    let second = telling();
+    let gw = Gateway::with(json!({"lua_locations": [
+        proxied("= /t", &first, json!({"error_page": [["502", "=", "@second"]]})),
+        proxied("= /lua", &first, json!({"error_page": [["502", "=200", "@lua"]]})),
+        proxied("= /none", &first, json!({})),
+        proxied("@second", &second, json!({})),
+        {"location": "@lua", "content_by_lua": "ngx.req.read_body() ngx.print('lua ', ngx.req.get_body_data())"},
+    ]}));
+    for (path, expected) in [("/t", "/t hello"), ("/lua", "lua hello")] {
+        let mut client = Client::connect(&gw.proxy());
+        client.send("POST", path, &[("Content-Length", "5")], b"");
+        client.write(b"hel").expect("a part is written");
+        begun.recv().expect("it came");
+        client.write(b"lo").expect("the rest is written");
+        says(&client.reply("POST"), 200, expected);
+    }
+    let mut client = Client::connect(&gw.proxy());
+    client.send("POST", "/none", &[("Content-Length", "5")], b"");
+    client.write(b"hel").expect("a part is written");
+    assert_eq!(client.reply("POST").status, 502, "nobody wants the rest: it is not waited for");
+}
+
+#[test]
+fn a_body_too_long_to_be_kept_goes_to_no_second_upstream() {
+    let (first, second) = (closing(), telling());
+    let gw = Gateway::with(json!({"lua_locations": [
+        proxied("= /t", &first, json!({"error_page": [["502", "=", "@second"]]})),
+        proxied("= /lua", &first, json!({"error_page": [["502", "=200", "@lua"]]})),
+        proxied("@second", &second, json!({})),
+        {"location": "@lua", "content_by_lua": "ngx.req.read_body() ngx.print(tostring(ngx.req.get_body_data()))"},
+    ]}));
+    let (most, more) = (vec![b'x'; 64 << 10], vec![b'x'; (64 << 10) + 1]);
+    assert_eq!(gw.send("POST", "/t", &[], &most).body.len(), "/t ".len() + most.len());
+    let refused = gw.send("POST", "/t", &[], &more);
+    assert_eq!(refused.status, 502);
+    assert_eq!(second.seen().len(), 1);
+    gw.expect_log("is too long to be sent once more");
+    says(&gw.send("POST", "/lua", &[], &more), 200, "nil");
+}
+
+#[test]
+fn a_page_cannot_let_in_whom_auth_request_keeps_out() {
+    let guarded = |name: &str, auth: &str| json!({"location": name, "options": {"auth_request": auth, "error_page": []}, "content_by_lua": "ngx.say('in')"});
+    let gw = Gateway::with(json!({
+        "lua_options": {"error_page": [["401", "/login"], ["403", "@named"], ["404", "=200", "/login"], ["410", "/deep"]]},
+        "lua_locations": [
+            {"location": "= /login", "return": {"status": 200}},
+            {"location": "@named", "return": {"status": 204}},
+            {"location": "= /deep", "return": {"status": 403}},
+            {"location": "= /auth/return", "return": {"status": 401}},
+            {"location": "= /auth/exit", "content_by_lua": "ngx.exit(401)"},
+            {"location": "= /auth/named", "return": {"status": 403}},
+            {"location": "= /auth/given", "return": {"status": 404}},
+            {"location": "= /auth/deep", "return": {"status": 410}},
+            guarded("= /a", "/auth/return"),
+            guarded("= /b", "/auth/exit"),
+            guarded("= /c", "/auth/named"),
+            guarded("= /d", "/auth/given"),
+            guarded("= /e", "/auth/deep"),
+        ],
+    }));
+    for (path, status) in [("/a", 401), ("/b", 401), ("/c", 403), ("/e", 403)] {
+        let reply = gw.get(path);
+        assert_eq!(reply.status, status, "{path}: {}", reply.text());
+    }
+    says(&gw.get("/d"), 200, "in\n");
+}
+
+#[test]
+fn an_error_within_a_page_has_its_own_status() {
+    let dead = format!("http://{}", Upstream::dead());
+    let gw = Gateway::with(json!({"lua_locations": [
+        {"location": "= /given", "options": {"error_page": [["404", "=200", "@dead"]]}, "return": {"status": 404}},
+        {"location": "= /same", "options": {"error_page": [["404", "@dead"]]}, "return": {"status": 404}},
+        {"location": "= /moved", "options": {"error_page": [["404", "@moved"]]}, "return": {"status": 404}},
+        {"location": "@dead", "proxy_pass": dead},
+        {"location": "@moved", "return": {"status": 302, "body": "/there"}},
+    ]}));
+    for path in ["/given", "/same"] {
+        let reply = gw.get(path);
+        assert_eq!(reply.status, 502, "{path}");
+        assert!(reply.text().contains("502 Bad Gateway"), "{}", reply.text());
+    }
+    assert_eq!(gw.get("/moved").status, 302);
+}
+
+#[test]
+fn a_second_upstream_is_asked_as_if_it_were_the_first() {
+    let (closed, told) = (closing(), telling());
+    let late = |from: &str| json!({"error_page": [["502", "=", from]]});
+    let gw = Gateway::with(json!({
+        "lua_upstreams": {"two": [closed.addr(), told.addr()]},
+        "lua_locations": [
+            {"location": "/path/", "proxy_pass": format!("http://{}/of/first", closed.addr()), "options": late("@plain")},
+            {"location": "= /tries", "proxy_pass": format!("http://{}", closed.addr()), "options": late("@two")},
+            {"location": "@plain", "proxy_pass": format!("http://{}", told.addr())},
+            {"location": "@two", "proxy_pass": "http://two", "options": {"proxy_next_upstream_tries": 2}},
+        ],
+    }));
+    says(&gw.get("/path/a?b"), 200, "/path/a?b ");
+    for _ in 0..2 {
+        says(&gw.get("/tries"), 200, "/tries ");
+    }
+}
+
+#[test]
+fn nothing_of_a_failed_upstreams_head_goes_out_with_the_page() {
+    let up = Upstream::answering(
+        |_| "HTTP/1.1 200 Splendid\r\nContent-Encoding: br\r\nETag: \"e\"\r\nSet-Cookie: a=b\r\nContent-Length: 2\r\n\r\nok",
+    );
+    let dead = format!("http://{}", Upstream::dead());
+    let mine = "ngx.header['X-Mine'] = 'mine'";
+    let gw = Gateway::with(json!({"lua_locations": [
+        {"location": "= /filter", "proxy_pass": format!("http://{}", up.addr()), "rewrite_by_lua": mine,
+         "header_filter_by_lua": "error('no')", "options": {"error_page": [["500", "/page"]]}},
+        {"location": "= /dead", "proxy_pass": dead, "rewrite_by_lua": mine, "options": {"error_page": [["502", "/page"]]}},
+        {"location": "= /plain", "proxy_pass": dead, "rewrite_by_lua": mine},
+        {"location": "= /reason", "options": {"error_page": [["404", "@up"]]}, "return": {"status": 404}},
+        {"location": "= /page", "internal": true, "content_by_lua": "ngx.say('page')"},
+        {"location": "@up", "proxy_pass": format!("http://{}", up.addr())},
+    ]}));
+    for (path, status) in [("/filter", 500), ("/dead", 502)] {
+        let page = gw.get(path);
+        says(&page, status, "page\n");
+        assert_eq!(page.header("x-mine"), Some("mine"), "{path}");
+        for gone in ["content-encoding", "etag", "set-cookie"] {
+            assert_eq!(page.header(gone), None, "{path}: {gone}");
+        }
+    }
+    assert_eq!(gw.get("/plain").header("x-mine"), Some("mine"));
+    for (path, line) in
+        [("/filter", "HTTP/1.1 500 Internal Server Error\r\n"), ("/reason", "HTTP/1.1 404 Not Found\r\n")]
+    {
+        let text = raw(&gw.proxy(), format!("GET {path} HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n").as_bytes());
+        assert!(text.starts_with(line), "{path}: {text}");
+    }
+}
+
+#[test]
+fn a_page_is_not_compressed_because_what_it_stands_for_was_to_be() {
+    let long = "d".repeat(50);
+    let gw = Gateway::with(json!({"lua_locations": [
+        {"location": "= /page/of", "return": {"status": 200, "body": long}, "body_filter_by_lua": "error('no')",
+         "options": {"gzip": "on", "gzip_types": "*", "error_page": [["500", "/page"]]}},
+        {"location": "= /plain", "return": {"status": 200, "body": long},
+         "body_filter_by_lua": "if not ngx.ctx.once then ngx.ctx.once = true error('no') end",
+         "options": {"gzip": "on", "gzip_types": "*"}},
+        {"location": "= /page", "internal": true, "content_by_lua": "ngx.say('page')"},
+    ]}));
+    let accepting = [("Accept-Encoding", "gzip")];
+    let page = gw.send("GET", "/page/of", &accepting, b"");
+    says(&page, 500, "page\n");
+    assert_eq!(page.header("content-encoding"), None);
+    let plain = gw.send("GET", "/plain", &accepting, b"");
+    assert_eq!((plain.status, plain.header("content-encoding")), (500, None));
+    assert!(plain.text().contains("<h1>500 Internal Server Error</h1>"), "{}", plain.text());
+}
