@@ -9,7 +9,7 @@ use std::{
 
 use serde_json::{Value, json};
 use support::{
-    Client, Dir, Gateway, Reply, Upstream, eventually,
+    Client, Gateway, Reply, Upstream,
     http::raw,
     upstream::{Seen, read_request},
 };
@@ -132,6 +132,12 @@ fn a_page_cannot_let_in_whom_auth_request_keeps_out() {
             {"location": "= /auth/named", "return": {"status": 403}},
             {"location": "= /auth/given", "return": {"status": 404}},
             {"location": "= /auth/deep", "return": {"status": 410}},
+            {"location": "= /auth/script", "options": {"error_page": [["404", "=200", "@exits"]]}, "return": {"status": 404}},
+            {"location": "= /auth/broken", "options": {"error_page": [["404", "=200", "@fails"]]}, "return": {"status": 404}},
+            {"location": "@exits", "content_by_lua": "ngx.exit(403)"},
+            {"location": "@fails", "content_by_lua": "error('no')"},
+            guarded("= /f", "/auth/script"),
+            guarded("= /g", "/auth/broken"),
             guarded("= /a", "/auth/return"),
             guarded("= /b", "/auth/exit"),
             guarded("= /c", "/auth/named"),
@@ -139,7 +145,7 @@ fn a_page_cannot_let_in_whom_auth_request_keeps_out() {
             guarded("= /e", "/auth/deep"),
         ],
     }));
-    for (path, status) in [("/a", 401), ("/b", 401), ("/c", 403), ("/e", 403)] {
+    for (path, status) in [("/a", 401), ("/b", 401), ("/c", 403), ("/e", 403), ("/f", 403), ("/g", 500)] {
         let reply = gw.get(path);
         assert_eq!(reply.status, status, "{path}: {}", reply.text());
     }
@@ -234,4 +240,72 @@ fn a_page_is_not_compressed_because_what_it_stands_for_was_to_be() {
     let plain = gw.send("GET", "/plain", &accepting, b"");
     assert_eq!((plain.status, plain.header("content-encoding")), (500, None));
     assert!(plain.text().contains("<h1>500 Internal Server Error</h1>"), "{}", plain.text());
+}
+
+#[test]
+fn a_status_of_a_balancers_script_has_its_page() {
+    let gw = Gateway::with(json!({
+        "lua_upstreams": {"asked": {"balancer_by_lua": "ngx.exit(tonumber(ngx.var.arg_status))"}},
+        "lua_locations": [
+            {"location": "= /t", "proxy_pass": "http://asked", "rewrite_by_lua": "ngx.header['X-Mine'] = 'mine'",
+             "options": {"error_page": [["403", "@why"], ["404", "=200", "@why"]]}},
+            {"location": "@why", "content_by_lua": "ngx.req.read_body() ngx.say('why ', ngx.req.get_body_data())"},
+        ],
+    }));
+    for (status, answered) in [(403, 403), (404, 200)] {
+        let page = gw.send("POST", &format!("/t?status={status}"), &[], b"hello");
+        says(&page, answered, "why hello\n");
+        assert_eq!(page.header("x-mine"), Some("mine"));
+    }
+    let plain = gw.get("/t?status=405");
+    assert_eq!((plain.status, plain.header("x-mine")), (405, Some("mine")));
+    assert!(plain.text().contains("<h1>405 "), "{}", plain.text());
+    assert_eq!(raw(&gw.proxy(), b"GET /t?status=444 HTTP/1.1\r\nHost: h\r\n\r\n"), "");
+}
+
+#[test]
+fn a_page_for_no_request_knows_where_that_came_from() {
+    let gw = Gateway::with(json!({
+        "nginx_config": {"http": {"real_ip_from": ["127.0.0.1"]}},
+        "lua_options": {"error_page": [["400", "/why"]]},
+        "lua_locations": [{"location": "= /why", "content_by_lua": "ngx.say('from ', ngx.var.remote_addr)"}],
+    }));
+    let reply = raw(&gw.proxy(), b"GeT / HTTP/1.1\r\nHost: h\r\nX-Real-IP: 192.0.2.9\r\n\r\n");
+    assert!(reply.starts_with("HTTP/1.1 400 ") && reply.contains("from 192.0.2.9\n"), "{reply}");
+}
+
+#[test]
+fn a_page_that_nobody_has_is_an_error() {
+    let gw = Gateway::with(json!({"lua_locations": [
+        {"location": "= /page", "options": {"error_page": [["404", "@$arg_name"]]}, "return": {"status": 404}},
+        {"location": "= /exec", "content_by_lua": "ngx.exec('@gone')"},
+        {"location": "@there", "content_by_lua": "ngx.say('there')"},
+    ]}));
+    says(&gw.get("/page?name=there"), 404, "there\n");
+    for path in ["/page?name=gone", "/exec"] {
+        assert_eq!(gw.get(path).status, 500, "{path}");
+        gw.expect_log("could not find named location \"@gone\"");
+    }
+}
+
+#[test]
+fn a_page_promises_no_body_that_its_upstream_does_not_send() {
+    let up = Upstream::answering(|seen: &Seen| {
+        let status = seen.target.trim_start_matches('/').to_owned();
+        format!(
+            "HTTP/1.1 {status} X\r\nETag: \"e\"\r\nContent-Length: {}\r\n\r\n",
+            if status == "304" { 10 } else { 0 }
+        )
+    });
+    let gw = Gateway::with(json!({"lua_locations": [
+        {"location": "/", "options": {"error_page": [["404", "@up"]]}, "return": {"status": 404}},
+        {"location": "@up", "proxy_pass": format!("http://{}", up.addr())},
+    ]}));
+    let mut client = Client::connect(&gw.proxy());
+    for path in ["/304", "/200", "/304"] {
+        client.send("GET", path, &[], b"");
+        let reply = client.reply("GET");
+        assert_eq!((reply.status, reply.text().as_str()), (404, ""), "{path}");
+        assert_ne!(reply.header("content-length"), Some("10"), "{path}");
+    }
 }

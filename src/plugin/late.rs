@@ -94,11 +94,19 @@ fn accepts_gzip(field: &[u8]) -> bool {
     })
 }
 
+/// Bytes that are compressed in one go, some milliseconds at the highest level: the worker's other requests wait for no more.
+const PIECE: usize = 64 * 1024;
+
 /// Compresses `x.chunk`, whole: what is flushed, or comes from an upstream bit by bit, is not to wait for the rest.
-pub(super) fn chunk(x: &mut Exchange) -> Result<()> {
+pub(super) async fn chunk(x: &mut Exchange) -> Result<()> {
     let Some(encoder) = x.encoder.as_mut().filter(|_| x.chunk.eof || !x.chunk.data.is_empty()) else { return Ok(()) };
     let failed = |e| Error::internal(Kind::Other).cause(e).context("gzip");
-    encoder.write_all(&x.chunk.data).map_err(failed)?;
+    for (at, piece) in x.chunk.data.chunks(PIECE).enumerate() {
+        if at > 0 {
+            tokio::task::yield_now().await;
+        }
+        encoder.write_all(piece).map_err(failed)?;
+    }
     x.chunk.data.clear();
     match x.chunk.eof {
         true => encoder.try_finish().map_err(failed)?,

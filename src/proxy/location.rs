@@ -1,6 +1,7 @@
 //! Requests that a location of config.yaml serves: its scripts in nginx's order, and what answers.
 
 use std::{
+    net::IpAddr,
     rc::{Rc, Weak},
     sync::Arc,
 };
@@ -8,7 +9,7 @@ use std::{
 use super::{
     Proxy, capture, files,
     forward::servers::{Named, forward_to},
-    head, request, rescue,
+    head, real_ip, request, rescue,
 };
 use crate::{
     conf::{
@@ -55,6 +56,9 @@ async fn end(p: &Proxy, x: &mut Exchange, served: Result<()>) {
 /// Answers what was refused before it was a request, if the server has an error page for that; says whether it had one.
 pub(super) async fn serve_refusal(p: &Rc<Proxy>, x: &mut Exchange, status: u16) -> bool {
     let Some(rest) = p.locations.rest().filter(|rest| page_for(rest, status).is_some()) else { return false };
+    // The page is served as any request is: with the configuration of now, and the client's own address.
+    p.pin(x);
+    real_ip::apply(&p.settings.real_ip, x);
     p.runner.enter_location(x, rest.clone());
     x.lua.host = Some(host(p));
     let served = match refuse(p, x, status).await {
@@ -120,7 +124,7 @@ pub(super) async fn serve_child(p: &Rc<Proxy>, x: &mut Exchange) {
 /// What neither a location nor a route is for is looked up under the root, as nginx does.
 pub(super) async fn serve_rest(p: &Rc<Proxy>, x: &mut Exchange, location: &Arc<Location>) -> Result<()> {
     x.lua.host = Some(host(p));
-    Box::pin(run(p, x, Some(plain(location)))).await
+    Box::pin(run(p, x, Ok(plain(location)))).await
 }
 
 fn plain(location: &Arc<Location>) -> Chosen {
@@ -143,7 +147,11 @@ pub(super) async fn to_folder(p: &Proxy, x: &mut Exchange) -> Result<Flow> {
 async fn redirect(p: &Proxy, x: &mut Exchange, status: u16, target: &[u8]) -> Result<Flow> {
     x.response.headers.set("Location", target);
     rescue::page(p, x, status);
-    output::answer_with(x, &p.runner, |x| make_absolute(x, target)).await?;
+    output::answer_with(x, &p.runner, |x| {
+        make_absolute(x, target);
+        true
+    })
+    .await?;
     Ok(Flow::Sent)
 }
 
@@ -155,8 +163,14 @@ fn make_absolute(x: &mut Exchange, target: &[u8]) {
     }
     let (scheme, default) = if x.conn.tls.is_some() { ("https", 443) } else { ("http", 80) };
     let mut whole = format!("{scheme}://").into_bytes();
-    whole.extend_from_slice(&x.request.host);
-    let port = x.conn.local.port();
+    let local = x.conn.local;
+    match (&x.request.host[..], local.ip().to_canonical()) {
+        // HTTP/1.0 may name none: the address that was reached.
+        (b"", IpAddr::V4(ip)) => whole.extend_from_slice(ip.to_string().as_bytes()),
+        (b"", IpAddr::V6(ip)) => whole.extend_from_slice(format!("[{ip}]").as_bytes()),
+        (host, _) => whole.extend_from_slice(host),
+    }
+    let port = local.port();
     if port != default {
         whole.extend_from_slice(format!(":{port}").as_bytes());
     }
@@ -227,9 +241,9 @@ fn choose(p: &Proxy, x: &Exchange) -> Option<Chosen> {
     p.locations.choose(&x.request.path)
 }
 
-/// For a request that has left the client's path: no route is for it.
-fn choose_or_rest(p: &Proxy, x: &Exchange) -> Option<Chosen> {
-    choose(p, x).or_else(|| p.locations.rest().map(plain))
+/// For a request that has left the client's path: no route is for it. An error is a status.
+fn choose_or_rest(p: &Proxy, x: &Exchange) -> Result<Chosen, u16> {
+    choose(p, x).or_else(|| p.locations.rest().map(plain)).ok_or(404)
 }
 
 /// The proxy, as scripts reach it.
@@ -373,14 +387,14 @@ async fn body(p: &Proxy, x: &mut Exchange, eof: bool) -> Result<()> {
 
 /// What the server does first, then the locations.
 async fn enter(p: &Proxy, x: &mut Exchange, chosen: Chosen) -> Result<()> {
-    let Some(script) = &p.server_rewrite else { return run(p, x, Some(chosen)).await };
+    let Some(script) = &p.server_rewrite else { return run(p, x, Ok(chosen)).await };
     p.runner.enter_location(x, chosen.location.clone());
     match p.runner.script(x, script, Phase::ServerRewrite).await {
         // Its path may be another one now.
         Flow::Next | Flow::Declined | Flow::Jump => {
             x.jump = None;
             let chosen = choose(p, x).unwrap_or(chosen);
-            run(p, x, Some(chosen)).await
+            run(p, x, Ok(chosen)).await
         }
         flow => match finish(p, x, flow).await? {
             Flow::Jump => {
@@ -404,15 +418,15 @@ async fn server_rewrites(p: &Proxy, x: &mut Exchange) -> Result<Flow> {
     returned(p, x, status, target).await
 }
 
-/// From location to location, until one answers.
-async fn run(p: &Proxy, x: &mut Exchange, mut next: Option<Chosen>) -> Result<()> {
+/// From location to location, until one answers. `next`: the first, or why there is none, as a status.
+async fn run(p: &Proxy, x: &mut Exchange, mut next: Result<Chosen, u16>) -> Result<()> {
     loop {
         let flow = match next {
-            Some(chosen) => match visit(p, x, chosen).await {
+            Ok(chosen) => match visit(p, x, chosen).await {
                 Ok(flow) => flow,
                 Err(e) => rescued(p, x, e).await?,
             },
-            None => refuse(p, x, 404).await?,
+            Err(status) => refuse(p, x, status).await?,
         };
         if flow != Flow::Jump {
             return Ok(());
@@ -430,13 +444,14 @@ async fn run(p: &Proxy, x: &mut Exchange, mut next: Option<Chosen>) -> Result<()
 /// Runs one location. `Flow::Jump`: the request goes on to another one.
 async fn visit(p: &Proxy, x: &mut Exchange, chosen: Chosen) -> Result<Flow> {
     let Chosen { location, captures } = chosen;
+    // Its own error pages and filters, also for who must not come in.
+    p.runner.enter_location(x, location.clone());
     if location.internal && !x.internal {
         return refuse(p, x, 404).await;
     }
     for (name, value) in captures {
         set(x, &name, value);
     }
-    p.runner.enter_location(x, location.clone());
     let flow = phases(p, x, &location).await?;
     finish(p, x, flow).await
 }
@@ -455,9 +470,9 @@ async fn rescued(p: &Proxy, x: &mut Exchange, e: Error) -> Result<Flow> {
     }
 }
 
-/// Goes where a script sent the request.
-fn jump(p: &Proxy, x: &mut Exchange) -> Option<Chosen> {
-    match x.jump.take()? {
+/// Goes where a script sent the request. An error is a status: there is nothing.
+fn jump(p: &Proxy, x: &mut Exchange) -> Result<Chosen, u16> {
+    match x.jump.take().ok_or(404_u16)? {
         Jump::Again => {
             p.runner.forget_location(x);
             choose_or_rest(p, x)
@@ -472,8 +487,11 @@ fn jump(p: &Proxy, x: &mut Exchange) -> Option<Chosen> {
         }
         Jump::Named(name) => {
             x.internal = true;
-            let location = p.locations.named(&name)?;
-            Some(Chosen { location, captures: Vec::new() })
+            let Some(location) = p.locations.named(&name) else {
+                x.log(Level::Error, format!("could not find named location \"{name}\"").as_bytes());
+                return Err(500);
+            };
+            Ok(plain(&location))
         }
     }
 }
@@ -543,16 +561,17 @@ async fn access(p: &Proxy, x: &mut Exchange, location: &Location) -> Result<Opti
     let any = location.directives.satisfy_any;
     let mut refused = None;
     match (is_allowed(x, location), any) {
-        (Some(true), true) => return Ok(None),
+        (Some(true), true) => return Ok(agreed(x)),
         (Some(false), true) => refused = Some(403),
         (Some(false), false) => return forbid(p, x, 403).await.map(Some),
         _ => {}
     }
     if let Some(path) = &location.directives.auth_request {
         match (authorize(x, path).await, any) {
-            (200..300, true) => return Ok(None),
+            (200..300, true) => return Ok(agreed(x)),
             (200..300, false) => {}
-            (status @ (401 | 403), true) => refused = Some(status),
+            // A 401 stays one, whoever refuses beside it: the client can do something about that.
+            (status @ (401 | 403), true) => refused = refused.filter(|before| *before == 401).or(Some(status)),
             (status @ (401 | 403), false) => return refuse(p, x, status).await.map(Some),
             (status, _) => {
                 x.log(Level::Error, format!("auth request unexpected status: {status}").as_bytes());
@@ -562,10 +581,10 @@ async fn access(p: &Proxy, x: &mut Exchange, location: &Location) -> Result<Opti
     }
     if let Some(script) = &location.access {
         match p.runner.script(x, script, Phase::Access).await {
-            Flow::Next if any => return Ok(None),
+            Flow::Next if any => return Ok(agreed(x)),
             Flow::Next | Flow::Declined => {}
             Flow::Answer if any && x.printed.is_empty() && matches!(x.response.status, 401 | 403) => {
-                refused = Some(x.response.status);
+                refused = refused.filter(|before| *before == 401).or(Some(x.response.status));
             }
             flow => return Ok(Some(flow)),
         }
@@ -574,6 +593,12 @@ async fn access(p: &Proxy, x: &mut Exchange, location: &Location) -> Result<Opti
         Some(status) => forbid(p, x, status).await.map(Some),
         None => Ok(None),
     }
+}
+
+/// With `satisfy any` one has let the request in: what another one asked for is moot.
+fn agreed(x: &mut Exchange) -> Option<Flow> {
+    x.response.headers.remove("www-authenticate");
+    None
 }
 
 async fn forbid(p: &Proxy, x: &mut Exchange, status: u16) -> Result<Flow> {
