@@ -4,12 +4,13 @@ mod support;
 
 use std::{
     io::{BufReader, Read, Write},
+    net::TcpStream,
     sync::mpsc,
 };
 
 use serde_json::{Value, json};
 use support::{
-    Client, Gateway, Reply, Upstream,
+    Client, Gateway, Reply, Upstream, eventually,
     http::raw,
     upstream::{Seen, read_request},
 };
@@ -106,8 +107,12 @@ fn a_body_too_long_to_be_kept_goes_to_no_second_upstream() {
     let gw = Gateway::with(json!({"lua_locations": [
         proxied("= /t", &first, json!({"error_page": [["502", "=", "@second"]]})),
         proxied("= /lua", &first, json!({"error_page": [["502", "=200", "@lua"]]})),
+        proxied("= /sub", &first, json!({"error_page": [["502", "=200", "@sub"]]})),
         proxied("@second", &second, json!({})),
+        proxied("= /second", &second, json!({})),
         {"location": "@lua", "content_by_lua": "ngx.req.read_body() ngx.print(tostring(ngx.req.get_body_data()))"},
+        {"location": "@sub", "content_by_lua": r#"
+            ngx.print(ngx.location.capture("/second", {method = ngx.HTTP_POST, always_forward_body = true}).status)"#},
     ]}));
     let (most, more) = (vec![b'x'; 64 << 10], vec![b'x'; (64 << 10) + 1]);
     assert_eq!(gw.send("POST", "/t", &[], &most).body.len(), "/t ".len() + most.len());
@@ -116,6 +121,8 @@ fn a_body_too_long_to_be_kept_goes_to_no_second_upstream() {
     assert_eq!(second.seen().len(), 1);
     gw.expect_log("is too long to be sent once more");
     says(&gw.send("POST", "/lua", &[], &more), 200, "nil");
+    says(&gw.send("POST", "/sub", &[], &more), 200, "502");
+    assert_eq!(second.seen().len(), 1);
 }
 
 #[test]
@@ -308,4 +315,68 @@ fn a_page_promises_no_body_that_its_upstream_does_not_send() {
         assert_eq!((reply.status, reply.text().as_str()), (404, ""), "{path}");
         assert_ne!(reply.header("content-length"), Some("10"), "{path}");
     }
+}
+
+/// An HTTP/2 connection with one request. `window`: bytes that the client takes of the answer.
+fn ask_http2(address: &str, path: &str, window: u32) -> TcpStream {
+    const HEADERS: u8 = 1;
+    const SETTINGS: u8 = 4;
+    let frame = |kind: u8, flags: u8, stream: u8, payload: &[u8]| {
+        let length = u8::try_from(payload.len()).expect("a short one");
+        [&[0, 0, length, kind, flags, 0, 0, 0, stream], payload].concat()
+    };
+    let path = [&[4, u8::try_from(path.len()).expect("a short one")], path.as_bytes()].concat();
+    let mut stream = TcpStream::connect(address).expect("it listens");
+    stream.set_read_timeout(Some(support::DEADLINE)).expect("a timeout");
+    let sent = [
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec(),
+        // SETTINGS_INITIAL_WINDOW_SIZE
+        frame(SETTINGS, 0, 0, &[&[0, 4][..], &window.to_be_bytes()].concat()),
+        // `:method: GET`, `:scheme: http`, the path, `:authority: h`
+        frame(HEADERS, 5, 1, &[&[0x82, 0x86][..], &path, &[1, 1, b'h']].concat()),
+    ];
+    stream.write_all(&sent.concat()).expect("it is sent");
+    stream
+}
+
+/// The body of its answer, up to the reset of the stream.
+fn body_until_reset(mut stream: TcpStream) -> Vec<u8> {
+    const DATA: u8 = 0;
+    const RESET: u8 = 3;
+    let mut body = Vec::new();
+    loop {
+        let mut head = [0; 9];
+        stream.read_exact(&mut head).expect("a frame, in time");
+        let mut payload = vec![0; usize::from(u16::from_be_bytes([head[1], head[2]]))];
+        stream.read_exact(&mut payload).expect("its payload");
+        match (head[3], head[8]) {
+            (DATA, 1) => body.extend(payload),
+            (RESET, 1) => return body,
+            _ => {}
+        }
+    }
+}
+
+#[test]
+fn a_response_that_is_cut_off_waits_for_no_slow_client() {
+    // As much as the gateway takes for a stream whose client takes nothing.
+    let came = "x".repeat(50_000);
+    let cut = format!("HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 50001\r\n\r\n{came}");
+    let up = Upstream::answering(move |_| cut.clone());
+    let gw = Gateway::with(json!({
+        "nginx_config": {"http": {"send_timeout": "60s"}},
+        "lua_shared_dict": {"ended": "1m"},
+        "lua_locations": [
+            {"location": "/cut/", "proxy_pass": format!("http://{}", up.addr()),
+             "log_by_lua": "ngx.shared.ended:set(ngx.var.uri, ngx.status)"},
+            {"location": "= /ended", "content_by_lua": "ngx.print(tostring(ngx.shared.ended:get(ngx.var.arg_uri)))"},
+        ],
+    }));
+    let cut = raw(&gw.proxy(), b"GET /cut/1 HTTP/1.1\r\nHost: h\r\n\r\n");
+    assert!(cut.ends_with(&format!("\r\n\r\n{came}")), "{}", cut.len());
+    let body = body_until_reset(ask_http2(&gw.proxy(), "/cut/2", 65_535));
+    assert_eq!(body.len(), came.len(), "what came before is the client's");
+    let slow = ask_http2(&gw.proxy(), "/cut/slow", 0);
+    eventually("the request ends", || (gw.get("/ended?uri=/cut/slow").text() == "200").then_some(()));
+    drop(slow);
 }

@@ -76,9 +76,9 @@ impl RequestBody {
             RequestBody::File { path, length } => {
                 RequestBody::File { path: super::Spooled::theirs(path.to_path_buf()), length: *length }
             }
-            RequestBody::None | RequestBody::Streaming { .. } | RequestBody::Consumed | RequestBody::Lost => {
-                RequestBody::None
-            }
+            // To be refused, not to be left out.
+            RequestBody::Lost => RequestBody::Lost,
+            RequestBody::None | RequestBody::Streaming { .. } | RequestBody::Consumed => RequestBody::None,
         }
     }
 }

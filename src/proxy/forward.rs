@@ -343,10 +343,8 @@ impl<'a> Way<'a> {
         let length = output::remaining_length(x);
         output::send_head(x, length)?;
         if x.header_only {
-            // The rest of the response is closed away with its connection.
-            return output::finish(x).await;
-        }
-        if output::changes_body(x, &self.p.runner) {
+            // The rest is closed away with its connection.
+        } else if output::changes_body(x, &self.p.runner) {
             self.relay_filtered(x, conn).await?;
         } else {
             poll_fn(|cx| {

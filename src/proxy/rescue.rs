@@ -5,7 +5,7 @@ use std::{future::poll_fn, task::Poll};
 use super::Proxy;
 use crate::{
     error::{Error, Kind, Origin, Result},
-    exchange::{Exchange, Source, status},
+    exchange::{Client, Exchange, Source, status},
     observe::log::Level,
     plugin::output,
 };
@@ -19,10 +19,8 @@ pub(super) async fn answer(p: &Proxy, x: &mut Exchange, e: Error) {
     log(x, &e, status);
     if x.response.head_sent {
         if let Some(client) = &mut x.client {
-            // What came before the error is the client's, as far as the kernel takes it at once: nobody waits for a client that is
-            // slow, only to cut the response off then.
             if e.origin() != Origin::Client {
-                let _ = poll_fn(|cx| Poll::Ready(client.poll_flush(cx))).await;
+                push(&mut **client).await;
             }
             client.abort();
         }
@@ -52,6 +50,16 @@ pub(super) async fn answer(p: &Proxy, x: &mut Exchange, e: Error) {
         if let Some(client) = &mut x.client {
             client.abort();
         }
+    }
+}
+
+/// What came before the error is the client's, as far as it takes that at once: nobody waits for one that is slow, only to cut the
+/// response off then. Two looks, since with HTTP/2 it is the connection's task that sends.
+async fn push(client: &mut dyn Client) {
+    let mut look = async || poll_fn(|cx| Poll::Ready(client.poll_flush(cx).is_pending())).await;
+    if look().await {
+        tokio::task::yield_now().await;
+        look().await;
     }
 }
 
