@@ -380,3 +380,20 @@ fn a_response_that_is_cut_off_waits_for_no_slow_client() {
     eventually("the request ends", || (gw.get("/ended?uri=/cut/slow").text() == "200").then_some(()));
     drop(slow);
 }
+
+#[test]
+fn a_page_that_the_client_has_is_not_sent_empty() {
+    let date = "Thu, 01 Jan 1970 00:00:00 GMT";
+    let gw = Gateway::with(json!({
+        "lua_options": {"error_page": [["404", "@page"], ["403", "=200", "@page"]]},
+        "lua_locations": [
+            {"location": "= /404", "return": {"status": 404}},
+            {"location": "= /403", "return": {"status": 403}},
+            {"location": "@page", "content_by_lua": format!("ngx.header.last_modified = '{date}' ngx.say('page')")},
+        ],
+    }));
+    let asked = |path: &str| gw.send("GET", path, &[("If-Modified-Since", date)], b"");
+    says(&asked("/404"), 404, "page\n");
+    says(&asked("/403"), 304, "");
+    says(&gw.get("/403"), 200, "page\n");
+}

@@ -54,7 +54,7 @@ async fn rest(x: &mut Exchange, runner: &Runner) -> Result<()> {
     finish(x).await
 }
 
-/// The status that an error page has, for an answer that goes by the filters.
+/// Settles the status that an error page has, before the filters do, or for an answer that goes by them.
 pub fn settle_status(x: &mut Exchange) {
     late::status(x);
 }

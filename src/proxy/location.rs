@@ -304,6 +304,7 @@ async fn settle_head(p: &Proxy, x: &mut Exchange) -> Result<bool> {
     if x.response.status == 0 {
         x.response.status = 200;
     }
+    output::settle_status(x);
     if x.location.is_none() {
         // A plugin's own answer has the length that it has, whatever it copied.
         x.response.headers.remove("content-length");
@@ -312,7 +313,7 @@ async fn settle_head(p: &Proxy, x: &mut Exchange) -> Result<bool> {
     x.response.headers.set("Server", &p.settings.server);
     add_headers(x);
     if is_known_already(x) {
-        x.response.status = 304;
+        x.set_status(304);
         x.response.headers.remove("content-length");
         x.printed.clear();
     }
