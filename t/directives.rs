@@ -60,6 +60,28 @@ fn with_satisfy_any_one_that_agrees_is_enough() {
 }
 
 #[test]
+fn with_satisfy_any_a_401_is_withdrawn_by_who_agrees_and_by_no_other() {
+    let location = |name: &str, options: Value, lua: &str| {
+        let mut all = json!({"satisfy": "any", "auth_request": "/auth"});
+        all.as_object_mut().expect("a map").extend(options.as_object().expect("a map").clone());
+        json!({"location": name, "options": all, "access_by_lua": lua, "content_by_lua": "ngx.say('in')"})
+    };
+    let gw = Gateway::with(json!({"lua_locations": [
+        {"location": "= /auth", "content_by_lua": "ngx.header['WWW-Authenticate'] = 'Basic' ngx.exit(401)"},
+        location("= /agreed", json!({}), "return"),
+        location("= /refused", json!({}), "ngx.exit(403)"),
+        location("= /denied", json!({"deny": [["all"]]}), "ngx.exit(ngx.DECLINED)"),
+    ]}));
+    let agreed = gw.get("/agreed");
+    says(&agreed, 200, "in\n");
+    assert_eq!(agreed.header("www-authenticate"), None);
+    for path in ["/refused", "/denied"] {
+        let refused = gw.get(path);
+        assert_eq!((refused.status, refused.header("www-authenticate")), (401, Some("Basic")), "{path}");
+    }
+}
+
+#[test]
 fn a_subrequest_says_who_may_come_in() {
     let api = |name: &str, options: Value| {
         json!({"location": name, "set": {"user": "$arg_user"}, "options": options,
@@ -141,7 +163,7 @@ fn error_pages_stand_in_for_nginx_own() {
     assert!(twice.text().contains("<h1>404 Not Found</h1>"), "{}", twice.text());
     assert!(gw.get("/plain").text().contains("<h1>404 Not Found</h1>"));
     assert!(gw.get("/exit?status=405").text().contains("<h1>405 Not Allowed</h1>"));
-    assert_eq!(gw.get("/down").status, 404, "an internal one");
+    says(&gw.get("/down"), 404, "not here\n");
     let refused = raw(&gw.proxy(), b"GeT / HTTP/1.1\r\nHost: h\r\n\r\n");
     assert!(refused.starts_with("HTTP/1.1 200 OK\r\n") && refused.contains("own\n"), "{refused}");
 }
@@ -236,8 +258,12 @@ fn a_file_is_sent_in_ranges() {
     let dir = Dir::new();
     std::fs::create_dir_all(dir.join("html")).expect("a directory");
     dir.write("html/a.txt", "0123456789");
+    std::fs::create_dir_all(dir.join("html/paged")).expect("a directory");
+    dir.write("html/paged/a.txt", "0123456789");
     dir.configure(json!({"lua_locations": [
         {"location": "/", "header_filter_by_lua": "ngx.header.x = ngx.status"},
+        {"location": "/paged/", "options": {"root": "html", "error_page": [["416", "@paged"]]}},
+        {"location": "@paged", "content_by_lua": "ngx.say('paged')"},
         {"location": "= /sub", "content_by_lua": "ngx.print(ngx.location.capture('/a.txt').body)"},
     ]}));
     let gw = Gateway::in_dir(dir);
@@ -249,6 +275,10 @@ fn a_file_is_sent_in_ranges() {
     says(&ask("bytes=0-1,3-4"), 200, "0123456789");
     let none = ask("bytes=10-");
     assert_eq!((none.status, none.header("content-range")), (416, Some("bytes */10")));
+    assert!(none.text().contains("<h1>416 "), "{}", none.text());
+    let paged = gw.send("GET", "/paged/a.txt", &[("Range", "bytes=10-")], b"");
+    says(&paged, 416, "paged\n");
+    assert_eq!((paged.header("content-range"), paged.header("last-modified")), (Some("bytes */10"), None));
     let whole = gw.get("/a.txt");
     assert_eq!(whole.header("accept-ranges"), Some("bytes"));
     let since = whole.header("last-modified").expect("a date").to_owned();
@@ -278,6 +308,55 @@ fn the_servers_rewrites_come_before_a_location_is_chosen() {
 }
 
 #[test]
+fn the_servers_rewrites_leave_a_subrequest_the_ctx_that_it_was_given() {
+    let gw = Gateway::with(json!({
+        "lua_options": {"rewrite": [["^/old/(.*)$", "/new/$1"]]},
+        "lua_locations": [
+            {"location": "/new/", "content_by_lua": "ngx.ctx.seen = ngx.ctx.given"},
+            {"location": "= /t", "content_by_lua": r#"
+                for _, path in ipairs({"/new/a", "/old/a"}) do
+                    local ctx = {given = "g"}
+                    ngx.location.capture(path, {ctx = ctx})
+                    ngx.print(tostring(ctx.seen), " ")
+                end"#},
+        ],
+    }));
+    says(&gw.get("/t"), 200, "g g ");
+}
+
+#[test]
+fn auth_request_asks_for_the_head_only() {
+    let (told, left) = std::sync::mpsc::channel();
+    // A body without end, of which the gateway may take what it likes.
+    let upstream = Upstream::serving(move |_, mut stream| {
+        let mut reader = std::io::BufReader::new(stream.try_clone().expect("a handle"));
+        let Some(seen) = support::upstream::read_request(&mut reader) else { return };
+        let status = seen.target.rsplit('=').next().expect("a status").to_owned();
+        let _ = stream.write_all(format!("HTTP/1.1 {status} X\r\nContent-Length: 1000000000000\r\n\r\nx").as_bytes());
+        let ended = reader.read(&mut [0]);
+        told.send(matches!(ended, Ok(0) | Err(_))).expect("the test waits");
+    });
+    let guarded = |name: &str, auth: &str| json!({"location": name, "options": {"auth_request": auth}, "content_by_lua": "ngx.say('in')"});
+    let asked = |name: &str, status: &str| json!({"location": name, "proxy_pass": format!("http://{}/auth?status={status}", upstream.addr())});
+    let gw = Gateway::with(json!({
+        "lua_shared_dict": {"done": "1m"},
+        "lua_locations": [
+            guarded("= /in", "/auth/in"), guarded("= /out", "/auth/out"), guarded("= /lua", "/auth/lua"),
+            asked("= /auth/in", "200"), asked("= /auth/out", "403"),
+            {"location": "= /auth/lua", "content_by_lua":
+                "ngx.say(('x'):rep(100000)) ngx.flush(true) ngx.sleep(0) ngx.shared.done:set('done', 1)"},
+            {"location": "= /done", "content_by_lua": "ngx.print(ngx.shared.done:get('done'))"},
+        ],
+    }));
+    says(&gw.get("/in"), 200, "in\n");
+    assert!(left.recv().expect("it is told"), "the connection is closed");
+    assert_eq!(gw.get("/out").status, 403);
+    assert!(left.recv().expect("it is told"));
+    says(&gw.get("/lua"), 200, "in\n");
+    says(&gw.get("/done"), 200, "1");
+}
+
+#[test]
 fn a_redirect_is_relative_for_filters_and_where_nothing_else_is_wanted() {
     let gw = Gateway::with(json!({"lua_locations": [
         {"location": "= /to", "return": {"status": 302, "body": "/there"},
@@ -291,6 +370,35 @@ fn a_redirect_is_relative_for_filters_and_where_nothing_else_is_wanted() {
     assert_eq!((to.header("location"), to.header("seen")), (Some(&*there), Some("/there")));
     assert_eq!(gw.get("/own").header("location"), Some("/mine"));
     assert_eq!(gw.get("/relative").header("location"), Some("/there"));
+    // HTTP/1.0 need not name a host: the address that was reached stands for it.
+    let reply = raw(&gw.proxy(), b"GET /to HTTP/1.0\r\n\r\n");
+    assert!(reply.contains(&format!("\r\nLocation: {there}\r\n")), "{reply}");
+}
+
+#[test]
+fn what_is_long_is_compressed_bit_by_bit() {
+    let dir = Dir::new();
+    std::fs::create_dir_all(dir.join("html")).expect("a directory");
+    dir.write("html/long.txt", vec![b'x'; 16 << 20]);
+    dir.configure(json!({
+        "nginx_config": {"worker_processes": 1},
+        "lua_shared_dict": {"state": "1m"},
+        "lua_locations": [
+            {"location": "= /long.txt", "options": {"gzip": "on", "gzip_types": "*", "gzip_comp_level": "9"},
+             "header_filter_by_lua": "ngx.shared.state:set('is', 'begun')",
+             "log_by_lua": "ngx.shared.state:set('is', 'ended')"},
+            {"location": "= /state", "content_by_lua": "ngx.print(tostring(ngx.shared.state:get('is')))"},
+        ],
+    }));
+    let gw = Gateway::in_dir(dir);
+    let mut client = Client::connect(&gw.proxy());
+    client.send("GET", "/long.txt", &[("Accept-Encoding", "gzip")], b"");
+    let state = support::eventually("the worker begins", || {
+        let state = gw.get("/state").text();
+        (state != "nil").then_some(state)
+    });
+    assert_eq!(state, "begun", "the worker has time for others meanwhile");
+    assert_eq!(unzip(&client.reply("GET").body).len(), 16 << 20);
 }
 
 #[test]
@@ -396,6 +504,24 @@ fn values_that_cannot_be_read_stop_the_start() {
         }}],
     }));
     assert_eq!(status.code(), Some(1));
+    let (pages, named) = told(json!({
+        "lua_options": {"error_page": [["404", "@here"], ["502", "@nowhere"], ["503", "@$arg_a"]]},
+        "lua_locations": [
+            {"location": "@here"},
+            {"location": "= /a", "options": {"error_page": [["404", "=", "@gone"]]}},
+            {"location": "= /b", "options": {"error_page": [["404", "=100", "/x"], ["200", "/x"]]}},
+        ],
+    }));
+    assert_eq!(pages.code(), Some(1));
+    for mistake in [
+        "lua_options.error_page: no location is called @nowhere",
+        "lua_locations[1].options.error_page: no location is called @gone",
+        "lua_locations[2].options.error_page: \"404 =100 /x\"",
+        "lua_locations[2].options.error_page: \"200 /x\"",
+    ] {
+        assert!(named.contains(mistake), "{mistake}: {named}");
+    }
+    assert!(!named.contains("called @here") && !named.contains("called @$"), "{named}");
     for path in [
         "lua_options.lua_regex_match_limit: \"far\"",
         "lua_options.rewrite: \"(\"",

@@ -17,6 +17,7 @@ use serde_json::{Map, Value, json};
 use super::{
     directives::Directives,
     keys::at,
+    outgoing::ErrorPage,
     upstreams::{self, Upstream},
 };
 
@@ -305,6 +306,25 @@ impl Template {
     }
 }
 
+/// Tells of the `@names` that error pages go to and no location has.
+fn unknown_pages(said: &[Value], list: &[Location], shared: &Directives, mistakes: &mut Vec<String>) {
+    // Where a location could not be read, that is told already, and its name is not known.
+    if said.len() != list.len() {
+        return;
+    }
+    let known = |name: &str| list.iter().any(|l| matches!(&l.pattern, Pattern::Named(known) if **known == *name));
+    let mut look = |path: &str, directives: &Directives| {
+        for name in directives.error_page.iter().filter_map(ErrorPage::named).filter(|name| !known(name)) {
+            mistakes.push(format!("{path}.error_page: no location is called {name}"));
+        }
+    };
+    look("lua_options", shared);
+    let own = |one: &Value| one.pointer("/options/error_page").is_some();
+    for (i, (_, location)) in said.iter().zip(list).enumerate().filter(|(_, (one, _))| own(one)) {
+        look(&format!("lua_locations[{i}].options"), &location.directives);
+    }
+}
+
 /// Reads it all; mistakes are noted with their path.
 pub(super) fn read(json: &Value, prefix: &Path, mistakes: &mut Vec<String>) -> Locations {
     let mut r = Reader { prefix, mistakes };
@@ -312,13 +332,14 @@ pub(super) fn read(json: &Value, prefix: &Path, mistakes: &mut Vec<String>) -> L
     let everywhere = at(json, "lua_options").and_then(Value::as_object);
     let options = Options::read(everywhere, &Options::default());
     // Told once, and not with each location that has them.
-    Directives::read(&options, "lua_options", everywhere, r.mistakes);
-    let list = at(json, "lua_locations").and_then(Value::as_array).map_or(&[][..], |list| list);
-    let list = list
+    let shared = Directives::read(&options, "lua_options", everywhere, r.mistakes);
+    let said = at(json, "lua_locations").and_then(Value::as_array).map_or(&[][..], |list| list);
+    let list = said
         .iter()
         .enumerate()
         .filter_map(|(i, one)| r.location(&format!("lua_locations[{i}]"), one, &server, &options));
     let mut list: Vec<_> = list.collect();
+    unknown_pages(said, &list, &shared, r.mistakes);
     // What the server runs, it runs for every path.
     let everywhere = |l: &Location| matches!(&l.pattern, Pattern::Prefix { prefix, .. } if **prefix == *"/");
     let serves = PHASES.iter().any(|p| server.contains_key(*p) || server.contains_key(&format!("{p}_file")));

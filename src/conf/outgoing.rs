@@ -1,6 +1,10 @@
 //! Directives about what leaves: error pages, the charset, compression. Names, values and defaults are nginx's.
 
-use super::{directives::Reader, locations::Template, typed};
+use super::{
+    directives::Reader,
+    locations::{Piece, Template},
+    typed,
+};
 
 /// `error_page code… [=[status]] target`
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -103,6 +107,14 @@ impl Gzip {
 }
 
 impl ErrorPage {
+    /// The `@name` that it always goes to.
+    pub(super) fn named(&self) -> Option<&str> {
+        match self.target.0.as_slice() {
+            [Piece::Text(name)] if name.starts_with('@') => Some(name),
+            _ => None,
+        }
+    }
+
     pub(super) fn read_all(r: &mut Reader<'_>) -> Vec<ErrorPage> {
         const MEANT: &str =
             "statuses from 300 to 599 and a path, @name or URL, as 404 /missing.html or 502 503 =200 @later";
@@ -119,7 +131,8 @@ impl ErrorPage {
         if let Some(given) = words.last().and_then(|word| word.strip_prefix('=')) {
             status = match given {
                 "" => PageStatus::Own,
-                given => PageStatus::Given(given.parse().ok().filter(|status| (100..=999).contains(status))?),
+                // 1xx is no answer.
+                given => PageStatus::Given(given.parse().ok().filter(|status| (200..=999).contains(status))?),
             };
             words.pop();
         }
@@ -150,6 +163,10 @@ mod tests {
             ("200 /x", None),
             ("499 /x", None),
             ("404 =1000 /x", None),
+            ("404 =100 /x", None),
+            ("404 =199 /x", None),
+            ("299 /x", None),
+            ("600 /x", None),
             ("404 x.html", None),
         ] {
             assert_eq!(ErrorPage::parse(line), expected, "{line}");

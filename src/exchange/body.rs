@@ -18,6 +18,8 @@ pub enum RequestBody {
     File { path: Spooled, length: u64 },
     /// Given to an upstream or thrown away.
     Consumed,
+    /// Given to an upstream that failed, and too long to have been kept for another one.
+    Lost,
 }
 
 /// A file that holds a request body. The gateway's own goes when the request lets go of it; a plugin's own stays.

@@ -44,6 +44,8 @@ pub struct Subrequest {
     pub share_vars: bool,
     /// `ctx`: the VM's own, opaque here.
     pub ctx: Option<Rc<dyn Any>>,
+    /// Only the head of the answer is asked for: the body is thrown away, and an upstream's not waited for.
+    pub header_only: bool,
 }
 
 /// What subrequests answered, in the order of their list.
@@ -74,6 +76,8 @@ impl RequestBody {
             RequestBody::File { path, length } => {
                 RequestBody::File { path: super::Spooled::theirs(path.to_path_buf()), length: *length }
             }
+            // To be refused, not to be left out.
+            RequestBody::Lost => RequestBody::Lost,
             RequestBody::None | RequestBody::Streaming { .. } | RequestBody::Consumed => RequestBody::None,
         }
     }

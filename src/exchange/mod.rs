@@ -92,6 +92,8 @@ pub struct Exchange {
     pub internal: bool,
     /// How many requests it is a subrequest within.
     pub depth: u32,
+    /// Nobody wants more of the answer than its head.
+    pub header_only: bool,
     pub lua: LuaState,
     /// Bytes sent to the client, head included (`$bytes_sent`), and of the body (`$body_bytes_sent`).
     pub bytes_sent: u64,
@@ -584,6 +586,7 @@ impl Exchange {
             jumps: 0,
             internal: false,
             depth: 0,
+            header_only: false,
             lua: LuaState::default(),
             bytes_sent: 0,
             body_bytes_sent: 0,
@@ -623,6 +626,7 @@ impl Exchange {
         self.jumps = 0;
         self.internal = false;
         self.depth = 0;
+        self.header_only = false;
         self.lua = LuaState::default();
         self.bytes_sent = 0;
         self.body_bytes_sent = 0;

@@ -12,6 +12,8 @@ use crate::{
 
 /// The head, once the filters are through with it. `length`: of the body, where the head does not say it.
 pub(super) fn head(x: &mut Exchange, length: Option<u64>) {
+    // That of a head that was thrown away.
+    x.encoder = None;
     let Some(location) = x.location.clone() else { return };
     if x.depth > 0 {
         return;
@@ -26,9 +28,14 @@ pub(super) fn head(x: &mut Exchange, length: Option<u64>) {
 
 /// The status that an error page has, whatever answered in its place.
 pub(super) fn status(x: &mut Exchange) {
-    if let Some(status @ 1..) = x.error_status {
-        x.response.status = status;
+    let Some(status @ 1..) = x.error_status else { return };
+    x.response.reason.clear();
+    let bodiless = |status| matches!(status, 204 | 304);
+    if status != x.response.status && (bodiless(status) || bodiless(x.response.status)) {
+        // It has promised a body that does not come, or none is to come.
+        x.response.headers.remove("content-length");
     }
+    x.response.status = status;
 }
 
 fn name_charset(x: &mut Exchange, charset: &Charset) {
@@ -87,11 +94,19 @@ fn accepts_gzip(field: &[u8]) -> bool {
     })
 }
 
+/// Bytes that are compressed in one go, some milliseconds at the highest level: the worker's other requests wait for no more.
+const PIECE: usize = 64 * 1024;
+
 /// Compresses `x.chunk`, whole: what is flushed, or comes from an upstream bit by bit, is not to wait for the rest.
-pub(super) fn chunk(x: &mut Exchange) -> Result<()> {
+pub(super) async fn chunk(x: &mut Exchange) -> Result<()> {
     let Some(encoder) = x.encoder.as_mut().filter(|_| x.chunk.eof || !x.chunk.data.is_empty()) else { return Ok(()) };
     let failed = |e| Error::internal(Kind::Other).cause(e).context("gzip");
-    encoder.write_all(&x.chunk.data).map_err(failed)?;
+    for (at, piece) in x.chunk.data.chunks(PIECE).enumerate() {
+        if at > 0 {
+            tokio::task::yield_now().await;
+        }
+        encoder.write_all(piece).map_err(failed)?;
+    }
     x.chunk.data.clear();
     match x.chunk.eof {
         true => encoder.try_finish().map_err(failed)?,

@@ -13,13 +13,14 @@ use crate::{
 
 /// Sends the response whose body is `x.printed`, through the filters, to its end.
 pub async fn answer(x: &mut Exchange, runner: &Runner) -> Result<()> {
-    answer_with(x, runner, |_| ()).await
+    answer_with(x, runner, |_| true).await.map(drop)
 }
 
-/// The same; `last` works on what the filters have left, before it goes out.
-pub async fn answer_with(x: &mut Exchange, runner: &Runner, last: impl FnOnce(&mut Exchange)) -> Result<()> {
+/// The same; `last` works on what the filters have left, and says whether it goes out. So does the result.
+pub async fn answer_with(x: &mut Exchange, runner: &Runner, last: impl FnOnce(&mut Exchange) -> bool) -> Result<bool> {
     if x.response.head_sent {
-        return rest(x, runner).await;
+        rest(x, runner).await?;
+        return Ok(true);
     }
     if x.response.status == 0 {
         x.response.status = 200;
@@ -34,8 +35,11 @@ pub async fn answer_with(x: &mut Exchange, runner: &Runner, last: impl FnOnce(&m
         filter_chunk(x, runner).await?;
         std::mem::swap(&mut x.chunk.data, &mut x.printed);
     }
-    last(x);
-    plain(x).await
+    if !last(x) {
+        return Ok(false);
+    }
+    plain(x).await?;
+    Ok(true)
 }
 
 /// What was printed after a script had the head sent.
@@ -48,6 +52,11 @@ async fn rest(x: &mut Exchange, runner: &Runner) -> Result<()> {
     x.chunk.eof = true;
     chunk(x, runner).await?;
     finish(x).await
+}
+
+/// Settles the status that an error page has, before the filters do, or for an answer that goes by them.
+pub fn settle_status(x: &mut Exchange) {
+    late::status(x);
 }
 
 /// The same without filters.
@@ -147,7 +156,11 @@ async fn filter_chunk(x: &mut Exchange, runner: &Runner) -> Result<()> {
         x.phase = Phase::DelayedBodyFilter;
         runner.delayed_body_filter(x).await?;
     }
-    late::chunk(x)
+    if x.encoder.is_some() {
+        // In a box: what only locations need is no part of every request.
+        Box::pin(late::chunk(x)).await?;
+    }
+    Ok(())
 }
 
 pub fn send_head(x: &mut Exchange, length: BodyLength) -> Result<()> {

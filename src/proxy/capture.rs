@@ -72,6 +72,7 @@ struct Received {
     /// What the head says of the body, which may not follow.
     length: Option<u64>,
     bodiless: bool,
+    header_only: bool,
     truncated: bool,
     failed: bool,
 }
@@ -116,7 +117,8 @@ fn child(x: &Exchange, one: Subrequest) -> Child {
         let _ = child.set_var(&name, &value);
     }
     child.lua.ctx = one.ctx;
-    let received = Rc::<RefCell<Received>>::default();
+    child.header_only = one.header_only;
+    let received = Rc::new(RefCell::new(Received { header_only: one.header_only, ..Received::default() }));
     child.client = Some(Box::new(Capture(received.clone())));
     Child { x: child, received }
 }
@@ -157,6 +159,12 @@ pub(super) fn forget_last_piece(x: &mut Exchange) {
     }
 }
 
+/// A client whose body has ended.
+#[cfg(test)]
+pub(super) fn without_body() -> Box<dyn Client> {
+    Box::new(Capture(Rc::default()))
+}
+
 /// The client of a subrequest: keeps what it is sent.
 struct Capture(Rc<RefCell<Received>>);
 
@@ -167,7 +175,7 @@ impl Client for Capture {
 
     fn start(&mut self, request: &Request, _: &Response, length: BodyLength) -> Result<()> {
         let mut received = self.0.borrow_mut();
-        received.bodiless = request.method == b"HEAD" || length == BodyLength::None;
+        received.bodiless = received.header_only || request.method == b"HEAD" || length == BodyLength::None;
         received.length = if let BodyLength::Known(n) = length { Some(n) } else { None };
         Ok(())
     }

@@ -73,19 +73,22 @@ pub(super) async fn serve(p: &Proxy, x: &mut Exchange, location: &Location) -> R
     if x.response.status != 304 {
         x.printed = text;
     }
-    output::answer_with(x, &p.runner, |x| cut(p, x)).await?;
-    Ok(Flow::Sent)
+    if output::answer_with(x, &p.runner, cut).await? {
+        return Ok(Flow::Sent);
+    }
+    location::refuse(p, x, 416).await
 }
 
 /// Leaves the range of the body that the request asks for (RFC 9110, 14.2). Several at once, or what cannot be read: all of it.
-fn cut(p: &Proxy, x: &mut Exchange) {
+/// `false`: there is nothing in it, which is an error, and the head says so.
+fn cut(x: &mut Exchange) -> bool {
     if x.depth > 0 || x.response.status != 200 || x.response.headers.contains("content-encoding") {
-        return;
+        return true;
     }
     x.response.headers.set("Accept-Ranges", "bytes");
     let modified = x.response.headers.get("last-modified");
     let current = x.request.headers.get("if-range").is_none_or(|since| Some(since) == modified);
-    let Some(asked) = x.request.headers.get("range").filter(|_| current) else { return };
+    let Some(asked) = x.request.headers.get("range").filter(|_| current) else { return true };
     let length = x.printed.len();
     match range(asked, length) {
         Range::All => {}
@@ -97,12 +100,13 @@ fn cut(p: &Proxy, x: &mut Exchange) {
             x.printed.drain(..part.start);
         }
         Range::None => {
-            rescue::page(p, x, 416);
             x.response.headers.remove("accept-ranges");
             x.response.headers.remove("last-modified");
             x.response.headers.set("Content-Range", format!("bytes */{length}"));
+            return false;
         }
     }
+    true
 }
 
 #[derive(Debug, PartialEq, Eq)]

@@ -346,7 +346,9 @@ impl<'a> Way<'a> {
         output::filter_head(x, &self.p.runner).await?;
         let length = output::remaining_length(x);
         output::send_head(x, length)?;
-        if output::changes_body(x, &self.p.runner) {
+        if x.header_only {
+            // The rest is closed away with its connection.
+        } else if output::changes_body(x, &self.p.runner) {
             self.relay_filtered(x, conn).await?;
         } else {
             poll_fn(|cx| {
@@ -540,7 +542,7 @@ fn is_websocket(x: &Exchange) -> bool {
     matched.route().value.enable_websocket.or(of_service).unwrap_or(false)
 }
 
-/// Adds what plugins have set before; what describes the body is the node's to say.
+/// Adds what plugins have set before; what describes the body is the node's to say. It stays there for the page of an error.
 fn add_early(response: &mut Response) {
     for (name, value) in response.early.iter() {
         let is = |other: &[u8]| same_name(name, other);
@@ -552,7 +554,6 @@ fn add_early(response: &mut Response) {
             _ => response.headers.append(name, value),
         }
     }
-    response.early.clear();
 }
 
 /// What chash hashes; empty for the other policies. A key without a value falls back to the client's address, as APISIX does.

@@ -1,6 +1,7 @@
 //! Requests that a location of config.yaml serves: its scripts in nginx's order, and what answers.
 
 use std::{
+    net::IpAddr,
     rc::{Rc, Weak},
     sync::Arc,
 };
@@ -8,7 +9,7 @@ use std::{
 use super::{
     Proxy, capture, files,
     forward::servers::{Named, forward_to},
-    head, request, rescue,
+    head, real_ip, request, rescue,
 };
 use crate::{
     conf::{
@@ -17,7 +18,7 @@ use crate::{
     },
     error::{Error, Kind, Origin, Result},
     exchange::{
-        BodyLength, Exchange, Jump, Phase, RequestBody, Version,
+        BodyLength, Exchange, Jump, Phase, RequestBody, UpstreamState, Version,
         host::{Answered, Doing, Host, Sending, Subrequest},
     },
     location::Chosen,
@@ -55,6 +56,9 @@ async fn end(p: &Proxy, x: &mut Exchange, served: Result<()>) {
 /// Answers what was refused before it was a request, if the server has an error page for that; says whether it had one.
 pub(super) async fn serve_refusal(p: &Rc<Proxy>, x: &mut Exchange, status: u16) -> bool {
     let Some(rest) = p.locations.rest().filter(|rest| page_for(rest, status).is_some()) else { return false };
+    // The page is served as any request is: with the configuration of now, and the client's own address.
+    p.pin(x);
+    real_ip::apply(&p.settings.real_ip, x);
     p.runner.enter_location(x, rest.clone());
     x.lua.host = Some(host(p));
     let served = match refuse(p, x, status).await {
@@ -120,7 +124,7 @@ pub(super) async fn serve_child(p: &Rc<Proxy>, x: &mut Exchange) {
 /// What neither a location nor a route is for is looked up under the root, as nginx does.
 pub(super) async fn serve_rest(p: &Rc<Proxy>, x: &mut Exchange, location: &Arc<Location>) -> Result<()> {
     x.lua.host = Some(host(p));
-    Box::pin(run(p, x, Some(plain(location)))).await
+    Box::pin(run(p, x, Ok(plain(location)))).await
 }
 
 fn plain(location: &Arc<Location>) -> Chosen {
@@ -143,7 +147,11 @@ pub(super) async fn to_folder(p: &Proxy, x: &mut Exchange) -> Result<Flow> {
 async fn redirect(p: &Proxy, x: &mut Exchange, status: u16, target: &[u8]) -> Result<Flow> {
     x.response.headers.set("Location", target);
     rescue::page(p, x, status);
-    output::answer_with(x, &p.runner, |x| make_absolute(x, target)).await?;
+    output::answer_with(x, &p.runner, |x| {
+        make_absolute(x, target);
+        true
+    })
+    .await?;
     Ok(Flow::Sent)
 }
 
@@ -155,8 +163,14 @@ fn make_absolute(x: &mut Exchange, target: &[u8]) {
     }
     let (scheme, default) = if x.conn.tls.is_some() { ("https", 443) } else { ("http", 80) };
     let mut whole = format!("{scheme}://").into_bytes();
-    whole.extend_from_slice(&x.request.host);
-    let port = x.conn.local.port();
+    let local = x.conn.local;
+    match (&x.request.host[..], local.ip().to_canonical()) {
+        // HTTP/1.0 may name none: the address that was reached.
+        (b"", IpAddr::V4(ip)) => whole.extend_from_slice(ip.to_string().as_bytes()),
+        (b"", IpAddr::V6(ip)) => whole.extend_from_slice(format!("[{ip}]").as_bytes()),
+        (host, _) => whole.extend_from_slice(host),
+    }
+    let port = local.port();
     if port != default {
         whole.extend_from_slice(format!(":{port}").as_bytes());
     }
@@ -169,8 +183,6 @@ pub(super) async fn refuse(p: &Proxy, x: &mut Exchange, status: u16) -> Result<F
     if let Some(flow) = error_page(p, x, status).await? {
         return Ok(flow);
     }
-    // An error within an error page has its own status.
-    x.error_status = x.error_status.map(|_| 0);
     rescue::page(p, x, status);
     output::answer(x, &p.runner).await?;
     Ok(Flow::Sent)
@@ -180,16 +192,23 @@ fn page_for(location: &Location, status: u16) -> Option<&ErrorPage> {
     location.directives.error_page.iter().find(|page| page.codes.contains(&status))
 }
 
+/// Whether the request goes to a page when it ends with this status.
+pub(super) fn has_page(x: &Exchange, status: u16) -> bool {
+    takes_page(x) && x.location.as_ref().is_some_and(|location| page_for(location, status).is_some())
+}
+
+fn takes_page(x: &Exchange) -> bool {
+    x.error_status.is_none() && !x.response.head_sent
+}
+
 /// Goes to the page for a status: once per request, as nginx does.
 async fn error_page(p: &Proxy, x: &mut Exchange, status: u16) -> Result<Option<Flow>> {
-    let Some(location) = x.location.clone().filter(|_| x.error_status.is_none() && !x.response.head_sent) else {
-        return Ok(None);
-    };
+    let Some(location) = x.location.clone().filter(|_| takes_page(x)) else { return Ok(None) };
     let Some(page) = page_for(&location, status) else { return Ok(None) };
     let mut target = Vec::new();
     x.fill(&page.target, &mut target);
     x.printed.clear();
-    x.response.headers.remove("content-length");
+    rescue::forget_body(x);
     if !target.starts_with(b"/") && !target.starts_with(b"@") {
         let status = match page.status {
             PageStatus::Given(status @ (301 | 302 | 303 | 307 | 308)) => status,
@@ -222,9 +241,9 @@ fn choose(p: &Proxy, x: &Exchange) -> Option<Chosen> {
     p.locations.choose(&x.request.path)
 }
 
-/// For a request that has left the client's path: no route is for it.
-fn choose_or_rest(p: &Proxy, x: &Exchange) -> Option<Chosen> {
-    choose(p, x).or_else(|| p.locations.rest().map(plain))
+/// For a request that has left the client's path: no route is for it. An error is a status.
+fn choose_or_rest(p: &Proxy, x: &Exchange) -> Result<Chosen, u16> {
+    choose(p, x).or_else(|| p.locations.rest().map(plain)).ok_or(404)
 }
 
 /// The proxy, as scripts reach it.
@@ -285,6 +304,7 @@ async fn settle_head(p: &Proxy, x: &mut Exchange) -> Result<bool> {
     if x.response.status == 0 {
         x.response.status = 200;
     }
+    output::settle_status(x);
     if x.location.is_none() {
         // A plugin's own answer has the length that it has, whatever it copied.
         x.response.headers.remove("content-length");
@@ -293,7 +313,7 @@ async fn settle_head(p: &Proxy, x: &mut Exchange) -> Result<bool> {
     x.response.headers.set("Server", &p.settings.server);
     add_headers(x);
     if is_known_already(x) {
-        x.response.status = 304;
+        x.set_status(304);
         x.response.headers.remove("content-length");
         x.printed.clear();
     }
@@ -322,9 +342,7 @@ async fn settle_head(p: &Proxy, x: &mut Exchange) -> Result<bool> {
 async fn end_by_filter(p: &Proxy, x: &mut Exchange, status: u16) -> Result<()> {
     x.response.status = status;
     x.printed.clear();
-    for about_the_body in ["content-length", "content-encoding", "last-modified", "etag"] {
-        x.response.headers.remove(about_the_body);
-    }
+    rescue::forget_body(x);
     if status >= 300 && status != 444 {
         rescue::page(p, x, status);
     }
@@ -370,14 +388,14 @@ async fn body(p: &Proxy, x: &mut Exchange, eof: bool) -> Result<()> {
 
 /// What the server does first, then the locations.
 async fn enter(p: &Proxy, x: &mut Exchange, chosen: Chosen) -> Result<()> {
-    let Some(script) = &p.server_rewrite else { return run(p, x, Some(chosen)).await };
+    let Some(script) = &p.server_rewrite else { return run(p, x, Ok(chosen)).await };
     p.runner.enter_location(x, chosen.location.clone());
     match p.runner.script(x, script, Phase::ServerRewrite).await {
         // Its path may be another one now.
         Flow::Next | Flow::Declined | Flow::Jump => {
             x.jump = None;
             let chosen = choose(p, x).unwrap_or(chosen);
-            run(p, x, Some(chosen)).await
+            run(p, x, Ok(chosen)).await
         }
         flow => match finish(p, x, flow).await? {
             Flow::Jump => {
@@ -392,24 +410,24 @@ async fn enter(p: &Proxy, x: &mut Exchange, chosen: Chosen) -> Result<()> {
 /// `rewrite` of the server, before a location is chosen. `Flow::Sent`: the client was sent elsewhere.
 async fn server_rewrites(p: &Proxy, x: &mut Exchange) -> Result<Flow> {
     let Some(rest) = p.locations.rest().filter(|_| !p.server_rewrites.is_empty()) else { return Ok(Flow::Next) };
+    // For the variables of the server alone: most requests go on, and have no use for a VM here.
+    x.location = Some(rest.clone());
+    let rewritten = rewrite(x, &p.server_rewrites);
+    x.location = None;
+    let Rewritten::Redirect(status, target) = rewritten else { return Ok(Flow::Next) };
     p.runner.enter_location(x, rest.clone());
-    let flow = rewrite(p, x, &p.server_rewrites).await?;
-    if flow != Some(Flow::Sent) {
-        x.jump = None;
-        p.runner.forget_location(x);
-    }
-    Ok(flow.unwrap_or(Flow::Next))
+    returned(p, x, status, target).await
 }
 
-/// From location to location, until one answers.
-async fn run(p: &Proxy, x: &mut Exchange, mut next: Option<Chosen>) -> Result<()> {
+/// From location to location, until one answers. `next`: the first, or why there is none, as a status.
+async fn run(p: &Proxy, x: &mut Exchange, mut next: Result<Chosen, u16>) -> Result<()> {
     loop {
         let flow = match next {
-            Some(chosen) => match visit(p, x, chosen).await {
+            Ok(chosen) => match visit(p, x, chosen).await {
                 Ok(flow) => flow,
                 Err(e) => rescued(p, x, e).await?,
             },
-            None => refuse(p, x, 404).await?,
+            Err(status) => refuse(p, x, status).await?,
         };
         if flow != Flow::Jump {
             return Ok(());
@@ -427,13 +445,14 @@ async fn run(p: &Proxy, x: &mut Exchange, mut next: Option<Chosen>) -> Result<()
 /// Runs one location. `Flow::Jump`: the request goes on to another one.
 async fn visit(p: &Proxy, x: &mut Exchange, chosen: Chosen) -> Result<Flow> {
     let Chosen { location, captures } = chosen;
+    // Its own error pages and filters, also for who must not come in.
+    p.runner.enter_location(x, location.clone());
     if location.internal && !x.internal {
         return refuse(p, x, 404).await;
     }
     for (name, value) in captures {
         set(x, &name, value);
     }
-    p.runner.enter_location(x, location.clone());
     bound_body(x, &location)?;
     let flow = phases(p, x, &location).await?;
     finish(p, x, flow).await
@@ -467,9 +486,9 @@ async fn rescued(p: &Proxy, x: &mut Exchange, e: Error) -> Result<Flow> {
     }
 }
 
-/// Goes where a script sent the request.
-fn jump(p: &Proxy, x: &mut Exchange) -> Option<Chosen> {
-    match x.jump.take()? {
+/// Goes where a script sent the request. An error is a status: there is nothing.
+fn jump(p: &Proxy, x: &mut Exchange) -> Result<Chosen, u16> {
+    match x.jump.take().ok_or(404_u16)? {
         Jump::Again => {
             p.runner.forget_location(x);
             choose_or_rest(p, x)
@@ -484,8 +503,11 @@ fn jump(p: &Proxy, x: &mut Exchange) -> Option<Chosen> {
         }
         Jump::Named(name) => {
             x.internal = true;
-            let location = p.locations.named(&name)?;
-            Some(Chosen { location, captures: Vec::new() })
+            let Some(location) = p.locations.named(&name) else {
+                x.log(Level::Error, format!("could not find named location \"{name}\"").as_bytes());
+                return Err(500);
+            };
+            Ok(plain(&location))
         }
     }
 }
@@ -503,8 +525,13 @@ async fn phases(p: &Proxy, x: &mut Exchange, location: &Arc<Location>) -> Result
     if location.directives.lua_need_request_body {
         p.runner.read_body(x).await?;
     }
-    if let Some(flow) = rewrite(p, x, &location.rewrites).await? {
-        return Ok(flow);
+    match rewrite(x, &location.rewrites) {
+        Rewritten::Stays => {}
+        Rewritten::Again => {
+            x.jump = Some(Jump::Again);
+            return Ok(Flow::Jump);
+        }
+        Rewritten::Redirect(status, target) => return returned(p, x, status, target).await,
     }
     if let Some(flow) = script(p, x, &location.rewrite, Phase::RewriteByLua).await {
         return Ok(flow);
@@ -526,10 +553,7 @@ async fn phases(p: &Proxy, x: &mut Exchange, location: &Arc<Location>) -> Result
             x.fill(body, &mut text);
             returned(p, x, *status, text).await
         }
-        Content::Proxy(target) => {
-            proxy(p, x, location, target).await?;
-            Ok(Flow::Sent)
-        }
+        Content::Proxy(target) => proxy(p, x, location, target).await,
         Content::Nothing => match p.locations.folder(&x.request.path).cloned() {
             // Its filters are those of the location that the client is sent to.
             Some(folder) => {
@@ -553,16 +577,17 @@ async fn access(p: &Proxy, x: &mut Exchange, location: &Location) -> Result<Opti
     let any = location.directives.satisfy_any;
     let mut refused = None;
     match (is_allowed(x, location), any) {
-        (Some(true), true) => return Ok(None),
+        (Some(true), true) => return Ok(agreed(x)),
         (Some(false), true) => refused = Some(403),
         (Some(false), false) => return forbid(p, x, 403).await.map(Some),
         _ => {}
     }
     if let Some(path) = &location.directives.auth_request {
         match (authorize(x, path).await, any) {
-            (200..300, true) => return Ok(None),
+            (200..300, true) => return Ok(agreed(x)),
             (200..300, false) => {}
-            (status @ (401 | 403), true) => refused = Some(status),
+            // A 401 stays one, whoever refuses beside it: the client can do something about that.
+            (status @ (401 | 403), true) => refused = refused.filter(|before| *before == 401).or(Some(status)),
             (status @ (401 | 403), false) => return refuse(p, x, status).await.map(Some),
             (status, _) => {
                 x.log(Level::Error, format!("auth request unexpected status: {status}").as_bytes());
@@ -572,10 +597,10 @@ async fn access(p: &Proxy, x: &mut Exchange, location: &Location) -> Result<Opti
     }
     if let Some(script) = &location.access {
         match p.runner.script(x, script, Phase::Access).await {
-            Flow::Next if any => return Ok(None),
+            Flow::Next if any => return Ok(agreed(x)),
             Flow::Next | Flow::Declined => {}
             Flow::Answer if any && x.printed.is_empty() && matches!(x.response.status, 401 | 403) => {
-                refused = Some(x.response.status);
+                refused = refused.filter(|before| *before == 401).or(Some(x.response.status));
             }
             flow => return Ok(Some(flow)),
         }
@@ -584,6 +609,12 @@ async fn access(p: &Proxy, x: &mut Exchange, location: &Location) -> Result<Opti
         Some(status) => forbid(p, x, status).await.map(Some),
         None => Ok(None),
     }
+}
+
+/// With `satisfy any` one has let the request in: what another one asked for is moot.
+fn agreed(x: &mut Exchange) -> Option<Flow> {
+    x.response.headers.remove("www-authenticate");
+    None
 }
 
 async fn forbid(p: &Proxy, x: &mut Exchange, status: u16) -> Result<Flow> {
@@ -606,6 +637,7 @@ async fn authorize(x: &mut Exchange, path: &str) -> u16 {
         copy_vars: false,
         share_vars: true,
         ctx: None,
+        header_only: true,
     };
     let answered = host.subrequests(x, vec![asked]).await;
     if let Some(vars) = answered.vars {
@@ -640,10 +672,19 @@ async fn finish(p: &Proxy, x: &mut Exchange, flow: Flow) -> Result<Flow> {
     Ok(Flow::Sent)
 }
 
-/// `rewrite regex replacement [flag]`, each of them in turn. `None`: the request goes on here.
-async fn rewrite(p: &Proxy, x: &mut Exchange, rules: &[Rewrite]) -> Result<Option<Flow>> {
+/// Where rules send a request.
+enum Rewritten {
+    Stays,
+    /// To the location of its new path.
+    Again,
+    /// Elsewhere, with that status.
+    Redirect(u16, Vec<u8>),
+}
+
+/// `rewrite regex replacement [flag]`, each of them in turn.
+fn rewrite(x: &mut Exchange, rules: &[Rewrite]) -> Rewritten {
     if rules.is_empty() {
-        return Ok(None);
+        return Rewritten::Stays;
     }
     let before = x.request.path.clone();
     for rule in rules {
@@ -653,22 +694,17 @@ async fn rewrite(p: &Proxy, x: &mut Exchange, rules: &[Rewrite]) -> Result<Optio
                 path.push(b'?');
                 path.extend_from_slice(&args);
             }
-            return returned(p, x, status, path).await.map(Some);
+            return Rewritten::Redirect(status, path);
         }
         change_target(x, path, args);
         match rule.flag {
-            Flag::Break => return Ok(None),
-            Flag::Last => return Ok(Some(look_again(x))),
+            Flag::Break => return Rewritten::Stays,
+            Flag::Last => return Rewritten::Again,
             Flag::None | Flag::Redirect(_) => {}
         }
     }
     // Without a flag the last one ends like `last`: the path is not the one that the location was chosen for.
-    Ok((x.request.path != before).then(|| look_again(x)))
-}
-
-fn look_again(x: &mut Exchange) -> Flow {
-    x.jump = Some(Jump::Again);
-    Flow::Jump
+    if x.request.path == before { Rewritten::Stays } else { Rewritten::Again }
 }
 
 /// What a rule makes of the path, if it is for it: a path and arguments. Its captures become `$1` and on.
@@ -723,6 +759,8 @@ async fn answer(p: &Proxy, x: &mut Exchange) -> Result<Flow> {
         if x.depth == 0 {
             return refuse(p, x, status).await;
         }
+        // What ends an error page is an error of its own.
+        x.set_status(status);
     }
     send(p, x, Sending::End).await?;
     Ok(Flow::Sent)
@@ -767,9 +805,14 @@ async fn returned(p: &Proxy, x: &mut Exchange, status: u16, body: Vec<u8>) -> Re
     }
     let without_words = body.is_empty() && status >= 300 && status != 304;
     if x.depth > 0 && body.is_empty() {
-        if let Some(flow) = error_page(p, x, status).await?.filter(|_| without_words) {
-            return Ok(flow);
+        if without_words {
+            if let Some(flow) = error_page(p, x, status).await? {
+                return Ok(flow);
+            }
+            x.set_status(status);
         }
+        // No filter sees it, but an error page keeps the status that it is for.
+        output::settle_status(x);
         output::plain(x).await?;
         return Ok(Flow::Sent);
     }
@@ -784,7 +827,7 @@ async fn returned(p: &Proxy, x: &mut Exchange, status: u16, body: Vec<u8>) -> Re
 }
 
 /// `proxy_pass http://host:port/uri`. Of a URI without variables the part of the path behind the location's prefix follows.
-async fn proxy(p: &Proxy, x: &mut Exchange, location: &Location, target: &Template) -> Result<()> {
+async fn proxy(p: &Proxy, x: &mut Exchange, location: &Location, target: &Template) -> Result<Flow> {
     let mut text = Vec::new();
     x.fill(target, &mut text);
     let shown = String::from_utf8_lossy(&text).into_owned();
@@ -794,6 +837,7 @@ async fn proxy(p: &Proxy, x: &mut Exchange, location: &Location, target: &Templa
     // Bytes that are no text may stand in the URI only, which is what follows the same start.
     let uri = text.get(scheme.len() + 3 + host.len()..).ok_or_else(bad)?;
     let named = Named::find(p, scheme, host).ok_or_else(bad)?;
+    forget_upstream(x);
     x.upstream.scheme = scheme.as_bytes().to_vec();
     x.upstream.host = host.as_bytes().to_vec();
     if !uri.is_empty() {
@@ -808,4 +852,11 @@ async fn proxy(p: &Proxy, x: &mut Exchange, location: &Location, target: &Templa
         x.upstream.uri = uri;
     }
     forward_to(p, x, &named, location.directives.next_upstream).await
+}
+
+/// What holds for the upstream of a location that was tried before. The tries are the request's: the log tells of all.
+fn forget_upstream(x: &mut Exchange) {
+    let tries = std::mem::take(&mut x.upstream.tries);
+    let buffering = x.upstream.buffering;
+    x.upstream = UpstreamState { tries, buffering, ..UpstreamState::default() };
 }

@@ -1,9 +1,11 @@
 //! Errors to answers: the only place that chooses a status for an `Error`.
 
+use std::{future::poll_fn, task::Poll};
+
 use super::Proxy;
 use crate::{
     error::{Error, Kind, Origin, Result},
-    exchange::{Exchange, Source, status},
+    exchange::{Client, Exchange, Source, status},
     observe::log::Level,
     plugin::output,
 };
@@ -16,18 +18,20 @@ pub(super) async fn answer(p: &Proxy, x: &mut Exchange, e: Error) {
     let status = status_of(&e);
     log(x, &e, status);
     if x.response.head_sent {
-        // What came before the error is the client's.
-        if e.origin() != Origin::Client && output::flush(x).await.is_err() {
-            tracing::debug!("the client has left before the rest of a response that was cut off");
-        }
         if let Some(client) = &mut x.client {
+            if e.origin() != Origin::Client {
+                push(&mut **client).await;
+            }
             client.abort();
         }
         return;
     }
-    // What plugins have set stays; what came of the upstream does not.
-    x.response.headers.clear();
-    std::mem::swap(&mut x.response.headers, &mut x.response.early);
+    forget_body(x);
+    // What plugins have set stays; what came of the upstream does not. A location's proxy has seen to that itself.
+    if x.location.is_none() {
+        x.response.headers.clear();
+        std::mem::swap(&mut x.response.headers, &mut x.response.early);
+    }
     x.response.source = Source::Gateway;
     if status == CLIENT_CLOSED {
         x.response.status = status;
@@ -46,6 +50,25 @@ pub(super) async fn answer(p: &Proxy, x: &mut Exchange, e: Error) {
         if let Some(client) = &mut x.client {
             client.abort();
         }
+    }
+}
+
+/// What came before the error is the client's, as far as it takes that at once: nobody waits for one that is slow, only to cut the
+/// response off then. Two looks, since with HTTP/2 it is the connection's task that sends.
+async fn push(client: &mut dyn Client) {
+    let mut look = async || poll_fn(|cx| Poll::Ready(client.poll_flush(cx).is_pending())).await;
+    if look().await {
+        tokio::task::yield_now().await;
+        look().await;
+    }
+}
+
+/// What a head has said of a body that will not come now, and what was to be done to that.
+pub(super) fn forget_body(x: &mut Exchange) {
+    x.encoder = None;
+    x.response.reason.clear();
+    for about_the_body in ["content-length", "content-encoding", "last-modified", "etag"] {
+        x.response.headers.remove(about_the_body);
     }
 }
 
@@ -85,6 +108,8 @@ pub(super) async fn no_route(p: &Proxy, x: &mut Exchange) -> Result<()> {
 pub(super) fn page(p: &Proxy, x: &mut Exchange, code: u16) {
     use std::io::Write;
     x.response.status = code;
+    // Within an error page it has its own status, not the page's.
+    x.error_status = x.error_status.map(|_| 0);
     let reason = match code {
         302 => "Found",
         code => status::reason(code),

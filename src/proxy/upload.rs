@@ -37,9 +37,21 @@ pub(super) struct Upload {
     flushed: bool,
     may_wait: bool,
     pub total: u64,
+    /// Bytes that the client still owes of a body whose length the head has promised.
+    owed: u64,
     /// The body so far, unframed, for another try; `None` once it was too long.
     kept: Option<Vec<u8>>,
     piece: Vec<u8>,
+}
+
+/// What an upload has taken of the client's body.
+pub(super) enum Taken {
+    Nothing,
+    /// The start of it; the rest is with the client.
+    Some(Vec<u8>),
+    All(Vec<u8>),
+    /// More than is kept.
+    Lost,
 }
 
 enum Source {
@@ -68,6 +80,10 @@ impl Upload {
             RequestBody::Memory(bytes) => {
                 (Source::Memory { body: bytes.clone(), at: 0 }, BodyFraming::Length(bytes.len() as u64))
             }
+            RequestBody::Lost => {
+                let what = "the request body went to an upstream that failed, and is too long to be sent once more";
+                return Err(Error::upstream(Kind::Other).context(what));
+            }
             RequestBody::File { path, length } => {
                 let file = File::open(&**path).map_err(|e| {
                     Error::internal(Kind::Io).cause(e).context(format!("request body in {}", path.display()))
@@ -83,6 +99,7 @@ impl Upload {
                 flushed: false,
                 may_wait: may_wait && matches!(source, Source::Done),
                 total: 0,
+                owed: if let RequestBody::Streaming { length: Some(n) } = body { *n } else { 0 },
                 kept: Some(Vec::new()),
                 piece: if matches!(source, Source::Client) { buffers::take() } else { Vec::new() },
                 source,
@@ -103,6 +120,17 @@ impl Upload {
     /// Whether anything went to the node.
     pub fn has_started(&self) -> bool {
         self.total > 0
+    }
+
+    /// What is no longer with the client of a body that was to be streamed. The upload is of no use behind it.
+    pub fn taken(&mut self) -> Taken {
+        let whole = matches!(self.source, Source::Done);
+        match self.kept.take() {
+            None => Taken::Lost,
+            Some(kept) if whole => Taken::All(kept),
+            Some(kept) if kept.is_empty() => Taken::Nothing,
+            Some(kept) => Taken::Some(kept),
+        }
     }
 
     /// Starts again for another node; false when the body is no longer there to be sent. The head is to be written anew.
@@ -212,6 +240,12 @@ impl Upload {
         self.piece.clear();
         self.piece.reserve(PIECE);
         let n = ready!(client.poll_read_body(cx, &mut self.piece, PIECE))?;
+        if n == 0 && self.owed > 0 {
+            // The node waits for as much as the head says: whatever comes next would be taken for it.
+            let what = "the request body is shorter than its Content-Length";
+            return Poll::Ready(Err(Error::internal(Kind::Io).context(what)));
+        }
+        self.owed = self.owed.saturating_sub(n as u64);
         if n == 0 {
             self.source = Source::Done;
             if self.chunked {
@@ -251,5 +285,34 @@ impl Drop for Upload {
     fn drop(&mut self) {
         buffers::put(std::mem::take(&mut self.out));
         buffers::put(std::mem::take(&mut self.piece));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::task::Waker;
+
+    use super::*;
+    use crate::proxy::capture;
+
+    #[test]
+    fn a_body_that_ends_before_its_length_is_an_error() {
+        let mut cx = Context::from_waker(Waker::noop());
+        let mut poll = |length| {
+            let body = RequestBody::Streaming { length };
+            let (mut upload, _) = Upload::new(&body, false).expect("an upload");
+            let polled = upload.poll_client(&mut cx, &mut Some(capture::without_body()));
+            (polled.map_err(|e| e.to_string()), matches!(upload.source, Source::Done))
+        };
+        let (Poll::Ready(Err(e)), false) = poll(Some(1)) else { panic!("it is an error, and not the end") };
+        assert!(e.contains("shorter than its Content-Length"), "{e}");
+        assert_eq!(poll(Some(0)), (Poll::Ready(Ok(())), true));
+        assert_eq!(poll(None), (Poll::Ready(Ok(())), true), "of chunks nobody knows the number");
+    }
+
+    #[test]
+    fn what_was_given_to_a_failed_upstream_and_not_kept_goes_to_no_other() {
+        let refused = Upload::new(&RequestBody::Lost, true).err().expect("refused");
+        assert_eq!(refused.origin(), crate::error::Origin::Upstream);
     }
 }

@@ -147,6 +147,7 @@ fn subrequest(s: &Stack, i: c_int) -> std::result::Result<Subrequest, Raise> {
         copy_vars: flag("copy_all_vars"),
         share_vars: flag("share_all_vars"),
         ctx,
+        header_only: false,
     })
 }
 

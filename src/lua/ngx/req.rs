@@ -240,7 +240,7 @@ fn unreadable(x: &Exchange) -> Option<&'static str> {
         RequestBody::Streaming { .. } => Some("request body not read yet"),
         // A subrequest has read what there is; plugins may make a body where none was.
         RequestBody::None if of_location && x.depth == 0 && !x.body_read => Some("request body not read yet"),
-        RequestBody::Consumed if of_location => Some("request body already discarded"),
+        RequestBody::Consumed | RequestBody::Lost if of_location => Some("request body already discarded"),
         _ => None,
     }
 }
@@ -411,7 +411,14 @@ pub async fn read_all(x: &mut Exchange) -> Result<()> {
     if !matches!(x.body, RequestBody::Streaming { .. }) {
         return Ok(());
     }
+    read_rest(x, Vec::new()).await
+}
+
+/// Reads what follows `begun`, which was taken from the client before.
+pub async fn read_rest(x: &mut Exchange, begun: Vec<u8>) -> Result<()> {
     let mut reading = Reading::default();
+    reading.length = begun.len() as u64;
+    reading.memory = begun;
     let values = std::future::poll_fn(|cx| poll_body(cx, x, &mut reading, true)).await;
     match values.last() {
         Some(crate::lua::Value::Bytes(text)) => {

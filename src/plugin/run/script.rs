@@ -278,6 +278,11 @@ impl Runner {
         crate::lua::ngx::req::read_all(x).await
     }
 
+    /// Reads the rest of a body that starts with `begun`: what an upstream was given before it failed.
+    pub async fn read_rest(&self, x: &mut Exchange, begun: Vec<u8>) -> Result<()> {
+        crate::lua::ngx::req::read_rest(x, begun).await
+    }
+
     /// Runs a script that works on the response.
     pub(super) async fn location_filter(&self, x: &mut Exchange, phase: Phase) -> Result<()> {
         let Some(script) = location_script(x, phase) else { return Ok(()) };

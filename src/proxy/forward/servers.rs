@@ -18,11 +18,14 @@ use crate::{
         locations::{Locations, Script},
     },
     error::{Error, Kind, Origin, Result, Retry},
-    exchange::{Balancing, Exchange, Failure, Phase},
+    exchange::{Balancing, Exchange, Failure, Phase, RequestBody, Source},
     model::{self, upstream::Node},
     observe::log::Level,
-    plugin::output,
-    proxy::{Proxy, rescue},
+    plugin::Flow,
+    proxy::{
+        Proxy, location, rescue,
+        upload::{Taken, Upload},
+    },
 };
 
 /// Tries of one request, whatever its scripts ask for.
@@ -75,8 +78,12 @@ pub(super) struct Servers {
     /// Tries that may follow the one that is under way.
     left: u32,
     started: Instant,
+    /// Tries of the request at other upstreams, before.
+    before: usize,
     /// The server that serves the request.
     lease: Option<Lease>,
+    /// The status with which the script has ended the request.
+    exit: Option<u16>,
 }
 
 /// What a try goes to.
@@ -87,12 +94,13 @@ struct Target<'a> {
 }
 
 /// Forwards the request to one of the upstream's servers and its response to the client. `next`: when another is tried.
+/// `Flow::Jump`: its script has ended the request with a status that an error page is for.
 pub(in crate::proxy) async fn forward_to(
     p: &Proxy,
     x: &mut Exchange,
     named: &Rc<Named>,
     next: NextUpstream,
-) -> Result<()> {
+) -> Result<Flow> {
     if named.balancer.is_some() {
         // As nginx does before anything goes upstream: the script sees it, may replace it, and each try has all of it.
         p.runner.read_body(x).await?;
@@ -105,20 +113,63 @@ pub(in crate::proxy) async fn forward_to(
         tried: Tried::default(),
         left: named.group.tries().saturating_sub(1),
         started: Instant::now(),
+        before: x.upstream.tries.len(),
         lease: None,
+        exit: None,
     };
     servers.left = servers.left.min(servers.most(x));
     let conf = named.conf.clone();
     served(x, &conf)?;
     let (upload, framing) = body(x)?;
-    Way { servers: Some(Box::new(servers)), ..Way::new(p, x, &conf, upload, framing) }.run(x).await
+    let mut way = Way { servers: Some(Box::new(servers)), ..Way::new(p, x, &conf, upload, framing) };
+    let outcome = way.run(x).await;
+    let exit = way.servers.as_ref().and_then(|servers| servers.exit);
+    // A header filter that ends the response ends it as it stands.
+    if (outcome.is_err() || exit.is_some()) && !x.response.head_sent && x.filter_exit.is_none() {
+        forget_head(x);
+    }
+    match (outcome, exit) {
+        (Err(e), _) => {
+            give_back(p, x, &mut way.upload, &e).await;
+            Err(e)
+        }
+        (Ok(()), Some(status)) => end(p, x, status).await,
+        (Ok(()), None) => Ok(Flow::Sent),
+    }
+}
+
+/// What scripts have set stays; what came of the upstream does not.
+fn forget_head(x: &mut Exchange) {
+    x.response.headers.clear();
+    std::mem::swap(&mut x.response.headers, &mut x.response.early);
+    x.response.reason.clear();
+    x.response.source = Source::Gateway;
+}
+
+/// What a failed upstream was given of the client's body is the request's again: an error page may read it, or pass it on.
+async fn give_back(p: &Proxy, x: &mut Exchange, upload: &mut Upload, e: &Error) {
+    if !matches!(x.body, RequestBody::Streaming { .. }) {
+        return;
+    }
+    match upload.taken() {
+        Taken::Nothing => {}
+        Taken::All(body) => x.body = RequestBody::Memory(body.into()),
+        Taken::Lost => x.body = RequestBody::Lost,
+        Taken::Some(begun) => {
+            // nginx has all of it before it asks an upstream. Where no page wants the rest, it is not waited for.
+            let wanted = e.origin() != Origin::Client && location::has_page(x, rescue::status_of(e));
+            if !wanted || p.runner.read_rest(x, begun).await.is_err() {
+                x.body = RequestBody::Lost;
+            }
+        }
+    }
 }
 
 impl Servers {
     /// Tries that may follow the one that comes, at most.
     fn most(&self, x: &Exchange) -> u32 {
         let all = if self.next.tries == 0 { MAX_TRIES } else { self.next.tries.min(MAX_TRIES) };
-        all.saturating_sub(1 + x.upstream.tries.len() as u32)
+        all.saturating_sub(1 + (x.upstream.tries.len() - self.before) as u32)
     }
 
     /// The peer that the script has set, else the next of the servers.
@@ -163,12 +214,13 @@ impl Servers {
 }
 
 impl Way<'_> {
-    /// Tries servers until one answers with a head that is wanted. `None`: the script has ended the request, and that is answered.
+    /// Tries servers until one answers with a head that is wanted. `None`: the script has ended the request (`Servers::exit`).
     pub(super) async fn reach_server(&mut self, x: &mut Exchange) -> Result<Option<Reached>> {
         let Some(mut servers) = self.servers.take() else { return Err(Error::internal(Kind::Other)) };
         let reached = loop {
-            if let Some(status) = self.ask_script(x, &mut servers).await? {
-                end(self.p, x, status).await?;
+            servers.exit = self.ask_script(x, &mut servers).await?;
+            if servers.exit.is_some() {
+                self.servers = Some(servers);
                 return Ok(None);
             }
             let begun = Instant::now();
@@ -252,18 +304,14 @@ fn leave(x: &mut Exchange, attempted: Result<Reached>, failure: Failure) {
     }
 }
 
-/// Answers with a status of the script's own.
-async fn end(p: &Proxy, x: &mut Exchange, status: u16) -> Result<()> {
-    // What plugins have set stays.
-    x.response.headers.clear();
-    std::mem::swap(&mut x.response.headers, &mut x.response.early);
+/// Answers with a status of the script's own, or goes to the page for it.
+async fn end(p: &Proxy, x: &mut Exchange, status: u16) -> Result<Flow> {
     if status == CLOSE {
         x.response.status = status;
         if let Some(client) = &mut x.client {
             client.abort();
         }
-        return Ok(());
+        return Ok(Flow::Sent);
     }
-    rescue::page(p, x, status);
-    output::answer(x, &p.runner).await
+    location::refuse(p, x, status).await
 }
