@@ -150,7 +150,7 @@ mod tests {
     use std::collections::HashMap;
 
     use super::*;
-    use crate::model::upstream::{HashOn, PassHost, Scheme};
+    use crate::model::upstream::HashOn;
 
     /// Nodes `(weight, priority)`, on ports from 1980.
     fn picker(balance: Balance, nodes: &[(u32, i64)]) -> Picker {
@@ -166,22 +166,7 @@ mod tests {
             weight: *weight,
             priority: *priority,
         };
-        Upstream {
-            uid: 1,
-            id: None,
-            name: None,
-            nodes: nodes.iter().enumerate().map(node).collect(),
-            balance,
-            scheme: Scheme::Http,
-            pass_host: PassHost::Pass,
-            retries: None,
-            retry_timeout: None,
-            timeout: None,
-            keepalive: None,
-            tls: None,
-            discovery: None,
-            checks: None,
-        }
+        Upstream { balance, ..Upstream::of_nodes(nodes.iter().enumerate().map(node)) }
     }
 
     fn chash() -> Balance {

@@ -9,6 +9,7 @@ use std::{
     rc::Rc,
     sync::{Arc, Mutex, OnceLock, PoisonError, mpsc},
     thread,
+    time::Duration,
 };
 
 use mlua::ffi;
@@ -33,6 +34,8 @@ const MAX_DEPTH: usize = 100;
 const MAX_VALUES: usize = 1 << 20;
 /// How much longer than a script between two waits (`lua.limits.cpu_ms`) a task may compute: 60 s by default.
 const PATIENCE: u64 = 60;
+/// The longest that a script waits for a task, the time in the queue included: five times what one may compute by default.
+const LONGEST: Duration = if cfg!(test) { Duration::from_millis(300) } else { Duration::from_secs(300) };
 /// A VM that holds more after a task is not used again.
 const KEPT_MEMORY: usize = 64 << 20;
 
@@ -93,13 +96,20 @@ fn run(s: &Stack) -> std::result::Result<Wait, Raise> {
         return Ok(refuse(s, "too many tasks wait for a thread"));
     }
     Ok(Wait::Park(Op::future(async move {
-        let outcome = outcome.await.unwrap_or_else(|_| Err("the task was given up".into()));
-        let (ok, results) = match outcome {
+        let (ok, results) = match awaited(outcome).await {
             Ok(results) => (true, results),
             Err(text) => (false, vec![Plain::Bytes(text.into_bytes())]),
         };
         std::iter::once(Value::Bool(ok)).chain(results.into_iter().map(Value::from)).collect::<Values>()
     })))
+}
+
+async fn awaited(outcome: oneshot::Receiver<Outcome>) -> Outcome {
+    match tokio::time::timeout(LONGEST, outcome).await {
+        Ok(outcome) => outcome.unwrap_or_else(|_| Err("the task was given up".into())),
+        // It may still run: what blocks in C cannot be stopped, and its thread is back when it ends.
+        Err(_) => Err("timeout".into()),
+    }
 }
 
 fn refuse(s: &Stack, text: &str) -> Wait {
@@ -348,6 +358,21 @@ mod tests {
         assert!(outcome(VmConfig::default(), &many(most), Vec::new()).is_ok());
         let more = outcome(VmConfig::default(), &many(most + 1), Vec::new());
         assert_eq!(more, Err("more than 1048576 values".into()));
+    }
+
+    #[test]
+    fn nobody_waits_for_a_task_for_ever() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("a runtime");
+        let wait = |outcome| runtime.block_on(awaited(outcome));
+        let (unanswered, outcome) = oneshot::channel();
+        assert_eq!(wait(outcome), Err("timeout".into()));
+        drop(unanswered);
+        let (given_up, outcome) = oneshot::channel();
+        drop(given_up);
+        assert_eq!(wait(outcome), Err("the task was given up".into()));
+        let (done, outcome) = oneshot::channel();
+        done.send(Ok(vec![Plain::Bool(true)])).expect("somebody waits");
+        assert_eq!(wait(outcome), Ok(vec![Plain::Bool(true)]));
     }
 
     #[test]
