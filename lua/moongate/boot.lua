@@ -191,13 +191,16 @@ if native.packed("moongate.ngx") then
     if native.purpose == "plugins" then require("moongate.blocking") end
 end
 
--- A request that makes a new global variable shares it with all others by accident, most of the time.
+-- A request that makes a new global variable shares it with all others by accident, most of the time. What starts a VM
+-- (`init_by_lua` is phase 20) does so on purpose.
 local phase = native.fast.phase
+local INIT_BY_LUA = 20
 
 setmetatable(_G, {
     __newindex = function(globals, name, value)
         rawset(globals, name, value)
-        if phase() ~= 0 and ngx.log then
+        local now = phase()
+        if now ~= 0 and now ~= INIT_BY_LUA and ngx.log then
             ngx.log(ngx.WARN, "writing a global Lua variable ('", tostring(name), "') which may lead to race conditions ",
                 "between concurrent requests, so prefer the use of 'local' variables\n", debug.traceback("", 2))
         end

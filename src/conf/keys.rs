@@ -17,6 +17,8 @@ const OPTIONAL: &[&str] = &[
     "apisix.id",
     "apisix.lua_module_hook",
     "apisix.proxy_protocol.*",
+    "apisix.ssl.fallback_cert",
+    "apisix.ssl.fallback_key",
     "apisix.ssl.fallback_sni",
     "apisix.ssl.listen_port",
     "apisix.ssl.ssl_session_cache",
@@ -91,7 +93,6 @@ const WITHOUT_COUNTERPART: &[&str] = &[
     "nginx_config.user",
     "nginx_config.worker_rlimit_core",
     "nginx_config.worker_rlimit_nofile",
-    "test_node",
 ];
 
 /// Looks at every key that was written. Mistakes and warnings name their path.

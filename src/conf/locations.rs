@@ -325,6 +325,27 @@ fn unknown_pages(said: &[Value], list: &[Location], shared: &Directives, mistake
     }
 }
 
+/// `test_node.serve_on_node`: locations of the node's listeners that pass on to the Admin and the control API, where these are on.
+fn node_apis(json: &Value) -> Vec<Value> {
+    let wanted = at(json, "test_node.serve_on_node").and_then(Value::as_array);
+    let place = |path: &str| {
+        let port = at(json, &format!("{path}.port"))?;
+        Some(format!("{}:{}", text(at(json, &format!("{path}.ip"))?).replace("0.0.0.0", "127.0.0.1"), text(port)))
+    };
+    let api = |name: &Value| {
+        let (prefix, place) = match name.as_str()? {
+            "admin" if super::serves_admin(json) => ("/apisix/admin", place("deployment.admin.admin_listen")?),
+            "control" if at(json, "apisix.enable_control") == Some(&Value::Bool(true)) => {
+                ("/v1/", place("apisix.control")?)
+            }
+            _ => return None,
+        };
+        let options = json!({"proxy_set_header": [["Host", "$http_host"]], "client_max_body_size": "0"});
+        Some(json!({"location": format!("^~ {prefix}"), "proxy_pass": format!("http://{place}"), "options": options}))
+    };
+    wanted.into_iter().flatten().filter_map(api).collect()
+}
+
 /// Reads it all; mistakes are noted with their path.
 pub(super) fn read(json: &Value, prefix: &Path, mistakes: &mut Vec<String>) -> Locations {
     let mut r = Reader { prefix, mistakes };
@@ -334,12 +355,14 @@ pub(super) fn read(json: &Value, prefix: &Path, mistakes: &mut Vec<String>) -> L
     // Told once, and not with each location that has them.
     let shared = Directives::read(&options, "lua_options", everywhere, r.mistakes);
     let said = at(json, "lua_locations").and_then(Value::as_array).map_or(&[][..], |list| list);
+    let apis = node_apis(json);
     let list = said
         .iter()
         .enumerate()
         .filter_map(|(i, one)| r.location(&format!("lua_locations[{i}]"), one, &server, &options));
     let mut list: Vec<_> = list.collect();
     unknown_pages(said, &list, &shared, r.mistakes);
+    list.extend(apis.iter().filter_map(|api| r.location("test_node.serve_on_node", api, &Map::new(), &options)));
     // What the server runs, it runs for every path.
     let everywhere = |l: &Location| matches!(&l.pattern, Pattern::Prefix { prefix, .. } if **prefix == *"/");
     let serves = PHASES.iter().any(|p| server.contains_key(*p) || server.contains_key(&format!("{p}_file")));
@@ -348,7 +371,8 @@ pub(super) fn read(json: &Value, prefix: &Path, mistakes: &mut Vec<String>) -> L
         list.extend(r.location("lua_server", &implied, &server, &options));
     }
     let implied = json!({"location": "/"});
-    let mut rest = if list.is_empty() { None } else { r.location("lua_locations", &implied, &server, &options) };
+    // A node with APISIX's own APIs on it has routes for the rest, and APISIX's 404.
+    let mut rest = if list.is_empty() || !apis.is_empty() { None } else { r.location("lua_locations", &implied, &server, &options) };
     let defined: Arc<HashSet<_>> = Arc::new(list.iter().flat_map(Location::variables).collect());
     list.iter_mut().chain(&mut rest).for_each(|location| location.defined = defined.clone());
     let init = at(json, "lua_init").and_then(Value::as_object).cloned().unwrap_or_default();

@@ -28,6 +28,9 @@ use crate::error::{Error, Kind, Result};
 
 const DEFAULTS: &str = include_str!("../../conf/config.default.yaml");
 
+/// Where a test node listens that says nothing else: the port that nginx's test suites use.
+const TEST_NODE_PORT: u16 = 1984;
+
 /// The configuration in use.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -243,11 +246,32 @@ pub fn parse(prefix: &Path, text: &str) -> Result<(Config, Vec<Warning>), Mistak
     let mut effective = defaults().map_err(one)?;
     let mut warnings = keys::look(&written, &effective, &mut mistakes);
     keys::merge(&mut effective, written.clone());
+    if keys::at(&written, "test_node").is_some() && keys::at(&written, "apisix.node_listen").is_none() {
+        effective["apisix"]["node_listen"] = TEST_NODE_PORT.into();
+    }
+    if is_open_test_node(&effective) {
+        effective["deployment"]["admin"]["admin_key_required"] = false.into();
+    }
     let config = typed::read(prefix, effective, &written, &mut warnings, &mut mistakes);
     match config {
         Some(config) if mistakes.is_empty() => Ok((config, warnings)),
         _ => Err(Mistakes(mistakes)),
     }
+}
+
+/// Whether this node has an Admin API.
+fn serves_admin(json: &Value) -> bool {
+    let enabled = keys::at(json, "apisix.enable_admin") == Some(&Value::Bool(true));
+    enabled && keys::at(json, "deployment.role").and_then(Value::as_str) != Some("data_plane")
+}
+
+/// A test node whose configuration chooses no admin key.
+fn is_open_test_node(json: &Value) -> bool {
+    let on_node = keys::at(json, "test_node.serve_on_node").and_then(Value::as_array);
+    let admin = on_node.is_some_and(|apis| apis.iter().any(|api| api == "admin"));
+    let keys = keys::at(json, "deployment.admin.admin_key").and_then(Value::as_array);
+    let chosen = keys.is_some_and(|keys| keys.iter().any(|key| key["key"].as_str().is_some_and(|key| !key.is_empty())));
+    admin && !chosen
 }
 
 /// conf/config.default.yaml

@@ -457,8 +457,7 @@ impl<'a> Reader<'a> {
     }
 
     fn admin(&mut self, warnings: &mut Vec<Warning>) -> Option<Admin> {
-        let is_data_plane = self.text("deployment.role") == "data_plane";
-        if !self.flag("apisix.enable_admin") || is_data_plane {
+        if !super::serves_admin(self.json) {
             return None;
         }
         let key_required = self.flag("deployment.admin.admin_key_required");
