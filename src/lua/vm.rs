@@ -432,10 +432,10 @@ impl Vm {
         self.main
     }
 
-    /// Runs a script to its end outside of requests; it cannot wait. `stage` is what `ngx.get_phase` says meanwhile.
-    pub fn run_script(&self, which: &Script, stage: &str) -> Result<()> {
+    /// Runs `init_by_lua` to its end outside of requests; it cannot wait.
+    pub fn run_init(&self, which: &Script) -> Result<()> {
         let chunk = load_script(&self.lua, which).map_err(Error::script)?;
-        self.native.raw_set("stage", stage).map_err(script)?;
+        self.native.raw_set("stage", "init").map_err(script)?;
         let ran = self.entered(|| limits::bounded(self.main, self.limits, || chunk.call::<()>(())));
         self.native.raw_set("stage", mlua::Value::Nil).map_err(script)?;
         ran.map_err(script)
