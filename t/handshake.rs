@@ -4,7 +4,7 @@ mod support;
 
 use std::{
     io::{Read, Write},
-    net::TcpStream,
+    net::{TcpListener, TcpStream},
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -631,6 +631,13 @@ fn a_handshake_that_is_given_up_leaves_nothing() {
     for _ in 0..10 {
         assert!(Browser::new().connect(&gw, "a.test").is_err());
     }
+    leaves_nothing(&gw);
+    assert!(gw.log().matches("] ssl_client_hello_by_lua:1: waits").count() >= 10);
+}
+
+/// Waits until nothing runs in the gateway's VMs.
+#[track_caller]
+fn leaves_nothing(gw: &Gateway) {
     let vms = || {
         let workers = support::get(&gw.control(), "/v1/lua").json()["workers"].as_array().cloned().expect("workers");
         workers.iter().flat_map(|w| w["vms"].as_array().cloned().expect("vms")).collect::<Vec<_>>()
@@ -639,7 +646,78 @@ fn a_handshake_that_is_given_up_leaves_nothing() {
         let left = |vm: &Value| vm["coroutines"]["in_use"] == 0 && vm["requests"] == 0 && vm["light_threads"] == 0;
         vms().iter().all(left).then_some(())
     });
-    assert!(gw.log().matches("] ssl_client_hello_by_lua:1: waits").count() >= 10);
+}
+
+/// A gateway whose certificate script waits for a word of the peer at the listener.
+fn waiting_for_a_peer() -> (Gateway, TcpListener) {
+    let peer = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let script = format!(
+        "{SET} local sock = ngx.socket.tcp()
+        assert(sock:connect('127.0.0.1', {}))
+        sock:settimeout(3600000)
+        assert(sock:receive())
+        set('any')",
+        peer.local_addr().expect("an address").port()
+    );
+    let server = json!({"ssl_certificate_by_lua": script, "settings": {"nginx_config": {"worker_processes": 1}}});
+    (gateway(server, "ngx.say('ok')").0, peer)
+}
+
+/// A client of TLS 1.3 that has sent its first message.
+fn begun(gw: &Gateway) -> (ClientConnection, TcpStream) {
+    let config = Browser::with(&[&rustls::version::TLS13], None).config;
+    let name = ServerName::try_from("a.test").expect("a name");
+    let mut conn = ClientConnection::new(config, name).expect("a client");
+    let mut stream = TcpStream::connect(gw.proxy_tls()).expect("a connection");
+    stream.set_read_timeout(Some(DEADLINE)).expect("a timeout");
+    conn.write_tls(&mut stream).expect("sent");
+    (conn, stream)
+}
+
+#[test]
+fn a_script_that_waits_ends_with_its_client() {
+    let (gw, listener) = waiting_for_a_peer();
+    for resets in [false, true] {
+        let (_, client) = begun(&gw);
+        let (mut peer, _) = listener.accept().expect("the script comes");
+        if resets {
+            socket2::SockRef::from(&client).set_linger(Some(Duration::ZERO)).expect("an option");
+        }
+        drop(client);
+        peer.set_read_timeout(Some(DEADLINE)).expect("a timeout");
+        let ended = peer.read(&mut [0]);
+        assert!(ended.as_ref().is_ok_and(|n| *n == 0), "the script's socket is closed: {ended:?}");
+    }
+    eventually("both are told of", || {
+        let told = gw.log().matches("the client has gone while a script of its handshake waited").count();
+        (told == 2).then_some(())
+    });
+    leaves_nothing(&gw);
+}
+
+#[test]
+fn what_a_client_sends_while_a_script_waits_is_not_lost() {
+    const CHANGE_CIPHER_SPEC: [u8; 6] = [20, 3, 3, 0, 1, 1];
+    let (gw, listener) = waiting_for_a_peer();
+    let (mut conn, mut stream) = begun(&gw);
+    let (mut peer, _) = listener.accept().expect("the script comes");
+    // The client's next message begins with this, whatever the gateway answers (RFC 8446, D.4).
+    let (early, rest) = CHANGE_CIPHER_SPEC.split_at(3);
+    stream.write_all(early).expect("sent");
+    peer.write_all(b"go on\n").expect("sent");
+    let mut second = Vec::new();
+    while conn.is_handshaking() {
+        conn.read_tls(&mut stream).expect("an answer");
+        conn.process_new_packets().expect("a valid one");
+        while conn.wants_write() {
+            conn.write_tls(&mut second).expect("written");
+        }
+    }
+    assert!(second.starts_with(&CHANGE_CIPHER_SPEC));
+    stream.write_all(rest).expect("sent");
+    stream.write_all(&second[CHANGE_CIPHER_SPEC.len()..]).expect("sent");
+    let mut page = Page { tls: StreamOwned::new(conn, stream), shown: Shown::default() };
+    assert_eq!(page.get("/t", "a.test"), (200, "ok".into()));
 }
 
 /// A client's certificate with everything fixed but its key.

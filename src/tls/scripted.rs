@@ -6,8 +6,10 @@
 
 use std::{
     cell::Cell,
+    future::poll_fn,
     rc::Rc,
     sync::{Arc, Mutex, PoisonError},
+    task::{Context, Poll},
     time::Duration,
 };
 
@@ -58,6 +60,12 @@ pub trait Scripts {
     fn end(&self, x: &mut Exchange);
 }
 
+/// A client's stream that can be watched while nobody reads from it.
+pub trait Watched {
+    /// Ready when the client has gone. What it has sent before that is kept, up to a bound, for the reads that follow.
+    fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<()>;
+}
+
 /// Sessions that a handshake has made, by what they are called: what `ssl_session_store_by_lua` is to keep.
 pub type Made = Vec<(Vec<u8>, Vec<u8>)>;
 
@@ -99,8 +107,8 @@ pub async fn store(scripts: Rc<dyn Scripts>, mut x: Exchange, made: Made) {
 }
 
 impl Server {
-    /// Does a handshake whose first message stands in `x.lua.handshake` and is still to be read from `stream`. The caller limits
-    /// its time.
+    /// Does a handshake whose first message stands in `x.lua.handshake` and is still to be read from `stream`. Scripts that wait end
+    /// with their client. The caller limits the time.
     pub async fn accept_scripted<S>(
         &self,
         stream: S,
@@ -109,11 +117,18 @@ impl Server {
         scripts: &dyn Scripts,
     ) -> Result<(TlsStream<S>, TlsInfo, Made)>
     where
-        S: AsyncRead + AsyncWrite + Unpin,
+        S: AsyncRead + AsyncWrite + Watched + Unpin,
     {
-        let start = LazyConfigAcceptor::new(Acceptor::default(), stream).await.map_err(failed)?;
+        let mut start = LazyConfigAcceptor::new(Acceptor::default(), stream).await.map_err(failed)?;
         let sni = start.client_hello().server_name().map(str::to_ascii_lowercase);
-        let decided = match self.decide(x, sni.as_deref(), ssls, scripts).await {
+        let decided = tokio::select! {
+            biased;
+            decided = self.decide(x, sni.as_deref(), ssls, scripts) => decided,
+            () = poll_fn(|cx| start.io.poll_gone(cx)) => {
+                return Err(Error::client(Kind::Closed).context("the client has gone while a script of its handshake waited"));
+            }
+        };
+        let decided = match decided {
             Ok(decided) => decided,
             Err(e) => {
                 self.refuse(start).await;
