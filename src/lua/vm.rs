@@ -2,7 +2,7 @@
 
 use std::{
     any::Any,
-    cell::{Cell, RefCell},
+    cell::{Cell, OnceCell, RefCell},
     ffi::c_int,
     path::PathBuf,
     ptr,
@@ -104,6 +104,8 @@ pub struct Vm {
     pub(super) light: RefCell<HashMap<usize, bool>>,
     /// Consumers that scripts attach by number.
     pub(super) consumers: host::apisix::KeptConsumers,
+    /// What VMs of `ngx.run_worker_thread` are made of for this one.
+    pub(super) sources: OnceCell<Arc<ngx::worker_thread::Sources>>,
     /// What timers and calls outside of requests see as the configuration.
     snapshot: RefCell<Arc<Snapshot>>,
     itself: std::rc::Weak<Vm>,
@@ -202,6 +204,7 @@ impl Vm {
             header_names: Default::default(),
             light: Default::default(),
             consumers: Default::default(),
+            sources: OnceCell::new(),
             snapshot: RefCell::default(),
             itself: itself.clone(),
         });
