@@ -43,8 +43,8 @@ const STACK: usize = 8 << 20;
 const SWEEP_EVERY: Duration = Duration::from_secs(5);
 /// Timers of plugins that run once more at the end (the last batch of a logger) get this long.
 const TIMERS_PATIENCE: Duration = Duration::from_secs(5);
-/// The same when the gateway is told to end at once.
-const TIMERS_HASTE: Duration = Duration::from_millis(300);
+/// The same when the gateway is told to end at once, and what scripts of the end get at least.
+const HASTE: Duration = Duration::from_millis(300);
 /// Between two looks at those timers.
 const TIMERS_PAUSE: Duration = Duration::from_millis(5);
 
@@ -149,10 +149,13 @@ async fn serve(worker: usize, blueprint: Blueprint, sockets: Vec<Bound>, line: L
         ended = listeners.join_next() => Err(too_early(worker, ended)),
     };
     if *orders.borrow() == Order::Stop {
-        close(&serving.proxy().runner, TIMERS_HASTE).await;
+        let runner = &serving.proxy().runner;
+        close(runner, HASTE).await;
+        end(runner, HASTE, &mut orders).await;
         ending.flush();
         return ended;
     }
+    let until = Instant::now() + config.shutdown_timeout;
     drain.begin();
     while listeners.join_next().await.is_some() {}
     tokio::select! {
@@ -164,7 +167,9 @@ async fn serve(worker: usize, blueprint: Blueprint, sockets: Vec<Bound>, line: L
         () = ordered(&mut orders, |order| order == Order::Stop) => {}
     }
     drop(chores);
-    close(&serving.proxy().runner, TIMERS_HASTE).await;
+    let runner = &serving.proxy().runner;
+    close(runner, HASTE).await;
+    end(runner, until.saturating_duration_since(Instant::now()).max(HASTE), &mut orders).await;
     ending.flush();
     ended
 }
@@ -346,6 +351,20 @@ async fn close(runner: &Runner, patience: Duration) {
     if timeout(patience, over).await.is_err() {
         tracing::warn!("{} timers of plugins are cut off", runner.timers());
     }
+}
+
+/// Runs `exit_worker_by_lua` and plugins' `destroy`: with a drain for as long as that may still take.
+async fn end(runner: &Runner, patience: Duration, orders: &mut watch::Receiver<Order>) {
+    let hurried = async {
+        ordered(orders, |order| order == Order::Stop).await;
+        sleep(HASTE).await;
+    };
+    tokio::select! {
+        () = runner.end() => return,
+        () = sleep(patience) => {}
+        () = hurried => {}
+    }
+    tracing::error!("exit_worker_by_lua or a plugin's destroy still waits: it is cut off");
 }
 
 /// One worker per processor, as far as they go.
