@@ -153,6 +153,20 @@ pub fn encrypt_fields(
     }
 }
 
+/// Decrypts the values of a function's `env` in place.
+pub fn decrypt_env(keyring: &Keyring, env: &mut Value) {
+    if keyring.fields && !keyring.is_empty() {
+        leaves(env, &|text| keyring.decrypt(text));
+    }
+}
+
+/// Encrypts them. References stay readable.
+pub fn encrypt_env(keyring: &Keyring, env: &mut Value) {
+    if keyring.fields && !keyring.is_empty() {
+        leaves(env, &|text| (!is_reference(text)).then(|| keyring.encrypt(text)));
+    }
+}
+
 /// `$env://NAME`, `$secret://manager/id/key`: resolved when used.
 pub fn is_reference(text: &str) -> bool {
     let prefix = |p: &str| text.get(..p.len()).is_some_and(|head| head.eq_ignore_ascii_case(p));

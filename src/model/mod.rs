@@ -4,6 +4,7 @@
 //! (`Object::json`): what Lua and the Admin API read; the typed value is what the request path reads.
 
 pub mod consumer;
+pub mod cron;
 pub mod crypt;
 pub mod function;
 mod parse;
@@ -20,7 +21,7 @@ use std::sync::{
 
 pub use consumer::{Consumer, ConsumerGroup, Credential};
 pub use crypt::{Keyring, SchemaKind};
-pub use function::{Function, PluginSource};
+pub use function::{Function, FunctionLimits, PluginSource, Variant};
 pub use parse::{ParseContext, Parsed, check, parse};
 pub use plugin_conf::{PluginConf, PluginMetadata, Plugins};
 pub use route::Route;

@@ -77,7 +77,7 @@ pub fn parse(kind: Kind, id: &str, json: &str, context: &ParseContext<'_>) -> Re
         }
         Kind::PluginMetadata => Parsed::PluginMetadata(PluginMetadata::from_json(id, map, context)),
         Kind::Ssl => Parsed::Ssl(Ssl::from_json(map, context)?),
-        Kind::Function => Parsed::Function(Function { source: required(map, "source")?.into() }),
+        Kind::Function => Parsed::Function(Function::from_json(map, context)?),
         Kind::PluginSource => Parsed::PluginSource(PluginSource { source: required(map, "source")?.into() }),
         Kind::Proto | Kind::Secret | Kind::StreamRoute => Parsed::Other,
     })
@@ -128,7 +128,7 @@ pub(super) fn text<'m>(map: &'m Map<String, Value>, key: &str) -> Option<&'m str
     map.get(key).and_then(Value::as_str)
 }
 
-fn required<'m>(map: &'m Map<String, Value>, key: &str) -> Result<&'m str> {
+pub(super) fn required<'m>(map: &'m Map<String, Value>, key: &str) -> Result<&'m str> {
     text(map, key).ok_or_else(|| invalid(format!("invalid configuration: property \"{key}\" is required")))
 }
 

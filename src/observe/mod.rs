@@ -2,5 +2,6 @@
 
 pub mod append;
 pub mod capture;
+pub mod functions;
 pub mod log;
 pub mod metrics;

@@ -23,6 +23,7 @@ use self::{
     cells::{Cell, Cells},
     custom::Custom,
 };
+use super::functions;
 pub use self::{
     custom::{Family, Kind},
     page::Page,
@@ -254,6 +255,7 @@ impl Metrics {
         self.requests(&mut page);
         self.connections(&mut page);
         self.custom.write(&mut page);
+        functions::write(&mut page);
         for source in lock(&self.sources).iter() {
             source(&mut page);
         }

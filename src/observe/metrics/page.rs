@@ -53,6 +53,20 @@ impl Page {
         self.put(Kind::Histogram, name, help, labels, Value::Histogram { bounds: bounds.into(), counts });
     }
 
+    /// `counts`: between the bounds, the last one above them all.
+    pub fn histogram_of(
+        &mut self,
+        name: &str,
+        help: &str,
+        labels: &[(&str, &str)],
+        bounds: &[f64],
+        counts: &[u64],
+        sum: f64,
+    ) {
+        let counts = Histogram { counts: counts.into(), sum };
+        self.histogram(name, help, label_text(labels.iter().copied()), bounds, counts);
+    }
+
     fn put(&mut self, kind: Kind, name: &str, help: &str, labels: String, value: Value) {
         let new = || Family { help: help.into(), kind, series: BTreeMap::new() };
         let family = self.families.entry(format!("{}{name}", self.prefix)).or_insert_with(new);
