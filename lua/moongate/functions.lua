@@ -1,21 +1,40 @@
---- Uploaded functions: compiled in an environment without files, processes, FFI, the debug library or this VM's insides.
+--- Uploaded functions: compiled in an environment without files, processes, FFI, the debug library or this VM's insides. Those
+-- that an administrator trusts get the globals of plugins.
 
-local error, ipairs, pairs, setfenv, setmetatable, type = error, ipairs, pairs, setfenv, setmetatable, type
+local native = require("moongate.native")
+local error, ipairs, next, pairs, setfenv, setmetatable, type = error, ipairs, next, pairs, setfenv, setmetatable, type
 local real_require, real_loadstring = require, loadstring
+local now = ngx.now
 
 local _M = {}
+
+local trusted = native.purpose == "trusted"
+
+-- The modules that resolve secrets, for this file alone: what reads the process's environment is forgotten again before a function
+-- can require it.
+local function load_alone(name)
+    local before = {}
+    for known in pairs(package.loaded) do before[known] = true end
+    local module = real_require(name)
+    for known in pairs(package.loaded) do
+        if not before[known] and known:find("^apisix") then package.loaded[known] = nil end
+    end
+    return module
+end
+
+local secret = trusted and real_require("apisix.secret") or load_alone("apisix.secret")
 
 -- Modules that open what the sandbox closes, and what only a plugin needs.
 local forbidden = { ffi = true, jit = true, io = true, os = true, debug = true, package = true,
     ["jit.util"] = true, ["jit.opt"] = true, ["apisix.core.io"] = true, ["apisix.core.os"] = true,
     ["apisix.core.env"] = true, lfs = true, ["resty.shell"] = true, ["resty.signal"] = true, ["ngx.pipe"] = true,
     ["pl.path"] = true,
-    ["pl.file"] = true, ["pl.dir"] = true }
+    ["pl.file"] = true, ["pl.dir"] = true, ["apisix.secret"] = true }
 
 local env
 
 local function sandboxed_require(name)
-    if type(name) ~= "string" or forbidden[name] or name:find("^moongate") then
+    if type(name) ~= "string" or forbidden[name] or name:find("^moongate") or name:find("^apisix%.secret") then
         error("module '" .. tostring(name) .. "' is not open to functions", 2)
     end
     return real_require(name)
@@ -60,14 +79,51 @@ local function make_env()
     return open
 end
 
-string.dump = nil
--- In the library itself: that is where a string finds its methods.
-for name, f in pairs(require("moongate.pattern")) do string[name] = f end
-env = make_env()
-if package.preload then
-    for name in pairs(forbidden) do
-        if name:find("^apisix") then package.preload[name] = function() return {} end end
+local function close_sandbox()
+    string.dump = nil
+    -- In the library itself: that is where a string finds its methods.
+    for name, f in pairs(require("moongate.pattern")) do string[name] = f end
+    env = make_env()
+    if package.preload then
+        for name in pairs(forbidden) do
+            if name:find("^apisix") then package.preload[name] = function() return {} end end
+        end
     end
+end
+
+if trusted then env = _G else close_sandbox() end
+
+-- env: ------------------------------------------------------------------------------------------------------------
+
+-- Seconds that a resolved secret is used: a manager is asked about once a minute, and a new secret is in use as soon.
+local SECRET_SECONDS = 60
+
+--- The table that a function knows as `env`: reading a name gives its text, of a reference the secret that it names; nil, and a
+-- line of the log, when that cannot be had.
+local function env_of(values)
+    local resolved, expires = {}, {}
+    local function get(_, name)
+        local text = values[name]
+        if text == nil or not secret.is_reference(text) then return text end
+        if not expires[name] or expires[name] < now() then
+            local found, err = secret.fetch_by_uri(text)
+            if found == nil then
+                ngx.log(ngx.ERR, "failed to fetch secret value of env.", name, ": ", err or "not found")
+                return nil
+            end
+            resolved[name], expires[name] = found, now() + SECRET_SECONDS
+        end
+        return resolved[name]
+    end
+    local function each(self)
+        local name
+        return function()
+            name = next(values, name)
+            if name ~= nil then return name, self[name] end
+        end
+    end
+    local function refuse() error("env is read-only", 2) end
+    return setmetatable({}, { __index = get, __newindex = refuse, __pairs = each, __metatable = false })
 end
 
 --- What functions have for globals: for libraries that compile text.
@@ -75,10 +131,11 @@ function _M.globals()
     return env
 end
 
---- Compiles a function's text under its name; what to call per request, or nil and why not.
-function _M.load(name, source)
+--- Compiles a function's text under its name; what to call per request, or nil and why not. `values`: names and texts of its `env`.
+function _M.load(name, source, values)
     local own = setmetatable({}, { __index = env })
     own._G = own
+    own.env = env_of(values or {})
     local chunk, err = real_loadstring(source, "@functions/" .. name .. ".lua")
     if not chunk then return nil, err end
     setfenv(chunk, own)

@@ -273,9 +273,10 @@ end
 local function_entry = { name = "function" }
 local function_scope = { conf_type = "function" }
 
---- Calls an uploaded function: its status and text.
-function _M.call_function(f, at)
+--- Calls an uploaded function: its status and text. `scheduled_at`: the second since the epoch that a schedule named.
+function _M.call_function(f, at, scheduled_at)
     local ctx = ctxs[at] or begin(at, function_scope)
+    if scheduled_at then ctx.scheduled_at = scheduled_at end
     local code, body = f(ctx)
     if code or body then return answer(code, body, function_entry) end
 end

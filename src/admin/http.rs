@@ -18,6 +18,8 @@ use tokio::{
     time::{sleep, timeout},
 };
 
+use super::settings::Role;
+
 /// Wait after `accept` failed (out of descriptors), so that the loop does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 const JSON: &str = "application/json";
@@ -53,6 +55,8 @@ pub struct Call {
     pub query: Vec<(String, String)>,
     pub headers: HeaderMap,
     pub body: Bytes,
+    /// Whose key came with it; `None`: no key was asked for.
+    pub role: Option<Role>,
 }
 
 impl Call {
@@ -140,7 +144,14 @@ impl Incomplete {
             (None, _) => Bytes::new(),
         };
         let Parts { method, uri, headers, .. } = self.head;
-        Ok(Call { method, path: uri.path().to_owned(), query: parse_query(uri.query().unwrap_or("")), headers, body })
+        Ok(Call {
+            method,
+            path: uri.path().to_owned(),
+            query: parse_query(uri.query().unwrap_or("")),
+            headers,
+            body,
+            role: None,
+        })
     }
 }
 

@@ -3,6 +3,7 @@
 //! Runs on the control thread. A write is answered when it is stored and every request that starts is served by it.
 //! Keys are compared in constant time; bodies and connections are bounded.
 
+mod functions;
 pub mod http;
 mod list;
 mod patch;
@@ -19,13 +20,14 @@ use ::http::Method;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
+pub use self::{
+    functions::{MAX_REVISIONS, TrialError, Trials},
+    plugins::{PackedPlugins, PluginHost, PluginInfo},
+    settings::{AdminKey, Role, Settings, keyring},
+};
 use self::{
     http::{Answer, Call, Incomplete},
     resource::Target,
-};
-pub use self::{
-    plugins::{PackedPlugins, PluginHost, PluginInfo},
-    settings::{AdminKey, Role, Settings, keyring},
 };
 use crate::{
     error::{Error, Kind as ErrorKind},
@@ -53,6 +55,8 @@ pub struct State {
     pub fields: Option<Arc<dyn EncryptFields + Send + Sync>>,
     /// `None`: plugins cannot be reloaded.
     pub pipeline: Option<Handle>,
+    /// `None`: functions cannot be tried out.
+    pub trials: Option<Trials>,
 }
 
 impl State {
@@ -81,7 +85,7 @@ async fn handle(state: &State, request: Incomplete) -> Answer {
     let admitted = admit(state, &request);
     let versioned = admitted.is_ok();
     let answer = match admitted {
-        Ok(()) => answer(state, request).await,
+        Ok(role) => answer(state, request, role).await,
         Err(refusal) => refusal,
     };
     let answer = answer.header("server", &state.settings.server);
@@ -99,15 +103,15 @@ fn with_cors(answer: Answer) -> Answer {
         .header("access-control-max-age", "3600")
 }
 
-/// Lets in who may come in: by address, then by key.
-fn admit(state: &State, request: &Incomplete) -> Result<(), Answer> {
+/// Lets in who may come in: by address, then by key. `None`: nobody was asked who they are.
+fn admit(state: &State, request: &Incomplete) -> Result<Option<Role>, Answer> {
     let settings = &state.settings;
     if !settings.allows(request.peer) {
         return Err(Answer::refuse(403, "this address is not in deployment.admin.allow_admin"));
     }
     // A browser asks without a key whether it may ask.
     if !settings.key_required || request.head.method == Method::OPTIONS {
-        return Ok(());
+        return Ok(None);
     }
     let refuse = |description: &str| {
         let body = json!({ "error_msg": "failed to check token", "description": description });
@@ -121,7 +125,7 @@ fn admit(state: &State, request: &Incomplete) -> Result<(), Answer> {
         Some(Role::Viewer) if !matches!(request.head.method, Method::GET | Method::HEAD) => {
             refuse("invalid method for role viewer")
         }
-        Some(_) => Ok(()),
+        role => Ok(role),
     }
 }
 
@@ -140,12 +144,12 @@ fn given_key(request: &Incomplete) -> Option<String> {
     pairs.find(|(name, _)| *name == "x_api_key").map(|(_, key)| key.to_owned())
 }
 
-async fn answer(state: &State, request: Incomplete) -> Answer {
+async fn answer(state: &State, request: Incomplete, role: Option<Role>) -> Answer {
     if request.head.method == Method::OPTIONS {
         return Answer::text(200, "");
     }
     let call = match request.complete(MAX_BODY_BYTES).await {
-        Ok(call) => call,
+        Ok(call) => Call { role, ..call },
         Err(refusal) => return refusal,
     };
     route(state, &call).await.unwrap_or_else(|refusal| refusal)
@@ -172,6 +176,9 @@ async fn route(state: &State, call: &Call) -> Result<Answer, Answer> {
         (&Method::POST, ["schema", "validate", resource]) => validate(call, resource),
         (&Method::GET | &Method::HEAD, ["schema", place @ ..]) => Ok(plugins::get_schema(&*state.plugins, call, place)),
         (_, []) => Err(Answer::refuse(404, "not found")),
+        (_, ["functions", id, action @ ..]) if action.first().is_some_and(|a| functions::is_action(call, a)) => {
+            functions::handle(state, id, action, call).await
+        }
         (_, segments) => match Target::of(segments) {
             Some(target) => resource::handle(state, target, call).await,
             None => Err(Answer::refuse(404, format!("Unsupported resource type: {}", segments[0]))),

@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 use tokio::time::timeout;
 
 use super::{
-    SERVED_PATIENCE, State,
+    SERVED_PATIENCE, State, functions,
     http::{Answer, Call},
     key_of,
     list::{self, Shown},
@@ -128,6 +128,9 @@ fn shown(state: &State, kind: Kind, entry: &Entry) -> Shown {
         map.remove("key");
         map.remove("keys");
     }
+    if let (Kind::Function, Some(Value::Object(canary))) = (kind, value.get_mut("canary")) {
+        canary.remove("source");
+    }
     Shown {
         key: format!("{}{}", state.settings.prefix, entry.key),
         value,
@@ -136,7 +139,7 @@ fn shown(state: &State, kind: Kind, entry: &Entry) -> Shown {
     }
 }
 
-fn not_found() -> Answer {
+pub(super) fn not_found() -> Answer {
     Answer::json(404, &json!({ "message": "Key not found" }))
 }
 
@@ -145,18 +148,39 @@ async fn put(state: &State, mut target: Target, call: &Call) -> Outcome {
     let ttl = ttl(call)?;
     let id = identify(&mut target, &mut value)?;
     forbid_times(&value)?;
+    prepare(state, target.kind, &id, call, &mut value).await?;
     check(state, target.kind, &id, &value).await?;
     let key = key_of(target.kind, &id);
-    let previous = state.store.get(&key).await.map_err(|e| store_error(&e))?;
-    stamp(&mut value, previous.as_ref(), None);
-    let text = stored_text(state, target.kind, &value);
-    let written = state.store.put(&key, text, Condition::Always, ttl).await.map_err(|e| store_error(&e))?;
-    let status = if written.previous.is_some() { 200 } else { 201 };
-    Ok(done(state, status, &written).await)
+    for _ in 0..MAX_TRIES {
+        let previous = state.store.get(&key).await.map_err(|e| store_error(&e))?;
+        if target.kind == Kind::Function {
+            functions::revise(state, &id, &mut value, previous.as_ref()).await?;
+        }
+        stamp(&mut value, previous.as_ref(), None);
+        let text = stored_text(state, target.kind, &value);
+        match state.store.put(&key, text, functions::condition(target.kind, previous.as_ref()), ttl).await {
+            Ok(written) => {
+                let status = if written.previous.is_some() { 200 } else { 201 };
+                return Ok(done(state, status, &written).await);
+            }
+            Err(e) if e.kind() == error::Kind::Conflict => continue,
+            Err(e) => return Err(store_error(&e)),
+        }
+    }
+    Err(Answer::refuse(409, "value changed before overwritten"))
+}
+
+/// What a write brings along before it is checked.
+async fn prepare(state: &State, kind: Kind, id: &str, call: &Call, value: &mut Value) -> Outcome<()> {
+    if kind != Kind::Function {
+        return Ok(());
+    }
+    functions::may_trust(call, value)?;
+    functions::resolve_canary(state, id, value).await
 }
 
 /// The answer to a write: `{"key", "value"}`, as stored, once it is served.
-async fn done(state: &State, status: u16, written: &Written) -> Answer {
+pub(super) async fn done(state: &State, status: u16, written: &Written) -> Answer {
     served(state, written.revision).await;
     let key = json!(format!("{}{}", state.settings.prefix, written.entry.key));
     Answer::json_text(status, format!("{{\"key\":{key},\"value\":{}}}", written.entry.value))
@@ -177,7 +201,11 @@ async fn post(state: &State, mut target: Target, call: &Call) -> Outcome {
         let id = next_id(state).await?;
         target.id = Some(id.clone());
         set_id(&mut value, &id);
+        prepare(state, target.kind, &id, call, &mut value).await?;
         check(state, target.kind, &id, &value).await?;
+        if target.kind == Kind::Function {
+            functions::revise(state, &id, &mut value, None).await?;
+        }
         stamp(&mut value, None, None);
         let key = key_of(target.kind, &id);
         let text = stored_text(state, target.kind, &value);
@@ -219,7 +247,11 @@ async fn patch(state: &State, target: Target, call: &Call) -> Outcome {
         if value.get("id").is_some() {
             set_id(&mut value, target.short_id().unwrap_or(id));
         }
+        prepare(state, target.kind, id, call, &mut value).await?;
         check(state, target.kind, id, &value).await?;
+        if target.kind == Kind::Function {
+            functions::revise(state, id, &mut value, Some(&entry)).await?;
+        }
         stamp(&mut value, Some(&entry), Some(&change).filter(|_| sub_path.is_empty()));
         let text = stored_text(state, target.kind, &value);
         match state.store.put(&key, text, Condition::Unmodified(entry.mod_revision), ttl(call)?).await {
@@ -252,6 +284,9 @@ async fn delete(state: &State, target: Target, call: &Call) -> Outcome {
             revision = deleted.map_or(revision, |(_, at)| at);
         }
     }
+    if target.kind == Kind::Function {
+        functions::forget(state, id).await?;
+    }
     served(state, revision).await;
     Ok(Answer::json(200, &json!({ "deleted": "1", "key": format!("{}{key}", state.settings.prefix) })))
 }
@@ -263,7 +298,7 @@ async fn served(state: &State, revision: i64) {
     }
 }
 
-fn json_body(call: &Call) -> Outcome<Value> {
+pub(super) fn json_body(call: &Call) -> Outcome<Value> {
     if call.body.is_empty() {
         return Err(Answer::refuse(400, "missing configurations"));
     }
@@ -297,7 +332,7 @@ fn escaped(bytes: &[u8]) -> Vec<u8> {
 }
 
 /// An object. Lua may be sent as it is.
-fn body(kind: Kind, call: &Call) -> Outcome<Value> {
+pub(super) fn body(kind: Kind, call: &Call) -> Outcome<Value> {
     let is_lua = matches!(kind, Kind::Function | Kind::PluginSource);
     let says_json = call.header("content-type").is_some_and(|t| t.contains("json"));
     let value = match json_body(call) {
@@ -404,7 +439,7 @@ fn forbid_times(value: &Value) -> Outcome<()> {
 }
 
 /// Writes `create_time` and `update_time`; a PATCH that names them has its way.
-fn stamp(value: &mut Value, previous: Option<&Entry>, patch: Option<&Value>) {
+pub(super) fn stamp(value: &mut Value, previous: Option<&Entry>, patch: Option<&Value>) {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
     let Value::Object(map) = value else { return };
     let given = |name: &str| patch.is_some_and(|patch| patch.get(name).is_some());
@@ -421,7 +456,7 @@ fn stamp(value: &mut Value, previous: Option<&Entry>, patch: Option<&Value>) {
 }
 
 /// Everything that must hold before a value is stored. Works on copies: what is stored is what was sent.
-async fn check(state: &State, kind: Kind, id: &str, value: &Value) -> Outcome<()> {
+pub(super) async fn check(state: &State, kind: Kind, id: &str, value: &Value) -> Outcome<()> {
     if let Kind::PluginMetadata = kind {
         return check_metadata(state, id, value);
     }
@@ -504,6 +539,9 @@ fn stored_text(state: &State, kind: Kind, value: &Value) -> String {
     if let Some(Value::Object(plugins)) = value.get_mut("plugins") {
         plugins.iter_mut().for_each(|(name, conf)| crypt::encrypt_fields(keyring, state.encrypted(), name, of, conf));
     }
+    if let (Kind::Function, Some(env)) = (kind, value.get_mut("env")) {
+        crypt::encrypt_env(keyring, env);
+    }
     state.encrypt_keys(&mut value);
     value.to_string()
 }
@@ -520,6 +558,9 @@ fn decrypt(state: &State, kind: Kind, entry: &Entry, value: &mut Value) {
     }
     if let Some(Value::Object(plugins)) = value.get_mut("plugins") {
         plugins.iter_mut().for_each(|(name, conf)| crypt::decrypt_fields(keyring, state.encrypted(), name, of, conf));
+    }
+    if let (Kind::Function, Some(env)) = (kind, value.get_mut("env")) {
+        crypt::decrypt_env(keyring, env);
     }
     for_each_key_owner(value, &mut |map| {
         crypt::with_private_keys(map, &mut |stored| match stored.starts_with("---") {

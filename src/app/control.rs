@@ -16,6 +16,7 @@ use super::{
     asking::Asking,
     banner::{self, Listening},
     ending::Endings,
+    functions::Keeper,
     listeners::{self, Sockets},
     plugins::Plugins,
     reload::Reload,
@@ -29,12 +30,14 @@ use crate::{
     dns::Resolver,
     error::{Error, Kind, Result},
     observe::{log, metrics},
-    plugin::Setup,
+    plugin::{Errand, Setup},
     store::{self, Published, Started, Store},
 };
 
 /// Workers that were told to end at once get this long: one may be inside a script.
 const STOP_PATIENCE: Duration = Duration::from_secs(2);
+/// Schedules' calls and dry runs that wait for the worker; one more is refused.
+const ERRANDS: usize = 256;
 /// What a drain may take beside `worker_shutdown_timeout`: timers of plugins, and the way there.
 const DRAIN_MARGIN: Duration = Duration::from_secs(10);
 
@@ -69,10 +72,14 @@ pub async fn run(mut config: Config) -> Result<()> {
     let mut reload = Reload::new(&config, (at.admin, at.control), plugins.clone(), started.handle.clone());
     let (finish, finished) = watch::channel(false);
     let (collect, asking) = (workers.collections.clone(), workers.asking.clone());
-    let apis = Apis { config: &config, plugins, store: store.clone(), started, metrics, finished, collect, asking };
+    let keeper = Keeper::new(store.clone(), started.published.clone(), workers.errands.take());
+    let keeping = spawn_local(keeper.clone().run());
+    let shared = (collect, asking, keeper);
+    let apis = Apis { config: &config, plugins, store: store.clone(), started, metrics, finished, shared };
     let mut serving = apis.serve(ports)?;
     announce(&config, &at, &*store)?;
     let ended = attend(&mut reload, &mut signals, &mut workers).await;
+    keeping.abort();
     finish.send_replace(true);
     workers.end(&mut signals).await;
     let _ = timeout(STOP_PATIENCE, async { while serving.join_next().await.is_some() {} }).await;
@@ -132,6 +139,8 @@ struct Workers {
     /// Counts requests to collect garbage.
     collections: watch::Sender<u64>,
     asking: Asking,
+    /// To the worker that runs functions which no client asks for.
+    errands: Option<mpsc::Sender<Errand>>,
     reports: mpsc::UnboundedReceiver<Report>,
     /// Those that have not ended.
     left: usize,
@@ -146,12 +155,16 @@ impl Workers {
         let (collections, _) = watch::channel(0);
         let asking = Asking::default();
         let (blueprints, _) = watch::channel(blueprint.clone());
-        let mut workers = Workers { orders, blueprints, collections, asking, reports, left: 0, drain_limit };
+        let errands = None;
+        let mut workers = Workers { orders, blueprints, collections, asking, errands, reports, left: 0, drain_limit };
         for (id, sockets) in sockets.workers.into_iter().enumerate() {
             let (orders, collections) = (workers.orders.subscribe(), workers.collections.subscribe());
             let questions = workers.asking.worker();
             let blueprints = workers.blueprints.subscribe();
-            let line = Line { orders, blueprints, collections, reports: sender.clone(), questions };
+            let (errand, errands) = mpsc::channel(ERRANDS);
+            // The first one runs them all: what must happen once happens in one place.
+            workers.errands.get_or_insert(errand);
+            let line = Line { orders, blueprints, collections, reports: sender.clone(), questions, errands };
             worker::spawn(id, blueprint.clone(), sockets, line)?;
             workers.left += 1;
         }
@@ -304,12 +317,12 @@ struct Apis<'a> {
     metrics: Arc<metrics::Metrics>,
     /// True: accept no more.
     finished: watch::Receiver<bool>,
-    collect: watch::Sender<u64>,
-    asking: Asking,
+    shared: (watch::Sender<u64>, Asking, Keeper),
 }
 
 impl Apis<'_> {
     fn serve(self, ports: Ports) -> Result<JoinSet<()>> {
+        let (collections, asking, keeper) = self.shared;
         let mut serving = JoinSet::new();
         let plugins: Rc<dyn admin::PluginHost> = Rc::new(self.plugins.clone());
         if let Some(listener) = ports.admin {
@@ -320,6 +333,7 @@ impl Apis<'_> {
                 plugins: plugins.clone(),
                 fields: Some(self.plugins.fields.clone()),
                 pipeline: Some(self.started.handle.clone()),
+                trials: Some(Box::new(move |trial| Box::pin(keeper.clone().try_out(trial)))),
             });
             serving.spawn_local(admin::serve(listener, state, over(self.finished.clone())));
         }
@@ -328,9 +342,9 @@ impl Apis<'_> {
                 published: self.started.published.clone(),
                 source: self.started.source.clone(),
                 plugins,
-                collect: Some(Box::new(move || self.collect.send_modify(|n| *n += 1))),
+                collect: Some(Box::new(move || collections.send_modify(|n| *n += 1))),
                 health: None,
-                lua: Some(Box::new(move || Box::pin(self.asking.clone().ask()))),
+                lua: Some(Box::new(move || Box::pin(asking.clone().ask()))),
             });
             serving.spawn_local(control::serve(listener, state, over(self.finished.clone())));
         }

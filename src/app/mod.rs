@@ -9,6 +9,7 @@ mod asking;
 pub mod banner;
 mod control;
 mod ending;
+mod functions;
 mod listeners;
 mod plugins;
 mod reload;

@@ -31,7 +31,7 @@ use crate::{
         Drain, ExchangePool, Handler, Server,
         listener::{self, HandshakeScripts},
     },
-    plugin::{Runner, Setup},
+    plugin::{Errand, Runner, Setup},
     proxy::{Proxy, handshake},
     store::Published,
     tcp,
@@ -45,6 +45,9 @@ const SWEEP_EVERY: Duration = Duration::from_secs(5);
 const TIMERS_PATIENCE: Duration = Duration::from_secs(5);
 /// The same when the gateway is told to end at once, and what scripts of the end get at least.
 const HASTE: Duration = Duration::from_millis(300);
+/// Schedules' calls and dry runs at once: requests of the worker come first, and a hundred functions at the same minute wait for
+/// each other.
+const ERRANDS_AT_ONCE: usize = 32;
 /// Between two looks at those timers.
 const TIMERS_PAUSE: Duration = Duration::from_millis(5);
 
@@ -85,6 +88,8 @@ pub struct Line {
     pub collections: watch::Receiver<u64>,
     /// Of what the VMs hold.
     pub questions: Questions,
+    /// Functions to run that no client asks for.
+    pub errands: mpsc::Receiver<Errand>,
 }
 
 /// Starts a worker on its thread. Its end is reported, whatever ends it.
@@ -126,7 +131,7 @@ fn run(worker: usize, blueprint: Blueprint, sockets: Vec<Bound>, line: Line) -> 
 }
 
 async fn serve(worker: usize, blueprint: Blueprint, sockets: Vec<Bound>, line: Line) -> Result<()> {
-    let Line { mut orders, blueprints, reports, collections, questions } = line;
+    let Line { mut orders, blueprints, reports, collections, questions, errands } = line;
     let config = blueprint.config.clone();
     let ending = Rc::new(blueprint.endings.of_worker(&config));
     let serving = tokio::select! {
@@ -143,6 +148,7 @@ async fn serve(worker: usize, blueprint: Blueprint, sockets: Vec<Bound>, line: L
     let mut listeners = listen(&blueprint, &handler, &drain, sockets);
     let mut chores = chores(&serving, &ending, collections, questions);
     chores.spawn_local(follow(worker, serving.clone(), ending.clone(), blueprints));
+    chores.spawn_local(run_errands(serving.clone(), errands));
     let _ = reports.send(Report::Ready);
     let ended = tokio::select! {
         () = ordered(&mut orders, |order| order != Order::Serve) => Ok(()),
@@ -322,6 +328,19 @@ fn chores(
     let ending = ending.clone();
     chores.spawn_local(async move { ending.flush_in_time().await });
     chores
+}
+
+/// Runs what it is sent, so much at once. What still runs ends with the worker.
+async fn run_errands(serving: Rc<Serving>, mut errands: mpsc::Receiver<Errand>) {
+    let mut running = JoinSet::new();
+    while let Some(errand) = errands.recv().await {
+        while running.try_join_next().is_some() {}
+        if running.len() >= ERRANDS_AT_ONCE {
+            running.join_next().await;
+        }
+        let proxy = serving.proxy();
+        running.spawn_local(async move { proxy.runner.errand(errand, proxy.snapshot()).await });
+    }
 }
 
 /// Collects the garbage of scripts whenever it is asked for.

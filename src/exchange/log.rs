@@ -7,6 +7,9 @@ impl Exchange {
     /// Writes a line, if its severity is asked for: `*5 message, client: …, server: _, request: "…", upstream: "…", host: "…"`. What
     /// runs outside of requests (a timer) has only the message.
     pub fn log(&self, level: Level, message: &[u8]) {
+        if let Some(function) = &self.lua.function {
+            function.record.log(level, message);
+        }
         if !log::enabled(level) {
             return;
         }

@@ -39,6 +39,7 @@ use crate::{
     conf::locations::Location,
     error::Result,
     model::{self, Object},
+    observe::functions::Record,
     router::Found,
     store::Snapshot,
 };
@@ -405,6 +406,35 @@ pub struct LuaState {
     pub counted: Option<bool>,
     /// The plugins of the request could not be prepared: it must not go on without them.
     pub unprepared: bool,
+    /// The uploaded function that runs, while it does.
+    pub function: Option<Rc<FunctionCall>>,
+}
+
+/// A call of an uploaded function: where its lines go, and its bounds.
+pub struct FunctionCall {
+    pub record: Arc<Record>,
+    /// CPU time between two waits; `None`: as every script.
+    pub cpu_ms: Option<u64>,
+    /// By how much it may make its VM grow.
+    pub memory_kb: usize,
+    /// What the VM held when it began.
+    pub held_kb: Cell<usize>,
+    /// What is left of `memory_kb`.
+    pub left_kb: Cell<usize>,
+}
+
+impl FunctionCall {
+    pub fn new(record: Arc<Record>, limits: &model::FunctionLimits) -> FunctionCall {
+        let memory_kb = limits.memory_mb.saturating_mul(1024);
+        let (held_kb, left_kb) = (Cell::new(0), Cell::new(memory_kb));
+        FunctionCall { record, cpu_ms: limits.cpu_ms, memory_kb, held_kb, left_kb }
+    }
+
+    /// What goes on behind a call: only its lines are of interest.
+    pub fn unbounded(record: Arc<Record>) -> FunctionCall {
+        let memory_kb = usize::MAX / 4;
+        FunctionCall { record, cpu_ms: None, memory_kb, held_kb: Cell::new(0), left_kb: Cell::new(memory_kb) }
+    }
 }
 
 impl LuaState {

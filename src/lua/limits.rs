@@ -20,6 +20,7 @@ use std::{
 use mlua::ffi;
 
 use super::api::Raise;
+use crate::exchange::FunctionCall;
 
 /// How often the watchdog looks. A script may overrun its budget by this much.
 const TICK: Duration = Duration::from_millis(50);
@@ -166,8 +167,32 @@ impl Drop for Run {
 
 /// Megabytes that the VM holds.
 pub fn memory_mb(vm: &super::Vm) -> usize {
+    memory_kb(vm) / 1024
+}
+
+/// The same in kilobytes.
+pub fn memory_kb(vm: &super::Vm) -> usize {
     // SAFETY: the state is live as long as the VM, and counting is allowed at any time.
-    unsafe { ffi::lua_gc(vm.main(), ffi::LUA_GCCOUNT, 0) as usize / 1024 }
+    unsafe { ffi::lua_gc(vm.main(), ffi::LUA_GCCOUNT, 0) as usize }
+}
+
+/// The bounds of a run of a function's call in a VM that holds `held_kb` now: its own, and never more than the VM's.
+pub fn of_call(vm: &super::Vm, call: &FunctionCall, held_kb: usize) -> Limits {
+    let limits = vm.limits();
+    let memory_mb = (held_kb + call.left_kb.get()).div_ceil(1024).min(limits.memory_mb);
+    Limits { cpu_ms: call.cpu_ms.unwrap_or(limits.cpu_ms), memory_mb }
+}
+
+/// Charges the call with what the VM has grown by in a run of it. Garbage counts until the call has used up what it may: then
+/// it is collected, and counts no more.
+pub fn charge(vm: &super::Vm, call: &FunctionCall, held_kb: usize) {
+    let grown = memory_kb(vm).saturating_sub(held_kb);
+    call.left_kb.set(call.left_kb.get().saturating_sub(grown));
+    if call.left_kb.get() == 0 {
+        vm.collect();
+        let allowed = call.held_kb.get().saturating_add(call.memory_kb);
+        call.left_kb.set(allowed.saturating_sub(memory_kb(vm)));
+    }
 }
 
 /// Starts the watchdog once per process.

@@ -361,12 +361,15 @@ pub async fn call<T>(
 
 /// Resumes once, with the request in reach and the watchdog on.
 fn step(vm: &Rc<Vm>, l: *mut ffi::lua_State, x: &mut Exchange, args: c_int) -> Step {
-    let rc = vm.entered(|| {
-        fast::enter(x, || {
-            // SAFETY: `l` is a coroutine of this VM with a function (or a pending yield) and `args` arguments.
-            limits::bounded(vm.main(), vm.limits(), || unsafe { ffi::lua_resume_(l, args) })
-        })
-    });
+    let rc = match x.lua.function.clone() {
+        None => resume(vm, l, x, args, vm.limits()),
+        Some(call) => {
+            let held = limits::memory_kb(vm);
+            let rc = resume(vm, l, x, args, limits::of_call(vm, &call, held));
+            limits::charge(vm, &call, held);
+            rc
+        }
+    };
     let parked = PARKED.with_borrow_mut(Option::take);
     if fast::take_panic() {
         // SAFETY: one string on a stack that nobody runs.
@@ -389,6 +392,16 @@ fn step(vm: &Rc<Vm>, l: *mut ffi::lua_State, x: &mut Exchange, args: c_int) -> S
         }
         _ => Step::Failed,
     }
+}
+
+#[inline]
+fn resume(vm: &Vm, l: *mut ffi::lua_State, x: &mut Exchange, args: c_int, limits: limits::Limits) -> c_int {
+    vm.entered(|| {
+        fast::enter(x, || {
+            // SAFETY: `l` is a coroutine of this VM with a function (or a pending yield) and `args` arguments.
+            limits::bounded(vm.main(), limits, || unsafe { ffi::lua_resume_(l, args) })
+        })
+    })
 }
 
 /// The error value on top of a failed coroutine, with the traceback of that coroutine.

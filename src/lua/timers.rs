@@ -1,15 +1,16 @@
 //! `ngx.timer.at`, `ngx.timer.every`: callbacks that run outside of the request which set them.
 
-use std::{cell::Cell, ffi::c_int, rc::Rc, time::Duration};
+use std::{cell::Cell, ffi::c_int, rc::Rc, sync::Arc, time::Duration};
 
 use mlua::ffi;
 
 use super::{
     api::{Api, Phases, Raise, Stack},
+    fast,
     sched::{Outcome, background, call, end_background, seconds},
     vm::{self, Vm},
 };
-use crate::error;
+use crate::{error, exchange::FunctionCall, observe::functions::Record};
 
 pub(super) fn register(api: &mut Api) -> error::Result<()> {
     let anywhere = Phases::ANY;
@@ -112,7 +113,7 @@ fn timer(s: &Stack, every: bool) -> Result<c_int, Raise> {
     match vm.config.purpose {
         vm::Purpose::Check => return s.fail("no timers while a plugin is checked"),
         vm::Purpose::Thread => return s.fail("no timers in a worker thread"),
-        vm::Purpose::Plugins | vm::Purpose::Functions => {}
+        vm::Purpose::Plugins | vm::Purpose::Functions | vm::Purpose::Trusted => {}
     }
     if vm.timers.pending.get() >= vm.timers.max_pending {
         return s.fail("too many pending timers");
@@ -126,7 +127,8 @@ fn timer(s: &Stack, every: bool) -> Result<c_int, Raise> {
     }
     // SAFETY: the table is on top; the reference is released by the task.
     let anchor = unsafe { ffi::luaL_ref(s.raw(), ffi::LUA_REGISTRYINDEX) };
-    let kept = Kept { vm: vm.clone(), anchor, n };
+    let record = fast::exchange().and_then(|x| x.lua.function.as_ref()).map(|call| call.record.clone());
+    let kept = Kept { vm: vm.clone(), anchor, n, record };
     vm.timers.pending.set(vm.timers.pending.get() + 1);
     tokio::task::spawn_local(run_timer(kept, seconds(delay), every));
     Ok(s.push_number(1.0))
@@ -137,6 +139,8 @@ struct Kept {
     vm: Rc<Vm>,
     anchor: c_int,
     n: c_int,
+    /// Of the function that made the timer.
+    record: Option<Arc<Record>>,
 }
 
 impl Drop for Kept {
@@ -191,6 +195,7 @@ async fn run_timer(kept: Kept, delay: Duration, every: bool) {
 async fn fire(kept: &Kept, premature: bool) {
     tracing::debug!("lua ngx.timer expired");
     let mut x = background(&kept.vm);
+    x.lua.function = kept.record.clone().map(|record| Rc::new(FunctionCall::unbounded(record)));
     let outcome = call(&kept.vm, &mut x, |s| kept.push(s, premature), |_| ()).await;
     if let Outcome::Failed(text) = outcome {
         super::log_error(&x, &format!("lua entry thread aborted: runtime error: {text}"));

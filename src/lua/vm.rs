@@ -51,6 +51,8 @@ pub enum Purpose {
     Thread,
     /// Runs uploaded functions: no files, processes, FFI or debug library for them.
     Functions,
+    /// Runs uploaded functions that an administrator trusts as plugins are trusted.
+    Trusted,
 }
 
 /// How to make a VM.

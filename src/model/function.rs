@@ -5,9 +5,8 @@ use std::{sync::Arc, time::Duration};
 use serde_json::{Map, Value};
 
 use super::{
-    crypt,
     cron::Cron,
-    next_uid,
+    crypt, next_uid,
     parse::{ParseContext, flag, invalid, number, required, text},
 };
 use crate::{error::Result, observe::functions::Rule};
@@ -82,9 +81,8 @@ pub struct Variant {
 impl Function {
     pub(super) fn from_json(map: &Map<String, Value>, context: &ParseContext<'_>) -> Result<Function> {
         let schedule = text(map, "schedule").map(Cron::parse).transpose();
-        let schedule = schedule.map_err(|why| {
-            invalid(format!("invalid configuration: property \"schedule\" validation failed: {why}"))
-        })?;
+        let schedule = schedule
+            .map_err(|why| invalid(format!("invalid configuration: property \"schedule\" validation failed: {why}")))?;
         Ok(Function {
             source: required(map, "source")?.into(),
             revision: unsigned(map, "revision").unwrap_or(0),
@@ -127,7 +125,9 @@ impl FunctionLimits {
 impl Canary {
     fn from_json(map: &Map<String, Value>) -> Result<Canary> {
         let Some(source) = text(map, "source") else {
-            return Err(invalid("invalid configuration: property \"canary\" validation failed: there is no such revision"));
+            return Err(invalid(
+                "invalid configuration: property \"canary\" validation failed: there is no such revision",
+            ));
         };
         let rule = Rule {
             uid: next_uid(),
@@ -178,14 +178,14 @@ mod tests {
         let function = parsed(json!({
             "source": "return 1", "revision": 3, "trusted": true, "schedule": "*/5 * * * *",
             "env": {"A": "77+NmbYqNfN+oLm0aX5akg==", "B": "$env://B", "C": "plain"},
-            "limits": {"cpu_ms": 50, "memory_mb": 8, "timeout_ms": 250, "max_body": 0},
+            "limits": {"cpu_ms": 50, "memory_mb": 8, "timeout_ms": 250, "max_body": 1},
             "canary": {"revision": 4, "weight": 5, "source": "return 2", "max_error_rate": 0.5, "min_calls": 1},
         }))
         .expect("valid");
         let env: Vec<(&str, &str)> = function.env.iter().map(|(name, value)| (&**name, &**value)).collect();
         assert_eq!(env, [("A", "bar"), ("B", "$env://B"), ("C", "plain")]);
         let limits =
-            FunctionLimits { cpu_ms: Some(50), memory_mb: 8, timeout: Duration::from_millis(250), max_body: 0 };
+            FunctionLimits { cpu_ms: Some(50), memory_mb: 8, timeout: Duration::from_millis(250), max_body: 1 };
         assert_eq!((function.limits, function.revision, function.trusted), (limits, 3, true));
         let canary = function.canary.expect("is there");
         assert_eq!((canary.weight, canary.rule.revision, canary.rule.min_calls), (5, 4, 1));
@@ -196,7 +196,7 @@ mod tests {
     #[test]
     fn limits_hold_at_their_bounds() {
         for (name, least, most) in
-            [("cpu_ms", 10, 60_000), ("memory_mb", 1, 512), ("timeout_ms", 1, 600_000), ("max_body", 0, 1_073_741_824)]
+            [("cpu_ms", 10, 60_000), ("memory_mb", 1, 512), ("timeout_ms", 1, 600_000), ("max_body", 1, 1_073_741_824)]
         {
             let with = |n: i64| parsed(json!({"source": "x", "limits": {name: n}})).map_err(|e| e.to_string());
             assert!(with(least).is_ok() && with(most).is_ok(), "{name}");

@@ -464,7 +464,7 @@ impl Drop for H2 {
 
 impl Client for H2 {
     fn limit_body(&mut self, max: u64) {
-        self.max_body = max;
+        self.max_body = self.settings.tighter(max);
     }
 
     fn poll_read_body(&mut self, cx: &mut Context<'_>, into: &mut Vec<u8>, max: usize) -> Poll<Result<usize>> {

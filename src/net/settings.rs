@@ -32,6 +32,17 @@ pub struct Settings {
     pub http2: bool,
 }
 
+impl Settings {
+    /// A bound of bodies for one request; 0: none of its own. It never widens the server's.
+    pub fn tighter(&self, max: u64) -> u64 {
+        match (max, self.max_body) {
+            (0, all) => all,
+            (max, 0) => max,
+            (max, all) => max.min(all),
+        }
+    }
+}
+
 impl Default for Settings {
     fn default() -> Self {
         Settings {

@@ -8,7 +8,7 @@ pub mod registry;
 pub mod run;
 
 pub use registry::{Checker, PluginInfo, Setup};
-pub use run::{Flow, Runner, VmState};
+pub use run::{Errand, Flow, Mock, Runner, Trial, Tried, VmState};
 
 use crate::exchange::Phase;
 

@@ -19,6 +19,7 @@ use mlua::ffi;
 
 mod counters;
 mod end;
+mod errand;
 mod function;
 mod script;
 mod start;
@@ -28,7 +29,8 @@ mod tests;
 use counters::Others;
 pub use counters::VmState;
 use end::{Alive, Ends};
-use function::Functions;
+pub use errand::{Errand, Mock, Trial, Tried};
+use function::{Call, Functions};
 
 use super::{
     PhaseMask,
@@ -401,18 +403,18 @@ impl Runner {
     pub async fn function(&self, x: &mut Exchange, id: &str) -> Option<Flow> {
         let function = x.snapshot.functions.get(id)?.clone();
         x.phase = Phase::Content;
-        let make = || VmConfig {
-            groups: self.groups.clone(),
-            ..self.setup.vm_config(Purpose::Functions, self.worker, &x.snapshot)
-        };
-        let called = match self.functions.prepare(make, &function) {
-            Ok(ready) => self.functions.call(ready, x).await,
-            Err(e) => {
-                log_error(x, &format!("function {id}: {e}"));
-                failed(x)
-            }
-        };
+        let call = Call::new(&function, roll(x));
+        if !call.admits(x) {
+            x.log(Level::Error, format!("the body is longer than limits.max_body of function {id} allows").as_bytes());
+            return Some(function::ended_with(x, 413));
+        }
+        let snapshot = x.snapshot.clone();
+        let called = self.functions.run(|| self.function_vm(call.purpose(), &snapshot), &call, x).await;
         Some(if called == Flow::Next { Flow::Answer } else { called })
+    }
+
+    fn function_vm(&self, purpose: Purpose, snapshot: &Snapshot) -> VmConfig {
+        VmConfig { groups: self.groups.clone(), ..self.setup.vm_config(purpose, self.worker, snapshot) }
     }
 
     /// Ends timers early: the worker stops.
@@ -454,9 +456,9 @@ impl Runner {
     async fn filtering(&self, x: &mut Exchange, plan: &Plan, entry: c_int, slot: u32) -> Result<()> {
         let push = |s: &Stack| push_call(s, entry, plan.anchor, slot, false);
         // A function that sends has the request meanwhile, with the number of its own VM.
-        let lent = x.lua.slot.replace(slot);
+        let lent = (x.lua.slot.replace(slot), x.lua.function.take());
         let outcome = sched::call(&plan.generation.vm, x, push, |_| ()).await;
-        x.lua.slot = lent;
+        (x.lua.slot, x.lua.function) = lent;
         match outcome {
             Outcome::Done(()) | Outcome::Exit(_) => Ok(()),
             Outcome::Failed(text) => {
@@ -790,6 +792,11 @@ fn call_filter(generation: &Generation, function: c_int) -> Result<bool, String>
             result
         })
     })
+}
+
+/// A number that no request can foresee: its id is random.
+fn roll(x: &Exchange) -> u32 {
+    u32::from_le_bytes([x.id[0], x.id[1], x.id[2], x.id[3]])
 }
 
 /// The request's head, for a function that only looks.

@@ -134,7 +134,7 @@ fn compile_resources() -> HashMap<&'static str, Schema> {
         }
     }
     let own: Value = serde_json::from_str(OWN).unwrap_or_default();
-    for name in ["credential", "function", "plugin_source"] {
+    for name in ["credential", "function", "function_test", "plugin_source"] {
         let reference = json!({ "$ref": format!("#/{name}") });
         if let Some(schema) = own_schema(&own, &reference) {
             compiled.insert(name, schema);

@@ -23,7 +23,9 @@ const MAX_CAPTURED: usize = 100_000;
 
 crate::export! {
     fn log_level() -> c_int, 5 => {
-        c_int::from(log::level())
+        // What a function says is kept whatever error.log takes.
+        let kept = if fast::exchange().is_some_and(|x| x.lua.function.is_some()) { Level::Info } else { Level::Stderr };
+        c_int::from(log::level().max(kept as u8))
     }
 }
 

@@ -262,7 +262,7 @@ fn refuse(s: &Stack, text: &str) -> Result<Wait, Raise> {
 fn spawn(s: &Stack) -> Answer {
     let vm = socket::current_vm()?;
     match vm.config.purpose {
-        Purpose::Plugins => {}
+        Purpose::Plugins | Purpose::Trusted => {}
         Purpose::Functions => return s.fail("not open to functions"),
         Purpose::Thread => return s.fail("no processes in a worker thread"),
         Purpose::Check => return s.fail("no processes while a plugin is checked"),

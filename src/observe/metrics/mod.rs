@@ -23,13 +23,13 @@ use self::{
     cells::{Cell, Cells},
     custom::Custom,
 };
-use super::functions;
 pub use self::{
     custom::{Family, Kind},
     page::Page,
     serve::serve,
     settings::{Extra, Settings},
 };
+use super::functions;
 
 /// Everything that is counted in this process.
 pub struct Metrics {

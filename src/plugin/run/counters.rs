@@ -30,6 +30,7 @@ impl VmState {
     pub fn of(vm: &Vm, serving: bool) -> VmState {
         let purpose = match vm.config.purpose {
             Purpose::Functions => "functions",
+            Purpose::Trusted => "trusted_functions",
             Purpose::Plugins | Purpose::Check | Purpose::Thread => "plugins",
         };
         VmState { purpose, serving, counters: vm.counters(), plans: 0, scripts: 0, functions: 0 }

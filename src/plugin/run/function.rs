@@ -1,39 +1,102 @@
-//! Uploaded functions: sandboxed VMs of their own, so that one which is cut off takes no plugin with it.
+//! Uploaded functions: VMs of their own, so that one which is cut off takes no plugin with it.
 
 use std::{
     cell::{Cell, RefCell},
     collections::HashMap,
     ffi::c_int,
     rc::Rc,
+    sync::Arc,
+    time::{Duration, Instant},
 };
 
 use mlua::ffi;
+use tokio::time::timeout;
 
 use super::{
     super::{natives, registry},
     Flow,
     counters::{Others, VmState},
-    read_answer, settle,
+    failed, read_answer, settle,
 };
 use crate::{
-    error::Result,
-    exchange::Exchange,
-    lua::{Stack, Vm, VmConfig, limits, sched},
-    model::{self, Object},
+    error::{Error, Result},
+    exchange::{Exchange, FunctionCall, RequestBody},
+    lua::{Stack, Vm, VmConfig, limits, log_error, sched, vm::Purpose},
+    model::{self, Object, Variant},
+    observe::functions::{self, Record, Trigger},
 };
 
-/// VMs per worker: one that is cut off or replaced does not stop the others.
+/// VMs per worker, and as many for trusted functions: one that is cut off or replaced does not stop the others.
 const VMS: usize = 2;
 
 /// Functions compiled per VM; past it the VM is replaced.
 const MAX_FUNCTIONS: usize = 1024;
 
-/// The VMs of one worker, which take turns.
+/// A call of a function: which text of it runs, within which bounds, and where that is noted.
+pub(super) struct Call<'f> {
+    pub id: &'f str,
+    pub function: &'f model::Function,
+    pub variant: Variant,
+    pub record: Arc<Record>,
+    pub trigger: Trigger,
+    /// When it was to run, in seconds since the epoch: a schedule's call.
+    pub scheduled_at: Option<i64>,
+}
+
+impl<'f> Call<'f> {
+    /// Of the text that is chosen by chance: `roll` is a random number.
+    pub fn new(function: &'f Object<model::Function>, roll: u32) -> Call<'f> {
+        let record = functions::record(&function.id);
+        let variant = function.value.choose(function.uid, roll, |uid| record.is_over(uid));
+        let trigger = Trigger::Request;
+        Call { id: &function.id, function: &function.value, variant, record, trigger, scheduled_at: None }
+    }
+
+    /// What kind of VM it runs in.
+    pub fn purpose(&self) -> Purpose {
+        if self.function.trusted { Purpose::Trusted } else { Purpose::Functions }
+    }
+
+    /// Refuses a request's body that is too long, and bounds one that does not say how long it is.
+    pub fn admits(&self, x: &mut Exchange) -> bool {
+        let max = self.function.limits.max_body;
+        let length = match &x.body {
+            RequestBody::Streaming { length: None } => {
+                if let Some(client) = &mut x.client {
+                    client.limit_body(max);
+                }
+                return true;
+            }
+            RequestBody::Streaming { length: Some(length) } | RequestBody::File { length, .. } => *length,
+            RequestBody::Memory(data) => data.len() as u64,
+            _ => 0,
+        };
+        length <= max
+    }
+
+    /// Notes how it ended.
+    fn ended(&self, x: &Exchange, flow: Flow, took: Duration) {
+        let failed = flow == Flow::Close || x.response.status >= 500;
+        self.record.ended(self.trigger, failed, took);
+        if let Some(rule) = &self.variant.rule {
+            self.record.tried(rule, failed);
+        }
+    }
+}
+
+/// The VMs of one worker, of either kind.
 pub(super) struct Functions {
-    vms: RefCell<[Option<Rc<FunctionVm>>; VMS]>,
-    turn: Cell<usize>,
+    sandboxed: Pool,
+    trusted: Pool,
     /// Where those go that end.
     others: Rc<Others>,
+}
+
+/// VMs that take turns.
+#[derive(Default)]
+struct Pool {
+    vms: RefCell<[Option<Rc<FunctionVm>>; VMS]>,
+    turn: Cell<usize>,
 }
 
 /// A function in the VM whose turn it is.
@@ -45,45 +108,68 @@ pub(super) struct Ready {
 
 impl Functions {
     pub fn new(others: Rc<Others>) -> Self {
-        Functions { vms: RefCell::default(), turn: Cell::new(0), others }
+        Functions { sandboxed: Pool::default(), trusted: Pool::default(), others }
     }
 
-    /// Compiles the function where that was not done before. `config`: how to make a VM.
-    pub fn prepare(&self, config: impl FnOnce() -> VmConfig, function: &Object<model::Function>) -> Result<Ready> {
-        let at = self.turn.get() % VMS;
-        self.turn.set(at + 1);
-        let existing = self.vms.borrow()[at].clone().filter(|vm| vm.compiled.borrow().len() < MAX_FUNCTIONS);
+    fn pool(&self, call: &Call<'_>) -> &Pool {
+        if call.function.trusted { &self.trusted } else { &self.sandboxed }
+    }
+
+    /// Runs a call to its end and notes what came of it. `config`: how to make a VM.
+    pub async fn run(&self, config: impl FnOnce() -> VmConfig, call: &Call<'_>, x: &mut Exchange) -> Flow {
+        let begun = Instant::now();
+        let noted = x.lua.function.replace(Rc::new(FunctionCall::new(call.record.clone(), &call.function.limits)));
+        let flow = match self.prepare(config, call) {
+            Ok(ready) => self.call(ready, call, x).await,
+            Err(e) => {
+                log_error(x, &format!("function {}: {e}", call.id));
+                failed(x)
+            }
+        };
+        x.lua.function = noted;
+        call.ended(x, flow, begun.elapsed());
+        flow
+    }
+
+    /// Compiles the function where that was not done before.
+    pub fn prepare(&self, config: impl FnOnce() -> VmConfig, call: &Call<'_>) -> Result<Ready> {
+        let pool = self.pool(call);
+        let at = pool.turn.get() % VMS;
+        pool.turn.set(at + 1);
+        let existing = pool.vms.borrow()[at].clone().filter(|vm| vm.compiled.borrow().len() < MAX_FUNCTIONS);
         let vm = match existing {
             Some(vm) => vm,
             None => {
                 let vm = Rc::new(FunctionVm::new(config())?);
-                if let Some(old) = self.vms.borrow_mut()[at].replace(vm.clone()) {
+                if let Some(old) = pool.vms.borrow_mut()[at].replace(vm.clone()) {
                     self.end(&old);
                 }
                 vm
             }
         };
-        let callable = vm.callable(function)?;
+        let callable = vm.callable(call)?;
         Ok(Ready { at, vm, callable })
     }
 
     /// Runs it. A VM that was cut off or holds too much afterwards is replaced.
-    pub async fn call(&self, ready: Ready, x: &mut Exchange) -> Flow {
+    pub async fn call(&self, ready: Ready, call: &Call<'_>, x: &mut Exchange) -> Flow {
         let Ready { at, vm, callable } = ready;
         vm.vm.set_snapshot(&x.snapshot);
-        let flow = vm.call(x, callable).await;
-        if limits::last_run_condemned() || limits::memory_mb(&vm.vm) > vm.vm.limits().memory_mb {
-            self.drop_vm(at, &vm);
+        let (flow, broken) = vm.run(x, callable, call).await;
+        if broken {
+            self.drop_vm(self.pool(call), at, &vm);
         }
         flow
     }
 
     pub fn each(&self, mut run: impl FnMut(&Vm)) {
-        self.vms.borrow().iter().flatten().for_each(|vm| run(&vm.vm));
+        for pool in [&self.sandboxed, &self.trusted] {
+            pool.vms.borrow().iter().flatten().for_each(|vm| run(&vm.vm));
+        }
     }
 
-    fn drop_vm(&self, at: usize, broken: &Rc<FunctionVm>) {
-        let mut vms = self.vms.borrow_mut();
+    fn drop_vm(&self, pool: &Pool, at: usize, broken: &Rc<FunctionVm>) {
+        let mut vms = pool.vms.borrow_mut();
         if vms[at].as_ref().is_some_and(|vm| Rc::ptr_eq(vm, broken)) {
             vms[at] = None;
             self.end(broken);
@@ -98,20 +184,24 @@ impl Functions {
 
     /// What the VMs hold that take calls.
     pub fn states(&self) -> Vec<VmState> {
-        self.vms.borrow().iter().flatten().map(|vm| vm.state(true)).collect()
+        let mut states = Vec::new();
+        for pool in [&self.sandboxed, &self.trusted] {
+            states.extend(pool.vms.borrow().iter().flatten().map(|vm| vm.state(true)));
+        }
+        states
     }
 }
 
-/// A sandboxed VM for uploaded functions.
+/// A VM for uploaded functions.
 pub(super) struct FunctionVm {
     pub(super) vm: Rc<Vm>,
     call: c_int,
-    /// uid of a function's version -> registry reference of what to call.
+    /// uid of a function's text -> registry reference of what to call.
     compiled: RefCell<HashMap<u64, c_int>>,
 }
 
 impl FunctionVm {
-    fn new(config: VmConfig) -> Result<FunctionVm> {
+    pub(super) fn new(config: VmConfig) -> Result<FunctionVm> {
         let vm = Vm::with(config, &[natives::register])?;
         let call = vm.function("moongate.run", "call_function")?;
         Ok(FunctionVm { vm, call, compiled: RefCell::default() })
@@ -121,21 +211,52 @@ impl FunctionVm {
         VmState { functions: self.compiled.borrow().len(), ..VmState::of(&self.vm, serving) }
     }
 
-    fn callable(&self, function: &Object<model::Function>) -> Result<c_int> {
-        if let Some(known) = self.compiled.borrow().get(&function.uid) {
+    pub(super) fn callable(&self, call: &Call<'_>) -> Result<c_int> {
+        if let Some(known) = self.compiled.borrow().get(&call.variant.uid) {
             return Ok(*known);
         }
-        let source = &*function.value.source;
+        let source = &*call.variant.source;
+        let env = call.function.env.iter().map(|(name, value)| (&**name, &**value));
+        let env = self.vm.lua.create_table_from(env).map_err(crate::lua::api::script)?;
         let (chunk, reason): (Option<mlua::Function>, Option<String>) =
-            registry::call(&self.vm, "moongate.functions", "load", (&*function.id, source))?;
-        let Some(chunk) = chunk else { return Err(crate::error::Error::script(reason.unwrap_or_default())) };
+            registry::call(&self.vm, "moongate.functions", "load", (call.id, source, env))?;
+        let Some(chunk) = chunk else { return Err(Error::script(reason.unwrap_or_default())) };
         let callable: mlua::Function = registry::call(&self.vm, "moongate.functions", "callable", chunk)?;
         let anchor = self.vm.keep(callable)?;
-        self.compiled.borrow_mut().insert(function.uid, anchor);
+        self.compiled.borrow_mut().insert(call.variant.uid, anchor);
         Ok(anchor)
     }
 
-    async fn call(&self, x: &mut Exchange, callable: c_int) -> Flow {
+    /// Runs a call within its bounds; says whether the VM must not take another one.
+    pub(super) async fn run(&self, x: &mut Exchange, callable: c_int, call: &Call<'_>) -> (Flow, bool) {
+        let bounds = x.lua.function.clone();
+        if let Some(bounds) = &bounds {
+            bounds.held_kb.set(limits::memory_kb(&self.vm));
+        }
+        let (begun, longest) = (Instant::now(), call.function.limits.timeout);
+        let called = timeout(longest, self.call(x, callable, call.scheduled_at)).await;
+        let condemned = limits::last_run_condemned();
+        let greedy = bounds.is_some_and(|bounds| bounds.left_kb.get() == 0);
+        let late = called.is_err() || begun.elapsed() >= longest && (condemned || x.response.status == 500);
+        let flow = match called {
+            _ if late => {
+                let ms = longest.as_millis();
+                log_error(x, &format!("function {} took longer than limits.timeout_ms ({ms}) allows", call.id));
+                ended_with(x, 504)
+            }
+            Ok(_) if greedy && !condemned => {
+                let mb = call.function.limits.memory_mb;
+                log_error(x, &format!("function {} took more memory than limits.memory_mb ({mb}) allows", call.id));
+                ended_with(x, 500)
+            }
+            Ok(flow) => flow,
+            // Late, and so met above.
+            Err(_) => failed(x),
+        };
+        (flow, condemned || greedy || limits::memory_mb(&self.vm) > self.vm.limits().memory_mb)
+    }
+
+    async fn call(&self, x: &mut Exchange, callable: c_int, scheduled_at: Option<i64>) -> Flow {
         let lent = Lent::new(x, &self.vm);
         let slot = lent.slot;
         let call = self.call;
@@ -143,7 +264,11 @@ impl FunctionVm {
             s.get_index(ffi::LUA_REGISTRYINDEX, call as usize);
             s.get_index(ffi::LUA_REGISTRYINDEX, callable as usize);
             s.push_number(f64::from(slot));
-            2
+            match scheduled_at {
+                Some(at) => s.push_number(at as f64),
+                None => s.push_nil(),
+            };
+            3
         };
         let outcome = sched::call(&self.vm, lent.x, push, read_answer).await;
         let flow = settle(lent.x, outcome);
@@ -153,6 +278,13 @@ impl FunctionVm {
         }
         flow
     }
+}
+
+/// What came of the call is not the answer: this status is, where one can still be given.
+pub(super) fn ended_with(x: &mut Exchange, status: u16) -> Flow {
+    let flow = failed(x);
+    x.response.status = status;
+    flow
 }
 
 /// While a function VM has the request, its tables are that VM's.
@@ -181,7 +313,7 @@ impl Drop for Lent<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::lua::{sched::background, vm::Purpose};
+    use crate::lua::sched::background;
 
     fn config() -> VmConfig {
         VmConfig { purpose: Purpose::Functions, ..VmConfig::default() }
@@ -190,7 +322,8 @@ mod tests {
     fn function(n: usize) -> Object<model::Function> {
         let source = format!("return function() return 200, '{n}' end").into();
         let (id, json) = ("f".into(), "{}".into());
-        Object { id, uid: n as u64, create_revision: 1, mod_revision: 1, json, value: model::Function { source } }
+        let value = model::Function { source, ..model::Function::default() };
+        Object { id, uid: n as u64, create_revision: 1, mod_revision: 1, json, value }
     }
 
     #[test]
@@ -198,8 +331,8 @@ mod tests {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("a runtime");
         tokio::task::LocalSet::new().block_on(&runtime, async {
             let functions = Functions::new(Rc::default());
-            let prepare = |n| functions.prepare(config, &function(n)).expect("compiles");
-            let known = |at: usize| functions.vms.borrow()[at].as_ref().map(|vm| vm.compiled.borrow().len());
+            let prepare = |n| functions.prepare(config, &Call::new(&function(n), 0)).expect("compiles");
+            let known = |at: usize| functions.sandboxed.vms.borrow()[at].as_ref().map(|vm| vm.compiled.borrow().len());
             let old = prepare(0);
             // The VMs take turns.
             for n in 1..VMS * MAX_FUNCTIONS {
@@ -211,7 +344,8 @@ mod tests {
             assert_eq!((known(0), known(1)), (Some(1), Some(MAX_FUNCTIONS)));
             for (ready, body) in [(old, "0"), (new, "2048")] {
                 let mut x = background(&ready.vm.vm);
-                assert_eq!(functions.call(ready, &mut x).await, Flow::Answer);
+                let function = function(0);
+                assert_eq!(functions.call(ready, &Call::new(&function, 0), &mut x).await, Flow::Answer);
                 assert_eq!((x.response.status, &*x.printed), (200, body.as_bytes()));
             }
             assert_eq!(known(0), Some(1), "the end of a call in the old one leaves the new one alone");

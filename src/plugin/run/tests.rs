@@ -73,7 +73,7 @@ impl Scene {
     }
 
     fn function(mut self, id: &str, source: &str) -> Self {
-        let value = model::Function { source: source.into() };
+        let value = model::Function { source: source.into(), ..model::Function::default() };
         self.snapshot.functions.insert(id.into(), object(id, &json!({}), value));
         self
     }

@@ -1,0 +1,424 @@
+//! `/functions/{id}/…`: revisions of the source, rollback, logs, dry runs; and what a write of a function does beside it.
+//!
+//! Revisions stand beside the function under keys of their own (`/moongate/function_revisions/{id}/{number}`), which no node serves
+//! from: a function that has a canary carries the canary's source itself.
+
+use std::{
+    future::Future,
+    pin::Pin,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use ::http::Method;
+use base64::{Engine, engine::general_purpose::STANDARD};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use super::{
+    State,
+    http::{self, Answer, Call},
+    key_of, resource,
+    resource::MAX_TRIES,
+    settings::Role,
+    store_error,
+};
+use crate::{
+    error,
+    model::{self, Kind, ParseContext, Parsed},
+    observe::functions::{self, Line, MAX_LINES},
+    plugin::{Mock, Trial, Tried},
+    schema,
+    store::{Condition, Entry},
+};
+
+type Outcome<T = Answer> = Result<T, Answer>;
+
+/// Revisions kept of a function, the live one and the canary included: some weeks of somebody who changes it every day.
+pub const MAX_REVISIONS: usize = 20;
+
+/// Lines that `logs` shows when nobody says how many: a screen.
+const LINES: usize = 100;
+
+/// What a dry run shows of an answer's body.
+const MAX_SHOWN_BODY: usize = 1 << 20;
+
+/// Runs a function for nobody.
+pub type Trials = Box<dyn Fn(Trial) -> Pin<Box<dyn Future<Output = Result<Tried, TrialError>>>>>;
+
+/// Why a dry run came to nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TrialError {
+    /// The worker does not take it.
+    Busy,
+    /// It has not ended when it should have.
+    TooLong,
+}
+
+/// A source that was stored once.
+#[derive(Debug, Deserialize, Serialize)]
+struct Revision {
+    revision: u64,
+    source: String,
+    create_time: u64,
+}
+
+/// Paths below a function that are not its own fields.
+pub(super) fn is_action(call: &Call, action: &str) -> bool {
+    call.method != Method::PATCH && matches!(action, "logs" | "revisions" | "rollback" | "promote" | "test")
+}
+
+pub(super) async fn handle(state: &State, id: &str, action: &[&str], call: &Call) -> Outcome {
+    match (&call.method, action) {
+        (&Method::GET | &Method::HEAD, ["logs"]) => logs(state, id, call).await,
+        (&Method::GET | &Method::HEAD, ["revisions"]) => list(state, id).await,
+        (&Method::GET | &Method::HEAD, ["revisions", number]) => show(state, id, number).await,
+        (&Method::POST, ["revisions"]) => add(state, id, call).await,
+        (&Method::POST, ["rollback"]) => rollback(state, id, call).await,
+        (&Method::POST, ["promote"]) => promote(state, id).await,
+        (&Method::POST, ["test"]) => test(state, id, call).await,
+        (method, [action, ..]) => {
+            Err(Answer::refuse(405, format!("not supported `{method}` method for function {action}")))
+        }
+        _ => Err(Answer::refuse(404, "not found")),
+    }
+}
+
+/// Only an administrator lets a function out of the sandbox.
+pub(super) fn may_trust(call: &Call, value: &Value) -> Outcome<()> {
+    let trusted = value.get("trusted").and_then(Value::as_bool).unwrap_or(false);
+    match call.role {
+        Some(role) if trusted && role != Role::Admin => {
+            Err(Answer::refuse(403, "only a key of the role admin may write a function that is trusted"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Under which condition a function is written: two writers must not take the same number.
+pub(super) fn condition(kind: Kind, previous: Option<&Entry>) -> Condition {
+    match kind {
+        Kind::Function => Condition::Unmodified(previous.map_or(0, |entry| entry.mod_revision)),
+        _ => Condition::Always,
+    }
+}
+
+/// Puts the source of the canary's revision beside its number.
+pub(super) async fn resolve_canary(state: &State, id: &str, value: &mut Value) -> Outcome<()> {
+    let Some(Value::Object(canary)) = value.get_mut("canary") else { return Ok(()) };
+    canary.remove("source");
+    let Some(number) = canary.get("revision") else {
+        let text = "invalid configuration: property \"canary\" validation failed: property \"revision\" is required";
+        return Err(Answer::refuse(400, text));
+    };
+    // What is no number is for the schema to refuse.
+    let Some(number) = number.as_u64() else { return Ok(()) };
+    let found = revisions(state, id).await?.into_iter().find(|revision| revision.revision == number);
+    let Some(found) = found else {
+        let text = format!("failed to fetch revision info by revision [{number}], response code: 404");
+        return Err(Answer::refuse(400, text));
+    };
+    canary.insert("source".into(), found.source.into());
+    if let Value::Object(map) = value {
+        map.remove("backed_out");
+    }
+    Ok(())
+}
+
+/// Gives the source its number, and keeps it: a source that differs from the live one is a new revision.
+pub(super) async fn revise(state: &State, id: &str, value: &mut Value, previous: Option<&Entry>) -> Outcome<()> {
+    let source = text(value, "source");
+    let before: Value = previous.and_then(|entry| serde_json::from_str(&entry.value).ok()).unwrap_or_default();
+    let mut live = number(&before, "revision");
+    let known = text(&before, "source");
+    if live == 0 && previous.is_some() {
+        // Stored by somebody who does not count: its source is the first that can be gone back to.
+        live = keep_source(state, id, &known, 0).await?;
+    }
+    let now = if live > 0 && known == source { live } else { keep_source(state, id, &source, live).await? };
+    if let Value::Object(map) = value {
+        map.insert("revision".into(), now.into());
+    }
+    let canary = value.get("canary").map_or(0, |canary| number(canary, "revision"));
+    prune(state, id, &[now, live, canary]).await
+}
+
+/// A deleted function has no revisions.
+pub(super) async fn forget(state: &State, id: &str) -> Outcome<()> {
+    let (entries, _) = state.store.list(&prefix(id)).await.map_err(|e| store_error(&e))?;
+    for entry in entries {
+        state.store.delete(&entry.key, Condition::Always).await.map_err(|e| store_error(&e))?;
+    }
+    Ok(())
+}
+
+fn prefix(id: &str) -> String {
+    format!("/moongate/function_revisions/{id}/")
+}
+
+fn key(id: &str, number: u64) -> String {
+    format!("{}{number:010}", prefix(id))
+}
+
+fn text(value: &Value, key: &str) -> String {
+    value.get(key).and_then(Value::as_str).unwrap_or_default().to_owned()
+}
+
+fn number(value: &Value, key: &str) -> u64 {
+    value.get(key).and_then(Value::as_u64).unwrap_or(0)
+}
+
+/// Oldest first.
+async fn revisions(state: &State, id: &str) -> Outcome<Vec<Revision>> {
+    let (entries, _) = state.store.list(&prefix(id)).await.map_err(|e| store_error(&e))?;
+    Ok(entries.iter().filter_map(|entry| serde_json::from_str(&entry.value).ok()).collect())
+}
+
+/// The number under which a source is kept: that of the newest revision, if it is the same and not the live one, else a new one.
+async fn keep_source(state: &State, id: &str, source: &str, live: u64) -> Outcome<u64> {
+    for _ in 0..MAX_TRIES {
+        let known = revisions(state, id).await?;
+        if let Some(same) = known.last().filter(|last| last.source == source && last.revision > live) {
+            return Ok(same.revision);
+        }
+        let revision = known.last().map_or(0, |last| last.revision).max(live) + 1;
+        let create_time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+        let kept = json!({"revision": revision, "source": source, "create_time": create_time}).to_string();
+        match state.store.put(&key(id, revision), kept, Condition::Unmodified(0), None).await {
+            Ok(_) => return Ok(revision),
+            Err(e) if e.kind() == error::Kind::Conflict => {}
+            Err(e) => return Err(store_error(&e)),
+        }
+    }
+    Err(Answer::refuse(409, "another writer took every revision that was tried"))
+}
+
+/// Drops the oldest revisions, but none of `used`.
+async fn prune(state: &State, id: &str, used: &[u64]) -> Outcome<()> {
+    let known = revisions(state, id).await?;
+    let surplus = known.len().saturating_sub(MAX_REVISIONS);
+    for old in known.iter().filter(|revision| !used.contains(&revision.revision)).take(surplus) {
+        state.store.delete(&key(id, old.revision), Condition::Always).await.map_err(|e| store_error(&e))?;
+    }
+    Ok(())
+}
+
+async fn stored(state: &State, id: &str) -> Outcome<(Entry, Value)> {
+    let found = state.store.get(&key_of(Kind::Function, id)).await.map_err(|e| store_error(&e))?;
+    let entry = found.ok_or_else(resource::not_found)?;
+    let value = serde_json::from_str(&entry.value).unwrap_or_default();
+    Ok((entry, value))
+}
+
+async fn list(state: &State, id: &str) -> Outcome {
+    let (_, value) = stored(state, id).await?;
+    let (live, canary) = (number(&value, "revision"), value.get("canary"));
+    let on_trial = canary.map_or(0, |canary| number(canary, "revision"));
+    let list: Vec<Value> = revisions(state, id)
+        .await?
+        .iter()
+        .map(|r| {
+            let (is_live, is_canary) = (r.revision == live, canary.is_some() && r.revision == on_trial);
+            let mut shown = json!({
+                "revision": r.revision, "create_time": r.create_time, "bytes": r.source.len(),
+                "live": is_live, "canary": is_canary,
+            });
+            if is_canary && let Some((calls, errors)) = trial(state, id) {
+                shown["calls"] = calls.into();
+                shown["errors"] = errors.into();
+            }
+            shown
+        })
+        .collect();
+    Ok(Answer::json(200, &json!({ "total": list.len(), "list": list })))
+}
+
+/// How the canary does on this node.
+fn trial(state: &State, id: &str) -> Option<(u64, u64)> {
+    let snapshot = state.published.load();
+    let canary = snapshot.functions.get(id)?.value.canary.as_ref()?;
+    functions::known(id)?.trial(canary.rule.uid)
+}
+
+async fn show(state: &State, id: &str, number: &str) -> Outcome {
+    let wanted = number.parse().ok();
+    let found = revisions(state, id).await?.into_iter().find(|revision| Some(revision.revision) == wanted);
+    let revision = found.ok_or_else(resource::not_found)?;
+    Ok(Answer::json(200, &json!(revision)))
+}
+
+/// A revision that serves nobody yet: for a canary.
+async fn add(state: &State, id: &str, call: &Call) -> Outcome {
+    let (_, mut value) = stored(state, id).await?;
+    let source = text(&resource::body(Kind::Function, call)?, "source");
+    let live = number(&value, "revision");
+    let canary = value.get("canary").map_or(0, |canary| number(canary, "revision"));
+    if let Value::Object(map) = &mut value {
+        map.insert("source".into(), source.as_str().into());
+    }
+    resource::check(state, Kind::Function, id, &value).await?;
+    let revision = keep_source(state, id, &source, live).await?;
+    prune(state, id, &[revision, live, canary]).await?;
+    Ok(Answer::json(201, &json!({ "revision": revision })))
+}
+
+async fn rollback(state: &State, id: &str, call: &Call) -> Outcome {
+    let wanted = match call.body.is_empty() {
+        true => None,
+        false => match resource::json_body(call)?.get("revision").map(Value::as_u64) {
+            None => None,
+            Some(Some(number)) => Some(number),
+            Some(None) => {
+                return Err(Answer::refuse(
+                    400,
+                    "property \"revision\" validation failed: wrong type: expected integer",
+                ));
+            }
+        },
+    };
+    make_live(state, id, |value, known| {
+        let live = number(value, "revision");
+        let before = || known.iter().map(|revision| revision.revision).rfind(|number| *number < live);
+        wanted
+            .or_else(before)
+            .ok_or_else(|| Answer::refuse(400, format!("function [{id}] has no revision before {live}")))
+    })
+    .await
+}
+
+/// The canary becomes what serves.
+async fn promote(state: &State, id: &str) -> Outcome {
+    make_live(state, id, |value, _| {
+        let canary = value.get("canary").map(|canary| number(canary, "revision"));
+        canary.ok_or_else(|| Answer::refuse(400, format!("function [{id}] has no canary")))
+    })
+    .await
+}
+
+async fn make_live(state: &State, id: &str, pick: impl Fn(&Value, &[Revision]) -> Outcome<u64>) -> Outcome {
+    for _ in 0..MAX_TRIES {
+        let (entry, mut value) = stored(state, id).await?;
+        let known = revisions(state, id).await?;
+        let number = pick(&value, &known)?;
+        let Some(revision) = known.into_iter().find(|revision| revision.revision == number) else {
+            let text = format!("failed to fetch revision info by revision [{number}], response code: 404");
+            return Err(Answer::refuse(404, text));
+        };
+        // It did compile once; the libraries may be others now.
+        state.plugins.compile_function(id, &revision.source).map_err(|e| Answer::refuse(400, e))?;
+        if let Value::Object(map) = &mut value {
+            map.insert("source".into(), revision.source.into());
+            map.insert("revision".into(), number.into());
+            map.remove("canary");
+            map.remove("backed_out");
+        }
+        resource::stamp(&mut value, Some(&entry), None);
+        let on = Condition::Unmodified(entry.mod_revision);
+        match state.store.put(&entry.key, value.to_string(), on, None).await {
+            Ok(written) => return Ok(resource::done(state, 200, &written).await),
+            Err(e) if e.kind() == error::Kind::Conflict => {}
+            Err(e) => return Err(store_error(&e)),
+        }
+    }
+    Err(Answer::refuse(409, "value changed before overwritten"))
+}
+
+async fn logs(state: &State, id: &str, call: &Call) -> Outcome {
+    stored(state, id).await?;
+    let max = match call.arg("lines").map(str::parse) {
+        None => LINES,
+        Some(Ok(n)) if (1..=MAX_LINES).contains(&n) => n,
+        Some(_) => {
+            return Err(Answer::refuse(
+                400,
+                format!("invalid argument lines: should be a number from 1 to {MAX_LINES}"),
+            ));
+        }
+    };
+    let (lines, total) = functions::known(id).map(|record| record.lines(max)).unwrap_or_default();
+    let list: Vec<Value> = lines.iter().map(shown_line).collect();
+    Ok(Answer::json(200, &json!({ "list": list, "total": total })))
+}
+
+fn shown_line(line: &Line) -> Value {
+    json!({ "time": line.time, "level": line.level.name(), "message": line.text })
+}
+
+/// `POST /functions/{id}/test`
+async fn test(state: &State, id: &str, call: &Call) -> Outcome {
+    let mut asked = if call.body.is_empty() { json!({}) } else { resource::json_body(call)? };
+    if let Some(schema) = schema::resource("function_test") {
+        schema.check(&mut asked).map_err(|e| Answer::refuse(400, format!("invalid configuration: {e}")))?;
+    }
+    let function = to_try(state, id, &asked, call).await?;
+    let Some(trials) = &state.trials else { return Err(Answer::refuse(503, "functions cannot be tried out")) };
+    let trial = Trial { id: id.into(), function, request: mock(&asked) };
+    match trials(trial).await {
+        Ok(tried) => Ok(Answer::json(200, &shown(tried))),
+        Err(TrialError::Busy) => Err(Answer::refuse(503, "the worker takes no more calls now")),
+        Err(TrialError::TooLong) => Err(Answer::refuse(504, "the worker did not answer in time")),
+    }
+}
+
+/// The stored function with what is given in place of it.
+async fn to_try(state: &State, id: &str, asked: &Value, call: &Call) -> Outcome<model::Function> {
+    let mut value = match stored(state, id).await {
+        Ok((_, value)) => value,
+        Err(_) if asked.get("source").is_some() => json!({}),
+        Err(refusal) => return Err(refusal),
+    };
+    if let Value::Object(map) = &mut value {
+        for field in ["source", "env", "limits", "trusted"] {
+            if let Some(given) = asked.get(field) {
+                map.insert(field.into(), given.clone());
+            }
+        }
+        map.remove("canary");
+    }
+    may_trust(call, &value)?;
+    state.plugins.compile_function(id, &text(&value, "source")).map_err(|e| Answer::refuse(400, e))?;
+    let context = ParseContext::new(&state.settings.keyring);
+    match model::parse(Kind::Function, id, &value.to_string(), &context) {
+        Ok(Parsed::Function(function)) => Ok(function),
+        Ok(_) => Err(resource::not_found()),
+        Err(e) => Err(Answer::refuse(400, e.to_string())),
+    }
+}
+
+fn mock(asked: &Value) -> Mock {
+    let given = |key: &str, default: &str| asked.get(key).and_then(Value::as_str).unwrap_or(default).to_owned();
+    let uri = given("uri", "/");
+    let (path, args) = uri.split_once('?').unwrap_or((&uri, ""));
+    let headers = asked.get("headers").and_then(Value::as_object).into_iter().flatten();
+    let headers = headers.filter_map(|(name, value)| Some((name.clone(), value.as_str()?.to_owned())));
+    Mock {
+        method: given("method", "GET").into_bytes(),
+        path: http::decode(path).into_bytes(),
+        args: args.as_bytes().to_vec(),
+        headers: headers.collect(),
+        body: given("body", "").into(),
+    }
+}
+
+fn shown(tried: Tried) -> Value {
+    let Tried { status, headers, mut body, lines, time_ms } = tried;
+    let truncated = body.len() > MAX_SHOWN_BODY;
+    body.truncate(MAX_SHOWN_BODY);
+    let mut fields = Map::new();
+    for (name, value) in headers {
+        match fields.get_mut(&name) {
+            Some(Value::Array(values)) => values.push(value.into()),
+            Some(one) => *one = json!([one.take(), value]),
+            None => drop(fields.insert(name, value.into())),
+        }
+    }
+    let lines: Vec<Value> = lines.iter().map(shown_line).collect();
+    let mut answer = json!({ "status": status, "headers": fields, "logs": lines, "time_ms": time_ms });
+    match String::from_utf8(body) {
+        Ok(text) => answer["body"] = text.into(),
+        Err(bytes) => answer["body_base64"] = STANDARD.encode(bytes.as_bytes()).into(),
+    }
+    if truncated {
+        answer["body_truncated"] = true.into();
+    }
+    answer
+}
