@@ -6,7 +6,7 @@
 use std::{
     future::Future,
     pin::Pin,
-    time::{SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use ::http::Method;
@@ -41,6 +41,9 @@ const LINES: usize = 100;
 
 /// What a dry run shows of an answer's body.
 const MAX_SHOWN_BODY: usize = 1 << 20;
+
+/// A dry run is waited for so long, whatever the function may take.
+const LONGEST_TRIAL: Duration = Duration::from_secs(60);
 
 /// Runs a function for nobody.
 pub type Trials = Box<dyn Fn(Trial) -> Pin<Box<dyn Future<Output = Result<Tried, TrialError>>>>>;
@@ -349,7 +352,8 @@ async fn test(state: &State, id: &str, call: &Call) -> Outcome {
     if let Some(schema) = schema::resource("function_test") {
         schema.check(&mut asked).map_err(|e| Answer::refuse(400, format!("invalid configuration: {e}")))?;
     }
-    let function = to_try(state, id, &asked, call).await?;
+    let mut function = to_try(state, id, &asked, call).await?;
+    function.limits.timeout = function.limits.timeout.min(LONGEST_TRIAL);
     let Some(trials) = &state.trials else { return Err(Answer::refuse(503, "functions cannot be tried out")) };
     let trial = Trial { id: id.into(), function, request: mock(&asked) };
     match trials(trial).await {
@@ -421,4 +425,39 @@ fn shown(tried: Tried) -> Value {
         answer["body_truncated"] = true.into();
     }
     answer
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn call(role: Option<Role>) -> Call {
+        let (method, path, query) = (Method::PUT, String::new(), Vec::new());
+        Call { method, path, query, headers: Default::default(), body: Default::default(), role }
+    }
+
+    #[test]
+    fn only_an_administrator_trusts() {
+        let (trusted, plain) = (json!({"source": "x", "trusted": true}), json!({"source": "x", "trusted": false}));
+        let refused = may_trust(&call(Some(Role::Viewer)), &trusted).expect_err("no administrator");
+        assert_eq!(refused.status, 403);
+        assert!(String::from_utf8_lossy(&refused.body).contains("only a key of the role admin"));
+        assert!(may_trust(&call(Some(Role::Viewer)), &plain).is_ok());
+        assert!(may_trust(&call(Some(Role::Admin)), &trusted).is_ok());
+        assert!(may_trust(&call(None), &trusted).is_ok(), "nobody is asked for a key");
+    }
+
+    #[test]
+    fn a_dry_run_shows_several_fields_of_a_name_and_bodies_that_are_no_text() {
+        let field = |value: &str| ("A".to_owned(), value.to_owned());
+        let headers = vec![field("1"), field("2"), field("3"), ("B".into(), "4".into())];
+        let body = vec![b'x'; MAX_SHOWN_BODY + 1];
+        let answer = shown(Tried { status: 200, headers, body, ..Tried::default() });
+        assert_eq!(answer["headers"], json!({"A": ["1", "2", "3"], "B": "4"}));
+        assert_eq!(answer["body"].as_str().map(str::len), Some(MAX_SHOWN_BODY));
+        assert_eq!(answer["body_truncated"], true);
+        let whole = shown(Tried { body: vec![b'x'; MAX_SHOWN_BODY], ..Tried::default() });
+        assert_eq!(whole.get("body_truncated"), None);
+        assert_eq!(shown(Tried { body: vec![0xff], ..Tried::default() })["body_base64"], "/w==");
+    }
 }

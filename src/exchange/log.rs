@@ -7,7 +7,8 @@ impl Exchange {
     /// Writes a line, if its severity is asked for: `*5 message, client: …, server: _, request: "…", upstream: "…", host: "…"`. What
     /// runs outside of requests (a timer) has only the message.
     pub fn log(&self, level: Level, message: &[u8]) {
-        if let Some(function) = &self.lua.function {
+        // What is for those who look into the gateway itself would drive a function's own lines out.
+        if let Some(function) = self.lua.function.as_ref().filter(|_| level <= Level::Info) {
             function.record.log(level, message);
         }
         if !log::enabled(level) {

@@ -403,7 +403,7 @@ impl Runner {
     pub async fn function(&self, x: &mut Exchange, id: &str) -> Option<Flow> {
         let function = x.snapshot.functions.get(id)?.clone();
         x.phase = Phase::Content;
-        let call = Call::new(&function, roll(x));
+        let call = Call::new(&function, self.functions.record(&function), roll(x));
         if !call.admits(x) {
             x.log(Level::Error, format!("the body is longer than limits.max_body of function {id} allows").as_bytes());
             return Some(function::ended_with(x, 413));

@@ -78,7 +78,7 @@ impl Runner {
         let Some(function) = snapshot.functions.get(id).filter(|function| function.uid == uid).cloned() else { return };
         let mut x = nobodys(snapshot.clone());
         x.phase = Phase::Timer;
-        let mut call = Call::new(&function, roll(&x));
+        let mut call = Call::new(&function, self.functions.record(&function), roll(&x));
         (call.trigger, call.scheduled_at) = (Trigger::Schedule, Some(at));
         self.functions.run(|| self.function_vm(call.purpose(), &snapshot), &call, &mut x).await;
     }
