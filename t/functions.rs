@@ -352,7 +352,7 @@ mod revisions {
         let wrong = |canary: Value| gw.admin("PATCH", "/functions/hello", json!({"canary": canary}));
         refused(&wrong(json!({"revision": 9, "weight": 1})), 400, "failed to fetch revision info by revision [9]");
         refused(&wrong(json!({"weight": 1})), 400, "property \\\"revision\\\" is required");
-        refused(&wrong(json!({"revision": 1, "weight": 101})), 400, "expected 101 to be smaller than 100");
+        refused(&wrong(json!({"revision": 1, "weight": 101})), 400, "expected 101 to be at most 100");
         refused(&wrong(json!({"revision": 1, "weight": 1, "min_calls": 0})), 400, "min_calls");
     }
 

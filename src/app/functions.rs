@@ -308,6 +308,27 @@ mod tests {
         functions.iter().map(object).collect()
     }
 
+    #[tokio::test]
+    async fn a_dry_run_that_finds_no_place_is_refused_and_one_that_nobody_answers_ends() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let store = crate::store::embedded::Embedded::open(&dir.path().join("moongate.redb")).expect("a store");
+        let (errands, mut inbox) = mpsc::channel(1);
+        let keeper = Keeper::new(store, Published::new(Default::default()), Some(errands));
+        let trial = || {
+            let mut function = model::Function::default();
+            function.limits.timeout = Duration::ZERO;
+            Trial { id: "f".into(), function, request: Default::default() }
+        };
+        let first = keeper.clone().try_out(trial());
+        let second = async {
+            assert_eq!(keeper.clone().try_out(trial()).await.expect_err("no place"), TrialError::Busy);
+            // The worker ends without an answer.
+            drop(inbox.recv().await);
+        };
+        let (first, ()) = tokio::join!(first, second);
+        assert_eq!(first.expect_err("no answer"), TrialError::Busy);
+    }
+
     #[test]
     fn each_runs_when_its_minute_begins_and_missed_runs_are_left_out() {
         let mut timetable = Timetable::default();

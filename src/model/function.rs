@@ -203,7 +203,7 @@ mod tests {
         ] {
             let with = |n: i64| parsed(json!({"source": "x", "limits": {name: n}})).map_err(|e| e.to_string());
             assert!(with(least).is_ok() && with(most).is_ok(), "{name}");
-            for (n, what) in [(least - 1, "to be greater than"), (most + 1, "to be smaller than")] {
+            for (n, what) in [(least - 1, "to be at least"), (most + 1, "to be at most")] {
                 let refused = with(n).expect_err(name);
                 assert!(refused.contains(what) && refused.contains(name), "{refused}");
             }

@@ -307,6 +307,21 @@ mod tests {
     }
 
     #[test]
+    fn a_canary_that_nobody_can_be_told_of_is_judged_again() {
+        let mut back_outs = listen();
+        let fail = |record: &Record| (0..4).for_each(|_| record.tried(&rule(1), true));
+        let told: Vec<Record> = (0..MAX_BACK_OUTS).map(|_| Record::default()).collect();
+        told.iter().for_each(fail);
+        assert!(told.iter().all(|record| record.is_over(1)));
+        let one_more = Record::default();
+        fail(&one_more);
+        assert!(!one_more.is_over(1), "there is no room for it");
+        assert_eq!(back_outs.try_recv().map(|of| (of.calls, of.errors)), Ok((4, 4)));
+        one_more.tried(&rule(1), true);
+        assert!(one_more.is_over(1));
+    }
+
+    #[test]
     fn calls_are_counted_by_what_they_were_for_and_how_long_they_took() {
         let record = Record::default();
         record.ended(Trigger::Request, false, Duration::from_millis(2));

@@ -74,8 +74,8 @@ impl<'f> Call<'f> {
     }
 
     /// Notes how it ended.
-    fn ended(&self, x: &Exchange, flow: Flow, took: Duration) {
-        let failed = flow == Flow::Close || x.response.status >= 500;
+    fn ended(&self, x: &Exchange, took: Duration) {
+        let failed = x.response.status >= 500;
         self.record.ended(self.trigger, failed, took);
         if let Some(rule) = &self.variant.rule {
             self.record.tried(rule, failed);
@@ -140,7 +140,7 @@ impl Functions {
             }
         };
         x.lua.function = noted;
-        call.ended(x, flow, begun.elapsed());
+        call.ended(x, begun.elapsed());
         flow
     }
 
@@ -337,6 +337,15 @@ mod tests {
         let (id, json) = ("f".into(), "{}".into());
         let value = model::Function { source, ..model::Function::default() };
         Object { id, uid: n as u64, create_revision: 1, mod_revision: 1, json, value }
+    }
+
+    #[test]
+    fn records_at_hand_are_bounded() {
+        let functions = Functions::new(Rc::default());
+        (0..MAX_RECORDS).for_each(|n| drop(functions.record(&function(n))));
+        assert_eq!(functions.records.borrow().len(), MAX_RECORDS);
+        functions.record(&function(MAX_RECORDS));
+        assert_eq!(functions.records.borrow().len(), 1);
     }
 
     #[test]
