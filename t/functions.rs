@@ -177,6 +177,14 @@ mod limits {
     }
 
     #[test]
+    fn one_call_of_a_library_cannot_take_all_memory() {
+        let gw = with(json!({"limits": {"memory_mb": 8}, "source":
+            "return function() return 200, {select(2, pcall(string.rep, 'x', 1e12)), #('ab'):rep(3, '-'), #(5 .. ''):rep(2)} end"}));
+        let text = "string.rep: the result is larger than limits.memory_mb allows";
+        assert_eq!(gw.get("/hello").json(), json!([text, 8, 2]));
+    }
+
+    #[test]
     fn garbage_that_can_be_collected_is_no_offence() {
         let gw = with(json!({"limits": {"memory_mb": 8}, "source":
             "return function()

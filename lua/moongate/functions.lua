@@ -79,8 +79,22 @@ local function make_env()
     return open
 end
 
+local memory_left = native.fast.memory_left
+local rep = string.rep
+
+-- One call of it can take all memory before anybody looks: the result is measured first.
+local function bounded_rep(s, n, sep)
+    local left = memory_left()
+    local times = tonumber(n)
+    if left >= 0 and times and (#tostring(s) + #tostring(sep or "")) * times > left then
+        error("string.rep: the result is larger than limits.memory_mb allows", 2)
+    end
+    return rep(s, n, sep)
+end
+
 local function close_sandbox()
     string.dump = nil
+    string.rep = bounded_rep
     -- In the library itself: that is where a string finds its methods.
     for name, f in pairs(require("moongate.pattern")) do string[name] = f end
     env = make_env()
