@@ -54,6 +54,9 @@ pub struct Directives {
     pub gzip: Option<Gzip>,
     /// `proxy_buffering`: what the upstream cut off within its first piece is not sent on.
     pub proxy_buffering: bool,
+    /// `limit_rate` and `limit_rate_after`: sizes, or variables that hold some.
+    pub limit_rate: Option<Template>,
+    pub limit_rate_after: Option<Template>,
     /// `absolute_redirect`: nginx's own redirects name scheme and host.
     pub absolute_redirect: bool,
 }
@@ -167,6 +170,8 @@ impl Directives {
             charset: Charset::read(&r),
             gzip: Gzip::read(&mut r),
             proxy_buffering: r.on("proxy_buffering", true),
+            limit_rate: r.value("limit_rate", "a size as 4k, per second", rate),
+            limit_rate_after: r.value("limit_rate_after", "a size as 4k", rate),
             absolute_redirect: r.on("absolute_redirect", true),
         }
     }
@@ -232,6 +237,24 @@ impl Reader<'_> {
             self.mistakes.push(format!("{}.{name}: {text:?} is not {meant}", self.path));
         }
     }
+}
+
+/// nginx's sizes: `512`, `4k`, `1m`.
+pub fn size(text: &[u8]) -> Option<u64> {
+    let (digits, factor) = match text.split_last()? {
+        (b'k' | b'K', digits) => (digits, 1 << 10),
+        (b'm' | b'M', digits) => (digits, 1 << 20),
+        _ => (text, 1),
+    };
+    // No sign and no spaces.
+    let plain = digits.iter().all(u8::is_ascii_digit);
+    std::str::from_utf8(digits).ok().filter(|_| plain)?.parse::<u64>().ok()?.checked_mul(factor)
+}
+
+/// A size, or a text with variables: those are read when a response begins.
+fn rate(text: &str) -> Option<Template> {
+    let template = Template::parse(text);
+    (template.has_variables() || size(text.as_bytes()).is_some()).then_some(template)
 }
 
 fn any(text: &str) -> Option<bool> {

@@ -425,6 +425,9 @@ pub trait Client {
     /// caller's to refuse.
     fn limit_body(&mut self, _max: u64) {}
 
+    /// From now on the body leaves at `rate` bytes per second, after `free` bytes more; 0: as fast as it can (`$limit_rate`).
+    fn limit_rate(&mut self, _rate: u64, _free: u64) {}
+
     /// Queues the head. Adds the framing that the protocol and `length` need, `Date`, and `Connection`.
     fn start(&mut self, request: &Request, response: &Response, length: BodyLength) -> Result<()>;
 

@@ -24,7 +24,7 @@ use hyper::{
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
 
-use super::{Handler, Io, Server, Settings, h1::Limit, head, listener::Tls};
+use super::{Handler, Io, Server, Settings, h1::Limit, head, listener::Tls, rate::Rate};
 use crate::{
     error::{Error, Kind, Result},
     exchange::{
@@ -370,6 +370,7 @@ struct H2 {
     received: u64,
     /// What the body may have at most; 0: no bound.
     max_body: u64,
+    rate: Rate,
     sent: u64,
 }
 
@@ -388,6 +389,7 @@ impl H2 {
             left: None,
             received: 0,
             max_body: settings.max_body,
+            rate: Rate::default(),
             sent: 0,
         }
     }
@@ -446,6 +448,18 @@ impl H2 {
         }
         Poll::Pending
     }
+
+    /// How many of `len` bytes the rate lets pass, once hyper has taken all that came before: only that wait is the client's own.
+    #[cold]
+    fn poll_allowed(&mut self, cx: &mut Context<'_>, len: usize) -> Poll<Result<usize>> {
+        ready!(self.poll_room(cx, 0))?;
+        let allowed = self.rate.poll(cx, len);
+        if allowed.is_pending() {
+            // A client that goes away ends the wait.
+            self.stream.0.borrow_mut().handler = Some(cx.waker().clone());
+        }
+        allowed.map(Ok)
+    }
 }
 
 fn gone() -> Error {
@@ -502,6 +516,10 @@ impl Client for H2 {
         Ok(())
     }
 
+    fn limit_rate(&mut self, rate: u64, free: u64) {
+        self.rate.set(rate, free);
+    }
+
     fn poll_write(&mut self, cx: &mut Context<'_>, data: &[u8]) -> Poll<Result<usize>> {
         if data.is_empty() || self.bodiless {
             return Poll::Ready(Ok(data.len()));
@@ -512,11 +530,20 @@ impl Client for H2 {
         if self.stream.0.borrow().gone {
             return Poll::Ready(Err(gone()));
         }
-        ready!(self.poll_room(cx, QUEUE_MAX - 1))?;
+        let allowed = match self.rate.is_limited() {
+            true => ready!(self.poll_allowed(cx, data.len()))?,
+            false => {
+                ready!(self.poll_room(cx, QUEUE_MAX - 1))?;
+                data.len()
+            }
+        };
         let most = self.left.map_or(QUEUE_MAX, |n| usize::try_from(n).unwrap_or(QUEUE_MAX));
-        let data = &data[..data.len().min(QUEUE_MAX).min(most)];
+        let data = &data[..allowed.min(QUEUE_MAX).min(most)];
         if data.is_empty() {
             return Poll::Ready(Err(wrong("more body than Content-Length says")));
+        }
+        if self.rate.is_limited() {
+            self.rate.spend(data.len());
         }
         self.left = self.left.map(|n| n - data.len() as u64);
         self.sent += data.len() as u64;
