@@ -312,12 +312,15 @@ mod tests {
         let (d, mistakes) = read(json!({
             "lua_code_cache": "off", "client_body_buffer_size": "8k", "proxy_read_timeout": "100ms",
             "lua_socket_connect_timeout": "3s", "client_body_in_file_only": "clean", "proxy_http_version": 1.1,
+            "limit_rate": "4k", "limit_rate_after": "$arg_after",
             "proxy_set_header": [["X-A", "$uri"], "Host a.test", ["Accept-Encoding", ""]],
             "add_header": [["X-B", "1", "always"], ["X-C", "two words"], ["X-D", "always"]],
         }));
         assert!(mistakes.is_empty(), "{mistakes:?}");
         assert!(!d.lua_code_cache && d.client_body_in_file_only && d.proxy_http11);
         assert_eq!(d.client_body_buffer_size, Some(8192));
+        assert_eq!(d.limit_rate, Some(Template::parse("4k")));
+        assert!(d.limit_rate_after.is_some_and(|after| after.has_variables()));
         assert_eq!((d.proxy.read, d.proxy.send), (Some(Duration::from_millis(100)), None));
         assert_eq!(d.socket.connect, Some(Duration::from_secs(3)));
         let names: Vec<_> = d.proxy_set_header.iter().map(|(name, value)| (&**name, value.clone())).collect();
@@ -376,7 +379,7 @@ mod tests {
             "lua_code_cache": "never", "client_body_buffer_size": "big", "proxy_send_timeout": "soon",
             "satisfy": "some", "auth_request": "auth", "error_page": [["404", "/x"], ["missing", "/y"]],
             "gzip": "yes", "gzip_comp_level": "10", "gzip_min_length": "-1", "gzip_proxied": "expired",
-            "gzip_http_version": "2", "lua_regex_match_limit": "far",
+            "gzip_http_version": "2", "lua_regex_match_limit": "far", "limit_rate": "4g", "limit_rate_after": "+1",
         }));
         assert_eq!(
             mistakes,
@@ -394,6 +397,8 @@ mod tests {
                 r#"lua_locations[0].options.gzip_comp_level: "10" is not a level from 1 to 9"#,
                 r#"lua_locations[0].options.gzip_http_version: "2" is not 1.0 or 1.1"#,
                 r#"lua_locations[0].options.gzip_proxied: "expired" is not off or any"#,
+                r#"lua_locations[0].options.limit_rate: "4g" is not a size as 4k, per second"#,
+                r#"lua_locations[0].options.limit_rate_after: "+1" is not a size as 4k"#,
             ]
         );
     }
