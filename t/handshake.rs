@@ -20,7 +20,7 @@ use rustls::{
 };
 use rustls_pki_types::{CertificateDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
 use serde_json::{Value, json};
-use support::{DEADLINE, Dir, Gateway, Upstream, eventually};
+use support::{DEADLINE, Dir, Gateway, Upstream, eventually, http2};
 
 /// What the server has shown.
 #[derive(Clone, Debug, Default)]
@@ -732,6 +732,18 @@ fn both_ends_derive_the_same_key_material() {
             "nil the length is 1 to 8160|nil the length is 1 to 8160|nil there is no early data: 0-RTT is not offered";
         assert_eq!(page.get("/t", "any.test").1, format!("{mine}|{bare}|{long}|{bounds}"), "{version:?}");
     }
+    let shared = http2::runtime().block_on(async {
+        let mut config = ClientConfig::clone(&Browser::new().config);
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        let tcp = tokio::net::TcpStream::connect(gw.proxy_tls()).await.expect("a connection");
+        let name = ServerName::try_from("any.test").expect("a name");
+        let tls = tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, tcp).await.expect("a handshake");
+        let context = Some(&[0, 1, 2, 3][..]);
+        let key = tls.get_ref().1.export_keying_material([0u8; 16], b"EXPERIMENTAL my label", context).expect("a key");
+        let mine = base64::Engine::encode(&base64::engine::general_purpose::STANDARD, key);
+        (mine, http2::get_over(tls, "https://any.test/t").await.text())
+    });
+    assert_eq!(shared.1.split('|').next(), Some(&*shared.0), "over HTTP/2");
     let plain = gw.send("GET", "/t", &[], b"").text();
     assert!(plain.starts_with("nil bad ssl conn|nil bad ssl conn"), "{plain}");
 }

@@ -459,13 +459,13 @@ pub trait Client {
         0
     }
 
-    /// What the kernel knows of the connection; `None` where requests share one.
+    /// What the kernel knows of the connection; `None`: it is gone, or there is none.
     fn tcp_info(&self) -> Option<TcpInfo> {
         None
     }
 
-    /// Fills `out` with what only the two ends of the TLS connection can derive (RFC 5705). `None`: there is no TLS, or requests
-    /// share the connection; an error is for the script.
+    /// Fills `out` with what only the two ends of the TLS connection can derive (RFC 5705). `None`: there is no TLS; an error is
+    /// for the script.
     fn export_keying_material(
         &self,
         _out: &mut [u8],
