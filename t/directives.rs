@@ -638,8 +638,10 @@ fn a_response_leaves_at_its_rate() {
         assert!(time >= Duration::from_millis(800), "{name}: {time:?}");
     }
     let free = ["/free", "/zero", "/lifted", "/unreadable?rate=fast", "/all?after=16k", "/proxied/free", "/route/free"];
-    for (name, time) in times(&gw, &free) {
-        assert!(time < Duration::from_millis(900), "{name}: {time:?}");
+    for path in free {
+        // Three times, since the machine may be busy with something else.
+        let swift = (0..3).any(|_| times(&gw, &[path]).iter().all(|(_, time)| *time < Duration::from_millis(900)));
+        assert!(swift, "{path}");
     }
 }
 

@@ -492,16 +492,18 @@ impl H2 {
         Poll::Pending
     }
 
-    /// How many of `len` bytes the rate lets pass, once hyper has taken all that came before: only that wait is the client's own.
+    /// How many of `len` bytes the rate lets pass, which are taken then, once hyper has all that came before: only that wait is
+    /// the client's own.
     #[cold]
     fn poll_allowed(&mut self, cx: &mut Context<'_>, len: usize) -> Poll<Result<usize>> {
         ready!(self.poll_room(cx, 0))?;
-        let allowed = self.rate.poll(cx, len);
-        if allowed.is_pending() {
+        let Poll::Ready(allowed) = self.rate.poll(cx, len) else {
             // A client that goes away ends the wait.
             self.stream.0.borrow_mut().handler = Some(cx.waker().clone());
-        }
-        allowed.map(Ok)
+            return Poll::Pending;
+        };
+        self.rate.spend(allowed);
+        Poll::Ready(Ok(allowed))
     }
 }
 
@@ -573,21 +575,16 @@ impl Client for H2 {
         if self.stream.0.borrow().gone {
             return Poll::Ready(Err(gone()));
         }
-        let allowed = match self.rate.is_limited() {
-            true => ready!(self.poll_allowed(cx, data.len()))?,
-            false => {
-                ready!(self.poll_room(cx, QUEUE_MAX - 1))?;
-                data.len()
-            }
-        };
         let most = self.left.map_or(QUEUE_MAX, |n| usize::try_from(n).unwrap_or(QUEUE_MAX));
-        let data = &data[..allowed.min(QUEUE_MAX).min(most)];
-        if data.is_empty() {
+        let most = data.len().min(QUEUE_MAX).min(most);
+        if most == 0 {
             return Poll::Ready(Err(wrong("more body than Content-Length says")));
         }
-        if self.rate.is_limited() {
-            self.rate.spend(data.len());
-        }
+        let taken = match self.rate.is_limited() {
+            true => ready!(self.poll_allowed(cx, most))?,
+            false => ready!(self.poll_room(cx, QUEUE_MAX - 1)).map(|()| most)?,
+        };
+        let data = &data[..taken];
         self.left = self.left.map(|n| n - data.len() as u64);
         self.sent += data.len() as u64;
         let ended = self.left == Some(0);
