@@ -5,6 +5,7 @@
 //! gateway uses becomes typed (`typed`). Nothing outside this module sees the file's shape.
 
 pub mod admin_key;
+pub mod ciphers;
 pub mod directives;
 mod env;
 mod keys;

@@ -5,6 +5,7 @@
 #![allow(dead_code, unused_imports, reason = "each test program uses a part of it")]
 
 pub mod http;
+pub mod http2;
 pub mod peers;
 pub mod upstream;
 
