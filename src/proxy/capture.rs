@@ -13,8 +13,9 @@ use super::{Proxy, location};
 use crate::{
     error::{Error, Kind, Result},
     exchange::{
-        BodyLength, Client, Exchange, Headers, Request, RequestBody, Response,
+        BodyLength, Client, Exchange, Headers, MainHead, Request, RequestBody, Response,
         host::{Answered, Captured, Doing, Subrequest},
+        vars::MAX_CUSTOM,
     },
     observe::log::{self, Level},
 };
@@ -87,6 +88,9 @@ fn child(x: &Exchange, one: Subrequest) -> Child {
     child.started = x.started;
     (child.depth, child.internal) = (x.depth + 1, true);
     let (from, to) = (&x.request, &mut child.request);
+    from.append_line(&mut to.line);
+    let main = || Rc::new(MainHead { method: from.method.clone(), headers: from.headers.clone() });
+    to.main = Some(from.main.clone().unwrap_or_else(main));
     to.method = one.method;
     to.version = from.version;
     to.target.clone_from(&from.target);
@@ -113,8 +117,10 @@ fn child(x: &Exchange, one: Subrequest) -> Child {
         child.custom_vars.clone_from(&x.custom_vars);
     }
     for (name, value) in one.vars {
-        // What cannot be set stays: nginx says so in its log only.
-        let _ = child.set_var(&name, &value);
+        if child.custom_vars.len() < MAX_CUSTOM || child.is_made(&name) {
+            // What cannot be changed stays.
+            let _ = child.set_var(&name, &value);
+        }
     }
     child.lua.ctx = one.ctx;
     child.header_only = one.header_only;
