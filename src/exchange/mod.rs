@@ -720,16 +720,23 @@ mod tests {
     fn a_pooled_exchange_forgets_and_keeps_little_memory() {
         let addr = SocketAddr::from(([127, 0, 0, 1], 1));
         let mut x = Exchange::new(Rc::new(Connection::new(1, addr, addr)), Arc::default());
-        for buffer in [&mut x.printed, &mut x.chunk.data, &mut x.request.target, &mut x.request.args] {
+        for buffer in
+            [&mut x.printed, &mut x.chunk.data, &mut x.request.target, &mut x.request.line, &mut x.request.args]
+        {
             buffer.resize(KEPT_BYTES * 10, b'x');
         }
         x.request.headers.append("A", "b".repeat(KEPT_BYTES * 10));
         x.custom_vars.push(("a".into(), b"b".to_vec()));
         x.lua.phases = 1;
         x.reset();
-        assert!(x.printed.is_empty() && x.request.target.is_empty() && x.request.headers.is_empty());
+        assert!(
+            x.printed.is_empty()
+                && x.request.target.is_empty()
+                && x.request.line.is_empty()
+                && x.request.headers.is_empty()
+        );
         assert!(x.custom_vars.is_empty() && x.lua.phases == 0);
-        for buffer in [&x.printed, &x.chunk.data, &x.request.target, &x.request.args] {
+        for buffer in [&x.printed, &x.chunk.data, &x.request.target, &x.request.line, &x.request.args] {
             assert!(buffer.capacity() <= KEPT_BYTES * 2, "{}", buffer.capacity());
         }
     }

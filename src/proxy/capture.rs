@@ -223,3 +223,38 @@ impl Client for Capture {
         self
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::exchange::Connection;
+
+    #[test]
+    fn the_variables_of_a_subrequest_are_bounded() {
+        let addr = "127.0.0.1:1".parse().expect("an address");
+        let mut x = Exchange::new(Rc::new(Connection::new(1, addr, addr)), Arc::default());
+        x.request.method.extend_from_slice(b"GET");
+        x.custom_vars.push(("there".into(), b"old".to_vec()));
+        let given = |name: String| (name.into(), b"new".to_vec());
+        let mut vars: Vec<(Box<str>, Vec<u8>)> = (0..MAX_CUSTOM).map(|n| given(format!("v{n}"))).collect();
+        vars.push(given("there".into()));
+        let one = Subrequest {
+            method: b"POST".to_vec(),
+            path: b"/".to_vec(),
+            args: Vec::new(),
+            body: None,
+            forward_body: false,
+            vars,
+            copy_vars: true,
+            share_vars: false,
+            ctx: None,
+            header_only: false,
+        };
+        let Child { x: child, .. } = child(&x, one);
+        assert_eq!(child.custom_vars.len(), MAX_CUSTOM);
+        assert!(child.is_made(&format!("v{}", MAX_CUSTOM - 2)) && !child.is_made(&format!("v{}", MAX_CUSTOM - 1)));
+        assert_eq!(child.custom_vars[0].1, b"new", "one that is there changes all the same");
+    }
+}
