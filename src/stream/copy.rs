@@ -103,7 +103,7 @@ struct Pipe {
     unflushed: bool,
     /// Bytes that were written.
     passed: u64,
-    /// Grows with each read and write.
+    /// Grows with each read, write and flush.
     moves: u64,
 }
 
@@ -208,7 +208,11 @@ impl Pipe {
     fn poll_flushed(&mut self, cx: &mut Context<'_>, to: &mut (impl AsyncWrite + Unpin)) -> Poll<Result<(), Fault>> {
         if self.unflushed {
             match ready!(Pin::new(to).poll_flush(cx)) {
-                Ok(()) => self.unflushed = false,
+                Ok(()) => {
+                    self.unflushed = false;
+                    // Nothing waits for a side any more: another limit holds from now on.
+                    self.moves += 1;
+                }
                 Err(e) => {
                     self.finish();
                     return Poll::Ready(Err(Fault::Write(e)));
@@ -316,6 +320,48 @@ mod tests {
             let limits = Limits { read: Duration::from_millis(50), ..LONG };
             let (_client, _node, ended) = session(limits);
             assert_eq!(ended.await.unwrap().0.unwrap_err().kind(), Kind::ReadTimeout);
+        })
+        .await;
+    }
+
+    /// Takes its time to flush: so many polls.
+    struct Slow(DuplexStream, u8);
+
+    impl AsyncRead for Slow {
+        fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.0).poll_read(cx, buf)
+        }
+    }
+
+    impl AsyncWrite for Slow {
+        fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+            Pin::new(&mut self.0).poll_write(cx, data)
+        }
+
+        fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            match self.1.checked_sub(1) {
+                None => return Poll::Ready(Ok(())),
+                Some(left) => self.1 = left,
+            }
+            cx.waker().wake_by_ref();
+            Poll::Pending
+        }
+
+        fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.0).poll_shutdown(cx)
+        }
+    }
+
+    #[tokio::test]
+    async fn what_was_taken_in_the_end_is_waited_for_no_more() {
+        local(async {
+            let ((mut client, mut from_client), (_node, to_node)) = (duplex(64), duplex(64));
+            client.write_all(b"hello").await.unwrap();
+            let limits = Limits { send: Duration::from_millis(50), read: Duration::from_millis(500) };
+            let begun = std::time::Instant::now();
+            let outcome = both(&mut from_client, &mut Slow(to_node, 3), limits, &mut Moved::default()).await;
+            assert_eq!(outcome.unwrap_err().kind(), Kind::ReadTimeout);
+            assert!(begun.elapsed() >= limits.read, "{:?}", begun.elapsed());
         })
         .await;
     }
