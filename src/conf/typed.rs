@@ -1,5 +1,7 @@
 //! From the effective configuration to typed values; every mistake is noted with its path, and reading goes on.
 
+mod stream;
+
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
@@ -13,7 +15,7 @@ use serde_json::Value;
 
 use super::{
     AccessLog, Admin, AdminKey, Client, Config, Keepalive, Listen, LuaLimits, Prometheus, RealIp, Resolver, Router,
-    Tls, Warning, keys::at, locations,
+    Tls, Warning, keys::at, locations, locations::Options,
 };
 
 /// Worker threads that `auto` never exceeds: each costs a VM.
@@ -55,7 +57,7 @@ pub(super) fn read(
     let client = r.client();
     let upstream_keepalive = r.upstream_keepalive();
     let (error_log, error_log_level) = r.error_log(&prefix);
-    let access_log = r.access_log(&prefix);
+    let access_log = r.access_log(&prefix, "nginx_config.http");
     let admin = r.admin(warnings);
     let control = r.control();
     let prometheus = r.prometheus();
@@ -63,10 +65,16 @@ pub(super) fn read(
     let shared_dicts = r.shared_dicts();
     let resolver = r.resolver();
     let real_ip = r.real_ip();
+    let envs = r.envs();
     let trusted_addresses = r.networks("apisix.trusted_addresses");
     let (keyring, encrypt_fields) = r.keyring();
     let captured_log = r.captured_log();
     let preload = r.texts("lua.preload");
+    let (serves_http, stream) = r.stream(&prefix, warnings);
+    if !serves_http {
+        listen.clear();
+        listen_tls.clear();
+    }
     let locations = Arc::new(locations::read(&json, &prefix, r.mistakes));
     Some(Config {
         listen,
@@ -104,8 +112,10 @@ pub(super) fn read(
         captured_log,
         preload,
         real_ip,
+        envs,
         trusted_addresses,
         locations,
+        stream,
         prefix,
         file: None,
         json: Arc::new(json.clone()),
@@ -441,18 +451,19 @@ impl<'a> Reader<'a> {
         (log_path(prefix, self.text("nginx_config.error_log")), level)
     }
 
-    fn access_log(&mut self, prefix: &Path) -> Option<AccessLog> {
-        let path = self.text("nginx_config.http.access_log");
-        if !self.flag("nginx_config.http.enable_access_log") || path.is_empty() || path == "off" {
+    /// `of`: `nginx_config.http`, or `nginx_config.stream`, which has no buffer.
+    fn access_log(&mut self, prefix: &Path, of: &str) -> Option<AccessLog> {
+        let path = self.text(&format!("{of}.access_log"));
+        if !self.flag(&format!("{of}.enable_access_log")) || path.is_empty() || path == "off" {
             return None;
         }
         let escapes = [("default", ()), ("json", ()), ("none", ())];
-        self.one_of("nginx_config.http.access_log_format_escape", &escapes);
+        self.one_of(&format!("{of}.access_log_format_escape"), &escapes);
         Some(AccessLog {
             path: log_path(prefix, path),
-            format: self.text("nginx_config.http.access_log_format"),
-            escape: self.text("nginx_config.http.access_log_format_escape"),
-            buffer: self.size("nginx_config.http.access_log_buffer") as usize,
+            format: self.text(&format!("{of}.access_log_format")),
+            escape: self.text(&format!("{of}.access_log_format_escape")),
+            buffer: self.size(&format!("{of}.access_log_buffer")) as usize,
         })
     }
 
@@ -586,12 +597,36 @@ impl<'a> Reader<'a> {
         size as usize
     }
 
+    /// `nginx_config.http.real_ip_…`, or the directives themselves in `lua_options`.
     fn real_ip(&mut self) -> RealIp {
+        if let Some(lines) = self.get("lua_options.set_real_ip_from") {
+            let options = Options::read(self.get("lua_options").and_then(Value::as_object), &Options::default());
+            let mut from = Vec::new();
+            for line in options.all("set_real_ip_from") {
+                match network(line) {
+                    Some(network) => from.push(network),
+                    // No connection comes in over a Unix socket.
+                    None if &**line == "unix:" => {}
+                    None => self.wrong(
+                        "lua_options.set_real_ip_from",
+                        format!("{line:?} of {lines} is neither an address nor a network as 10.0.0.0/8"),
+                    ),
+                }
+            }
+            let header = options.get("real_ip_header").unwrap_or("X-Real-IP").to_owned();
+            return RealIp { header, from, recursive: options.get("real_ip_recursive") == Some("on") };
+        }
         RealIp {
             header: self.text("nginx_config.http.real_ip_header"),
             from: self.networks("nginx_config.http.real_ip_from"),
             recursive: self.flag("nginx_config.http.real_ip_recursive"),
         }
+    }
+
+    /// `NAME=value` of `nginx_config.envs`; a bare name is there anyway.
+    fn envs(&mut self) -> Vec<(String, String)> {
+        let texts = self.texts("nginx_config.envs");
+        texts.iter().filter_map(|text| text.split_once('=')).map(|(name, value)| (name.into(), value.into())).collect()
     }
 
     fn keyring(&mut self) -> (Vec<String>, bool) {
