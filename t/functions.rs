@@ -5,7 +5,7 @@ mod support;
 use std::collections::HashSet;
 
 use serde_json::{Value, json};
-use support::{Client, Gateway, Reply, eventually, get, peers::Etcd, request};
+use support::{Client, Dir, Gateway, Reply, eventually, get, peers::Etcd, request};
 
 const KEYRING: &str = "edd1c9f0985e76a2";
 
@@ -406,6 +406,30 @@ mod revisions {
     fn canary_of(weight: u64) -> Value {
         json!({"revision": 2, "weight": weight, "min_calls": 5})
     }
+}
+
+#[test]
+fn a_file_has_functions_with_all_they_have_and_a_canary_that_fails_is_left_alone() {
+    let dir = Dir::new();
+    dir.configure(json!({
+        "deployment": {"role": "data_plane", "role_data_plane": {"config_provider": "yaml"}},
+        "nginx_config": {"worker_processes": 1},
+    }));
+    let (good, bad) = ("return function() return 200, env.A end", "return function() error('bad') end");
+    let canary = json!({"revision": 2, "weight": 100, "source": bad, "min_calls": 2});
+    let config = json!({
+        "functions": [
+            {"id": "hello", "source": good, "env": {"A": "live"}, "canary": canary},
+            {"id": "tick", "source": "return function() ngx.log(ngx.WARN, 'it ran') end", "schedule": "* * * * * *"},
+        ],
+        "routes": [{"id": 1, "uri": "/hello", "function_id": "hello"}],
+    });
+    dir.write("conf/apisix.yaml", format!("{config}\n#END\n"));
+    let gw = Gateway::in_dir(dir);
+    let answers: Vec<u16> = (0..3).map(|_| gw.get("/hello").status).collect();
+    assert_eq!((answers, gw.get("/hello").text()), (vec![500, 500, 200], "live".into()));
+    gw.expect_log("the canary is left alone here, but stays in the store");
+    gw.expect_log("it ran");
 }
 
 mod schedules {

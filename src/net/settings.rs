@@ -61,3 +61,16 @@ impl Default for Settings {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bound_of_one_request_never_widens_the_server_s() {
+        for (server, own, held) in [(0, 0, 0), (0, 5, 5), (10, 0, 10), (10, 5, 5), (10, 20, 10)] {
+            let settings = Settings { max_body: server, ..Settings::default() };
+            assert_eq!(settings.tighter(own), held, "{server} {own}");
+        }
+    }
+}
