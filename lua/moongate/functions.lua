@@ -80,14 +80,15 @@ local function make_env()
     return open
 end
 
-local memory_left = native.fast.memory_left
+local call_memory = native.fast.call_memory
 local rep = string.rep
 
 -- One call of it can take all memory before anybody looks: the result is measured first.
 local function bounded_rep(s, n, sep)
-    local left = memory_left()
+    -- Garbage does not count here: it goes when there is need.
+    local most = call_memory()
     local times = tonumber(n)
-    if left >= 0 and times and (#tostring(s) + #tostring(sep or "")) * times > left then
+    if most >= 0 and times and (#tostring(s) + #tostring(sep or "")) * times > most then
         error("string.rep: the result is larger than limits.memory_mb allows", 2)
     end
     return rep(s, n, sep)

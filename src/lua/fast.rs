@@ -104,9 +104,9 @@ export! {
         exchange().and_then(|x| x.lua.slot).map_or(0, |s| s as c_int)
     }
 
-    /// Bytes by which the call of an uploaded function may still make its VM grow; -1: none runs.
-    fn mg_memory_left() -> f64, -1.0 => {
-        exchange().and_then(|x| x.lua.function.as_ref()).map_or(-1.0, |call| call.left_kb.get() as f64 * 1024.0)
+    /// Bytes by which the call of an uploaded function may make its VM grow; -1: none runs.
+    fn mg_call_memory() -> f64, -1.0 => {
+        exchange().and_then(|x| x.lua.function.as_ref()).map_or(-1.0, |call| call.memory_kb as f64 * 1024.0)
     }
 
     /// `Phase as int`; `Init` outside of a request.
@@ -124,11 +124,11 @@ pub fn register(api: &mut Api) -> Result<()> {
         mg_slot as *const c_void,
     )?;
     api.fast(
-        "memory_left",
+        "call_memory",
         "double (void)",
         Phases::ANY,
-        "bytes by which a function's call may still make its VM grow; -1: no function runs",
-        mg_memory_left as *const c_void,
+        "bytes by which a function's call may make its VM grow; -1: no function runs",
+        mg_call_memory as *const c_void,
     )?;
     api.fast("phase", "int (void)", Phases::ANY, "number of the phase that runs", mg_phase as *const c_void)
 }
