@@ -295,6 +295,7 @@ mod tests {
     use crate::{
         model::{Object, cron::Cron},
         observe::functions::Rule,
+        store::{BoxFuture, ChangeSink, Entry, Written, embedded::Embedded},
     };
 
     fn table(functions: &[(&str, u64, &str)]) -> Table<model::Function> {
@@ -311,7 +312,7 @@ mod tests {
     #[tokio::test]
     async fn a_dry_run_that_finds_no_place_is_refused_and_one_that_nobody_answers_ends() {
         let dir = tempfile::tempdir().expect("a directory");
-        let store = crate::store::embedded::Embedded::open(&dir.path().join("moongate.redb")).expect("a store");
+        let store = Embedded::open(&dir.path().join("moongate.redb")).expect("a store");
         let (errands, mut inbox) = mpsc::channel(1);
         let keeper = Keeper::new(store, Published::new(Default::default()), Some(errands));
         let trial = || {
@@ -327,6 +328,67 @@ mod tests {
         };
         let (first, ()) = tokio::join!(first, second);
         assert_eq!(first.expect_err("no answer"), TrialError::Busy);
+    }
+
+    /// An embedded store that several nodes share, as they do an etcd.
+    struct Shared(Arc<dyn Store>);
+
+    impl Store for Shared {
+        fn name(&self) -> &'static str {
+            "etcd"
+        }
+
+        fn get<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<Entry>>> {
+            self.0.get(key)
+        }
+
+        fn list<'a>(&'a self, prefix: &'a str) -> BoxFuture<'a, Result<(Vec<Entry>, i64)>> {
+            self.0.list(prefix)
+        }
+
+        fn put<'a>(
+            &'a self,
+            key: &'a str,
+            value: String,
+            on: Condition,
+            ttl_secs: Option<u64>,
+        ) -> BoxFuture<'a, Result<Written>> {
+            self.0.put(key, value, on, ttl_secs)
+        }
+
+        fn delete<'a>(&'a self, key: &'a str, on: Condition) -> BoxFuture<'a, Result<Option<(Entry, i64)>>> {
+            self.0.delete(key, on)
+        }
+
+        fn watch(self: Arc<Self>, changes: ChangeSink) -> BoxFuture<'static, ()> {
+            self.0.clone().watch(changes)
+        }
+    }
+
+    #[tokio::test]
+    async fn of_several_nodes_one_runs_and_none_while_another_still_does() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let store = Embedded::open(&dir.path().join("moongate.redb")).expect("a store");
+        let store = Arc::new(Shared(store));
+        let (errands, mut inbox) = mpsc::channel(4);
+        let node = || Keeper::new(store.clone(), Published::new(Default::default()), Some(errands.clone()));
+        let ((a, b), id) = ((node(), node()), Id::from("f"));
+        let turn = async |node: &Keeper, at| node.take_turn(&id, 1, at, Duration::from_secs(1)).await.expect("decided");
+        let runs = async {
+            let Some(Errand::Scheduled { at: 60, done, .. }) = inbox.recv().await else { panic!("the first run") };
+            turn(&b, 60).await;
+            turn(&b, 120).await;
+            done.send(()).expect("is waited for");
+        };
+        tokio::join!(turn(&a, 60), runs);
+        assert!(inbox.try_recv().is_err(), "neither the same run nor one beside it");
+        turn(&b, 60).await;
+        assert!(inbox.try_recv().is_err(), "it was done");
+        let runs = async {
+            let Some(Errand::Scheduled { at: 180, done, .. }) = inbox.recv().await else { panic!("the next run") };
+            done.send(()).expect("is waited for");
+        };
+        tokio::join!(turn(&b, 180), runs);
     }
 
     #[test]
