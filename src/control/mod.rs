@@ -6,7 +6,7 @@ use std::{future::Future, pin::Pin, rc::Rc, sync::Arc};
 
 use http::Method;
 use serde_json::{Value, json};
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, runtime::Handle};
 
 use crate::{
     admin::{
@@ -62,7 +62,11 @@ async fn answer(state: &State, call: &Call) -> Answer {
             Answer::text(200, "")
         }
         (&Method::GET | &Method::HEAD, ["v1", "lua"]) => match &state.lua {
-            Some(held) => Answer::json(200, &held().await),
+            Some(held) => {
+                let mut held = held().await;
+                held["control"] = json!({"tasks": Handle::current().metrics().num_alive_tasks()});
+                Answer::json(200, &held)
+            }
             None => not_found(),
         },
         (&Method::GET | &Method::HEAD, ["v1", rest @ ..]) => get(state, &snapshot, rest),
