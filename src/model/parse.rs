@@ -11,6 +11,7 @@ use super::{
     PluginSource, Route, Service, Ssl, Upstream,
     crypt::{self, EncryptFields, SchemaKind},
     route::Timeouts,
+    ssl,
 };
 use crate::{
     error::{self, Error, Result},
@@ -47,7 +48,7 @@ pub enum Parsed {
     Ssl(Ssl),
     Function(Function),
     PluginSource(PluginSource),
-    /// Protos, secrets, stream_routes: checked, kept as text.
+    /// Protos, secrets, stream_routes, cost decorations: checked, kept as text.
     Other,
 }
 
@@ -79,7 +80,7 @@ pub fn parse(kind: Kind, id: &str, json: &str, context: &ParseContext<'_>) -> Re
         Kind::Ssl => Parsed::Ssl(Ssl::from_json(map, context)?),
         Kind::Function => Parsed::Function(Function { source: required(map, "source")?.into() }),
         Kind::PluginSource => Parsed::PluginSource(PluginSource { source: required(map, "source")?.into() }),
-        Kind::Proto | Kind::Secret | Kind::StreamRoute => Parsed::Other,
+        Kind::Proto | Kind::Secret | Kind::StreamRoute | Kind::GraphqlCostDecoration => Parsed::Other,
     })
 }
 
@@ -106,7 +107,9 @@ fn checked<'v>(
         map.insert("id".into(), id.into());
     }
     let schema = schema::resource(kind.singular());
-    schema.map_or(Ok(()), |schema| by(schema, value)).map_err(|e| invalid(format!("invalid configuration: {e}")))?;
+    let mut checks = |value: &mut Value| schema.map_or(Ok(()), |schema| by(schema, value));
+    let outcome = if kind == Kind::Ssl { ssl::without_references(value, &mut checks) } else { checks(value) };
+    outcome.map_err(|e| invalid(format!("invalid configuration: {e}")))?;
     match value {
         Value::Object(map) => Ok(map),
         _ => Err(invalid("invalid configuration: wrong type: expected object")),

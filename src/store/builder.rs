@@ -279,7 +279,9 @@ impl Builder {
             Kind::Ssl => s.ssls.get(id).map(version),
             Kind::Function => s.functions.get(id).map(version),
             Kind::PluginSource => s.plugin_sources.get(id).map(version),
-            Kind::Proto | Kind::Secret | Kind::StreamRoute => s.others.get(&(kind, Id::from(id))).map(version),
+            Kind::Proto | Kind::Secret | Kind::StreamRoute | Kind::GraphqlCostDecoration => {
+                s.others.get(&(kind, Id::from(id))).map(version)
+            }
         }
     }
 
@@ -293,7 +295,7 @@ impl Builder {
             absent.push(PLUGINS.to_owned());
         }
         for kind in Kind::ALL {
-            self.ids(kind, &mut |id| absent.push(key_of(kind, id)));
+            self.ids(kind, &mut |id| absent.push(kind.key(id)));
         }
         absent.retain(|key| !present.contains(&**key));
         for key in absent {
@@ -324,7 +326,7 @@ impl Builder {
             Kind::Ssl => s.ssls.keys().for_each(|id| f(id)),
             Kind::Function => s.functions.keys().for_each(|id| f(id)),
             Kind::PluginSource => s.plugin_sources.keys().for_each(|id| f(id)),
-            Kind::Proto | Kind::Secret | Kind::StreamRoute => {
+            Kind::Proto | Kind::Secret | Kind::StreamRoute | Kind::GraphqlCostDecoration => {
                 s.others.keys().filter(|(k, _)| *k == kind).for_each(|(_, id)| f(id));
             }
         }
@@ -621,7 +623,9 @@ impl Builder {
             Kind::Ssl => drop(s.ssls.remove(id)),
             Kind::Function => drop(s.functions.remove(id)),
             Kind::PluginSource => self.plugins_changed |= s.plugin_sources.remove(id).is_some(),
-            Kind::Proto | Kind::Secret | Kind::StreamRoute => drop(s.others.remove(&(kind, Id::from(id)))),
+            Kind::Proto | Kind::Secret | Kind::StreamRoute | Kind::GraphqlCostDecoration => {
+                drop(s.others.remove(&(kind, Id::from(id))))
+            }
         }
     }
 
@@ -637,13 +641,6 @@ impl Builder {
 fn credential_claim(o: &Object<Credential>) -> Claim {
     let consumer = Id::from(&*o.value.username);
     Claim { create_revision: o.create_revision, consumer, credential: Some(o.id.clone()) }
-}
-
-fn key_of(kind: Kind, id: &str) -> String {
-    match kind {
-        Kind::Credential => format!("/{}/{id}", Kind::Consumer.plural()),
-        _ => format!("/{}/{id}", kind.plural()),
-    }
 }
 
 /// Whether a key is a resource's or the list of plugins, and so belongs in the last good state.
