@@ -2,14 +2,16 @@
 
 use std::{
     collections::HashMap,
+    path::PathBuf,
     rc::Rc,
     sync::{Arc, PoisonError, RwLock},
 };
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::{
     admin::{PluginHost, PluginInfo},
+    conf,
     error::Result,
     model::{SchemaKind, crypt::EncryptFields},
     plugin::{Checker, Setup},
@@ -20,16 +22,32 @@ use crate::{
 #[derive(Clone)]
 pub struct Plugins {
     checker: Rc<Checker>,
+    setup: Setup,
+    /// The configuration file, where the command line names one.
+    file: Option<PathBuf>,
     pub fields: Arc<Fields>,
 }
 
 impl Plugins {
     /// Loads the plugins of the binary and the disk; those of the store come with `reload`.
-    pub fn new(setup: Setup) -> Result<Plugins> {
-        let checker = Rc::new(Checker::new(setup, &Snapshot::default())?);
-        let plugins = Plugins { checker, fields: Arc::default() };
+    pub fn new(setup: Setup, file: Option<PathBuf>) -> Result<Plugins> {
+        let checker = Rc::new(Checker::new(setup.clone(), &Snapshot::default())?);
+        let plugins = Plugins { checker, setup, file, fields: Arc::default() };
         plugins.note_fields();
         Ok(plugins)
+    }
+
+    /// Which plugins there are, and what they are told, may have changed in the configuration file. One with mistakes changes
+    /// nothing.
+    fn reread(&self) {
+        match conf::load(&self.setup.prefix, self.file.as_deref()) {
+            Ok((config, _)) => self.setup.reread(&config.json),
+            Err(mistakes) => {
+                for mistake in &mistakes.0 {
+                    tracing::error!("plugins are loaded anew by the configuration before: {mistake}");
+                }
+            }
+        }
     }
 
     fn note_fields(&self) {
@@ -45,6 +63,7 @@ impl PluginChecker for Plugins {
     }
 
     fn reload(&self, snapshot: &Snapshot) {
+        self.reread();
         PluginChecker::reload(&*self.checker, snapshot);
         self.note_fields();
     }
@@ -60,11 +79,26 @@ impl PluginHost for Plugins {
     }
 
     fn compile_chunk(&self, source: &str) -> Result<(), String> {
-        self.checker.compile_function("filter_func", source)
+        self.checker.compile_chunk(source)
+    }
+
+    fn explain_json(&self, text: &[u8]) -> Option<String> {
+        self.checker.explain_json(text)
     }
 
     fn inspect_plugin(&self, name: &str, source: &str) -> Result<(), String> {
         self.checker.inspect_plugin(name, source).map(drop)
+    }
+
+    fn listed(&self) -> Option<Value> {
+        let (config, _) = conf::load(&self.setup.prefix, self.file.as_deref()).ok()?;
+        if config.plugins_are_default {
+            return None;
+        }
+        let names = |key: &str| config.json.get(key).and_then(Value::as_array).cloned().unwrap_or_default();
+        let http = names("plugins").into_iter().map(|name| json!({ "name": name }));
+        let stream = names("stream_plugins").into_iter().map(|name| json!({ "name": name, "stream": true }));
+        Some(http.chain(stream).collect())
     }
 
     fn list(&self) -> Vec<PluginInfo> {
@@ -117,8 +151,6 @@ impl EncryptFields for Fields {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     #[test]
