@@ -3,6 +3,7 @@
 //! Runs on the control thread. A write is answered when it is stored and every request that starts is served by it.
 //! Keys are compared in constant time; bodies and connections are bounded.
 
+mod configs;
 pub mod http;
 mod list;
 mod patch;
@@ -10,8 +11,10 @@ pub mod plugins;
 mod references;
 mod resource;
 mod settings;
+mod shape;
 #[cfg(test)]
 mod tests;
+pub mod tls;
 
 use std::{future::Future, rc::Rc, sync::Arc, time::Duration};
 
@@ -25,7 +28,8 @@ use self::{
 };
 pub use self::{
     plugins::{PackedPlugins, PluginHost, PluginInfo},
-    settings::{AdminKey, Role, Settings, keyring},
+    settings::{AdminKey, ApiVersion, Role, Settings, keyring},
+    tls::Tls,
 };
 use crate::{
     error::{Error, Kind as ErrorKind},
@@ -34,9 +38,13 @@ use crate::{
         crypt::{self, EncryptFields},
     },
     schema,
-    store::{Handle, Published, Store},
+    store::{Condition, Handle, Published, Store},
 };
 
+/// The version of APISIX whose Admin API this is.
+pub const APISIX_VERSION: &str = "3.18.0";
+/// Where the store has the list of plugins.
+const PLUGIN_LIST: &str = "/plugins";
 const ROOT: &str = "/apisix/admin";
 /// Largest request body: APISIX's bound on what etcd takes.
 const MAX_BODY_BYTES: usize = 1_572_864;
@@ -69,12 +77,14 @@ impl State {
 }
 
 /// Serves the Admin API on `listener` until `shutdown`. Must run inside a `LocalSet`.
-pub async fn serve(listener: TcpListener, state: Rc<State>, shutdown: impl Future<Output = ()>) {
+///
+/// `tls`: speaks nothing else.
+pub async fn serve(listener: TcpListener, tls: Option<Tls>, state: Rc<State>, shutdown: impl Future<Output = ()>) {
     let handler = move |request: Incomplete| {
         let state = state.clone();
         async move { handle(&state, request).await }
     };
-    http::serve(listener, Rc::new(handler), shutdown).await;
+    http::serve(listener, tls, Rc::new(handler), shutdown).await;
 }
 
 async fn handle(state: &State, request: Incomplete) -> Answer {
@@ -85,7 +95,7 @@ async fn handle(state: &State, request: Incomplete) -> Answer {
         Err(refusal) => refusal,
     };
     let answer = answer.header("server", &state.settings.server);
-    let answer = if versioned { answer.header("x-api-version", "v3") } else { answer };
+    let answer = if versioned { answer.header("x-api-version", state.settings.version.name()) } else { answer };
     if state.settings.cors { with_cors(answer) } else { answer }
 }
 
@@ -144,7 +154,9 @@ async fn answer(state: &State, request: Incomplete) -> Answer {
     if request.head.method == Method::OPTIONS {
         return Answer::text(200, "");
     }
-    let call = match request.complete(MAX_BODY_BYTES).await {
+    let is_document = request.head.uri.path().strip_prefix(ROOT).is_some_and(|rest| rest.starts_with("/configs"));
+    let bound = if is_document { configs::MAX_BODY_BYTES } else { MAX_BODY_BYTES };
+    let call = match request.complete(bound).await {
         Ok(call) => call,
         Err(refusal) => return refusal,
     };
@@ -171,6 +183,8 @@ async fn route(state: &State, call: &Call) -> Result<Answer, Answer> {
         (&Method::GET | &Method::HEAD, ["plugins", name]) => Ok(plugins::get(&*state.plugins, call, Some(name))),
         (&Method::POST, ["schema", "validate", resource]) => validate(call, resource),
         (&Method::GET | &Method::HEAD, ["schema", place @ ..]) => Ok(plugins::get_schema(&*state.plugins, call, place)),
+        (&Method::POST, ["configs", "validate"]) => configs::validate(state, call),
+        (_, ["configs"]) => configs::handle(state, call).await,
         (_, []) => Err(Answer::refuse(404, "not found")),
         (_, segments) => match Target::of(segments) {
             Some(target) => resource::handle(state, target, call).await,
@@ -183,10 +197,25 @@ async fn reload(state: &State) -> Result<Answer, Answer> {
     let Some(pipeline) = &state.pipeline else {
         return Err(Answer::refuse(503, "plugins cannot be reloaded"));
     };
+    share_list(state).await?;
     match pipeline.reload_plugins().await {
         Ok(_) => Ok(Answer::text(200, "done")),
         Err(e) => Err(store_error(&e)),
     }
+}
+
+/// The plugins of a cluster are those in the list that its nodes share: what the configuration file here lists.
+async fn share_list(state: &State) -> Result<(), Answer> {
+    if state.store.name() != "etcd" {
+        return Ok(());
+    }
+    let Some(list) = state.plugins.listed() else { return Ok(()) };
+    let stored = state.store.get(PLUGIN_LIST).await.map_err(|e| store_error(&e))?;
+    if stored.is_some_and(|entry| serde_json::from_str::<Value>(&entry.value).is_ok_and(|known| known == list)) {
+        return Ok(());
+    }
+    let put = state.store.put(PLUGIN_LIST, list.to_string(), Condition::Always, None).await;
+    put.map(|_| tracing::info!("sync local conf to etcd")).map_err(|e| store_error(&e))
 }
 
 /// `POST /schema/validate/{resource}`: the schema alone, no references.
@@ -200,14 +229,6 @@ fn validate(call: &Call, resource: &str) -> Result<Answer, Answer> {
     match schema.check(&mut value) {
         Ok(()) => Ok(Answer::text(200, "")),
         Err(text) => Err(Answer::refuse(400, text)),
-    }
-}
-
-/// The key of an object, relative to the prefix.
-fn key_of(kind: Kind, id: &str) -> String {
-    match kind {
-        Kind::Credential => format!("/consumers/{id}"),
-        kind => format!("/{}/{id}", kind.plural()),
     }
 }
 

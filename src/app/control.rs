@@ -42,9 +42,8 @@ pub async fn run(mut config: Config) -> Result<()> {
     let sockets = listeners::bind(&config)?;
     let ports = Ports::bind(&config).await?;
     let at = ports.listening(&sockets)?;
-    let setup =
-        Setup { prefix: config.prefix.clone(), config: config.json.clone(), locations: config.locations.clone() };
-    let plugins = Plugins::new(setup.clone())?;
+    let setup = Setup::new(config.prefix.clone(), config.json.clone(), config.locations.clone());
+    let plugins = Plugins::new(setup.clone(), config.file.clone())?;
     let store = store::open(&config)?;
     let started = tokio::select! {
         started = open(&config, &plugins, &store) => started?,
@@ -256,6 +255,7 @@ impl Signals {
 struct Ports {
     admin: Option<TcpListener>,
     control: Option<TcpListener>,
+    status: Option<TcpListener>,
     prometheus: Option<TcpListener>,
 }
 
@@ -265,6 +265,7 @@ impl Ports {
         Ok(Ports {
             admin: bind("deployment.admin.admin_listen", admin).await?,
             control: bind("apisix.control", config.control).await?,
+            status: bind("apisix.status", config.status).await?,
             prometheus: bind("plugin_attr.prometheus.export_addr", config.prometheus.addr).await?,
         })
     }
@@ -278,6 +279,7 @@ impl Ports {
             proxy_tls: sockets.tls.clone(),
             admin: address(&self.admin)?,
             control: address(&self.control)?,
+            status: address(&self.status)?,
             prometheus: address(&self.prometheus)?,
         })
     }
@@ -308,14 +310,24 @@ impl Apis<'_> {
         let plugins: Rc<dyn admin::PluginHost> = Rc::new(self.plugins.clone());
         if let Some(listener) = ports.admin {
             let state = Rc::new(admin::State {
-                settings: admin::Settings::from_config(&self.config.json, &settings::server(self.config))?,
+                settings: admin::Settings::from_config(&self.config.json, &settings::admin_server(self.config))?,
                 store: self.store.clone(),
                 published: self.started.published.clone(),
                 plugins: plugins.clone(),
                 fields: Some(self.plugins.fields.clone()),
                 pipeline: Some(self.started.handle.clone()),
             });
-            serving.spawn_local(admin::serve(listener, state, over(self.finished.clone())));
+            let tls =
+                self.config.admin.as_ref().and_then(|admin| admin.tls.as_ref()).map(admin::Tls::open).transpose()?;
+            serving.spawn_local(admin::serve(listener, tls, state, over(self.finished.clone())));
+        }
+        if let Some(listener) = ports.status {
+            let (source, standalone) = (self.started.source.clone(), self.store.clone().standalone());
+            let ready = move || match &standalone {
+                Some(store) => store.is_loaded(),
+                None => source.load().received,
+            };
+            serving.spawn_local(control::status::serve(listener, Box::new(ready), over(self.finished.clone())));
         }
         if let Some(listener) = ports.control {
             let state = Rc::new(control::State {

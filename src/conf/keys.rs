@@ -72,7 +72,6 @@ const UNSUPPORTED: &[(&str, &str)] = &[
     ("ext-plugin", "external plugin runners are not started; write the plugin in Lua"),
     ("discovery", "service discovery is not served yet; list the nodes in the upstream"),
     ("apisix.stream_proxy", "TCP and UDP proxying is not served yet; keep those routes on APISIX"),
-    ("deployment.admin.https_admin", "the Admin API has no TLS of its own yet; reach it over loopback or a tunnel"),
 ];
 
 const SNIPPET: &str = "there is no nginx that could read it; express it by routes, plugins or Lua";
@@ -86,7 +85,6 @@ const WITHOUT_COUNTERPART: &[&str] = &[
     "apisix.lua_module_hook",
     "apisix.ssl.ssl_ciphers",
     "apisix.worker_startup_time_threshold",
-    "deployment.admin.admin_api_mtls",
     "nginx_config.envs",
     "nginx_config.http.charset",
     "nginx_config.http.variables_hash_max_size",

@@ -2,6 +2,8 @@
 //!
 //! Reads the published snapshot, asks the workers, and changes nothing.
 
+pub mod status;
+
 use std::{future::Future, pin::Pin, rc::Rc, sync::Arc};
 
 use http::Method;
@@ -47,7 +49,7 @@ pub async fn serve(listener: TcpListener, state: Rc<State>, shutdown: impl Futur
             }
         }
     };
-    api::serve(listener, Rc::new(handler), shutdown).await;
+    api::serve(listener, None, Rc::new(handler), shutdown).await;
 }
 
 async fn answer(state: &State, call: &Call) -> Answer {
