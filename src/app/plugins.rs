@@ -22,7 +22,6 @@ use crate::{
 #[derive(Clone)]
 pub struct Plugins {
     checker: Rc<Checker>,
-    setup: Setup,
     /// The configuration file, where the command line names one.
     file: Option<PathBuf>,
     pub fields: Arc<Fields>,
@@ -31,8 +30,8 @@ pub struct Plugins {
 impl Plugins {
     /// Loads the plugins of the binary and the disk; those of the store come with `reload`.
     pub fn new(setup: Setup, file: Option<PathBuf>) -> Result<Plugins> {
-        let checker = Rc::new(Checker::new(setup.clone(), &Snapshot::default())?);
-        let plugins = Plugins { checker, setup, file, fields: Arc::default() };
+        let checker = Rc::new(Checker::new(setup, &Snapshot::default())?);
+        let plugins = Plugins { checker, file, fields: Arc::default() };
         plugins.note_fields();
         Ok(plugins)
     }
@@ -40,14 +39,20 @@ impl Plugins {
     /// Which plugins there are, and what they are told, may have changed in the configuration file. One with mistakes changes
     /// nothing.
     fn reread(&self) {
-        match conf::load(&self.setup.prefix, self.file.as_deref()) {
-            Ok((config, _)) => self.setup.reread(&config.json),
+        let setup = self.checker.setup();
+        match conf::load(&setup.prefix, self.file.as_deref()) {
+            Ok((config, _)) => setup.reread(&config.json),
             Err(mistakes) => {
                 for mistake in &mistakes.0 {
                     tracing::error!("plugins are loaded anew by the configuration before: {mistake}");
                 }
             }
         }
+    }
+
+    /// How plugins are loaded from the next reload on.
+    pub fn set_up(&self, setup: Setup) {
+        self.checker.set_up(setup);
     }
 
     fn note_fields(&self) {
@@ -91,7 +96,7 @@ impl PluginHost for Plugins {
     }
 
     fn listed(&self) -> Option<Value> {
-        let (config, _) = conf::load(&self.setup.prefix, self.file.as_deref()).ok()?;
+        let (config, _) = conf::load(&self.checker.setup().prefix, self.file.as_deref()).ok()?;
         if config.plugins_are_default {
             return None;
         }
