@@ -27,12 +27,12 @@ use self::{
     resource::Target,
 };
 pub use self::{
-    plugins::{PackedPlugins, PluginHost, PluginInfo},
+    plugins::{Listed, PackedPlugins, PluginHost, PluginInfo},
     settings::{AdminKey, ApiVersion, Role, Settings, keyring},
     tls::Tls,
 };
 use crate::{
-    error::{Error, Kind as ErrorKind},
+    error::{self, Error, Kind as ErrorKind},
     model::{
         Kind,
         crypt::{self, EncryptFields},
@@ -80,6 +80,12 @@ impl State {
 ///
 /// `tls`: speaks nothing else.
 pub async fn serve(listener: TcpListener, tls: Option<Tls>, state: Rc<State>, shutdown: impl Future<Output = ()>) {
+    let shared = state.clone();
+    tokio::task::spawn_local(async move {
+        if let Err(e) = share_list(&shared).await {
+            tracing::error!("the list of plugins in the store may be another node's: {e}");
+        }
+    });
     let handler = move |request: Incomplete| {
         let state = state.clone();
         async move { handle(&state, request).await }
@@ -197,25 +203,29 @@ async fn reload(state: &State) -> Result<Answer, Answer> {
     let Some(pipeline) = &state.pipeline else {
         return Err(Answer::refuse(503, "plugins cannot be reloaded"));
     };
-    share_list(state).await?;
+    share_list(state).await.map_err(|e| store_error(&e))?;
     match pipeline.reload_plugins().await {
         Ok(_) => Ok(Answer::text(200, "done")),
         Err(e) => Err(store_error(&e)),
     }
 }
 
-/// The plugins of a cluster are those in the list that its nodes share: what the configuration file here lists.
-async fn share_list(state: &State) -> Result<(), Answer> {
+/// The plugins of a cluster are those of the list that its nodes share: what the configuration file of the node with the Admin API
+/// lists, as it was when the node started or reloaded its plugins. APISIX's own list need not be shared.
+async fn share_list(state: &State) -> error::Result<()> {
     if state.store.name() != "etcd" {
         return Ok(());
     }
-    let Some(list) = state.plugins.listed() else { return Ok(()) };
-    let stored = state.store.get(PLUGIN_LIST).await.map_err(|e| store_error(&e))?;
-    if stored.is_some_and(|entry| serde_json::from_str::<Value>(&entry.value).is_ok_and(|known| known == list)) {
+    let Some(listed) = state.plugins.listed() else { return Ok(()) };
+    let stored = state.store.get(PLUGIN_LIST).await?;
+    let known = stored.map(|entry| serde_json::from_str::<Value>(&entry.value).unwrap_or_default());
+    if known.as_ref().map_or(listed.is_default, |known| *known == listed.names) {
         return Ok(());
     }
-    let put = state.store.put(PLUGIN_LIST, list.to_string(), Condition::Always, None).await;
-    put.map(|_| tracing::info!("sync local conf to etcd")).map_err(|e| store_error(&e))
+    let written = state.store.put(PLUGIN_LIST, listed.names.to_string(), Condition::Always, None).await?;
+    tracing::info!("sync local conf to etcd");
+    resource::served(state, written.revision).await;
+    Ok(())
 }
 
 /// `POST /schema/validate/{resource}`: the schema alone, no references.

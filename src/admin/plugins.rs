@@ -25,12 +25,20 @@ pub trait PluginHost {
     /// Loads a plugin's source in a scratch VM and checks its contract.
     fn inspect_plugin(&self, name: &str, source: &str) -> Result<(), String>;
 
-    /// The plugins that the configuration file lists now, in the form of the store's list
-    /// (`[{"name":"cors"},{"name":"mqtt-proxy","stream":true}]`); `None` where it lists none.
-    fn listed(&self) -> Option<Value>;
+    /// The plugins that the configuration file lists now.
+    fn listed(&self) -> Option<Listed>;
 
     /// The loaded plugins of HTTP, highest priority first.
     fn list(&self) -> Vec<PluginInfo>;
+}
+
+/// The configuration's list of plugins.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Listed {
+    /// In the form of the store's list: `[{"name":"cors"},{"name":"mqtt-proxy","stream":true}]`.
+    pub names: Value,
+    /// Nobody has written it: it is APISIX's own.
+    pub is_default: bool,
 }
 
 /// A loaded plugin, as `GET /plugins?all=true` shows it.
@@ -75,7 +83,7 @@ impl PluginHost for PackedPlugins {
         Ok(())
     }
 
-    fn listed(&self) -> Option<Value> {
+    fn listed(&self) -> Option<Listed> {
         None
     }
 

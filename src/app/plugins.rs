@@ -10,7 +10,7 @@ use std::{
 use serde_json::{Value, json};
 
 use crate::{
-    admin::{PluginHost, PluginInfo},
+    admin::{Listed, PluginHost, PluginInfo},
     conf,
     error::Result,
     model::{SchemaKind, crypt::EncryptFields},
@@ -95,15 +95,12 @@ impl PluginHost for Plugins {
         self.checker.inspect_plugin(name, source).map(drop)
     }
 
-    fn listed(&self) -> Option<Value> {
+    fn listed(&self) -> Option<Listed> {
         let (config, _) = conf::load(&self.checker.setup().prefix, self.file.as_deref()).ok()?;
-        if config.plugins_are_default {
-            return None;
-        }
         let names = |key: &str| config.json.get(key).and_then(Value::as_array).cloned().unwrap_or_default();
         let http = names("plugins").into_iter().map(|name| json!({ "name": name }));
         let stream = names("stream_plugins").into_iter().map(|name| json!({ "name": name, "stream": true }));
-        Some(http.chain(stream).collect())
+        Some(Listed { names: http.chain(stream).collect(), is_default: config.plugins_are_default })
     }
 
     fn list(&self) -> Vec<PluginInfo> {

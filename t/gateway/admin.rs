@@ -11,7 +11,7 @@ use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 use rustls_pki_types::{CertificateDer, PrivatePkcs8KeyDer, ServerName};
 use serde_json::{Value, json};
 
-use crate::support::{DEADLINE, Dir, Gateway, Reply, Upstream, get, request};
+use crate::support::{DEADLINE, Dir, Gateway, Reply, Upstream, eventually, get, peers::Etcd, request};
 
 /// A gateway whose configuration is one document.
 fn standalone(extra: Value) -> Gateway {
@@ -389,4 +389,29 @@ fn a_reload_of_plugins_reads_the_configuration_again() {
     assert_eq!(gw.admin("PUT", "/plugins/reload", ()).status, 200);
     gw.expect_log("plugins are loaded anew by the configuration before");
     assert_eq!(gw.get("/a").text(), "told two", "a file with mistakes changes nothing");
+}
+
+#[test]
+fn the_list_of_plugins_is_shared_through_etcd() {
+    let etcd = Etcd::start();
+    etcd.put("/apisix/plugins", r#"[{"name":"key-auth"}]"#);
+    let settings = |plugins: Option<Value>| {
+        let mut settings = json!({"deployment": {"role": "traditional", "role_traditional": {"config_provider": "etcd"},
+            "etcd": {"host": [etcd.url()], "prefix": "/apisix", "timeout": 5}}});
+        if let Some(plugins) = plugins {
+            settings["plugins"] = plugins;
+        }
+        settings
+    };
+    let gw = Gateway::with(settings(None));
+    eventually("APISIX's own list is shared", || etcd.get("/apisix/plugins").contains("limit-count").then_some(()));
+    let route = |plugin: &str| json!({"uri": "/", "plugins": {plugin: {}}, "upstream": {"nodes": {"127.0.0.1:1": 1}}});
+    eventually("cors is known", || (gw.admin("PUT", "/routes/1", route("cors")).status < 300).then_some(()));
+    gw.dir.configure(settings(Some(json!(["key-auth"]))));
+    assert_eq!(gw.admin("PUT", "/plugins/reload", ()).status, 200);
+    let shared = etcd.get("/apisix/plugins");
+    assert!(shared.contains("key-auth") && !shared.contains("limit-count"), "{shared}");
+    let refused = gw.admin("PUT", "/routes/2", route("cors"));
+    assert_eq!((refused.status, error(&refused).as_str()), (400, "unknown plugin [cors]"));
+    assert_eq!(gw.admin("PUT", "/routes/2", route("key-auth")).status, 201);
 }
