@@ -20,7 +20,7 @@ use std::{future::Future, rc::Rc, sync::Arc, time::Duration};
 
 use ::http::Method;
 use serde_json::{Value, json};
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, time::timeout};
 
 use self::{
     http::{Answer, Call, Incomplete},
@@ -80,12 +80,11 @@ impl State {
 ///
 /// `tls`: speaks nothing else.
 pub async fn serve(listener: TcpListener, tls: Option<Tls>, state: Rc<State>, shutdown: impl Future<Output = ()>) {
-    let shared = state.clone();
-    tokio::task::spawn_local(async move {
-        if let Err(e) = share_list(&shared).await {
-            tracing::error!("the list of plugins in the store may be another node's: {e}");
-        }
-    });
+    match timeout(SERVED_PATIENCE, share_list(&state)).await {
+        Ok(Ok(())) => {}
+        Ok(Err(e)) => tracing::error!("the list of plugins in the store may be another node's: {e}"),
+        Err(_) => tracing::error!("the list of plugins in the store may be another node's: the store does not answer"),
+    }
     let handler = move |request: Incomplete| {
         let state = state.clone();
         async move { handle(&state, request).await }

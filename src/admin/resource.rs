@@ -484,6 +484,9 @@ pub(super) fn check_alone(state: &State, kind: Kind, id: &str, value: &Value) ->
     if let Kind::PluginMetadata = kind {
         return check_metadata(state, id, value);
     }
+    if kind == Kind::StreamRoute && !state.settings.stream {
+        return Err("stream mode is disabled, can not add stream routes".to_owned());
+    }
     let mut filled = value.clone();
     model::check(kind, id, &mut filled).map_err(|e| e.to_string())?;
     check_plugins(state, kind, &mut filled)?;
@@ -507,7 +510,7 @@ fn check_metadata(state: &State, name: &str, value: &Value) -> Result<(), String
 fn check_plugins(state: &State, kind: Kind, owner: &mut Value) -> Result<(), String> {
     let (schema, before) = match kind {
         Kind::Consumer | Kind::Credential => (PluginSchema::Consumer, "invalid plugins configuration: "),
-        // Stream plugins are not run: only the packed schemas know them.
+        // No plugin is one for streams: the model refuses them all.
         Kind::StreamRoute => return Ok(()),
         _ => (PluginSchema::Plugin, ""),
     };
