@@ -73,7 +73,7 @@ async fn start_on(between: impl FnOnce(Arc<dyn Store>) -> Arc<dyn Store>) -> Api
         published: started.published.clone(),
         plugins: plugins.clone(),
         fields: None,
-        pipeline: Some(started.handle),
+        pipeline: Some(started.handle.clone()),
     };
     let listen = || async { TcpListener::bind("127.0.0.1:0").await.expect("a port") };
     let (admin, control) = (listen().await, listen().await);
@@ -83,6 +83,7 @@ async fn start_on(between: impl FnOnce(Arc<dyn Store>) -> Arc<dyn Store>) -> Api
         published: started.published,
         source: started.source,
         plugins,
+        pipeline: Some(started.handle),
         collect: None,
         health: None,
         lua: None,

@@ -347,6 +347,7 @@ impl Apis<'_> {
                 published: self.started.published.clone(),
                 source: self.started.source.clone(),
                 plugins,
+                pipeline: Some(self.started.handle.clone()),
                 collect: Some(Box::new(move || self.collect.send_modify(|n| *n += 1))),
                 health: None,
                 lua: Some(Box::new(move || Box::pin(self.asking.clone().ask()))),

@@ -44,10 +44,6 @@ pub(super) fn read(
         false => Vec::new(),
     };
     r.lua_listen(&mut listen, &mut listen_tls);
-    if r.text("deployment.role") == "control_plane" {
-        // It serves the Admin API alone.
-        (listen, listen_tls) = (Vec::new(), Vec::new());
-    }
     let tls = r.tls(&prefix, warnings);
     let router = r.one_of(
         "apisix.router.http",
@@ -74,10 +70,16 @@ pub(super) fn read(
     let (keyring, encrypt_fields) = r.keyring();
     let captured_log = r.captured_log();
     let preload = r.texts("lua.preload");
-    let (serves_http, stream) = r.stream(&prefix, warnings);
-    if !serves_http {
+    let (serves_http, mut stream) = r.stream(&prefix, warnings);
+    // A control plane serves the Admin API alone.
+    let is_control_plane = r.text("deployment.role") == "control_plane";
+    if !serves_http || is_control_plane {
         listen.clear();
         listen_tls.clear();
+    }
+    if is_control_plane {
+        stream.tcp.clear();
+        stream.udp.clear();
     }
     let locations = Arc::new(locations::read(&json, &prefix, r.mistakes));
     Some(Config {

@@ -385,10 +385,15 @@ fn a_reload_of_plugins_reads_the_configuration_again() {
     assert_eq!(gw.get("/a").text(), "told one");
     assert_eq!(gw.admin("PUT", "/plugins/reload", ()).status, 200);
     assert_eq!(gw.get("/a").text(), "told two");
+    gw.dir.configure(settings("three"));
+    assert_eq!(get(&gw.control(), "/v1/plugins/reload").status, 404, "it is no question");
+    let reloaded = request(&gw.control(), "PUT", "/v1/plugins/reload", &[], b"");
+    assert_eq!((reloaded.status, reloaded.text().as_str()), (200, "done"));
+    assert_eq!(gw.get("/a").text(), "told three");
     gw.dir.write("conf/config.yaml", "apisix: [");
     assert_eq!(gw.admin("PUT", "/plugins/reload", ()).status, 200);
     gw.expect_log("plugins are loaded anew by the configuration before");
-    assert_eq!(gw.get("/a").text(), "told two", "a file with mistakes changes nothing");
+    assert_eq!(gw.get("/a").text(), "told three", "a file with mistakes changes nothing");
 }
 
 #[test]
