@@ -181,6 +181,27 @@ fn the_server_field_names_the_version_of_the_api() {
 }
 
 #[test]
+fn the_admin_api_on_a_nodes_port_keeps_its_server_field() {
+    let gw = Gateway::with(json!({"test_node": {"serve_on_node": ["admin"]}}));
+    let asked = gw.send("GET", "/apisix/admin/routes", &[("X-API-KEY", &gw.key())], b"");
+    assert_eq!((asked.status, asked.header("server")), (200, Some("APISIX/3.18.0")));
+}
+
+#[test]
+fn a_plugin_of_two_global_rules_runs_for_neither() {
+    let up = Upstream::echo();
+    let gw = standalone(json!({}));
+    let rule =
+        |id: u32, status: u32| json!({"id": id, "plugins": {"fault-injection": {"abort": {"http_status": status}}}});
+    let document = |rules: Value| json!({"routes": [route("r1", "/a", &up)], "global_rules": rules});
+    assert_eq!(replace(&gw, "d1", document(json!([rule(1, 418)]))).status, 202);
+    assert_eq!(gw.get("/a").status, 418);
+    assert_eq!(replace(&gw, "d2", document(json!([rule(1, 418), rule(2, 451)]))).status, 202);
+    assert_eq!(gw.get("/a").status, 200);
+    gw.expect_log("Found fault-injection configured across different global rules. Removing it from execution list");
+}
+
+#[test]
 fn a_control_plane_serves_the_admin_api_alone() {
     let gw = Gateway::with(json!({
         "apisix": {"enable_admin": false},
