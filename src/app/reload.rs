@@ -106,10 +106,10 @@ impl Reload {
         let changed = differences_of(&self.last, &next.json);
         // Also where nothing changes for plugins now: what a reload of plugins reads is for the workers, too.
         self.plugins.set_up(setup.clone());
-        if changed.iter().any(|path| is_under(path, OF_PLUGINS)) {
-            if let Err(e) = self.pipeline.reload_plugins_here().await {
-                tracing::error!("the plugins that check what is stored are the old ones: {e}");
-            }
+        if changed.iter().any(|path| is_under(path, OF_PLUGINS))
+            && let Err(e) = self.pipeline.reload_plugins_here().await
+        {
+            tracing::error!("the plugins that check what is stored are the old ones: {e}");
         }
         self.last = next.json.clone();
         tell(&differences_of(&self.first.json, &next.json));
