@@ -84,7 +84,6 @@ const WITHOUT_COUNTERPART: &[&str] = &[
     "apisix.lua_module_hook",
     "apisix.ssl.ssl_ciphers",
     "apisix.worker_startup_time_threshold",
-    "nginx_config.envs",
     "nginx_config.http.charset",
     "nginx_config.http.variables_hash_max_size",
     "nginx_config.user",
