@@ -8,6 +8,7 @@ use std::{
 
 use http::Method;
 use serde_json::{Map, Value, json};
+use tokio::task::yield_now;
 
 use super::{
     State,
@@ -27,6 +28,8 @@ use crate::{
 pub(super) const MAX_BODY_BYTES: usize = 64 << 20;
 /// Faults that one answer lists.
 pub(super) const MAX_FAULTS: usize = 1000;
+/// Items that are checked before the control thread looks at what else there is to do: some milliseconds' worth.
+const ITEMS_AT_ONCE: usize = 64;
 const YAML: &str = "application/yaml";
 const DIGEST: &str = "x-digest";
 const MODIFIED: &str = "x-last-modified";
@@ -95,7 +98,7 @@ async fn put(state: &State, store: &Standalone, call: &Call) -> Outcome {
         return Ok(Answer::text(204, ""));
     }
     let document = document(state, call)?;
-    let faults = faults(state, Some(store), &document, 1);
+    let faults = faults(state, Some(store), &document, 1).await;
     if let Some(fault) = faults.first() {
         return Err(Answer::refuse(400, &fault.text));
     }
@@ -106,10 +109,10 @@ async fn put(state: &State, store: &Standalone, call: &Call) -> Outcome {
 }
 
 /// `POST /configs/validate`: all that is wrong, and nothing is stored.
-pub(super) fn validate(state: &State, call: &Call) -> Outcome {
+pub(super) async fn validate(state: &State, call: &Call) -> Outcome {
     let document = document(state, call)?;
     let store = state.store.clone().standalone();
-    let faults = faults(state, store.as_deref(), &document, MAX_FAULTS);
+    let faults = faults(state, store.as_deref(), &document, MAX_FAULTS).await;
     if faults.is_empty() {
         return Ok(Answer::text(200, ""));
     }
@@ -138,7 +141,7 @@ fn document(state: &State, call: &Call) -> Outcome<Map<String, Value>> {
 }
 
 /// The first faults of a document, at most so many.
-fn faults(state: &State, store: Option<&Standalone>, document: &Map<String, Value>, most: usize) -> Vec<Fault> {
+async fn faults(state: &State, store: Option<&Standalone>, document: &Map<String, Value>, most: usize) -> Vec<Fault> {
     let of_section = |(kind, text)| Fault { kind, index: None, id: None, text };
     let mut faults: Vec<Fault> = match store {
         Some(store) => store.stale(document).into_iter().map(of_section).collect(),
@@ -160,6 +163,9 @@ fn faults(state: &State, store: Option<&Standalone>, document: &Map<String, Valu
                 return faults;
             }
             faults.extend(fault_of(state, kind, index, item, &mut seen));
+            if index % ITEMS_AT_ONCE == ITEMS_AT_ONCE - 1 {
+                yield_now().await;
+            }
         }
     }
     faults.truncate(most);

@@ -188,7 +188,7 @@ async fn route(state: &State, call: &Call) -> Result<Answer, Answer> {
         (&Method::GET | &Method::HEAD, ["plugins", name]) => Ok(plugins::get(&*state.plugins, call, Some(name))),
         (&Method::POST, ["schema", "validate", resource]) => validate(call, resource),
         (&Method::GET | &Method::HEAD, ["schema", place @ ..]) => Ok(plugins::get_schema(&*state.plugins, call, place)),
-        (&Method::POST, ["configs", "validate"]) => configs::validate(state, call),
+        (&Method::POST, ["configs", "validate"]) => configs::validate(state, call).await,
         (_, ["configs"]) => configs::handle(state, call).await,
         (_, []) => Err(Answer::refuse(404, "not found")),
         (_, segments) => match Target::of(segments) {
