@@ -17,9 +17,10 @@ use serde_json::{Map, Value, json};
 use super::{
     State,
     http::{self, Answer, Call},
-    key_of, resource,
+    resource,
     resource::MAX_TRIES,
     settings::Role,
+    shape::Action,
     store_error,
 };
 use crate::{
@@ -206,7 +207,7 @@ async fn prune(state: &State, id: &str, used: &[u64]) -> Outcome<()> {
 }
 
 async fn stored(state: &State, id: &str) -> Outcome<(Entry, Value)> {
-    let found = state.store.get(&key_of(Kind::Function, id)).await.map_err(|e| store_error(&e))?;
+    let found = state.store.get(&Kind::Function.key(id)).await.map_err(|e| store_error(&e))?;
     let entry = found.ok_or_else(resource::not_found)?;
     let value = serde_json::from_str(&entry.value).unwrap_or_default();
     Ok((entry, value))
@@ -252,7 +253,7 @@ async fn show(state: &State, id: &str, number: &str) -> Outcome {
 /// A revision that serves nobody yet: for a canary.
 async fn add(state: &State, id: &str, call: &Call) -> Outcome {
     let (_, mut value) = stored(state, id).await?;
-    let source = text(&resource::body(Kind::Function, call)?, "source");
+    let source = text(&resource::body(state, Kind::Function, call)?, "source");
     let live = number(&value, "revision");
     let canary = value.get("canary").map_or(0, |canary| number(canary, "revision"));
     if let Value::Object(map) = &mut value {
@@ -267,7 +268,7 @@ async fn add(state: &State, id: &str, call: &Call) -> Outcome {
 async fn rollback(state: &State, id: &str, call: &Call) -> Outcome {
     let wanted = match call.body.is_empty() {
         true => None,
-        false => match resource::json_body(call)?.get("revision").map(Value::as_u64) {
+        false => match resource::json_body(state, call)?.get("revision").map(Value::as_u64) {
             None => None,
             Some(Some(number)) => Some(number),
             Some(None) => {
@@ -317,7 +318,7 @@ async fn make_live(state: &State, id: &str, pick: impl Fn(&Value, &[Revision]) -
         resource::stamp(&mut value, Some(&entry), None);
         let on = Condition::Unmodified(entry.mod_revision);
         match state.store.put(&entry.key, value.to_string(), on, None).await {
-            Ok(written) => return Ok(resource::done(state, 200, &written).await),
+            Ok(written) => return Ok(resource::done(state, 200, Action::Set, &written).await),
             Err(e) if e.kind() == error::Kind::Conflict => {}
             Err(e) => return Err(store_error(&e)),
         }
@@ -348,7 +349,7 @@ fn shown_line(line: &Line) -> Value {
 
 /// `POST /functions/{id}/test`
 async fn test(state: &State, id: &str, call: &Call) -> Outcome {
-    let mut asked = if call.body.is_empty() { json!({}) } else { resource::json_body(call)? };
+    let mut asked = if call.body.is_empty() { json!({}) } else { resource::json_body(state, call)? };
     if let Some(schema) = schema::resource("function_test") {
         schema.check(&mut asked).map_err(|e| Answer::refuse(400, format!("invalid configuration: {e}")))?;
     }

@@ -172,7 +172,7 @@ impl Keeper {
                 Err(e) if e.kind() == Kind::Conflict => {}
                 Err(e) => {
                     tracing::error!("function {id}: the canary is left alone here, but stays in the store: {e}");
-                    if self.store.name() == "file" {
+                    if matches!(self.store.name(), "file" | "standalone") {
                         return;
                     }
                     sleep(BACK_OUT_PAUSE).await;
