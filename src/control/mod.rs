@@ -8,7 +8,7 @@ use std::{future::Future, pin::Pin, rc::Rc, sync::Arc};
 
 use http::Method;
 use serde_json::{Value, json};
-use tokio::{net::TcpListener, runtime::Handle};
+use tokio::{net::TcpListener, runtime};
 
 use crate::{
     admin::{
@@ -75,7 +75,7 @@ async fn answer(state: &State, call: &Call) -> Answer {
         (&Method::GET | &Method::HEAD, ["v1", "lua"]) => match &state.lua {
             Some(held) => {
                 let mut held = held().await;
-                held["control"] = json!({"tasks": Handle::current().metrics().num_alive_tasks()});
+                held["control"] = json!({"tasks": runtime::Handle::current().metrics().num_alive_tasks()});
                 Answer::json(200, &held)
             }
             None => not_found(),
