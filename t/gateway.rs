@@ -2,6 +2,8 @@
 
 mod support;
 
+#[path = "gateway/core_etcd.rs"]
+mod core_etcd;
 #[path = "gateway/counters.rs"]
 mod counters;
 #[path = "gateway/functions.rs"]

@@ -55,6 +55,7 @@ pub async fn run(mut config: Config) -> Result<()> {
     metrics.install();
     let resolver = Arc::new(Resolver::new(&settings::dns(&config), Handle::current()));
     crate::lua::ngx::socket_tcp::set_resolver(resolver.clone());
+    crate::lua::host::store::open_to_scripts(store.clone(), started.published.clone());
     let blueprint = Blueprint {
         config: Arc::new(config.clone()),
         published: started.published.clone(),

@@ -27,6 +27,10 @@ const PARALLEL_FROM: usize = 512;
 const MAX_CHECKED: usize = 65_536;
 /// Refused objects that get their own log line in one change; the errors list has all of them.
 const MAX_LOGGED: usize = 100;
+/// Keys that are no resource's and the bytes of their values that are kept for scripts. Each snapshot shares them with the one
+/// before.
+const MAX_EXTRA: usize = 16_384;
+const MAX_EXTRA_BYTES: usize = 32 << 20;
 /// The key of the list of plugins.
 const PLUGINS: &str = "/plugins";
 /// Written by a node whose plugins are to be loaded anew, so that the others load theirs too. Not a resource: APISIX
@@ -129,6 +133,10 @@ pub struct Builder {
     plugin_list: Option<Entry>,
     /// `mod_revision` of `RELOAD`, once everything has been read.
     reload_seen: Option<i64>,
+    /// Of the values in `next.extra`.
+    extra_bytes: usize,
+    /// Keys that differ from the snapshot taken before.
+    touched: Vec<Arc<str>>,
 }
 
 /// Who claims an auth key; the smallest wins, so that all nodes agree.
@@ -161,6 +169,8 @@ impl Builder {
             plugins_changed: false,
             plugin_list: None,
             reload_seen: None,
+            extra_bytes: 0,
+            touched: Vec::new(),
         }
     }
 
@@ -179,6 +189,11 @@ impl Builder {
         }
         self.next.version += 1;
         Some(self.next.clone())
+    }
+
+    /// The keys whose state in the snapshot taken last is another one than before it.
+    pub fn take_touched(&mut self) -> Vec<Arc<str>> {
+        std::mem::take(&mut self.touched)
     }
 
     /// Takes `entries` for everything there is. What did not change keeps its `Arc` and uid.
@@ -255,31 +270,9 @@ impl Builder {
             return self.plugin_list.as_ref().is_some_and(|l| same(l.mod_revision, &l.value));
         }
         match Kind::of_key(&e.key) {
-            Some((kind, id)) => self.served(kind, id).is_some_and(|(revision, text)| same(revision, text)),
-            // Not ours: nothing will be done with it.
-            None => true,
-        }
-    }
-
-    fn served(&self, kind: Kind, id: &str) -> Option<(i64, &Arc<str>)> {
-        fn version<T>(o: &Arc<Object<T>>) -> (i64, &Arc<str>) {
-            (o.mod_revision, &o.json)
-        }
-        let s = &self.next;
-        match kind {
-            Kind::Route => s.routes.get(id).map(version),
-            Kind::Service => s.services.get(id).map(version),
-            Kind::Upstream => s.upstreams.get(id).map(version),
-            Kind::Consumer => s.consumers.get(id).map(version),
-            Kind::Credential => s.credentials.get(id).map(version),
-            Kind::ConsumerGroup => s.consumer_groups.get(id).map(version),
-            Kind::PluginConfig => s.plugin_configs.get(id).map(version),
-            Kind::GlobalRule => s.global_rules.iter().find(|r| &*r.id == id).map(version),
-            Kind::PluginMetadata => s.plugin_metadata.get(id).map(version),
-            Kind::Ssl => s.ssls.get(id).map(version),
-            Kind::Function => s.functions.get(id).map(version),
-            Kind::PluginSource => s.plugin_sources.get(id).map(version),
-            Kind::Proto | Kind::Secret | Kind::StreamRoute => s.others.get(&(kind, Id::from(id))).map(version),
+            Some((kind, id)) => self.next.stored(kind, id).is_some_and(|o| same(o.modified, o.json)),
+            None if &*e.key == RELOAD => true,
+            None => self.next.extra.get(&e.key).is_some_and(|o| same(o.mod_revision, &o.value)),
         }
     }
 
@@ -292,8 +285,9 @@ impl Builder {
         if self.plugin_list.is_some() {
             absent.push(PLUGINS.to_owned());
         }
+        absent.extend(self.next.extra.keys().map(|k| k.to_string()));
         for kind in Kind::ALL {
-            self.ids(kind, &mut |id| absent.push(key_of(kind, id)));
+            self.next.ids(kind, &mut |id| absent.push(key_of(kind, id)));
         }
         absent.retain(|key| !present.contains(&**key));
         for key in absent {
@@ -302,32 +296,11 @@ impl Builder {
     }
 
     fn is_empty(&self) -> bool {
-        let mut any = self.plugin_list.is_some() || !self.rejected.is_empty();
+        let mut any = self.plugin_list.is_some() || !self.rejected.is_empty() || !self.next.extra.is_empty();
         for kind in Kind::ALL {
-            self.ids(kind, &mut |_| any = true);
+            self.next.ids(kind, &mut |_| any = true);
         }
         !any
-    }
-
-    fn ids(&self, kind: Kind, f: &mut dyn FnMut(&str)) {
-        let s = &self.next;
-        match kind {
-            Kind::Route => s.routes.keys().for_each(|id| f(id)),
-            Kind::Service => s.services.keys().for_each(|id| f(id)),
-            Kind::Upstream => s.upstreams.keys().for_each(|id| f(id)),
-            Kind::Consumer => s.consumers.keys().for_each(|id| f(id)),
-            Kind::Credential => s.credentials.keys().for_each(|id| f(id)),
-            Kind::ConsumerGroup => s.consumer_groups.keys().for_each(|id| f(id)),
-            Kind::PluginConfig => s.plugin_configs.keys().for_each(|id| f(id)),
-            Kind::GlobalRule => s.global_rules.iter().for_each(|r| f(&r.id)),
-            Kind::PluginMetadata => s.plugin_metadata.keys().for_each(|id| f(id)),
-            Kind::Ssl => s.ssls.keys().for_each(|id| f(id)),
-            Kind::Function => s.functions.keys().for_each(|id| f(id)),
-            Kind::PluginSource => s.plugin_sources.keys().for_each(|id| f(id)),
-            Kind::Proto | Kind::Secret | Kind::StreamRoute => {
-                s.others.keys().filter(|(k, _)| *k == kind).for_each(|(_, id)| f(id));
-            }
-        }
     }
 
     /// Plugins first, so that the rest is checked by the new ones; services before the routes that take their hosts.
@@ -370,14 +343,19 @@ impl Builder {
                     self.next.plugin_names = Some(names);
                     self.plugin_list = Some(entry.clone());
                     self.plugins_changed = true;
+                    self.keep_extra(&entry);
                     Ok(())
                 }
-                Parsed::Skipped => continue,
+                Parsed::Skipped => {
+                    self.keep_extra(&entry);
+                    continue;
+                }
                 Parsed::Refused(message) => Err(message),
             };
             match valid {
                 Ok(()) => {
                     self.accept(&entry.key);
+                    self.touched.push(entry.key.clone());
                     accepted.push(entry);
                 }
                 Err(message) => self.refuse(entry, message, logged),
@@ -385,6 +363,32 @@ impl Builder {
             self.dirty = true;
         }
         accepted
+    }
+
+    /// What is no resource's is kept for the scripts that ask for it, within bounds.
+    fn keep_extra(&mut self, e: &Entry) {
+        if e.value.len() > MAX_EXTRA_BYTES || &*e.value == NOT_UTF8 {
+            return self.drop_extra(&e.key);
+        }
+        let old = self.next.extra.get(&e.key).map(|old| old.value.len());
+        let bytes = self.extra_bytes - old.unwrap_or(0) + e.value.len();
+        if bytes > MAX_EXTRA_BYTES || (old.is_none() && self.next.extra.len() >= MAX_EXTRA) {
+            tracing::warn!(
+                "{}: not shown to scripts: at most {MAX_EXTRA} keys and {MAX_EXTRA_BYTES} bytes of no kind of resource are",
+                e.key
+            );
+            return self.drop_extra(&e.key);
+        }
+        self.extra_bytes = bytes;
+        self.next.extra.insert(e.key.clone(), e.clone());
+        self.touched.push(e.key.clone());
+        self.dirty = true;
+    }
+
+    fn drop_extra(&mut self, key: &str) {
+        if let Some(old) = self.next.extra.remove(key) {
+            self.extra_bytes -= old.value.len();
+        }
     }
 
     fn accept(&mut self, key: &Arc<str>) {
@@ -585,6 +589,8 @@ impl Builder {
 
     fn remove(&mut self, key: &str) {
         self.dirty = true;
+        self.touched.push(key.into());
+        self.drop_extra(key);
         if self.rejected.remove(key).is_some() {
             self.next.errors.remove(key);
         }
@@ -687,6 +693,9 @@ fn parse_all(parser: &Parser, entries: &[Entry]) -> Vec<Parsed> {
 }
 
 fn parse(parser: &Parser, e: &Entry) -> Parsed {
+    if &*e.key != PLUGINS && Kind::of_key(&e.key).is_none() {
+        return Parsed::Skipped;
+    }
     if &*e.value == NOT_UTF8 {
         return Parsed::Refused("the value is not UTF-8 text".to_owned());
     }

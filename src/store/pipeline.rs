@@ -249,7 +249,7 @@ impl Pipeline {
 
     fn publish(&mut self) {
         if let Some(next) = self.builder.take() {
-            self.published.publish(next);
+            self.published.publish(next, self.builder.take_touched());
         }
     }
 }
