@@ -21,6 +21,7 @@ use tokio::sync::Notify;
 
 use super::{BoxFuture, Change, ChangeSink, Condition, Entry, Store, Written};
 use crate::{
+    conf::yaml,
     error::{Error, Kind, Result},
     model,
 };
@@ -271,34 +272,7 @@ fn parse_yaml(text: &str) -> Result<Value> {
     if text.trim_end().lines().next_back().is_none_or(|last| last.trim() != "#END") {
         return Err(malformed("not read: its last line must be #END".to_owned()));
     }
-    let mut value: serde_norway::Value = serde_norway::from_str(text).map_err(|e| malformed(e.to_string()))?;
-    value.apply_merge().map_err(|e| malformed(e.to_string()))?;
-    json_of(value)
-}
-
-/// Keys become text, as in JSON: `nodes: {8080: 1}`.
-fn json_of(value: serde_norway::Value) -> Result<Value> {
-    use serde_norway::Value as Yaml;
-    Ok(match value {
-        Yaml::Null => Value::Null,
-        Yaml::Bool(b) => Value::Bool(b),
-        Yaml::String(s) => Value::String(s),
-        Yaml::Number(n) => serde_json::to_value(n).map_err(|e| malformed(e.to_string()))?,
-        Yaml::Sequence(items) => Value::Array(items.into_iter().map(json_of).collect::<Result<_>>()?),
-        Yaml::Tagged(tagged) => json_of(tagged.value)?,
-        Yaml::Mapping(pairs) => {
-            let mut map = Map::new();
-            for (key, value) in pairs {
-                let key = match json_of(key)? {
-                    Value::String(s) => s,
-                    plain @ (Value::Number(_) | Value::Bool(_)) => plain.to_string(),
-                    _ => return Err(malformed("a key must be text".to_owned())),
-                };
-                map.insert(key, json_of(value)?);
-            }
-            Value::Object(map)
-        }
-    })
+    yaml::read(text).map_err(malformed)
 }
 
 fn add_section(kind: model::Kind, section: Value, entries: &mut BTreeMap<Arc<str>, Arc<str>>) -> Result<()> {

@@ -10,6 +10,8 @@ fn scripted(mut settings: Value) -> Gateway {
         local f = assert(loadstring(ngx.req.get_body_data()))
         local core, etcd = require('apisix.core'), require('apisix.core.etcd')
         ngx.say(core.json.encode({ f(core, etcd) }))";
+    // One VM: an object of `core.config` belongs to the one that made it.
+    settings["nginx_config"] = json!({"worker_processes": 1});
     settings["lua_locations"] = json!([{"location": "= /lua", "content_by_lua": run}]);
     Gateway::with(settings)
 }
@@ -169,4 +171,108 @@ fn init_may_use_the_store_and_functions_may_not() {
     let source = "return function() return 200, tostring(require('apisix.core').etcd.set) end";
     gw.put("/functions/f", json!({"source": source}));
     assert_eq!(gw.get("/f").text(), "nil");
+}
+
+/// Makes an object that notes what its callbacks are given, in a global of the VM.
+const FOLLOW_BOX: &str = "seen = { filtered = {} }
+    seen.object = assert(core.config.new('/box', {
+        automatic = true,
+        item_schema = { type = 'object', properties = { n = { type = 'integer' }, kind = { default = 'plain' } } },
+        checker = function(value) if value.n == 13 then return false, 'unlucky' end return true end,
+        filter = function(item, old) table.insert(seen.filtered, item.value.id .. (old and ' again' or '')) end,
+    })) ";
+
+/// What a script says once it says so.
+fn eventually_runs(gw: &Gateway, lua: &str, expected: Value) {
+    let mut said = Value::Null;
+    let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        eventually("the script says it", || {
+            said = run(gw, lua);
+            (said == expected).then_some(())
+        });
+    }));
+    assert!(ended.is_ok(), "{lua}: {said}, not {expected}\n{}", gw.log());
+}
+
+fn an_object_follows_a_directory(gw: &Gateway) {
+    run(gw, "etcd.set('/box/a', { n = 1 }) etcd.set('/boxes/x', { n = 1 })");
+    let first = run(
+        gw,
+        &format!(
+            "{FOLLOW_BOX} local item = seen.object:get('a')
+             return #seen.object.values, item.key, item.value.n, item.value.kind, item.value.id, seen.object.conf_version,
+                 item.modifiedIndex == seen.object.prev_index, core.config.fetch_created_obj('/box') == seen.object"
+        ),
+    );
+    assert_eq!(first, json!([1, "/apisix/box/a", 1, "plain", "a", 1, true, true]));
+    run(gw, "etcd.set('/box/b', { n = 2 }) etcd.set('/box/a', { n = 3 }) etcd.set('/boxes/y', { n = 4 })");
+    let state = "local o = seen.object local a, b = o:get('a'), o:get('b')
+        return o.conf_version, a and a.value.n or 0, b and b.value.n or 0, table.concat(seen.filtered, ', ')";
+    eventually_runs(gw, state, json!([3, 3, 2, "a, b, a again"]));
+
+    run(gw, "etcd.set('/box/a', { n = 'text' }) etcd.set('/box/b', { n = 13 }) etcd.set('/box/c', 'no object')");
+    gw.expect_log("failed to check item data of [/apisix/box] err:property \"n\" validation failed");
+    gw.expect_log("failed to check item data of [/apisix/box] err:unlucky");
+    gw.expect_log("invalid item data of [/apisix/box/c], val: no object, it should be an object");
+    eventually_runs(gw, state, json!([3, 3, 2, "a, b, a again"]));
+
+    run(
+        gw,
+        "core.config_util.add_clean_handler(seen.object:get('a'), function() seen.cleaned = true end) etcd.delete('/box/a')",
+    );
+    let left = "local names = {} for _, item in core.config_util.iterate_values(seen.object.values) do
+            names[#names + 1] = item.value.id end
+        return table.concat(names, ' '), #seen.object.values, seen.cleaned, seen.object.conf_version";
+    eventually_runs(gw, left, json!(["b", 2, true, 4]));
+
+    run(gw, "seen.object:close() etcd.set('/box/b', { n = 5 }) other = core.config.new('/box', { automatic = true })");
+    assert_eq!(run(gw, "return other:get('b').value.n, seen.object:get('b').value.n"), json!([5, 2]));
+}
+
+#[test]
+fn objects_follow_a_directory_of_the_embedded_store() {
+    let up = Upstream::echo();
+    let gw = scripted(json!({}));
+    an_object_follows_a_directory(&gw);
+    let routes = "local routes, n = core.config.fetch_created_obj('/routes'), 0
+        for _, item in core.config_util.iterate_values(routes.values) do n = n + item.value.priority end return n";
+    assert_eq!(run(&gw, routes), json!([0]));
+    let route = |uri: &str| json!({"uri": uri, "priority": 7, "upstream": {"nodes": {up.addr(): 1}}});
+    gw.put("/routes/1", route("/one"));
+    eventually_runs(&gw, routes, json!([7]));
+    gw.put("/routes/2", route("/two"));
+    eventually_runs(&gw, routes, json!([14]));
+    gw.admin("DELETE", "/routes/1", ());
+    eventually_runs(&gw, routes, json!([7]));
+    let read = run(
+        &gw,
+        "local o = core.config.new() return o:getkey('/routes/').body.count, o:getkey('/routes/2').body.kvs[1].value.uri,
+             o:getkey('/none').status, o:getkey('/none/').body.count",
+    );
+    assert_eq!(read, json!(["2", "/two", 404, "1"]));
+    assert_eq!(
+        run(&gw, "return core.config.new('routes')")[1],
+        json!("the key of a configuration object begins with a slash")
+    );
+    let last = run(
+        &gw,
+        "local n, o, err = 0 repeat o, err = core.config.new('/x', { automatic = true }) n = n + 1 until not o return n, err",
+    );
+    assert_eq!(last, json!([255, "more than 256 configuration objects"]), "two follow already");
+}
+
+#[test]
+fn objects_follow_a_directory_of_etcd() {
+    let etcd = Etcd::start();
+    etcd.put("/apisix/box/", "init_dir");
+    let gw = scripted(on_etcd(&etcd));
+    an_object_follows_a_directory(&gw);
+    etcd.put("/apisix/box/other", r#"{"n":9}"#);
+    eventually_runs(&gw, "local item = other:get('other') return item and item.value.n or 0", json!([9]));
+    let list = "list = list or core.config.new('/plugins', { automatic = true, single_item = true })
+        return list.values[1] and list.values[1].value[1].name or 0";
+    assert_eq!(run(&gw, list), json!([0]));
+    // Another list of plugins starts the scripts anew, and their objects with them.
+    etcd.put("/apisix/plugins", r#"[{"name":"key-auth"}]"#);
+    eventually_runs(&gw, list, json!(["key-auth"]));
 }

@@ -9,6 +9,8 @@ local conf
 function _M.local_conf()
     if not conf then
         conf = require("cjson.safe").decode(native.config_json) or {}
+        -- Where plugins look for the store's addresses.
+        conf.etcd = conf.etcd or conf.deployment and conf.deployment.etcd
     end
     return conf
 end
