@@ -5,6 +5,7 @@
 //! gateway uses becomes typed (`typed`). Nothing outside this module sees the file's shape.
 
 pub mod admin_key;
+pub mod ciphers;
 pub mod directives;
 mod env;
 mod keys;
@@ -86,6 +87,30 @@ pub struct Config {
     /// `X-Forwarded-*` of these peers is taken as it comes.
     pub trusted_addresses: Vec<IpNet>,
     pub locations: Arc<locations::Locations>,
+    pub stream: Stream,
+}
+
+/// TCP and UDP proxying.
+#[derive(Clone, Debug, Default)]
+pub struct Stream {
+    /// `apisix.proxy_mode` has it: stream routes may be written.
+    pub enabled: bool,
+    pub tcp: Vec<StreamListen>,
+    pub udp: Vec<SocketAddr>,
+    /// `nginx_config.stream.real_ip_from`: whose PROXY protocol headers say who the client is.
+    pub real_ip_from: Vec<IpNet>,
+    pub access_log: Option<AccessLog>,
+}
+
+/// One of `apisix.stream_proxy.tcp`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StreamListen {
+    pub addr: SocketAddr,
+    pub tls: bool,
+    /// Connections begin with a PROXY protocol header.
+    pub proxy_protocol: bool,
+    /// So do those to upstreams.
+    pub proxy_protocol_to_upstream: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -258,6 +283,21 @@ pub fn parse(prefix: &Path, text: &str) -> Result<(Config, Vec<Warning>), Mistak
         Some(config) if mistakes.is_empty() => Ok((config, warnings)),
         _ => Err(Mistakes(mistakes)),
     }
+}
+
+/// Where the two APIs listen in truth, for a test node that has them on its own port: one of the configured ports may be 0.
+pub fn note_places(config: &mut Config, admin: Option<SocketAddr>, control: Option<SocketAddr>) {
+    if keys::at(&config.json, "test_node.serve_on_node").is_none() {
+        return;
+    }
+    let json = Arc::make_mut(&mut config.json);
+    for (pointer, addr) in [("/deployment/admin/admin_listen/port", admin), ("/apisix/control/port", control)] {
+        if let (Some(port), Some(addr)) = (json.pointer_mut(pointer), addr) {
+            *port = addr.port().into();
+        }
+    }
+    // What is wrong with them was told when they were read first.
+    config.locations = Arc::new(locations::read(&config.json, &config.prefix, &mut Vec::new()));
 }
 
 /// Whether this node has an Admin API.

@@ -149,12 +149,12 @@ fn with_listener<F: Future<Output = ()>>(proxy_protocol: bool, ssls: Vec<Ssl>, t
             protocols: vec!["TLSv1.2".into(), "TLSv1.3".into()],
             session_tickets: false,
             fallback_sni: None,
-            http2: true,
+            alpn: &[b"h2", b"http/1.1"],
         };
         let tls = (!snapshot.ssls.is_empty()).then(|| listener::Tls {
             server: Arc::new(tls::Server::new(options).expect("options")),
             published: Published::new(snapshot),
-            scripts: None,
+            scripts: Rc::default(),
         });
         let settings = Settings { max_connections: 2, ..Settings::default() };
         let server = Rc::new(Server { handler: Echo, settings, pool: ExchangePool::new(), drain: Drain::default() });

@@ -16,9 +16,9 @@ use crate::{
     error::Result,
     model::{
         Consumer, ConsumerGroup, Credential, Function, GlobalRule, Id, Kind, Object, PluginConfig, PluginMetadata,
-        PluginSource, Plugins, Route, Service, Ssl, Upstream, consumer::AuthKey, next_uid,
+        PluginSource, Plugins, Route, Service, Ssl, StreamRoute, Upstream, consumer::AuthKey, next_uid,
     },
-    router::{Router, RouterKind},
+    router::{Router, RouterKind, StreamRouter},
 };
 
 /// Fewer objects than this are parsed where they are: threads would cost more than they save.
@@ -52,6 +52,7 @@ pub enum Item {
     Ssl(Arc<Object<Ssl>>),
     Function(Arc<Object<Function>>),
     PluginSource(Arc<Object<PluginSource>>),
+    StreamRoute(Arc<Object<StreamRoute>>),
     Other(Kind, Arc<Object<()>>),
 }
 
@@ -128,6 +129,8 @@ pub struct Builder {
     /// Auth keys that more than one consumer or credential claims, with all who do: the oldest has it.
     contested: HashMap<AuthKey, BTreeSet<Claim>>,
     dirty: bool,
+    /// The router of stream routes is to be made anew: once for all that changed together.
+    streams_changed: bool,
     plugins_changed: bool,
     /// `mod_revision` and text of the list of plugins.
     plugin_list: Option<Entry>,
@@ -166,6 +169,7 @@ impl Builder {
             routes_of_service: HashMap::new(),
             contested: HashMap::new(),
             dirty: true,
+            streams_changed: false,
             plugins_changed: false,
             plugin_list: None,
             reload_seen: None,
@@ -186,6 +190,9 @@ impl Builder {
     pub fn take(&mut self) -> Option<Snapshot> {
         if !std::mem::take(&mut self.dirty) {
             return None;
+        }
+        if std::mem::take(&mut self.streams_changed) {
+            self.next.stream_router = Arc::new(StreamRouter::new(self.next.stream_routes.values().cloned()));
         }
         self.next.version += 1;
         Some(self.next.clone())
@@ -462,6 +469,10 @@ impl Builder {
                 self.plugins_changed = true;
                 drop(s.plugin_sources.insert(o.id.clone(), o));
             }
+            Item::StreamRoute(o) => {
+                self.streams_changed = true;
+                drop(s.stream_routes.insert(o.id.clone(), o));
+            }
             Item::Other(kind, o) => drop(s.others.insert((kind, o.id.clone()), o)),
         }
     }
@@ -627,7 +638,8 @@ impl Builder {
             Kind::Ssl => drop(s.ssls.remove(id)),
             Kind::Function => drop(s.functions.remove(id)),
             Kind::PluginSource => self.plugins_changed |= s.plugin_sources.remove(id).is_some(),
-            Kind::Proto | Kind::Secret | Kind::StreamRoute => drop(s.others.remove(&(kind, Id::from(id)))),
+            Kind::StreamRoute => self.streams_changed |= s.stream_routes.remove(id).is_some(),
+            Kind::Proto | Kind::Secret => drop(s.others.remove(&(kind, Id::from(id)))),
         }
     }
 

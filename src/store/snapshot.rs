@@ -11,9 +11,9 @@ use super::Entry;
 use crate::{
     model::{
         self, Consumer, ConsumerGroup, Credential, Function, GlobalRule, Id, Kind, Object, PluginConfig,
-        PluginMetadata, PluginSource, Route, Service, Ssl, Upstream, consumer::AuthKey,
+        PluginMetadata, PluginSource, Route, Service, Ssl, StreamRoute, Upstream, consumer::AuthKey,
     },
-    router::Router,
+    router::{Router, StreamRouter},
 };
 
 pub type Table<T> = HashMap<Id, Arc<Object<T>>>;
@@ -39,7 +39,8 @@ pub struct Snapshot {
     pub ssls: Table<Ssl>,
     pub functions: Table<Function>,
     pub plugin_sources: Table<PluginSource>,
-    /// Protos, secrets, stream_routes: kept as text until something reads them.
+    pub stream_routes: Table<StreamRoute>,
+    /// Protos, secrets: kept as text until something reads them.
     pub others: HashMap<(model::Kind, Id), Arc<Object<()>>>,
     /// What is stored under keys of no kind, and the list of plugins: for scripts.
     pub extra: OrdMap<Arc<str>, Entry>,
@@ -48,6 +49,7 @@ pub struct Snapshot {
     /// `consumers` as plugins see them changed: `conf_version` of the consumer tables.
     pub consumers_uid: u64,
     pub router: Router,
+    pub stream_router: Arc<StreamRouter>,
     /// Grows when plugins must be loaded anew: an upload, `plugins/reload`, the list of plugins.
     pub plugins_generation: u64,
     /// The names to load, when the store holds a list (`/plugins`); else config.yaml's.
@@ -92,7 +94,8 @@ impl Snapshot {
             Kind::Ssl => self.ssls.get(id).map(Stored::from),
             Kind::Function => self.functions.get(id).map(Stored::from),
             Kind::PluginSource => self.plugin_sources.get(id).map(Stored::from),
-            Kind::Proto | Kind::Secret | Kind::StreamRoute => self.others.get(&(kind, Id::from(id))).map(Stored::from),
+            Kind::StreamRoute => self.stream_routes.get(id).map(Stored::from),
+            Kind::Proto | Kind::Secret => self.others.get(&(kind, Id::from(id))).map(Stored::from),
         }
     }
 
@@ -111,7 +114,8 @@ impl Snapshot {
             Kind::Ssl => self.ssls.keys().for_each(|id| visit(id)),
             Kind::Function => self.functions.keys().for_each(|id| visit(id)),
             Kind::PluginSource => self.plugin_sources.keys().for_each(|id| visit(id)),
-            Kind::Proto | Kind::Secret | Kind::StreamRoute => {
+            Kind::StreamRoute => self.stream_routes.keys().for_each(|id| visit(id)),
+            Kind::Proto | Kind::Secret => {
                 self.others.keys().filter(|(k, _)| *k == kind).for_each(|(_, id)| visit(id));
             }
         }

@@ -28,7 +28,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::{LazyConfigAcceptor, StartHandshake, server::TlsStream};
 use x509_parser::{certificate::X509Certificate, prelude::FromDer};
 
-use super::{certificates, private_key, versions};
+use super::{certificates, ocsp, private_key, versions};
 use crate::{
     error::{Error, Kind, Result},
     exchange::{TlsInfo, openssl},
@@ -51,8 +51,8 @@ pub struct ServerOptions {
     pub session_tickets: bool,
     /// For clients that name no host.
     pub fallback_sni: Option<Box<str>>,
-    /// Offer `h2`.
-    pub http2: bool,
+    /// What may be spoken, the best first. Empty: nothing is said of it, and whatever the client names goes.
+    pub alpn: &'static [&'static [u8]],
 }
 
 /// Answers handshakes.
@@ -298,10 +298,7 @@ pub(super) fn config_of(provider: &Arc<CryptoProvider>, parts: Parts) -> Result<
 
 /// Adds what connections share, and what is spoken on them.
 fn with_sessions(mut config: ServerConfig, options: &ServerOptions) -> Result<ServerConfig> {
-    config.alpn_protocols = match options.http2 {
-        true => vec![b"h2".to_vec(), b"http/1.1".to_vec()],
-        false => vec![b"http/1.1".to_vec()],
-    };
+    config.alpn_protocols = options.alpn.iter().map(|protocol| protocol.to_vec()).collect();
     config.session_storage = ServerSessionMemoryCache::new(SESSIONS_KEPT);
     if options.session_tickets {
         config.ticketer = ring::Ticketer::new().map_err(|e| Error::config(Kind::Tls).cause(e))?;
@@ -318,11 +315,13 @@ pub(super) fn failed(e: std::io::Error) -> Error {
 pub(super) struct Keys(pub Vec<Arc<CertifiedKey>>);
 
 impl Keys {
-    /// The same with an OCSP response beside the first certificate: a response is about one.
+    /// The same with an OCSP response beside the certificate that it is about; the first where none can be told.
     pub fn stapled(&self, ocsp: Vec<u8>) -> Keys {
         let mut keys = self.0.clone();
-        if let Some(first) = keys.first_mut() {
-            *first = Arc::new(CertifiedKey { ocsp: Some(ocsp), ..(**first).clone() });
+        let is_about = |pair: &Arc<CertifiedKey>| pair.cert.first().is_some_and(|cert| ocsp::is_about(&ocsp, cert));
+        let at = keys.iter().position(is_about).unwrap_or_default();
+        if let Some(pair) = keys.get_mut(at) {
+            *pair = Arc::new(CertifiedKey { ocsp: Some(ocsp), ..(**pair).clone() });
         }
         Keys(keys)
     }
@@ -479,7 +478,7 @@ mod tests {
 
     fn server() -> Server {
         let protocols = vec!["TLSv1.3".into()];
-        Server::new(ServerOptions { protocols, session_tickets: false, fallback_sni: None, http2: false })
+        Server::new(ServerOptions { protocols, session_tickets: false, fallback_sni: None, alpn: &[b"http/1.1"] })
             .expect("valid")
     }
 
