@@ -6,7 +6,7 @@ use ipnet::IpNet;
 use serde_json::Value;
 use subtle::ConstantTimeEq;
 
-use crate::{error::Result, expr, model::Keyring};
+use crate::{error::Result, expr, model::Keyring, store};
 
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -48,14 +48,13 @@ impl Settings {
         };
         let keys =
             admin.get("admin_key").and_then(Value::as_array).into_iter().flatten().filter_map(AdminKey::from_json);
-        let prefix = config.pointer("/deployment/etcd/prefix").and_then(Value::as_str).unwrap_or("/apisix");
         Ok(Settings {
             keys: keys.collect(),
             key_required: flag("admin_key_required"),
             allow: strings(admin.get("allow_admin")).iter().filter_map(|text| expr::network(text)).collect(),
             cors: flag("enable_admin_cors"),
             server: server.to_owned(),
-            prefix: prefix.trim_end_matches('/').to_owned(),
+            prefix: store::shown_prefix(config),
             keyring: keyring(config)?,
             stream: false,
         })

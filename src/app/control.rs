@@ -88,6 +88,7 @@ async fn open(config: &Config, plugins: &Plugins, store: &Arc<dyn Store>) -> Res
         parser: store::parser(keyring, Some(plugins.fields.clone())),
         checker: Some(Box::new(plugins.clone())),
         router: settings::router(config),
+        shown_prefix: store::shown_prefix(&config.json),
         last_good: Some(store::last_good_path(config)),
     };
     store::start(store.clone(), setup).await

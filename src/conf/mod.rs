@@ -268,6 +268,12 @@ pub fn parse(prefix: &Path, text: &str) -> Result<(Config, Vec<Warning>), Mistak
     if !written.is_object() {
         return Err(one("the file must hold a map: apisix:, deployment:, …".into()));
     }
+    for list in ["plugins", "stream_plugins"] {
+        // `plugins:` with nothing after it lists none.
+        if let Some(list) = written.get_mut(list).filter(|list| list.is_null()) {
+            *list = Value::Array(Vec::new());
+        }
+    }
     env::fill(&mut written, &mut mistakes);
     let mut effective = defaults().map_err(one)?;
     let mut warnings = keys::look(&written, &effective, &mut mistakes);

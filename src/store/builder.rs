@@ -11,6 +11,8 @@ use std::{
     thread,
 };
 
+use serde_json::Value;
+
 use super::{Entry, NOT_UTF8, Snapshot, snapshot::ConfigError};
 use crate::{
     error::Result,
@@ -31,6 +33,8 @@ const MAX_LOGGED: usize = 100;
 /// before.
 const MAX_EXTRA: usize = 16_384;
 const MAX_EXTRA_BYTES: usize = 32 << 20;
+/// Characters of a refused value in the log.
+const MAX_SHOWN: usize = 200;
 /// The key of the list of plugins.
 const PLUGINS: &str = "/plugins";
 /// Written by a node whose plugins are to be loaded anew, so that the others load theirs too. Not a resource: APISIX
@@ -136,6 +140,8 @@ pub struct Builder {
     plugin_list: Option<Entry>,
     /// `mod_revision` of `RELOAD`, once everything has been read.
     reload_seen: Option<i64>,
+    /// Stands before keys in the log: `/apisix`.
+    pub shown_prefix: String,
     /// Of the values in `next.extra`.
     extra_bytes: usize,
     /// Keys that differ from the snapshot taken before.
@@ -173,6 +179,7 @@ impl Builder {
             plugins_changed: false,
             plugin_list: None,
             reload_seen: None,
+            shown_prefix: String::new(),
             extra_bytes: 0,
             touched: Vec::new(),
         }
@@ -407,11 +414,22 @@ impl Builder {
     fn refuse(&mut self, entry: Entry, message: String, logged: &mut usize) {
         *logged += 1;
         if *logged <= MAX_LOGGED {
-            let plural = Kind::of_key(&entry.key).map_or("plugins", |(kind, _)| kind.plural());
-            tracing::error!("failed to check item data of [{plural}] err:{message}, key: {}", entry.key);
+            self.log_refused(&entry, &message);
         }
         self.set_error(&entry.key, entry.mod_revision, message);
         self.rejected.insert(entry.key.clone(), entry);
+    }
+
+    fn log_refused(&self, e: &Entry, message: &str) {
+        let plain =
+            serde_json::from_str::<Value>(&e.value).ok().filter(|value| !value.is_object() && &*e.key != PLUGINS);
+        let Some(plain) = plain else {
+            let plural = Kind::of_key(&e.key).map_or("plugins", |(kind, _)| kind.plural());
+            return tracing::error!("failed to check item data of [{plural}] err:{message}, key: {}", e.key);
+        };
+        let text: String = plain.as_str().map_or_else(|| plain.to_string(), str::to_owned);
+        let text: String = text.chars().take(MAX_SHOWN).collect();
+        tracing::error!("invalid item data of [{}{}], val: {text}, it should be an object", self.shown_prefix, e.key);
     }
 
     fn set_error(&mut self, key: &Arc<str>, revision: i64, message: String) {
@@ -445,7 +463,10 @@ impl Builder {
             }
         };
         match verdict {
-            Err(Refusal::Unknown) if self.strict_plugins => Err(format!("unknown plugin [{name}]")),
+            // The metadata of a plugin that is not loaded harms nobody.
+            Err(Refusal::Unknown) if self.strict_plugins && schema != PluginSchema::Metadata => {
+                Err(format!("unknown plugin [{name}]"))
+            }
             Ok(()) | Err(Refusal::Unknown) => Ok(()),
             Err(Refusal::Invalid(e)) => Err(format!("failed to check the configuration of plugin {name} err: {e}")),
         }
@@ -728,14 +749,33 @@ fn parse(parser: &Parser, e: &Entry) -> Parsed {
 
 /// `[{"name": "key-auth"}, {"name": "mqtt-proxy", "stream": true}]`: the names of those for HTTP.
 fn plugin_names(text: &str) -> std::result::Result<Arc<[Box<str>]>, String> {
-    #[derive(serde::Deserialize)]
-    struct Listed {
-        name: Box<str>,
-        #[serde(default)]
-        stream: bool,
+    let list: Vec<Value> = serde_json::from_str(text).map_err(|e| format!("invalid list of plugins: {e}"))?;
+    let mut names: Vec<Box<str>> = Vec::new();
+    for (i, plugin) in list.iter().enumerate() {
+        let wrong = |key: &str, expected: &str| {
+            let got = type_name(&plugin[key]);
+            let what = format!("property \"{key}\" validation failed: wrong type: expected {expected}, got {got}");
+            format!("failed to validate item {}: {what}", i + 1)
+        };
+        let name = plugin["name"].as_str().ok_or_else(|| wrong("name", "string"))?;
+        match &plugin["stream"] {
+            Value::Null | Value::Bool(false) => names.push(name.into()),
+            Value::Bool(true) => {}
+            _ => return Err(wrong("stream", "boolean")),
+        }
     }
-    let list: Vec<Listed> = serde_json::from_str(text).map_err(|e| format!("invalid list of plugins: {e}"))?;
-    Ok(list.into_iter().filter(|p| !p.stream).map(|p| p.name).collect())
+    Ok(names.into())
+}
+
+fn type_name(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "boolean",
+        Value::Number(_) => "number",
+        Value::String(_) => "string",
+        Value::Array(_) => "array",
+        Value::Object(_) => "object",
+    }
 }
 
 #[cfg(test)]

@@ -256,9 +256,12 @@ fn entries_of(
     };
     for (name, section) in sections {
         if name == "plugins" {
-            entries.insert("/plugins".into(), section.to_string().into());
+            let list = if section.is_null() { "[]".into() } else { section.to_string() };
+            entries.insert("/plugins".into(), list.into());
         } else if let Some(kind) = model::Kind::ALL.into_iter().find(|k| k.plural() == name) {
             add_section(kind, section, &mut entries)?;
+        } else if name != "stream_plugins" {
+            add_own_section(&name, section, &mut entries);
         }
     }
     Ok(entries)
@@ -266,6 +269,27 @@ fn entries_of(
 
 fn malformed(what: String) -> Error {
     Error::config(Kind::Malformed).context(what)
+}
+
+/// A section of no kind, for the plugin that asks for it (`core.config.new("/name")`): a list has an item per object, a table is one
+/// item itself.
+fn add_own_section(name: &str, section: Value, entries: &mut BTreeMap<Arc<str>, Arc<str>>) {
+    let items = match section {
+        Value::Array(items) => items,
+        Value::Object(_) => {
+            entries.insert(format!("/{name}").into(), section.to_string().into());
+            return;
+        }
+        _ => return,
+    };
+    for (i, item) in items.into_iter().enumerate() {
+        let id = match &item["id"] {
+            Value::String(id) => id.clone(),
+            Value::Number(id) => id.to_string(),
+            _ => format!("arr_{}", i + 1),
+        };
+        entries.insert(format!("/{name}/{id}").into(), item.to_string().into());
+    }
 }
 
 fn parse_yaml(text: &str) -> Result<Value> {

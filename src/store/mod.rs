@@ -70,6 +70,12 @@ pub fn last_good_path(config: &Config) -> std::path::PathBuf {
     config.prefix.join(LAST_GOOD_FILE)
 }
 
+/// What stands before keys where users see them, whatever the store: `deployment.etcd.prefix`.
+pub fn shown_prefix(config: &serde_json::Value) -> String {
+    let prefix = config.pointer("/deployment/etcd/prefix").and_then(serde_json::Value::as_str).unwrap_or("/apisix");
+    prefix.trim_end_matches('/').to_owned()
+}
+
 /// The store that `deployment` names.
 pub fn open(config: &Config) -> Result<Arc<dyn Store>> {
     let deployment = &config.json["deployment"];
