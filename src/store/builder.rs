@@ -837,6 +837,40 @@ mod tests {
         json!({"uri": uri, "upstream": upstream()})
     }
 
+    #[test]
+    fn keys_of_no_kind_are_kept_for_scripts_within_bounds() {
+        let (mut b, _) = builder();
+        put(&mut b, "/box/a", 1, json!({"n": 1}));
+        put(&mut b, "/boxes/a", 2, json!({"n": 2}));
+        put(&mut b, "/box", 3, json!("itself"));
+        put(&mut b, "/plugins", 4, json!([{"name": "key-auth"}]));
+        let s = b.take().unwrap();
+        let keys = |dir| s.keys_in(dir).iter().map(|key| key.to_string()).collect::<Vec<_>>();
+        assert_eq!((keys("/box"), keys("/plugins")), (vec!["/box".into(), "/box/a".into()], vec!["/plugins".into()]));
+        assert_eq!(s.at("/box/a").map(|o| (&**o.json, o.modified)), Some((r#"{"n":1}"#, 1)));
+        assert_eq!(b.take_touched().len(), 4);
+        assert!(b.take_touched().is_empty());
+
+        let long = |len: usize| Value::from("x".repeat(len - 2));
+        put(&mut b, "/box/long", 5, long(MAX_EXTRA_BYTES));
+        assert!(b.take().unwrap().at("/box/long").is_none(), "the others have some of the bytes");
+        let rest = MAX_EXTRA_BYTES - b.extra_bytes;
+        put(&mut b, "/box/long", 6, long(rest));
+        assert!(b.take().unwrap().at("/box/long").is_some());
+        put(&mut b, "/box/a", 7, json!({"n": 10}));
+        assert!(b.take().unwrap().at("/box/a").is_none(), "an older version is not shown for a newer one");
+        delete(&mut b, "/box/long", 8);
+        let room = MAX_EXTRA - b.next.extra.len();
+        (0..=room).for_each(|n| drop(put(&mut b, &format!("/box/{n}"), 9, json!(n))));
+        let s = b.take().unwrap();
+        assert_eq!((s.extra.len(), s.at(&format!("/box/{room}")).is_none()), (MAX_EXTRA, true));
+        put(&mut b, "/box/0", 10, json!("again"));
+        assert_eq!(b.take().unwrap().at("/box/0").map(|o| o.modified), Some(10), "a known key may change");
+        b.replace(vec![entry("/box/new", 11, json!(1))], 11);
+        let s = b.take().unwrap();
+        assert_eq!((s.keys_in("/box").len(), b.extra_bytes), (1, 1));
+    }
+
     struct Asked<'a>(&'a str, &'a str);
 
     impl Facts for Asked<'_> {

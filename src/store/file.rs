@@ -312,6 +312,10 @@ fn add_section(kind: model::Kind, section: Value, entries: &mut BTreeMap<Arc<str
             if kind != model::Kind::Consumer {
                 map.entry("id").or_insert_with(|| id.clone().into());
             }
+            // A credential's place is in its key.
+            if let Some((_, own)) = id.split_once("/credentials/") {
+                map.insert("id".to_owned(), own.into());
+            }
             // `key-auth:` with nothing after it is a plugin without settings.
             if let Some(Value::Object(plugins)) = map.get_mut("plugins") {
                 plugins.values_mut().filter(|v| v.is_null()).for_each(|v| *v = Value::Object(Map::new()));
@@ -434,6 +438,7 @@ mod tests {
         assert_eq!(&*entries["/routes/arr_1"], r#"{"id":"arr_1","plugins":{"key-auth":{}},"uri":"/a"}"#);
         assert_eq!(&*entries["/routes/7"], r#"{"id":7,"uri":"/b"}"#);
         assert_eq!(&*entries["/consumers/jack"], r#"{"username":"jack"}"#);
+        assert_eq!(&*entries["/consumers/rose/credentials/c1"], r#"{"id":"c1"}"#);
     }
 
     #[test]

@@ -232,7 +232,7 @@ fn an_object_follows_a_directory(gw: &Gateway) {
 #[test]
 fn objects_follow_a_directory_of_the_embedded_store() {
     let up = Upstream::echo();
-    let gw = scripted(json!({}));
+    let mut gw = scripted(json!({}));
     an_object_follows_a_directory(&gw);
     let routes = "local routes, n = core.config.fetch_created_obj('/routes'), 0
         for _, item in core.config_util.iterate_values(routes.values) do n = n + item.value.priority end return n";
@@ -259,6 +259,8 @@ fn objects_follow_a_directory_of_the_embedded_store() {
         "local n, o, err = 0 repeat o, err = core.config.new('/x', { automatic = true }) n = n + 1 until not o return n, err",
     );
     assert_eq!(last, json!([255, "more than 256 configuration objects"]), "two follow already");
+    assert!(gw.quit().success());
+    assert!(!gw.log().contains("cut off"), "who waits for changes holds up no end");
 }
 
 #[test]

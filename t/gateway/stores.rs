@@ -188,6 +188,8 @@ plugin_metadata:
   - {{id: not-loaded, log_format: {{a: b}}}}
 consumers:
   - {{username: jack, group_id: none, plugins: {{key-auth: {{key: k}}}}}}
+  - {{username: rose}}
+  - {{id: rose/credentials/one, name: one, plugins: {{key-auth: {{key: r}}}}}}
 #END
 "
     ));
@@ -200,6 +202,7 @@ consumers:
     assert_eq!(gw.get("/group").status, 401);
     assert_eq!(gw.send("GET", "/group", &[("apikey", "k")], b"").status, 503);
     gw.expect_log("failed to fetch consumer group config by id: none");
+    assert_eq!(gw.send("GET", "/group", &[("apikey", "r")], b"").status, 200);
     assert!(!gw.log().contains("plugin_metadata"), "{}", gw.log());
 }
 

@@ -202,3 +202,56 @@ fn push_entry(s: &Stack, entry: &Entry) {
     s.push_number(entry.mod_revision as f64);
     s.set(-2, "modified");
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::check;
+
+    #[test]
+    fn answers_of_etcd_become_results() {
+        let run = |source: &str| format!("local etcd = require('apisix.core.etcd') {source}");
+        let res = "{ headers = {}, body = { header = { revision = '9' }, kvs = {
+            { key = '/apisix/a/', value = 'init_dir' },
+            { key = '/apisix/a/b', value = 7, create_revision = '1', mod_revision = '2' } } } }";
+        for (source, expected) in [
+            (
+                "local ok, err = etcd.get_format({ headers = {}, body = {} }, '/a', false) return err",
+                "etcd response missing header.revision",
+            ),
+            (
+                "local ok, err = etcd.get_format({ body = { error = 'etcdserver: user name is empty' } }) return err",
+                "insufficient credentials code: 401",
+            ),
+            (
+                "local ok, err = etcd.get_format({ body = { error = 'etcdserver: permission denied' } }) return err",
+                "etcd forbidden code: 403",
+            ),
+            (
+                "local res = etcd.get_format({ headers = {}, body = { header = { revision = '3' } } }, '/a', false)
+                 return res.status .. res.body.message .. res.headers['X-Etcd-Index']",
+                "404Key not found3",
+            ),
+            (
+                &format!(
+                    "local res = etcd.get_format({res}, '/apisix/a', true) local node = res.body.list[1]
+                     return res.body.total .. node.key .. node.value .. node.createdIndex .. node.modifiedIndex"
+                ),
+                "1/apisix/a/b712",
+            ),
+            (
+                &format!("return etcd.get_format({res}, '/apisix/a', true, function(r) return #r.body.kvs .. '' end)"),
+                "2",
+            ),
+            (
+                "local res = etcd.watch_format({ result = { header = { revision = '5' }, events = {
+                     { type = 'DELETE', kv = { key = '/a', value = 1, mod_revision = '5' } },
+                     { type = 'PUT', kv = { key = '/b', value = 2, create_revision = '4', mod_revision = '5' } } } } })
+                 local gone, put = res.body.node[1], res.body.node[2]
+                 return tostring(gone.value) .. gone.modifiedIndex .. put.key .. put.value .. put.createdIndex",
+                "nil5/b24",
+            ),
+        ] {
+            check(&run(source), expected);
+        }
+    }
+}
