@@ -362,6 +362,8 @@ impl Builder {
                 }
                 Parsed::Skipped => {
                     self.keep_extra(&entry);
+                    self.touched.push(entry.key);
+                    self.dirty = true;
                     continue;
                 }
                 Parsed::Refused(message) => Err(message),
@@ -395,8 +397,6 @@ impl Builder {
         }
         self.extra_bytes = bytes;
         self.next.extra.insert(e.key.clone(), e.clone());
-        self.touched.push(e.key.clone());
-        self.dirty = true;
     }
 
     fn drop_extra(&mut self, key: &str) {
