@@ -28,8 +28,9 @@ local secret = trusted and real_require("apisix.secret") or load_alone("apisix.s
 local forbidden = { ffi = true, jit = true, io = true, os = true, debug = true, package = true,
     ["jit.util"] = true, ["jit.opt"] = true, ["apisix.core.io"] = true, ["apisix.core.os"] = true,
     ["apisix.core.env"] = true, lfs = true, ["resty.shell"] = true, ["resty.signal"] = true, ["ngx.pipe"] = true,
-    ["pl.path"] = true,
-    ["pl.file"] = true, ["pl.dir"] = true, ["apisix.secret"] = true }
+    ["pl.path"] = true, ["apisix.core.etcd"] = true, ["apisix.core.config"] = true, ["apisix.core.config_etcd"] = true,
+    ["apisix.core.config_yaml"] = true, ["apisix.secret"] = true,
+    ["pl.file"] = true, ["pl.dir"] = true }
 
 local env
 
