@@ -4,6 +4,7 @@
 //! errors into answers. Nothing here names a VM: plugins are `plugin::run` and an `Exchange`.
 
 pub mod access_log;
+mod asked;
 mod capture;
 mod files;
 pub mod forward;
@@ -51,6 +52,12 @@ pub struct Settings {
     pub server: String,
     pub delete_uri_tail_slash: bool,
     pub normalize_uri_like_servlet: bool,
+    /// `%2F` in a path is no slash to routes.
+    pub match_uri_encoded_slash: bool,
+    /// The longest body that is looked at for `graphql_*`, in bytes.
+    pub graphql_max: u64,
+    /// The longest body that is looked at for `post_arg`, in bytes.
+    pub posted_max: u64,
     /// `X-APISIX-Upstream-Status` on every response, not only on 5xx.
     pub show_upstream_status: bool,
     /// For upstreams without a `keepalive_pool` of their own.
