@@ -373,6 +373,7 @@ async fn sweep(serving: Rc<Serving>) {
     loop {
         tick.tick().await;
         serving.proxy().pool.sweep(Instant::now());
+        serving.proxy().http2.sweep(Instant::now());
     }
 }
 

@@ -448,6 +448,9 @@ pub trait Client {
     /// Everything queued has been given to the kernel.
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<()>>;
 
+    /// Queues fields to be sent behind the body, where the protocol has a place for them that clients look at (HTTP/2).
+    fn trailers(&mut self, _fields: &Headers) {}
+
     /// Ends the body (the last chunk, END_STREAM) and flushes.
     fn poll_finish(&mut self, cx: &mut Context<'_>) -> Poll<Result<()>>;
 

@@ -42,7 +42,7 @@ use crate::{
     net::Handler,
     plugin::run::Runner,
     store::{Published, Snapshot},
-    upstream::Pool,
+    upstream::{self, Pool},
 };
 
 /// What config.yaml says about proxying.
@@ -86,6 +86,8 @@ pub struct Proxy {
     pub locations: Chooser,
     pub resolver: Arc<Resolver>,
     pub pool: Pool,
+    /// To nodes of gRPC.
+    pub http2: upstream::h2::Connections,
     /// Tried, and run, before a location is chosen.
     server_rewrites: Vec<Rewrite>,
     server_rewrite: Option<Arc<Script>>,
@@ -123,6 +125,7 @@ impl Proxy {
             host: OnceCell::new(),
             resolver,
             pool: Pool::default(),
+            http2: upstream::h2::Connections::default(),
             tls_numbers: TlsNumbers::default(),
             local_numbers: LocalNumbers::default(),
             ending,
