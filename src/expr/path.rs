@@ -121,7 +121,7 @@ mod tests {
             ("messages[0].content[1]['type']", Some("image")),
             ("messages[9].content", None),
             ("['a b']", Some("1,2")),
-            ("model.*", Some("m,1.5,true")),
+            ("model.*", Some("m,true,1.5")),
         ];
         for (path, wanted) in cases {
             let got = Path::parse(path).expect(path).text(&json);

@@ -54,7 +54,7 @@ pub(super) async fn forward(p: &Proxy, x: &mut Exchange, conf: &Upstream) -> Res
     let relayed = call.relay(x, response).await;
     if let Some(last) = x.upstream.tries.last_mut() {
         last.response_time = Some(begun.elapsed());
-        last.bytes_received = x.upstream.response_length;
+        last.bytes_received = last.response_length;
     }
     relayed
 }
@@ -296,7 +296,9 @@ impl Call<'_> {
             late.as_mut().reset(tokio::time::Instant::now() + self.way.times.read);
             match frame.into_data() {
                 Ok(data) => {
-                    x.upstream.response_length += data.len() as u64;
+                    if let Some(last) = x.upstream.tries.last_mut() {
+                        last.response_length += data.len() as u64;
+                    }
                     x.chunk.data.clear();
                     x.chunk.data.extend_from_slice(&data);
                     x.chunk.eof = false;
