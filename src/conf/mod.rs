@@ -311,6 +311,10 @@ pub fn parse(prefix: &Path, text: &str) -> Result<(Config, Vec<Warning>), Mistak
     if keys::at(&written, "test_node").is_some() && keys::at(&written, "apisix.node_listen").is_none() {
         effective["apisix"]["node_listen"] = TEST_NODE_PORT.into();
     }
+    if keys::at(&written, "test_node").is_some() && keys::at(&written, "nginx_config.worker_processes").is_none() {
+        // What those suites count, they count in one worker.
+        effective["nginx_config"]["worker_processes"] = 1.into();
+    }
     let key_required = keys::at(&written, "deployment.admin.admin_key_required") == Some(&Value::Bool(true));
     if !key_required && is_open_test_node(&effective) {
         effective["deployment"]["admin"]["admin_key_required"] = false.into();
