@@ -56,7 +56,8 @@ local function entry_of(item, conf)
         if not f then native.log_error(item.name .. ": " .. err) end
         entry.pre_function = f
     end
-    entry.plain = not entry.filter and not entry.pre_function
+    entry.resolved = require("apisix.secret").bind(conf)
+    entry.plain = not entry.filter and not entry.pre_function and not entry.resolved
     return entry
 end
 
@@ -194,9 +195,11 @@ local function run_until_answer(sections, plan, ctx)
         if plan.switches then enter(section, ctx) end
         local plain = section.plain
         for i = 1, section.n, 3 do
-            if plain or prepare(section[i + 2], section[i + 1], ctx) then
-                local code, body = section[i](section[i + 1], ctx)
-                if code or body then return answer(code, body, section[i + 2]) end
+            local conf, entry = section[i + 1], section[i + 2]
+            if plain or prepare(entry, conf, ctx) then
+                if not plain and entry.resolved then conf = entry.resolved() end
+                local code, body = section[i](conf, ctx)
+                if code or body then return answer(code, body, entry) end
             end
         end
     end
@@ -210,8 +213,10 @@ local function run_all(sections, plan, ctx)
         if plan.switches then enter(section, ctx) end
         local plain = section.plain
         for i = 1, section.n, 3 do
-            if plain or prepare(section[i + 2], section[i + 1], ctx) then
-                section[i](section[i + 1], ctx)
+            local conf, entry = section[i + 1], section[i + 2]
+            if plain or prepare(entry, conf, ctx) then
+                if not plain and entry.resolved then conf = entry.resolved() end
+                section[i](conf, ctx)
             end
         end
     end

@@ -42,6 +42,7 @@ pub(super) fn register(api: &mut Api) -> Result<()> {
     schemas(api)?;
     consumers(api)?;
     metadata(api)?;
+    secrets(api)?;
     heads(api)?;
     upstreams(api)
 }
@@ -422,6 +423,65 @@ fn metadata(api: &mut Api) -> Result<()> {
     })
 }
 
+fn secrets(api: &mut Api) -> Result<()> {
+    api.func(
+        "native.apisix.secret_uid",
+        Phases::ANY,
+        "secret_uid(\"manager/id\") -> number: changes with the manager's configuration; 0 when there is none.",
+        |s| {
+            let uid = secret(&newest(), &s.arg_str(1)?).map_or(0, |o| o.uid);
+            Ok(s.push_number(uid as f64))
+        },
+    )?;
+    api.func(
+        "native.apisix.secret",
+        Phases::ANY,
+        "secret(\"manager/id\") -> table, revision | nil: `/secrets/{manager}/{id}`.",
+        |s| {
+            let Some(object) = secret(&newest(), &s.arg_str(1)?) else { return Ok(s.push_nil()) };
+            push_object(s, &object.json)?;
+            s.push_number(object.mod_revision as f64);
+            Ok(2)
+        },
+    )?;
+    api.func(
+        "native.apisix.secrets",
+        Phases::ANY,
+        "secrets() -> array of { value, key, modifiedIndex }, version: all managers' configurations; the version changes with each.",
+        all_secrets,
+    )
+}
+
+fn secret(config: &Snapshot, id: &str) -> Option<Arc<Object<()>>> {
+    config.others.get(&(model::Kind::Secret, id.into())).cloned()
+}
+
+/// One number for several, that a Lua number holds (FNV-1a, cut to 52 bits).
+fn mixed(all: u64, one: u64) -> u64 {
+    ((all ^ one).wrapping_mul(0x100_0000_01b3)) & ((1 << 52) - 1)
+}
+
+fn all_secrets(s: &Stack) -> Answer {
+    let config = newest();
+    let mut all: Vec<_> = config.others.iter().filter(|((kind, _), _)| *kind == model::Kind::Secret).collect();
+    all.sort_by_key(|(_, o)| o.uid);
+    let mut version = 0;
+    s.push_table(all.len(), 0);
+    for (i, ((_, id), object)) in all.iter().enumerate() {
+        s.push_table(0, 3);
+        push_object(s, &object.json)?;
+        s.set(-2, "value");
+        s.push_bytes(format!("/secrets/{id}"));
+        s.set(-2, "key");
+        s.push_number(object.mod_revision as f64);
+        s.set(-2, "modifiedIndex");
+        s.set_index(-2, i + 1);
+        version = mixed(version, object.uid);
+    }
+    s.push_number(version as f64);
+    Ok(2)
+}
+
 fn heads(api: &mut Api) -> Result<()> {
     api.func(
         "native.apisix.content_type_set",
@@ -500,6 +560,13 @@ fn parse_upstream(text: &str) -> Result<Arc<model::Upstream>> {
 
 fn snapshot() -> Option<Arc<Snapshot>> {
     fast::exchange().map(|x| x.snapshot.clone())
+}
+
+/// What references to secrets are resolved by: the newer of the request's configuration and the one that the worker has
+/// seen last. A conf is one version's, a secret is what its manager says now.
+fn newest() -> Arc<Snapshot> {
+    let (own, seen) = (snapshot(), vm::current().map(|vm| vm.snapshot()));
+    [own, seen].into_iter().flatten().max_by_key(|c| c.version).unwrap_or_default()
 }
 
 fn with_snapshot<R>(read: impl FnOnce(&Snapshot) -> R) -> Option<R> {
