@@ -53,7 +53,7 @@ end
 
 --- The upstream resource of that id as a table, or nil.
 function _M.get_by_id(id)
-    return (native.upstream(type(id) == "number" and tostring(id) or id))
+    return (native.object("upstreams", tostring(id)))
 end
 
 _M.schema = schema.upstream

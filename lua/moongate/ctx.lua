@@ -136,6 +136,7 @@ function _M.begin(at, scope)
         ctx.var = _M.var()
     end
     ctx.conf_type, ctx.conf_id, ctx.conf_version = scope.conf_type, scope.conf_id, scope.conf_version
+    ctx.plugins = scope.plugins
     ctxs[at] = ctx
     return ctx
 end

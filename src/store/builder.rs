@@ -87,6 +87,17 @@ pub enum Refusal {
     Invalid(String),
 }
 
+impl Refusal {
+    /// What APISIX says of the plugin of that name. What is wrong with `_meta` names the plugin itself.
+    pub fn words(&self, plugin: &str) -> String {
+        match self {
+            Refusal::Unknown => format!("unknown plugin [{plugin}]"),
+            Refusal::Invalid(text) if text.starts_with("failed to load _meta.") => text.clone(),
+            Refusal::Invalid(text) => format!("failed to check the configuration of plugin {plugin} err: {text}"),
+        }
+    }
+}
+
 /// Asks the plugins themselves: their `check_schema`. Lives on the thread of the pipeline.
 pub trait PluginChecker {
     fn check(&self, plugin: &str, conf: &str, schema: PluginSchema) -> std::result::Result<(), Refusal>;
@@ -434,9 +445,9 @@ impl Builder {
             }
         };
         match verdict {
-            Err(Refusal::Unknown) if self.strict_plugins => Err(format!("unknown plugin [{name}]")),
-            Ok(()) | Err(Refusal::Unknown) => Ok(()),
-            Err(Refusal::Invalid(e)) => Err(format!("failed to check the configuration of plugin {name} err: {e}")),
+            Ok(()) => Ok(()),
+            Err(Refusal::Unknown) if !self.strict_plugins => Ok(()),
+            Err(refusal) => Err(refusal.words(name)),
         }
     }
 

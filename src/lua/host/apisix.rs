@@ -414,13 +414,51 @@ fn metadata(api: &mut Api) -> Result<()> {
             Ok(2)
         },
     )?;
-    api.func("native.apisix.upstream", Phases::ANY, "upstream(id) -> table, revision | nil: `/upstreams/{id}`.", |s| {
-        let id = s.arg_str(1)?;
-        let Some(object) = snapshot().and_then(|c| c.upstreams.get(&*id).cloned()) else { return Ok(s.push_nil()) };
-        push_object(s, &object.json)?;
-        s.push_number(object.mod_revision as f64);
-        Ok(2)
-    })
+    api.func(
+        "native.apisix.object",
+        Phases::ANY,
+        "object(kind, id) -> table, revision, uid | nil: an object of the configuration, kind as in the Admin API: \"upstreams\".",
+        |s| {
+            let kind = s.arg_str(1)?;
+            let kind = model::Kind::ALL.into_iter().find(|k| k.plural() == kind);
+            let Some(kind) = kind else { return Err(format!("there are no {}", s.arg_str(1)?).into()) };
+            let Some(found) = snapshot().and_then(|c| stored(&c, kind, &s.arg_str(2).ok()?)) else {
+                return Ok(s.push_nil());
+            };
+            push_object(s, &found.json)?;
+            s.push_number(found.revision as f64);
+            s.push_number(found.uid as f64);
+            Ok(3)
+        },
+    )
+}
+
+/// What scripts read of an object.
+struct Stored {
+    json: Arc<str>,
+    revision: i64,
+    uid: u64,
+}
+
+fn stored(config: &Snapshot, kind: model::Kind, id: &str) -> Option<Stored> {
+    fn of<T>(object: &Arc<Object<T>>) -> Stored {
+        Stored { json: object.json.clone(), revision: object.mod_revision, uid: object.uid }
+    }
+    use model::Kind;
+    match kind {
+        Kind::Route => config.routes.get(id).map(of),
+        Kind::Service => config.services.get(id).map(of),
+        Kind::Upstream => config.upstreams.get(id).map(of),
+        Kind::Consumer => config.consumers.get(id).map(of),
+        Kind::Credential => config.credentials.get(id).map(of),
+        Kind::ConsumerGroup => config.consumer_groups.get(id).map(of),
+        Kind::PluginConfig => config.plugin_configs.get(id).map(of),
+        Kind::GlobalRule => config.global_rules.iter().find(|o| *o.id == *id).map(of),
+        Kind::PluginMetadata => config.plugin_metadata.get(id).map(of),
+        // Keys, sources of code and secrets are not for every plugin to read.
+        Kind::Ssl | Kind::Secret | Kind::Function | Kind::PluginSource => None,
+        Kind::Proto | Kind::StreamRoute => config.others.get(&(kind, id.into())).map(of),
+    }
 }
 
 fn secrets(api: &mut Api) -> Result<()> {
