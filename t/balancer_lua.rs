@@ -4,6 +4,7 @@ mod support;
 
 use std::{
     io::{BufReader, Write},
+    net::SocketAddr,
     sync::{
         Arc,
         atomic::{AtomicU16, Ordering},
@@ -11,6 +12,7 @@ use std::{
 };
 
 use serde_json::{Value, json};
+use socket2::{Domain, Socket, Type};
 use support::{
     Dir, Gateway, Reply, Upstream, run,
     upstream::{Seen, read_request},
@@ -445,6 +447,31 @@ fn connections_come_from_where_the_script_says() {
     gw.expect_log("bind(192.0.2.1:0) failed");
     assert_eq!(gw.get("/t?from=nowhere").status, 500);
     gw.expect_log("\"nowhere\" is no address");
+}
+
+#[test]
+fn an_address_that_cannot_be_connected_from_is_no_fault_of_the_server() {
+    let (up, spare) = (named("up"), named("spare"));
+    let addr: SocketAddr = up.addr().parse().expect("an address");
+    let held = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+    held.set_reuse_address(true).expect("an option");
+    held.bind(&SocketAddr::from(([127, 0, 0, 9], 0)).into()).expect("bound");
+    held.connect(&addr.into()).expect("connected");
+    let taken = held.local_addr().ok().and_then(|a| a.as_socket()).expect("an address");
+    let script = "local b, args = require('ngx.balancer'), ngx.req.get_uri_args()
+        if args.peer then assert(b.set_current_peer(args.peer, 1)) end
+        if args.from then assert(b.bind_to_local_addr(args.from)) end";
+    let servers = [format!("{addr} max_fails=1 fail_timeout=1h"), format!("{} backup", spare.addr())];
+    let gw = passing(json!({"servers": servers, "balancer_by_lua": script}), json!({}));
+    let failed = |args: String, from: &str| {
+        assert_eq!(gw.get(&format!("/t?{args}")).status, 500, "{args}");
+        gw.expect_log(&format!("connect from {from} failed"));
+    };
+    failed(format!("from={taken}"), &taken.to_string());
+    failed("from=127.0.0.1&peer=::1".into(), "127.0.0.1:0");
+    says(&gw.get("/t"), 200, "up");
+    says(&gw.get("/t?from=127.0.0.9"), 200, "up");
+    assert!(spare.seen().is_empty());
 }
 
 #[test]

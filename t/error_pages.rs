@@ -126,6 +126,39 @@ fn a_body_too_long_to_be_kept_goes_to_no_second_upstream() {
 }
 
 #[test]
+fn a_page_under_a_path_of_its_own_goes_without_a_body_that_is_lost() {
+    let (first, second) = (closing(), telling());
+    let page = |name: &str, page: &str| proxied(name, &first, json!({"error_page": [["502", page]]}));
+    let gw = Gateway::with(json!({"lua_locations": [
+        page("= /t", "/page"),
+        page("= /lua", "/page/lua"),
+        page("= /sub", "/page/sub"),
+        page("= /named", "@second"),
+        proxied("= /page", &second, json!({})),
+        proxied("@second", &second, json!({})),
+        {"location": "= /page/lua", "content_by_lua": "ngx.req.read_body() ngx.print(tostring(ngx.req.get_body_data()))"},
+        {"location": "= /page/sub", "content_by_lua": r#"
+            ngx.print(ngx.location.capture("/page", {method = ngx.HTTP_POST, always_forward_body = true}).status)"#},
+    ]}));
+    let long = vec![b'x'; (64 << 10) + 1];
+    says(&gw.send("POST", "/t", &[], &long), 502, "/page ");
+    let mut client = Client::connect(&gw.proxy());
+    client.send("POST", "/t", &[("Transfer-Encoding", "chunked")], b"");
+    let chunked = [format!("{:x}\r\n", long.len()).as_bytes(), &long, b"\r\n0\r\n\r\n"].concat();
+    client.write(&chunked).expect("the body is written");
+    says(&client.reply("POST"), 502, "/page ");
+    let seen = second.seen();
+    assert!(seen.iter().all(|seen| seen.method == "GET" && seen.header("transfer-encoding").is_none()), "{seen:?}");
+    assert_eq!(seen.iter().map(|seen| seen.header("content-length")).collect::<Vec<_>>(), [Some("0"), None]);
+    // What is kept goes along, as ever.
+    says(&gw.send("POST", "/t", &[], b"hello"), 502, "/page hello");
+    says(&gw.send("POST", "/lua", &[], &long), 502, "nil");
+    says(&gw.send("POST", "/sub", &[], &long), 502, "502");
+    assert_eq!(gw.send("POST", "/named", &[], &long).status, 502);
+    assert_eq!(second.seen().len(), 3, "no other request goes to an upstream as if it had had no body");
+}
+
+#[test]
 fn a_page_cannot_let_in_whom_auth_request_keeps_out() {
     let guarded = |name: &str, auth: &str| json!({"location": name, "options": {"auth_request": auth, "error_page": []}, "content_by_lua": "ngx.say('in')"});
     let gw = Gateway::with(json!({

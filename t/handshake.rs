@@ -4,7 +4,8 @@ mod support;
 
 use std::{
     io::{Read, Write},
-    net::TcpStream,
+    net::{TcpListener, TcpStream},
+    process::Command,
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -33,6 +34,8 @@ struct Shown {
 #[derive(Debug)]
 struct Trusting {
     provider: Arc<CryptoProvider>,
+    /// What it can check; empty: all that the library can.
+    schemes: Vec<SignatureScheme>,
     shown: Arc<Mutex<Shown>>,
 }
 
@@ -68,7 +71,10 @@ impl ServerCertVerifier for Trusting {
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.provider.signature_verification_algorithms.supported_schemes()
+        match self.schemes.is_empty() {
+            true => self.provider.signature_verification_algorithms.supported_schemes(),
+            false => self.schemes.clone(),
+        }
     }
 }
 
@@ -86,13 +92,22 @@ impl Browser {
     }
 
     fn with(versions: &[&'static rustls::SupportedProtocolVersion], own: Option<&CertifiedKey<KeyPair>>) -> Self {
+        Self::checking(Vec::new(), versions, own)
+    }
+
+    /// One that can check these signatures alone.
+    fn checking(
+        schemes: Vec<SignatureScheme>,
+        versions: &[&'static rustls::SupportedProtocolVersion],
+        own: Option<&CertifiedKey<KeyPair>>,
+    ) -> Self {
         let provider = Arc::new(ring::default_provider());
         let shown = Arc::new(Mutex::default());
         let builder = ClientConfig::builder_with_provider(provider.clone())
             .with_protocol_versions(versions)
             .expect("versions")
             .dangerous()
-            .with_custom_certificate_verifier(Arc::new(Trusting { provider, shown: shown.clone() }));
+            .with_custom_certificate_verifier(Arc::new(Trusting { provider, schemes, shown: shown.clone() }));
         let mut config = match own {
             Some(pair) => builder
                 .with_client_auth_cert(
@@ -415,6 +430,77 @@ fn an_ocsp_response_goes_along_with_either_certificate() {
     gw.expect_log("stapled: true nil");
 }
 
+/// Runs openssl with these words, in `conf/`.
+#[track_caller]
+fn openssl(dir: &Dir, words: &str) {
+    let mut command = Command::new("openssl");
+    let out = command.current_dir(dir.join("conf")).args(words.split_whitespace()).output();
+    let out = out.expect("openssl is installed");
+    assert!(out.status.success(), "{words}: {}", String::from_utf8_lossy(&out.stderr));
+}
+
+#[test]
+fn an_ocsp_response_goes_along_with_the_certificate_that_it_is_about() {
+    let dir = Dir::new();
+    let make = |words: &str| openssl(&dir, words);
+    make("req -x509 -newkey rsa:2048 -nodes -keyout ca.key -out ca.pem -subj /CN=ca -days 30");
+    dir.write("conf/extensions", "subjectAltName=DNS:a.test");
+    dir.write("conf/index", "V\t400101000000Z\t\t1001\tunknown\t/CN=rsa\nV\t400101000000Z\t\t1002\tunknown\t/CN=ec\n");
+    for (name, serial, key) in [("rsa", "1001", "rsa:2048"), ("ec", "1002", "ec -pkeyopt ec_paramgen_curve:P-256")] {
+        make(&format!("req -newkey {key} -nodes -keyout {name}.key -out {name}.csr -subj /CN={name}"));
+        make(&format!(
+            "x509 -req -in {name}.csr -CA ca.pem -CAkey ca.key -set_serial 0x{serial} -days 30 -extfile extensions -out {name}.pem"
+        ));
+        make(&format!(
+            "ocsp -index index -CA ca.pem -rsigner ca.pem -rkey ca.key -issuer ca.pem -cert {name}.pem -respout {name}.test"
+        ));
+    }
+    dir.write("conf/none.test", "no response");
+    let read = |name: &str| dir.read(&format!("conf/{name}"));
+    let object = json!({"snis": ["*.test"], "cert": read("rsa.pem"), "key": read("rsa.key"),
+        "certs": [read("ec.pem")], "keys": [read("ec.key")]});
+    let script = format!("{SET} assert(require('ngx.ocsp').set_ocsp_status_resp(file(ssl.server_name())))");
+    dir.configure(json!({"lua_server": {"ssl_certificate_by_lua": script}}));
+    let gw = Gateway::in_dir(dir);
+    gw.put("/ssls/1", object);
+    for versions in [&[&rustls::version::TLS12][..], &[&rustls::version::TLS13]] {
+        let stapled = |scheme, name| {
+            let browser = Browser::checking(vec![scheme], versions, None);
+            !browser.connect(&gw, name).expect("a connection").shown.ocsp.is_empty()
+        };
+        for (name, with_rsa, with_ec) in
+            [("rsa.test", true, false), ("ec.test", false, true), ("none.test", true, false)]
+        {
+            assert_eq!(stapled(SignatureScheme::RSA_PSS_SHA256, name), with_rsa, "{name} {versions:?}");
+            assert_eq!(stapled(SignatureScheme::ECDSA_NISTP256_SHA256, name), with_ec, "{name} {versions:?}");
+        }
+    }
+}
+
+#[test]
+fn handshakes_count_for_the_memory_of_their_vm() {
+    let script = format!(
+        "leak = leak or {{}}
+        leak[#leak + 1] = ('x'):rep(256 * 1024) .. #leak
+        {SET} if ssl.server_name() == 'fails.test' then return ngx.exit(ngx.ERROR) end
+        set('any')"
+    );
+    let server = json!({
+        "ssl_certificate_by_lua": script,
+        "settings": {"lua": {"limits": {"memory_mb": 40}}, "nginx_config": {"worker_processes": 1}},
+    });
+    let (gw, _) = gateway(server, "ngx.say(#leak)");
+    let full = |browser: &Browser| browser.get(&gw, "a.test").parse::<usize>().expect("a number");
+    let browser = Browser::with(BOTH, None);
+    assert_eq!(full(&browser), 1);
+    // Those that fail count as well; one VM is looked at every 256 of them.
+    for _ in 0..256 {
+        assert!(browser.connect(&gw, "fails.test").is_err());
+    }
+    gw.expect_log("the plugin VM holds more than lua.limits.memory_mb (40): it is replaced");
+    assert!(full(&Browser::new()) < 10);
+}
+
 /// Sessions in files: they outlive the process.
 const SESSIONS: &str = "
     local session = require('ngx.ssl.session')
@@ -476,6 +562,7 @@ fn a_ticket_needs_no_certificate_either() {
         assert_eq!(browser.get(&gw, "a.test"), ".");
         let mut page = browser.connect(&gw, "a.test").expect("a connection");
         assert_eq!((page.get("/t", "a.test").1.as_str(), page.resumed()), ("r", true), "{versions:?}");
+        gw.expect_log("a full handshake");
         assert_eq!(gw.log().matches("a full handshake").count(), 1);
     }
 }
@@ -631,6 +718,13 @@ fn a_handshake_that_is_given_up_leaves_nothing() {
     for _ in 0..10 {
         assert!(Browser::new().connect(&gw, "a.test").is_err());
     }
+    leaves_nothing(&gw);
+    assert!(gw.log().matches("] ssl_client_hello_by_lua:1: waits").count() >= 10);
+}
+
+/// Waits until nothing runs in the gateway's VMs.
+#[track_caller]
+fn leaves_nothing(gw: &Gateway) {
     let vms = || {
         let workers = support::get(&gw.control(), "/v1/lua").json()["workers"].as_array().cloned().expect("workers");
         workers.iter().flat_map(|w| w["vms"].as_array().cloned().expect("vms")).collect::<Vec<_>>()
@@ -639,7 +733,78 @@ fn a_handshake_that_is_given_up_leaves_nothing() {
         let left = |vm: &Value| vm["coroutines"]["in_use"] == 0 && vm["requests"] == 0 && vm["light_threads"] == 0;
         vms().iter().all(left).then_some(())
     });
-    assert!(gw.log().matches("] ssl_client_hello_by_lua:1: waits").count() >= 10);
+}
+
+/// A gateway whose certificate script waits for a word of the peer at the listener.
+fn waiting_for_a_peer() -> (Gateway, TcpListener) {
+    let peer = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let script = format!(
+        "{SET} local sock = ngx.socket.tcp()
+        assert(sock:connect('127.0.0.1', {}))
+        sock:settimeout(3600000)
+        assert(sock:receive())
+        set('any')",
+        peer.local_addr().expect("an address").port()
+    );
+    let server = json!({"ssl_certificate_by_lua": script, "settings": {"nginx_config": {"worker_processes": 1}}});
+    (gateway(server, "ngx.say('ok')").0, peer)
+}
+
+/// A client of TLS 1.3 that has sent its first message.
+fn begun(gw: &Gateway) -> (ClientConnection, TcpStream) {
+    let config = Browser::with(&[&rustls::version::TLS13], None).config;
+    let name = ServerName::try_from("a.test").expect("a name");
+    let mut conn = ClientConnection::new(config, name).expect("a client");
+    let mut stream = TcpStream::connect(gw.proxy_tls()).expect("a connection");
+    stream.set_read_timeout(Some(DEADLINE)).expect("a timeout");
+    conn.write_tls(&mut stream).expect("sent");
+    (conn, stream)
+}
+
+#[test]
+fn a_script_that_waits_ends_with_its_client() {
+    let (gw, listener) = waiting_for_a_peer();
+    for resets in [false, true] {
+        let (_, client) = begun(&gw);
+        let (mut peer, _) = listener.accept().expect("the script comes");
+        if resets {
+            socket2::SockRef::from(&client).set_linger(Some(Duration::ZERO)).expect("an option");
+        }
+        drop(client);
+        peer.set_read_timeout(Some(DEADLINE)).expect("a timeout");
+        let ended = peer.read(&mut [0]);
+        assert!(ended.as_ref().is_ok_and(|n| *n == 0), "the script's socket is closed: {ended:?}");
+    }
+    eventually("both are told of", || {
+        let told = gw.log().matches("the client has gone while a script of its handshake waited").count();
+        (told == 2).then_some(())
+    });
+    leaves_nothing(&gw);
+}
+
+#[test]
+fn what_a_client_sends_while_a_script_waits_is_not_lost() {
+    const CHANGE_CIPHER_SPEC: [u8; 6] = [20, 3, 3, 0, 1, 1];
+    let (gw, listener) = waiting_for_a_peer();
+    let (mut conn, mut stream) = begun(&gw);
+    let (mut peer, _) = listener.accept().expect("the script comes");
+    // The client's next message begins with this, whatever the gateway answers (RFC 8446, D.4).
+    let (early, rest) = CHANGE_CIPHER_SPEC.split_at(3);
+    stream.write_all(early).expect("sent");
+    peer.write_all(b"go on\n").expect("sent");
+    let mut second = Vec::new();
+    while conn.is_handshaking() {
+        conn.read_tls(&mut stream).expect("an answer");
+        conn.process_new_packets().expect("a valid one");
+        while conn.wants_write() {
+            conn.write_tls(&mut second).expect("written");
+        }
+    }
+    assert!(second.starts_with(&CHANGE_CIPHER_SPEC));
+    stream.write_all(rest).expect("sent");
+    stream.write_all(&second[CHANGE_CIPHER_SPEC.len()..]).expect("sent");
+    let mut page = Page { tls: StreamOwned::new(conn, stream), shown: Shown::default() };
+    assert_eq!(page.get("/t", "a.test"), (200, "ok".into()));
 }
 
 /// A client's certificate with everything fixed but its key.

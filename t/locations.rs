@@ -381,6 +381,65 @@ fn scripts_of_the_start_may_wait() {
 }
 
 #[test]
+fn scripts_of_the_end_may_wait() {
+    let up = Upstream::answering(|_| "HTTP/1.0 200 OK\r\nConnection: close\r\nContent-Length: 4\r\n\r\nthis");
+    let port = up.addr().rsplit(':').next().expect("a port").to_owned();
+    let leave = |name: &str| {
+        format!(
+            "local sock = ngx.socket.tcp()
+            assert(sock:connect('127.0.0.1', {port}))
+            ngx.sleep(0.001)
+            assert(sock:send('GET /{name} HTTP/1.0\\r\\nHost: a\\r\\n\\r\\n'))
+            local _, err = ngx.timer.at(0, print)
+            ngx.log(ngx.WARN, '{name} left ', sock:receive('*a'):match('this'), ' in ', ngx.get_phase(), ': ', err)"
+        )
+    };
+    let plugin = "local _M = { version = VERSION, priority = 1, name = 'leaves', schema = { type = 'object' } }
+        function _M.destroy() LEAVE end
+        return _M";
+    let plugin = |version: &str| plugin.replace("VERSION", version).replace("LEAVE", &leave("plugin"));
+    let dir = Dir::new();
+    dir.configure(json!({
+        "nginx_config": {"worker_processes": 1},
+        "lua_init": {"init_by_lua": "mine = 1", "exit_worker_by_lua": leave("worker")},
+    }));
+    let mut gw = Gateway::in_dir(dir);
+    let put = |gw: &Gateway, version| {
+        let reply = gw.admin_text("PUT", "/plugin_sources/leaves", &plugin(version), "text/plain");
+        assert!(matches!(reply.status, 200 | 201), "{}", reply.text());
+    };
+    put(&gw, "1");
+    put(&gw, "2");
+    gw.put(
+        "/routes/1",
+        json!({"uri": "/t", "plugins": {"leaves": {}}, "upstream": {"type": "roundrobin", "nodes": {up.addr(): 1}}}),
+    );
+    assert_eq!(gw.get("/t").status, 200);
+    gw.expect_log("worker left this in exit_worker: process exiting");
+    let before = gw.log().matches("worker left").count();
+    assert!(gw.quit().success());
+    assert_eq!(gw.log().matches("worker left this in exit_worker").count(), before + 1, "once for each VM");
+    gw.expect_log("plugin left this in exit_worker: process exiting");
+    assert!(!gw.log().contains("writing a global Lua variable"), "init_by_lua races with nobody");
+}
+
+#[test]
+fn a_script_of_the_end_that_waits_for_ever_is_cut_off() {
+    let mut gw = Gateway::with(json!({
+        "nginx_config": {"worker_processes": 1, "worker_shutdown_timeout": "400ms"},
+        "lua_init": {"exit_worker_by_lua": "ngx.log(ngx.WARN, 'leaves') ngx.sleep(3600) ngx.log(ngx.WARN, 'left')"},
+    }));
+    for signal in [libc::SIGQUIT, libc::SIGTERM] {
+        gw.signal(signal);
+        assert!(gw.wait().success());
+        gw.expect_log("exit_worker_by_lua or a plugin's destroy still waits: it is cut off");
+        assert!(gw.log().contains("leaves") && !gw.log().contains("left"));
+        gw.dir.write("logs/error.log", "");
+        gw.launch();
+    }
+}
+
+#[test]
 fn a_location_may_pass_on_rewrite_and_refuse() {
     let upstream = Upstream::echo();
     let gw = Gateway::with(json!({

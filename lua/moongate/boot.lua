@@ -191,16 +191,16 @@ if native.packed("moongate.ngx") then
     if native.purpose == "plugins" then require("moongate.blocking") end
 end
 
--- A request that makes a new global variable shares it with all others by accident, most of the time. What starts a VM
--- (`init_by_lua` is phase 20) does so on purpose.
+-- A request that makes a new global variable shares it with all others by accident, most of the time.
 local phase = native.fast.phase
-local INIT_BY_LUA = 20
+-- The numbers of init_worker_by_lua, and from which on all are of a VM's start and end, where nobody races (src/exchange).
+local INIT_WORKER, INIT = 0, 19
 
 setmetatable(_G, {
     __newindex = function(globals, name, value)
         rawset(globals, name, value)
-        local now = phase()
-        if now ~= 0 and now ~= INIT_BY_LUA and ngx.log then
+        local number = phase()
+        if number ~= INIT_WORKER and number < INIT and ngx.log then
             ngx.log(ngx.WARN, "writing a global Lua variable ('", tostring(name), "') which may lead to race conditions ",
                 "between concurrent requests, so prefer the use of 'local' variables\n", debug.traceback("", 2))
         end

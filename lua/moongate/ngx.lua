@@ -543,14 +543,14 @@ ngx.arg = setmetatable({}, {
 local phase_names = {
     [0] = "init_worker", "ssl_cert", "access", "access", "access", "balancer", "content", "header_filter",
     "body_filter", "body_filter", "log", "timer", "set", "server_rewrite", "rewrite", "precontent",
-    "ssl_client_hello", "ssl_session_fetch", "ssl_session_store", "init",
+    "ssl_client_hello", "ssl_session_fetch", "ssl_session_store", "init", "exit_worker",
 }
 
 --- ngx.get_phase()
 function ngx.get_phase()
     local number = phase()
     if number == 0 then
-        -- init_by_lua, init_worker_by_lua or exit_worker_by_lua: the VM's start and end.
+        -- init_by_lua of a VM for one request, or init_worker_by_lua.
         local stage = native.stage or "init_worker"
         return stage
     end

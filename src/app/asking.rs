@@ -11,7 +11,7 @@ use tokio::{
     time::timeout,
 };
 
-use crate::plugin::{Runner, VmState};
+use crate::plugin::VmState;
 
 /// Questions that one worker has before it; who asks more often waits.
 const QUESTIONS: usize = 16;
@@ -55,10 +55,10 @@ async fn ask(worker: &mpsc::Sender<Question>) -> Option<Vec<VmState>> {
 
 impl Questions {
     /// Answers as long as there is somebody to ask.
-    pub async fn answer(mut self, runner: &Runner) {
+    pub async fn answer(mut self, states: impl Fn() -> Vec<VmState>) {
         while let Some(question) = self.0.recv().await {
             // Whoever asked may have lost patience.
-            let _ = question.send(runner.states());
+            let _ = question.send(states());
         }
     }
 }

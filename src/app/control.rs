@@ -18,12 +18,13 @@ use super::{
     ending::Endings,
     listeners::{self, Sockets},
     plugins::Plugins,
-    reload, settings,
+    reload::Reload,
+    settings,
     worker::{self, Blueprint, Line, Order, Report},
 };
 use crate::{
     admin,
-    conf::{Config, admin_key},
+    conf::{self, Config, admin_key},
     control,
     dns::Resolver,
     error::{Error, Kind, Result},
@@ -42,6 +43,7 @@ pub async fn run(mut config: Config) -> Result<()> {
     let sockets = listeners::bind(&config)?;
     let ports = Ports::bind(&config).await?;
     let at = ports.listening(&sockets)?;
+    conf::note_places(&mut config, at.admin, at.control);
     let setup =
         Setup { prefix: config.prefix.clone(), config: config.json.clone(), locations: config.locations.clone() };
     let plugins = Plugins::new(setup.clone())?;
@@ -64,12 +66,13 @@ pub async fn run(mut config: Config) -> Result<()> {
     };
     let mut workers = Workers::start(blueprint, sockets)?;
     workers.ready().await?;
+    let mut reload = Reload::new(&config, (at.admin, at.control), plugins.clone(), started.handle.clone());
     let (finish, finished) = watch::channel(false);
     let (collect, asking) = (workers.collections.clone(), workers.asking.clone());
     let apis = Apis { config: &config, plugins, store: store.clone(), started, metrics, finished, collect, asking };
     let mut serving = apis.serve(ports)?;
     announce(&config, &at, &*store)?;
-    let ended = attend(&mut config, &mut signals, &mut workers).await;
+    let ended = attend(&mut reload, &mut signals, &mut workers).await;
     finish.send_replace(true);
     workers.end(&mut signals).await;
     let _ = timeout(STOP_PATIENCE, async { while serving.join_next().await.is_some() {} }).await;
@@ -90,7 +93,7 @@ async fn open(config: &Config, plugins: &Plugins, store: &Arc<dyn Store>) -> Res
 }
 
 /// Hears signals and workers until the gateway is to end.
-async fn attend(config: &mut Config, signals: &mut Signals, workers: &mut Workers) -> Result<()> {
+async fn attend(reload: &mut Reload, signals: &mut Signals, workers: &mut Workers) -> Result<()> {
     loop {
         let heard = tokio::select! {
             heard = signals.next() => heard,
@@ -116,7 +119,7 @@ async fn attend(config: &mut Config, signals: &mut Signals, workers: &mut Worker
                 workers.tell(Order::Stop);
                 return Ok(());
             }
-            Heard::Reload => reload::reload(config),
+            Heard::Reload => reload.reload(&workers.blueprints).await,
             Heard::Reopen => log::reopen_all(),
         }
     }
@@ -125,6 +128,7 @@ async fn attend(config: &mut Config, signals: &mut Signals, workers: &mut Worker
 /// The data threads.
 struct Workers {
     orders: watch::Sender<Order>,
+    blueprints: watch::Sender<Blueprint>,
     /// Counts requests to collect garbage.
     collections: watch::Sender<u64>,
     asking: Asking,
@@ -141,11 +145,13 @@ impl Workers {
         let drain_limit = blueprint.config.shutdown_timeout + DRAIN_MARGIN;
         let (collections, _) = watch::channel(0);
         let asking = Asking::default();
-        let mut workers = Workers { orders, collections, asking, reports, left: 0, drain_limit };
+        let (blueprints, _) = watch::channel(blueprint.clone());
+        let mut workers = Workers { orders, blueprints, collections, asking, reports, left: 0, drain_limit };
         for (id, sockets) in sockets.workers.into_iter().enumerate() {
             let (orders, collections) = (workers.orders.subscribe(), workers.collections.subscribe());
             let questions = workers.asking.worker();
-            let line = Line { orders, collections, reports: sender.clone(), questions };
+            let blueprints = workers.blueprints.subscribe();
+            let line = Line { orders, blueprints, collections, reports: sender.clone(), questions };
             worker::spawn(id, blueprint.clone(), sockets, line)?;
             workers.left += 1;
         }

@@ -32,6 +32,11 @@ impl Plugins {
         Ok(plugins)
     }
 
+    /// How plugins are loaded from the next reload on.
+    pub fn set_up(&self, setup: Setup) {
+        self.checker.set_up(setup);
+    }
+
     fn note_fields(&self) {
         let all = self.checker.list().into_iter().map(|plugin| (plugin.name.clone(), Encrypted::of(&plugin.json)));
         let all = all.filter(|(_, encrypted)| !encrypted.is_empty()).collect();

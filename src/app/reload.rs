@@ -1,61 +1,153 @@
-//! SIGHUP: the configuration file is read again. What can change in a running gateway does; of the rest the log says
-//! that it waits for a restart.
+//! SIGHUP: the configuration file is read again. What plugins, locations and the proxy go by is taken over at once, with new
+//! VMs beside the old ones, which end with their last request; shared dictionaries stay. Of the rest (listeners, stores, the APIs) the
+//! log says that it waits for a restart.
+
+use std::{net::SocketAddr, sync::Arc};
 
 use serde_json::Value;
+use tokio::sync::watch;
 
+use super::{plugins::Plugins, worker::Blueprint};
 use crate::{
     conf::{self, Config, Warning, admin_key},
-    error::Result,
     observe::log::{self, Level},
+    plugin::Setup,
+    shdict,
+    store::Handle,
 };
 
-/// Changed at once.
-const LIVE: &str = "nginx_config.error_log_level";
+/// What is read once, when the gateway starts: these keys and what is below them.
+const AT_START: &[&str] = &[
+    "apisix.control",
+    "apisix.data_encryption",
+    "apisix.dns_resolver",
+    "apisix.dns_resolver_valid",
+    "apisix.enable_admin",
+    "apisix.enable_control",
+    "apisix.enable_http2",
+    "apisix.enable_ipv6",
+    "apisix.node_listen",
+    "apisix.proxy_mode",
+    "apisix.proxy_protocol",
+    "apisix.resolver_timeout",
+    "apisix.router",
+    "apisix.ssl",
+    "apisix.status",
+    "apisix.stream_proxy",
+    "deployment",
+    "lua.preload",
+    "lua_listen",
+    "lua_options.lua_capture_error_log",
+    "nginx_config.enable_cpu_affinity",
+    "nginx_config.error_log",
+    "nginx_config.event",
+    "nginx_config.http.access_log",
+    "nginx_config.http.access_log_buffer",
+    "nginx_config.http.access_log_format",
+    "nginx_config.http.access_log_format_escape",
+    "nginx_config.http.client_body_timeout",
+    "nginx_config.http.client_header_timeout",
+    "nginx_config.http.client_max_body_size",
+    "nginx_config.http.enable_access_log",
+    "nginx_config.http.keepalive_timeout",
+    "nginx_config.http.send_timeout",
+    "nginx_config.http.underscores_in_headers",
+    "nginx_config.worker_processes",
+    "nginx_config.worker_shutdown_timeout",
+    "plugin_attr.prometheus",
+    "test_node",
+];
+/// What decides which plugins there are, and what their confs are checked by.
+const OF_PLUGINS: &[&str] = &[
+    "apisix.extra_lua_path",
+    "apisix.extra_lua_cpath",
+    "lua_package_path",
+    "lua_package_cpath",
+    "plugins",
+    "plugin_attr",
+];
 /// Keys named in one line of the log.
 const MAX_NAMED: usize = 20;
 
-/// Takes over what can change. A file with mistakes changes nothing: each of them is logged.
-pub fn reload(config: &mut Config) {
-    let (mut next, warnings) = match conf::load(&config.prefix, config.file.as_deref()) {
-        Ok(loaded) => loaded,
-        Err(mistakes) => {
-            for mistake in &mistakes.0 {
-                tracing::error!("{mistake}");
-            }
+pub struct Reload {
+    /// What the gateway started with.
+    first: Config,
+    /// Where the Admin and the control API listen.
+    places: (Option<SocketAddr>, Option<SocketAddr>),
+    /// What was read last.
+    last: Arc<Value>,
+    plugins: Plugins,
+    pipeline: Handle,
+}
+
+impl Reload {
+    pub fn new(
+        config: &Config,
+        places: (Option<SocketAddr>, Option<SocketAddr>),
+        plugins: Plugins,
+        pipeline: Handle,
+    ) -> Reload {
+        Reload { first: config.clone(), places, last: config.json.clone(), plugins, pipeline }
+    }
+
+    /// Takes over what can change. A file with mistakes changes nothing: each of them is logged.
+    pub async fn reload(&mut self, blueprints: &watch::Sender<Blueprint>) {
+        let Some(next) = self.read() else {
             tracing::error!("the configuration was not reloaded, the old one goes on");
             return;
+        };
+        if let Some(level) = Level::from_name(&next.error_log_level) {
+            log::set_level(level);
         }
-    };
-    if let Err(e) = fill_in_key(&mut next) {
-        tracing::error!("the configuration was not reloaded: {e}");
-        return;
+        for (name, size) in &next.shared_dicts {
+            shdict::store().declare(name, *size);
+        }
+        let setup = Setup { prefix: next.prefix.clone(), config: next.json.clone(), locations: next.locations.clone() };
+        let changed = differences_of(&self.last, &next.json);
+        if changed.iter().any(|path| is_under(path, OF_PLUGINS)) {
+            self.plugins.set_up(setup.clone());
+            if let Err(e) = self.pipeline.reload_plugins_here().await {
+                tracing::error!("the plugins that check what is stored are the old ones: {e}");
+            }
+        }
+        self.last = next.json.clone();
+        tell(&differences_of(&self.first.json, &next.json));
+        blueprints.send_modify(|blueprint| {
+            blueprint.setup = setup;
+            blueprint.config = Arc::new(next);
+        });
     }
-    for Warning(text) in &warnings {
-        tracing::warn!("{text}");
+
+    fn read(&self) -> Option<Config> {
+        let (mut next, warnings) = match conf::load(&self.first.prefix, self.first.file.as_deref()) {
+            Ok(loaded) => loaded,
+            Err(mistakes) => {
+                mistakes.0.iter().for_each(|mistake| tracing::error!("{mistake}"));
+                return None;
+            }
+        };
+        if let Err(e) = admin_key::ensure(&mut next) {
+            tracing::error!("{e}");
+            return None;
+        }
+        conf::note_places(&mut next, self.places.0, self.places.1);
+        warnings.iter().for_each(|Warning(text)| tracing::warn!("{text}"));
+        Some(next)
     }
-    if let Some(level) = Level::from_name(&next.error_log_level) {
-        log::set_level(level);
-    }
-    tell(&config.json, &next.json);
-    config.error_log_level.clone_from(&next.error_log_level);
-    set_level(std::sync::Arc::make_mut(&mut config.json), &next.error_log_level);
 }
 
-fn fill_in_key(next: &mut Config) -> Result<()> {
-    admin_key::ensure(next).map(drop)
+fn is_under(path: &str, keys: &[&str]) -> bool {
+    keys.iter().any(|key| path.strip_prefix(key).is_some_and(|rest| rest.is_empty() || rest.starts_with('.')))
 }
 
-/// So that the next reload compares with what is in use.
-fn set_level(json: &mut Value, level: &str) {
-    if let Some(known) = json.pointer_mut("/nginx_config/error_log_level") {
-        *known = level.into();
-    }
-}
-
-fn tell(old: &Value, new: &Value) {
+fn differences_of(old: &Value, new: &Value) -> Vec<String> {
     let mut changed = Vec::new();
     differences(old, new, "", &mut changed);
-    let waiting: Vec<&str> = changed.iter().map(String::as_str).filter(|path| *path != LIVE).collect();
+    changed
+}
+
+fn tell(changed: &[String]) {
+    let waiting: Vec<&str> = changed.iter().map(String::as_str).filter(|path| is_under(path, AT_START)).collect();
     if waiting.is_empty() {
         return tracing::warn!("the configuration was reloaded");
     }

@@ -1,6 +1,7 @@
 //! One data thread: its runtime, plugins, proxy and connections, from its start to its drain.
 
 use std::{
+    cell::RefCell,
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     rc::Rc,
     sync::Arc,
@@ -26,7 +27,10 @@ use crate::{
     dns::Resolver,
     error::{Error, Kind, Result},
     exchange::Exchange,
-    net::{Drain, ExchangePool, Handler, Server, listener},
+    net::{
+        Drain, ExchangePool, Handler, Server,
+        listener::{self, HandshakeScripts},
+    },
     plugin::{Runner, Setup},
     proxy::{Proxy, handshake},
     store::Published,
@@ -39,8 +43,8 @@ const STACK: usize = 8 << 20;
 const SWEEP_EVERY: Duration = Duration::from_secs(5);
 /// Timers of plugins that run once more at the end (the last batch of a logger) get this long.
 const TIMERS_PATIENCE: Duration = Duration::from_secs(5);
-/// The same when the gateway is told to end at once.
-const TIMERS_HASTE: Duration = Duration::from_millis(300);
+/// The same when the gateway is told to end at once, and what scripts of the end get at least.
+const HASTE: Duration = Duration::from_millis(300);
 /// Between two looks at those timers.
 const TIMERS_PAUSE: Duration = Duration::from_millis(5);
 
@@ -61,7 +65,7 @@ pub enum Report {
     Ended(Result<()>),
 }
 
-/// What all workers are made from.
+/// What all workers are made from. A new one, after a reload, is for new requests.
 #[derive(Clone)]
 pub struct Blueprint {
     pub config: Arc<Config>,
@@ -74,6 +78,8 @@ pub struct Blueprint {
 /// The two ends of the talk with the control thread. At most two reports per worker, so they need no bound.
 pub struct Line {
     pub orders: watch::Receiver<Order>,
+    /// Changes with each reload of the configuration file.
+    pub blueprints: watch::Receiver<Blueprint>,
     pub reports: mpsc::UnboundedSender<Report>,
     /// Changes when the VMs are to collect their garbage.
     pub collections: watch::Receiver<u64>,
@@ -120,11 +126,11 @@ fn run(worker: usize, blueprint: Blueprint, sockets: Vec<Bound>, line: Line) -> 
 }
 
 async fn serve(worker: usize, blueprint: Blueprint, sockets: Vec<Bound>, line: Line) -> Result<()> {
-    let Line { mut orders, reports, collections, questions } = line;
+    let Line { mut orders, blueprints, reports, collections, questions } = line;
     let config = blueprint.config.clone();
     let ending = Rc::new(blueprint.endings.of_worker(&config));
-    let proxy = tokio::select! {
-        made = new_proxy(worker, &blueprint, ending.clone()) => Rc::new(made?),
+    let serving = tokio::select! {
+        made = new_proxy(worker, &blueprint, ending.clone()) => Serving::new(made?, &blueprint),
         // Plugins' init may wait, and nobody is served yet.
         () = ordered(&mut orders, |order| order != Order::Serve) => return Ok(()),
     };
@@ -133,23 +139,27 @@ async fn serve(worker: usize, blueprint: Blueprint, sockets: Vec<Bound>, line: L
         true => counter.recorder.connections().opened(),
         false => counter.recorder.connections().closed(),
     });
-    let handler = Counted { proxy: proxy.clone(), ending: ending.clone() };
+    let handler = Counted { serving: serving.clone(), ending: ending.clone() };
     let mut listeners = listen(&blueprint, &handler, &drain, sockets);
-    let chores = chores(&proxy, &ending, collections, questions);
+    let mut chores = chores(&serving, &ending, collections, questions);
+    chores.spawn_local(follow(worker, serving.clone(), ending.clone(), blueprints));
     let _ = reports.send(Report::Ready);
     let ended = tokio::select! {
         () = ordered(&mut orders, |order| order != Order::Serve) => Ok(()),
         ended = listeners.join_next() => Err(too_early(worker, ended)),
     };
     if *orders.borrow() == Order::Stop {
-        close(&proxy.runner, TIMERS_HASTE).await;
+        let runner = &serving.proxy().runner;
+        close(runner, HASTE).await;
+        end(runner, HASTE, &mut orders).await;
         ending.flush();
         return ended;
     }
+    let until = Instant::now() + config.shutdown_timeout;
     drain.begin();
     while listeners.join_next().await.is_some() {}
     tokio::select! {
-        () = drain.done() => close(&proxy.runner, TIMERS_PATIENCE).await,
+        () = drain.done() => close(&serving.proxy().runner, TIMERS_PATIENCE).await,
         () = sleep(config.shutdown_timeout) => {
             let (open, limit) = (drain.open(), config.shutdown_timeout);
             tracing::warn!("{open} connections are cut: worker_shutdown_timeout ({limit:?}) is over");
@@ -157,9 +167,54 @@ async fn serve(worker: usize, blueprint: Blueprint, sockets: Vec<Bound>, line: L
         () = ordered(&mut orders, |order| order == Order::Stop) => {}
     }
     drop(chores);
-    close(&proxy.runner, TIMERS_HASTE).await;
+    let runner = &serving.proxy().runner;
+    close(runner, HASTE).await;
+    end(runner, until.saturating_duration_since(Instant::now()).max(HASTE), &mut orders).await;
     ending.flush();
     ended
+}
+
+/// The proxy that requests which start now are for. One that a reload has replaced lives as long as its requests.
+struct Serving {
+    proxy: RefCell<Rc<Proxy>>,
+    scripts: HandshakeScripts,
+}
+
+impl Serving {
+    fn new(proxy: Proxy, blueprint: &Blueprint) -> Rc<Serving> {
+        let serving = Serving { proxy: RefCell::new(Rc::new(proxy)), scripts: Rc::default() };
+        serving.script(blueprint);
+        Rc::new(serving)
+    }
+
+    fn proxy(&self) -> Rc<Proxy> {
+        self.proxy.borrow().clone()
+    }
+
+    fn replace(&self, proxy: Proxy, blueprint: &Blueprint) -> Rc<Proxy> {
+        let old = self.proxy.replace(Rc::new(proxy));
+        self.script(blueprint);
+        old
+    }
+
+    fn script(&self, blueprint: &Blueprint) {
+        *self.scripts.borrow_mut() = handshake::scripts(&self.proxy(), &blueprint.config.locations.handshakes);
+    }
+}
+
+/// Makes a new proxy, with new VMs, for each new blueprint. Where that fails, the old one goes on.
+async fn follow(worker: usize, serving: Rc<Serving>, ending: Rc<Ending>, mut blueprints: watch::Receiver<Blueprint>) {
+    while blueprints.changed().await.is_ok() {
+        let blueprint = blueprints.borrow_and_update().clone();
+        match new_proxy(worker, &blueprint, ending.clone()).await {
+            Ok(proxy) => {
+                let old = serving.replace(proxy, &blueprint);
+                // Its requests go on without its timers, as those of an nginx worker that is shutting down.
+                spawn_local(async move { close(&old.runner, TIMERS_PATIENCE).await });
+            }
+            Err(e) => tracing::error!("{e}; what was loaded before goes on"),
+        }
+    }
 }
 
 async fn new_proxy(worker: usize, blueprint: &Blueprint, ending: Rc<Ending>) -> Result<Proxy> {
@@ -189,7 +244,7 @@ fn listen(blueprint: &Blueprint, handler: &Counted, drain: &Drain, sockets: Vec<
     };
     let (with_http2, without) = (server(true), server(false));
     let mut listeners = JoinSet::new();
-    let scripts = handshake::scripts(&handler.proxy, &blueprint.config.locations.handshakes);
+    let scripts = &handler.serving.scripts;
     for Bound { socket, proxy_protocol, http2, tls } in sockets {
         let published = &blueprint.published;
         let tls = tls.map(|server| listener::Tls { server, published: published.clone(), scripts: scripts.clone() });
@@ -216,23 +271,23 @@ fn too_early(worker: usize, ended: Option<Result<Result<()>, tokio::task::JoinEr
 /// The proxy, with its requests counted.
 #[derive(Clone)]
 struct Counted {
-    proxy: Rc<Proxy>,
+    serving: Rc<Serving>,
     ending: Rc<Ending>,
 }
 
 impl Handler for Counted {
     fn expect<'a>(&self, path: impl FnOnce() -> &'a [u8]) {
-        self.proxy.expect(path);
+        self.serving.proxy.borrow().expect(path);
     }
 
     async fn handle(&self, x: Box<Exchange>) -> Box<Exchange> {
         let _running = Running::new(&self.ending);
-        self.proxy.handle(x).await
+        self.serving.proxy().handle(x).await
     }
 
     async fn reject(&self, x: Box<Exchange>, why: &'static str) -> Box<Exchange> {
         let _running = Running::new(&self.ending);
-        self.proxy.reject(x, why).await
+        self.serving.proxy().reject(x, why).await
     }
 }
 
@@ -254,34 +309,34 @@ impl Drop for Running<'_> {
 
 /// What a worker does beside requests, until the result is dropped.
 fn chores(
-    proxy: &Rc<Proxy>,
+    serving: &Rc<Serving>,
     ending: &Rc<Ending>,
     collections: watch::Receiver<u64>,
     questions: Questions,
 ) -> JoinSet<()> {
     let mut chores = JoinSet::new();
-    chores.spawn_local(sweep(proxy.clone()));
-    chores.spawn_local(collect(proxy.clone(), collections));
-    let asked = proxy.clone();
-    chores.spawn_local(async move { questions.answer(&asked.runner).await });
+    chores.spawn_local(sweep(serving.clone()));
+    chores.spawn_local(collect(serving.clone(), collections));
+    let asked = serving.clone();
+    chores.spawn_local(questions.answer(move || asked.proxy().runner.states()));
     let ending = ending.clone();
     chores.spawn_local(async move { ending.flush_in_time().await });
     chores
 }
 
 /// Collects the garbage of scripts whenever it is asked for.
-async fn collect(proxy: Rc<Proxy>, mut collections: watch::Receiver<u64>) {
+async fn collect(serving: Rc<Serving>, mut collections: watch::Receiver<u64>) {
     while collections.changed().await.is_ok() {
-        proxy.runner.collect();
+        serving.proxy().runner.collect();
     }
 }
 
 /// Closes upstream connections that were idle for too long or that their node has closed.
-async fn sweep(proxy: Rc<Proxy>) {
+async fn sweep(serving: Rc<Serving>) {
     let mut tick = interval(SWEEP_EVERY);
     loop {
         tick.tick().await;
-        proxy.pool.sweep(Instant::now());
+        serving.proxy().pool.sweep(Instant::now());
     }
 }
 
@@ -296,6 +351,20 @@ async fn close(runner: &Runner, patience: Duration) {
     if timeout(patience, over).await.is_err() {
         tracing::warn!("{} timers of plugins are cut off", runner.timers());
     }
+}
+
+/// Runs `exit_worker_by_lua` and plugins' `destroy`: with a drain for as long as that may still take.
+async fn end(runner: &Runner, patience: Duration, orders: &mut watch::Receiver<Order>) {
+    let hurried = async {
+        ordered(orders, |order| order == Order::Stop).await;
+        sleep(HASTE).await;
+    };
+    tokio::select! {
+        () = runner.end() => return,
+        () = sleep(patience) => {}
+        () = hurried => {}
+    }
+    tracing::error!("exit_worker_by_lua or a plugin's destroy still waits: it is cut off");
 }
 
 /// One worker per processor, as far as they go.

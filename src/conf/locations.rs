@@ -372,7 +372,11 @@ pub(super) fn read(json: &Value, prefix: &Path, mistakes: &mut Vec<String>) -> L
     }
     let implied = json!({"location": "/"});
     // A node with APISIX's own APIs on it has routes for the rest, and APISIX's 404.
-    let mut rest = if list.is_empty() || !apis.is_empty() { None } else { r.location("lua_locations", &implied, &server, &options) };
+    let mut rest = if list.is_empty() || !apis.is_empty() {
+        None
+    } else {
+        r.location("lua_locations", &implied, &server, &options)
+    };
     let defined: Arc<HashSet<_>> = Arc::new(list.iter().flat_map(Location::variables).collect());
     list.iter_mut().chain(&mut rest).for_each(|location| location.defined = defined.clone());
     let init = at(json, "lua_init").and_then(Value::as_object).cloned().unwrap_or_default();

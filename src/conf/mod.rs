@@ -259,6 +259,21 @@ pub fn parse(prefix: &Path, text: &str) -> Result<(Config, Vec<Warning>), Mistak
     }
 }
 
+/// Where the two APIs listen in truth, for a test node that has them on its own port: one of the configured ports may be 0.
+pub fn note_places(config: &mut Config, admin: Option<SocketAddr>, control: Option<SocketAddr>) {
+    if keys::at(&config.json, "test_node.serve_on_node").is_none() {
+        return;
+    }
+    let json = Arc::make_mut(&mut config.json);
+    for (pointer, addr) in [("/deployment/admin/admin_listen/port", admin), ("/apisix/control/port", control)] {
+        if let (Some(port), Some(addr)) = (json.pointer_mut(pointer), addr) {
+            *port = addr.port().into();
+        }
+    }
+    // What is wrong with them was told when they were read first.
+    config.locations = Arc::new(locations::read(&config.json, &config.prefix, &mut Vec::new()));
+}
+
 /// Whether this node has an Admin API.
 fn serves_admin(json: &Value) -> bool {
     let enabled = keys::at(json, "apisix.enable_admin") == Some(&Value::Bool(true));

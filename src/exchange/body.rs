@@ -20,6 +20,8 @@ pub enum RequestBody {
     Consumed,
     /// Given to an upstream that failed, and too long to have been kept for another one.
     Lost,
+    /// Lost, and what is asked for since is an error page under a path of its own, by GET: a request that goes without.
+    Forgone,
 }
 
 /// A file that holds a request body. The gateway's own goes when the request lets go of it; a plugin's own stays.

@@ -77,7 +77,7 @@ impl RequestBody {
                 RequestBody::File { path: super::Spooled::theirs(path.to_path_buf()), length: *length }
             }
             // To be refused, not to be left out.
-            RequestBody::Lost => RequestBody::Lost,
+            RequestBody::Lost | RequestBody::Forgone => RequestBody::Lost,
             RequestBody::None | RequestBody::Streaming { .. } | RequestBody::Consumed => RequestBody::None,
         }
     }

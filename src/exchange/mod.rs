@@ -128,6 +128,8 @@ pub enum Phase {
     SslSessionStore,
     /// `init_by_lua`; `Init` is `init_worker_by_lua` and plugins' `init`.
     InitByLua,
+    /// `exit_worker_by_lua`, and plugins' `destroy`.
+    ExitWorker,
 }
 
 /// A change of location: `ngx.exec`, `ngx.req.set_uri(uri, true)`.

@@ -27,7 +27,9 @@ use crate::{
 pub struct Phases(pub u32);
 
 impl Phases {
-    pub const INIT: Phases = Phases(Phases::of(Phase::Init).0 | Phases::of(Phase::InitByLua).0);
+    /// The start of a VM, and its end.
+    pub const INIT: Phases =
+        Phases(Phases::of(Phase::Init).0 | Phases::of(Phase::InitByLua).0 | Phases::of(Phase::ExitWorker).0);
     /// The four phases of a handshake.
     pub const SSL: Phases = Phases(
         Phases::of(Phase::Ssl).0
@@ -76,6 +78,7 @@ pub fn context_name(phase: Phase) -> &'static str {
     match phase {
         Phase::Init => "init_worker_by_lua*",
         Phase::InitByLua => "init_by_lua*",
+        Phase::ExitWorker => "exit_worker_by_lua*",
         Phase::Ssl => "ssl_certificate_by_lua*",
         Phase::Rewrite | Phase::Access | Phase::BeforeProxy => "access_by_lua*",
         Phase::Balancer => "balancer_by_lua*",

@@ -2,7 +2,7 @@
 
 use std::{
     any::Any,
-    cell::{Cell, RefCell},
+    cell::{Cell, OnceCell, RefCell},
     ffi::c_int,
     path::PathBuf,
     ptr,
@@ -104,6 +104,8 @@ pub struct Vm {
     pub(super) light: RefCell<HashMap<usize, bool>>,
     /// Consumers that scripts attach by number.
     pub(super) consumers: host::apisix::KeptConsumers,
+    /// What VMs of `ngx.run_worker_thread` are made of for this one.
+    pub(super) sources: OnceCell<Arc<ngx::worker_thread::Sources>>,
     /// What timers and calls outside of requests see as the configuration.
     snapshot: RefCell<Arc<Snapshot>>,
     itself: std::rc::Weak<Vm>,
@@ -202,6 +204,7 @@ impl Vm {
             header_names: Default::default(),
             light: Default::default(),
             consumers: Default::default(),
+            sources: OnceCell::new(),
             snapshot: RefCell::default(),
             itself: itself.clone(),
         });
@@ -432,10 +435,10 @@ impl Vm {
         self.main
     }
 
-    /// Runs a script to its end outside of requests; it cannot wait. `stage` is what `ngx.get_phase` says meanwhile.
-    pub fn run_script(&self, which: &Script, stage: &str) -> Result<()> {
+    /// Runs `init_by_lua` to its end outside of requests; it cannot wait.
+    pub fn run_init(&self, which: &Script) -> Result<()> {
         let chunk = load_script(&self.lua, which).map_err(Error::script)?;
-        self.native.raw_set("stage", stage).map_err(script)?;
+        self.native.raw_set("stage", "init").map_err(script)?;
         let ran = self.entered(|| limits::bounded(self.main, self.limits, || chunk.call::<()>(())));
         self.native.raw_set("stage", mlua::Value::Nil).map_err(script)?;
         ran.map_err(script)

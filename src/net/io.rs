@@ -2,6 +2,7 @@
 
 use std::{
     io::{self, IoSlice},
+    mem::MaybeUninit,
     os::fd::AsRawFd,
     pin::Pin,
     task::{Context, Poll, ready},
@@ -13,7 +14,14 @@ use tokio::{
 };
 use tokio_rustls::server::TlsStream;
 
-use crate::{exchange::TcpInfo, tcp};
+use crate::{
+    exchange::TcpInfo,
+    tcp::{self, buffers},
+    tls::Watched,
+};
+
+/// What is read at once from a client that is only watched.
+const PIECE: usize = 4096;
 
 /// A TCP stream from which something was read too early (after a PROXY protocol header).
 pub struct Socket {
@@ -46,6 +54,24 @@ impl Socket {
     /// Whether a read may find something.
     pub fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         if self.unread.is_empty() { self.tcp.poll_readable(cx) } else { Poll::Ready(Ok(())) }
+    }
+}
+
+impl Watched for Socket {
+    fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let mut piece = [MaybeUninit::uninit(); PIECE];
+        loop {
+            // A client that sends far ahead is not looked at further: its bytes would have to be kept.
+            let room = buffers::SIZE.saturating_sub(self.unread.len()).min(PIECE);
+            if room == 0 {
+                return Poll::Pending;
+            }
+            let mut buf = ReadBuf::uninit(&mut piece[..room]);
+            match ready!(self.tcp.poll_read(cx, &mut buf)) {
+                Ok(()) if !buf.filled().is_empty() => self.unread.extend_from_slice(buf.filled()),
+                _ => return Poll::Ready(()),
+            }
+        }
     }
 }
 
@@ -186,5 +212,57 @@ impl AsyncWrite for Io {
             Io::Tcp(s) => Pin::new(s).poll_shutdown(cx),
             Io::Tls(s) => Pin::new(s.as_mut()).poll_shutdown(cx),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{future::poll_fn, io::Write};
+
+    use tokio::io::AsyncReadExt;
+
+    use super::*;
+
+    /// A client and its connection on the gateway's side.
+    async fn connected() -> (std::net::TcpStream, Socket) {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let client = std::net::TcpStream::connect(listener.local_addr().expect("an address")).expect("connected");
+        let (tcp, _) = listener.accept().await.expect("accepted");
+        (client, Socket::new(tcp, b"early, ".to_vec()))
+    }
+
+    /// Watches until so many bytes are kept; the client is there.
+    async fn watched(socket: &mut Socket, kept: usize) {
+        let until = |cx: &mut Context<'_>| {
+            assert!(socket.poll_gone(cx).is_pending());
+            if socket.unread.len() == kept { Poll::Ready(()) } else { Poll::Pending }
+        };
+        poll_fn(until).await;
+    }
+
+    #[tokio::test]
+    async fn what_a_watched_client_sends_is_kept() {
+        let (mut client, mut socket) = connected().await;
+        client.write_all(b"then more").expect("sent");
+        watched(&mut socket, b"early, then more".len()).await;
+        client.write_all(b", and the end").expect("sent");
+        drop(client);
+        poll_fn(|cx| socket.poll_gone(cx)).await;
+        let mut all = Vec::new();
+        socket.read_to_end(&mut all).await.expect("read");
+        assert_eq!(all, b"early, then more, and the end");
+    }
+
+    #[tokio::test]
+    async fn so_much_of_a_watched_client_is_kept_and_no_more() {
+        let (mut client, mut socket) = connected().await;
+        let sent = vec![b'x'; buffers::SIZE];
+        client.write_all(&sent).expect("sent");
+        watched(&mut socket, buffers::SIZE).await;
+        drop(client);
+        watched(&mut socket, buffers::SIZE).await;
+        let mut all = Vec::new();
+        socket.read_to_end(&mut all).await.expect("read");
+        assert_eq!(all, [b"early, ", &sent[..]].concat());
     }
 }

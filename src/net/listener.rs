@@ -3,6 +3,7 @@
 //! Each worker has its own socket on each address (SO_REUSEPORT): the kernel spreads connections, nothing is shared.
 
 use std::{
+    cell::RefCell,
     future::poll_fn,
     io,
     net::{SocketAddr, TcpListener as StdListener},
@@ -50,13 +51,15 @@ pub struct Listener {
     pub tls: Option<Tls>,
 }
 
+/// Those that have a say in handshakes, when there are any. All listeners of a worker share one, which a reload fills anew.
+pub type HandshakeScripts = Rc<RefCell<Option<Rc<dyn tls::Scripts>>>>;
+
 /// Certificates, and the configuration that says which.
 #[derive(Clone)]
 pub struct Tls {
     pub server: Arc<tls::Server>,
     pub published: Arc<Published>,
-    /// Those that have a say in handshakes, when there are any.
-    pub scripts: Option<Rc<dyn tls::Scripts>>,
+    pub scripts: HandshakeScripts,
 }
 
 impl Tls {
@@ -207,10 +210,11 @@ async fn prepare(tcp: TcpStream, peer: SocketAddr, local: SocketAddr, way: &Way)
     socket.put_back(opening.bytes);
     let kept = opening.hello.as_deref().and_then(Hello::parse).map(|hello| hello.keep());
     let snapshot = tls.published.load();
-    let (stream, mut info) = match (&tls.scripts, opening.hello) {
+    let scripts = tls.scripts.borrow().clone();
+    let (stream, mut info) = match (scripts, opening.hello) {
         (Some(scripts), Some(hello)) => {
             let mut x = handshake(&conn, &snapshot, hello);
-            let (stream, info, made) = tls.server.accept_scripted(socket, &snapshot.ssls, &mut x, &**scripts).await?;
+            let (stream, info, made) = tls.server.accept_scripted(socket, &snapshot.ssls, &mut x, &*scripts).await?;
             scripts.end(&mut x);
             conn.ctx.clone_from(&x.lua.ctx);
             if !made.is_empty() {

@@ -154,7 +154,7 @@ fn with_listener<F: Future<Output = ()>>(proxy_protocol: bool, ssls: Vec<Ssl>, t
         let tls = (!snapshot.ssls.is_empty()).then(|| listener::Tls {
             server: Arc::new(tls::Server::new(options).expect("options")),
             published: Published::new(snapshot),
-            scripts: None,
+            scripts: Rc::default(),
         });
         let settings = Settings { max_connections: 2, ..Settings::default() };
         let server = Rc::new(Server { handler: Echo, settings, pool: ExchangePool::new(), drain: Drain::default() });

@@ -215,7 +215,7 @@ fn lua_of(vm: &Rc<Vm>, json: &Value) -> Result<mlua::Value> {
 
 /// Answers for the plugins on the control thread: one VM that never serves.
 pub struct Checker {
-    setup: Setup,
+    setup: RefCell<Setup>,
     state: RefCell<Option<Loaded>>,
     generation: Cell<u64>,
 }
@@ -228,18 +228,23 @@ struct Loaded {
 
 impl Checker {
     pub fn new(setup: Setup, snapshot: &Snapshot) -> Result<Checker> {
-        let checker = Checker { setup, state: RefCell::default(), generation: Cell::new(0) };
+        let checker = Checker { setup: RefCell::new(setup), state: RefCell::default(), generation: Cell::new(0) };
         checker.load(snapshot)?;
         Ok(checker)
     }
 
     fn load(&self, snapshot: &Snapshot) -> Result<()> {
-        let config = self.setup.vm_config(Purpose::Check, 0, snapshot);
-        let vm = vm(config)?;
-        let plugins = load(&vm, &self.setup.names(snapshot));
+        let setup = self.setup.borrow().clone();
+        let vm = vm(setup.vm_config(Purpose::Check, 0, snapshot))?;
+        let plugins = load(&vm, &setup.names(snapshot));
         *self.state.borrow_mut() = Some(Loaded { vm, plugins: Rc::new(plugins) });
         self.generation.set(self.generation.get() + 1);
         Ok(())
+    }
+
+    /// How plugins are loaded from the next time on.
+    pub fn set_up(&self, setup: Setup) {
+        *self.setup.borrow_mut() = setup;
     }
 
     fn loaded(&self) -> Option<Loaded> {
@@ -278,7 +283,7 @@ impl Checker {
     /// What the text of a plugin file says of itself, found in a VM of its own; or why it cannot be a plugin, with file
     /// and line.
     pub fn inspect_plugin(&self, name: &str, source: &str) -> Result<PluginInfo, String> {
-        let config = self.setup.vm_config(Purpose::Check, 0, &Snapshot::default());
+        let config = self.setup.borrow().vm_config(Purpose::Check, 0, &Snapshot::default());
         let vm = vm(config).map_err(|e| e.to_string())?;
         let chunk = vm::load_chunk(&vm.lua, &format!("plugins/{name}.lua"), source.as_bytes()).map_err(plain)?;
         let (info, reason): (mlua::Value, Option<String>) =

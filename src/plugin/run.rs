@@ -18,6 +18,7 @@ use std::{
 use mlua::ffi;
 
 mod counters;
+mod end;
 mod function;
 mod script;
 mod start;
@@ -26,6 +27,7 @@ mod tests;
 
 use counters::Others;
 pub use counters::VmState;
+use end::{Alive, Ends};
 use function::Functions;
 
 use super::{
@@ -35,7 +37,6 @@ use super::{
 };
 use crate::{
     balancer::group::Groups,
-    conf::locations::Script,
     error::Result,
     exchange::{Exchange, Phase, Source},
     lua::{
@@ -89,6 +90,8 @@ pub struct Runner {
     functions: Functions,
     /// VMs that still end, and those of one request.
     others: Rc<Others>,
+    /// Those whose end has not run.
+    ends: Rc<Ends>,
     filters: RefCell<HashMap<u64, Option<c_int>>>,
     until_memory_check: Cell<u32>,
     /// The upstreams of the worker's locations.
@@ -103,9 +106,8 @@ struct Generation {
     plugins: Plugins,
     entry: Entry,
     scripts: script::Compiled,
-    exit_worker: Option<Arc<Script>>,
-    /// Made for one request: `lua_code_cache off`.
-    own: bool,
+    /// Its end runs when this is dropped. `None`: made for one request (`lua_code_cache off`), it has none.
+    alive: Option<Alive>,
     /// Those that are alive, kept or in use by a request.
     plans: Cell<usize>,
 }
@@ -204,17 +206,8 @@ impl Drop for Run {
 
 impl Drop for Generation {
     fn drop(&mut self) {
-        if self.own {
+        if self.alive.is_none() {
             log::line(Level::Debug, b"lua close the global Lua VM", None);
-        }
-        if let Some(script) = &self.exit_worker
-            && let Err(e) = self.vm.run_script(script, "exit_worker")
-        {
-            tracing::error!("exit_worker_by_lua error: {e}");
-        }
-        let destroyed: Result<()> = registry::call(&self.vm, "moongate.plugins", "destroy", ());
-        if let Err(e) = destroyed {
-            tracing::error!(target: "lua", "failed to end the plugins: {e}");
         }
     }
 }
@@ -231,7 +224,9 @@ impl Runner {
             log::line(Level::Alert, text, None);
         }
         let groups = Rc::new(Groups::new(&setup.locations));
-        let generation = Generation::started(setup.clone(), worker, snapshot.clone(), groups.clone()).await?;
+        let ends = Rc::new(Ends::default());
+        let generation =
+            Generation::started(setup.clone(), worker, snapshot.clone(), (groups.clone(), ends.clone())).await?;
         let others = Rc::new(Others::default());
         Ok(Runner {
             groups,
@@ -244,6 +239,7 @@ impl Runner {
             renewal: RefCell::default(),
             functions: Functions::new(others.clone()),
             others,
+            ends,
             filters: RefCell::default(),
             until_memory_check: Cell::new(MEMORY_CHECK_EVERY),
         })
@@ -570,7 +566,7 @@ impl Generation {
         setup: &Setup,
         worker: usize,
         snapshot: &Arc<Snapshot>,
-        groups: &Rc<Groups>,
+        (groups, ends): (&Rc<Groups>, &Ends),
     ) -> Result<Rc<Generation>> {
         let config = VmConfig { groups: groups.clone(), ..setup.vm_config(Purpose::Plugins, worker, snapshot) };
         let vm = registry::vm(config)?;
@@ -590,10 +586,10 @@ impl Generation {
         }
         let entry = Entry::of(&vm)?;
         let scripts = script::Compiled::default();
-        let exit_worker = init.exit_worker.clone();
+        let alive = Some(ends.after(&vm, init.exit_worker.clone()));
         let number = snapshot.plugins_generation;
         let plans = Cell::new(0);
-        Ok(Rc::new(Generation { vm, number, plugins, entry, scripts, exit_worker, own: false, plans }))
+        Ok(Rc::new(Generation { vm, number, plugins, entry, scripts, alive, plans }))
     }
 
     /// A VM without plugins, for scripts that are loaded anew for each request. Its `init_by_lua` cannot wait.
@@ -602,12 +598,12 @@ impl Generation {
         let (vm, plugins) = (registry::vm(config)?, Plugins::new());
         vm.set_snapshot(snapshot);
         if let Some(script) = &setup.locations.init.init {
-            vm.run_script(script, "init").map_err(|e| e.context("init_by_lua error"))?;
+            vm.run_init(script).map_err(|e| e.context("init_by_lua error"))?;
         }
         let entry = Entry::of(&vm)?;
         let (scripts, number) = (script::Compiled::default(), snapshot.plugins_generation);
         let plans = Cell::new(0);
-        Ok(Rc::new(Generation { vm, number, plugins, entry, scripts, exit_worker: None, own: true, plans }))
+        Ok(Rc::new(Generation { vm, number, plugins, entry, scripts, alive: None, plans }))
     }
 
     /// Makes the Lua lists of `owners`.

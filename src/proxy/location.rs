@@ -230,6 +230,9 @@ async fn error_page(p: &Proxy, x: &mut Exchange, status: u16) -> Result<Option<F
             if x.request.method != b"HEAD" {
                 x.request.method = b"GET".to_vec();
             }
+            if matches!(x.body, RequestBody::Lost) {
+                x.body = RequestBody::Forgone;
+            }
             let mut parts = target.splitn(2, |b| *b == b'?').map(<[u8]>::to_vec);
             Jump::Exec { path: parts.next().unwrap_or_default(), args: parts.next() }
         }

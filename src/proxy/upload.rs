@@ -74,7 +74,7 @@ impl Upload {
     /// the end of the worker's turn.
     pub fn new(body: &RequestBody, may_wait: bool) -> Result<(Upload, BodyFraming)> {
         let (source, framing) = match body {
-            RequestBody::None | RequestBody::Consumed => (Source::Done, BodyFraming::None),
+            RequestBody::None | RequestBody::Consumed | RequestBody::Forgone => (Source::Done, BodyFraming::None),
             RequestBody::Streaming { length: Some(n) } => (Source::Client, BodyFraming::Length(*n)),
             RequestBody::Streaming { length: None } => (Source::Client, BodyFraming::Chunked),
             RequestBody::Memory(bytes) => {
@@ -314,5 +314,7 @@ mod tests {
     fn what_was_given_to_a_failed_upstream_and_not_kept_goes_to_no_other() {
         let refused = Upload::new(&RequestBody::Lost, true).err().expect("refused");
         assert_eq!(refused.origin(), crate::error::Origin::Upstream);
+        let (_, framing) = Upload::new(&RequestBody::Forgone, true).expect("an error page goes without");
+        assert_eq!(framing, BodyFraming::None);
     }
 }

@@ -77,6 +77,11 @@ impl Handle {
                 Err(_) => tracing::warn!("plugins are loaded anew on this node only: etcd does not answer"),
             }
         }
+        self.reload_plugins_here().await
+    }
+
+    /// The same on this node alone.
+    pub async fn reload_plugins_here(&self) -> Result<u64> {
         let (done, generation) = oneshot::channel();
         let gone = || Error::internal(Kind::Unavailable).context("the configuration pipeline has stopped");
         self.commands.send(Command::ReloadPlugins(done)).await.map_err(|_| gone())?;

@@ -132,6 +132,17 @@ pub fn validate(response: &[u8], chain: &[u8], now: i64) -> Result<Option<i64>, 
     }
 }
 
+/// Whether `response` (an OCSPResponse in DER) says something of `certificate` (DER): by serial number and, where SHA-1 tells, the
+/// issuer's name. Nothing else of it is checked.
+pub fn is_about(response: &[u8], certificate: &[u8]) -> bool {
+    let (Ok(basic), Ok((_, certificate))) = (Basic::of(response), X509Certificate::from_der(certificate)) else {
+        return false;
+    };
+    let name: [u8; 20] = Sha1::digest(certificate.issuer().as_raw()).into();
+    let mut ids = basic.singles.iter().map(|single| &single.id);
+    ids.any(|id| id.serial == certificate.raw_serial() && (id.digest != SHA1 || id.name == name))
+}
+
 /// A certificate and who issued it.
 struct Pair<'a> {
     leaf: X509Certificate<'a>,

@@ -6,8 +6,10 @@
 
 use std::{
     cell::Cell,
+    future::poll_fn,
     rc::Rc,
     sync::{Arc, Mutex, PoisonError},
+    task::{Context, Poll},
     time::Duration,
 };
 
@@ -58,6 +60,12 @@ pub trait Scripts {
     fn end(&self, x: &mut Exchange);
 }
 
+/// A client's stream that can be watched while nobody reads from it.
+pub trait Watched {
+    /// Ready when the client has gone. What it has sent before that is kept, up to a bound, for the reads that follow.
+    fn poll_gone(&mut self, cx: &mut Context<'_>) -> Poll<()>;
+}
+
 /// Sessions that a handshake has made, by what they are called: what `ssl_session_store_by_lua` is to keep.
 pub type Made = Vec<(Vec<u8>, Vec<u8>)>;
 
@@ -99,8 +107,8 @@ pub async fn store(scripts: Rc<dyn Scripts>, mut x: Exchange, made: Made) {
 }
 
 impl Server {
-    /// Does a handshake whose first message stands in `x.lua.handshake` and is still to be read from `stream`. The caller limits
-    /// its time.
+    /// Does a handshake whose first message stands in `x.lua.handshake` and is still to be read from `stream`. Scripts that wait end
+    /// with their client. The caller limits the time.
     pub async fn accept_scripted<S>(
         &self,
         stream: S,
@@ -109,11 +117,18 @@ impl Server {
         scripts: &dyn Scripts,
     ) -> Result<(TlsStream<S>, TlsInfo, Made)>
     where
-        S: AsyncRead + AsyncWrite + Unpin,
+        S: AsyncRead + AsyncWrite + Watched + Unpin,
     {
-        let start = LazyConfigAcceptor::new(Acceptor::default(), stream).await.map_err(failed)?;
+        let mut start = LazyConfigAcceptor::new(Acceptor::default(), stream).await.map_err(failed)?;
         let sni = start.client_hello().server_name().map(str::to_ascii_lowercase);
-        let decided = match self.decide(x, sni.as_deref(), ssls, scripts).await {
+        let decided = tokio::select! {
+            biased;
+            decided = self.decide(x, sni.as_deref(), ssls, scripts) => decided,
+            () = poll_fn(|cx| start.io.poll_gone(cx)) => {
+                return Err(Error::client(Kind::Closed).context("the client has gone while a script of its handshake waited"));
+            }
+        };
+        let decided = match decided {
             Ok(decided) => decided,
             Err(e) => {
                 self.refuse(start).await;
@@ -266,7 +281,8 @@ impl Base<'_> {
     }
 
     /// A configuration for a client whose session will be resumed: no certificate is needed, and its script does not run. The
-    /// library is asked by having it answer the first message once, with a key that signs nothing.
+    /// library is asked by having it answer the first message once, with a key that signs nothing. The session is this connection's
+    /// then.
     fn resumption(&self, handshake: &Handshake) -> Option<ServerConfig> {
         let hello = Hello::parse(&handshake.hello)?;
         let tls13 = agrees_on_13(&hello, &handshake.protocols);
@@ -276,11 +292,13 @@ impl Base<'_> {
         let flight = records(&handshake.hello);
         // The cipher suites of TLS 1.2 go with the kind of the key.
         let algorithms = if tls13 { &KEYS[..1] } else { &KEYS };
+        let held = Arc::new(Held { inner: self.storage.clone(), found: Mutex::default() });
         algorithms.iter().find_map(|algorithm| {
             let pair = CertifiedKey::new(vec![CertificateDer::from(Vec::new())], Arc::new(Mute(*algorithm)));
-            let config = self.config(Arc::new(SingleCertAndKey::from(pair)), None).ok()?;
+            let mut config = self.config(Arc::new(SingleCertAndKey::from(pair)), None).ok()?;
+            config.session_storage = held.clone();
             let mut trial = config.clone();
-            trial.session_storage = Arc::new(Looking(self.storage.clone()));
+            trial.session_storage = Arc::new(Looking(held.clone()));
             let mut connection = ServerConnection::new(Arc::new(trial)).ok()?;
             let mut unread = &flight[..];
             while !unread.is_empty() {
@@ -364,9 +382,48 @@ impl StoresServerSessions for Sessions {
     }
 }
 
-/// Sessions that are looked at and stay where they are.
+/// The sessions of one connection, of which the one that it resumes is looked for twice. What was found once is found again: another
+/// connection may offer the same session at the same time, and this one has no certificate to go on with.
 #[derive(Debug)]
-struct Looking(Arc<dyn StoresServerSessions>);
+struct Held {
+    inner: Arc<dyn StoresServerSessions>,
+    /// Some of those that the client offers.
+    found: Mutex<Made>,
+}
+
+impl Held {
+    fn find(&self, key: &[u8], look: impl FnOnce() -> Option<Vec<u8>>) -> Option<Vec<u8>> {
+        let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, session)) = found.iter().find(|(id, _)| id == key) {
+            return Some(session.clone());
+        }
+        let session = look()?;
+        found.push((key.to_vec(), session.clone()));
+        Some(session)
+    }
+}
+
+impl StoresServerSessions for Held {
+    fn put(&self, key: Vec<u8>, value: Vec<u8>) -> bool {
+        self.inner.put(key, value)
+    }
+
+    fn get(&self, key: &[u8]) -> Option<Vec<u8>> {
+        self.find(key, || self.inner.get(key))
+    }
+
+    fn take(&self, key: &[u8]) -> Option<Vec<u8>> {
+        self.find(key, || self.inner.take(key))
+    }
+
+    fn can_cache(&self) -> bool {
+        self.inner.can_cache()
+    }
+}
+
+/// Sessions to which a trial adds none.
+#[derive(Debug)]
+struct Looking(Arc<Held>);
 
 impl StoresServerSessions for Looking {
     fn put(&self, _key: Vec<u8>, _value: Vec<u8>) -> bool {
@@ -378,7 +435,7 @@ impl StoresServerSessions for Looking {
     }
 
     fn take(&self, key: &[u8]) -> Option<Vec<u8>> {
-        self.0.get(key)
+        self.0.take(key)
     }
 
     fn can_cache(&self) -> bool {
@@ -465,5 +522,85 @@ impl ClientCertVerifier for Nobody {
 
     fn client_auth_mandatory(&self) -> bool {
         false
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustls::{ClientConfig, ClientConnection};
+    use rustls_pki_types::{PrivatePkcs8KeyDer, ServerName};
+
+    use super::*;
+    use crate::tls::ServerOptions;
+
+    /// A server without tickets, and the certificate of `a.test`.
+    fn server() -> (Server, CertifiedKey, RootCertStore) {
+        let pair = rcgen::generate_simple_self_signed(["a.test".to_owned()]).expect("a certificate");
+        let protocols = vec!["TLSv1.2".into(), "TLSv1.3".into()];
+        let options = ServerOptions { protocols, session_tickets: false, fallback_sni: None, http2: false };
+        let server = Server::new(options).expect("valid");
+        let key = PrivatePkcs8KeyDer::from(pair.signing_key.serialize_der());
+        let key = server.provider().key_provider.load_private_key(key.into()).expect("a key");
+        let mut roots = RootCertStore::empty();
+        roots.add(pair.cert.der().clone()).expect("a root");
+        (server, CertifiedKey::new(vec![pair.cert.der().clone()], key), roots)
+    }
+
+    fn client(config: &Arc<ClientConfig>) -> ClientConnection {
+        ClientConnection::new(config.clone(), ServerName::try_from("a.test").expect("a name")).expect("a client")
+    }
+
+    /// Gives what one side has written to the other, until both are silent.
+    fn talk(client: &mut ClientConnection, server: &mut ServerConnection) -> Result<(), rustls::Error> {
+        while client.wants_write() || server.wants_write() {
+            let mut bytes = Vec::new();
+            client.write_tls(&mut bytes).expect("written");
+            server.read_tls(&mut &bytes[..]).expect("read");
+            server.process_new_packets()?;
+            bytes.clear();
+            server.write_tls(&mut bytes).expect("written");
+            client.read_tls(&mut &bytes[..]).expect("read");
+            client.process_new_packets()?;
+        }
+        Ok(())
+    }
+
+    /// The first message of a client, as scripts know it.
+    fn hello(client: &mut ClientConnection, protocol: &str) -> (Vec<u8>, Handshake) {
+        let mut bytes = Vec::new();
+        client.write_tls(&mut bytes).expect("written");
+        // Of a record and of a message.
+        let hello = bytes[5 + 4..].to_vec();
+        (bytes, Handshake { hello, protocols: vec![protocol.into()], ..Handshake::default() })
+    }
+
+    #[test]
+    fn a_session_that_two_offer_at_once_is_resumed_or_is_none() {
+        for (version, name, resumes_twice) in
+            [(&rustls::version::TLS12, "TLSv1.2", true), (&rustls::version::TLS13, "TLSv1.3", false)]
+        {
+            let (server, pair, roots) = server();
+            let prepared = server.bare();
+            let storage = prepared.config.session_storage.clone();
+            let base = Base { prepared: &prepared, versions: vec![version], storage, provider: server.provider() };
+            let config = ClientConfig::builder_with_provider(server.provider().clone())
+                .with_protocol_versions(&[version])
+                .expect("versions");
+            let config = Arc::new(config.with_root_certificates(roots).with_no_client_auth());
+            let full = base.config(Arc::new(Keys(vec![Arc::new(pair)])), None).expect("valid");
+            let mut first = ServerConnection::new(Arc::new(full)).expect("a server");
+            talk(&mut client(&config), &mut first).expect("a handshake");
+
+            let mut one = client(&config);
+            let (bytes, hello) = hello(&mut one, name);
+            let resuming = base.resumption(&hello).expect("it resumes");
+            // Another connection offers the same, and is as far, before this one goes on.
+            assert_eq!(base.resumption(&hello).is_some(), resumes_twice, "{name}");
+            let mut connection = ServerConnection::new(Arc::new(resuming)).expect("a server");
+            connection.read_tls(&mut &bytes[..]).expect("read");
+            connection.process_new_packets().expect("no alert");
+            talk(&mut one, &mut connection).expect("a handshake");
+            assert_eq!(connection.handshake_kind(), Some(HandshakeKind::Resumed), "{name}");
+        }
     }
 }

@@ -28,7 +28,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::{LazyConfigAcceptor, StartHandshake, server::TlsStream};
 use x509_parser::{certificate::X509Certificate, prelude::FromDer};
 
-use super::{certificates, private_key, versions};
+use super::{certificates, ocsp, private_key, versions};
 use crate::{
     error::{Error, Kind, Result},
     exchange::{TlsInfo, openssl},
@@ -318,11 +318,13 @@ pub(super) fn failed(e: std::io::Error) -> Error {
 pub(super) struct Keys(pub Vec<Arc<CertifiedKey>>);
 
 impl Keys {
-    /// The same with an OCSP response beside the first certificate: a response is about one.
+    /// The same with an OCSP response beside the certificate that it is about; the first where none can be told.
     pub fn stapled(&self, ocsp: Vec<u8>) -> Keys {
         let mut keys = self.0.clone();
-        if let Some(first) = keys.first_mut() {
-            *first = Arc::new(CertifiedKey { ocsp: Some(ocsp), ..(**first).clone() });
+        let is_about = |pair: &Arc<CertifiedKey>| pair.cert.first().is_some_and(|cert| ocsp::is_about(&ocsp, cert));
+        let at = keys.iter().position(is_about).unwrap_or_default();
+        if let Some(pair) = keys.get_mut(at) {
+            *pair = Arc::new(CertifiedKey { ocsp: Some(ocsp), ..(**pair).clone() });
         }
         Keys(keys)
     }

@@ -42,9 +42,9 @@ pub async fn connect(
     let opening = async {
         let socket = match from {
             None => TcpStream::connect(addr).await.map_err(refused)?,
-            Some(from) => bound(from)?.connect(addr).await.map_err(|e| match e.kind() {
+            Some(from) => bound(from)?.connect(addr).await.map_err(|e| match e.raw_os_error() {
                 // No fault of the node: another connection has the port, or the address is of the other family.
-                io::ErrorKind::AddrNotAvailable | io::ErrorKind::InvalidInput | io::ErrorKind::AddrInUse => {
+                Some(libc::EADDRNOTAVAIL | libc::EINVAL | libc::EADDRINUSE | libc::EAFNOSUPPORT) => {
                     Error::internal(Kind::Io).cause(e).context(format!("connect from {from} failed"))
                 }
                 _ => refused(e),

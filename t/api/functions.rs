@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::support::Gateway;
+use crate::support::{Gateway, eventually};
 
 /// What `content_by_lua` of one location answers to a POST with a body of `a=1&b=2&c`.
 #[track_caller]
@@ -292,6 +292,64 @@ fn threads_run_functions_of_modules() {
         let waiting = scope.spawn(|| gw.get("/wait").text());
         assert_eq!(gw.get("/go").text(), "going\n");
         assert_eq!(waiting.join().expect("an answer"), "truetold\n");
+    });
+}
+
+/// As many as there are threads, and as may wait for one.
+const THREADS: usize = 4;
+const MAX_WAITING: usize = 1024;
+
+#[test]
+fn tasks_that_wait_for_a_thread_are_bounded() {
+    let tasks = "local ffi = require('ffi')
+        ffi.cdef('int usleep(unsigned)')
+        return {
+            add = function(a, b) return a + b end,
+            hold = function()
+                ngx.shared.dogs:incr('held', 1, 0)
+                while not ngx.shared.dogs:get('go') do ffi.C.usleep(1000) end
+            end,
+        }";
+    let fill = "local threads, done = {}, 0
+        local function run(name)
+            local ok = ngx.run_worker_thread('p', 'tasks', name, 1, 2)
+            if ok then done = done + 1 end
+        end
+        local n = tonumber(ngx.var.arg_n)
+        for i = 1, n do threads[i] = assert(ngx.thread.spawn(run, ngx.var.arg_name)) end
+        ngx.shared.dogs:incr('asked', n, 0)
+        for i = 1, n do ngx.thread.wait(threads[i]) end
+        ngx.print(done)";
+    let dir = crate::support::Dir::new();
+    dir.write("conf/tasks.lua", tasks);
+    dir.configure(json!({
+        "nginx_config": {"worker_processes": 1},
+        "lua_shared_dict": {"dogs": "1m"},
+        "lua_package_path": "$prefix/conf/?.lua;;",
+        "lua_locations": [
+            {"location": "= /fill", "content_by_lua": fill},
+            {"location": "= /seen", "content_by_lua": "ngx.print(ngx.shared.dogs:get(ngx.var.arg_name) or 0)"},
+            {"location": "= /one", "content_by_lua": "ngx.say(ngx.run_worker_thread('p', 'tasks', 'add', 1, 2))"},
+            {"location": "= /go", "content_by_lua": "ngx.shared.dogs:set('go', true) ngx.say('going')"},
+        ],
+    }));
+    let gw = Gateway::in_dir(dir);
+    let seen = |name: &str, n: usize| {
+        eventually(name, || (gw.get(&format!("/seen?name={name}")).text() == n.to_string()).then_some(()));
+    };
+    let fill = |name: &str, n: usize| gw.get(&format!("/fill?name={name}&n={n}")).text();
+    std::thread::scope(|scope| {
+        let holding = scope.spawn(|| fill("hold", THREADS));
+        seen("held", THREADS);
+        let waiting = [0; 2].map(|_| scope.spawn(|| fill("add", MAX_WAITING / 2)));
+        seen("asked", THREADS + MAX_WAITING);
+        assert_eq!(gw.get("/one").text(), "falsetoo many tasks wait for a thread\n");
+        assert_eq!(gw.get("/go").text(), "going\n");
+        assert_eq!(holding.join().expect("an answer"), THREADS.to_string());
+        for one in waiting {
+            assert_eq!(one.join().expect("an answer"), (MAX_WAITING / 2).to_string(), "all that waited have run");
+        }
+        assert_eq!(gw.get("/one").text(), "true3\n");
     });
 }
 

@@ -4,7 +4,7 @@ use std::os::unix::fs::PermissionsExt;
 
 use serde_json::json;
 
-use crate::support::{Client, Dir, Gateway, Upstream, eventually, run};
+use crate::support::{Client, Dir, Gateway, Upstream, eventually, http, run};
 
 #[test]
 fn starts_without_a_configuration_file_and_says_what_to_do_next() {
@@ -236,10 +236,80 @@ fn hang_up_reads_the_configuration_again_and_refuses_a_broken_one() {
     gw.signal(libc::SIGHUP);
     gw.expect_log("apisix.node_listen");
     gw.expect_log("the old one goes on");
-    gw.dir.configure(json!({"apisix": {"delete_uri_tail_slash": true}, "nginx_config": {"error_log_level": "debug"}}));
+    gw.dir.configure(json!({"apisix": {"enable_http2": false}, "nginx_config": {"error_log_level": "debug"}}));
     gw.signal(libc::SIGHUP);
-    gw.expect_log("need a restart: apisix.delete_uri_tail_slash\n");
+    gw.expect_log("need a restart: apisix.enable_http2\n");
     assert_eq!(gw.get("/").status, 404);
+}
+
+#[test]
+fn hang_up_brings_locations_plugins_and_dictionaries_while_requests_run() {
+    let upstream = Upstream::echo();
+    let location = |text: &str| {
+        let count = format!("ngx.say('{text} ', ngx.shared.kept:incr('n', 1, 0), ' ', ngx.shared.new ~= nil)");
+        let wait = "ngx.say('first') ngx.flush(true) while not ngx.shared.kept:get('go') do ngx.sleep(0.005) end ngx.say('last')";
+        json!([
+            {"location": "= /t", "content_by_lua": count},
+            {"location": "= /go", "content_by_lua": "ngx.shared.kept:set('go', true) ngx.say('ok')"},
+            {"location": "= /wait", "content_by_lua": wait},
+        ])
+    };
+    let settings = |text: &str| {
+        json!({"plugins": ["key-auth"], "nginx_config": {"worker_processes": 1},
+            "lua_shared_dict": {"kept": "1m"}, "lua_locations": location(text)})
+    };
+    let gw = Gateway::with(settings("old"));
+    assert_eq!(gw.get("/t").text(), "old 1 false\n");
+    let refused = gw.admin("PUT", "/routes/1", json!({"uri": "/echo", "plugins": {"mine": {}}, "upstream": {"type": "roundrobin", "nodes": {upstream.addr(): 1}}}));
+    assert_eq!((refused.status, refused.text().contains("unknown plugin [mine]")), (400, true), "{}", refused.text());
+    let mut slow = Client::connect(&gw.proxy());
+    slow.send("GET", "/wait", &[], b"");
+    slow.head();
+    assert_eq!(slow.chunk().unwrap(), b"first\n");
+    gw.dir.write(
+        "plugins/mine.lua",
+        "return { version = 1, priority = 1, name = 'mine', schema = { type = 'object' },
+            access = function() return 200, 'mine' end }",
+    );
+    let mut next = settings("new");
+    next["plugins"] = json!(["key-auth", "mine"]);
+    next["lua_shared_dict"]["new"] = json!("1m");
+    gw.dir.configure(next);
+    gw.signal(libc::SIGHUP);
+    let seen = eventually("the new location", || Some(gw.get("/t").text()).filter(|text| text.starts_with("new")));
+    assert!(seen.ends_with(" true\n") && seen != "new 1 true\n", "the dictionary was kept, and one is new: {seen}");
+    gw.put("/routes/1", json!({"uri": "/echo", "plugins": {"mine": {}}, "upstream": {"type": "roundrobin", "nodes": {upstream.addr(): 1}}}));
+    assert_eq!(gw.get("/echo").text(), "mine");
+    assert_eq!(gw.get("/go").text(), "ok\n");
+    assert_eq!(slow.chunk().unwrap(), b"last\n", "what ran before the reload ends as it began");
+    // Its VM goes with it.
+    eventually("one VM of plugins", || {
+        let state = http::get(&gw.control(), "/v1/lua").json();
+        let vms = state["workers"][0]["vms"].as_array()?.len();
+        (vms == 1).then_some(())
+    });
+    gw.dir.configure(json!({"lua_init": {"init_by_lua": "error('broken')"}, "lua_locations": location("broken")}));
+    gw.signal(libc::SIGHUP);
+    gw.expect_log("what was loaded before goes on");
+    assert!(gw.get("/t").text().starts_with("new"));
+}
+
+#[test]
+fn a_test_node_has_the_apis_on_its_own_port() {
+    let settings = json!({
+        "deployment": {"admin": {"admin_key": null}},
+        "test_node": {"serve_on_node": ["admin", "control"]},
+    });
+    let gw = Gateway::with(settings);
+    let body = r#"{"uri": "/x", "plugins": {"mocking": {"response_example": "hi"}}}"#;
+    let put = gw.send("PUT", "/apisix/admin/routes/1", &[("Content-Type", "application/json")], body.as_bytes());
+    assert_eq!(put.status, 201, "{}", put.text());
+    assert_eq!(gw.get("/x").text(), "hi");
+    assert_eq!(gw.get("/v1/schema").status, 200);
+    assert_eq!(gw.get("/else").json()["error_msg"], "404 Route Not Found");
+    let closed = Gateway::with(json!({"test_node": {"serve_on_node": []}}));
+    assert_eq!(closed.get("/apisix/admin/routes").status, 404);
+    assert_eq!(closed.get("/v1/schema").status, 404);
 }
 
 #[test]

@@ -240,7 +240,9 @@ fn unreadable(x: &Exchange) -> Option<&'static str> {
         RequestBody::Streaming { .. } => Some("request body not read yet"),
         // A subrequest has read what there is; plugins may make a body where none was.
         RequestBody::None if of_location && x.depth == 0 && !x.body_read => Some("request body not read yet"),
-        RequestBody::Consumed | RequestBody::Lost if of_location => Some("request body already discarded"),
+        RequestBody::Consumed | RequestBody::Lost | RequestBody::Forgone if of_location => {
+            Some("request body already discarded")
+        }
         _ => None,
     }
 }

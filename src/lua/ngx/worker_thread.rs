@@ -54,8 +54,8 @@ enum Plain {
     Table(Vec<(Plain, Plain)>),
 }
 
-/// What a VM is made of, as far as it may go to another thread.
-struct Sources {
+/// What a VM is made of, as far as it may go to another thread. A VM makes it once, for all of its tasks.
+pub struct Sources {
     prefix: PathBuf,
     lua_path: String,
     lua_cpath: String,
@@ -66,7 +66,7 @@ struct Sources {
 }
 
 struct Task {
-    sources: Sources,
+    sources: Arc<Sources>,
     module: Vec<u8>,
     function: Vec<u8>,
     args: Vec<Plain>,
@@ -90,7 +90,7 @@ fn run(s: &Stack) -> std::result::Result<Wait, Raise> {
         Err(text) => return Ok(refuse(s, &text)),
     };
     let (done, outcome) = oneshot::channel();
-    let sources = Sources::of(&vm.config);
+    let sources = vm.sources.get_or_init(|| Arc::new(Sources::of(&vm.config))).clone();
     let Some(tasks) = pool() else { return Ok(refuse(s, "no thread can be started")) };
     if tasks.try_send(Task { sources, module, function, args, done }).is_err() {
         return Ok(refuse(s, "too many tasks wait for a thread"));
@@ -139,7 +139,7 @@ fn work(waiting: &Mutex<mpsc::Receiver<Task>>) {
         let next = waiting.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok(task) = next else { return };
         let (sources, call) = (task.sources, (task.module, task.function, task.args));
-        let outcome = catch_unwind(AssertUnwindSafe(|| serve(&mut vm, sources, call)));
+        let outcome = catch_unwind(AssertUnwindSafe(|| serve(&mut vm, &sources, call)));
         let outcome = outcome.unwrap_or_else(|_| Err("the thread has failed".into()));
         // Whoever has asked may have gone.
         let _ = task.done.send(outcome);
@@ -149,7 +149,7 @@ fn work(waiting: &Mutex<mpsc::Receiver<Task>>) {
     }
 }
 
-fn serve(kept: &mut Option<Rc<Vm>>, sources: Sources, call: (Vec<u8>, Vec<u8>, Vec<Plain>)) -> Outcome {
+fn serve(kept: &mut Option<Rc<Vm>>, sources: &Sources, call: (Vec<u8>, Vec<u8>, Vec<Plain>)) -> Outcome {
     let vm = match kept.take().filter(|vm| sources.are_of(&vm.config)) {
         Some(vm) => vm,
         None => Vm::new(sources.config()).map_err(|e| e.to_string())?,
@@ -172,16 +172,16 @@ impl Sources {
         }
     }
 
-    fn config(self) -> VmConfig {
+    fn config(&self) -> VmConfig {
         VmConfig {
             purpose: Purpose::Thread,
-            prefix: self.prefix,
-            lua_path: self.lua_path,
-            lua_cpath: self.lua_cpath,
-            package_path: self.package_path,
-            package_cpath: self.package_cpath,
-            config: self.config,
-            plugin_sources: self.plugins,
+            prefix: self.prefix.clone(),
+            lua_path: self.lua_path.clone(),
+            lua_cpath: self.lua_cpath.clone(),
+            package_path: self.package_path.clone(),
+            package_cpath: self.package_cpath.clone(),
+            config: self.config.clone(),
+            plugin_sources: self.plugins.clone(),
             ..VmConfig::default()
         }
     }

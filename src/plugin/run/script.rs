@@ -226,6 +226,8 @@ impl Runner {
             if x.snapshot.version != self.snapshot.get() {
                 self.follow(&x.snapshot);
             }
+            // Here, since a handshake may end in any place.
+            self.check_memory();
             let generation = self.generation.borrow().clone();
             let slot = generation.vm.take_slot();
             if let Some(ctx) = x.lua.ctx.take() {
@@ -256,7 +258,6 @@ impl Runner {
         }
         x.lua.run = None;
         x.lua.slot = None;
-        self.check_memory();
     }
 
     /// `balancer_by_lua`, before a try at the upstream. A status: the script has ended the request with it.

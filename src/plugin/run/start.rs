@@ -16,7 +16,7 @@ use std::{
 use mlua::ffi;
 use tokio::task::{AbortHandle, spawn_local};
 
-use super::{Generation, Groups, Runner};
+use super::{Ends, Generation, Groups, Runner};
 use crate::{
     conf::locations::Script,
     error::{Error, Result},
@@ -68,9 +68,10 @@ impl Generation {
         setup: Setup,
         worker: usize,
         snapshot: Arc<Snapshot>,
-        groups: Rc<Groups>,
+        (groups, ends): (Rc<Groups>, Rc<Ends>),
     ) -> Result<Rc<Generation>> {
-        match tokio::time::timeout(LONGEST_START, Self::load(&setup, worker, &snapshot, &groups)).await {
+        let load = Self::load(&setup, worker, &snapshot, (&groups, &ends));
+        match tokio::time::timeout(LONGEST_START, load).await {
             Ok(made) => made,
             Err(_) => {
                 let text = format!("plugins' init and init_by_lua waited for more than {LONGEST_START:?}");
@@ -80,7 +81,7 @@ impl Generation {
     }
 }
 
-/// Runs a script of the start.
+/// Runs a script of the start, or of the end.
 pub(super) async fn script(vm: &Rc<Vm>, script: &Script, phase: Phase) -> Result<()> {
     let chunk = vm::load_script(&vm.lua, script).map_err(Error::script)?;
     let anchor = vm.keep(chunk)?;
@@ -104,6 +105,14 @@ pub(super) async fn init_plugins(vm: &Rc<Vm>) -> Result<Vec<(String, String)>> {
     let failed = failed.await;
     vm.release(anchor);
     failed
+}
+
+/// Runs every plugin's `destroy`.
+pub(super) async fn destroy_plugins(vm: &Rc<Vm>) -> Result<()> {
+    let anchor = vm.function("moongate.plugins", "destroy")?;
+    let destroyed = call(vm, Phase::ExitWorker, anchor, |_| ()).await;
+    vm.release(anchor);
+    destroyed
 }
 
 async fn call<T>(vm: &Rc<Vm>, phase: Phase, anchor: i32, read: impl FnOnce(&Stack) -> T) -> Result<T> {
@@ -144,8 +153,8 @@ impl Runner {
             *renewal = None;
             return Change::Made(made);
         }
-        let (setup, groups) = (self.setup.clone(), self.groups.clone());
-        let mut start = Box::pin(Generation::started(setup, self.worker, snapshot.clone(), groups));
+        let (setup, shared) = (self.setup.clone(), (self.groups.clone(), self.ends.clone()));
+        let mut start = Box::pin(Generation::started(setup, self.worker, snapshot.clone(), shared));
         if let Poll::Ready(made) = once(start.as_mut()) {
             *renewal = None;
             return Change::Made(made);

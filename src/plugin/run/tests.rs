@@ -438,6 +438,25 @@ fn new_plugins_build_a_vm_beside_the_old_one() {
     s.block_on(s.runner.log(&mut old));
 }
 
+#[test]
+fn the_end_of_a_replaced_vm_may_wait_so_long() {
+    for (destroy, ends) in [("ngx.sleep(0.001)", "at once"), ("ngx.sleep(3600)", "at the bound")] {
+        let old =
+            plugin("v", 1, "", &format!("function _M.access() return 201 end function _M.destroy() {destroy} end"));
+        let mut s = Scene::new().plugin("v", &old).route(json!({"v": {}})).start();
+        assert_eq!(s.request().1, 201);
+        s.snapshot = with_plugin(&s, 2, "v", &plugin("v", 1, "", "function _M.access() return 202 end"));
+        assert_eq!((s.request().1, s.runner.ends.open()), (202, 2), "{ends}");
+        s.block_on(async {
+            while s.runner.ends.open() > 1 {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            s.runner.end().await;
+        });
+        assert_eq!(s.runner.ends.open(), 0);
+    }
+}
+
 /// The same scene with another text of a plugin.
 fn with_plugin(s: &Started, version: u64, name: &str, source: &str) -> Arc<Snapshot> {
     let mut next = Snapshot::clone(&s.snapshot);
@@ -685,7 +704,7 @@ fn functions_refuse_phases_that_are_not_theirs() {
     assert!(checked > 0);
 }
 
-const ALL_PHASES: [Phase; 16] = [
+const ALL_PHASES: [Phase; 17] = [
     Phase::Init,
     Phase::Ssl,
     Phase::Rewrite,
@@ -702,6 +721,7 @@ const ALL_PHASES: [Phase; 16] = [
     Phase::SslSessionFetch,
     Phase::SslSessionStore,
     Phase::InitByLua,
+    Phase::ExitWorker,
 ];
 
 #[test]

@@ -245,6 +245,22 @@ fn the_issuer_may_say_that_a_certificate_is_good() {
 }
 
 #[test]
+fn a_response_tells_which_certificate_it_is_about() {
+    let serial = |params: &mut CertificateParams| params.serial_number = Some(7.into());
+    let (pki, other) = (Pki::with(serial), Pki::new());
+    let chain = pki.chain();
+    let response = Draft::good(&chain, &pki.issuer).signed();
+    assert!(is_about(&response, &chain) && !is_about(&response, &other.chain()));
+    // Another issuer has given the same number.
+    let elsewhere = Owner::new("leaf", Some(&Owner::authority("elsewhere", None)), serial);
+    assert!(!is_about(&response, elsewhere.der()));
+    assert!(!is_about(b"no response", &chain) && !is_about(&response, b"no certificate"));
+    let two = vec![single(&id(&other.chain()), GOOD, MADE, None), single(&id(&chain), GOOD, MADE, None)];
+    let two = Draft { singles: two, ..Draft::good(&chain, &pki.issuer) }.signed();
+    assert!(is_about(&two, &chain) && is_about(&two, &other.chain()));
+}
+
+#[test]
 fn nobody_else_may_but_whom_the_issuer_names() {
     let pki = Pki::new();
     let chain = pki.chain();
