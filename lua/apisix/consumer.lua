@@ -178,6 +178,11 @@ function _M.plugin(plugin_name)
     return { nodes = nodes, len = #nodes, conf_version = version }
 end
 
+--- Every consumer: an array of items (`{ value, key, modifiedIndex }`) and its version. All phases.
+function _M.consumers()
+    return require("apisix.core").config.fetch_created_obj("/consumers")
+end
+
 local function attach_by_name(consumer)
     native.attach_consumer(consumer.consumer_name, consumer.credential_id)
     set_header("X-Consumer-Username", consumer.consumer_name)
