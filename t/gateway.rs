@@ -2,6 +2,8 @@
 
 mod support;
 
+#[path = "gateway/contract.rs"]
+mod contract;
 #[path = "gateway/counters.rs"]
 mod counters;
 #[path = "gateway/functions.rs"]
@@ -10,6 +12,8 @@ mod functions;
 mod plugins;
 #[path = "gateway/routes.rs"]
 mod routes;
+#[path = "gateway/secrets.rs"]
+mod secrets;
 #[path = "gateway/start.rs"]
 mod start;
 #[path = "gateway/stores.rs"]

@@ -1,7 +1,7 @@
 --- `apisix.balancer`: picks a server of an upstream's table. What the gateway forwards it balances by itself; this is for
 -- plugins that send requests on their own. Never waits.
 local core = require("apisix.core")
-local error, ipairs, pairs, pcall, require = error, ipairs, pairs, pcall, require
+local error, ipairs, next, pcall, require = error, ipairs, next, pcall, require
 
 local _M = {}
 
@@ -36,12 +36,6 @@ local function grouped(nodes)
     return groups, count
 end
 
-local function only(groups)
-    for _, group in pairs(groups) do
-        return group
-    end
-end
-
 local function create(conf)
     local kind = conf.type or "roundrobin"
     local module, err = module_of(kind)
@@ -52,7 +46,8 @@ local function create(conf)
     if count > 1 then
         return require("apisix.balancer.priority").new(groups, conf, module)
     end
-    return module.new(only(groups) or {}, conf, 0)
+    local _, group = next(groups)
+    return module.new(group, conf, 0)
 end
 
 local function only_server(node, ctx)

@@ -135,6 +135,11 @@ local function fetch(uri, use_cache)
     return cache(uri, version_of(uri), _M.fetch_by_uri, uri)
 end
 
+--- As `fetch_by_uri`; what was asked for before is not asked for again for `apisix.lru.secret.ttl` seconds.
+function _M.fetch_known(uri)
+    return fetch(uri, true)
+end
+
 local function resolve(refs, use_cache)
     for key, value in pairs(refs) do
         if type(value) == "table" then

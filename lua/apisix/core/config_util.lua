@@ -1,34 +1,105 @@
---- `core.config_util`: life-cycle hooks of configuration items.
-local setmetatable = setmetatable
+--- `core.config_util`: life-cycle hooks of configuration items. All phases.
+local native = require("moongate.native").apisix
+local log = require("apisix.core.log")
+local ngx = ngx
 local ipairs = ipairs
+local pairs = pairs
+local pcall = pcall
+local tostring = tostring
 local tonumber = tonumber
 local type = type
 
 local _M = {}
 
--- item -> { handler, … }; the item's table is the key, so that a dropped item takes its handlers along.
-local handlers = setmetatable({}, { __mode = "k" })
-local next_id = 0
+-- item -> { handler, … }: those that wait for their item's end.
+local handlers = {}
+local count, next_id = 0, 0
 
---- Calls `f(item)` once when `item` is replaced or deleted. Returns an id for `cancel_clean_handler`.
-function _M.add_clean_handler(item, f)
+-- Items with handlers. A plugin adds one for each item that it keeps something for; more are mistakes.
+local MAX_ITEMS = 10000
+local INTERVAL_SECS = 1
+
+-- item -> true: those that stand for an object of the configuration.
+local watched = {}
+local watching = false
+
+-- The revision of the object that an item stands for, 0 when it is gone; nil for an item of the plugin's own.
+local function revision_of(item)
+    local kind, id = tostring(item.key):match("^/apisix/([%w_]+)/(.+)$")
+    local known, revision = pcall(native.object_revision, kind, id)
+    return known and revision or nil
+end
+
+local function look(premature)
+    if premature then
+        return
+    end
+    for item in pairs(watched) do
+        if revision_of(item) ~= item.modifiedIndex then
+            _M.fire_all_clean_handlers(item)
+        end
+    end
+end
+
+local function watch(item)
+    watched[item] = type(item) == "table" and item.modifiedIndex and revision_of(item) and true or nil
+    if watched[item] and not watching then
+        local ok, err = ngx.timer.every(INTERVAL_SECS, look)
+        if not ok then
+            return log.error("failed to watch for changed items: ", err)
+        end
+        watching = true
+    end
+end
+
+local function list_of(item)
     local list = handlers[item]
     if not list then
         list = {}
         handlers[item] = list
+        count = count + 1
+        watch(item)
     end
+    return list
+end
+
+local function drop(item)
+    if handlers[item] then
+        handlers[item], watched[item] = nil, nil
+        count = count - 1
+    end
+end
+
+--- Calls `f(item)` once when the object that `item` stands for (`ctx.matched_route`, `ctx.service`) is replaced or deleted,
+-- about a second later. Returns an id for `cancel_clean_handler`; nil and the reason when too many items have handlers.
+function _M.add_clean_handler(item, f)
+    if not handlers[item] and count >= MAX_ITEMS then
+        return nil, "there are handlers for " .. MAX_ITEMS .. " items already"
+    end
+    local list = list_of(item)
     next_id = next_id + 1
     list[#list + 1] = { id = next_id, f = f }
     return next_id
 end
 
+local function call(handler, item)
+    local ok, err = pcall(handler.f, item)
+    if not ok then
+        log.error("failed to run a clean handler: ", err)
+    end
+end
+
 --- Takes the handler of that id away; `fire`: and runs it first.
 function _M.cancel_clean_handler(item, id, fire)
-    for i, handler in ipairs(handlers[item] or {}) do
+    local list = handlers[item] or {}
+    for i, handler in ipairs(list) do
         if handler.id == id then
-            table.remove(handlers[item], i)
+            table.remove(list, i)
+            if #list == 0 then
+                drop(item)
+            end
             if fire then
-                handler.f(item)
+                call(handler, item)
             end
             return
         end
@@ -38,9 +109,9 @@ end
 --- Runs the item's handlers, once.
 function _M.fire_all_clean_handlers(item)
     local list = handlers[item]
-    handlers[item] = nil
+    drop(item)
     for _, handler in ipairs(list or {}) do
-        handler.f(item)
+        call(handler, item)
     end
 end
 

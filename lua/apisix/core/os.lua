@@ -9,6 +9,9 @@ int setenv(const char *name, const char *value, int overwrite);
 int usleep(unsigned int usec);
 ]])
 
+-- Longer pauses are mistakes: requests wait meanwhile.
+local MAX_PAUSE_US = 1000000
+
 local _M = setmetatable({}, { __index = os })
 
 --- Sets an environment variable of the process: `true`, or `false` and the reason.
@@ -21,6 +24,11 @@ function _M.setenv(name, value)
         return false, "invalid argument"
     end
     return ffi.C.setenv(name, tostring(value), 1) == 0
+end
+
+--- Holds the whole worker for so many microseconds, up to a second: nothing else of it runs meanwhile. `ngx.sleep` does not.
+function _M.usleep(microseconds)
+    return ffi.C.usleep(math.min(microseconds, MAX_PAUSE_US)) == 0
 end
 
 return _M

@@ -207,7 +207,7 @@ function _M.split_uri(uri)
     return sub(uri, 1, question - 1), sub(uri, question + 1)
 end
 
---- Checks that the deprecated or insecure values in `conf` are warned of: `check_tls_bool`, `check_https`.
+--- Warns of each of the fields of `conf` that is an http:// address, or an array with one.
 function _M.check_https(fields, conf, plugin_name)
     local log = require("apisix.core.log")
     for _, field in pairs(fields) do
@@ -222,6 +222,7 @@ function _M.check_https(fields, conf, plugin_name)
     end
 end
 
+--- Warns of each of the fields of `conf` that is false, such as `ssl_verify`.
 function _M.check_tls_bool(fields, conf, plugin_name)
     local log = require("apisix.core.log")
     for _, field in pairs(fields) do

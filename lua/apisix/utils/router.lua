@@ -6,7 +6,7 @@ local ipairs, type = ipairs, type
 local _M = {}
 
 --- A router of `routes`, an array of `{ methods, uri or uris, handler }`: `router:dispatch(uri, { method = … }, …)` calls
--- the handler with what follows, and gives false when there is none.
+-- the handler with what follows: true, or nil when there is none.
 function _M.create_radixtree_router(routes)
     local items = {}
     for i, route in ipairs(routes) do

@@ -419,10 +419,7 @@ fn metadata(api: &mut Api) -> Result<()> {
         Phases::ANY,
         "object(kind, id) -> table, revision, uid | nil: an object of the configuration, kind as in the Admin API: \"upstreams\".",
         |s| {
-            let kind = s.arg_str(1)?;
-            let kind = model::Kind::ALL.into_iter().find(|k| k.plural() == kind);
-            let Some(kind) = kind else { return Err(format!("there are no {}", s.arg_str(1)?).into()) };
-            let Some(found) = snapshot().and_then(|c| stored(&c, kind, &s.arg_str(2).ok()?)) else {
+            let Some(found) = snapshot().and_then(|c| named(s, &c).transpose()).transpose()? else {
                 return Ok(s.push_nil());
             };
             push_object(s, &found.json)?;
@@ -430,7 +427,25 @@ fn metadata(api: &mut Api) -> Result<()> {
             s.push_number(found.uid as f64);
             Ok(3)
         },
+    )?;
+    api.func(
+        "native.apisix.object_revision",
+        Phases::ANY,
+        "object_revision(kind, id) -> number: of the object's last change that the worker has seen; 0 when there is none.",
+        |s| {
+            let revision = named(s, &newest())?.map_or(0, |found| found.revision);
+            Ok(s.push_number(revision as f64))
+        },
     )
+}
+
+/// The object of arguments 1 and 2, kind and id.
+fn named(s: &Stack, config: &Snapshot) -> Result<Option<Stored>, Raise> {
+    let (kind, id) = (s.arg_str(1)?, s.arg_str(2)?);
+    let Some(known) = model::Kind::ALL.into_iter().find(|k| k.plural() == kind) else {
+        return Err(format!("there are no {kind}").into());
+    };
+    Ok(stored(config, known, &id))
 }
 
 /// What scripts read of an object.
