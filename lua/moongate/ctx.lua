@@ -1,6 +1,7 @@
 --- The plugins' `ctx`: one table per request, filled on demand, used again after the request.
 
 local native = require("moongate.native").plugin
+local slot = require("moongate.native").fast.slot
 local request = require("moongate.request")
 local new_tab, clear_tab = require("table.new"), require("table.clear")
 local ngx = ngx
@@ -173,15 +174,27 @@ function lazy.curr_req_matched()
     return native.captures()
 end
 
+-- Whose plugins run, by slot. Not in the context itself, which would log them all with it.
+local scopes = {}
+
 local ctx_mt = {}
 
 function ctx_mt.__index(ctx, name)
+    if name == "plugins" then
+        local scope = scopes[slot()]
+        return scope and scope.plugins
+    end
     local make = lazy[name]
     if make then
         local value = make()
         rawset(ctx, name, value)
         return value
     end
+end
+
+--- The request of slot `at` runs the plugins of another plan from here on.
+function _M.rescope(at, scope)
+    scopes[at] = scope
 end
 
 --- The context of slot `at`, made ready for a plan's owner.
@@ -196,7 +209,7 @@ function _M.begin(at, scope)
         ctx.var = _M.var()
     end
     ctx.conf_type, ctx.conf_id, ctx.conf_version = scope.conf_type, scope.conf_id, scope.conf_version
-    ctx.plugins = scope.plugins
+    scopes[at] = scope
     ctxs[at] = ctx
     return ctx
 end
@@ -206,7 +219,7 @@ function _M.clear(at)
     local ctx = ctxs[at]
     clear_request(at)
     if not ctx then return end
-    ctxs[at] = nil
+    ctxs[at], scopes[at] = nil, nil
     if pooled < MAX_POOLED then
         local var = ctx.var
         clear_tab(ctx)

@@ -263,7 +263,7 @@ function _M.access(plan, at, joined)
     local sections = joined and plan.consumer
     if joined then
         enter(plan.scope, ctx)
-        ctx.plugins = plan.scope.plugins
+        ctx_of.rescope(at, plan.scope)
     end
     if sections then
         local code, body = run_until_answer(sections, plan, ctx)

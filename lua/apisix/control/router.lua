@@ -17,8 +17,6 @@ local function collect()
                 methods[method] = true
             end
             for _, uri in ipairs(api.uris or { api.uri }) do
-                -- What plugins give is the path behind /v1.
-                uri = "/v1" .. uri
                 out[uri] = out[uri] or {}
                 core.table.insert(out[uri], { methods = methods, handler = api.handler })
             end
