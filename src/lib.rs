@@ -21,6 +21,7 @@ pub mod router;
 pub mod schema;
 pub mod shdict;
 pub mod store;
+pub mod stream;
 pub mod tcp;
 pub mod tls;
 pub mod upstream;

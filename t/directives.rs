@@ -5,10 +5,16 @@ mod support;
 use std::{
     io::{Read, Write},
     process::ExitStatus,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
 };
 
 use serde_json::{Value, json};
-use support::{Client, Dir, Gateway, Reply, Upstream, http::raw, run};
+use support::{Client, Dir, Gateway, Reply, Upstream, http::raw, http2, run};
 
 #[track_caller]
 fn says(reply: &Reply, status: u16, expected: &str) {
@@ -533,4 +539,200 @@ fn values_that_cannot_be_read_stop_the_start() {
     ] {
         assert!(text.contains(path), "{path}: {text}");
     }
+}
+
+/// The bytes of a body, and how many of them leave in a second: with a piece less than all of them it takes 0.9 s.
+const RATED: usize = 16 << 10;
+
+fn rated_body() -> String {
+    "0123456789abcdef".repeat(RATED / 16)
+}
+
+/// An upstream whose answers have that body.
+fn rated_upstream() -> Upstream {
+    Upstream::answering(|_| format!("HTTP/1.1 200 OK\r\nContent-Length: {RATED}\r\n\r\n{}", rated_body()))
+}
+
+/// Asks for each path over both protocols, all at once, and says how long each of them took.
+fn times(gw: &Gateway, paths: &[&str]) -> Vec<(String, Duration)> {
+    let timed = |name: String, get: &dyn Fn() -> Reply| {
+        let begun = Instant::now();
+        let reply = get();
+        assert_eq!((reply.status, reply.body.len()), (200, RATED), "{name}");
+        (name, begun.elapsed())
+    };
+    thread::scope(|scope| {
+        let asked = paths.iter().flat_map(|path| {
+            [
+                scope.spawn(move || timed(format!("{path} by HTTP/1"), &|| gw.get(path))),
+                scope.spawn(move || timed(format!("{path} by HTTP/2"), &|| http2::get(&gw.proxy(), path))),
+            ]
+        });
+        let asked: Vec<_> = asked.collect();
+        asked.into_iter().map(|one| one.join().expect("an answer")).collect()
+    })
+}
+
+#[test]
+fn a_response_leaves_at_its_rate() {
+    let upstream = rated_upstream();
+    let proxied = format!("http://{}", upstream.addr());
+    let print = format!("ngx.print(('x'):rep({RATED}))");
+    let print = print.as_str();
+    let content = |path: &str, options: Value, before: &str| json!({"location": path, "options": options, "access_by_lua": before, "content_by_lua": print});
+    let limited = json!({"limit_rate": "16k"});
+    let dir = Dir::new();
+    std::fs::create_dir(dir.join("html")).expect("a directory");
+    dir.write("html/file.txt", rated_body());
+    dir.configure(json!({"lua_locations": [
+        content("= /option", limited.clone(), ""),
+        {"location": "= /set", "set": {"limit_rate": "16k"}, "content_by_lua": print},
+        content("= /written", json!({}), "ngx.var.limit_rate = '16k'"),
+        {"location": "= /filter", "content_by_lua": print, "header_filter_by_lua": "ngx.var.limit_rate = 16384"},
+        {"location": "= /chunked", "options": limited, "content_by_lua": format!("ngx.send_headers() {print}")},
+        {"location": "= /pieces", "options": limited,
+         "content_by_lua": format!("for i = 1, 8 do ngx.print(('x'):rep({RATED} / 8)) ngx.flush(true) end")},
+        {"location": "= /file.txt", "options": {"limit_rate": "$arg_rate"}},
+        {"location": "= /proxied", "options": limited, "proxy_pass": proxied},
+        {"location": "= /filtered", "options": limited, "proxy_pass": proxied,
+         "body_filter_by_lua": "ngx.arg[1] = ngx.arg[1]:upper()"},
+        content("= /late", json!({}), &format!(
+            "ngx.print(('x'):rep(1)) ngx.flush(true) ngx.var.limit_rate = '16k' ngx.print(('x'):rep({RATED} - 1)) ngx.exit(200)")),
+        content("= /after", json!({"limit_rate": "4k", "limit_rate_after": "12k"}), ""),
+
+        content("= /free", json!({}), ""),
+        content("= /zero", json!({"limit_rate": 0}), ""),
+        content("= /lifted", json!({"limit_rate": 1}), "ngx.var.limit_rate = 0"),
+        content("= /unreadable", json!({"limit_rate": "$arg_rate"}), ""),
+        content("= /all", json!({"limit_rate": 1, "limit_rate_after": "$arg_after"}), ""),
+        {"location": "= /proxied/free", "proxy_pass": proxied},
+    ]}));
+    let gw = Gateway::in_dir(dir);
+    let plugin = |code: &str| json!({"serverless-pre-function": {"phase": "access", "functions": [code]}});
+    gw.route("1", "/route", &upstream, plugin("return function() ngx.var.limit_rate = '16k' end"));
+    gw.route(
+        "2",
+        "/route/own",
+        &upstream,
+        plugin(&format!("return function() ngx.var.limit_rate = '16k' {print} end")),
+    );
+    gw.route("3", "/route/free", &upstream, json!({}));
+    let slow = [
+        "/option",
+        "/set",
+        "/written",
+        "/filter",
+        "/chunked",
+        "/pieces",
+        "/file.txt?rate=16k",
+        "/proxied",
+        "/filtered",
+        "/late",
+        "/route",
+        "/route/own",
+    ];
+    for (name, time) in times(&gw, &slow) {
+        assert!(time >= Duration::from_millis(900), "{name}: {time:?}");
+    }
+    for (name, time) in times(&gw, &["/after"]) {
+        assert!(time >= Duration::from_millis(800), "{name}: {time:?}");
+    }
+    let free = ["/free", "/zero", "/lifted", "/unreadable?rate=fast", "/all?after=16k", "/proxied/free", "/route/free"];
+    for path in free {
+        // Three times, since the machine may be busy with something else.
+        let swift = (0..3).any(|_| times(&gw, &[path]).iter().all(|(_, time)| *time < Duration::from_millis(900)));
+        assert!(swift, "{path}");
+    }
+}
+
+#[test]
+fn the_rate_is_of_one_request_and_is_told() {
+    let gw = Gateway::with(json!({"lua_locations": [
+        {"location": "= /slow", "options": {"limit_rate": "1k"}, "content_by_lua": "ngx.print(ngx.var.limit_rate)"},
+        {"location": "= /own", "options": {"limit_rate": "1k"},
+         "content_by_lua": "ngx.var.limit_rate = '2k' ngx.print(ngx.var.limit_rate)"},
+        {"location": "= /free", "content_by_lua": format!("ngx.print(ngx.var.limit_rate, ('x'):rep({RATED} - 1))")},
+    ]}));
+    let mut client = Client::connect(&gw.proxy());
+    let mut get = |path: &str| {
+        client.send("GET", path, &[], b"");
+        client.reply("GET").text()
+    };
+    assert_eq!(get("/slow"), "1024");
+    assert_eq!(get("/own"), "2048");
+    let begun = Instant::now();
+    assert!(get("/free").starts_with("0x"));
+    assert!(
+        begun.elapsed() < Duration::from_secs(RATED as u64 / 1024 - 1),
+        "the next request of the connection has none"
+    );
+}
+
+#[test]
+fn a_wait_for_the_rate_is_nobodys_timeout() {
+    let upstream = Upstream::answering(|_| "HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc");
+    let gw = Gateway::with(json!({
+        "nginx_config": {"http": {"send_timeout": "300ms"}},
+        "lua_locations": [
+            {"location": "= /own", "options": {"limit_rate": 1}, "content_by_lua": "ngx.print('abc')"},
+            {"location": "= /proxied", "options": {"limit_rate": 1, "proxy_read_timeout": "300ms"},
+             "proxy_pass": format!("http://{}", upstream.addr())},
+        ],
+    }));
+    thread::scope(|scope| {
+        for path in ["/own", "/proxied"] {
+            scope.spawn(|| assert_eq!(gw.get(path).text(), "abc"));
+            scope.spawn(|| assert_eq!(http2::get(&gw.proxy(), path).text(), "abc"));
+        }
+    });
+}
+
+/// A preface and a request for `/t` over HTTP/2, fields as RFC 7541 has them in its static table.
+const ASK_HTTP2: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00\
+    \x00\x00\x0a\x01\x05\x00\x00\x00\x01\x82\x86\x44\x02/t\x41\x02h1";
+
+#[test]
+fn a_client_that_goes_away_ends_its_slow_response() {
+    let log = "ngx.log(ngx.WARN, 'ended ', ngx.var.server_protocol, ' ', ngx.var.body_bytes_sent)";
+    let gw = Gateway::with(json!({"lua_locations": [{
+        "location": "= /t", "options": {"limit_rate": 100}, "content_by_lua": "ngx.print(('x'):rep(1000000))", "log_by_lua": log,
+    }]}));
+    for (protocol, ask) in [("HTTP/1.1", &b"GET /t HTTP/1.1\r\nHost: h\r\n\r\n"[..]), ("HTTP/2.0", ASK_HTTP2)] {
+        let mut client = Client::connect(&gw.proxy());
+        client.write(ask).expect("sent");
+        let mut seen = Vec::new();
+        while !seen.contains(&b'x') {
+            let some = client.some();
+            assert!(!some.is_empty(), "{protocol} answers");
+            seen.extend(some);
+        }
+        drop(client);
+        gw.expect_log(&format!("ended {protocol} "));
+    }
+}
+
+#[test]
+fn a_slow_response_holds_its_upstream_back() {
+    const BODY: usize = 64 << 20;
+    let written = Arc::new(AtomicUsize::new(0));
+    let count = written.clone();
+    let upstream = Upstream::serving(move |_, mut stream| {
+        let _ = stream.read(&mut [0; 4096]);
+        let _ = write!(stream, "HTTP/1.1 200 OK\r\nContent-Length: {BODY}\r\n\r\n");
+        while count.load(Ordering::SeqCst) < BODY && stream.write_all(&[b'x'; 1 << 16]).is_ok() {
+            count.fetch_add(1 << 16, Ordering::SeqCst);
+        }
+    });
+    let gw = Gateway::with(json!({"lua_locations": [
+        {"location": "= /t", "options": {"limit_rate": "16k"}, "proxy_pass": format!("http://{}", upstream.addr())},
+    ]}));
+    let mut client = Client::connect(&gw.proxy());
+    client.send("GET", "/t", &[], b"");
+    assert_eq!(client.head().status, 200);
+    let mut got = 0;
+    while got < 8 << 10 {
+        got += client.some().len();
+    }
+    // What the kernel's buffers take on both sides is some megabytes.
+    assert!(written.load(Ordering::SeqCst) < BODY / 2, "{}", written.load(Ordering::SeqCst));
 }

@@ -21,7 +21,7 @@ use rustls::{
 };
 use rustls_pki_types::{CertificateDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
 use serde_json::{Value, json};
-use support::{DEADLINE, Dir, Gateway, Upstream, eventually};
+use support::{DEADLINE, Dir, Gateway, Upstream, eventually, http2};
 
 /// What the server has shown.
 #[derive(Clone, Debug, Default)]
@@ -897,6 +897,18 @@ fn both_ends_derive_the_same_key_material() {
             "nil the length is 1 to 8160|nil the length is 1 to 8160|nil there is no early data: 0-RTT is not offered";
         assert_eq!(page.get("/t", "any.test").1, format!("{mine}|{bare}|{long}|{bounds}"), "{version:?}");
     }
+    let shared = http2::runtime().block_on(async {
+        let mut config = ClientConfig::clone(&Browser::new().config);
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        let tcp = tokio::net::TcpStream::connect(gw.proxy_tls()).await.expect("a connection");
+        let name = ServerName::try_from("any.test").expect("a name");
+        let tls = tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, tcp).await.expect("a handshake");
+        let context = Some(&[0, 1, 2, 3][..]);
+        let key = tls.get_ref().1.export_keying_material([0u8; 16], b"EXPERIMENTAL my label", context).expect("a key");
+        let mine = base64::Engine::encode(&base64::engine::general_purpose::STANDARD, key);
+        (mine, http2::get_over(tls, "https://any.test/t").await.text())
+    });
+    assert_eq!(shared.1.split('|').next(), Some(&*shared.0), "over HTTP/2");
     let plain = gw.send("GET", "/t", &[], b"").text();
     assert!(plain.starts_with("nil bad ssl conn|nil bad ssl conn"), "{plain}");
 }
@@ -990,13 +1002,19 @@ fn asking(pair: &CertifiedKey<KeyPair>) -> Upstream {
         .with_client_cert_verifier(Arc::new(Any(provider)))
         .with_single_cert(vec![pair.cert.der().clone()], key)
         .expect("a certificate");
+    telling(config)
+}
+
+/// A TLS server that says the length of the client's certificate and the version, and then the cipher suite.
+fn telling(config: rustls::ServerConfig) -> Upstream {
     let config = Arc::new(config);
     Upstream::serving(move |_, stream| {
         let mut tls = StreamOwned::new(rustls::ServerConnection::new(config.clone()).expect("a server"), stream);
         if tls.conn.complete_io(&mut tls.sock).is_ok() {
             let shown = tls.conn.peer_certificates().map_or(0, |certs| certs[0].len());
             let version = tls.conn.protocol_version();
-            let _ = writeln!(tls, "{shown} {version:?}");
+            let suite = tls.conn.negotiated_cipher_suite().map(|suite| suite.suite());
+            let _ = writeln!(tls, "{shown} {version:?}\n{suite:?}");
             let _ = tls.read(&mut [0]);
         }
     })
@@ -1082,4 +1100,142 @@ fn sockets_of_a_location_speak_tls_as_it_says() {
         "{said}"
     );
     assert_eq!(said.matches("lua_options.lua_ssl_trusted_certificate: ").count(), 1, "{said}");
+}
+
+/// A root, and as many authorities below it as said, each the issuer of the next; the last of them comes last.
+fn authorities(below: usize) -> Vec<CertifiedIssuer<'static, KeyPair>> {
+    let params = |name: String| {
+        let mut params = CertificateParams::new([]).expect("parameters");
+        params.distinguished_name.push(rcgen::DnType::CommonName, name);
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![rcgen::KeyUsagePurpose::KeyCertSign];
+        params
+    };
+    let key = || KeyPair::generate().expect("a key");
+    let mut all = vec![CertifiedIssuer::self_signed(params("root".into()), key()).expect("a root")];
+    for i in 0..below {
+        let next = CertifiedIssuer::signed_by(params(format!("below {i}")), key(), &all[i]).expect("an authority");
+        all.push(next);
+    }
+    all
+}
+
+/// Sends a script of a location to `peer.test` on `upstream`, which tells what it has got.
+fn visit(upstream: &Upstream, path: &str, options: Value) -> Value {
+    let port = upstream.addr().rsplit(':').next().expect("a port").to_owned();
+    let content = format!(
+        "local sock = ngx.socket.tcp()
+        assert(sock:connect('127.0.0.1', {port}))
+        if ngx.var.arg_store then
+            local file = assert(io.open(ngx.config.prefix() .. 'conf/ca.pem'))
+            assert(sock:settrustedstore(assert(require('ngx.ssl').parse_pem_cert(file:read('*a')))))
+        end
+        local ok, err = sock:sslhandshake(nil, 'peer.test', ngx.var.arg_verify ~= 'no')
+        if not ok then return ngx.print(err) end
+        sock:receive()
+        ngx.print(sock:receive())"
+    );
+    json!({"location": path, "content_by_lua": content, "options": options})
+}
+
+#[test]
+fn a_chain_is_as_long_as_a_location_says() {
+    let all = authorities(2);
+    let signing_key = KeyPair::generate().expect("a key");
+    let params = CertificateParams::new(["peer.test".to_owned()]).expect("parameters");
+    let cert = params.signed_by(&signing_key, &all[2]).expect("a certificate");
+    let chain = vec![cert.der().clone(), all[2].der().clone(), all[1].der().clone()];
+    let config = rustls::ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_protocol_versions(BOTH)
+        .expect("versions")
+        .with_no_client_auth()
+        .with_single_cert(chain, PrivatePkcs8KeyDer::from(signing_key.serialize_der()).into())
+        .expect("a certificate");
+    let peer = telling(config);
+    let dir = Dir::new();
+    dir.write("conf/ca.pem", all[0].pem());
+    dir.write("conf/both.pem", all[0].pem() + &all[1].pem());
+    let trusting =
+        |file: &str, depth: Value| json!({"lua_ssl_trusted_certificate": file, "lua_ssl_verify_depth": depth});
+    dir.configure(json!({"lua_options": {"lua_ssl_protocols": "TLSv1.3"}, "lua_locations": [
+        visit(&peer, "= /usual", json!({"lua_ssl_trusted_certificate": "ca.pem"})),
+        visit(&peer, "= /none", trusting("ca.pem", json!(0))),
+        visit(&peer, "= /one", trusting("ca.pem", json!("1"))),
+        visit(&peer, "= /two", trusting("ca.pem", json!(2))),
+        visit(&peer, "= /near", trusting("both.pem", json!(1))),
+        visit(&peer, "= /unknown", json!({"lua_ssl_verify_depth": 5})),
+    ]}));
+    let gw = Gateway::in_dir(dir);
+    let got = |path: &str| gw.get(path).text();
+    let too_long = "22: certificate chain too long";
+    for path in ["/usual", "/none", "/one", "/usual?store=own", "/one?store=own"] {
+        assert_eq!(got(path), too_long, "{path}");
+    }
+    for path in ["/two", "/near", "/two?store=own", "/unknown?store=own", "/none?verify=no"] {
+        assert_eq!(got(path), "Some(TLS13_AES_256_GCM_SHA384)", "{path}");
+    }
+    assert_eq!(got("/unknown"), "20: unable to get local issuer certificate");
+}
+
+#[test]
+fn ciphers_are_those_that_a_location_lists() {
+    let own = pair("peer.test");
+    let speaking = |suites: &[rustls::CipherSuite], versions: &[&'static rustls::SupportedProtocolVersion]| {
+        let mut provider = ring::default_provider();
+        provider.cipher_suites.retain(|suite| suites.contains(&suite.suite()));
+        // The client's order counts.
+        let mut config = rustls::ServerConfig::builder_with_provider(Arc::new(provider))
+            .with_protocol_versions(versions)
+            .expect("versions")
+            .with_no_client_auth()
+            .with_single_cert(
+                vec![own.cert.der().clone()],
+                PrivatePkcs8KeyDer::from(own.signing_key.serialize_der()).into(),
+            )
+            .expect("a certificate");
+        config.ignore_client_order = false;
+        telling(config)
+    };
+    use rustls::CipherSuite::*;
+    let (aes, chacha) = (TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256, TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256);
+    let one = speaking(&[aes], &[&rustls::version::TLS12]);
+    let two = speaking(&[aes, chacha], &[&rustls::version::TLS12]);
+    let new = speaking(&[TLS13_AES_128_GCM_SHA256], &[&rustls::version::TLS13]);
+    let listing = |list: &str| json!({"lua_ssl_ciphers": list});
+    let gw = Gateway::with(json!({"lua_options": {"lua_ssl_ciphers": "CHACHA20"}, "lua_locations": [
+        visit(&one, "= /inherited", json!({})),
+        visit(&one, "= /without", listing("HIGH:!AES128")),
+        visit(&one, "= /with", listing("ECDHE-ECDSA-AES128-GCM-SHA256")),
+        visit(&two, "= /first", listing("AES128:CHACHA20")),
+        visit(&two, "= /second", listing("AES128:CHACHA20:+AES128")),
+        visit(&new, "= /new", listing("CHACHA20")),
+    ]}));
+    for (path, expected) in [
+        ("/inherited", "handshake failed".to_owned()),
+        ("/without", "handshake failed".to_owned()),
+        ("/with", format!("{:?}", Some(aes))),
+        ("/first", format!("{:?}", Some(aes))),
+        ("/second", format!("{:?}", Some(chacha))),
+        ("/new", format!("{:?}", Some(TLS13_AES_128_GCM_SHA256))),
+    ] {
+        assert_eq!(gw.get(&format!("{path}?verify=no")).text(), expected, "{path}");
+    }
+
+    let dir = Dir::new();
+    dir.configure(json!({"lua_options": listing("AES128-SHA"), "lua_locations": [
+        visit(&one, "= /a", json!({"lua_ssl_ciphers": "HIGH:!", "lua_ssl_verify_depth": "deep"})),
+        visit(&one, "= /b", json!({})),
+        visit(&one, "= /c", json!({})),
+    ]}));
+    let mut command = dir.command();
+    command.arg("test");
+    let (status, said) = support::run(command);
+    assert!(!status.success());
+    for text in [
+        "lua_locations[0].options.lua_ssl_ciphers: \"HIGH:!\" is not one of OpenSSL's cipher lists: \"!\" is no cipher",
+        "lua_locations[0].options.lua_ssl_verify_depth: \"deep\" is not a number of certificates",
+        "lua_options.lua_ssl_ciphers: \"AES128-SHA\" is not a cipher list that leaves any suite of TLS 1.2: there are ECDHE-",
+    ] {
+        assert_eq!(said.matches(text).count(), 1, "{text}: {said}");
+    }
 }

@@ -20,7 +20,7 @@ const LAYERS: &[&[&str]] = &[
     &["net", "upstream"],
     &["lua"],
     &["plugin"],
-    &["proxy"],
+    &["proxy", "stream"],
     &["admin", "control"],
     &["app"],
     &["cli"],

@@ -120,7 +120,7 @@ pub(super) fn in_use(snapshot: &Snapshot, kind: Kind, id: &str) -> Option<String
     let user = match kind {
         Kind::Upstream => upstream_user(snapshot, id),
         Kind::Service => route_with(snapshot, |r| r.service_id.as_deref() == Some(id))
-            .or_else(|| stream_route_with(snapshot, "service_id", id)),
+            .or_else(|| stream_route_with(snapshot, |r| r.service_id.as_deref() == Some(id))),
         Kind::PluginConfig => route_with(snapshot, |r| r.plugin_config_id.as_deref() == Some(id)),
         Kind::Function => route_with(snapshot, |r| r.function_id.as_deref() == Some(id)),
         Kind::ConsumerGroup => {
@@ -146,13 +146,9 @@ fn route_with(snapshot: &Snapshot, test: impl Fn(&crate::model::Route) -> bool) 
     ids.min().map(|id| format!("route [{id}]"))
 }
 
-fn stream_route_with(snapshot: &Snapshot, field: &str, id: &str) -> Option<String> {
-    let mut routes = snapshot.others.iter().filter(|((kind, _), _)| *kind == Kind::StreamRoute);
-    let found = routes.find(|(_, object)| {
-        let value: Value = serde_json::from_str(&object.json).unwrap_or_default();
-        id_text(value.get(field)).as_deref() == Some(id)
-    })?;
-    Some(format!("stream_route [{}]", found.1.id))
+fn stream_route_with(snapshot: &Snapshot, test: impl Fn(&crate::model::StreamRoute) -> bool) -> Option<String> {
+    let ids = snapshot.stream_routes.values().filter(|route| test(&route.value)).map(|route| &route.id);
+    ids.min().map(|id| format!("stream_route [{id}]"))
 }
 
 fn upstream_user(snapshot: &Snapshot, id: &str) -> Option<String> {
@@ -161,7 +157,7 @@ fn upstream_user(snapshot: &Snapshot, id: &str) -> Option<String> {
             let user = snapshot.services.values().find(|s| s.value.upstream_id.as_deref() == Some(id))?;
             Some(format!("service [{}]", user.id))
         })
-        .or_else(|| stream_route_with(snapshot, "upstream_id", id))
+        .or_else(|| stream_route_with(snapshot, |r| r.upstream_id.as_deref() == Some(id)))
         .or_else(|| plugin_user(snapshot, |plugins| splits_to(plugins, id)))
 }
 
@@ -189,7 +185,9 @@ fn proto_user(snapshot: &Snapshot, id: &str) -> Option<String> {
 fn ssl_user(snapshot: &Snapshot, id: &str) -> Option<String> {
     let uses = |u: &crate::model::Upstream| u.tls.as_ref().is_some_and(|tls| tls.client_cert_id.as_deref() == Some(id));
     let upstream = snapshot.upstreams.values().find(|u| uses(&u.value)).map(|u| format!("upstream [{}]", u.id));
-    upstream.or_else(|| route_with(snapshot, |r| r.upstream.as_deref().is_some_and(uses)))
+    upstream
+        .or_else(|| route_with(snapshot, |r| r.upstream.as_deref().is_some_and(uses)))
+        .or_else(|| stream_route_with(snapshot, |r| r.upstream.as_deref().is_some_and(uses)))
 }
 
 /// Who has such a plugin conf: `plugin in route [1]`.

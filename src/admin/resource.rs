@@ -425,6 +425,9 @@ async fn check(state: &State, kind: Kind, id: &str, value: &Value) -> Outcome<()
     if let Kind::PluginMetadata = kind {
         return check_metadata(state, id, value);
     }
+    if kind == Kind::StreamRoute && !state.settings.stream {
+        return Err(Answer::refuse(400, "stream mode is disabled, can not add stream routes"));
+    }
     let invalid = |e: error::Error| Answer::refuse(400, e.to_string());
     let mut filled = value.clone();
     model::check(kind, id, &mut filled).map_err(invalid)?;
@@ -450,7 +453,7 @@ fn check_metadata(state: &State, name: &str, value: &Value) -> Outcome<()> {
 fn check_plugins(state: &State, kind: Kind, owner: &mut Value) -> Outcome<()> {
     let (schema, before) = match kind {
         Kind::Consumer | Kind::Credential => (PluginSchema::Consumer, "invalid plugins configuration: "),
-        // Stream plugins are not run: only the packed schemas know them.
+        // No plugin is one for streams: the model refuses them all.
         Kind::StreamRoute => return Ok(()),
         _ => (PluginSchema::Plugin, ""),
     };

@@ -21,6 +21,8 @@ pub struct Settings {
     /// Stands before keys in answers: `/apisix`.
     pub prefix: String,
     pub keyring: Keyring,
+    /// Stream routes may be written: something listens for what they match.
+    pub stream: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -37,7 +39,7 @@ pub enum Role {
 }
 
 impl Settings {
-    /// From the effective configuration, defaults filled in. Keys that are empty are left out.
+    /// From the effective configuration, defaults filled in. Keys that are empty are left out. `stream` is the caller's to say.
     pub fn from_config(config: &Value, server: &str) -> Result<Settings> {
         let admin = config.pointer("/deployment/admin").unwrap_or(&Value::Null);
         let flag = |name: &str| admin.get(name).and_then(Value::as_bool).unwrap_or(true);
@@ -55,6 +57,7 @@ impl Settings {
             server: server.to_owned(),
             prefix: prefix.trim_end_matches('/').to_owned(),
             keyring: keyring(config)?,
+            stream: false,
         })
     }
 

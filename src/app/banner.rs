@@ -20,6 +20,8 @@ pub const LISTEN_FILE: &str = "logs/listen.json";
 pub struct Listening {
     pub proxy: Vec<SocketAddr>,
     pub proxy_tls: Vec<SocketAddr>,
+    pub tcp: Vec<SocketAddr>,
+    pub udp: Vec<SocketAddr>,
     pub admin: Option<SocketAddr>,
     pub control: Option<SocketAddr>,
     pub prometheus: Option<SocketAddr>,
@@ -31,6 +33,8 @@ pub fn write_listen_json(prefix: &Path, at: &Listening) -> io::Result<()> {
         "pid": process::id(),
         "proxy": at.proxy,
         "proxy_tls": at.proxy_tls,
+        "tcp": at.tcp,
+        "udp": at.udp,
         "admin": at.admin,
         "control": at.control,
         "prometheus": at.prometheus,
@@ -59,6 +63,8 @@ pub fn print_banner(
     let rows = [
         ("proxy", several(&at.proxy)),
         ("proxy, TLS", several(&at.proxy_tls)),
+        ("TCP", several(&at.tcp)),
+        ("UDP", several(&at.udp)),
         ("Admin API", several(at.admin.as_slice())),
         ("control API", several(at.control.as_slice())),
         ("metrics", at.prometheus.map(|a| format!("{a}{}", config.prometheus.uri)).unwrap_or_default()),

@@ -282,6 +282,8 @@ impl Ports {
         Ok(Listening {
             proxy: sockets.plain.clone(),
             proxy_tls: sockets.tls.clone(),
+            tcp: sockets.tcp.clone(),
+            udp: sockets.udp.clone(),
             admin: address(&self.admin)?,
             control: address(&self.control)?,
             prometheus: address(&self.prometheus)?,
@@ -309,12 +311,17 @@ struct Apis<'a> {
 }
 
 impl Apis<'_> {
+    fn admin_settings(&self) -> Result<admin::Settings> {
+        let settings = admin::Settings::from_config(&self.config.json, &settings::server(self.config))?;
+        Ok(admin::Settings { stream: self.config.stream.enabled, ..settings })
+    }
+
     fn serve(self, ports: Ports) -> Result<JoinSet<()>> {
         let mut serving = JoinSet::new();
         let plugins: Rc<dyn admin::PluginHost> = Rc::new(self.plugins.clone());
         if let Some(listener) = ports.admin {
             let state = Rc::new(admin::State {
-                settings: admin::Settings::from_config(&self.config.json, &settings::server(self.config))?,
+                settings: self.admin_settings()?,
                 store: self.store.clone(),
                 published: self.started.published.clone(),
                 plugins: plugins.clone(),

@@ -14,6 +14,7 @@ use crate::{
     },
     plugin::Runner,
     proxy::{self, access_log::AccessLog},
+    stream,
 };
 
 /// What all workers count and log into.
@@ -21,6 +22,7 @@ use crate::{
 pub struct Endings {
     metrics: Arc<Metrics>,
     access_log: Option<LogFile>,
+    stream_log: Option<LogFile>,
 }
 
 impl Endings {
@@ -29,7 +31,16 @@ impl Endings {
             let failed = |e| Error::config(Kind::Io).cause(e).context(log.path.display().to_string());
             LogFile::open(&log.path).map_err(failed)
         };
-        Ok(Endings { metrics, access_log: config.access_log.as_ref().map(open).transpose()? })
+        Ok(Endings {
+            metrics,
+            access_log: config.access_log.as_ref().map(open).transpose()?,
+            stream_log: config.stream.access_log.as_ref().filter(|_| config.stream.enabled).map(open).transpose()?,
+        })
+    }
+
+    /// The log of a worker's sessions.
+    pub fn of_streams(&self, config: &Config) -> Option<stream::Log> {
+        Some(stream::Log::new(config.stream.access_log.as_ref()?, self.stream_log.clone()?))
     }
 
     pub fn of_worker(&self, config: &Config) -> Ending {

@@ -2,19 +2,28 @@
 
 use std::{
     io,
-    net::{SocketAddr, TcpListener},
+    net::{SocketAddr, TcpListener, UdpSocket},
     sync::Arc,
 };
 
 use crate::{
-    conf::{Config, Listen},
+    conf::{Config, Listen, StreamListen},
     error::{Error, Result},
     net::listener,
+    stream::udp,
     tls,
 };
 
-/// One worker's socket on one of the configured addresses.
+/// One worker's sockets.
+#[derive(Default)]
 pub struct Bound {
+    pub http: Vec<Http>,
+    pub tcp: Vec<Tcp>,
+    pub udp: Vec<UdpSocket>,
+}
+
+/// A socket for requests, on one of the configured addresses.
+pub struct Http {
     pub socket: TcpListener,
     pub proxy_protocol: bool,
     pub http2: bool,
@@ -22,59 +31,119 @@ pub struct Bound {
     pub tls: Option<Arc<tls::Server>>,
 }
 
-/// Everything that requests come in by.
+/// A socket for connections that are proxied as they are.
+pub struct Tcp {
+    pub socket: TcpListener,
+    pub proxy_protocol: bool,
+    pub proxy_protocol_to_upstream: bool,
+    pub tls: Option<Arc<tls::Server>>,
+}
+
+/// Everything that requests and sessions come in by.
 #[derive(Default)]
 pub struct Sockets {
     /// By worker.
-    pub workers: Vec<Vec<Bound>>,
+    pub workers: Vec<Bound>,
     /// The real addresses, once each.
     pub plain: Vec<SocketAddr>,
     pub tls: Vec<SocketAddr>,
+    pub tcp: Vec<SocketAddr>,
+    pub udp: Vec<SocketAddr>,
 }
 
 /// Binds `config.workers` sockets on every address.
 pub fn bind(config: &Config) -> Result<Sockets> {
-    let mut sockets = Sockets { workers: (0..config.workers).map(|_| Vec::new()).collect(), ..Sockets::default() };
+    let mut sockets =
+        Sockets { workers: (0..config.workers).map(|_| Bound::default()).collect(), ..Sockets::default() };
     // All before the first is bound: own addresses may overlap (0.0.0.0 and 127.0.0.1).
-    for listen in config.listen.iter().chain(&config.listen_tls).filter(|listen| listen.addr.port() != 0) {
-        listener::ensure_free(listen.addr)?;
+    let tcp = config.listen.iter().chain(&config.listen_tls).map(|listen| listen.addr);
+    for addr in tcp.chain(config.stream.tcp.iter().map(|listen| listen.addr)).filter(|addr| addr.port() != 0) {
+        listener::ensure_free(addr)?;
     }
+    for addr in config.stream.udp.iter().filter(|addr| addr.port() != 0) {
+        udp::ensure_free(*addr)?;
+    }
+    bind_http(&mut sockets, config)?;
+    bind_streams(&mut sockets, config)?;
+    Ok(sockets)
+}
+
+fn bind_http(sockets: &mut Sockets, config: &Config) -> Result<()> {
     for listen in &config.listen {
-        if let Some(addr) = bind_all(&mut sockets.workers, listen, None)? {
+        if let Some(addr) = bind_requests(&mut sockets.workers, listen, None)? {
             sockets.plain.push(addr);
         }
     }
     let (mut with_http2, mut without) = (None, None);
     for listen in &config.listen_tls {
-        let kept = if listen.http2 { &mut with_http2 } else { &mut without };
+        let (kept, alpn): (_, &[&[u8]]) = match listen.http2 {
+            true => (&mut with_http2, &[b"h2", b"http/1.1"]),
+            false => (&mut without, &[b"http/1.1"]),
+        };
         let server = match kept {
             Some(server) => Arc::clone(server),
-            None => kept.insert(super::settings::tls(config, listen.http2)?).clone(),
+            None => kept.insert(super::settings::tls(config, alpn)?).clone(),
         };
-        if let Some(addr) = bind_all(&mut sockets.workers, listen, Some(&server))? {
+        if let Some(addr) = bind_requests(&mut sockets.workers, listen, Some(&server))? {
             sockets.tls.push(addr);
         }
     }
-    Ok(sockets)
+    Ok(())
+}
+
+fn bind_streams(sockets: &mut Sockets, config: &Config) -> Result<()> {
+    let mut server = None;
+    for listen in &config.stream.tcp {
+        if listen.tls && server.is_none() {
+            // What is spoken inside is no concern of the gateway's.
+            server = Some(super::settings::tls(config, &[])?);
+        }
+        let StreamListen { addr, tls, proxy_protocol, proxy_protocol_to_upstream } = *listen;
+        let tls = server.as_ref().filter(|_| tls);
+        let addr = bind_all(&mut sockets.workers, addr, listener::bind, TcpListener::local_addr, |worker, socket| {
+            worker.tcp.push(Tcp { socket, proxy_protocol, proxy_protocol_to_upstream, tls: tls.cloned() });
+        })?;
+        sockets.tcp.push(addr);
+    }
+    for addr in &config.stream.udp {
+        let addr = bind_all(&mut sockets.workers, *addr, udp::bind, UdpSocket::local_addr, |worker, socket| {
+            worker.udp.push(socket);
+        })?;
+        sockets.udp.push(addr);
+    }
+    Ok(())
 }
 
 /// The address that came of `listen`; `None` when the machine has no IPv6 and nobody named an address.
-fn bind_all(workers: &mut [Vec<Bound>], listen: &Listen, tls: Option<&Arc<tls::Server>>) -> Result<Option<SocketAddr>> {
-    let mut addr = listen.addr;
-    for worker in workers.iter_mut() {
-        let socket = match listener::bind(addr) {
-            Err(e) if addr.ip().is_unspecified() && addr.is_ipv6() && no_ipv6(&e) => {
-                tracing::warn!("{e}: requests over IPv6 are not served");
-                return Ok(None);
-            }
-            bound => bound?,
-        };
-        // With port 0 the first worker's port is everybody's.
-        addr = socket.local_addr()?;
-        let Listen { proxy_protocol, http2, .. } = *listen;
-        worker.push(Bound { socket, proxy_protocol, http2, tls: tls.cloned() });
+fn bind_requests(workers: &mut [Bound], listen: &Listen, tls: Option<&Arc<tls::Server>>) -> Result<Option<SocketAddr>> {
+    let Listen { addr, proxy_protocol, http2 } = *listen;
+    let bound = bind_all(workers, addr, listener::bind, TcpListener::local_addr, |worker, socket| {
+        worker.http.push(Http { socket, proxy_protocol, http2, tls: tls.cloned() });
+    });
+    match bound {
+        Err(e) if addr.ip().is_unspecified() && addr.is_ipv6() && no_ipv6(&e) => {
+            tracing::warn!("{e}: requests over IPv6 are not served");
+            Ok(None)
+        }
+        bound => bound.map(Some),
     }
-    Ok(Some(addr))
+}
+
+/// One socket for each worker, and the address that they have.
+fn bind_all<S>(
+    workers: &mut [Bound],
+    mut addr: SocketAddr,
+    bind: fn(SocketAddr) -> Result<S>,
+    address: fn(&S) -> io::Result<SocketAddr>,
+    keep: impl Fn(&mut Bound, S),
+) -> Result<SocketAddr> {
+    for worker in workers.iter_mut() {
+        let socket = bind(addr)?;
+        // With port 0 the first worker's port is everybody's.
+        addr = address(&socket)?;
+        keep(worker, socket);
+    }
+    Ok(addr)
 }
 
 fn no_ipv6(e: &Error) -> bool {

@@ -10,7 +10,7 @@ use crate::{
     error::Result,
     model, net, proxy,
     router::RouterKind,
-    tls,
+    stream, tls,
 };
 
 /// The `Server` field.
@@ -57,6 +57,14 @@ pub fn proxy(config: &Config) -> proxy::Settings {
     }
 }
 
+pub fn stream(config: &Config) -> stream::Settings {
+    stream::Settings {
+        max_connections: config.worker_connections,
+        real_ip_from: config.stream.real_ip_from.clone(),
+        fallback_sni: config.tls.fallback_sni.as_deref().map(Box::from),
+    }
+}
+
 pub fn keepalive(config: &Config) -> model::upstream::Keepalive {
     let keepalive = &config.upstream_keepalive;
     model::upstream::Keepalive { size: keepalive.size, idle_timeout: keepalive.timeout, requests: keepalive.requests }
@@ -71,13 +79,13 @@ pub fn dns(config: &Config) -> dns::Config {
     }
 }
 
-/// What answers handshakes, for listeners that offer HTTP/2 or do not.
-pub fn tls(config: &Config, http2: bool) -> Result<Arc<tls::Server>> {
+/// What answers handshakes, for listeners that speak one of these (`tls::ServerOptions::alpn`).
+pub fn tls(config: &Config, alpn: &'static [&'static [u8]]) -> Result<Arc<tls::Server>> {
     let options = tls::ServerOptions {
         protocols: config.tls.protocols.iter().map(|name| name.as_str().into()).collect(),
         session_tickets: config.tls.session_tickets,
         fallback_sni: config.tls.fallback_sni.as_deref().map(Box::from),
-        http2,
+        alpn,
     };
     tls::Server::new(options).map(Arc::new)
 }

@@ -2,6 +2,7 @@
 
 use std::{
     cell::RefCell,
+    net::UdpSocket,
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     rc::Rc,
     sync::Arc,
@@ -19,7 +20,7 @@ use tokio::{
 use super::{
     asking::Questions,
     ending::{Ending, Endings},
-    listeners::Bound,
+    listeners::{Bound, Http, Tcp},
     settings,
 };
 use crate::{
@@ -34,6 +35,7 @@ use crate::{
     plugin::{Runner, Setup},
     proxy::{Proxy, handshake},
     store::Published,
+    stream::{self, Streams},
     tcp,
 };
 
@@ -88,7 +90,7 @@ pub struct Line {
 }
 
 /// Starts a worker on its thread. Its end is reported, whatever ends it.
-pub fn spawn(worker: usize, blueprint: Blueprint, sockets: Vec<Bound>, line: Line) -> Result<()> {
+pub fn spawn(worker: usize, blueprint: Blueprint, sockets: Bound, line: Line) -> Result<()> {
     let reports = line.reports.clone();
     let body = move || {
         if blueprint.config.cpu_affinity {
@@ -106,7 +108,7 @@ pub fn spawn(worker: usize, blueprint: Blueprint, sockets: Vec<Bound>, line: Lin
     Ok(())
 }
 
-fn run(worker: usize, blueprint: Blueprint, sockets: Vec<Bound>, line: Line) -> Result<()> {
+fn run(worker: usize, blueprint: Blueprint, sockets: Bound, line: Line) -> Result<()> {
     // Local by itself, so that no `LocalSet` keeps a second list of tasks inside the runtime's.
     let runtime = Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
     // A task of its own: what `block_on` gets itself is polled after every event of every connection.
@@ -125,7 +127,7 @@ fn run(worker: usize, blueprint: Blueprint, sockets: Vec<Bound>, line: Line) -> 
     ended
 }
 
-async fn serve(worker: usize, blueprint: Blueprint, sockets: Vec<Bound>, line: Line) -> Result<()> {
+async fn serve(worker: usize, blueprint: Blueprint, sockets: Bound, line: Line) -> Result<()> {
     let Line { mut orders, blueprints, reports, collections, questions } = line;
     let config = blueprint.config.clone();
     let ending = Rc::new(blueprint.endings.of_worker(&config));
@@ -140,7 +142,11 @@ async fn serve(worker: usize, blueprint: Blueprint, sockets: Vec<Bound>, line: L
         false => counter.recorder.connections().closed(),
     });
     let handler = Counted { serving: serving.clone(), ending: ending.clone() };
-    let mut listeners = listen(&blueprint, &handler, &drain, sockets);
+    let mut listeners = JoinSet::new();
+    listen(&blueprint, &handler, &drain, sockets.http, &mut listeners);
+    if blueprint.config.stream.enabled {
+        stream(&blueprint, &drain, sockets.tcp, sockets.udp, &mut listeners);
+    }
     let mut chores = chores(&serving, &ending, collections, questions);
     chores.spawn_local(follow(worker, serving.clone(), ending.clone(), blueprints));
     let _ = reports.send(Report::Ready);
@@ -233,7 +239,13 @@ async fn new_proxy(worker: usize, blueprint: &Blueprint, ending: Rc<Ending>) -> 
 }
 
 /// One task per socket. Two servers at most: with HTTP/2 on plain connections and without.
-fn listen(blueprint: &Blueprint, handler: &Counted, drain: &Drain, sockets: Vec<Bound>) -> JoinSet<Result<()>> {
+fn listen(
+    blueprint: &Blueprint,
+    handler: &Counted,
+    drain: &Drain,
+    sockets: Vec<Http>,
+    listeners: &mut JoinSet<Result<()>>,
+) {
     let server = |http2| {
         Rc::new(Server {
             handler: handler.clone(),
@@ -243,15 +255,35 @@ fn listen(blueprint: &Blueprint, handler: &Counted, drain: &Drain, sockets: Vec<
         })
     };
     let (with_http2, without) = (server(true), server(false));
-    let mut listeners = JoinSet::new();
     let scripts = &handler.serving.scripts;
-    for Bound { socket, proxy_protocol, http2, tls } in sockets {
+    for Http { socket, proxy_protocol, http2, tls } in sockets {
         let published = &blueprint.published;
         let tls = tls.map(|server| listener::Tls { server, published: published.clone(), scripts: scripts.clone() });
         let server = if http2 { with_http2.clone() } else { without.clone() };
         listeners.spawn_local(listener::run(server, listener::Listener { socket, proxy_protocol, tls }));
     }
-    listeners
+}
+
+/// What is proxied as it is.
+fn stream(
+    blueprint: &Blueprint,
+    drain: &Drain,
+    tcp: Vec<Tcp>,
+    udp: Vec<UdpSocket>,
+    listeners: &mut JoinSet<Result<()>>,
+) {
+    let Blueprint { config, published, resolver, endings, .. } = blueprint;
+    let log = endings.of_streams(config);
+    let settings = settings::stream(config);
+    let streams = Rc::new(Streams::new(settings, published.clone(), resolver.clone(), drain.clone(), log));
+    for Tcp { socket, proxy_protocol, proxy_protocol_to_upstream: to_upstream, tls } in tcp {
+        let tls = tls.map(|server| listener::Tls { server, published: published.clone(), scripts: Rc::default() });
+        let listener = stream::tcp::Listener { socket, proxy_protocol, tls, to_upstream };
+        listeners.spawn_local(stream::tcp::run(streams.clone(), listener));
+    }
+    for socket in udp {
+        listeners.spawn_local(stream::udp::run(streams.clone(), socket));
+    }
 }
 
 /// Waits until the order is one that `meant` says yes to. An absent control thread means stop.

@@ -8,6 +8,7 @@
 
 mod ewma;
 pub mod group;
+mod kept;
 mod least_conn;
 mod ring;
 mod round_robin;
@@ -16,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use smallvec::SmallVec;
 
+pub use self::kept::{Picked, Pickers};
 use self::{ewma::Ewma, least_conn::LeastConn, ring::Ring, round_robin::RoundRobin};
 use crate::model::upstream::{Balance, Node, Upstream};
 

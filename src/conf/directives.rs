@@ -54,6 +54,9 @@ pub struct Directives {
     pub gzip: Option<Gzip>,
     /// `proxy_buffering`: what the upstream cut off within its first piece is not sent on.
     pub proxy_buffering: bool,
+    /// `limit_rate` and `limit_rate_after`: sizes, or variables that hold some.
+    pub limit_rate: Option<Template>,
+    pub limit_rate_after: Option<Template>,
     /// `absolute_redirect`: nginx's own redirects name scheme and host.
     pub absolute_redirect: bool,
 }
@@ -167,6 +170,8 @@ impl Directives {
             charset: Charset::read(&r),
             gzip: Gzip::read(&mut r),
             proxy_buffering: r.on("proxy_buffering", true),
+            limit_rate: r.value("limit_rate", "a size as 4k, per second", rate),
+            limit_rate_after: r.value("limit_rate_after", "a size as 4k", rate),
             absolute_redirect: r.on("absolute_redirect", true),
         }
     }
@@ -234,6 +239,24 @@ impl Reader<'_> {
     }
 }
 
+/// nginx's sizes: `512`, `4k`, `1m`.
+pub fn size(text: &[u8]) -> Option<u64> {
+    let (digits, factor) = match text.split_last()? {
+        (b'k' | b'K', digits) => (digits, 1 << 10),
+        (b'm' | b'M', digits) => (digits, 1 << 20),
+        _ => (text, 1),
+    };
+    // No sign and no spaces.
+    let plain = digits.iter().all(u8::is_ascii_digit);
+    std::str::from_utf8(digits).ok().filter(|_| plain)?.parse::<u64>().ok()?.checked_mul(factor)
+}
+
+/// A size, or a text with variables: those are read when a response begins.
+fn rate(text: &str) -> Option<Template> {
+    let template = Template::parse(text);
+    (template.has_variables() || size(text.as_bytes()).is_some()).then_some(template)
+}
+
 fn any(text: &str) -> Option<bool> {
     match text {
         "all" => Some(false),
@@ -289,12 +312,15 @@ mod tests {
         let (d, mistakes) = read(json!({
             "lua_code_cache": "off", "client_body_buffer_size": "8k", "proxy_read_timeout": "100ms",
             "lua_socket_connect_timeout": "3s", "client_body_in_file_only": "clean", "proxy_http_version": 1.1,
+            "limit_rate": "4k", "limit_rate_after": "$arg_after",
             "proxy_set_header": [["X-A", "$uri"], "Host a.test", ["Accept-Encoding", ""]],
             "add_header": [["X-B", "1", "always"], ["X-C", "two words"], ["X-D", "always"]],
         }));
         assert!(mistakes.is_empty(), "{mistakes:?}");
         assert!(!d.lua_code_cache && d.client_body_in_file_only && d.proxy_http11);
         assert_eq!(d.client_body_buffer_size, Some(8192));
+        assert_eq!(d.limit_rate, Some(Template::parse("4k")));
+        assert!(d.limit_rate_after.is_some_and(|after| after.has_variables()));
         assert_eq!((d.proxy.read, d.proxy.send), (Some(Duration::from_millis(100)), None));
         assert_eq!(d.socket.connect, Some(Duration::from_secs(3)));
         let names: Vec<_> = d.proxy_set_header.iter().map(|(name, value)| (&**name, value.clone())).collect();
@@ -353,7 +379,7 @@ mod tests {
             "lua_code_cache": "never", "client_body_buffer_size": "big", "proxy_send_timeout": "soon",
             "satisfy": "some", "auth_request": "auth", "error_page": [["404", "/x"], ["missing", "/y"]],
             "gzip": "yes", "gzip_comp_level": "10", "gzip_min_length": "-1", "gzip_proxied": "expired",
-            "gzip_http_version": "2", "lua_regex_match_limit": "far",
+            "gzip_http_version": "2", "lua_regex_match_limit": "far", "limit_rate": "4g", "limit_rate_after": "+1",
         }));
         assert_eq!(
             mistakes,
@@ -371,6 +397,8 @@ mod tests {
                 r#"lua_locations[0].options.gzip_comp_level: "10" is not a level from 1 to 9"#,
                 r#"lua_locations[0].options.gzip_http_version: "2" is not 1.0 or 1.1"#,
                 r#"lua_locations[0].options.gzip_proxied: "expired" is not off or any"#,
+                r#"lua_locations[0].options.limit_rate: "4g" is not a size as 4k, per second"#,
+                r#"lua_locations[0].options.limit_rate_after: "+1" is not a size as 4k"#,
             ]
         );
     }

@@ -71,7 +71,6 @@ const UNSUPPORTED: &[(&str, &str)] = &[
     ("xrpc", "xRPC protocols are not served; keep those services on APISIX"),
     ("ext-plugin", "external plugin runners are not started; write the plugin in Lua"),
     ("discovery", "service discovery is not served yet; list the nodes in the upstream"),
-    ("apisix.stream_proxy", "TCP and UDP proxying is not served yet; keep those routes on APISIX"),
     ("deployment.admin.https_admin", "the Admin API has no TLS of its own yet; reach it over loopback or a tunnel"),
 ];
 

@@ -15,6 +15,7 @@ use pcre2::bytes::{Regex, RegexBuilder};
 use serde_json::{Map, Value, json};
 
 use super::{
+    ciphers,
     directives::Directives,
     keys::at,
     outgoing::ErrorPage,
@@ -88,8 +89,8 @@ pub struct Location {
     pub body_filter: Option<Arc<Script>>,
     pub log: Option<Arc<Script>>,
     pub directives: Directives,
-    /// How scripts' sockets speak TLS, where that is said.
-    pub socket_tls: Option<Arc<SocketTls>>,
+    /// How scripts' sockets speak TLS; locations that say the same share it.
+    pub socket_tls: Arc<SocketTls>,
     /// `root`: where nginx would look for files, `$document_root`.
     pub root: PathBuf,
     /// The variables that any location of the configuration sets: others than these are not for scripts to make.
@@ -108,8 +109,8 @@ impl Location {
     }
 }
 
-/// `lua_ssl_…`: texts in PEM.
-#[derive(Debug, Default, PartialEq, Eq)]
+/// `lua_ssl_…`: texts in PEM, and what else is said.
+#[derive(Debug, PartialEq, Eq)]
 pub struct SocketTls {
     /// `lua_ssl_trusted_certificate`: whom certificates must chain to, where a script verifies.
     pub trusted: Option<Box<str>>,
@@ -119,7 +120,14 @@ pub struct SocketTls {
     pub pair: Option<(Box<str>, Box<str>)>,
     /// `lua_ssl_protocols`; empty: whatever there is.
     pub protocols: Vec<Box<str>>,
+    /// `lua_ssl_ciphers`: suites of TLS 1.2 by their numbers, the best first. `None`: all.
+    pub ciphers: Option<Vec<u16>>,
+    /// `lua_ssl_verify_depth`: intermediates that may stand between a certificate and whom it is trusted for.
+    pub depth: usize,
 }
+
+/// lua-nginx-module's.
+const VERIFY_DEPTH: usize = 1;
 
 /// `allow network` or `deny network`
 #[derive(Clone, Debug)]
@@ -348,7 +356,7 @@ fn node_apis(json: &Value) -> Vec<Value> {
 
 /// Reads it all; mistakes are noted with their path.
 pub(super) fn read(json: &Value, prefix: &Path, mistakes: &mut Vec<String>) -> Locations {
-    let mut r = Reader { prefix, mistakes };
+    let mut r = Reader { prefix, mistakes, socket_tls: Vec::new() };
     let server = at(json, "lua_server").and_then(Value::as_object).cloned().unwrap_or_default();
     let everywhere = at(json, "lua_options").and_then(Value::as_object);
     let options = Options::read(everywhere, &Options::default());
@@ -409,6 +417,8 @@ pub(super) fn read(json: &Value, prefix: &Path, mistakes: &mut Vec<String>) -> L
 struct Reader<'a> {
     prefix: &'a Path,
     mistakes: &'a mut Vec<String>,
+    /// All that differ: each comes to a configuration of the TLS library of its own.
+    socket_tls: Vec<Arc<SocketTls>>,
 }
 
 impl Reader<'_> {
@@ -479,12 +489,15 @@ impl Reader<'_> {
     }
 
     /// `said`: those of `options` that the location says itself.
-    fn socket_tls(
-        &mut self,
-        path: &str,
-        options: &Options,
-        said: Option<&Map<String, Value>>,
-    ) -> Option<Arc<SocketTls>> {
+    fn socket_tls(&mut self, path: &str, options: &Options, said: Option<&Map<String, Value>>) -> Arc<SocketTls> {
+        let mut mistake = |name: &str, e: String| {
+            let own = said.is_some_and(|said| said.contains_key(name));
+            let text = if own { format!("{path}.options.{name}: {e}") } else { format!("lua_options.{name}: {e}") };
+            // What all locations inherit is told once.
+            if !self.mistakes.contains(&text) {
+                self.mistakes.push(text);
+            }
+        };
         let mut file = |name: &str| {
             let place = self.prefix.join("conf").join(options.get(name)?);
             let text = std::fs::read_to_string(&place).map_err(|e| format!("{}: {e}", place.display()));
@@ -492,22 +505,28 @@ impl Reader<'_> {
                 true => Ok(text),
                 false => Err(format!("{} holds nothing in PEM", place.display())),
             });
-            let mistake = |e: String| {
-                let own = said.is_some_and(|said| said.contains_key(name));
-                let text = if own { format!("{path}.options.{name}: {e}") } else { format!("lua_options.{name}: {e}") };
-                // What all locations inherit is told once.
-                if !self.mistakes.contains(&text) {
-                    self.mistakes.push(text);
-                }
-            };
-            text.map_err(mistake).ok().map(Box::from)
+            text.map_err(|e| mistake(name, e)).ok().map(Box::from)
         };
         let (trusted, crl) = (file("lua_ssl_trusted_certificate"), file("lua_ssl_crl"));
         let pair = (file("lua_ssl_certificate"), file("lua_ssl_certificate_key"));
         let protocols =
             options.get("lua_ssl_protocols").unwrap_or_default().split_whitespace().map(Box::from).collect();
-        let tls = SocketTls { trusted, crl, pair: pair.0.zip(pair.1), protocols };
-        (tls != SocketTls::default()).then(|| Arc::new(tls))
+        let ciphers = options.get("lua_ssl_ciphers").map(|list| {
+            let read = ciphers::suites(list);
+            read.map_err(|e| mistake("lua_ssl_ciphers", format!("{list:?} is not {e}"))).unwrap_or_default()
+        });
+        let depth = options.get("lua_ssl_verify_depth").map(|text| {
+            let read = text.parse().map_err(|_| format!("{text:?} is not a number of certificates"));
+            read.map_err(|e| mistake("lua_ssl_verify_depth", e)).unwrap_or_default()
+        });
+        let depth = depth.unwrap_or(VERIFY_DEPTH);
+        let tls = SocketTls { trusted, crl, pair: pair.0.zip(pair.1), protocols, ciphers, depth };
+        let known = self.socket_tls.iter().find(|known| ***known == tls).cloned();
+        known.unwrap_or_else(|| {
+            let new = Arc::new(tls);
+            self.socket_tls.push(new.clone());
+            new
+        })
     }
 
     /// Options are a map, so the order in which nginx would read the two directives is not known. Of a list in which each line

@@ -5,6 +5,7 @@
 //! gateway uses becomes typed (`typed`). Nothing outside this module sees the file's shape.
 
 pub mod admin_key;
+pub mod ciphers;
 pub mod directives;
 mod env;
 mod keys;
@@ -85,6 +86,30 @@ pub struct Config {
     /// `X-Forwarded-*` of these peers is taken as it comes.
     pub trusted_addresses: Vec<IpNet>,
     pub locations: Arc<locations::Locations>,
+    pub stream: Stream,
+}
+
+/// TCP and UDP proxying.
+#[derive(Clone, Debug, Default)]
+pub struct Stream {
+    /// `apisix.proxy_mode` has it: stream routes may be written.
+    pub enabled: bool,
+    pub tcp: Vec<StreamListen>,
+    pub udp: Vec<SocketAddr>,
+    /// `nginx_config.stream.real_ip_from`: whose PROXY protocol headers say who the client is.
+    pub real_ip_from: Vec<IpNet>,
+    pub access_log: Option<AccessLog>,
+}
+
+/// One of `apisix.stream_proxy.tcp`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StreamListen {
+    pub addr: SocketAddr,
+    pub tls: bool,
+    /// Connections begin with a PROXY protocol header.
+    pub proxy_protocol: bool,
+    /// So do those to upstreams.
+    pub proxy_protocol_to_upstream: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,5 +1,7 @@
 //! From the effective configuration to typed values; every mistake is noted with its path, and reading goes on.
 
+mod stream;
+
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
@@ -55,7 +57,7 @@ pub(super) fn read(
     let client = r.client();
     let upstream_keepalive = r.upstream_keepalive();
     let (error_log, error_log_level) = r.error_log(&prefix);
-    let access_log = r.access_log(&prefix);
+    let access_log = r.access_log(&prefix, "nginx_config.http");
     let admin = r.admin(warnings);
     let control = r.control();
     let prometheus = r.prometheus();
@@ -67,6 +69,11 @@ pub(super) fn read(
     let (keyring, encrypt_fields) = r.keyring();
     let captured_log = r.captured_log();
     let preload = r.texts("lua.preload");
+    let (serves_http, stream) = r.stream(&prefix, warnings);
+    if !serves_http {
+        listen.clear();
+        listen_tls.clear();
+    }
     let locations = Arc::new(locations::read(&json, &prefix, r.mistakes));
     Some(Config {
         listen,
@@ -106,6 +113,7 @@ pub(super) fn read(
         real_ip,
         trusted_addresses,
         locations,
+        stream,
         prefix,
         file: None,
         json: Arc::new(json.clone()),
@@ -441,18 +449,19 @@ impl<'a> Reader<'a> {
         (log_path(prefix, self.text("nginx_config.error_log")), level)
     }
 
-    fn access_log(&mut self, prefix: &Path) -> Option<AccessLog> {
-        let path = self.text("nginx_config.http.access_log");
-        if !self.flag("nginx_config.http.enable_access_log") || path.is_empty() || path == "off" {
+    /// `of`: `nginx_config.http`, or `nginx_config.stream`, which has no buffer.
+    fn access_log(&mut self, prefix: &Path, of: &str) -> Option<AccessLog> {
+        let path = self.text(&format!("{of}.access_log"));
+        if !self.flag(&format!("{of}.enable_access_log")) || path.is_empty() || path == "off" {
             return None;
         }
         let escapes = [("default", ()), ("json", ()), ("none", ())];
-        self.one_of("nginx_config.http.access_log_format_escape", &escapes);
+        self.one_of(&format!("{of}.access_log_format_escape"), &escapes);
         Some(AccessLog {
             path: log_path(prefix, path),
-            format: self.text("nginx_config.http.access_log_format"),
-            escape: self.text("nginx_config.http.access_log_format_escape"),
-            buffer: self.size("nginx_config.http.access_log_buffer") as usize,
+            format: self.text(&format!("{of}.access_log_format")),
+            escape: self.text(&format!("{of}.access_log_format_escape")),
+            buffer: self.size(&format!("{of}.access_log_buffer")) as usize,
         })
     }
 

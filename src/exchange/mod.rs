@@ -427,6 +427,9 @@ pub trait Client {
     /// caller's to refuse.
     fn limit_body(&mut self, _max: u64) {}
 
+    /// From now on the body leaves at `rate` bytes per second, after `free` bytes more; 0: as fast as it can (`$limit_rate`).
+    fn limit_rate(&mut self, _rate: u64, _free: u64) {}
+
     /// Queues the head. Adds the framing that the protocol and `length` need, `Date`, and `Connection`.
     fn start(&mut self, request: &Request, response: &Response, length: BodyLength) -> Result<()>;
 
@@ -458,13 +461,13 @@ pub trait Client {
         0
     }
 
-    /// What the kernel knows of the connection; `None` where requests share one.
+    /// What the kernel knows of the connection; `None`: it is gone, or there is none.
     fn tcp_info(&self) -> Option<TcpInfo> {
         None
     }
 
-    /// Fills `out` with what only the two ends of the TLS connection can derive (RFC 5705). `None`: there is no TLS, or requests
-    /// share the connection; an error is for the script.
+    /// Fills `out` with what only the two ends of the TLS connection can derive (RFC 5705). `None`: there is no TLS; an error is
+    /// for the script.
     fn export_keying_material(
         &self,
         _out: &mut [u8],

@@ -18,7 +18,10 @@ use hashbrown::HashMap;
 
 use super::{Exchange, Headers, RequestBody, TcpInfo, Try, Version, headers::append_all};
 use crate::{
-    conf::locations::{Piece, Template},
+    conf::{
+        directives::size,
+        locations::{Piece, Template},
+    },
     model::upstream::Scheme,
 };
 
@@ -280,6 +283,7 @@ impl Exchange {
                 let place = self.custom_place(name);
                 place.clear();
                 number(rate, place);
+                self.keep_rate();
                 return Ok(());
             }
             Some(Known::ApisixRequestId | Known::UpstreamUnresolvedHost | Known::ApisixUpstreamResponseTime) => {
@@ -295,6 +299,28 @@ impl Exchange {
         place.clear();
         place.extend_from_slice(value);
         Ok(())
+    }
+
+    /// `$limit_rate`, in bytes per second: what was set, else `limit_rate` of the location. 0: none.
+    fn rate(&self) -> u64 {
+        let set = self.set_by_name("limit_rate").and_then(size);
+        set.or_else(|| self.size_of(self.location.as_ref()?.directives.limit_rate.as_ref()?)).unwrap_or(0)
+    }
+
+    /// What a template says as a size. What is none counts as not said, as in nginx.
+    fn size_of(&self, template: &Template) -> Option<u64> {
+        let mut text = Vec::new();
+        self.fill(template, &mut text);
+        size(&text)
+    }
+
+    /// Has the client's side keep to `$limit_rate` and `limit_rate_after` from now on.
+    pub fn keep_rate(&mut self) {
+        let after = self.location.as_ref().and_then(|l| self.size_of(l.directives.limit_rate_after.as_ref()?));
+        let (rate, free) = (self.rate(), after.unwrap_or(0).saturating_sub(self.body_bytes_sent));
+        if let Some(client) = &mut self.client {
+            client.limit_rate(rate, free);
+        }
     }
 
     /// Whether a script may make the variable, or it was made already: where a location serves, a name must stand somewhere in
@@ -386,7 +412,7 @@ impl Exchange {
                 _ => b"",
             }),
             Known::Http3 => Some(b""),
-            Known::LimitRate => self.set_by_name("limit_rate").or(Some(b"0")),
+            Known::LimitRate if self.location.is_none() => self.set_by_name("limit_rate").or(Some(b"0")),
             Known::UpstreamCacheStatus => None,
             Known::Scheme | Known::VarXForwardedProto => Some(self.scheme().as_bytes()),
             Known::Https => Some(if self.conn.tls.is_some() { b"on" } else { b"" }),
@@ -493,6 +519,7 @@ impl Exchange {
             }
             Known::BytesSent => number(self.bytes_sent.max(self.client.as_ref().map_or(0, |c| c.bytes_sent())), out),
             Known::BodyBytesSent => number(self.body_bytes_sent, out),
+            Known::LimitRate => number(self.rate(), out),
             Known::Connection => number(self.conn.serial, out),
             Known::ConnectionRequests => number(r.nth, out),
             Known::ConnectionTime => seconds(self.conn.since.elapsed(), out),
@@ -729,18 +756,6 @@ fn tlv(mut tlvs: &[u8], wanted: u8) -> Option<&[u8]> {
         tlvs = after;
     }
     None
-}
-
-/// nginx's sizes: `512`, `4k`, `1m`.
-fn size(text: &[u8]) -> Option<u64> {
-    let (digits, factor) = match text.split_last()? {
-        (b'k' | b'K', digits) => (digits, 1 << 10),
-        (b'm' | b'M', digits) => (digits, 1 << 20),
-        _ => (text, 1),
-    };
-    // No sign and no spaces.
-    let plain = digits.iter().all(u8::is_ascii_digit);
-    std::str::from_utf8(digits).ok().filter(|_| plain)?.parse::<u64>().ok()?.checked_mul(factor)
 }
 
 /// `Thursday, 26-Nov-2026 02:53:09 GMT`: what server-side includes show when nothing else is configured.

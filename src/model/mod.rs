@@ -11,6 +11,7 @@ pub mod plugin_conf;
 pub mod route;
 pub mod service;
 pub mod ssl;
+pub mod stream_route;
 pub mod upstream;
 
 use std::sync::{
@@ -26,6 +27,7 @@ pub use plugin_conf::{PluginConf, PluginMetadata, Plugins};
 pub use route::Route;
 pub use service::{GlobalRule, PluginConfig, Service};
 pub use ssl::Ssl;
+pub use stream_route::StreamRoute;
 pub use upstream::Upstream;
 
 /// A resource's id as it stands in its key: `1`, `my-route`, for a credential `jack/credentials/c1`.

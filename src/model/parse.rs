@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 
 use super::{
     Consumer, ConsumerGroup, Credential, Function, GlobalRule, Id, Keyring, Kind, PluginConfig, PluginMetadata,
-    PluginSource, Route, Service, Ssl, Upstream,
+    PluginSource, Route, Service, Ssl, StreamRoute, Upstream,
     crypt::{self, EncryptFields, SchemaKind},
     route::Timeouts,
 };
@@ -47,7 +47,8 @@ pub enum Parsed {
     Ssl(Ssl),
     Function(Function),
     PluginSource(PluginSource),
-    /// Protos, secrets, stream_routes: checked, kept as text.
+    StreamRoute(StreamRoute),
+    /// Protos, secrets: checked, kept as text.
     Other,
 }
 
@@ -79,7 +80,8 @@ pub fn parse(kind: Kind, id: &str, json: &str, context: &ParseContext<'_>) -> Re
         Kind::Ssl => Parsed::Ssl(Ssl::from_json(map, context)?),
         Kind::Function => Parsed::Function(Function { source: required(map, "source")?.into() }),
         Kind::PluginSource => Parsed::PluginSource(PluginSource { source: required(map, "source")?.into() }),
-        Kind::Proto | Kind::Secret | Kind::StreamRoute => Parsed::Other,
+        Kind::StreamRoute => Parsed::StreamRoute(StreamRoute::from_json(map, context)?),
+        Kind::Proto | Kind::Secret => Parsed::Other,
     })
 }
 

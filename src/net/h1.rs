@@ -22,6 +22,7 @@ use super::{
     drain::Drain,
     h2, head,
     listener::Tls,
+    rate::Rate,
 };
 use crate::{
     error::{Error, Kind, Result},
@@ -185,6 +186,7 @@ struct H1 {
     out: Vec<u8>,
     out_at: usize,
     body_out: BodyOut,
+    rate: Rate,
     sent: u64,
     version: Version,
     keep: bool,
@@ -250,6 +252,7 @@ impl H1 {
             out: Vec::new(),
             out_at: 0,
             body_out: BodyOut::NotStarted,
+            rate: Rate::default(),
             sent: 0,
             version: Version::Http11,
             keep: true,
@@ -351,6 +354,7 @@ impl H1 {
         self.max_body = self.settings.max_body;
         self.continues = Continue::No;
         self.body_out = BodyOut::NotStarted;
+        self.rate.lift();
         let framing = head::parse(&self.inp[self.at..self.at + len], &x.conn.last_host, &mut x.request);
         self.at += x.request.head_len as usize;
         if self.at == self.inp.len() {
@@ -389,6 +393,7 @@ impl H1 {
         self.refused = true;
         self.version = request.version;
         self.body_out = BodyOut::NotStarted;
+        self.rate.lift();
         self.sent = 0;
     }
 
@@ -744,32 +749,18 @@ impl Client for H1 {
         Ok(())
     }
 
+    fn limit_rate(&mut self, rate: u64, free: u64) {
+        self.rate.set(rate, free);
+    }
+
     fn poll_write(&mut self, cx: &mut Context<'_>, data: &[u8]) -> Poll<Result<usize>> {
         if data.is_empty() {
             return Poll::Ready(Ok(0));
         }
-        match self.body_out {
-            BodyOut::None => Poll::Ready(Ok(data.len())),
-            BodyOut::UntilClose => self.poll_send(cx, data),
-            BodyOut::Known(left) if left > 0 => {
-                let len = data.len().min(usize::try_from(left).unwrap_or(usize::MAX));
-                let n = ready!(self.poll_send(cx, &data[..len]))?;
-                self.body_out = BodyOut::Known(left - n as u64);
-                Poll::Ready(Ok(n))
-            }
-            BodyOut::Chunked(left) => {
-                let left = if left > 0 { left } else { self.open_chunk(data.len()) };
-                let len = data.len().min(usize::try_from(left).unwrap_or(usize::MAX));
-                let n = ready!(self.poll_send(cx, &data[..len]))?;
-                self.body_out = BodyOut::Chunked(left - n as u64);
-                if n as u64 == left {
-                    self.queue(b"\r\n");
-                }
-                Poll::Ready(Ok(n))
-            }
-            BodyOut::Known(_) => Poll::Ready(Err(wrong("more body than Content-Length says"))),
-            BodyOut::NotStarted | BodyOut::Ended => Poll::Ready(Err(wrong("body outside of a response"))),
+        if self.rate.is_limited() {
+            return self.poll_write_limited(cx, data);
         }
+        self.poll_take(cx, data)
     }
 
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<()>> {
@@ -849,6 +840,47 @@ impl Client for H1 {
 }
 
 impl H1 {
+    /// Takes body bytes into the framing that the response has.
+    #[inline(always)]
+    fn poll_take(&mut self, cx: &mut Context<'_>, data: &[u8]) -> Poll<Result<usize>> {
+        match self.body_out {
+            BodyOut::None => Poll::Ready(Ok(data.len())),
+            BodyOut::UntilClose => self.poll_send(cx, data),
+            BodyOut::Known(left) if left > 0 => {
+                let len = data.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+                let n = ready!(self.poll_send(cx, &data[..len]))?;
+                self.body_out = BodyOut::Known(left - n as u64);
+                Poll::Ready(Ok(n))
+            }
+            BodyOut::Chunked(left) => {
+                let left = if left > 0 { left } else { self.open_chunk(data.len()) };
+                let len = data.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+                let n = ready!(self.poll_send(cx, &data[..len]))?;
+                self.body_out = BodyOut::Chunked(left - n as u64);
+                if n as u64 == left {
+                    self.queue(b"\r\n");
+                }
+                Poll::Ready(Ok(n))
+            }
+            BodyOut::Known(_) => Poll::Ready(Err(wrong("more body than Content-Length says"))),
+            BodyOut::NotStarted | BodyOut::Ended => Poll::Ready(Err(wrong("body outside of a response"))),
+        }
+    }
+
+    /// Takes what the rate lets pass, once all that was taken before has left: the time that a client has to take bytes stands
+    /// still while the rate holds them back.
+    #[cold]
+    fn poll_write_limited(&mut self, cx: &mut Context<'_>, data: &[u8]) -> Poll<Result<usize>> {
+        if self.body_out == BodyOut::None {
+            return Poll::Ready(Ok(data.len()));
+        }
+        ready!(self.poll_flush(cx))?;
+        let most = ready!(self.rate.poll(cx, data.len()));
+        let n = ready!(self.poll_take(cx, &data[..most]))?;
+        self.rate.spend(n);
+        Poll::Ready(Ok(n))
+    }
+
     fn open_chunk(&mut self, len: usize) -> u64 {
         if self.out.capacity() == 0 {
             self.out = buffers::take();

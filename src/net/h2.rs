@@ -10,8 +10,9 @@ use std::{
     cell::{Cell, RefCell},
     collections::VecDeque,
     future::poll_fn,
+    io::{self, IoSlice},
     pin::{Pin, pin},
-    rc::Rc,
+    rc::{Rc, Weak},
     task::{Context, Poll, Waker, ready},
 };
 
@@ -23,12 +24,13 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::{Handler, Io, Server, Settings, h1::Limit, head, listener::Tls};
+use super::{Handler, Io, Server, Settings, h1::Limit, head, listener::Tls, rate::Rate};
 use crate::{
     error::{Error, Kind, Result},
     exchange::{
-        BodyLength, Client, Connection, Headers, LastHost, Request, RequestBody, Response, Version,
+        BodyLength, Client, Connection, Headers, LastHost, Request, RequestBody, Response, TcpInfo, Version,
         framing::{BodyFields, Refusal},
         status,
     },
@@ -56,8 +58,45 @@ struct Streams {
     /// A client took no bytes of a stream for `send_timeout`. hyper sees that a stream is cut only when the client takes more
     /// of it, so the connection has to end.
     stalled: Cell<bool>,
+    /// The connection that hyper reads and writes: gone when it is.
+    io: Weak<RefCell<Io>>,
     /// Of the connection's task.
     waker: RefCell<Option<Waker>>,
+}
+
+/// The connection as hyper has it. What streams ask of it they ask between two of hyper's calls, on the same thread.
+struct Shared(Rc<RefCell<Io>>);
+
+impl AsyncRead for Shared {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut *self.0.borrow_mut()).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Shared {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut *self.0.borrow_mut()).poll_write(cx, data)
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        data: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut *self.0.borrow_mut()).poll_write_vectored(cx, data)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.0.borrow().is_write_vectored()
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut *self.0.borrow_mut()).poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut *self.0.borrow_mut()).poll_shutdown(cx)
+    }
 }
 
 impl Streams {
@@ -69,16 +108,18 @@ impl Streams {
 }
 
 pub(super) async fn serve<H: Handler>(server: &Rc<Server<H>>, io: Io, conn: Rc<Connection>, tls: Option<Tls>) {
+    let io = Rc::new(RefCell::new(io));
     let streams = Rc::new(Streams {
         conn,
         tls,
         open: Cell::new(0),
         total: Cell::new(0),
         stalled: Cell::new(false),
+        io: Rc::downgrade(&io),
         waker: RefCell::default(),
     });
     let service = service_fn(|request| answer(server.clone(), streams.clone(), request));
-    let mut connection = pin!(builder(&server.settings).serve_connection(TokioIo::new(io), service));
+    let mut connection = pin!(builder(&server.settings).serve_connection(TokioIo::new(Shared(io)), service));
     let mut limit = Limit::new();
     let mut leaving = false;
     let ended = poll_fn(|cx| {
@@ -159,7 +200,7 @@ async fn answer<H: Handler>(
     });
     let read = read.and_then(|()| streams.tls.as_ref().map_or(Ok(()), |tls| tls.check(&streams.conn, &x.request)));
     let stream = Rc::new(Stream::default());
-    x.client = Some(Box::new(H2::new(incoming, stream.clone(), server.settings)));
+    x.client = Some(Box::new(H2::new(incoming, stream.clone(), streams.clone(), server.settings)));
     let served = stream.clone();
     tokio::task::spawn_local(async move {
         let x = match read {
@@ -359,6 +400,7 @@ struct H2 {
     unread: Bytes,
     body_ended: bool,
     stream: Rc<Stream>,
+    streams: Rc<Streams>,
     settings: Settings,
     read_limit: Limit,
     write_limit: Limit,
@@ -370,16 +412,18 @@ struct H2 {
     received: u64,
     /// What the body may have at most; 0: no bound.
     max_body: u64,
+    rate: Rate,
     sent: u64,
 }
 
 impl H2 {
-    fn new(incoming: Incoming, stream: Rc<Stream>, settings: Settings) -> Self {
+    fn new(incoming: Incoming, stream: Rc<Stream>, streams: Rc<Streams>, settings: Settings) -> Self {
         H2 {
             body_ended: incoming.is_end_stream(),
             incoming,
             unread: Bytes::new(),
             stream,
+            streams,
             settings,
             read_limit: Limit::new(),
             write_limit: Limit::new(),
@@ -388,6 +432,7 @@ impl H2 {
             left: None,
             received: 0,
             max_body: settings.max_body,
+            rate: Rate::default(),
             sent: 0,
         }
     }
@@ -446,6 +491,20 @@ impl H2 {
         }
         Poll::Pending
     }
+
+    /// How many of `len` bytes the rate lets pass, which are taken then, once hyper has all that came before: only that wait is
+    /// the client's own.
+    #[cold]
+    fn poll_allowed(&mut self, cx: &mut Context<'_>, len: usize) -> Poll<Result<usize>> {
+        ready!(self.poll_room(cx, 0))?;
+        let Poll::Ready(allowed) = self.rate.poll(cx, len) else {
+            // A client that goes away ends the wait.
+            self.stream.0.borrow_mut().handler = Some(cx.waker().clone());
+            return Poll::Pending;
+        };
+        self.rate.spend(allowed);
+        Poll::Ready(Ok(allowed))
+    }
 }
 
 fn gone() -> Error {
@@ -502,6 +561,10 @@ impl Client for H2 {
         Ok(())
     }
 
+    fn limit_rate(&mut self, rate: u64, free: u64) {
+        self.rate.set(rate, free);
+    }
+
     fn poll_write(&mut self, cx: &mut Context<'_>, data: &[u8]) -> Poll<Result<usize>> {
         if data.is_empty() || self.bodiless {
             return Poll::Ready(Ok(data.len()));
@@ -512,12 +575,16 @@ impl Client for H2 {
         if self.stream.0.borrow().gone {
             return Poll::Ready(Err(gone()));
         }
-        ready!(self.poll_room(cx, QUEUE_MAX - 1))?;
         let most = self.left.map_or(QUEUE_MAX, |n| usize::try_from(n).unwrap_or(QUEUE_MAX));
-        let data = &data[..data.len().min(QUEUE_MAX).min(most)];
-        if data.is_empty() {
+        let most = data.len().min(QUEUE_MAX).min(most);
+        if most == 0 {
             return Poll::Ready(Err(wrong("more body than Content-Length says")));
         }
+        let taken = match self.rate.is_limited() {
+            true => ready!(self.poll_allowed(cx, most))?,
+            false => ready!(self.poll_room(cx, QUEUE_MAX - 1)).map(|()| most)?,
+        };
+        let data = &data[..taken];
         self.left = self.left.map(|n| n - data.len() as u64);
         self.sent += data.len() as u64;
         let ended = self.left == Some(0);
@@ -566,6 +633,19 @@ impl Client for H2 {
 
     fn body_received(&self) -> u64 {
         self.received
+    }
+
+    fn tcp_info(&self) -> Option<TcpInfo> {
+        self.streams.io.upgrade()?.borrow().tcp_info()
+    }
+
+    fn export_keying_material(
+        &self,
+        out: &mut [u8],
+        label: &[u8],
+        context: Option<&[u8]>,
+    ) -> Option<std::result::Result<(), String>> {
+        self.streams.io.upgrade()?.borrow().export_keying_material(out, label, context)
     }
 
     fn as_any(&mut self) -> &mut dyn Any {

@@ -25,7 +25,7 @@ use tokio::{
 
 use super::{
     Handler, Io, Server,
-    drain::Open,
+    drain::{Drain, Open},
     io::Socket,
     proxy_protocol::{self, Header},
     serve_connection,
@@ -119,14 +119,28 @@ pub fn bind(addr: SocketAddr) -> Result<StdListener> {
 /// Accepts until the worker drains. One task per connection, on the calling thread.
 pub async fn run<H: Handler>(server: Rc<Server<H>>, listener: Listener) -> Result<()> {
     let Listener { socket, proxy_protocol, tls } = listener;
+    let way = Rc::new(Way { local: socket.local_addr()?, proxy_protocol, tls });
+    let (drain, max) = (server.drain.clone(), server.settings.max_connections);
+    let serve = |tcp, peer, open| {
+        spawn_local(connection(server.clone(), tcp, peer, way.clone(), open));
+    };
+    accept(socket, &drain, max, serve).await
+}
+
+/// Accepts until the worker drains. `max`: connections of the worker that may be open, of all its listeners.
+pub async fn accept(
+    socket: StdListener,
+    drain: &Drain,
+    max: usize,
+    serve: impl Fn(TcpStream, SocketAddr, Open),
+) -> Result<()> {
     let local = socket.local_addr()?;
     let socket = TcpListener::from_std(socket)?;
-    let way = Rc::new(Way { local, proxy_protocol, tls });
     let wake = Deadline::new();
     let mut refused = Refused::default();
     loop {
         let accepted = poll_fn(|cx| {
-            if server.drain.is_draining() {
+            if drain.is_draining() {
                 return Poll::Ready(None);
             }
             // No limit is set: this only asks to be woken when the drain begins.
@@ -135,12 +149,9 @@ pub async fn run<H: Handler>(server: Rc<Server<H>>, listener: Listener) -> Resul
         });
         match accepted.await {
             None => return Ok(()),
-            Some(Ok((tcp, peer))) if server.drain.open() < server.settings.max_connections => {
-                let open = server.drain.enter();
-                spawn_local(connection(server.clone(), tcp, peer, way.clone(), open));
-            }
+            Some(Ok((tcp, peer))) if drain.open() < max => serve(tcp, peer, drain.enter()),
             // Dropped: better a quick refusal than a wait that nobody sees.
-            Some(Ok(_)) => refused.count(server.settings.max_connections),
+            Some(Ok(_)) => refused.count(max),
             Some(Err(e)) if is_exhaustion(&e) => {
                 tracing::error!("accept on {local} failed: {e}; trying again in {ACCEPT_PAUSE:?}");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -151,10 +162,10 @@ pub async fn run<H: Handler>(server: Rc<Server<H>>, listener: Listener) -> Resul
 }
 
 /// What a listener does with each of its connections.
-struct Way {
-    local: SocketAddr,
-    proxy_protocol: bool,
-    tls: Option<Tls>,
+pub struct Way {
+    pub local: SocketAddr,
+    pub proxy_protocol: bool,
+    pub tls: Option<Tls>,
 }
 
 /// Connections closed because of `worker_connections`.
@@ -180,21 +191,24 @@ fn is_exhaustion(e: &io::Error) -> bool {
 }
 
 async fn connection<H: Handler>(server: Rc<Server<H>>, tcp: TcpStream, peer: SocketAddr, way: Rc<Way>, open: Open) {
+    let opened = open_within(server.settings.header_timeout, tcp, peer, &way);
+    let Some((io, conn)) = opened.await else { return };
+    serve_connection(server, io, Rc::new(conn), way.tls.clone(), open).await;
+}
+
+/// PROXY protocol and TLS within `limit`. `None`: the log says why there is none.
+pub async fn open_within(limit: Duration, tcp: TcpStream, peer: SocketAddr, way: &Way) -> Option<(Io, Connection)> {
     // Latency matters more than packets; a socket that refuses is about to fail anyway.
     let _ = tcp.set_nodelay(true);
     // A wildcard listener learns the address per connection.
     let local = if way.local.ip().is_unspecified() { tcp.local_addr().unwrap_or(way.local) } else { way.local };
-    let limit = server.settings.header_timeout;
-    let prepared = tokio::time::timeout(limit, prepare(tcp, peer, local, &way));
+    let prepared = tokio::time::timeout(limit, prepare(tcp, peer, local, way));
     let prepared = match way.proxy_protocol || way.tls.is_some() {
         true => prepared.await.unwrap_or_else(|_| Err(Error::client(Kind::ReadTimeout).context("handshake timed out"))),
         // Nothing to wait for, so no timer.
         false => prepared.into_inner().await,
     };
-    match prepared {
-        Ok((io, conn)) => serve_connection(server, io, Rc::new(conn), way.tls.clone(), open).await,
-        Err(e) => tracing::info!(client = %peer.ip(), server = %local, "{e}"),
-    }
+    prepared.inspect_err(|e| tracing::info!(client = %peer.ip(), server = %local, "{e}")).ok()
 }
 
 /// What must happen before the first request: PROXY protocol, then TLS.
@@ -266,7 +280,8 @@ async fn read_proxy_header(mut tcp: TcpStream, conn: &mut Connection) -> Result<
     Ok(Socket::new(tcp, input.split_off(len)))
 }
 
-fn next_serial() -> u64 {
+/// The number of the next connection.
+pub fn next_serial() -> u64 {
     static NEXT: AtomicU64 = AtomicU64::new(1);
     NEXT.fetch_add(1, Ordering::Relaxed)
 }

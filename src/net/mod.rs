@@ -13,6 +13,7 @@ pub mod io;
 pub mod listener;
 pub mod pool;
 pub mod proxy_protocol;
+mod rate;
 pub mod settings;
 #[cfg(test)]
 mod tests;

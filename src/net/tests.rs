@@ -149,7 +149,7 @@ fn with_listener<F: Future<Output = ()>>(proxy_protocol: bool, ssls: Vec<Ssl>, t
             protocols: vec!["TLSv1.2".into(), "TLSv1.3".into()],
             session_tickets: false,
             fallback_sni: None,
-            http2: true,
+            alpn: &[b"h2", b"http/1.1"],
         };
         let tls = (!snapshot.ssls.is_empty()).then(|| listener::Tls {
             server: Arc::new(tls::Server::new(options).expect("options")),

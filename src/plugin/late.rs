@@ -1,4 +1,5 @@
-//! What nginx's own filters do to a location's response behind those of Lua: the status of an error page, the charset, compression.
+//! What nginx's own filters do to a location's response behind those of Lua: the status of an error page, the charset, compression,
+//! the rate.
 
 use std::io::Write;
 
@@ -17,6 +18,10 @@ pub(super) fn head(x: &mut Exchange, length: Option<u64>) {
     let Some(location) = x.location.clone() else { return };
     if x.depth > 0 {
         return;
+    }
+    let directives = &location.directives;
+    if directives.limit_rate.is_some() || directives.limit_rate_after.is_some() {
+        x.keep_rate();
     }
     if let Some(charset) = &location.directives.charset {
         name_charset(x, charset);

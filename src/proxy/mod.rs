@@ -29,9 +29,10 @@ use std::{
 use forward::servers::Named;
 use hashbrown::HashMap;
 use ipnet::IpNet;
-use kept::{LocalNumbers, Pickers, TlsNumbers};
+use kept::{LocalNumbers, TlsNumbers};
 
 use crate::{
+    balancer::Pickers,
     conf::locations::{Locations, Rewrite, Script},
     dns::Resolver,
     exchange::{Exchange, host::Host},

@@ -12,6 +12,7 @@ mod pattern;
 mod prefetch;
 mod radix;
 mod rule;
+pub mod streams;
 #[cfg(test)]
 mod tests;
 
@@ -21,6 +22,7 @@ use hashbrown::DefaultHashBuilder;
 use imbl::GenericHashMap;
 use smallvec::SmallVec;
 
+pub use self::streams::StreamRouter;
 use self::{
     depths::{Depths, Slashes},
     index::Index,

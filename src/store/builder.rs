@@ -16,9 +16,9 @@ use crate::{
     error::Result,
     model::{
         Consumer, ConsumerGroup, Credential, Function, GlobalRule, Id, Kind, Object, PluginConfig, PluginMetadata,
-        PluginSource, Plugins, Route, Service, Ssl, Upstream, consumer::AuthKey, next_uid,
+        PluginSource, Plugins, Route, Service, Ssl, StreamRoute, Upstream, consumer::AuthKey, next_uid,
     },
-    router::{Router, RouterKind},
+    router::{Router, RouterKind, StreamRouter},
 };
 
 /// Fewer objects than this are parsed where they are: threads would cost more than they save.
@@ -48,6 +48,7 @@ pub enum Item {
     Ssl(Arc<Object<Ssl>>),
     Function(Arc<Object<Function>>),
     PluginSource(Arc<Object<PluginSource>>),
+    StreamRoute(Arc<Object<StreamRoute>>),
     Other(Kind, Arc<Object<()>>),
 }
 
@@ -135,6 +136,8 @@ pub struct Builder {
     /// Auth keys that more than one consumer or credential claims, with all who do: the oldest has it.
     contested: HashMap<AuthKey, BTreeSet<Claim>>,
     dirty: bool,
+    /// The router of stream routes is to be made anew: once for all that changed together.
+    streams_changed: bool,
     plugins_changed: bool,
     /// `mod_revision` and text of the list of plugins.
     plugin_list: Option<Entry>,
@@ -169,6 +172,7 @@ impl Builder {
             routes_of_service: HashMap::new(),
             contested: HashMap::new(),
             dirty: true,
+            streams_changed: false,
             plugins_changed: false,
             plugin_list: None,
             reload_seen: None,
@@ -187,6 +191,9 @@ impl Builder {
     pub fn take(&mut self) -> Option<Snapshot> {
         if !std::mem::take(&mut self.dirty) {
             return None;
+        }
+        if std::mem::take(&mut self.streams_changed) {
+            self.next.stream_router = Arc::new(StreamRouter::new(self.next.stream_routes.values().cloned()));
         }
         self.next.version += 1;
         Some(self.next.clone())
@@ -290,7 +297,8 @@ impl Builder {
             Kind::Ssl => s.ssls.get(id).map(version),
             Kind::Function => s.functions.get(id).map(version),
             Kind::PluginSource => s.plugin_sources.get(id).map(version),
-            Kind::Proto | Kind::Secret | Kind::StreamRoute => s.others.get(&(kind, Id::from(id))).map(version),
+            Kind::StreamRoute => s.stream_routes.get(id).map(version),
+            Kind::Proto | Kind::Secret => s.others.get(&(kind, Id::from(id))).map(version),
         }
     }
 
@@ -335,7 +343,8 @@ impl Builder {
             Kind::Ssl => s.ssls.keys().for_each(|id| f(id)),
             Kind::Function => s.functions.keys().for_each(|id| f(id)),
             Kind::PluginSource => s.plugin_sources.keys().for_each(|id| f(id)),
-            Kind::Proto | Kind::Secret | Kind::StreamRoute => {
+            Kind::StreamRoute => s.stream_routes.keys().for_each(|id| f(id)),
+            Kind::Proto | Kind::Secret => {
                 s.others.keys().filter(|(k, _)| *k == kind).for_each(|(_, id)| f(id));
             }
         }
@@ -468,6 +477,10 @@ impl Builder {
             Item::PluginSource(o) => {
                 self.plugins_changed = true;
                 drop(s.plugin_sources.insert(o.id.clone(), o));
+            }
+            Item::StreamRoute(o) => {
+                self.streams_changed = true;
+                drop(s.stream_routes.insert(o.id.clone(), o));
             }
             Item::Other(kind, o) => drop(s.others.insert((kind, o.id.clone()), o)),
         }
@@ -632,7 +645,8 @@ impl Builder {
             Kind::Ssl => drop(s.ssls.remove(id)),
             Kind::Function => drop(s.functions.remove(id)),
             Kind::PluginSource => self.plugins_changed |= s.plugin_sources.remove(id).is_some(),
-            Kind::Proto | Kind::Secret | Kind::StreamRoute => drop(s.others.remove(&(kind, Id::from(id)))),
+            Kind::StreamRoute => self.streams_changed |= s.stream_routes.remove(id).is_some(),
+            Kind::Proto | Kind::Secret => drop(s.others.remove(&(kind, Id::from(id)))),
         }
     }
 

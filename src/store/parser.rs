@@ -30,6 +30,7 @@ fn parse(kind: Kind, id: &str, entry: &Entry, context: &ParseContext<'_>) -> Res
         Parsed::Ssl(v) => Item::Ssl(object(id, entry, v)),
         Parsed::Function(v) => Item::Function(object(id, entry, v)),
         Parsed::PluginSource(v) => Item::PluginSource(object(id, entry, v)),
+        Parsed::StreamRoute(v) => Item::StreamRoute(object(id, entry, v)),
         Parsed::Other => Item::Other(kind, object(id, entry, ())),
     })
 }

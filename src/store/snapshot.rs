@@ -10,9 +10,9 @@ use imbl::HashMap;
 use crate::{
     model::{
         self, Consumer, ConsumerGroup, Credential, Function, GlobalRule, Id, Object, PluginConfig, PluginMetadata,
-        PluginSource, Route, Service, Ssl, Upstream, consumer::AuthKey,
+        PluginSource, Route, Service, Ssl, StreamRoute, Upstream, consumer::AuthKey,
     },
-    router::Router,
+    router::{Router, StreamRouter},
 };
 
 pub type Table<T> = HashMap<Id, Arc<Object<T>>>;
@@ -38,13 +38,15 @@ pub struct Snapshot {
     pub ssls: Table<Ssl>,
     pub functions: Table<Function>,
     pub plugin_sources: Table<PluginSource>,
-    /// Protos, secrets, stream_routes: kept as text until something reads them.
+    pub stream_routes: Table<StreamRoute>,
+    /// Protos, secrets: kept as text until something reads them.
     pub others: HashMap<(model::Kind, Id), Arc<Object<()>>>,
     /// Who answers to an auth plugin's key: consumer id, and credential id when it is a credential's.
     pub auth_index: HashMap<AuthKey, (Id, Option<Id>)>,
     /// `consumers` as plugins see them changed: `conf_version` of the consumer tables.
     pub consumers_uid: u64,
     pub router: Router,
+    pub stream_router: Arc<StreamRouter>,
     /// Grows when plugins must be loaded anew: an upload, `plugins/reload`, the list of plugins.
     pub plugins_generation: u64,
     /// The names to load, when the store holds a list (`/plugins`); else config.yaml's.

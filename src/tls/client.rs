@@ -7,12 +7,13 @@ use std::{
 
 use moka::sync::Cache;
 use rustls::{
-    ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
+    CertificateError, ClientConfig, DigitallySignedStruct, OtherError, RootCertStore, SignatureScheme,
+    SupportedCipherSuite,
     client::{
         WebPkiServerVerifier,
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
     },
-    crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature},
+    crypto::{CryptoProvider, WebPkiSupportedAlgorithms, ring, verify_tls12_signature, verify_tls13_signature},
 };
 use rustls_pki_types::{CertificateDer, CertificateRevocationListDer, ServerName, UnixTime, pem::PemObject};
 
@@ -103,10 +104,17 @@ pub fn client_config_of(own: &Arc<SocketTls>, verify: bool, pair: Option<(&str, 
     cached(key, pair.or(own.pair.as_ref().map(|(c, k)| (&**c, &**k))), Some(own))
 }
 
-/// One that verifies against these authorities, in PEM, and no others.
-pub fn client_config_trusting(roots: &str, pair: Option<(&str, &str)>) -> Result<Arc<ClientConfig>> {
+/// One that verifies against these authorities, in PEM, and no others. `own`: what a location says beside that.
+pub fn client_config_trusting(
+    roots: &str,
+    own: Option<&Arc<SocketTls>>,
+    pair: Option<(&str, &str)>,
+) -> Result<Arc<ClientConfig>> {
     let pair_key = pair.map(|(c, k)| (c.into(), k.into()));
-    cached(Key { verify: true, roots: Some(roots.into()), pair: pair_key, alpn: [].into(), own: 0 }, pair, None)
+    let address = own.map_or(0, |own| Arc::as_ptr(own) as usize);
+    let key = Key { verify: true, roots: Some(roots.into()), pair: pair_key, alpn: [].into(), own: address };
+    let pair = pair.or(own.and_then(|own| own.pair.as_ref()).map(|(c, k)| (&**c, &**k)));
+    cached(key, pair, own.map(|own| &**own))
 }
 
 fn cached(key: Key, pair: Option<(&str, &str)>, own: Option<&SocketTls>) -> Result<Arc<ClientConfig>> {
@@ -115,7 +123,9 @@ fn cached(key: Key, pair: Option<(&str, &str)>, own: Option<&SocketTls>) -> Resu
     }
     let roots = key.roots.as_deref().or(own.and_then(|own| own.trusted.as_deref()));
     let roots = roots.map(store_of).transpose()?.unwrap_or_else(trusted);
-    let config = Arc::new(build(key.verify.then_some(roots), pair, &key.alpn, own)?);
+    // Its list is one of the authorities that the location trusts.
+    let crl = own.and_then(|own| own.crl.as_deref()).filter(|_| key.roots.is_none());
+    let config = Arc::new(build(key.verify.then_some(roots), crl, pair, &key.alpn, own)?);
     CONFIGS.insert(key, config.clone());
     Ok(config)
 }
@@ -128,14 +138,15 @@ fn store_of(pem: &str) -> Result<Arc<RootCertStore>> {
     Ok(Arc::new(store))
 }
 
-/// `roots`: whom certificates must chain to; without them each is taken.
+/// `roots`: whom certificates must chain to; without them each is taken. `crl`: what they have revoked, in PEM.
 fn build(
     roots: Option<Arc<RootCertStore>>,
+    crl: Option<&str>,
     pair: Option<(&str, &str)>,
     alpn: &[&'static [u8]],
     own: Option<&SocketTls>,
 ) -> Result<ClientConfig> {
-    let provider = Arc::new(ring::default_provider());
+    let provider = Arc::new(provider(own.and_then(|own| own.ciphers.as_deref())));
     let failed = |e: rustls::Error| Error::config(Kind::Tls).cause(e).context("TLS to the upstream");
     let builder = ClientConfig::builder_with_provider(provider.clone());
     let named = own.map(|own| &own.protocols[..]).filter(|named| !named.is_empty());
@@ -144,18 +155,17 @@ fn build(
         Some(named) => builder.with_protocol_versions(&versions(named.iter().map(|name| &**name)).0),
     };
     let builder = builder.map_err(failed)?;
-    let builder = match (roots, own.and_then(|own| own.crl.as_deref())) {
-        (Some(roots), Some(crl)) => {
-            let revoked = CertificateRevocationListDer::pem_slice_iter(crl.as_bytes()).collect::<Result<Vec<_>, _>>();
-            let revoked = revoked.map_err(|e| Error::config(Kind::Tls).cause(e).context("lua_ssl_crl"))?;
-            let verifier = WebPkiServerVerifier::builder_with_provider(roots, provider).with_crls(revoked);
-            // As OpenSSL does for the server's own certificate: those above it are the authorities'.
-            let verifier = verifier.only_check_end_entity_revocation().build();
-            let verifier = verifier.map_err(|e| Error::config(Kind::Tls).cause(e).context("lua_ssl_crl"))?;
-            builder.dangerous().with_custom_certificate_verifier(verifier)
+    let depth = own.map(|own| own.depth);
+    let builder = match roots {
+        // Nobody is trusted: nothing else matters.
+        Some(roots) if roots.is_empty() || (crl.is_none() && depth.is_none()) => builder.with_root_certificates(roots),
+        Some(roots) => {
+            let inner = verifier(roots.clone(), crl, &provider)?;
+            let algorithms = provider.signature_verification_algorithms;
+            let verifier = Shallow { inner, roots, algorithms, depth: depth.unwrap_or(usize::MAX) };
+            builder.dangerous().with_custom_certificate_verifier(Arc::new(verifier))
         }
-        (Some(roots), None) => builder.with_root_certificates(roots),
-        (None, _) => builder.dangerous().with_custom_certificate_verifier(Arc::new(Anyone(provider))),
+        None => builder.dangerous().with_custom_certificate_verifier(Arc::new(Anyone(provider))),
     };
     let mut config = match pair {
         Some((cert, key)) => builder.with_client_auth_cert(certificates(cert)?, private_key(key)?).map_err(failed)?,
@@ -163,6 +173,117 @@ fn build(
     };
     config.alpn_protocols = alpn.iter().map(|p| p.to_vec()).collect();
     Ok(config)
+}
+
+/// What the library has, or of TLS 1.2 only suites of these numbers, in their order.
+fn provider(ciphers: Option<&[u16]>) -> CryptoProvider {
+    let mut provider = ring::default_provider();
+    if let Some(ciphers) = ciphers {
+        let place = |suite: &SupportedCipherSuite| ciphers.iter().position(|n| *n == u16::from(suite.suite()));
+        provider.cipher_suites.retain(|suite| suite.tls13().is_some() || place(suite).is_some());
+        provider.cipher_suites.sort_by_key(place);
+    }
+    provider
+}
+
+fn verifier(
+    roots: Arc<RootCertStore>,
+    crl: Option<&str>,
+    provider: &Arc<CryptoProvider>,
+) -> Result<Arc<WebPkiServerVerifier>> {
+    let failed = "lua_ssl_crl";
+    let mut builder = WebPkiServerVerifier::builder_with_provider(roots, provider.clone());
+    if let Some(crl) = crl {
+        let revoked = CertificateRevocationListDer::pem_slice_iter(crl.as_bytes()).collect::<Result<Vec<_>, _>>();
+        let revoked = revoked.map_err(|e| Error::config(Kind::Tls).cause(e).context(failed))?;
+        // As OpenSSL does for the server's own certificate: those above it are the authorities'.
+        builder = builder.with_crls(revoked).only_check_end_entity_revocation();
+    }
+    builder.build().map_err(|e| Error::config(Kind::Tls).cause(e).context(failed))
+}
+
+/// The way from a certificate to an authority that is trusted is longer than `lua_ssl_verify_depth`.
+#[derive(Debug)]
+pub struct ChainTooLong;
+
+impl std::fmt::Display for ChainTooLong {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("certificate chain too long")
+    }
+}
+
+impl std::error::Error for ChainTooLong {}
+
+/// Verifies as the library does, and then how many intermediates stand between a certificate and an authority: at most `depth`,
+/// neither of the two counted (OpenSSL's SSL_CTX_set_verify_depth).
+#[derive(Debug)]
+struct Shallow {
+    inner: Arc<WebPkiServerVerifier>,
+    roots: Arc<RootCertStore>,
+    algorithms: WebPkiSupportedAlgorithms,
+    depth: usize,
+}
+
+impl Shallow {
+    /// Whether some way is short enough. The library tells no way that it has found, so they are looked for once more.
+    fn has_short_way(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<bool, webpki::Error> {
+        let short = |path: &webpki::VerifiedPath<'_>| match path.intermediate_certificates().count() <= self.depth {
+            true => Ok(()),
+            false => Err(webpki::Error::MaximumPathDepthExceeded),
+        };
+        let cert = webpki::EndEntityCert::try_from(end_entity)?;
+        let usage = webpki::KeyUsage::server_auth();
+        let (all, roots) = (self.algorithms.all, &self.roots.roots);
+        let way = cert.verify_for_usage(all, roots, intermediates, now, usage, None, Some(&short));
+        Ok(way.is_ok())
+    }
+}
+
+impl ServerCertVerifier for Shallow {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        server_name: &ServerName<'_>,
+        ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        let verified = self.inner.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)?;
+        // No way has more of them than the server has sent.
+        let short =
+            intermediates.len() <= self.depth || self.has_short_way(end_entity, intermediates, now).unwrap_or(false);
+        match short {
+            true => Ok(verified),
+            false => Err(CertificateError::Other(OtherError(Arc::new(ChainTooLong))).into()),
+        }
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.inner.verify_tls12_signature(message, cert, dss)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.inner.verify_tls13_signature(message, cert, dss)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.inner.supported_verify_schemes()
+    }
 }
 
 /// Takes any certificate: `tls.verify` is off unless it is asked for, as in APISIX and nginx.
@@ -207,6 +328,31 @@ impl ServerCertVerifier for Anyone {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{conf::ciphers, exchange::openssl};
+
+    #[test]
+    fn lists_of_ciphers_know_the_suites_of_the_library() {
+        let of_12 = |provider: &CryptoProvider| {
+            let suites = provider.cipher_suites.iter().filter(|suite| suite.tls13().is_none());
+            suites.map(|suite| u16::from(suite.suite())).collect::<Vec<_>>()
+        };
+        let all = ring::default_provider();
+        let numbers = of_12(&all);
+        assert_eq!(ciphers::suites("ALL").expect("a list").len(), numbers.len());
+        for number in numbers.iter().rev() {
+            let name = openssl::cipher(*number).expect("a name");
+            assert_eq!(ciphers::suites(name), Ok(vec![*number]), "{name}");
+        }
+        let backwards: Vec<_> = numbers.iter().rev().copied().collect();
+        let chosen = provider(Some(&backwards[1..]));
+        assert_eq!(of_12(&chosen), backwards[1..]);
+        assert_eq!(
+            chosen.cipher_suites.len() + 1,
+            all.cipher_suites.len(),
+            "those of TLS 1.3 are not the list's to choose"
+        );
+        assert!(chosen.cipher_suites[0].tls13().is_some());
+    }
 
     #[test]
     fn configurations_are_kept_up_to_a_number() {

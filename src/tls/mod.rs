@@ -11,7 +11,7 @@ pub mod server;
 
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 
-pub use client::{client_config, client_config_of, client_config_trusting};
+pub use client::{ChainTooLong, client_config, client_config_of, client_config_trusting};
 pub use scripted::{Scripts, Watched, store};
 pub use server::{Server, ServerOptions};
 

@@ -537,7 +537,7 @@ mod tests {
     fn server() -> (Server, CertifiedKey, RootCertStore) {
         let pair = rcgen::generate_simple_self_signed(["a.test".to_owned()]).expect("a certificate");
         let protocols = vec!["TLSv1.2".into(), "TLSv1.3".into()];
-        let options = ServerOptions { protocols, session_tickets: false, fallback_sni: None, http2: false };
+        let options = ServerOptions { protocols, session_tickets: false, fallback_sni: None, alpn: &[b"http/1.1"] };
         let server = Server::new(options).expect("valid");
         let key = PrivatePkcs8KeyDer::from(pair.signing_key.serialize_der());
         let key = server.provider().key_provider.load_private_key(key.into()).expect("a key");

@@ -51,8 +51,8 @@ pub struct ServerOptions {
     pub session_tickets: bool,
     /// For clients that name no host.
     pub fallback_sni: Option<Box<str>>,
-    /// Offer `h2`.
-    pub http2: bool,
+    /// What may be spoken, the best first. Empty: nothing is said of it, and whatever the client names goes.
+    pub alpn: &'static [&'static [u8]],
 }
 
 /// Answers handshakes.
@@ -298,10 +298,7 @@ pub(super) fn config_of(provider: &Arc<CryptoProvider>, parts: Parts) -> Result<
 
 /// Adds what connections share, and what is spoken on them.
 fn with_sessions(mut config: ServerConfig, options: &ServerOptions) -> Result<ServerConfig> {
-    config.alpn_protocols = match options.http2 {
-        true => vec![b"h2".to_vec(), b"http/1.1".to_vec()],
-        false => vec![b"http/1.1".to_vec()],
-    };
+    config.alpn_protocols = options.alpn.iter().map(|protocol| protocol.to_vec()).collect();
     config.session_storage = ServerSessionMemoryCache::new(SESSIONS_KEPT);
     if options.session_tickets {
         config.ticketer = ring::Ticketer::new().map_err(|e| Error::config(Kind::Tls).cause(e))?;
@@ -481,7 +478,7 @@ mod tests {
 
     fn server() -> Server {
         let protocols = vec!["TLSv1.3".into()];
-        Server::new(ServerOptions { protocols, session_tickets: false, fallback_sni: None, http2: false })
+        Server::new(ServerOptions { protocols, session_tickets: false, fallback_sni: None, alpn: &[b"http/1.1"] })
             .expect("valid")
     }
 

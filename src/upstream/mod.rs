@@ -11,7 +11,10 @@ mod stream;
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use rustls::{ClientConfig, pki_types::ServerName};
-use tokio::net::{TcpSocket, TcpStream};
+use tokio::{
+    io::AsyncWriteExt,
+    net::{TcpSocket, TcpStream},
+};
 
 pub use conn::Conn;
 pub use pool::{Key, Pool};
@@ -39,8 +42,19 @@ pub async fn connect(
     tls: Option<&Tls>,
     limit: Duration,
 ) -> Result<Box<Conn>> {
+    open(addr, from, &[], tls, limit).await.map(|stream| Box::new(Conn::new(stream)))
+}
+
+/// The same for a stream that is no HTTP. `first` is sent before TLS begins (a PROXY protocol header).
+pub async fn open(
+    addr: SocketAddr,
+    from: Option<SocketAddr>,
+    first: &[u8],
+    tls: Option<&Tls>,
+    limit: Duration,
+) -> Result<Stream> {
     let opening = async {
-        let socket = match from {
+        let mut socket = match from {
             None => TcpStream::connect(addr).await.map_err(refused)?,
             Some(from) => bound(from)?.connect(addr).await.map_err(|e| match e.raw_os_error() {
                 // No fault of the node: another connection has the port, or the address is of the other family.
@@ -52,6 +66,9 @@ pub async fn connect(
         };
         // Heads and bodies are gathered before they are written: Nagle would only hold back their ends.
         let _ = socket.set_nodelay(true);
+        if !first.is_empty() {
+            socket.write_all(first).await.map_err(refused)?;
+        }
         match tls {
             None => Ok(Stream::Tcp(tcp::Stream::new(socket))),
             Some(tls) => handshake(socket, tls).await,
@@ -59,8 +76,7 @@ pub async fn connect(
     };
     let late = || Error::upstream(Kind::ConnectTimeout).retry(Retry::Safe).context("Connection timed out");
     let stream = tokio::time::timeout(limit, opening).await.map_err(|_| late());
-    let stream = stream.flatten().map_err(|e| e.context(format!("connect() to {addr} failed")))?;
-    Ok(Box::new(Conn::new(stream)))
+    stream.flatten().map_err(|e| e.context(format!("connect() to {addr} failed")))
 }
 
 async fn handshake(tcp: TcpStream, tls: &Tls) -> Result<Stream> {

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::support::{Client, Gateway, Reply, Upstream, http::raw};
+use crate::support::{Client, Gateway, Reply, Upstream, http::raw, http2};
 
 fn with(locations: Value) -> Gateway {
     Gateway::with(json!({"lua_locations": locations}))
@@ -206,4 +206,7 @@ fn the_connection_and_its_framing_are_told() {
     says(&client.reply("GET"), &format!("x\n{lines}"));
     let text = raw(&gw.proxy(), b"GET /t HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n");
     assert!(text.contains("sent_http_connection=close"), "{text}");
+    let shared = http2::get(&gw.proxy(), "/t").text();
+    let lines = lines.replace("=keep-alive", "=nil").replace("=chunked", "=nil").replace("http2=\n", "http2=h2c\n");
+    assert_eq!(shared, format!("x\n{lines}"));
 }

@@ -5,6 +5,7 @@
 #![allow(dead_code, unused_imports, reason = "each test program uses a part of it")]
 
 pub mod http;
+pub mod http2;
 pub mod peers;
 pub mod upstream;
 
@@ -178,6 +179,22 @@ impl Gateway {
 
     pub fn proxy_tls(&self) -> String {
         self.address("proxy_tls")
+    }
+
+    /// The first address of TCP connections that are proxied as they are.
+    pub fn tcp(&self) -> String {
+        self.address("tcp")
+    }
+
+    /// The same for UDP.
+    pub fn udp(&self) -> String {
+        self.address("udp")
+    }
+
+    /// All addresses of a kind, in the order of the configuration.
+    pub fn addresses(&self, what: &str) -> Vec<String> {
+        let list = self.listen[what].as_array().into_iter().flatten();
+        list.filter_map(|at| at.as_str().map(str::to_owned)).collect()
     }
 
     pub fn admin_address(&self) -> String {

@@ -18,7 +18,7 @@ use std::{
 };
 
 use bytes::{Buf, Bytes, BytesMut};
-use rustls::CertificateError;
+use rustls::{CertificateError, OtherError};
 use rustls_pki_types::ServerName;
 use smallvec::smallvec;
 use tokio::{
@@ -673,7 +673,7 @@ fn handshake(s: &Stack) -> Result<Wait, Raise> {
         Some(conn) => (conn.io.take(), conn.peer),
     };
     let Some(io) = io else { return refuse(s, "closed") };
-    let own = fast::exchange().and_then(|x| x.location.as_ref()?.socket_tls.clone());
+    let own = fast::exchange().and_then(|x| Some(x.location.as_ref()?.socket_tls.clone()));
     Ok(Wait::Park(Op::future(agree(Busy::new(&socket, CONNECTING), io, peer, name, verify, own))))
 }
 
@@ -695,7 +695,7 @@ async fn agree(
     let pair = client.as_ref().map(|(chain, key)| (&*chain.pem, &*key.pem));
     let trusted = busy.socket.trusted.borrow_mut().take().filter(|_| verify);
     let config = match (&trusted, &own) {
-        (Some(trusted), _) => tls::client_config_trusting(&trusted.pem, pair),
+        (Some(trusted), own) => tls::client_config_trusting(&trusted.pem, own.as_ref(), pair),
         (None, Some(own)) => tls::client_config_of(own, verify, pair),
         (None, None) => tls::client_config(verify, pair, &[]),
     };
@@ -735,6 +735,7 @@ fn tls_text(e: &io::Error) -> String {
         }
         CertificateError::Revoked => "23: certificate revoked",
         CertificateError::BadSignature => "7: certificate signature failure",
+        CertificateError::Other(OtherError(why)) if why.is::<tls::ChainTooLong>() => "22: certificate chain too long",
         _ => "handshake failed",
     }
     .into()

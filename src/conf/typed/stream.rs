@@ -1,0 +1,142 @@
+//! `apisix.stream_proxy`: where TCP connections and UDP datagrams are taken, and how.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    ops::RangeInclusive,
+    path::Path,
+};
+
+use serde_json::{Map, Value};
+
+use super::Reader;
+use crate::conf::{Stream, StreamListen, Warning};
+
+/// What may be said of a TCP address.
+const TCP_KEYS: [&str; 4] = ["addr", "tls", "proxy_protocol", "proxy_protocol_to_upstream"];
+
+/// Ports of all entries, ranges included: each is a socket in each worker.
+const MAX_PORTS: usize = 1024;
+
+impl<'a> Reader<'a> {
+    /// Whether HTTP is served, and what else is.
+    pub(super) fn stream(&mut self, prefix: &Path, warnings: &mut Vec<Warning>) -> (bool, Stream) {
+        const HTTP: u8 = 1;
+        const STREAM: u8 = 2;
+        let modes = [("http", HTTP), ("stream", STREAM), ("http&stream", HTTP | STREAM)];
+        let mode = self.one_of("apisix.proxy_mode", &modes).unwrap_or(HTTP);
+        let mut stream = Stream {
+            real_ip_from: self.networks("nginx_config.stream.real_ip_from"),
+            access_log: self.access_log(prefix, "nginx_config.stream"),
+            ..Stream::default()
+        };
+        let path = "apisix.stream_proxy";
+        match self.get(path) {
+            Some(_) if mode & STREAM == 0 => {
+                let text = format!("{path}: has no effect: apisix.proxy_mode is http; write http&stream or stream");
+                warnings.push(Warning(text));
+            }
+            Some(_) => self.addresses(&mut stream, warnings),
+            None if mode == STREAM => self.wrong(path, "is missing: without HTTP there is nothing to listen on"),
+            None => {}
+        }
+        self.test_listen(&mut stream);
+        if stream.tcp.len() + stream.udp.len() > MAX_PORTS {
+            self.wrong(path, format!("names {} ports, more than {MAX_PORTS}", stream.tcp.len() + stream.udp.len()));
+        }
+        stream.enabled = !stream.tcp.is_empty() || !stream.udp.is_empty();
+        (mode & HTTP != 0, stream)
+    }
+
+    fn addresses(&mut self, stream: &mut Stream, warnings: &mut Vec<Warning>) {
+        let accept = self.flag("apisix.proxy_protocol.enable_tcp_pp");
+        let send = self.flag("apisix.proxy_protocol.enable_tcp_pp_to_upstream");
+        for (path, item) in self.items("apisix.stream_proxy.tcp") {
+            let map = match item {
+                Value::Object(map) => map.clone(),
+                addr => Map::from_iter([("addr".to_owned(), addr.clone())]),
+            };
+            for key in map.keys().filter(|key| !TCP_KEYS.contains(&key.as_str())) {
+                let known = TCP_KEYS.join(", ");
+                warnings.push(Warning(format!("{path}.{key}: is not a known key; there are {known}")));
+            }
+            let flags = [("tls", false), ("proxy_protocol", accept), ("proxy_protocol_to_upstream", send)];
+            let [tls, proxy_protocol, proxy_protocol_to_upstream] =
+                flags.map(|(key, default)| self.own_flag(&path, &map, key, default));
+            let all = self.ports(&path, map.get("addr").unwrap_or(&Value::Null));
+            let listen = |addr| StreamListen { addr, tls, proxy_protocol, proxy_protocol_to_upstream };
+            stream.tcp.extend(all.into_iter().map(listen));
+        }
+        for (path, item) in self.items("apisix.stream_proxy.udp") {
+            stream.udp.extend(self.ports(&path, item));
+        }
+        if stream.tcp.is_empty() && stream.udp.is_empty() {
+            self.wrong("apisix.stream_proxy", "names no address; list ports under tcp or udp");
+        }
+    }
+
+    /// `test_node.stream_listen`, which APISIX's tests write into nginx.conf.
+    fn test_listen(&mut self, stream: &mut Stream) {
+        for (path, item) in self.items("test_node.stream_listen") {
+            let tls = item.get("tls").and_then(Value::as_bool).unwrap_or(false);
+            let all = self.ports(&path, item.get("port").unwrap_or(&Value::Null));
+            let listen = |addr| StreamListen { addr, tls, proxy_protocol: false, proxy_protocol_to_upstream: false };
+            stream.tcp.extend(all.into_iter().map(listen));
+        }
+    }
+
+    fn items(&mut self, path: &str) -> Vec<(String, &'a Value)> {
+        let items = match self.get(path) {
+            None => return Vec::new(),
+            Some(Value::Array(items)) => items,
+            Some(other) => {
+                self.wrong(path, format!("{other} is not a list"));
+                return Vec::new();
+            }
+        };
+        items.iter().enumerate().map(|(i, item)| (format!("{path}[{i}]"), item)).collect()
+    }
+
+    fn own_flag(&mut self, path: &str, map: &Map<String, Value>, key: &str, default: bool) -> bool {
+        match map.get(key) {
+            None => default,
+            Some(Value::Bool(on)) => *on,
+            Some(other) => {
+                self.wrong(&format!("{path}.{key}"), format!("{other} is not a boolean; write true or false"));
+                default
+            }
+        }
+    }
+
+    /// `9100`, `"127.0.0.1:9100"`, `"9100-9110"`, `"[::]:9100-9110"`.
+    fn ports(&mut self, path: &str, written: &Value) -> Vec<SocketAddr> {
+        let text = match written {
+            Value::Number(port) => port.to_string(),
+            Value::String(text) => text.trim().to_owned(),
+            _ => String::new(),
+        };
+        match range(&text) {
+            Some((ip, ports)) if ports.size_hint().0 <= MAX_PORTS => {
+                ports.map(|port| SocketAddr::new(ip, port)).collect()
+            }
+            Some(_) => {
+                self.wrong(path, format!("{text} names more than {MAX_PORTS} ports"));
+                Vec::new()
+            }
+            None => {
+                self.wrong(path, format!("{written} is not a port, an address with a port, or a range of ports"));
+                Vec::new()
+            }
+        }
+    }
+}
+
+/// Without an address: of IPv4, all of them, as in APISIX.
+fn range(text: &str) -> Option<(IpAddr, RangeInclusive<u16>)> {
+    let (ip, ports) = match text.rsplit_once(':') {
+        Some((ip, ports)) => (ip.trim_matches(['[', ']']).parse().ok()?, ports),
+        None => (Ipv4Addr::UNSPECIFIED.into(), text),
+    };
+    let (first, last) = ports.split_once('-').unwrap_or((ports, ports));
+    let (first, last): (u16, u16) = (first.parse().ok()?, last.parse().ok()?);
+    (first <= last).then_some((ip, first..=last))
+}

@@ -1,0 +1,243 @@
+//! Bytes both ways between a client and a node, until both directions have ended.
+//!
+//! One buffer per direction, which is read into only when it is empty: who does not read is not sent more, and keeps the other side
+//! from sending. An end is passed on while the other direction goes on. All of it is polled by one task.
+
+use std::{
+    future::poll_fn,
+    io::{self, ErrorKind},
+    mem,
+    pin::Pin,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use crate::{
+    error::{Error, Kind, Result},
+    exchange::deadline::Deadline,
+    tcp::buffers,
+};
+
+/// How long nothing may move.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// While bytes wait for a side that does not take them.
+    pub send: Duration,
+    pub read: Duration,
+}
+
+/// Bytes that were passed on, also where it ends with an error.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Moved {
+    pub from_client: u64,
+    pub to_client: u64,
+}
+
+/// Passes bytes on until both sides have ended theirs.
+pub async fn both<C, N>(client: &mut C, node: &mut N, limits: Limits, moved: &mut Moved) -> Result<()>
+where
+    C: AsyncRead + AsyncWrite + Unpin,
+    N: AsyncRead + AsyncWrite + Unpin,
+{
+    let (mut up, mut down) = (Pipe::default(), Pipe::default());
+    let deadline = Deadline::new();
+    let mut begun = false;
+    let outcome = poll_fn(|cx| {
+        let before = up.moves + down.moves;
+        if let Some(ended) = poll_both(cx, client, node, &mut up, &mut down) {
+            return Poll::Ready(ended);
+        }
+        if !begun || up.moves + down.moves != before {
+            begun = true;
+            let stuck = up.is_full() || down.is_full();
+            deadline.start(if stuck { limits.send } else { limits.read }, cx);
+        } else if deadline.poll_expired(cx) {
+            let late = Error::client(Kind::ReadTimeout).context("connection timed out: nothing was sent or taken");
+            return Poll::Ready(Err(late));
+        }
+        Poll::Pending
+    })
+    .await;
+    *moved = Moved { from_client: up.passed, to_client: down.passed };
+    outcome
+}
+
+fn poll_both<C, N>(
+    cx: &mut Context<'_>,
+    client: &mut C,
+    node: &mut N,
+    up: &mut Pipe,
+    down: &mut Pipe,
+) -> Option<Result<()>>
+where
+    C: AsyncRead + AsyncWrite + Unpin,
+    N: AsyncRead + AsyncWrite + Unpin,
+{
+    match up.poll(cx, client, node) {
+        Poll::Ready(Err(Fault::Read(e))) => return Some(Err(lost("the client", e))),
+        // A node that takes no more may have said why: what it sends is passed on to its end.
+        Poll::Ready(_) | Poll::Pending => {}
+    }
+    match down.poll(cx, node, client) {
+        Poll::Ready(Err(Fault::Read(e))) => Some(Err(lost("the upstream", e))),
+        Poll::Ready(Err(Fault::Write(e))) => Some(Err(lost("the client", e))),
+        Poll::Ready(Ok(())) if up.is_done() => Some(Ok(())),
+        Poll::Ready(Ok(())) | Poll::Pending => None,
+    }
+}
+
+fn lost(who: &str, e: io::Error) -> Error {
+    Error::client(Kind::Closed).cause(e).context(format!("the connection to {who} broke"))
+}
+
+/// One direction.
+#[derive(Default)]
+struct Pipe {
+    buffer: Vec<u8>,
+    /// `buffer[at..]` waits to be written.
+    at: usize,
+    stage: Stage,
+    /// TLS may hold back some of what was written.
+    unflushed: bool,
+    /// Bytes that were written.
+    passed: u64,
+    /// Grows with each read and write.
+    moves: u64,
+}
+
+#[derive(Default)]
+enum Stage {
+    #[default]
+    Open,
+    /// All was read: the other side is to be told.
+    Ending,
+    /// Reading has failed: what was written before is to leave.
+    Broken(io::Error),
+    Done,
+}
+
+/// Which side has failed.
+enum Fault {
+    Read(io::Error),
+    Write(io::Error),
+}
+
+impl Pipe {
+    fn is_full(&self) -> bool {
+        self.at < self.buffer.len() || self.unflushed
+    }
+
+    fn is_done(&self) -> bool {
+        matches!(self.stage, Stage::Done)
+    }
+
+    /// Ready when the direction has ended; again and again with `Ok` from then on.
+    fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        from: &mut (impl AsyncRead + Unpin),
+        to: &mut (impl AsyncWrite + Unpin),
+    ) -> Poll<Result<(), Fault>> {
+        loop {
+            if let Err(e) = ready!(self.poll_empty(cx, to)) {
+                self.finish();
+                return Poll::Ready(Err(Fault::Write(e)));
+            }
+            match &self.stage {
+                Stage::Open => match self.poll_fill(cx, from) {
+                    Poll::Ready(()) => {}
+                    Poll::Pending => return self.poll_flushed(cx, to),
+                },
+                Stage::Ending => {
+                    let ended = ready!(Pin::new(&mut *to).poll_shutdown(cx));
+                    self.finish();
+                    self.moves += 1;
+                    return Poll::Ready(ended.map_err(Fault::Write));
+                }
+                Stage::Broken(_) => {
+                    let _ = ready!(Pin::new(&mut *to).poll_flush(cx));
+                    let Stage::Broken(e) = mem::replace(&mut self.stage, Stage::Done) else { continue };
+                    return Poll::Ready(Err(Fault::Read(e)));
+                }
+                Stage::Done => return Poll::Ready(Ok(())),
+            }
+        }
+    }
+
+    /// Writes what waits.
+    fn poll_empty(&mut self, cx: &mut Context<'_>, to: &mut (impl AsyncWrite + Unpin)) -> Poll<io::Result<()>> {
+        while self.at < self.buffer.len() {
+            let n = ready!(Pin::new(&mut *to).poll_write(cx, &self.buffer[self.at..]))?;
+            if n == 0 {
+                return Poll::Ready(Err(ErrorKind::WriteZero.into()));
+            }
+            self.at += n;
+            self.passed += n as u64;
+            self.moves += 1;
+            self.unflushed = true;
+        }
+        self.buffer.clear();
+        self.at = 0;
+        Poll::Ready(Ok(()))
+    }
+
+    /// Reads into the empty buffer, or finds the end.
+    fn poll_fill(&mut self, cx: &mut Context<'_>, from: &mut (impl AsyncRead + Unpin)) -> Poll<()> {
+        if self.buffer.capacity() == 0 {
+            self.buffer = buffers::take();
+        }
+        let read = poll_read(cx, from, &mut self.buffer);
+        if !matches!(read, Poll::Ready(Ok(1..))) {
+            // Idle connections hold none.
+            buffers::put(mem::take(&mut self.buffer));
+        }
+        match ready!(read) {
+            Ok(1..) => {}
+            Ok(0) => self.stage = Stage::Ending,
+            // A TLS peer that went without a goodbye, as most do; protocols know where their messages end.
+            Err(e) if e.kind() == ErrorKind::UnexpectedEof => self.stage = Stage::Ending,
+            Err(e) => self.stage = Stage::Broken(e),
+        }
+        self.moves += 1;
+        Poll::Ready(())
+    }
+
+    /// Nothing is there to read: what TLS holds back leaves meanwhile.
+    fn poll_flushed(&mut self, cx: &mut Context<'_>, to: &mut (impl AsyncWrite + Unpin)) -> Poll<Result<(), Fault>> {
+        if self.unflushed {
+            match ready!(Pin::new(to).poll_flush(cx)) {
+                Ok(()) => self.unflushed = false,
+                Err(e) => {
+                    self.finish();
+                    return Poll::Ready(Err(Fault::Write(e)));
+                }
+            }
+        }
+        Poll::Pending
+    }
+
+    fn finish(&mut self) {
+        self.stage = Stage::Done;
+        self.at = 0;
+        self.unflushed = false;
+        buffers::put(mem::take(&mut self.buffer));
+    }
+}
+
+/// Appends to `into`, never past its capacity.
+fn poll_read(cx: &mut Context<'_>, from: &mut (impl AsyncRead + Unpin), into: &mut Vec<u8>) -> Poll<io::Result<usize>> {
+    let mut buf = ReadBuf::uninit(into.spare_capacity_mut());
+    ready!(Pin::new(from).poll_read(cx, &mut buf))?;
+    let n = buf.filled().len();
+    // SAFETY: the first `n` bytes of the spare capacity were just filled.
+    unsafe { into.set_len(into.len() + n) };
+    Poll::Ready(Ok(n))
+}
+
+impl Drop for Pipe {
+    fn drop(&mut self) {
+        buffers::put(mem::take(&mut self.buffer));
+    }
+}

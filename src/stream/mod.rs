@@ -1,0 +1,255 @@
+//! TCP and UDP proxying by stream routes: APISIX's "stream proxy".
+//!
+//! A connection, or the datagrams of one UDP client, is a session (`session`): its route is found by where it comes from and goes
+//! to, a node of the route's upstream is picked as for requests, and bytes are passed on (`tcp`, `copy`, `udp`) until one side ends
+//! or nothing moves for too long. No plugin and no script has a part in it. A session keeps the route that it has begun with.
+
+mod copy;
+mod packets;
+mod session;
+pub mod tcp;
+pub mod udp;
+
+use std::{
+    cell::Cell,
+    net::SocketAddr,
+    rc::Rc,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use ipnet::IpNet;
+
+pub use self::session::Log;
+use self::session::{Session, Try};
+use crate::{
+    balancer::{NoNode, Picked, Pickers, Tried},
+    dns::Resolver,
+    error::{Error, Kind, Result, Retry},
+    model::{
+        Upstream,
+        route::Timeouts,
+        upstream::{Balance, HashOn, Node},
+    },
+    net::Drain,
+    observe::log::Level,
+    router::streams::Place,
+    store::{Published, Snapshot},
+};
+
+/// nginx's `proxy_connect_timeout`.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(60);
+/// nginx's `proxy_timeout`, without a byte in either direction, where the upstream has no `timeout`.
+const TCP_IDLE: Duration = Duration::from_secs(600);
+/// The same for UDP, where nobody says goodbye: as long as most address translators on the way keep a client's port.
+const UDP_IDLE: Duration = Duration::from_secs(60);
+/// Tries of one session, whatever `retries` says: one node that refuses at once would be asked without end.
+const MAX_TRIES: usize = 256;
+
+/// What config.yaml says.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// `worker_connections`: of requests and sessions together.
+    pub max_connections: usize,
+    /// Whose PROXY protocol headers say who the client is.
+    pub real_ip_from: Vec<IpNet>,
+    /// The name of TLS clients that send none.
+    pub fallback_sni: Option<Box<str>>,
+}
+
+/// What the sessions of one worker share.
+pub struct Streams {
+    settings: Settings,
+    published: Arc<Published>,
+    resolver: Arc<Resolver>,
+    drain: Drain,
+    log: Option<Log>,
+    pickers: Pickers,
+    /// Spreads sessions over the addresses of a name.
+    turn: Cell<usize>,
+    /// UDP sessions of all listeners.
+    udp_sessions: Cell<usize>,
+}
+
+/// Where a session goes.
+struct Target {
+    snapshot: Arc<Snapshot>,
+    upstream: Arc<Upstream>,
+}
+
+/// A node that serves a session: its balancer counts it until this is dropped.
+struct Lease {
+    picked: Rc<Picked>,
+    at: usize,
+    /// `None`: the node has failed.
+    connect_time: Option<Duration>,
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.picked.picker.done(self.at, self.connect_time, Instant::now());
+    }
+}
+
+impl Streams {
+    /// `drain` counts the worker's connections; sessions are among them.
+    pub fn new(
+        settings: Settings,
+        published: Arc<Published>,
+        resolver: Arc<Resolver>,
+        drain: Drain,
+        log: Option<Log>,
+    ) -> Self {
+        let (pickers, turn, udp_sessions) = Default::default();
+        Streams { settings, published, resolver, drain, log, pickers, turn, udp_sessions }
+    }
+
+    /// The route's upstream, else its service's.
+    fn choose(&self, session: &mut Session) -> Result<Target> {
+        let snapshot = self.published.load();
+        let sni = session.sni().or(self.settings.fallback_sni.as_deref().filter(|_| session.tls.is_some()));
+        let place = Place { client: session.client.ip(), server: session.server, sni };
+        let Some(route) = snapshot.stream_router.find(&place).cloned() else {
+            return Err(Error::client(Kind::NotFound).context("not hit any route"));
+        };
+        session.route = Some(route.id.clone());
+        let missing = |what: &str, id: &str| {
+            Error::config(Kind::NotFound).context(format!("stream route {}: there is no {what} {id}", route.id))
+        };
+        let (mut inline, mut id) = (&route.value.upstream, &route.value.upstream_id);
+        let service = match &route.value.service_id {
+            Some(id) => Some(snapshot.services.get(id).ok_or_else(|| missing("service", id))?),
+            None => None,
+        };
+        if let (Some(service), None, None) = (service, inline, id) {
+            (inline, id) = (&service.value.upstream, &service.value.upstream_id);
+        }
+        // An id wins over an upstream beside it, as for requests.
+        let upstream = match (id, inline) {
+            (Some(id), _) => snapshot.upstreams.get(id).ok_or_else(|| missing("upstream", id))?.value.clone(),
+            (None, Some(upstream)) => upstream.clone(),
+            (None, None) => {
+                let text = format!("stream route {}: missing upstream configuration in Route or Service", route.id);
+                return Err(Error::config(Kind::NoNode).context(text));
+            }
+        };
+        Ok(Target { snapshot, upstream })
+    }
+
+    /// Tries nodes until `open` has reached one.
+    async fn reach<T>(
+        &self,
+        session: &mut Session,
+        upstream: &Upstream,
+        open: impl AsyncFn(SocketAddr) -> Result<T>,
+    ) -> Result<(T, Lease)> {
+        let started = Instant::now();
+        let picked = self.pickers.of(upstream, started);
+        let key = hash_key(session, upstream);
+        let tries = upstream.retries.map_or(upstream.nodes.len(), |n| n as usize + 1).min(MAX_TRIES);
+        let mut tried = Tried::default();
+        loop {
+            let begun = Instant::now();
+            picked.used.set(begun);
+            let at = picked.picker.pick(&key, begun, &tried, &|_| true).map_err(no_node)?;
+            let mut lease = Lease { picked: picked.clone(), at, connect_time: None };
+            let e = match self.attempt(session, &upstream.nodes[at], &open).await {
+                Ok(opened) => {
+                    lease.connect_time = Some(begun.elapsed());
+                    return Ok((opened, lease));
+                }
+                Err(e) => e,
+            };
+            drop(lease);
+            tried.push(at);
+            let late = upstream.retry_timeout.is_some_and(|limit| started.elapsed() >= limit);
+            if tried.len() >= tries || late || e.retry_advice() != Retry::Safe {
+                return Err(e);
+            }
+            session.log(Level::Warn, &format!("{e}; trying the next upstream node"));
+        }
+    }
+
+    async fn attempt<T>(
+        &self,
+        session: &mut Session,
+        node: &Node,
+        open: &impl AsyncFn(SocketAddr) -> Result<T>,
+    ) -> Result<T> {
+        let addr = self.address(node).await?;
+        let begun = Instant::now();
+        session.tries.push(Try::new(addr, begun));
+        session.log(Level::Info, &format!("proxy request to {addr}"));
+        let opened = open(addr).await;
+        if let Some(last) = session.tries.last_mut() {
+            let took = begun.elapsed();
+            match opened {
+                Ok(_) => last.connect_time = Some(took),
+                Err(_) => last.session_time = Some(took),
+            }
+        }
+        opened
+    }
+
+    async fn address(&self, node: &Node) -> Result<SocketAddr> {
+        if let Some(ip) = node.ip {
+            return Ok(SocketAddr::new(ip, node.port));
+        }
+        let failed =
+            |e: Error| Error::upstream(Kind::Resolve).retry(Retry::Safe).cause(e).context("no valid upstream node");
+        let addresses = self.resolver.resolve(&node.host).await.map_err(failed)?;
+        self.turn.set(self.turn.get().wrapping_add(1));
+        // Never empty.
+        let ip = addresses[self.turn.get() % addresses.len()];
+        Ok(SocketAddr::new(ip, node.port))
+    }
+
+    /// Logs how a session has ended.
+    fn ended(&self, session: &mut Session, outcome: Result<()>) {
+        if let Err(e) = &outcome {
+            // What clients do is not the operator's concern, as in nginx and APISIX; access_stream.log has it.
+            let of_client = e.origin() == crate::error::Origin::Client || session.established;
+            session.log(if of_client { Level::Info } else { Level::Error }, &e.to_string());
+        }
+        session.status = status(session, &outcome);
+        if let Some(log) = &self.log {
+            log.write(session);
+        }
+    }
+}
+
+/// nginx's `$status` of a session.
+fn status(session: &Session, outcome: &Result<()>) -> u16 {
+    match outcome {
+        // What happens to a session that had a node is its own affair.
+        _ if session.established => 200,
+        Ok(()) => 200,
+        Err(e) if e.origin() == crate::error::Origin::Upstream => 502,
+        Err(_) => 500,
+    }
+}
+
+fn no_node(e: NoNode) -> Error {
+    Error::upstream(Kind::NoNode).context(e.message())
+}
+
+/// What chash hashes. Of what only requests have, and where a variable is empty, the client's address stands in.
+fn hash_key(session: &Session, upstream: &Upstream) -> Vec<u8> {
+    let Balance::Chash { on, key } = &upstream.balance else { return Vec::new() };
+    let mut out = Vec::new();
+    match on {
+        HashOn::Vars => drop(session.append_var(key, &mut out)),
+        HashOn::VarsCombinations => session::Format::parse(key).append(session, b"", &mut out),
+        HashOn::Header | HashOn::Cookie | HashOn::Consumer => {}
+    }
+    if out.is_empty() {
+        out.extend_from_slice(session.client.ip().to_string().as_bytes());
+    }
+    out
+}
+
+/// The upstream's own, else nginx's. `idle`: for reads and writes.
+fn timeouts(upstream: &Upstream, idle: Duration) -> Timeouts {
+    let own = upstream.timeout.as_deref().copied();
+    own.unwrap_or(Timeouts { connect: CONNECT_TIMEOUT, send: idle, read: idle })
+}

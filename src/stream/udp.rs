@@ -1,0 +1,383 @@
+//! UDP: the datagrams of one client are a session, which ends when nothing has moved for a while.
+//!
+//! Each worker has its own socket on each address (SO_REUSEPORT), and the kernel gives a client's datagrams to the same one every
+//! time. A session has a socket of its own towards its node, so that what comes back is known to be its client's. Datagrams are never
+//! queued but for the moment in which a session finds its node: who cannot take one now loses it, as on any other hop.
+
+use std::{
+    cell::{Cell, RefCell},
+    future::poll_fn,
+    io::{self, ErrorKind},
+    mem,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket as StdSocket},
+    os::fd::AsRawFd,
+    pin::pin,
+    rc::Rc,
+    task::{Context, Poll, Waker, ready},
+    time::{Duration, Instant},
+};
+
+use hashbrown::{HashMap, hash_map::Entry};
+use socket2::{Domain, Protocol, SockAddr, Socket as RawSocket, Type};
+use tokio::{
+    io::{Interest, ReadBuf},
+    net::UdpSocket,
+    task::spawn_local,
+};
+
+use super::{Lease, Streams, Target, UDP_IDLE, packets, packets::Received, session::Session, timeouts};
+use crate::{
+    error::{Error, Kind, Result, Retry},
+    exchange::deadline::Deadline,
+    model::upstream::Scheme,
+    net::{drain::Open, listener},
+};
+
+/// Sessions of one worker. Each holds a descriptor until it is idle, and whoever forges sender addresses opens as many as there may be:
+/// with the default of `worker_connections` more than half remains for TCP and HTTP.
+const SESSIONS_MAX: usize = 4096;
+/// Datagrams that wait while their session finds its node: a client that hears nothing repeats itself a few times.
+const WAITING_MAX: usize = 8;
+/// Bytes of all that wait at one listener.
+const WAITING_BYTES: usize = 4 << 20;
+/// Longer than any datagram.
+const DATAGRAM_MAX: usize = 1 << 16;
+/// Datagrams of one socket in a row: then others have their turn.
+const BATCH: usize = 64;
+/// A worker that drains gives a session this long without a datagram: an answer that is under way still arrives.
+const DRAIN_QUIET: Duration = Duration::from_secs(1);
+/// Datagrams that are refused are told to the log this often, not once each.
+const REPORT_EVERY: Duration = Duration::from_secs(10);
+
+/// Refuses an address that another process listens on, as `listener::ensure_free` does for TCP.
+pub fn ensure_free(addr: SocketAddr) -> Result<()> {
+    let probe = || -> io::Result<()> {
+        let socket = RawSocket::new(Domain::for_address(addr), Type::DGRAM, Some(Protocol::UDP))?;
+        if addr.is_ipv6() {
+            socket.set_only_v6(true)?;
+        }
+        socket.bind(&SockAddr::from(addr))
+    };
+    match probe() {
+        Err(e) if e.kind() == ErrorKind::AddrInUse => {
+            Err(Error::config(Kind::Io).cause(e).context(format!("listen on {addr} (UDP)")))
+        }
+        // What else is wrong with the address is for `bind` to say.
+        _ => Ok(()),
+    }
+}
+
+/// Binds one of the sockets on `addr`, as `listener::bind` does for TCP.
+pub fn bind(addr: SocketAddr) -> Result<StdSocket> {
+    let bound = || -> io::Result<StdSocket> {
+        let socket = RawSocket::new(Domain::for_address(addr), Type::DGRAM, Some(Protocol::UDP))?;
+        if addr.is_ipv6() {
+            socket.set_only_v6(true)?;
+        }
+        socket.set_reuse_port(true)?;
+        socket.set_nonblocking(true)?;
+        if addr.ip().is_unspecified() {
+            packets::ask_for_address(&socket, addr.is_ipv6())?;
+        }
+        socket.bind(&SockAddr::from(addr))?;
+        Ok(socket.into())
+    };
+    bound().map_err(|e| Error::config(Kind::Io).cause(e).context(format!("listen on {addr} (UDP)")))
+}
+
+/// Takes datagrams until the worker drains; those of sessions that are open also afterwards.
+pub async fn run(streams: Rc<Streams>, socket: StdSocket) -> Result<()> {
+    let local = socket.local_addr()?;
+    let socket = UdpSocket::from_std(socket)?;
+    // Known from now on, so that the first answer does not find it unknown.
+    socket.writable().await?;
+    let drain = streams.drain.clone();
+    let desk = Rc::new(Desk {
+        streams,
+        socket,
+        local,
+        sessions: RefCell::default(),
+        waiting: Cell::new(0),
+        datagram: RefCell::new(vec![0; DATAGRAM_MAX].into()),
+        refused: Cell::default(),
+    });
+    spawn_local(async move { poll_fn(|cx| desk.poll_receive(cx)).await });
+    let wake = Deadline::new();
+    poll_fn(|cx| {
+        if drain.is_draining() {
+            return Poll::Ready(Ok(()));
+        }
+        // No limit is set: this only asks to be woken when the drain begins.
+        wake.poll_expired(cx);
+        Poll::Pending
+    })
+    .await
+}
+
+/// One listener and its sessions.
+struct Desk {
+    streams: Rc<Streams>,
+    socket: UdpSocket,
+    local: SocketAddr,
+    sessions: RefCell<HashMap<Key, State>>,
+    /// Bytes of datagrams that wait.
+    waiting: Cell<usize>,
+    /// The one that is passed on right now.
+    datagram: RefCell<Box<[u8]>>,
+    refused: Cell<Refused>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Key {
+    client: SocketAddr,
+    /// What the client has sent to.
+    server: IpAddr,
+}
+
+enum State {
+    /// Its node is being found; what waits for it.
+    Opening(Vec<Box<[u8]>>),
+    Open(Rc<Flow>),
+}
+
+/// The way to a node.
+struct Flow {
+    socket: UdpSocket,
+    /// Bytes to the node, and from it to the client.
+    up: Cell<u64>,
+    down: Cell<u64>,
+    /// A datagram has passed since somebody looked.
+    moved: Cell<bool>,
+    /// Why the node could not be sent to, and who is to know.
+    failed: RefCell<(Option<io::Error>, Option<Waker>)>,
+}
+
+/// Datagrams of clients for whom there is no room.
+#[derive(Clone, Copy, Default)]
+struct Refused {
+    since_report: u64,
+    reported: Option<Instant>,
+}
+
+impl Desk {
+    fn poll_receive(self: &Rc<Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let mut datagram = self.datagram.borrow_mut();
+        for _ in 0..BATCH {
+            let received =
+                self.socket.try_io(Interest::READABLE, || packets::receive(self.socket.as_raw_fd(), &mut datagram));
+            match received {
+                Ok(received) => self.take(&datagram[..received.len], received),
+                Err(e) if e.kind() == ErrorKind::WouldBlock => {
+                    if let Err(e) = ready!(self.socket.poll_recv_ready(cx)) {
+                        tracing::error!("receive on {} (UDP) failed: {e}", self.local);
+                        return Poll::Ready(());
+                    }
+                }
+                Err(e) => tracing::debug!("receive on {} (UDP) failed: {e}", self.local),
+            }
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+
+    /// Gives a client's datagram to its session, or begins one.
+    fn take(self: &Rc<Self>, data: &[u8], received: Received) {
+        let key = Key { client: received.from, server: received.to.unwrap_or(self.local.ip()) };
+        let mut sessions = self.sessions.borrow_mut();
+        match sessions.entry(key) {
+            Entry::Occupied(mut known) => match known.get_mut() {
+                State::Open(flow) => flow.send(data),
+                State::Opening(waiting) => self.keep(waiting, data),
+            },
+            Entry::Vacant(new) => {
+                let Some(open) = self.enter() else { return };
+                let mut waiting = Vec::new();
+                self.keep(&mut waiting, data);
+                new.insert(State::Opening(waiting));
+                spawn_local(session(Place { desk: self.clone(), key, _open: open }));
+            }
+        }
+    }
+
+    fn keep(&self, waiting: &mut Vec<Box<[u8]>>, data: &[u8]) {
+        let bytes = self.waiting.get() + data.len();
+        if waiting.len() < WAITING_MAX && bytes <= WAITING_BYTES {
+            waiting.push(data.into());
+            self.waiting.set(bytes);
+        }
+    }
+
+    /// Counts a session; `None`: there is no room.
+    fn enter(&self) -> Option<Open> {
+        let Streams { drain, settings, udp_sessions, .. } = &*self.streams;
+        if drain.is_draining() {
+            return None;
+        }
+        let open = udp_sessions.get();
+        if open >= SESSIONS_MAX || drain.open() >= settings.max_connections {
+            self.refuse(open);
+            return None;
+        }
+        udp_sessions.set(open + 1);
+        Some(drain.enter())
+    }
+
+    fn refuse(&self, open: usize) {
+        let mut refused = self.refused.get();
+        refused.since_report += 1;
+        if refused.reported.is_none_or(|at| at.elapsed() >= REPORT_EVERY) {
+            let n = refused.since_report;
+            tracing::warn!("{n} datagrams to {} refused: {open} UDP sessions are open", self.local);
+            refused = Refused { since_report: 0, reported: Some(Instant::now()) };
+        }
+        self.refused.set(refused);
+    }
+
+    /// From the address that the client has sent to. What cannot be sent now is lost.
+    fn answer(&self, key: Key, data: &[u8]) -> io::Result<usize> {
+        let from = Some(key.server).filter(|_| self.local.ip().is_unspecified());
+        self.socket.try_io(Interest::WRITABLE, || packets::send(self.socket.as_raw_fd(), data, key.client, from))
+    }
+
+    /// What has waited for a session; `then`: its state from now on.
+    fn waited(&self, key: Key, then: Option<Rc<Flow>>) -> Vec<Box<[u8]>> {
+        let mut sessions = self.sessions.borrow_mut();
+        let before = match then {
+            Some(flow) => sessions.insert(key, State::Open(flow)),
+            None => sessions.remove(&key),
+        };
+        let Some(State::Opening(waited)) = before else { return Vec::new() };
+        let bytes: usize = waited.iter().map(|data| data.len()).sum();
+        self.waiting.set(self.waiting.get() - bytes);
+        waited
+    }
+}
+
+/// A session's place among the others, which is free when this is dropped.
+struct Place {
+    desk: Rc<Desk>,
+    key: Key,
+    _open: Open,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.desk.waited(self.key, None);
+        let count = &self.desk.streams.udp_sessions;
+        count.set(count.get() - 1);
+    }
+}
+
+async fn session(place: Place) {
+    let Place { desk, key, .. } = &place;
+    let server = SocketAddr::new(key.server, desk.local.port());
+    let mut session = Session::new(listener::next_serial(), "UDP", key.client, server);
+    let outcome = serve(desk, *key, &mut session).await;
+    desk.streams.ended(&mut session, outcome);
+}
+
+async fn serve(desk: &Desk, key: Key, session: &mut Session) -> Result<()> {
+    let (flow, limit, _lease) = open(desk, session).await?;
+    session.established = true;
+    for data in desk.waited(key, Some(flow.clone())) {
+        flow.send(&data);
+    }
+    let deadline = Deadline::new();
+    let (mut begun, mut draining) = (false, false);
+    // No read is woken by it: a node that nobody listens at, as ICMP tells.
+    let mut broken = pin!(flow.socket.ready(Interest::ERROR));
+    let outcome = poll_fn(|cx| {
+        if broken.as_mut().poll(cx).is_ready() {
+            let told = flow.socket.take_error().and_then(|e| e.map_or(Ok(()), Err));
+            return Poll::Ready(told.and_then(|()| Err(ErrorKind::ConnectionRefused.into())));
+        }
+        if let Err(e) = flow.poll_answers(cx, desk, key) {
+            return Poll::Ready(Err(e));
+        }
+        let drains = desk.streams.drain.is_draining();
+        if flow.moved.replace(false) || !begun || drains != draining {
+            (begun, draining) = (true, drains);
+            deadline.start(if drains { limit.min(DRAIN_QUIET) } else { limit }, cx);
+        } else if deadline.poll_expired(cx) {
+            return Poll::Ready(Ok(()));
+        }
+        Poll::Pending
+    })
+    .await;
+    session.over(flow.up.get(), flow.down.get());
+    // Nobody is there.
+    session.established = outcome.is_ok() || flow.down.get() > 0;
+    outcome.map_err(|e| Error::upstream(Kind::ConnectRefused).cause(e).context("no datagram reaches the upstream"))
+}
+
+/// A way to a node, how long it may be idle, and the node's place with its balancer.
+async fn open(desk: &Desk, session: &mut Session) -> Result<(Rc<Flow>, Duration, Lease)> {
+    let Target { upstream, .. } = desk.streams.choose(session)?;
+    if upstream.scheme == Scheme::Tls {
+        return Err(Error::config(Kind::Invalid).context("upstream scheme tls is not spoken over UDP"));
+    }
+    let (socket, lease) = desk.streams.reach(session, &upstream, connect).await?;
+    let (up, down, moved, failed) = Default::default();
+    Ok((Rc::new(Flow { socket, up, down, moved, failed }), timeouts(&upstream, UDP_IDLE).read, lease))
+}
+
+/// A socket that sends to a node, and hears from it alone.
+async fn connect(addr: SocketAddr) -> Result<UdpSocket> {
+    let connected = async {
+        let any: IpAddr = if addr.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+        let socket = UdpSocket::bind(SocketAddr::new(any, 0)).await?;
+        socket.connect(addr).await?;
+        // Known from now on, so that the first datagram does not find it unknown.
+        socket.writable().await?;
+        Ok(socket)
+    };
+    let failed = |e: io::Error| Error::upstream(Kind::ConnectRefused).retry(Retry::Safe).cause(e);
+    connected.await.map_err(|e| failed(e).context(format!("connect() to {addr} failed")))
+}
+
+impl Flow {
+    /// What the node cannot take now is lost.
+    fn send(&self, data: &[u8]) {
+        self.moved.set(true);
+        match self.socket.try_send(data) {
+            Ok(n) => self.up.set(self.up.get() + n as u64),
+            Err(e) if e.kind() == ErrorKind::WouldBlock => {}
+            Err(e) => {
+                let mut failed = self.failed.borrow_mut();
+                failed.0 = Some(e);
+                if let Some(waker) = &failed.1 {
+                    waker.wake_by_ref();
+                }
+            }
+        }
+    }
+
+    /// Passes on what the node has sent; an error is the end of the session.
+    fn poll_answers(&self, cx: &mut Context<'_>, desk: &Desk, key: Key) -> io::Result<()> {
+        {
+            let mut failed = self.failed.borrow_mut();
+            if let Some(e) = mem::take(&mut failed.0) {
+                return Err(e);
+            }
+            match &mut failed.1 {
+                Some(waker) => waker.clone_from(cx.waker()),
+                none => *none = Some(cx.waker().clone()),
+            }
+        }
+        let mut datagram = desk.datagram.borrow_mut();
+        for _ in 0..BATCH {
+            let mut buf = ReadBuf::new(&mut datagram);
+            match self.socket.poll_recv(cx, &mut buf) {
+                Poll::Pending => return Ok(()),
+                Poll::Ready(received) => received?,
+            }
+            self.moved.set(true);
+            match desk.answer(key, buf.filled()) {
+                Ok(n) => self.down.set(self.down.get() + n as u64),
+                Err(e) => tracing::debug!("a datagram to {} is lost: {e}", key.client),
+            }
+        }
+        cx.waker().wake_by_ref();
+        Ok(())
+    }
+}
