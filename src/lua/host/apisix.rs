@@ -472,7 +472,8 @@ fn stored(config: &Snapshot, kind: model::Kind, id: &str) -> Option<Stored> {
         Kind::PluginMetadata => config.plugin_metadata.get(id).map(of),
         // Keys, sources of code and secrets are not for every plugin to read.
         Kind::Ssl | Kind::Secret | Kind::Function | Kind::PluginSource => None,
-        Kind::Proto | Kind::StreamRoute => config.others.get(&(kind, id.into())).map(of),
+        Kind::StreamRoute => config.stream_routes.get(id).map(of),
+        Kind::Proto => config.others.get(&(kind, id.into())).map(of),
     }
 }
 
