@@ -1,5 +1,7 @@
 --- `core.os`: the environment and the user. All phases.
 local ffi = require("ffi")
+local error = error
+local math = math
 local setmetatable = setmetatable
 local type = type
 local tostring = tostring
@@ -26,8 +28,12 @@ function _M.setenv(name, value)
     return ffi.C.setenv(name, tostring(value), 1) == 0
 end
 
---- Holds the whole worker for so many microseconds, up to a second: nothing else of it runs meanwhile. `ngx.sleep` does not.
+--- Holds the whole worker for so many microseconds, a whole number up to a second: nothing else of it runs meanwhile, unlike
+-- with `ngx.sleep`. Raises for another argument.
 function _M.usleep(microseconds)
+    if type(microseconds) ~= "number" or microseconds < 0 or microseconds % 1 ~= 0 then
+        error("bad argument #1 to 'usleep' (a whole number from 0 expected)", 2)
+    end
     return ffi.C.usleep(math.min(microseconds, MAX_PAUSE_US)) == 0
 end
 
