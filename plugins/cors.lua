@@ -101,7 +101,8 @@ local function allowed_origin(conf, origin)
         return origin
     end
     if conf.allow_origins == "*" then
-        return "*"
+        -- The default, which means nothing where the metadata says who is allowed.
+        return not conf.allow_origins_by_metadata and "*" or nil
     end
     return origin and among(conf.allow_origins, origin) and origin or nil
 end

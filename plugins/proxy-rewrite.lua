@@ -3,11 +3,12 @@ local core = require("apisix.core")
 local ngx = ngx
 local re_match, re_sub = ngx.re.match, ngx.re.sub
 local escape_uri = ngx.escape_uri
-local set_method = ngx.req.set_method
+local set_method, set_uri = ngx.req.set_method, ngx.req.set_uri
 local resolve_var = core.utils.resolve_var
 local with_captures = core.utils.resolve_var_with_captures
-local find, sub, gsub = string.find, string.sub, string.gsub
-local ipairs, pairs, pcall, setmetatable, tostring, type = ipairs, pairs, pcall, setmetatable, tostring, type
+local char, find, sub, gsub = string.char, string.find, string.sub, string.gsub
+local ipairs, pairs, pcall, setmetatable, tonumber, tostring, type =
+    ipairs, pairs, pcall, setmetatable, tonumber, tostring, type
 
 local name = "proxy-rewrite"
 
@@ -169,6 +170,17 @@ local function escape_path(path)
     end))
 end
 
+local function byte_of(hex)
+    return char(tonumber(hex, 16))
+end
+
+local function decode_path(path)
+    if not find(path, "%", 1, true) then
+        return path
+    end
+    return (gsub(path, "%%(%x%x)", byte_of))
+end
+
 local function from_regexes(patterns, uri, ctx)
     for i = 1, #patterns, 2 do
         local captures, err = re_match(uri, patterns[i], "jo")
@@ -228,6 +240,10 @@ function _M.rewrite(conf, ctx)
             return 500, { error_msg = "failed to substitute the uri" }
         end
         ctx.var.upstream_uri = is_whole and uri or append_args(uri, ctx.var.args)
+        if not is_whole then
+            -- What runs after this, and the log, see the new path.
+            set_uri(decode_path((gsub(uri, "%?.*", ""))))
+        end
     end
     if conf.headers then
         rewrite_headers(conf, ctx)

@@ -172,6 +172,10 @@ fn foreground(options: &Options, run: Run) -> Result<()> {
     // Addresses of an earlier run are no longer true.
     let _ = fs::remove_file(options.prefix.join(LISTEN_FILE));
     admin_key::ensure(&mut config)?;
+    for (name, value) in &config.envs {
+        // SAFETY: there is one thread so far; the log starts the first.
+        unsafe { env::set_var(name, value) };
+    }
     let level = Level::from_name(&config.error_log_level).unwrap_or(Level::Warn);
     log::init(&config.error_log, level)
         .map_err(|e| Error::config(Kind::Io).cause(e).context(config.error_log.display().to_string()))?;

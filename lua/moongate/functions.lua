@@ -45,7 +45,8 @@ end
 
 local function make_env()
     local open = { require = sandboxed_require, loadstring = sandboxed_load, load = sandboxed_load,
-        os = { time = os.time, date = os.date, clock = os.clock, difftime = os.difftime }, ngx = ngx }
+        os = { time = os.time, date = os.date, clock = os.clock, difftime = os.difftime }, ngx = ngx,
+        ndk = copy(ndk) }
     for _, name in ipairs({ "assert", "error", "ipairs", "next", "pairs", "pcall", "print", "rawequal", "rawget",
         "rawlen", "rawset", "select", "tonumber", "tostring", "type", "unpack", "xpcall", "_VERSION" }) do
         open[name] = _G[name]

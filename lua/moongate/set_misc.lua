@@ -51,6 +51,7 @@ end
 local json_escapes = { ['"'] = '\\"', ["\\"] = "\\\\", ["\b"] = "\\b", ["\f"] = "\\f", ["\n"] = "\\n", ["\r"] = "\\r", ["\t"] = "\\t" }
 
 local function quote_json(text)
+    if text == "" then return "null" end
     local quoted = text:gsub('[%z\1-\31"\\\127]', function(c)
         return json_escapes[c] or format("\\u%04x", byte(c))
     end)
@@ -59,7 +60,7 @@ end
 
 local directives = {
     set_escape_uri = ngx.escape_uri, set_unescape_uri = ngx.unescape_uri, set_quote_sql_str = ngx.quote_sql_str,
-    set_quote_pgsql_str = function(text) return "E" .. ngx.quote_sql_str(text) end,
+    set_quote_pgsql_str = native.quote_pgsql,
     set_quote_json_str = quote_json,
     set_md5 = ngx.md5,
     set_sha1 = function(text) return crypto.hex(ngx.sha1_bin(text)) end,
@@ -86,5 +87,6 @@ return {
             return f
         end,
         __newindex = function() error("not allowed", 2) end,
+        __metatable = false,
     }),
 }

@@ -14,6 +14,7 @@ local floor, max = math.floor, math.max
 local ipairs, pairs, tonumber, tostring, type = ipairs, pairs, tonumber, tostring, type
 
 local schemas = schema_def.of_plugin("limit-count")
+local fixed = require("apisix.plugins.limit-count.limit-count-local")
 local dict = ngx_shared["plugin-limit-count"]
 
 local _M = { schema = schemas.schema, metadata_schema = schemas.metadata_schema }
@@ -59,6 +60,8 @@ function _M.check_schema(conf, schema_type)
     if conf.group then
         local first = group_conf(conf.group, "", comparable, conf)
         if not core.table.deep_eq(first, comparable(conf)) then
+            core.log.error("previous limit-count group ", conf.group, " conf: ", core.json.encode(first),
+                ", current conf: ", core.json.encode(comparable(conf)))
             return false, "group conf mismatched"
         end
     end
@@ -105,7 +108,9 @@ local function prefix_of(conf)
     if conf.group then
         prefix = conf.group .. ":"
     elseif parent then
-        prefix = parent.resource_key .. ":" .. parent.resource_version .. ":"
+        -- By what the conf says: a change elsewhere in the object leaves the counters.
+        local text = core.json.stably_encode(comparable(conf))
+        prefix = parent.resource_key .. ":" .. ngx.crc32_long(text) .. ":"
     end
     prefixes[conf] = prefix
     return prefix
@@ -118,15 +123,6 @@ local function limit_key(conf, ctx, name, value)
         return prefix .. value
     end
     return name .. ":" .. (ctx.conf_type or "") .. (ctx.conf_id or "") .. ":" .. (ctx.conf_version or "") .. ":" .. value
-end
-
--- What is left of the window's count (negative: over it) and the seconds until the window ends.
-local function count_fixed(key, cost, count, window)
-    local remaining, err = dict:incr(key, -cost, count, window)
-    if not remaining then
-        return nil, err
-    end
-    return remaining, dict:ttl(key) or window
 end
 
 -- The window slides: what the one before left counts by the share of it that is still inside.
@@ -204,7 +200,7 @@ local function apply(conf, ctx, name, limit, cost)
     end
     local key = limit_key(conf, ctx, name, limit.value)
     core.log.info("limit key: ", key)
-    local count_in = conf.window_type == "sliding" and count_sliding or count_fixed
+    local count_in = conf.window_type == "sliding" and count_sliding or fixed.count
     local remaining, reset = count_in(key, cost, count, window)
     if not remaining then
         return failed(conf, reset)
@@ -247,7 +243,6 @@ function _M.info(ctx)
         rate_limiting_limit = ctx._limit_count,
         rate_limiting_remaining = max(0, ctx._limit_remaining),
         rate_limiting_reset = floor(ctx._limit_reset + 0.5),
-        rate_limiting_window = ctx._limit_window,
     }
 end
 

@@ -83,6 +83,8 @@ pub struct Config {
     /// `lua.preload`: libraries whose symbols `ffi.C` sees.
     pub preload: Vec<String>,
     pub real_ip: RealIp,
+    /// For the environment of the process.
+    pub envs: Vec<(String, String)>,
     /// `X-Forwarded-*` of these peers is taken as it comes.
     pub trusted_addresses: Vec<IpNet>,
     pub locations: Arc<locations::Locations>,

@@ -15,7 +15,7 @@ use serde_json::Value;
 
 use super::{
     AccessLog, Admin, AdminKey, Client, Config, Keepalive, Listen, LuaLimits, Prometheus, RealIp, Resolver, Router,
-    Tls, Warning, keys::at, locations,
+    Tls, Warning, keys::at, locations, locations::Options,
 };
 
 /// Worker threads that `auto` never exceeds: each costs a VM.
@@ -65,6 +65,7 @@ pub(super) fn read(
     let shared_dicts = r.shared_dicts();
     let resolver = r.resolver();
     let real_ip = r.real_ip();
+    let envs = r.envs();
     let trusted_addresses = r.networks("apisix.trusted_addresses");
     let (keyring, encrypt_fields) = r.keyring();
     let captured_log = r.captured_log();
@@ -111,6 +112,7 @@ pub(super) fn read(
         captured_log,
         preload,
         real_ip,
+        envs,
         trusted_addresses,
         locations,
         stream,
@@ -595,12 +597,36 @@ impl<'a> Reader<'a> {
         size as usize
     }
 
+    /// `nginx_config.http.real_ip_…`, or the directives themselves in `lua_options`.
     fn real_ip(&mut self) -> RealIp {
+        if let Some(lines) = self.get("lua_options.set_real_ip_from") {
+            let options = Options::read(self.get("lua_options").and_then(Value::as_object), &Options::default());
+            let mut from = Vec::new();
+            for line in options.all("set_real_ip_from") {
+                match network(line) {
+                    Some(network) => from.push(network),
+                    // No connection comes in over a Unix socket.
+                    None if &**line == "unix:" => {}
+                    None => self.wrong(
+                        "lua_options.set_real_ip_from",
+                        format!("{line:?} of {lines} is neither an address nor a network as 10.0.0.0/8"),
+                    ),
+                }
+            }
+            let header = options.get("real_ip_header").unwrap_or("X-Real-IP").to_owned();
+            return RealIp { header, from, recursive: options.get("real_ip_recursive") == Some("on") };
+        }
         RealIp {
             header: self.text("nginx_config.http.real_ip_header"),
             from: self.networks("nginx_config.http.real_ip_from"),
             recursive: self.flag("nginx_config.http.real_ip_recursive"),
         }
+    }
+
+    /// `NAME=value` of `nginx_config.envs`; a bare name is there anyway.
+    fn envs(&mut self) -> Vec<(String, String)> {
+        let texts = self.texts("nginx_config.envs");
+        texts.iter().filter_map(|text| text.split_once('=')).map(|(name, value)| (name.into(), value.into())).collect()
     }
 
     fn keyring(&mut self) -> (Vec<String>, bool) {

@@ -32,6 +32,7 @@ use smallvec::SmallVec;
 
 pub use body::{Chunk, RequestBody, Spooled};
 pub use headers::Headers;
+use headers::append_all;
 pub use last_host::LastHost;
 pub use vars::{Known, Var};
 
@@ -230,15 +231,21 @@ pub struct ClientHello {
 pub struct Request {
     pub method: Vec<u8>,
     pub version: Version,
-    /// The request-target as it came: `$request_uri`.
+    /// The request-target without scheme and authority: `$request_uri`.
     pub target: Vec<u8>,
+    /// The first line as it came, once the fields do not say it any more: `set_method`, an absolute target. Empty: they do.
+    pub line: Vec<u8>,
     /// The path: decoded, dots and slashes merged: `$uri`.
     pub path: Vec<u8>,
     /// The query, undecoded, without `?`: `$args`.
     pub args: Vec<u8>,
+    /// A script has set `args`: an empty one is `""` then, and not nothing.
+    pub args_set: bool,
     /// Lower case, without port: `$host`.
     pub host: Vec<u8>,
     pub headers: Headers,
+    /// In a subrequest: the head of the request that all of it is for.
+    pub main: Option<Rc<MainHead>>,
     /// `path` or `args` were changed: what goes upstream is built from them instead of `target`.
     pub uri_changed: bool,
     /// Bytes of the head as received (`$request_length` counts them and the body).
@@ -252,6 +259,13 @@ pub struct Request {
     pub expects_continue: bool,
     /// The protocol that an `Upgrade` asks for.
     pub upgrade: bool,
+}
+
+/// What a subrequest's variables say of the client's own request.
+#[derive(Debug, Default)]
+pub struct MainHead {
+    pub method: Vec<u8>,
+    pub headers: Headers,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -335,8 +349,8 @@ pub struct UpstreamState {
     pub tries: SmallVec<[Try; 1]>,
     /// Response bytes may be withheld in the gateway (`proxy_buffering`); off: each read is sent at once.
     pub buffering: bool,
-    /// Bytes of the response's body that have come so far: `$upstream_response_length`.
-    pub response_length: u64,
+    /// The next try is the first of another group of servers.
+    pub another_group: bool,
     /// Fields as the upstream sent them (`$upstream_http_*`), kept only when something asks: see `vars`.
     pub headers: Headers,
 }
@@ -370,6 +384,8 @@ pub struct Try {
     pub addr: SocketAddr,
     /// Index into the upstream's nodes.
     pub node: usize,
+    /// The first of another group of servers than that of the try before it.
+    pub another_group: bool,
     /// 0 until a status line came; 502 or 504 for one that failed, as in nginx.
     pub status: u16,
     pub connect_time: Option<Duration>,
@@ -377,6 +393,8 @@ pub struct Try {
     pub response_time: Option<Duration>,
     pub bytes_sent: u64,
     pub bytes_received: u64,
+    /// Bytes of the response's body that have come so far: `$upstream_response_length`.
+    pub response_length: u64,
     pub reused: bool,
 }
 
@@ -511,10 +529,55 @@ fn reuse(buffer: &mut Vec<u8>) {
 }
 
 impl Request {
+    /// Keeps the first line as it came: before a part of it changes.
+    pub fn keep_line(&mut self) {
+        if self.line.is_empty() {
+            let mut line = std::mem::take(&mut self.line);
+            self.append_line(&mut line);
+            self.line = line;
+        }
+    }
+
+    /// Changes the method, and not what the client is said to have asked for.
+    pub fn set_method(&mut self, name: &[u8]) {
+        self.keep_line();
+        self.method.clear();
+        self.method.extend_from_slice(name);
+    }
+
+    /// Appends `GET /path HTTP/1.1`, as it came.
+    pub fn append_line(&self, out: &mut Vec<u8>) {
+        match () {
+            () if !self.line.is_empty() => out.extend_from_slice(&self.line),
+            // A line that was none stands in the target.
+            () if self.method.is_empty() => out.extend_from_slice(&self.target),
+            () => append_all(out, [&self.method, b" ", &self.target, b" ", vars::version(self.version)]),
+        }
+    }
+
+    /// The client's method, also in a subrequest with one of its own.
+    pub fn main_method(&self) -> &[u8] {
+        self.main.as_ref().map_or(&self.method, |main| &main.method)
+    }
+
+    /// Appends the client's head, also in a subrequest: the first line, if it is asked for, and the fields.
+    pub fn append_head(&self, with_line: bool, out: &mut Vec<u8>) {
+        if with_line {
+            self.append_line(out);
+            out.extend_from_slice(b"\r\n");
+        }
+        self.main.as_ref().map_or(&self.headers, |main| &main.headers).write_to(out, |_, _| true);
+        out.extend_from_slice(b"\r\n");
+    }
+
     fn reset(&mut self) {
-        for buffer in [&mut self.method, &mut self.target, &mut self.path, &mut self.args, &mut self.host] {
+        for buffer in
+            [&mut self.method, &mut self.target, &mut self.line, &mut self.path, &mut self.args, &mut self.host]
+        {
             reuse(buffer);
         }
+        self.args_set = false;
+        self.main = None;
         self.version = Version::default();
         self.headers.clear();
         self.uri_changed = false;
@@ -554,7 +617,7 @@ impl UpstreamState {
         self.keepalive = None;
         self.balancing = None;
         self.tries.clear();
-        self.response_length = 0;
+        self.another_group = false;
         self.buffering = true;
         self.headers.clear();
     }
@@ -662,16 +725,23 @@ mod tests {
     fn a_pooled_exchange_forgets_and_keeps_little_memory() {
         let addr = SocketAddr::from(([127, 0, 0, 1], 1));
         let mut x = Exchange::new(Rc::new(Connection::new(1, addr, addr)), Arc::default());
-        for buffer in [&mut x.printed, &mut x.chunk.data, &mut x.request.target, &mut x.request.args] {
+        for buffer in
+            [&mut x.printed, &mut x.chunk.data, &mut x.request.target, &mut x.request.line, &mut x.request.args]
+        {
             buffer.resize(KEPT_BYTES * 10, b'x');
         }
         x.request.headers.append("A", "b".repeat(KEPT_BYTES * 10));
         x.custom_vars.push(("a".into(), b"b".to_vec()));
         x.lua.phases = 1;
         x.reset();
-        assert!(x.printed.is_empty() && x.request.target.is_empty() && x.request.headers.is_empty());
+        assert!(
+            x.printed.is_empty()
+                && x.request.target.is_empty()
+                && x.request.line.is_empty()
+                && x.request.headers.is_empty()
+        );
         assert!(x.custom_vars.is_empty() && x.lua.phases == 0);
-        for buffer in [&x.printed, &x.chunk.data, &x.request.target, &x.request.args] {
+        for buffer in [&x.printed, &x.chunk.data, &x.request.target, &x.request.line, &x.request.args] {
             assert!(buffer.capacity() <= KEPT_BYTES * 2, "{}", buffer.capacity());
         }
     }

@@ -131,8 +131,14 @@ fn upper_hex(b: u8, out: &mut Vec<u8>) {
     out.extend_from_slice(&[DIGITS[usize::from(b >> 4)], DIGITS[usize::from(b & 15)]]);
 }
 
-/// As `i2a_ASN1_INTEGER`: a line goes on after 35 bytes. A negative one does not get through a handshake.
+/// As `i2a_ASN1_INTEGER`: a sign before what is negative, and a line goes on after 35 bytes.
 fn serial(bytes: &[u8], out: &mut Vec<u8>) {
+    let mut magnitude = bytes.to_vec();
+    if bytes.first().is_some_and(|first| first & 0x80 != 0) {
+        out.push(b'-');
+        negate(&mut magnitude);
+    }
+    let bytes = magnitude;
     let start = bytes.iter().position(|b| *b != 0).unwrap_or(bytes.len());
     if start == bytes.len() {
         out.extend_from_slice(b"00");
@@ -142,6 +148,14 @@ fn serial(bytes: &[u8], out: &mut Vec<u8>) {
             out.extend_from_slice(b"\\\n");
         }
         upper_hex(*b, out);
+    }
+}
+
+/// Of a number in two's complement, the last byte least.
+fn negate(bytes: &mut [u8]) {
+    let mut carries = true;
+    for b in bytes.iter_mut().rev() {
+        (*b, carries) = (!*b).overflowing_add(u8::from(carries));
     }
 }
 
@@ -194,11 +208,42 @@ fn oneline(name: &X509Name<'_>, out: &mut Vec<u8>) {
 
 /// `CN=`, or the identifier of what OpenSSL has no name for; says whether it has one.
 fn write_name(attribute: &AttributeTypeAndValue<'_>, out: &mut Vec<u8>) -> bool {
-    let oid = attribute.attr_type().to_id_string();
+    let oid = dotted(attribute.attr_type().as_bytes());
     let name = openssl::attribute(&oid);
     out.extend_from_slice(name.unwrap_or(&oid).as_bytes());
     out.push(b'=');
     name.is_some()
+}
+
+/// `2.5.4.3` (X.690, 8.19.4). What does not end, or has a part that is no `u128` (the largest that is in use: UUIDs below
+/// 2.25), stands there in hexadecimal.
+fn dotted(oid: &[u8]) -> String {
+    parts(oid).unwrap_or_else(|| {
+        let mut text = Vec::new();
+        hex(oid, &mut text);
+        String::from_utf8_lossy(&text).into_owned()
+    })
+}
+
+fn parts(oid: &[u8]) -> Option<String> {
+    let mut text = String::new();
+    let mut part = 0_u128;
+    for b in oid {
+        part = part.checked_mul(128)? | u128::from(b & 0x7f);
+        if b & 0x80 != 0 {
+            continue;
+        }
+        match text.is_empty() {
+            // The first two in one, of which the first is at most 2.
+            true => {
+                let first = (part / 40).min(2);
+                text = format!("{first}.{}", part - first * 40);
+            }
+            false => text.push_str(&format!(".{part}")),
+        }
+        part = 0;
+    }
+    oid.last().filter(|last| **last & 0x80 == 0).map(|_| text)
 }
 
 /// A value's bytes; those of a bit string without the number of bits that are not used.
@@ -207,12 +252,13 @@ fn plain<'a>(value: &'a Any<'_>) -> &'a [u8] {
     if value.tag() == Tag::BitString { bytes.get(1..).unwrap_or_default() } else { bytes }
 }
 
-/// A value's characters. `None`: it is none of those strings that OpenSSL reads.
-fn text(value: &Any<'_>) -> Option<String> {
+/// A value in UTF-8; one that says that it is in UTF-8 is taken as it is, byte by byte. `None`: it is none of those strings that
+/// OpenSSL reads.
+fn text(value: &Any<'_>) -> Option<Vec<u8>> {
     let bytes = value.as_bytes();
     let wide = |n: usize| bytes.len().is_multiple_of(n).then(|| bytes.chunks_exact(n));
-    match value.tag() {
-        Tag::Utf8String => Some(String::from_utf8_lossy(bytes).into_owned()),
+    let text: Option<String> = match value.tag() {
+        Tag::Utf8String => return Some(bytes.to_vec()),
         Tag::NumericString
         | Tag::PrintableString
         | Tag::T61String
@@ -225,27 +271,27 @@ fn text(value: &Any<'_>) -> Option<String> {
             wide(4)?.map(|c| char::from_u32(u32::from_be_bytes([c[0], c[1], c[2], c[3]]))).collect()
         }
         _ => None,
-    }
+    };
+    text.map(String::into_bytes)
 }
 
 /// RFC 2253, 2.4; control characters and bytes above ASCII as `\C3`.
-fn escape(text: &str, out: &mut Vec<u8>) {
-    let last = text.chars().count().saturating_sub(1);
-    let mut utf8 = [0; 4];
-    for (i, c) in text.chars().enumerate() {
-        let special = match c {
-            ',' | '+' | '"' | '\\' | '<' | '>' | ';' => true,
-            ' ' => i == 0 || i == last,
-            '#' => i == 0 && i != last,
+fn escape(text: &[u8], out: &mut Vec<u8>) {
+    let last = text.len().saturating_sub(1);
+    for (i, &b) in text.iter().enumerate() {
+        let special = match b {
+            b',' | b'+' | b'"' | b'\\' | b'<' | b'>' | b';' => true,
+            b' ' => i == 0 || i == last,
+            b'#' => i == 0 && i != last,
             _ => false,
         };
-        match c {
-            _ if special => out.extend_from_slice(&[b'\\', c as u8]),
-            ' '..='~' => out.push(c as u8),
-            _ => c.encode_utf8(&mut utf8).bytes().for_each(|b| {
+        match b {
+            _ if special => out.extend_from_slice(&[b'\\', b]),
+            b' '..=b'~' => out.push(b),
+            _ => {
                 out.push(b'\\');
                 upper_hex(b, out);
-            }),
+            }
         }
     }
 }
@@ -392,15 +438,83 @@ zZjUIIVYqHCKFA07mk4WpTzOfpzD
         assert_eq!(issuer.matches("=v").count() + 1, issuer.split(',').count(), "one has no name: {issuer}");
         let legacy = read(&x, "ssl_client_i_dn_legacy").expect("there");
         assert!(legacy.starts_with("/CN=v/SN=v/") && legacy.ends_with("/0.9.2342.19200300.100.1.60=v"), "{legacy}");
-        let days: u64 = read(&x, "ssl_client_v_remain").and_then(|days| days.parse().ok()).expect("a number");
-        assert!((1000..37_000).contains(&days), "{days}");
+        let end = read(&x, "ssl_client_v_end").expect("there");
+        let end = chrono::NaiveDateTime::parse_from_str(&end, "%b %e %H:%M:%S %Y GMT").expect("a time").and_utc();
+        let days = || (end - chrono::Utc::now()).num_days().to_string();
+        let (before, said, after) = (days(), read(&x, "ssl_client_v_remain").expect("there"), days());
+        assert!(said == before || said == after, "{said} is neither {before} nor {after}");
+    }
+
+    /// The certificate with other bytes of the same length in it; nobody looks at its signature here.
+    fn patched(pem: &str, from: &[u8], to: &[u8]) -> Exchange {
+        let mut x = exchange(pem);
+        let tls = Rc::get_mut(&mut x.conn).and_then(|conn| conn.tls.as_mut()).expect("there");
+        let der = tls.client_cert.as_mut().expect("there");
+        let at = der.windows(from.len()).position(|found| found == from).expect("it holds that");
+        der[at..at + from.len()].copy_from_slice(to);
+        x
     }
 
     #[test]
-    fn damaged_certificates_are_read_as_far_as_they_go_and_never_panic() {
+    fn what_is_no_utf8_shows_its_bytes() {
+        let dn = |to: &[u8]| read(&patched(ODD, b"K\xc3\xb6ln", to), "ssl_client_s_dn").expect("there");
+        assert!(dn(b"K\xffoln").contains(r"ST=K\FFoln\,"), "{}", dn(b"K\xffoln"));
+        assert!(dn(b"K\xfeoln").contains(r"ST=K\FEoln\,"));
+        assert!(dn(b"\xc3oln\xff").contains(r"ST=\C3oln\FF\,"));
+        let legacy = read(&patched(ODD, b"K\xc3\xb6ln", b"K\xffoln"), "ssl_client_s_dn_legacy");
+        assert!(legacy.expect("there").contains(r"/ST=K\xFFoln,"));
+    }
+
+    #[test]
+    fn a_negative_serial_number_has_a_sign() {
+        let x = patched(LONG, &[0x02, 0x28, 0x01, 0x01], &[0x02, 0x28, 0xfe, 0x01]);
+        assert_eq!(
+            read(&x, "ssl_client_serial"),
+            Some(format!("-01{}\\\n{}FF", "FE".repeat(34), "FE".repeat(4))),
+            "a line goes on after 35 bytes, the sign aside"
+        );
+        for (bytes, text) in [
+            (&[0xff, 0x21, 0x52, 0x41, 0x11][..], "-DEADBEEF"),
+            (&[0xff], "-01"),
+            (&[0x80], "-80"),
+            (&[0x80, 0], "-8000"),
+            (&[0, 0x80], "80"),
+            (&[], "00"),
+        ] {
+            let mut out = Vec::new();
+            serial(bytes, &mut out);
+            assert_eq!(out, text.as_bytes());
+        }
+    }
+
+    #[test]
+    fn what_has_no_name_is_told_by_its_numbers() {
+        let own = [0x2b, 0x06, 0x01, 0x04, 0x01, 0x86, 0x8d, 0x1f, 0x01];
+        let x = patched(ODD, &own, &[0x88, 0x37, 0x01, 0x04, 0x01, 0x86, 0x8d, 0x1f, 0x01]);
+        let dn = read(&x, "ssl_client_s_dn").expect("there");
+        assert!(dn.contains(",2.999.1.4.1.99999.1=#0C036F776E,"), "{dn}");
+        let most = [&[0x69, 0x83][..], &[0xff; 17], &[0x7f]].concat();
+        for (oid, text) in [
+            (&[0x88, 0x37, 0x01][..], "2.999.1"),
+            (&[0x27], "0.39"),
+            (&[0x28], "1.0"),
+            (&[0x4f], "1.39"),
+            (&[0x50], "2.0"),
+            (&[0x55, 0x04, 0x03], "2.5.4.3"),
+            (&most, "2.25.340282366920938463463374607431768211455"),
+            (&[&[0x69, 0x84][..], &[0x80; 17], &[0]].concat(), "6984808080808080808080808080808080808000"),
+            (&[0x55, 0x04, 0x03, 0x83], "55040383"),
+            (&[], ""),
+        ] {
+            assert_eq!(dotted(oid), text);
+        }
+    }
+
+    #[test]
+    fn damaged_certificates_are_read_as_far_as_they_go_in_printable_signs() {
         let whole = CertificateDer::from_pem_slice(ODD.as_bytes()).expect("a certificate").to_vec();
         let mut x = exchange(ODD);
-        let mut scratch = Vec::new();
+        let (mut scratch, mut read, mut unread) = (Vec::new(), 0, 0);
         for (at, bits) in (0..whole.len()).step_by(5).zip([0x01, 0x80, 0xff].into_iter().cycle()) {
             let mut damaged = whole.clone();
             damaged[at] ^= bits;
@@ -408,9 +522,16 @@ zZjUIIVYqHCKFA07mk4WpTzOfpzD
             conn.tls.as_mut().expect("there").client_cert = Some(damaged.into());
             for name in ["s_dn", "i_dn", "s_dn_legacy", "serial", "v_start", "v_end", "v_remain", "escaped_cert"] {
                 scratch.clear();
-                let _ = x.var_by_name(&format!("ssl_client_{name}"), &mut scratch);
+                let Some(value) = x.var_by_name(&format!("ssl_client_{name}"), &mut scratch) else {
+                    unread += 1;
+                    continue;
+                };
+                read += 1;
+                let printable = value.iter().all(|b| matches!(b, b' '..=b'~') || (name == "serial" && *b == b'\n'));
+                assert!(printable, "{name} with byte {at} changed: {value:?}");
             }
         }
+        assert!(read > unread && unread > 0, "{read} were read and {unread} were not");
     }
 
     #[test]

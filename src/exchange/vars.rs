@@ -13,7 +13,10 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use base64::Engine;
+use base64::{
+    Engine, alphabet,
+    engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig},
+};
 use hashbrown::HashMap;
 
 use super::{Exchange, Headers, RequestBody, TcpInfo, Try, Version, headers::append_all};
@@ -27,6 +30,12 @@ use crate::{
 
 /// What `$nginx_version` says: the version whose contract is kept, since scripts compare it.
 const NGINX_VERSION: &str = "1.27.1";
+
+/// Variables of a request that scripts may make: a bound against a script that makes one per loop.
+pub const MAX_CUSTOM: usize = 256;
+
+/// `server_name` of APISIX's server, which takes every request.
+const SERVER_NAME: &[u8] = b"_";
 
 /// A variable, parsed once where it is written (access log format, `vars`, chash key, Lua).
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -272,6 +281,7 @@ impl Exchange {
         let place = match known_names().get(name) {
             Some(Known::Args) => {
                 self.request.uri_changed = true;
+                self.request.args_set = true;
                 &mut self.request.args
             }
             Some(Known::UpstreamUri) => &mut self.upstream.uri,
@@ -353,6 +363,11 @@ impl Exchange {
         &mut self.custom_vars[at].1
     }
 
+    /// Whether the variable was set before.
+    pub fn is_made(&self, name: &str) -> bool {
+        self.set_by_name(name).is_some()
+    }
+
     fn set_by_name(&self, name: &str) -> Option<&[u8]> {
         self.custom_vars.iter().find(|(n, _)| **n == *name).map(|(_, v)| v.as_slice())
     }
@@ -397,13 +412,17 @@ impl Exchange {
         scratch.clear();
         let r = &self.request;
         match known {
+            Known::Args | Known::QueryString if r.args_set => Some(&r.args),
             Known::Args | Known::QueryString => non_empty(&r.args),
             Known::IsArgs => Some(if r.args.is_empty() { b"" } else { b"?" }),
             Known::Uri | Known::DocumentUri | Known::EchoRequestUri => Some(&r.path),
             Known::RequestUri => Some(&r.target),
-            Known::RequestMethod | Known::EchoRequestMethod | Known::EchoClientRequestMethod => Some(&r.method),
+            Known::EchoRequestMethod => Some(&r.method),
+            Known::RequestMethod | Known::EchoClientRequestMethod => Some(r.main_method()),
+            // HTTP/1.0 may name none.
+            Known::Host if r.host.is_empty() => Some(SERVER_NAME),
             Known::Host => Some(&r.host),
-            Known::ServerName => Some(b"_"),
+            Known::ServerName => Some(SERVER_NAME),
             Known::ServerProtocol => Some(version(r.version)),
             Known::DocumentRoot => self.location.as_ref().map(|l| l.root.as_os_str().as_encoded_bytes()),
             Known::Http2 => Some(match (r.version, &self.conn.tls) {
@@ -484,14 +503,8 @@ impl Exchange {
     fn written<'a>(&'a self, known: Known, out: &'a mut Vec<u8>) -> Option<&'a [u8]> {
         let r = &self.request;
         match known {
-            // A line that was none stands in the target.
-            Known::Request if r.method.is_empty() => out.extend_from_slice(&r.target),
-            Known::Request => append_all(out, [&r.method, b" ", &r.target, b" ", version(r.version)]),
-            Known::EchoClientRequestHeaders => {
-                append_all(out, [&r.method, b" ", &r.target, b" ", version(r.version), b"\r\n"]);
-                r.headers.write_to(out, |_, _| true);
-                out.extend_from_slice(b"\r\n");
-            }
+            Known::Request => r.append_line(out),
+            Known::EchoClientRequestHeaders => r.append_head(true, out),
             Known::RequestTime => seconds(self.started.elapsed(), out),
             Known::RequestLength => number(r.head_len + self.client.as_ref().map_or(0, |c| c.body_received()), out),
             Known::RequestId | Known::ApisixRequestId => hex(&self.id, out),
@@ -547,22 +560,20 @@ impl Exchange {
         Some(out)
     }
 
-    /// `$upstream_*` with one element per try: `127.0.0.1:1980, 127.0.0.1:1981`.
+    /// `$upstream_*` with one element per try: `127.0.0.1:1980, 127.0.0.1:1981 : 127.0.0.1:1982`, where the last is of another
+    /// group of servers.
     fn of_tries(&self, known: Known, out: &mut Vec<u8>) -> Option<()> {
         let tries = &self.upstream.tries;
         if tries.is_empty() {
             return None;
         }
         for (i, t) in tries.iter().enumerate() {
-            if i > 0 {
-                out.extend_from_slice(b", ");
+            match i {
+                0 => {}
+                _ if t.another_group => out.extend_from_slice(b" : "),
+                _ => out.extend_from_slice(b", "),
             }
-            match known {
-                // Those before the last have brought no body.
-                Known::UpstreamResponseLength if i + 1 == tries.len() => number(self.upstream.response_length, out),
-                Known::UpstreamResponseLength => out.push(b'0'),
-                _ => of_try(known, t, out)?,
-            }
+            of_try(known, t, out)?;
         }
         Some(())
     }
@@ -650,6 +661,7 @@ fn of_try(known: Known, t: &Try, out: &mut Vec<u8>) -> Option<()> {
         Known::UpstreamHeaderTime => time(t.header_time, out),
         Known::UpstreamBytesSent => number(t.bytes_sent, out),
         Known::UpstreamBytesReceived => number(t.bytes_received, out),
+        Known::UpstreamResponseLength => number(t.response_length, out),
         _ => return None,
     }
     Some(())
@@ -696,13 +708,22 @@ pub fn arg<'a>(args: &'a [u8], name: &str) -> Option<&'a [u8]> {
     })
 }
 
-/// The first cookie of that name.
+/// The first cookie of that name. As nginx: a name may follow a comma, too; a value ends at a semicolon only.
 pub fn cookie<'a>(headers: &'a Headers, name: &str) -> Option<&'a [u8]> {
-    headers.get_all(b"cookie").flat_map(|line| line.split(|b| *b == b';')).find_map(|pair| {
-        let pair = pair.trim_ascii_start();
-        let at = memchr::memchr(b'=', pair)?;
-        pair[..at].trim_ascii_end().eq_ignore_ascii_case(name.as_bytes()).then_some(&pair[at + 1..])
+    headers.get_all(b"cookie").find_map(|line| {
+        let mut starts = std::iter::once(0).chain(memchr::memchr2_iter(b';', b',', line).map(|at| at + 1));
+        starts.find_map(|start| cookie_value(&line[start..], name))
     })
+}
+
+/// The value, if `text` begins with the name and `=`.
+fn cookie_value<'a>(text: &'a [u8], name: &str) -> Option<&'a [u8]> {
+    let (found, rest) = text.trim_ascii_start().split_at_checked(name.len())?;
+    if !found.eq_ignore_ascii_case(name.as_bytes()) {
+        return None;
+    }
+    let value = rest.trim_ascii_start().strip_prefix(b"=")?;
+    Some(value[..memchr::memchr(b';', value).unwrap_or(value.len())].trim_ascii_start())
 }
 
 /// The value of the cookie of that name that a response sets.
@@ -776,13 +797,23 @@ fn date(local: bool, out: &mut Vec<u8>) -> Option<()> {
     Some(())
 }
 
+/// As nginx decodes: padding may be missing, and bits beyond the last byte do not matter.
+const LENIENT: GeneralPurpose = GeneralPurpose::new(
+    &alphabet::STANDARD,
+    GeneralPurposeConfig::new()
+        .with_decode_padding_mode(DecodePaddingMode::Indifferent)
+        .with_decode_allow_trailing_bits(true),
+);
+
 fn remote_user(headers: &Headers, out: &mut Vec<u8>) -> Option<()> {
     let value = headers.get("authorization")?;
     let (scheme, credentials) = value.split_at_checked(6)?;
     if !scheme.eq_ignore_ascii_case(b"basic ") {
         return None;
     }
-    base64::engine::general_purpose::STANDARD.decode_vec(credentials.trim_ascii(), out).ok()?;
+    let credentials = credentials.trim_ascii();
+    let padding = memchr::memchr(b'=', credentials).unwrap_or(credentials.len());
+    LENIENT.decode_vec(&credentials[..padding], out).ok()?;
     let end = memchr::memchr(b':', out)?;
     out.truncate(end);
     (!out.is_empty()).then_some(())
@@ -973,12 +1004,14 @@ mod tests {
         let one = |addr: &str, status, ms: Option<u64>| Try {
             addr: addr.parse().unwrap(),
             node: 0,
+            another_group: false,
             status,
             connect_time: None,
             header_time: None,
             response_time: ms.map(Duration::from_millis),
             bytes_sent: 0,
             bytes_received: 0,
+            response_length: ms.unwrap_or_default(),
             reused: false,
         };
         x.upstream.tries.push(one("127.0.0.1:1980", 502, Some(0)));
@@ -987,7 +1020,62 @@ mod tests {
         assert_eq!(read(&x, "upstream_status").as_deref(), Some("502, 200"));
         assert_eq!(read(&x, "upstream_response_time").as_deref(), Some("0.000, 1.234"));
         assert_eq!(read(&x, "upstream_connect_time").as_deref(), Some("-, -"));
+        assert_eq!(read(&x, "upstream_response_length").as_deref(), Some("0, 1234"));
         assert_eq!(read(&x, "balancer_port").as_deref(), Some("1981"));
+        x.upstream.tries.push(Try { another_group: true, ..one("127.0.0.1:1982", 200, Some(7)) });
+        assert_eq!(read(&x, "upstream_addr").as_deref(), Some("127.0.0.1:1980, [::1]:1981 : 127.0.0.1:1982"));
+        assert_eq!(read(&x, "upstream_response_length").as_deref(), Some("0, 1234 : 7"));
+    }
+
+    /// The values are those of nginx 1.22.
+    #[test]
+    fn cookies_and_users_are_read_as_nginx_reads_them() {
+        for (line, name, value) in [
+            ("a=1, b=2", "b", Some("2")),
+            ("a=1, b=2", "a", Some("1, b=2")),
+            ("b= 2", "b", Some("2")),
+            ("b = 2;c", "b", Some("2")),
+            ("x,B=;b=3", "b", Some("")),
+            ("ab=1; bb=2", "b", None),
+            ("b", "b", None),
+            ("", "b", None),
+        ] {
+            let mut x = exchange();
+            x.request.headers.set("Cookie", line);
+            assert_eq!(read(&x, &format!("cookie_{name}")).as_deref(), value, "{line}");
+        }
+        for (credentials, user) in [
+            ("Basic amFjazpzZWNyZXQ=", Some("jack")),
+            ("basic  amFjazpzZWNyZXQ", Some("jack")),
+            ("Basic amFjazpzZWNyZXR=", Some("jack")),
+            ("Basic amFjazpzZWNyZXQ=!", Some("jack")),
+            ("Basic amFjazpzZW!yZXQ=", None),
+            ("Basic amFjazpzZ", None),
+            ("Basic amFjaw==", None),
+            ("Basic OnNlY3JldA==", None),
+            ("Basic =", None),
+            ("Basic", None),
+            ("Bearer amFjazpzZWNyZXQ=", None),
+        ] {
+            let mut x = exchange();
+            x.request.headers.set("Authorization", credentials);
+            assert_eq!(read(&x, "remote_user").as_deref(), user, "{credentials}");
+        }
+    }
+
+    #[test]
+    fn the_first_line_stays_as_it_came() {
+        let mut x = exchange();
+        x.request.set_method(b"PUT");
+        x.request.set_method(b"DELETE");
+        assert_eq!(read(&x, "request").as_deref(), Some("GET /a%20b?x=1&Y=2&x=3&z HTTP/1.1"));
+        assert_eq!(read(&x, "request_method").as_deref(), Some("DELETE"));
+        x.reset();
+        x.request.target.extend_from_slice(b"no line");
+        assert_eq!(read(&x, "request").as_deref(), Some("no line"), "that of the request before is gone");
+        x.request.set_method(b"GET");
+        assert_eq!(read(&x, "request").as_deref(), Some("no line"));
+        assert_eq!(read(&x, "host").as_deref(), Some("_"), "the server's name, where the client gives none");
     }
 
     #[test]

@@ -161,7 +161,10 @@ pub(super) fn split_target(request: &mut Request) -> Result<Option<Vec<u8>>, Ref
             request.path.extend_from_slice(b"*");
             return Ok(None);
         }
-        _ => authority = Some(cut_authority(&mut request.target)?),
+        _ => {
+            request.keep_line();
+            authority = Some(cut_authority(&mut request.target)?);
+        }
     }
     let target = &request.target;
     // A fragment is never sent; some readers cut it off and some do not.
@@ -394,6 +397,7 @@ mod tests {
     fn takes_the_host_of_an_absolute_target() {
         let (r, _) = read("GET http://B.example:81?q HTTP/1.1\r\nHost: a\r\nX: 1\r\n\r\n").unwrap();
         assert_eq!((&r.host[..], &r.target[..], &r.path[..]), (&b"b.example"[..], &b"/?q"[..], &b"/"[..]));
+        assert!(r.line.starts_with(b"GET http://") && r.line.ends_with(b"?q HTTP/1.1"), "the line stays as it came");
         assert_eq!(r.headers.get("host"), Some(&b"B.example:81"[..]));
         let (r, _) = read("OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
         assert_eq!(r.path, b"*");

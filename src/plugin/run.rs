@@ -799,8 +799,10 @@ fn copy_of(x: &Exchange) -> Exchange {
     let (from, to) = (&x.request, &mut copy.request);
     to.method.clone_from(&from.method);
     to.target.clone_from(&from.target);
+    to.line.clone_from(&from.line);
     to.path.clone_from(&from.path);
     to.args.clone_from(&from.args);
+    to.args_set = from.args_set;
     to.host.clone_from(&from.host);
     to.headers.clone_from(&from.headers);
     to.version = from.version;

@@ -13,8 +13,9 @@ use super::{Proxy, location};
 use crate::{
     error::{Error, Kind, Result},
     exchange::{
-        BodyLength, Client, Exchange, Headers, Request, RequestBody, Response,
+        BodyLength, Client, Exchange, Headers, MainHead, Request, RequestBody, Response,
         host::{Answered, Captured, Doing, Subrequest},
+        vars::MAX_CUSTOM,
     },
     observe::log::{self, Level},
 };
@@ -87,6 +88,9 @@ fn child(x: &Exchange, one: Subrequest) -> Child {
     child.started = x.started;
     (child.depth, child.internal) = (x.depth + 1, true);
     let (from, to) = (&x.request, &mut child.request);
+    from.append_line(&mut to.line);
+    let main = || Rc::new(MainHead { method: from.method.clone(), headers: from.headers.clone() });
+    to.main = Some(from.main.clone().unwrap_or_else(main));
     to.method = one.method;
     to.version = from.version;
     to.target.clone_from(&from.target);
@@ -113,8 +117,10 @@ fn child(x: &Exchange, one: Subrequest) -> Child {
         child.custom_vars.clone_from(&x.custom_vars);
     }
     for (name, value) in one.vars {
-        // What cannot be set stays: nginx says so in its log only.
-        let _ = child.set_var(&name, &value);
+        if child.custom_vars.len() < MAX_CUSTOM || child.is_made(&name) {
+            // What cannot be changed stays.
+            let _ = child.set_var(&name, &value);
+        }
     }
     child.lua.ctx = one.ctx;
     child.header_only = one.header_only;
@@ -215,5 +221,40 @@ impl Client for Capture {
 
     fn as_any(&mut self) -> &mut dyn Any {
         self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::exchange::Connection;
+
+    #[test]
+    fn the_variables_of_a_subrequest_are_bounded() {
+        let addr = "127.0.0.1:1".parse().expect("an address");
+        let mut x = Exchange::new(Rc::new(Connection::new(1, addr, addr)), Arc::default());
+        x.request.method.extend_from_slice(b"GET");
+        x.custom_vars.push(("there".into(), b"old".to_vec()));
+        let given = |name: String| (name.into(), b"new".to_vec());
+        let mut vars: Vec<(Box<str>, Vec<u8>)> = (0..MAX_CUSTOM).map(|n| given(format!("v{n}"))).collect();
+        vars.push(given("there".into()));
+        let one = Subrequest {
+            method: b"POST".to_vec(),
+            path: b"/".to_vec(),
+            args: Vec::new(),
+            body: None,
+            forward_body: false,
+            vars,
+            copy_vars: true,
+            share_vars: false,
+            ctx: None,
+            header_only: false,
+        };
+        let Child { x: child, .. } = child(&x, one);
+        assert_eq!(child.custom_vars.len(), MAX_CUSTOM);
+        assert!(child.is_made(&format!("v{}", MAX_CUSTOM - 2)) && !child.is_made(&format!("v{}", MAX_CUSTOM - 1)));
+        assert_eq!(child.custom_vars[0].1, b"new", "one that is there changes all the same");
     }
 }

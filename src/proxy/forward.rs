@@ -116,11 +116,11 @@ impl<'a> Way<'a> {
         }
         let relayed = self.relay(x, &mut conn, head).await;
         // A response that came whole with its head ended when it began, as far as a clock can tell.
-        x.upstream.response_length = conn.taken();
         let first = x.upstream.tries.last().and_then(|last| last.header_time).filter(|_| !self.waited);
         let ended = first.map_or_else(Instant::now, |first| begun + first);
         if let Some(last) = x.upstream.tries.last_mut() {
             last.bytes_received = conn.received();
+            last.response_length = conn.taken();
             last.bytes_sent = conn.sent();
             last.response_time = Some(ended.duration_since(begun));
         }
@@ -410,7 +410,9 @@ impl<'a> Way<'a> {
                 x.chunk.data.extend_from_slice(conn.data());
                 let n = conn.data().len();
                 conn.consume(n);
-                x.upstream.response_length = conn.taken();
+                if let Some(last) = x.upstream.tries.last_mut() {
+                    last.response_length = conn.taken();
+                }
             }
             x.chunk.eof = conn.is_done()?;
             output::chunk(x, &self.p.runner).await?;
@@ -456,15 +458,18 @@ fn poll_client<T>(cx: &mut Context<'_>, client: &mut Option<Box<dyn Client>>) ->
 }
 
 fn push_try(x: &mut Exchange, addr: SocketAddr, node: usize) {
+    let another_group = std::mem::take(&mut x.upstream.another_group);
     x.upstream.tries.push(Try {
         addr,
         node,
+        another_group,
         status: 0,
         connect_time: None,
         header_time: None,
         response_time: None,
         bytes_sent: 0,
         bytes_received: 0,
+        response_length: 0,
         reused: false,
     });
 }

@@ -228,7 +228,7 @@ async fn error_page(p: &Proxy, x: &mut Exchange, status: u16) -> Result<Option<F
         Some(_) => Jump::Named(String::from_utf8_lossy(&target).into()),
         None => {
             if x.request.method != b"HEAD" {
-                x.request.method = b"GET".to_vec();
+                x.request.set_method(b"GET");
             }
             if matches!(x.body, RequestBody::Lost) {
                 x.body = RequestBody::Forgone;
@@ -500,6 +500,7 @@ fn jump(p: &Proxy, x: &mut Exchange) -> Result<Chosen, u16> {
             x.internal = true;
             x.request.path = path;
             x.request.args = args.unwrap_or_default();
+            x.request.args_set = false;
             x.request.uri_changed = true;
             p.runner.forget_location(x);
             choose_or_rest(p, x)
@@ -860,6 +861,6 @@ async fn proxy(p: &Proxy, x: &mut Exchange, location: &Location, target: &Templa
 /// What holds for the upstream of a location that was tried before. The tries are the request's: the log tells of all.
 fn forget_upstream(x: &mut Exchange) {
     let tries = std::mem::take(&mut x.upstream.tries);
-    let buffering = x.upstream.buffering;
-    x.upstream = UpstreamState { tries, buffering, ..UpstreamState::default() };
+    let (another_group, buffering) = (!tries.is_empty(), x.upstream.buffering);
+    x.upstream = UpstreamState { tries, another_group, buffering, ..UpstreamState::default() };
 }

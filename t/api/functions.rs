@@ -52,6 +52,14 @@ fn the_directives_of_set_misc_are_functions() {
         ("ndk.set_var.set_quote_sql_str(\"a'b\")", "'a\\'b'"),
         ("ndk.set_var.set_quote_pgsql_str(\"a'b\")", "E'a\\'b'"),
         ("ndk.set_var.set_quote_json_str('a\"\\\\\\n\\1é')", "\"a\\\"\\\\\\n\\u0001é\""),
+        // An empty text is not quoted as one, which is how set_misc does it.
+        ("ndk.set_var.set_quote_sql_str(''), ndk.set_var.set_quote_sql_str(nil)", "'' ''"),
+        ("ndk.set_var.set_quote_pgsql_str(''), ndk.set_var.set_quote_pgsql_str(nil)", "'' ''"),
+        ("ndk.set_var.set_quote_json_str(''), ndk.set_var.set_quote_json_str(nil)", "null null"),
+        // Half a character must not take the quote that ends the literal for its other half.
+        ("ndk.set_var.set_quote_pgsql_str('\\196\\227\\186\\195')", r"E'\\304\\343\\272\\303'"),
+        ("ndk.set_var.set_quote_pgsql_str('a\\191')", r"E'a\\277'"),
+        ("ndk.set_var.set_quote_pgsql_str('你\\26\\0\\b\\n\\r\\t\"\\\\')", "E'你\u{1a}\\000\\b\\n\\r\\t\\\"\\\\'"),
         ("ndk.set_var.set_encode_base32('abcde'), ndk.set_var.set_decode_base32('c5h66p35')", "c5h66p35 abcde"),
         ("ndk.set_var.set_encode_base32('abc'), ndk.set_var.set_decode_base32('c5h66===')", "c5h66=== abc"),
         ("ndk.set_var.set_encode_base32(''), ndk.set_var.set_decode_base32('c5h*')", " "),
@@ -217,6 +225,8 @@ const TASKS: &str = r#"
         waits = function() return pcall(ngx.sleep, 1) end,
         timer = function() return ngx.timer.at(0, print) end,
         hash = function() return ngx.md5("hello"), ngx.encode_args({a = 1}), ngx.shared.dogs:get("seen") end,
+        nested = function() return pcall(ngx.run_worker_thread, "pool", "tasks", "add", 1, 2) end,
+        long = function(n) return ("x"):rep(n) end,
         until_told = function() while not ngx.shared.dogs:get("go") do end return "told" end,
     }
 "#;
@@ -243,9 +253,16 @@ fn threads_run_functions_of_modules() {
         local own = {}
         own.own = own
         show(run("pool", "tasks", "echo", own))
+        local long = ("x"):rep(2^20)
+        local shared = {}
+        for i = 1, 64 do shared[i] = long end
+        show(run("pool", "tasks", "echo", shared))
+        show(run("pool", long, "echo", shared))
+        show(run("pool", "tasks", "long", 2^26 + 1))
         show(run("pool", "tasks", "give", "function"))
         show(run("pool", "tasks", "where"))
         show(run("pool", "tasks", "waits"))
+        show(run("pool", "tasks", "nested"))
         show(run("pool", "tasks", "timer"))
         show(run("pool", "tasks", "hash"))
         show(pcall(run))
@@ -273,9 +290,13 @@ fn threads_run_functions_of_modules() {
         ": module 'no_such_module' not found:",
         "false unsupported Lua type: function",
         "false tables stand within each other more than 100 times",
+        "false too large: more than 67108864 bytes of strings",
+        "false too large: more than 67108864 bytes of strings",
+        "false too large: more than 67108864 bytes of strings",
         "false unsupported Lua type: function",
         "tasks.lua:8: API disabled in the current context",
         "boundary",
+        "true false API disabled in the context of init_worker_by_lua*",
         "true nil no timers in a worker thread",
         "true 5d41402abc4b2a76b9719d911017c592 a=1 shared",
         "false bad argument #1 to 'run_worker_thread' (string expected, got no value)",
@@ -360,4 +381,17 @@ fn uploaded_functions_have_no_threads() {
     gw.admin_text("PUT", "/functions/hello", source, "text/plain");
     gw.put("/routes/1", json!({"uri": "/hello", "function_id": "hello"}));
     assert_eq!(gw.get("/hello").text(), "not open to functions");
+}
+
+#[test]
+fn uploaded_functions_quote() {
+    let gw = Gateway::start();
+    let source = r#"return function()
+        local meta = pcall(function() getmetatable(ndk.set_var).__index = nil end)
+        ndk.set_var = ndk.set_var or nil
+        return 200, ndk.set_var.set_quote_json_str("a") .. tostring(meta)
+    end"#;
+    gw.admin_text("PUT", "/functions/hello", source, "text/plain");
+    gw.put("/routes/1", json!({"uri": "/hello", "function_id": "hello"}));
+    assert_eq!(gw.get("/hello").text(), "\"a\"false");
 }

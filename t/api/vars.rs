@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::support::{Client, Gateway, Reply, Upstream, http::raw, http2};
+use crate::support::{Client, Gateway, Reply, Upstream, eventually, http::raw, http2};
 
 fn with(locations: Value) -> Gateway {
     Gateway::with(json!({"lua_locations": locations}))
@@ -184,6 +184,146 @@ fn every_try_has_its_place_in_the_upstreams_variables() {
     let body = gw.get("/t").body;
     gw.expect_log(&format!("tries: 127.0.0.1:1, {}; 502, 200; 0, {}; 0, ", upstream.addr(), body.len()));
     assert!(gw.log().contains("; -, 0."), "no connection, no time: {}", gw.log());
+}
+
+/// A gateway whose access.log has lines of this format.
+fn logging(format: &str, locations: Value) -> Gateway {
+    Gateway::with(json!({
+        "nginx_config": {"http": {"access_log_format": format, "access_log_buffer": 0}},
+        "lua_locations": locations,
+    }))
+}
+
+#[track_caller]
+fn logged(gw: &Gateway, line: &str) {
+    eventually(&format!("{line:?} in access.log"), || {
+        gw.dir.read("logs/access.log").lines().any(|l| l == line).then_some(())
+    });
+}
+
+/// As nginx 1.22 with Lua does it.
+#[test]
+fn the_request_is_told_as_it_came() {
+    let gw = logging(
+        "$request ($request_method)",
+        json!([
+            {"location": "= /t", "content_by_lua": r#"
+                ngx.req.set_method(ngx.HTTP_PUT)
+                ngx.say(ngx.var.request, " ", ngx.var.request_method, " ", ngx.req.get_method(), " ", ngx.var.host)
+                ngx.say(ngx.var.request_uri, " ", (ngx.req.raw_header():match("^[^\r]+")))
+                ngx.log(ngx.WARN, "told")
+            "#},
+            {"location": "= /missing", "options": {"error_page": [["404", "/page"]]}, "return": {"status": 404}},
+            {"location": "= /page", "return": {"status": 200, "body": "$request_method of $request\n"}},
+        ]),
+    );
+    says(&gw.get("/t?a"), "GET /t?a HTTP/1.1 PUT PUT 127.0.0.1\n/t?a GET /t?a HTTP/1.1\n");
+    logged(&gw, "GET /t?a HTTP/1.1 (PUT)");
+    gw.expect_log("request: \"GET /t?a HTTP/1.1\"");
+    let absolute = raw(&gw.proxy(), b"GET http://h.x/t?a HTTP/1.1\r\nHost: y\r\nConnection: close\r\n\r\n");
+    let told = "GET http://h.x/t?a HTTP/1.1 PUT PUT h.x\n";
+    assert!(absolute.contains(told) && absolute.contains("/t?a GET http://h.x/t?a HTTP/1.1\n"), "{absolute}");
+    logged(&gw, "GET http://h.x/t?a HTTP/1.1 (PUT)");
+    gw.expect_log("request: \"GET http://h.x/t?a HTTP/1.1\"");
+    let old = raw(&gw.proxy(), b"GET /t HTTP/1.0\r\n\r\n");
+    assert!(old.contains("GET /t HTTP/1.0 PUT PUT _\n"), "{old}");
+    let reply = gw.send("POST", "/missing", &[], b"");
+    assert_eq!((reply.status, reply.text().as_str()), (404, "GET of POST /missing HTTP/1.1\n"));
+    logged(&gw, "POST /missing HTTP/1.1 (GET)");
+}
+
+/// As nginx 1.22 with Lua does it.
+#[test]
+fn a_subrequest_tells_of_the_request_that_made_it() {
+    let gw = with(json!([
+        {"location": "= /t", "content_by_lua": r#"
+            if ngx.var.arg_put then ngx.req.set_method(ngx.HTTP_PUT) end
+            ngx.print(ngx.location.capture("/sub", {method = ngx.HTTP_POST, body = "xyz"}).body)
+        "#},
+        {"location": "= /sub", "content_by_lua": r#"
+            local v = ngx.var
+            ngx.say(v.request_method, " ", v.echo_client_request_method, " ", v.echo_request_method, " ", v.request)
+            ngx.req.set_method(ngx.HTTP_DELETE)
+            ngx.say(v.request_method, " ", v.echo_request_method, " ", v.http_content_length, " ", v.uri)
+            ngx.say((v.echo_client_request_headers == ngx.req.raw_header()), " ", (ngx.req.raw_header():gsub("\r\n", "|")))
+            if v.uri ~= "/deep" then ngx.print(ngx.location.capture("/deep").body) end
+        "#},
+        {"location": "= /deep", "content_by_lua":
+            "ngx.say(ngx.var.request_method, ' ', ngx.var.echo_request_method, ' ', ngx.var.request)"},
+    ]));
+    let ask = |target: &str| {
+        let head = format!("GET {target} HTTP/1.1\r\nHost: h\r\nX-A: 1\r\nConnection: close\r\n\r\n");
+        let text = raw(&gw.proxy(), head.as_bytes());
+        text.lines().filter(|line| line.contains(" /") || line.contains('|')).map(String::from).collect::<Vec<_>>()
+    };
+    for (target, method) in [("/t", "GET"), ("/t?put=1", "PUT")] {
+        assert_eq!(
+            ask(target),
+            [
+                format!("{method} {method} POST GET {target} HTTP/1.1"),
+                format!("{method} DELETE 3 /sub"),
+                format!("true GET {target} HTTP/1.1|Host: h|X-A: 1|Connection: close||"),
+                format!("{method} GET GET {target} HTTP/1.1"),
+            ]
+        );
+    }
+}
+
+/// As nginx 1.22 with Lua does it: `/t?` has no arguments, while a script may set none.
+#[test]
+fn arguments_that_a_script_has_emptied_are_there() {
+    let gw = with(json!([
+        {"location": "= /t", "content_by_lua": r#"
+            local function show() ngx.say(tostring(ngx.var.args), " ", tostring(ngx.var.query_string), " ", ngx.var.is_args) end
+            show()
+            ngx.req.set_uri_args("") show()
+            ngx.var.args = nil show()
+            ngx.var.args = "" show()
+            ngx.req.set_uri_args({}) show()
+        "#},
+        {"location": "= /u", "content_by_lua": "ngx.req.set_uri_args('') ngx.exec('/e')"},
+        {"location": "= /e", "content_by_lua": "ngx.say(tostring(ngx.var.args))"},
+    ]));
+    for target in ["/t", "/t?"] {
+        says(&gw.get(target), "nil nil \n  \nnil nil \n  \n  \n");
+    }
+    says(&gw.get("/u"), "nil\n");
+}
+
+#[test]
+fn groups_of_servers_are_told_apart() {
+    let second = Upstream::answering(|_| b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello");
+    let gw = logging(
+        "$uri $status $upstream_addr; $upstream_status; $upstream_response_length",
+        json!([
+            {"location": "= /t", "proxy_pass": "http://127.0.0.1:1", "options": {"error_page": [["502", "=", "@second"]]}},
+            {"location": "= /once", "proxy_pass": format!("http://{}", second.addr())},
+            {"location": "@second", "proxy_pass": format!("http://{}", second.addr())},
+        ]),
+    );
+    let addr = second.addr();
+    says(&gw.get("/t"), "hello");
+    logged(&gw, &format!("/t 200 127.0.0.1:1 : {addr}; 502 : 200; 0 : 5"));
+    says(&gw.get("/once"), "hello");
+    logged(&gw, &format!("/once 200 {addr}; 200; 5"));
+}
+
+/// As nginx 1.22 with Lua does it.
+#[test]
+fn a_subrequest_is_given_variables_of_the_configuration_only() {
+    let gw = with(json!([
+        {"location": "= /t", "set": {"mine": ""}, "content_by_lua": r#"
+            for _, name in ipairs({"mine", "MINE", "limit_rate", "undefined", "http_x", "arg_x"}) do
+                local ok, answer = pcall(ngx.location.capture, "/sub", {vars = {[name] = "g"}})
+                ngx.say(name, " ", ok and answer.body or answer)
+            end
+        "#},
+        {"location": "= /sub", "content_by_lua": "ngx.print(ngx.var.mine)"},
+    ]));
+    let refused = |name: &str| format!("{name} failed to adjust the subrequest: -1\n");
+    let expected = ["undefined", "http_x", "arg_x"].map(refused).concat();
+    says(&gw.get("/t"), &format!("mine g\nMINE g\nlimit_rate nil\n{expected}"));
+    gw.expect_log("variable \"undefined\" cannot be assigned a value (maybe you forgot to define it first?)");
 }
 
 #[test]

@@ -449,3 +449,58 @@ fn limit_conn_refuses_what_is_one_too_many_and_counts_down_again() {
     );
     assert_eq!(bad.status, 400, "{}", bad.text());
 }
+
+#[test]
+fn proxy_rewrite_shows_the_new_path_to_what_runs_after_it() {
+    let (gw, up) = (Gateway::start(), Upstream::echo());
+    let seen = "return function(conf, ctx) ngx.header['X-Seen'] = ngx.var.uri .. ' ' .. ctx.var.uri end";
+    let plugins = json!({
+        "proxy-rewrite": {"regex_uri": ["^/old/(.*)", "/new/a+b/$1"]},
+        "serverless-post-function": {"phase": "access", "functions": [seen]},
+    });
+    gw.route("1", "/old/*", &up, plugins);
+    let reply = gw.get("/old/x%20y?q=1");
+    assert_eq!(reply.header("x-seen"), Some("/new/a+b/x y /new/a+b/x y"));
+    assert_eq!(up.last().target, "/new/a+b/x%20y?q=1");
+}
+
+#[test]
+fn limit_count_goes_on_counting_when_another_part_of_the_route_changes() {
+    let (gw, up) = (Gateway::start(), Upstream::echo());
+    let route = |label: &str, count: u64| {
+        json!({"uri": "/c", "labels": {"l": label}, "plugins": {"limit-count": {"count": count, "time_window": 60}},
+            "upstream": {"type": "roundrobin", "nodes": {up.addr(): 1}}})
+    };
+    gw.put("/routes/1", route("a", 1));
+    assert_eq!((gw.get("/c").status, gw.get("/c").status), (200, 503));
+    gw.put("/routes/1", route("b", 1));
+    assert_eq!(gw.get("/c").status, 503);
+    gw.put("/routes/1", route("b", 2));
+    assert_eq!(gw.get("/c").status, 200, "another limit begins anew");
+}
+
+#[test]
+fn cors_by_metadata_allows_nobody_else() {
+    let (gw, up) = (Gateway::start(), Upstream::echo());
+    gw.put("/plugin_metadata/cors", json!({"allow_origins": {"mine": "http://a.test"}}));
+    gw.route("1", "/c", &up, json!({"cors": {"allow_origins_by_metadata": ["mine"]}}));
+    let allowed = |origin: &str| {
+        let reply = gw.send("GET", "/c", &[("Origin", origin)], b"");
+        reply.header("access-control-allow-origin").map(str::to_owned)
+    };
+    assert_eq!(allowed("http://a.test").as_deref(), Some("http://a.test"));
+    assert_eq!(allowed("http://b.test"), None);
+}
+
+#[test]
+fn the_address_of_the_client_comes_from_whom_the_directives_name() {
+    let up = Upstream::echo();
+    let options = |from: &str| {
+        Gateway::with(json!({"lua_options": {"set_real_ip_from": [[from]], "real_ip_header": "X-Forwarded-For"}}))
+    };
+    let status = |gw: &Gateway| {
+        gw.route("1", "/i", &up, json!({"ip-restriction": {"whitelist": ["192.0.2.0/24"]}}));
+        gw.send("GET", "/i", &[("X-Forwarded-For", "192.0.2.7")], b"").status
+    };
+    assert_eq!((status(&options("127.0.0.1")), status(&options("10.0.0.0/8"))), (200, 403));
+}

@@ -295,6 +295,15 @@ fn hang_up_brings_locations_plugins_and_dictionaries_while_requests_run() {
 }
 
 #[test]
+fn environment_variables_of_the_configuration_are_there_for_scripts_and_secrets() {
+    let gw = Gateway::with(json!({
+        "nginx_config": {"envs": ["PATH", "OF_THE_FILE=a=b"]},
+        "lua_locations": [{"location": "= /t", "content_by_lua": "ngx.say(os.getenv('OF_THE_FILE'), ' ', os.getenv('PATH') ~= nil)"}],
+    }));
+    assert_eq!(gw.get("/t").text(), "a=b true\n");
+}
+
+#[test]
 fn a_test_node_has_the_apis_on_its_own_port() {
     let settings = json!({
         "deployment": {"admin": {"admin_key": null}},

@@ -144,9 +144,10 @@ fn public_bytes(label: &str, der: Vec<u8>) -> Option<Vec<u8>> {
 /// The algorithm and the key as ring wants it.
 fn public_key(alg: &[u8], key: &[u8]) -> std::result::Result<(Algorithm, Vec<u8>), &'static str> {
     let algorithm: Algorithm = match alg {
-        b"RS256" => &signature::RSA_PKCS1_2048_8192_SHA256,
+        // Keys of 1024 bits are weak, and there are consumers that have them.
+        b"RS256" => &signature::RSA_PKCS1_1024_8192_SHA256_FOR_LEGACY_USE_ONLY,
         b"RS384" => &signature::RSA_PKCS1_2048_8192_SHA384,
-        b"RS512" => &signature::RSA_PKCS1_2048_8192_SHA512,
+        b"RS512" => &signature::RSA_PKCS1_1024_8192_SHA512_FOR_LEGACY_USE_ONLY,
         b"PS256" => &signature::RSA_PSS_2048_8192_SHA256,
         b"PS384" => &signature::RSA_PSS_2048_8192_SHA384,
         b"PS512" => &signature::RSA_PSS_2048_8192_SHA512,

@@ -27,6 +27,7 @@ pub fn register(api: &mut Api) -> Result<()> {
         let text = s.arg_bytes(1)?;
         push_args(s, text, limit(s, 2)?)
     })?;
+    api.func("native.quote_pgsql", any, "quote_pgsql(text): quoted for PostgreSQL", quote_pgsql)?;
     api.func("ngx.quote_sql_str", any, "quote_sql_str(text): quoted for MySQL", quote_sql)
 }
 
@@ -229,6 +230,35 @@ fn quote_sql(s: &Stack) -> Answer {
             }
         };
         out.extend_from_slice(&[b'\\', escaped]);
+    }
+    out.push(b'\'');
+    Ok(s.push_bytes(out))
+}
+
+/// A literal of PostgreSQL's with escapes (its manual, 4.1.2.2). What is not UTF-8 reaches the server as the octal numbers that
+/// `bytea` takes: in another encoding its bytes could be half of a character, the other half of which ends the literal.
+fn quote_pgsql(s: &Stack) -> Answer {
+    let text = s.arg_bytes(1)?;
+    if text.is_empty() {
+        return Ok(s.push_bytes("''"));
+    }
+    let is_utf8 = std::str::from_utf8(text).is_ok();
+    let mut out = Vec::with_capacity(text.len() + 3);
+    out.extend_from_slice(b"E'");
+    for &b in text {
+        match b {
+            b'\n' => out.extend_from_slice(b"\\n"),
+            b'\r' => out.extend_from_slice(b"\\r"),
+            b'\t' => out.extend_from_slice(b"\\t"),
+            8 => out.extend_from_slice(b"\\b"),
+            b'\\' | b'\'' | b'"' => out.extend_from_slice(&[b'\\', b]),
+            // The server refuses a NUL; raw, it would end the statement.
+            0 => out.extend_from_slice(b"\\000"),
+            0x80.. if !is_utf8 => {
+                out.extend_from_slice(&[b'\\', b'\\', b'0' + (b >> 6), b'0' + (b >> 3 & 7), b'0' + (b & 7)])
+            }
+            _ => out.push(b),
+        }
     }
     out.push(b'\'');
     Ok(s.push_bytes(out))

@@ -23,6 +23,7 @@ use crate::{
         sched::Ask,
         vm,
     },
+    observe::log::Level,
 };
 
 /// Subrequests of one call: a bound for a list that a script builds.
@@ -84,7 +85,13 @@ fn capture(s: &Stack) -> std::result::Result<Wait, Raise> {
     let mut list = Vec::with_capacity(n);
     for i in 1..=n {
         s.get_index(1, i);
-        list.push(subrequest(s, s.top())?);
+        let one = subrequest(s, s.top())?;
+        if let Some((name, _)) = one.vars.iter().find(|(name, _)| !x.is_defined(name)) {
+            let why = "cannot be assigned a value (maybe you forgot to define it first?)";
+            x.log(Level::Error, format!("variable \"{name}\" {why}").as_bytes());
+            return Err("failed to adjust the subrequest: -1".into());
+        }
+        list.push(one);
         s.pop(1);
     }
     Ok(Wait::Park(Op::Ask(Ask::Subrequests(list))))
@@ -118,7 +125,8 @@ fn subrequest(s: &Stack, i: c_int) -> std::result::Result<Subrequest, Raise> {
     if s.is_table(-1) {
         s.pairs::<Raise>(-1, |s| {
             if s.kind(-2) == ffi::LUA_TSTRING {
-                let name = String::from_utf8_lossy(s.bytes(-2).unwrap_or_default()).into();
+                // As nginx: names know no case.
+                let name = String::from_utf8_lossy(s.bytes(-2).unwrap_or_default()).to_ascii_lowercase().into();
                 vars.push((name, s.bytes(-1).unwrap_or_default().to_vec()));
             }
             Ok(())

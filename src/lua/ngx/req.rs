@@ -49,8 +49,7 @@ pub fn register(api: &mut Api) -> Result<()> {
     api.func("native.req.set_method", BODY | Phases::SET | Phases::HEADER_FILTER, "set_method(name)", |s| {
         let name = s.arg_bytes(1)?;
         let x = request()?;
-        x.request.method.clear();
-        x.request.method.extend_from_slice(name);
+        x.request.set_method(name);
         Ok(0)
     })?;
     let doc = "set_uri(uri, jump?, binary?): jump looks for the location anew and does not return";
@@ -201,6 +200,7 @@ fn set_uri_args(s: &Stack) -> Answer {
     }
     let x = request()?;
     x.request.args = out;
+    x.request.args_set = true;
     x.request.uri_changed = true;
     Ok(0)
 }
@@ -211,16 +211,7 @@ fn raw_header(s: &Stack) -> Answer {
         return Err("http2 requests not supported yet".into());
     }
     let mut out = Vec::with_capacity(x.request.head_len as usize);
-    if !s.boolean(1) {
-        let version = if x.request.version == Version::Http10 { "1.0" } else { "1.1" };
-        out.extend_from_slice(&x.request.method);
-        out.push(b' ');
-        out.extend_from_slice(&x.request.target);
-        // Writing to a vector cannot fail.
-        let _ = write!(out, " HTTP/{version}\r\n");
-    }
-    x.request.headers.write_to(&mut out, |_, _| true);
-    out.extend_from_slice(b"\r\n");
+    x.request.append_head(!s.boolean(1), &mut out);
     Ok(s.push_bytes(out))
 }
 

@@ -5,15 +5,15 @@ use std::ffi::{c_int, c_void};
 use super::{Text, with_scratch};
 use crate::{
     error::Result,
-    exchange::{Exchange, Known, Var, vars::Refused},
+    exchange::{
+        Exchange, Known, Var,
+        vars::{MAX_CUSTOM, Refused},
+    },
     lua::{
         api::{Api, Phases},
         fast,
     },
 };
-
-/// Variables of a request that scripts may make: a bound against a script that makes one per loop.
-const MAX_CUSTOM: usize = 256;
 
 const NOT_CHANGEABLE: c_int = 0;
 const NOT_FOUND: c_int = -2;
@@ -95,7 +95,7 @@ fn write(x: &mut Exchange, name: &[u8], value: Option<&[u8]>) -> c_int {
             Ok(())
         }
         (None, None) if matches!(Var::parse(name), Var::Custom(_)) => Ok(()),
-        (None, None) => x.set_var(name, b""),
+        (None, None) => x.set_var(name, b"").map(|()| x.request.args_set &= name != "args"),
     };
     match set {
         Ok(()) => 1,

@@ -7,7 +7,11 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     path::PathBuf,
     rc::Rc,
-    sync::{Arc, Mutex, OnceLock, PoisonError, mpsc},
+    sync::{
+        Arc, Mutex, OnceLock, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+        mpsc,
+    },
     thread,
     time::Duration,
 };
@@ -32,6 +36,13 @@ const MAX_WAITING: usize = 1024;
 /// How deep tables may stand within each other, which bounds those that hold themselves, and how many values there may be.
 const MAX_DEPTH: usize = 100;
 const MAX_VALUES: usize = 1 << 20;
+/// Bytes of strings that one call may bring, or return: a string counts as often as it stands there, for it is copied each time,
+/// and the VMs' limits do not see the copies.
+const MAX_BYTES: usize = 64 << 20;
+/// Bytes of strings that all tasks that wait for a thread may hold.
+const MAX_WAITING_BYTES: usize = 256 << 20;
+/// The stack of a thread, in bytes: as much as those who serve requests have, for the same libraries.
+const STACK: usize = 8 << 20;
 /// How much longer than a script between two waits (`lua.limits.cpu_ms`) a task may compute: 60 s by default.
 const PATIENCE: u64 = 60;
 /// The longest that a script waits for a task, the time in the queue included: five times what one may compute by default.
@@ -70,7 +81,26 @@ struct Task {
     module: Vec<u8>,
     function: Vec<u8>,
     args: Vec<Plain>,
+    bytes: Waiting,
     done: oneshot::Sender<Outcome>,
+}
+
+/// The bytes of a task that waits, counted until it is taken.
+struct Waiting(usize);
+
+static WAITING_BYTES: AtomicUsize = AtomicUsize::new(0);
+
+impl Waiting {
+    fn take(bytes: usize) -> Option<Waiting> {
+        let more = |held: usize| held.checked_add(bytes).filter(|sum| *sum <= MAX_WAITING_BYTES);
+        WAITING_BYTES.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok().map(|_| Waiting(bytes))
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        WAITING_BYTES.fetch_sub(self.0, Ordering::Relaxed);
+    }
 }
 
 /// What the function has returned; the error is for the script.
@@ -78,21 +108,29 @@ type Outcome = std::result::Result<Vec<Plain>, String>;
 
 fn run(s: &Stack) -> std::result::Result<Wait, Raise> {
     s.arg_bytes(1)?;
-    let (module, function) = (s.arg_bytes(2)?.to_vec(), s.arg_bytes(3)?.to_vec());
+    let (module, function) = (s.arg_bytes(2)?, s.arg_bytes(3)?);
     let vm = vm::current().ok_or("no VM runs")?;
+    // The other VMs, those of threads and of checks, are never in one of the phases that this is for.
     if vm.config.purpose != Purpose::Plugins {
         return Ok(refuse(s, "not open to functions"));
     }
     let mut copying = Copying::default();
-    let args: std::result::Result<Vec<Plain>, String> = (4..=s.top()).map(|i| copying.read(s, i, 0)).collect();
-    let args = match args {
-        Ok(args) => args,
+    let names = copying.bytes(module).and_then(|module| Ok((module, copying.bytes(function)?)));
+    let given = names.and_then(|names| {
+        let args: std::result::Result<Vec<Plain>, String> = (4..=s.top()).map(|i| copying.read(s, i, 0)).collect();
+        Ok((names, args?))
+    });
+    let ((module, function), args) = match given {
+        Ok(given) => given,
         Err(text) => return Ok(refuse(s, &text)),
+    };
+    let Some(bytes) = Waiting::take(copying.bytes) else {
+        return Ok(refuse(s, "too much waits for a thread"));
     };
     let (done, outcome) = oneshot::channel();
     let sources = vm.sources.get_or_init(|| Arc::new(Sources::of(&vm.config))).clone();
     let Some(tasks) = pool() else { return Ok(refuse(s, "no thread can be started")) };
-    if tasks.try_send(Task { sources, module, function, args, done }).is_err() {
+    if tasks.try_send(Task { sources, module, function, args, bytes, done }).is_err() {
         return Ok(refuse(s, "too many tasks wait for a thread"));
     }
     Ok(Wait::Park(Op::future(async move {
@@ -126,7 +164,11 @@ fn pool() -> Option<&'static mpsc::SyncSender<Task>> {
         let waiting = Arc::new(Mutex::new(waiting));
         let started = (0..THREADS).filter(|n| {
             let waiting = waiting.clone();
-            thread::Builder::new().name(format!("lua-thread-{n}")).spawn(move || work(&waiting)).is_ok()
+            thread::Builder::new()
+                .name(format!("lua-thread-{n}"))
+                .stack_size(STACK)
+                .spawn(move || work(&waiting))
+                .is_ok()
         });
         (started.count() > 0).then_some(tasks)
     };
@@ -138,6 +180,10 @@ fn work(waiting: &Mutex<mpsc::Receiver<Task>>) {
     loop {
         let next = waiting.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok(task) = next else { return };
+        if task.done.is_closed() {
+            continue;
+        }
+        drop(task.bytes);
         let (sources, call) = (task.sources, (task.module, task.function, task.args));
         let outcome = catch_unwind(AssertUnwindSafe(|| serve(&mut vm, &sources, call)));
         let outcome = outcome.unwrap_or_else(|_| Err("the thread has failed".into()));
@@ -220,15 +266,27 @@ fn called(vm: &Vm, (module, function, args): (Vec<u8>, Vec<u8>, Vec<Plain>)) -> 
 
 /// Counts what is copied.
 #[derive(Default)]
-struct Copying(usize);
+struct Copying {
+    values: usize,
+    bytes: usize,
+}
 
 impl Copying {
     fn count(&mut self, depth: usize) -> std::result::Result<(), String> {
-        self.0 += 1;
+        self.values += 1;
         match () {
             () if depth > MAX_DEPTH => Err(format!("tables stand within each other more than {MAX_DEPTH} times")),
-            () if self.0 > MAX_VALUES => Err(format!("more than {MAX_VALUES} values")),
+            () if self.values > MAX_VALUES => Err(format!("more than {MAX_VALUES} values")),
             () => Ok(()),
+        }
+    }
+
+    /// A string of a script's.
+    fn bytes(&mut self, text: &[u8]) -> std::result::Result<Vec<u8>, String> {
+        self.bytes = self.bytes.saturating_add(text.len());
+        match self.bytes > MAX_BYTES {
+            true => Err(format!("too large: more than {MAX_BYTES} bytes of strings")),
+            false => Ok(text.to_vec()),
         }
     }
 
@@ -239,7 +297,7 @@ impl Copying {
             ffi::LUA_TNIL => Plain::Nil,
             ffi::LUA_TBOOLEAN => Plain::Bool(s.boolean(i)),
             ffi::LUA_TNUMBER => Plain::Number(s.number(i).unwrap_or_default()),
-            ffi::LUA_TSTRING => Plain::Bytes(s.bytes(i).unwrap_or_default().to_vec()),
+            ffi::LUA_TSTRING => Plain::Bytes(self.bytes(s.bytes(i).unwrap_or_default())?),
             ffi::LUA_TTABLE => {
                 s.reserve(8).map_err(|e| e.0.into_owned())?;
                 let mut entries = Vec::new();
@@ -262,7 +320,7 @@ impl Copying {
             mlua::Value::Boolean(b) => Plain::Bool(*b),
             mlua::Value::Integer(n) => Plain::Number(*n as f64),
             mlua::Value::Number(n) => Plain::Number(*n),
-            mlua::Value::String(text) => Plain::Bytes(text.as_bytes().to_vec()),
+            mlua::Value::String(text) => Plain::Bytes(self.bytes(&text.as_bytes())?),
             mlua::Value::Table(table) => {
                 let mut entries = Vec::new();
                 for entry in table.pairs::<mlua::Value, mlua::Value>() {
@@ -276,6 +334,12 @@ impl Copying {
     }
 }
 
+/// How many entries have a place in the array part of a table.
+fn in_array(entries: &[(Plain, Plain)]) -> usize {
+    let is_index = |key: &Plain| matches!(key, Plain::Number(n) if *n >= 1.0 && n.fract() == 0.0);
+    entries.iter().filter(|(key, _)| is_index(key)).count()
+}
+
 impl Plain {
     fn into_lua(self, lua: &mlua::Lua) -> mlua::Result<mlua::Value> {
         Ok(match self {
@@ -284,7 +348,8 @@ impl Plain {
             Plain::Number(n) => mlua::Value::Number(n),
             Plain::Bytes(bytes) => mlua::Value::String(lua.create_string(bytes)?),
             Plain::Table(entries) => {
-                let table = lua.create_table_with_capacity(0, entries.len())?;
+                let array = in_array(&entries);
+                let table = lua.create_table_with_capacity(array, entries.len() - array)?;
                 for (key, value) in entries {
                     table.raw_set(key.into_lua(lua)?, value.into_lua(lua)?)?;
                 }
@@ -300,7 +365,8 @@ impl Plain {
             Plain::Number(n) => s.push_number(n),
             Plain::Bytes(bytes) => s.push_bytes(bytes),
             Plain::Table(entries) => {
-                s.push_table(0, entries.len());
+                let array = in_array(&entries);
+                s.push_table(array, entries.len() - array);
                 // A stack that cannot grow leaves the table empty; MAX_DEPTH keeps that from happening.
                 if s.reserve(8).is_ok() {
                     let table = s.top();
@@ -358,6 +424,62 @@ mod tests {
         assert!(outcome(VmConfig::default(), &many(most), Vec::new()).is_ok());
         let more = outcome(VmConfig::default(), &many(most + 1), Vec::new());
         assert_eq!(more, Err("more than 1048576 values".into()));
+    }
+
+    #[test]
+    fn strings_go_both_ways_up_to_a_number_of_bytes() {
+        let shared = |n: usize| {
+            format!(
+                "package.preload.t = function() return {{ f = function() local s, t = ('x'):rep(2^20), {{}} for i = 1, {n} do t[i] = s end return t end }} end"
+            )
+        };
+        let most = MAX_BYTES >> 20;
+        assert!(outcome(VmConfig::default(), &shared(most), Vec::new()).is_ok());
+        let refusal = Err("too large: more than 67108864 bytes of strings".into());
+        assert_eq!(outcome(VmConfig::default(), &shared(most + 1), Vec::new()), refusal);
+    }
+
+    #[test]
+    fn what_waits_is_bounded_in_bytes() {
+        let most = Waiting::take(MAX_WAITING_BYTES).expect("room");
+        assert!(Waiting::take(1).is_none() && Waiting::take(usize::MAX).is_none());
+        assert!(Waiting::take(0).is_some());
+        drop(most);
+        assert!(Waiting::take(1).is_some());
+    }
+
+    #[test]
+    fn a_task_that_nobody_waits_for_does_not_run() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (tasks, waiting) = mpsc::sync_channel(2);
+        let write = |name: &str| {
+            let (done, outcome) = oneshot::channel();
+            let path = dir.path().join(name).display().to_string().into_bytes();
+            let task = Task {
+                sources: Sources::of(&VmConfig::default()).into(),
+                module: b"io".to_vec(),
+                function: b"open".to_vec(),
+                args: vec![Plain::Bytes(path), Plain::Bytes(b"w".to_vec())],
+                bytes: Waiting::take(1).expect("room"),
+                done,
+            };
+            tasks.try_send(task).expect("room");
+            outcome
+        };
+        drop(write("given_up"));
+        let outcome = write("waited_for");
+        drop(tasks);
+        work(&Mutex::new(waiting));
+        assert_eq!(outcome.blocking_recv(), Ok(Err("unsupported Lua type: userdata".into())));
+        assert!(dir.path().join("waited_for").exists() && !dir.path().join("given_up").exists());
+        assert!(Waiting::take(MAX_WAITING_BYTES).is_some(), "neither of them waits any more");
+    }
+
+    #[test]
+    fn an_array_arrives_in_the_array_part() {
+        let number = |n: f64| (Plain::Number(n), Plain::Nil);
+        assert_eq!(in_array(&[number(1.0), number(2.0), number(0.0), number(-1.0), number(1.5), number(f64::NAN)]), 2);
+        assert_eq!(in_array(&[(Plain::Bytes(b"a".to_vec()), Plain::Nil)]), 0);
     }
 
     #[test]
