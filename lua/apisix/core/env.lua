@@ -1,34 +1,18 @@
 --- `core.env`: `$ENV://NAME` and `$env://NAME` references (terminology/secret.md). All phases; none of these waits.
 --
--- A name is looked for in `nginx_config.envs` of config.yaml (`NAME=value`), then in the environment of the process.
+-- The environment is the process's, with `nginx_config.envs` of config.yaml (`NAME=value`) in it.
 local json = require("apisix.core.json")
-local config_local = require("apisix.core.config_local")
 local getenv = os.getenv
 local sub, find, upper = string.sub, string.find, string.upper
-local ipairs, type = ipairs, type
+local type = type
 
 local PREFIX = "$ENV://"
 
 local _M = { PREFIX = PREFIX }
 
-local configured
-
-local function read_configured()
-    local out = {}
-    local nginx = config_local.local_conf().nginx_config
-    for _, line in ipairs(nginx and nginx.envs or {}) do
-        local name, value = tostring(line):match("^([^=]+)=(.*)$")
-        if name then
-            out[name] = value
-        end
-    end
-    return out
-end
-
 --- The value of the variable `name` as a text, or nil.
 function _M.get(name)
-    configured = configured or read_configured()
-    return configured[name] or getenv(name)
+    return getenv(name)
 end
 
 --- The variable that the reference names, or of its JSON value the field after the slash; nil when it is unset; nil and
@@ -56,9 +40,7 @@ function _M.fetch_by_uri(uri)
     return fields[sub(path, slash + 1)]
 end
 
---- Reads `nginx_config.envs` anew. The first look-up does so, too.
-function _M.init()
-    configured = nil
-end
+--- Nothing is left to make ready.
+function _M.init() end
 
 return _M
