@@ -144,7 +144,7 @@ local function call(self, command, key, ...)
     local node, asking = slot and slots[slot] or first_node(self), false
     for _ = 1, self.config.max_redirection or DEFAULT_REDIRECTIONS do
         local reply, why, broken = call_on(self, node, asking, command, ...)
-        if reply ~= nil then return reply, why end
+        if reply ~= nil then return reply end
         err = why
         local elsewhere, ask = redirection(tostring(why))
         if elsewhere then

@@ -46,7 +46,7 @@ fn a_plugin_sees_what_vault_says_and_asks_it_once() {
     assert_eq!(gw.get("/get").status, 200);
     assert_eq!(
         up.last().header("x-token"),
-        Some("$secret://vault/1/gateway/token"),
+        Some(as_written("$secret://vault/1/gateway/token")),
         "a manager's change counts at once"
     );
     gw.expect_log(

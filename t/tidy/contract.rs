@@ -14,7 +14,9 @@ const HEAD: &str = "# What plugins may require of `apisix.*`\n\nMade of the comm
 #[test]
 fn the_contract_is_documented() {
     let (mut text, mut found) = (HEAD.to_owned(), Vec::new());
-    for file in sources(&["lua/apisix"], "lua") {
+    let mut files = sources(&["lua/apisix"], "lua");
+    files.sort_by_cached_key(|file| name_of(&file.path));
+    for file in files {
         module(&file, &mut text, &mut found);
     }
     report(found);
@@ -24,25 +26,31 @@ fn the_contract_is_documented() {
     assert!(read(DOCUMENT) == text, "{DOCUMENT} is not what the modules say: run this test with UPDATE_DOCS=1");
 }
 
+/// What a script requires the file by.
+fn name_of(path: &str) -> String {
+    let name = path.trim_start_matches("lua/").trim_end_matches(".lua").replace('/', ".");
+    name.trim_end_matches(".init").to_owned()
+}
+
 /// Adds a module's section. A public function without a comment is a finding.
 fn module(file: &Source, text: &mut String, found: &mut Vec<String>) {
     let lines: Vec<&str> = file.text.lines().collect();
-    let name = file.path.trim_start_matches("lua/").trim_end_matches(".lua").replace('/', ".");
-    let name = name.trim_end_matches(".init");
+    let name = name_of(&file.path);
     let head: Vec<&str> = lines.iter().take_while(|line| line.starts_with("--")).copied().collect();
-    let _ = write!(text, "\n## `{name}`\n\n{}\n", without_name(&joined(&head)));
+    let _ = writeln!(text, "\n## `{name}`\n\n{}", without_name(&joined(&head)));
     let mut first = true;
     for (at, line) in lines.iter().enumerate() {
         let Some(signature) = line.strip_prefix("function _M.").or_else(|| line.strip_prefix("function _M:")) else {
             continue;
         };
+        let signature = signature.split_inclusive(')').next().unwrap_or(signature);
         let begin = lines[..at].iter().rposition(|line| !line.starts_with("--")).map_or(0, |n| n + 1);
         let comment = &lines[begin..at];
         if !comment.first().is_some_and(|line| line.starts_with("---")) {
             found.push(format!("{}:{}: a --- comment that says what {signature} does", file.path, at + 1));
             continue;
         }
-        let _ = write!(text, "{}* `{signature}`: {}\n", if first { "\n" } else { "" }, joined(comment));
+        let _ = writeln!(text, "{}* `{signature}`: {}", if first { "\n" } else { "" }, joined(comment));
         first = false;
     }
 }
