@@ -175,6 +175,33 @@ fn a_clean_handler_runs_when_the_route_changes() {
 }
 
 #[test]
+fn what_plugins_keep_is_bounded() {
+    let source = plugin(
+        "keeper",
+        5,
+        "local util, timers = core.config_util, require('apisix.timers')
+         function _M.access()
+             for i = 1, 10000 do
+                 assert(util.add_clean_handler({ key = '/apisix/routes/' .. i, modifiedIndex = 0 }, print))
+             end
+             local item = { key = '/apisix/routes/x', modifiedIndex = 0 }
+             local id, err = util.add_clean_handler(item, print)
+             assert(util.add_clean_handler({}, print), 'what is no object of the configuration is not watched')
+             local sent, why = require('apisix.events'):post('s', 'e', ('x'):rep(65536))
+             for i = 1, 1025 do timers.register_timer('t' .. i, function() end) end
+             return 200, { tostring(id), err, tostring(sent), why }
+         end",
+    );
+    let gw = with_plugins(&[("keeper", &source)]);
+    let up = Upstream::echo();
+    gw.route("1", "/get", &up, json!({"keeper": {}}));
+    let expected =
+        json!(["nil", "there are handlers for 10000 items already", "nil", "the event is longer than 65536 bytes"]);
+    assert_eq!(gw.get("/get").json(), expected);
+    gw.expect_log("failed to register the timer t1025: there are 1024 already");
+}
+
+#[test]
 fn events_reach_every_worker() {
     let dir = Dir::new();
     dir.configure(json!({"nginx_config": {"worker_processes": 2}}));

@@ -5,22 +5,23 @@ local ngx = ngx
 local ipairs = ipairs
 local pairs = pairs
 local pcall = pcall
+local setmetatable = setmetatable
 local tostring = tostring
 local tonumber = tonumber
 local type = type
 
 local _M = {}
 
--- item -> { handler, … }: those that wait for their item's end.
-local handlers = {}
-local count, next_id = 0, 0
+-- item -> { handler, … }. A plugin's own item takes its handlers along when it goes.
+local handlers = setmetatable({}, { __mode = "k" })
+local next_id = 0
 
--- Items with handlers. A plugin adds one for each item that it keeps something for; more are mistakes.
-local MAX_ITEMS = 10000
+-- Items that stand for an object of the configuration, kept until it changes. A plugin adds a handler for each item that it
+-- keeps something for; more than these are mistakes.
+local MAX_WATCHED = 10000
 local INTERVAL_SECS = 1
 
--- item -> true: those that stand for an object of the configuration.
-local watched = {}
+local watched, count = {}, 0
 local watching = false
 
 -- The revision of the object that an item stands for, 0 when it is gone; nil for an item of the plugin's own.
@@ -41,42 +42,51 @@ local function look(premature)
     end
 end
 
-local function watch(item)
-    watched[item] = type(item) == "table" and item.modifiedIndex and revision_of(item) and true or nil
-    if watched[item] and not watching then
-        local ok, err = ngx.timer.every(INTERVAL_SECS, look)
-        if not ok then
-            return log.error("failed to watch for changed items: ", err)
-        end
-        watching = true
+local function start()
+    if watching then
+        return true
     end
+    local ok, err = ngx.timer.every(INTERVAL_SECS, look)
+    watching = ok and true
+    return ok, err
 end
 
-local function list_of(item)
-    local list = handlers[item]
-    if not list then
-        list = {}
-        handlers[item] = list
-        count = count + 1
-        watch(item)
+-- True, or nil and why the item cannot be watched.
+local function watch(item)
+    if type(item) ~= "table" or not item.modifiedIndex or not revision_of(item) then
+        return true
     end
-    return list
+    if count >= MAX_WATCHED then
+        return nil, "there are handlers for " .. MAX_WATCHED .. " items already"
+    end
+    local ok, err = start()
+    if not ok then
+        return nil, err
+    end
+    watched[item], count = true, count + 1
+    return true
 end
 
 local function drop(item)
-    if handlers[item] then
-        handlers[item], watched[item] = nil, nil
-        count = count - 1
+    handlers[item] = nil
+    if watched[item] then
+        watched[item], count = nil, count - 1
     end
 end
 
 --- Calls `f(item)` once when the object that `item` stands for (`ctx.matched_route`, `ctx.service`) is replaced or deleted,
--- about a second later. Returns an id for `cancel_clean_handler`; nil and the reason when too many items have handlers.
+-- about a second later; for an item of the plugin's own when `fire_all_clean_handlers` says so. Returns an id for
+-- `cancel_clean_handler`; nil and the reason when too many items have handlers.
 function _M.add_clean_handler(item, f)
-    if not handlers[item] and count >= MAX_ITEMS then
-        return nil, "there are handlers for " .. MAX_ITEMS .. " items already"
+    local list = handlers[item]
+    if not list then
+        local ok, err = watch(item)
+        if not ok then
+            return nil, err
+        end
+        list = {}
+        handlers[item] = list
     end
-    local list = list_of(item)
     next_id = next_id + 1
     list[#list + 1] = { id = next_id, f = f }
     return next_id
