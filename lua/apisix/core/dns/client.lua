@@ -1,6 +1,7 @@
 --- `core.dns.client`: records of a name: /etc/hosts, then DNS with config.yaml's servers. Waits where nothing is known.
 --
 -- `client.new(opts)`, then `client:resolve(name, selector)`. Answers are kept for their TTL, or for `opts.valid` seconds.
+local native = require("moongate.native")
 local dns = require("resty.dns.resolver")
 local lrucache = require("resty.lrucache")
 local config_local = require("apisix.core.config_local")
@@ -109,13 +110,18 @@ local function types_of(order, ipv6)
     return types
 end
 
+-- Uploaded functions have no files of their own choice.
+local function path_of(given, default)
+    return native.purpose ~= "functions" and given or default
+end
+
 --- A client. `opts`: `nameservers` (texts with or without a port), `hosts` and `resolvConf` (paths), `order` (of "A",
 -- "AAAA", "SRV", "CNAME"; "last" is passed over), `search` (domains), `enable_ipv6`, `valid` (seconds), `timeout` (ms),
 -- `retrans`. What is left out is config.yaml's, or /etc/resolv.conf's.
 function _M.new(opts)
     opts = opts or {}
     local apisix = config_local.local_conf().apisix or {}
-    local system = read_resolv_conf(opts.resolvConf or "/etc/resolv.conf")
+    local system = read_resolv_conf(path_of(opts.resolvConf, "/etc/resolv.conf"))
     local ipv6 = opts.enable_ipv6
     if ipv6 == nil then
         ipv6 = apisix.enable_ipv6 ~= false
@@ -130,7 +136,7 @@ function _M.new(opts)
     end
     local search = opts.search or apisix.enable_resolv_search_opt ~= false and system.search or {}
     return setmetatable({
-        hosts = read_hosts(opts.hosts or "/etc/hosts"),
+        hosts = read_hosts(path_of(opts.hosts, "/etc/hosts")),
         types = types_of(opts.order or DEFAULT_ORDER, ipv6),
         search = search,
         valid = opts.valid or apisix.dns_resolver_valid,
