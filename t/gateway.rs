@@ -2,6 +2,8 @@
 
 mod support;
 
+#[path = "gateway/admin.rs"]
+mod admin;
 #[path = "gateway/contract.rs"]
 mod contract;
 #[path = "gateway/counters.rs"]

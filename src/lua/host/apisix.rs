@@ -473,7 +473,7 @@ fn stored(config: &Snapshot, kind: model::Kind, id: &str) -> Option<Stored> {
         // Keys, sources of code and secrets are not for every plugin to read.
         Kind::Ssl | Kind::Secret | Kind::Function | Kind::PluginSource => None,
         Kind::StreamRoute => config.stream_routes.get(id).map(of),
-        Kind::Proto => config.others.get(&(kind, id.into())).map(of),
+        Kind::Proto | Kind::GraphqlCostDecoration => config.others.get(&(kind, id.into())).map(of),
     }
 }
 
