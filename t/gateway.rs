@@ -6,6 +6,8 @@ mod support;
 mod admin;
 #[path = "gateway/contract.rs"]
 mod contract;
+#[path = "gateway/core_etcd.rs"]
+mod core_etcd;
 #[path = "gateway/counters.rs"]
 mod counters;
 #[path = "gateway/functions.rs"]

@@ -616,11 +616,12 @@ fn snapshot() -> Option<Arc<Snapshot>> {
     fast::exchange().map(|x| x.snapshot.clone())
 }
 
-/// What references to secrets are resolved by: the newer of the request's configuration and the one that the worker has
-/// seen last. A conf is one version's, a secret is what its manager says now.
+/// What references to secrets are resolved by: the newest of the request's configuration, the one that the worker has seen
+/// last, and what is served. A conf is one version's, a secret is what its manager says now.
 fn newest() -> Arc<Snapshot> {
-    let (own, seen) = (snapshot(), vm::current().map(|vm| vm.snapshot()));
-    [own, seen].into_iter().flatten().max_by_key(|c| c.version).unwrap_or_default()
+    let seen = vm::current().map(|vm| vm.snapshot());
+    let served = super::store::published().map(|published| published.load());
+    [snapshot(), seen, served].into_iter().flatten().max_by_key(|c| c.version).unwrap_or_default()
 }
 
 fn with_snapshot<R>(read: impl FnOnce(&Snapshot) -> R) -> Option<R> {
