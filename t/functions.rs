@@ -5,7 +5,7 @@ mod support;
 use std::collections::HashSet;
 
 use serde_json::{Value, json};
-use support::{Client, Dir, Gateway, Reply, eventually, get, peers::Etcd, request};
+use support::{Client, Dir, Gateway, Reply, Upstream, eventually, get, peers::Etcd, request};
 
 const KEYRING: &str = "edd1c9f0985e76a2";
 
@@ -65,6 +65,32 @@ mod env {
         expect_line(&gw, "failed to fetch secret value of env.GONE");
         gw.put("/functions/hello", json!({"source": SHOW, "env": {"A": "1", "B": "2"}}));
         assert_eq!(gw.get("/hello").text(), "A=1 B=2 nil");
+    }
+
+    #[test]
+    fn a_manager_of_secrets_is_asked_and_stays_closed_to_the_function() {
+        let vault = Upstream::answering(|seen| {
+            let opened = seen.header("x-vault-token") == Some("root");
+            let body =
+                if opened { json!({"data": {"token": "opened"}}) } else { json!({"errors": ["no"]}) }.to_string();
+            format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len())
+        });
+        let gw = Gateway::with(json!({"nginx_config": {"worker_processes": 1}}));
+        let uri = format!("http://{}", vault.addr());
+        gw.put("/secrets/vault/1", json!({"uri": uri, "prefix": "kv/apisix", "token": "root"}));
+        let text = "return function()
+            return 200, {env.KEY, tostring(env.NONE), tostring((pcall(require, 'apisix.secret.vault')))}
+        end";
+        let env = json!({"KEY": "$secret://vault/1/gateway/token", "NONE": "$secret://nobody/1/a/b"});
+        gw.put("/functions/hello", json!({"source": text, "env": env}));
+        gw.put("/routes/hello", json!({"uri": "/hello", "function_id": "hello"}));
+        for _ in 0..4 {
+            assert_eq!(gw.get("/hello").json(), json!(["opened", "nil", "false"]));
+        }
+        assert!(vault.seen().len() <= 2, "once for each VM");
+        expect_line(&gw, "failed to fetch secret value of env.NONE");
+        gw.put("/functions/hello", json!({"source": text, "env": env, "trusted": true}));
+        assert_eq!(gw.get("/hello").json(), json!(["opened", "nil", "true"]));
     }
 
     #[test]

@@ -2,35 +2,45 @@
 -- that an administrator trusts get the globals of plugins.
 
 local native = require("moongate.native")
-local error, ipairs, next, pairs, setfenv, setmetatable, type = error, ipairs, next, pairs, setfenv, setmetatable, type
+local assert, error, ipairs, next, pairs, pcall, setfenv, setmetatable, type =
+    assert, error, ipairs, next, pairs, pcall, setfenv, setmetatable, type
 local real_require, real_loadstring = require, loadstring
-local now = ngx.now
 
 local _M = {}
 
 local trusted = native.purpose == "trusted"
 
--- The modules that resolve secrets, for this file alone: what reads the process's environment is forgotten again before a function
--- can require it.
-local function load_alone(name)
-    local before = {}
-    for known in pairs(package.loaded) do before[known] = true end
-    local module = real_require(name)
-    for known in pairs(package.loaded) do
-        if not before[known] and known:find("^apisix") then package.loaded[known] = nil end
+-- Takes APISIX's modules out of a table of modules, and gives them.
+local function taken(modules)
+    local out = {}
+    for name, module in pairs(modules) do
+        if name:find("^apisix") then out[name], modules[name] = module, nil end
     end
+    return out
+end
+
+-- A module for this file alone, on top of the real ones of APISIX: what reads the process's environment is gone again before a
+-- function can require it.
+local function load_alone(name)
+    local loaded, preload = taken(package.loaded), taken(package.preload)
+    local ok, module = pcall(real_require, name)
+    taken(package.loaded)
+    for known, other in pairs(loaded) do package.loaded[known] = other end
+    for known, other in pairs(preload) do package.preload[known] = other end
+    if not ok then return nil, module end
     return module
 end
 
-local secret = trusted and real_require("apisix.secret") or load_alone("apisix.secret")
+local secret = trusted and real_require("apisix.secret") or assert(load_alone("apisix.secret"))
 
 -- Modules that open what the sandbox closes, and what only a plugin needs.
 local forbidden = { ffi = true, jit = true, io = true, os = true, debug = true, package = true,
     ["jit.util"] = true, ["jit.opt"] = true, ["apisix.core.io"] = true, ["apisix.core.os"] = true,
-    ["apisix.core.env"] = true, lfs = true, ["resty.shell"] = true, ["resty.signal"] = true, ["ngx.pipe"] = true,
-    ["pl.path"] = true, ["apisix.core.etcd"] = true, ["apisix.core.config"] = true, ["apisix.core.config_etcd"] = true,
-    ["apisix.core.config_yaml"] = true, ["apisix.secret"] = true,
-    ["pl.file"] = true, ["pl.dir"] = true }
+    ["apisix.core.env"] = true, ["apisix.core.data_encryption"] = true, ["apisix.consumer"] = true, ["apisix.secret"] = true,
+    ["apisix.secret.vault"] = true, ["apisix.secret.aws"] = true, ["apisix.secret.gcp"] = true, ["apisix.core.etcd"] = true,
+    ["apisix.core.config"] = true, ["apisix.core.config_etcd"] = true, ["apisix.core.config_yaml"] = true, lfs = true,
+    ["resty.shell"] = true, ["resty.signal"] = true, ["ngx.pipe"] = true, ["pl.path"] = true, ["pl.file"] = true,
+    ["pl.dir"] = true }
 
 local env
 
@@ -103,7 +113,10 @@ local function close_sandbox()
     env = make_env()
     if package.preload then
         for name in pairs(forbidden) do
-            if name:find("^apisix") then package.preload[name] = function() return {} end end
+            -- The secrets' managers are `use_manager`'s; functions cannot require them.
+            if name:find("^apisix") and not name:find("^apisix%.secret%.") then
+                package.preload[name] = function() return {} end
+            end
         end
     end
 end
@@ -112,25 +125,26 @@ if trusted then env = _G else close_sandbox() end
 
 -- env: ------------------------------------------------------------------------------------------------------------
 
--- Seconds that a resolved secret is used: a manager is asked about once a minute, and a new secret is in use as soon.
-local SECRET_SECONDS = 60
+-- Makes the manager that a reference names ready for `apisix.secret`, which finds it among the loaded modules.
+local function use_manager(text)
+    local name = not trusted and text:match("^%$[sS][eE][cC][rR][eE][tT]://([%w_-]+)/")
+    local module = name and "apisix.secret." .. name
+    -- One that does not exist is `apisix.secret`'s to report.
+    if module and not package.loaded[module] then package.loaded[module] = load_alone(module) end
+end
 
 --- The table that a function knows as `env`: reading a name gives its text, of a reference the secret that it names; nil, and a
 -- line of the log, when that cannot be had.
 local function env_of(values)
-    local resolved, expires = {}, {}
+    for _, text in pairs(values) do use_manager(text) end
     local function get(_, name)
         local text = values[name]
         if text == nil or not secret.is_reference(text) then return text end
-        if not expires[name] or expires[name] < now() then
-            local found, err = secret.fetch_by_uri(text)
-            if found == nil then
-                ngx.log(ngx.ERR, "failed to fetch secret value of env.", name, ": ", err or "not found")
-                return nil
-            end
-            resolved[name], expires[name] = found, now() + SECRET_SECONDS
+        local found, err = secret.fetch_known(text)
+        if found == nil then
+            ngx.log(ngx.ERR, "failed to fetch secret value of env.", name, ": ", err or "not found")
         end
-        return resolved[name]
+        return found
     end
     local function each(self)
         local name
