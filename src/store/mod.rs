@@ -13,6 +13,7 @@ mod last_good;
 mod parser;
 pub mod pipeline;
 pub mod published;
+pub mod revisions;
 pub mod snapshot;
 pub mod source;
 
@@ -22,6 +23,7 @@ pub use builder::{Item, Parser, PluginChecker, PluginSchema, Refusal};
 pub use parser::parser;
 pub use pipeline::{Handle, Pipeline, Setup, Started, start};
 pub use published::Published;
+pub use revisions::{Batch, Committed, Revision};
 pub use snapshot::Snapshot;
 pub use source::{SourceState, SourceStatus};
 
@@ -74,7 +76,10 @@ pub fn open(config: &Config) -> Result<Arc<dyn Store>> {
     let role = deployment["role"].as_str().unwrap_or("traditional");
     let provider = deployment[format!("role_{role}")]["config_provider"].as_str().unwrap_or("embedded");
     Ok(match provider {
-        "embedded" => embedded::Embedded::open(&config.prefix.join(EMBEDDED_FILE))?,
+        "embedded" => {
+            let bounds = revisions::Bounds::from_json(&config.json);
+            embedded::Embedded::open_with(&config.prefix.join(EMBEDDED_FILE), bounds)?
+        }
         "etcd" => etcd::Etcd::new(etcd::EtcdConfig::from_json(&config.json, &config.prefix)?),
         "yaml" => file::File::new(&config.prefix, file::Format::Yaml),
         "json" => file::File::new(&config.prefix, file::Format::Json),
@@ -107,6 +112,17 @@ pub trait Store: Send + Sync + 'static {
 
     /// The entry that was deleted (its `mod_revision` before) and the store's revision after; `None` when there was none.
     fn delete<'a>(&'a self, key: &'a str, on: Condition) -> BoxFuture<'a, Result<Option<(Entry, i64)>>>;
+
+    /// Does all of the batch, and keeps it as a revision in the same transaction; or nothing when a condition does not hold
+    /// (`Kind::Conflict`). A store that keeps no revisions does one write after the other.
+    fn commit<'a>(&'a self, batch: Batch) -> BoxFuture<'a, Result<Committed>> {
+        Box::pin(async move { revisions::one_by_one(self, batch).await })
+    }
+
+    /// The revisions that are kept; `None`: this store keeps none.
+    fn revisions<'a>(&'a self, _: revisions::Query) -> BoxFuture<'a, Result<Option<revisions::Page>>> {
+        Box::pin(async move { Ok(None) })
+    }
 
     /// Which source this is (`etcd http://a:2379 /apisix`), for a store whose last good state is kept on disk beside it.
     fn identity(&self) -> Option<String> {
