@@ -3,25 +3,29 @@
 //! Runs on the control thread. A write is answered when it is stored and every request that starts is served by it.
 //! Keys are compared in constant time; bodies and connections are bounded.
 
+mod difference;
 pub mod http;
 mod list;
 mod patch;
 pub mod plugins;
 mod references;
 mod resource;
+mod revisions;
+mod session;
 mod settings;
 #[cfg(test)]
 mod tests;
 
 use std::{future::Future, rc::Rc, sync::Arc, time::Duration};
 
-use ::http::Method;
+use ::http::{HeaderMap, Method};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
 use self::{
     http::{Answer, Call, Incomplete},
     resource::Target,
+    session::Session,
 };
 pub use self::{
     plugins::{PackedPlugins, PluginHost, PluginInfo},
@@ -44,6 +48,7 @@ const MAX_BODY_BYTES: usize = 1_572_864;
 const SERVED_PATIENCE: Duration = Duration::from_secs(5);
 
 /// What the handlers work with.
+#[derive(Clone)]
 pub struct State {
     pub settings: Settings,
     pub store: Arc<dyn Store>,
@@ -113,7 +118,8 @@ fn admit(state: &State, request: &Incomplete) -> Result<(), Answer> {
         let body = json!({ "error_msg": "failed to check token", "description": description });
         Err(Answer::json(401, &body))
     };
-    let Some(given) = given_key(request) else {
+    let query = http::parse_query(request.head.uri.query().unwrap_or(""));
+    let Some(given) = given_key(&query, &request.head.headers) else {
         return refuse("missing apikey");
     };
     match settings.role_of(&given) {
@@ -126,12 +132,10 @@ fn admit(state: &State, request: &Incomplete) -> Result<(), Answer> {
 }
 
 /// The argument `api_key`, the header, the cookie.
-fn given_key(request: &Incomplete) -> Option<String> {
-    let query = http::parse_query(request.head.uri.query().unwrap_or(""));
-    if let Some((_, key)) = query.into_iter().find(|(name, _)| name == "api_key") {
-        return Some(key);
+fn given_key(query: &[(String, String)], headers: &HeaderMap) -> Option<String> {
+    if let Some((_, key)) = query.iter().find(|(name, _)| name == "api_key") {
+        return Some(key.clone());
     }
-    let headers = &request.head.headers;
     if let Some(key) = headers.get("x-api-key") {
         return key.to_str().ok().map(str::to_owned);
     }
@@ -148,7 +152,12 @@ async fn answer(state: &State, request: Incomplete) -> Answer {
         Ok(call) => call,
         Err(refusal) => return refusal,
     };
-    route(state, &call).await.unwrap_or_else(|refusal| refusal)
+    let session = match Session::begin(state, &call) {
+        Ok(session) => session,
+        Err(refusal) => return refusal,
+    };
+    let answer = route(session.state(), &call).await.unwrap_or_else(|refusal| refusal);
+    session.finish(answer)
 }
 
 async fn route(state: &State, call: &Call) -> Result<Answer, Answer> {
@@ -171,6 +180,7 @@ async fn route(state: &State, call: &Call) -> Result<Answer, Answer> {
         (&Method::GET | &Method::HEAD, ["plugins", name]) => Ok(plugins::get(&*state.plugins, call, Some(name))),
         (&Method::POST, ["schema", "validate", resource]) => validate(call, resource),
         (&Method::GET | &Method::HEAD, ["schema", place @ ..]) => Ok(plugins::get_schema(&*state.plugins, call, place)),
+        (_, ["revisions", place @ ..]) => revisions::handle(state, call, place).await,
         (_, []) => Err(Answer::refuse(404, "not found")),
         (_, segments) => match Target::of(segments) {
             Some(target) => resource::handle(state, target, call).await,

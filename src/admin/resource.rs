@@ -257,7 +257,7 @@ async fn delete(state: &State, target: Target, call: &Call) -> Outcome {
 }
 
 /// Waits until every request that starts is served by that revision; a source that lags does not hold the answer for ever.
-async fn served(state: &State, revision: i64) {
+pub(super) async fn served(state: &State, revision: i64) {
     if timeout(SERVED_PATIENCE, state.published.reached(revision)).await.is_err() {
         tracing::warn!("revision {revision} is stored but not served after {SERVED_PATIENCE:?}");
     }
@@ -421,7 +421,7 @@ fn stamp(value: &mut Value, previous: Option<&Entry>, patch: Option<&Value>) {
 }
 
 /// Everything that must hold before a value is stored. Works on copies: what is stored is what was sent.
-async fn check(state: &State, kind: Kind, id: &str, value: &Value) -> Outcome<()> {
+pub(super) async fn check(state: &State, kind: Kind, id: &str, value: &Value) -> Outcome<()> {
     if let Kind::PluginMetadata = kind {
         return check_metadata(state, id, value);
     }
@@ -489,7 +489,7 @@ fn check_lua(state: &State, kind: Kind, id: &str, value: &Value) -> Outcome<()> 
     outcome.map_err(|e| Answer::refuse(400, e))
 }
 
-fn schema_kind(kind: Kind) -> SchemaKind {
+pub(super) fn schema_kind(kind: Kind) -> SchemaKind {
     match kind {
         Kind::Consumer | Kind::Credential => SchemaKind::Consumer,
         Kind::PluginMetadata => SchemaKind::Metadata,
@@ -515,7 +515,7 @@ fn text_of(value: &Value, key: &str) -> Option<String> {
     value.get(key).and_then(Value::as_str).map(str::to_owned)
 }
 
-fn decrypt(state: &State, kind: Kind, entry: &Entry, value: &mut Value) {
+pub(super) fn decrypt(state: &State, kind: Kind, entry: &Entry, value: &mut Value) {
     let (keyring, of) = (&state.settings.keyring, schema_kind(kind));
     if kind == Kind::PluginMetadata {
         let name = entry.key.rsplit('/').next().unwrap_or_default();

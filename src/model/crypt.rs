@@ -159,9 +159,17 @@ pub fn is_reference(text: &str) -> bool {
     prefix("$env://") || prefix("$secret://")
 }
 
-type Change<'a> = &'a dyn Fn(&str) -> Option<String>;
+/// What a secret becomes; `None` leaves it.
+pub type Change<'a> = &'a dyn Fn(&str) -> Option<String>;
 
-fn with_fields(custom: Option<&dyn EncryptFields>, plugin: &str, kind: SchemaKind, conf: &mut Value, change: Change) {
+/// Changes the secret fields of a plugin's conf in place, whatever stands in them.
+pub fn with_fields(
+    custom: Option<&dyn EncryptFields>,
+    plugin: &str,
+    kind: SchemaKind,
+    conf: &mut Value,
+    change: Change,
+) {
     let known = schema::plugin(plugin).map(|schemas| match kind {
         SchemaKind::Route => &schemas.encrypt_fields,
         SchemaKind::Consumer => &schemas.consumer_encrypt_fields,
