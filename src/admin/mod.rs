@@ -13,6 +13,7 @@ mod resource;
 mod revisions;
 mod session;
 mod settings;
+mod sources;
 #[cfg(test)]
 mod tests;
 
@@ -180,6 +181,11 @@ async fn route(state: &State, call: &Call) -> Result<Answer, Answer> {
         (&Method::GET | &Method::HEAD, ["plugins", name]) => Ok(plugins::get(&*state.plugins, call, Some(name))),
         (&Method::POST, ["schema", "validate", resource]) => validate(call, resource),
         (&Method::GET | &Method::HEAD, ["schema", place @ ..]) => Ok(plugins::get_schema(&*state.plugins, call, place)),
+        (_, ["plugin_sources", name, action @ ..])
+            if action.first().is_some_and(|action| sources::is_action(call, action)) =>
+        {
+            sources::handle(state, call, name, action).await
+        }
         (_, ["revisions", place @ ..]) => revisions::handle(state, call, place).await,
         (_, []) => Err(Answer::refuse(404, "not found")),
         (_, segments) => match Target::of(segments) {

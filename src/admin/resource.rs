@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     error,
-    model::{self, Kind, ParseContext, SchemaKind, crypt},
+    model::{self, Kind, ParseContext, PluginSource, SchemaKind, crypt},
     store::{Condition, Entry, PluginSchema, Refusal, Written},
 };
 
@@ -136,7 +136,7 @@ fn shown(state: &State, kind: Kind, entry: &Entry) -> Shown {
     }
 }
 
-fn not_found() -> Answer {
+pub(super) fn not_found() -> Answer {
     Answer::json(404, &json!({ "message": "Key not found" }))
 }
 
@@ -263,7 +263,7 @@ pub(super) async fn served(state: &State, revision: i64) {
     }
 }
 
-fn json_body(call: &Call) -> Outcome<Value> {
+pub(super) fn json_body(call: &Call) -> Outcome<Value> {
     if call.body.is_empty() {
         return Err(Answer::refuse(400, "missing configurations"));
     }
@@ -483,10 +483,16 @@ fn check_lua(state: &State, kind: Kind, id: &str, value: &Value) -> Outcome<()> 
     }
     let outcome = match (kind, text("source")) {
         (Kind::Function, Some(source)) => state.plugins.compile_function(id, source),
-        (Kind::PluginSource, Some(source)) => state.plugins.inspect_plugin(id, source),
+        (Kind::PluginSource, Some(_)) => inspect_source(state, id, value),
         _ => Ok(()),
     };
     outcome.map_err(|e| Answer::refuse(400, e))
+}
+
+fn inspect_source(state: &State, name: &str, value: &Value) -> Result<(), String> {
+    let Value::Object(map) = value else { return Ok(()) };
+    let source = PluginSource::from_json(map).map_err(|e| e.to_string())?;
+    state.plugins.inspect_plugin(name, &source)
 }
 
 pub(super) fn schema_kind(kind: Kind) -> SchemaKind {

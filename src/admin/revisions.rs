@@ -9,7 +9,7 @@ use std::{
 };
 
 use ::http::Method;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use super::{
     State, difference,
@@ -120,8 +120,8 @@ fn head(state: &State, revision: &Revision) -> Value {
     if keys.len() > 1 {
         shown["keys"] = json!(keys);
     }
-    if let Some(undoes) = revision.undoes {
-        shown["undoes"] = undoes.into();
+    if let Some(refers_to) = revision.refers_to {
+        shown["refers_to"] = refers_to.into();
     }
     if revision.omitted {
         shown["omitted"] = true.into();
@@ -226,8 +226,8 @@ fn changed_since(state: &State, number: i64, key: &str, now: Option<&Entry>) -> 
     Answer::json(409, &json!({ "error_msg": text, "key": key, "modifiedIndex": now }))
 }
 
-/// Writes objects as they were once, when they are valid today. `undoes`: the revision that this takes back.
-pub(super) async fn restore(state: &State, writes: Vec<Write>, undoes: i64) -> Outcome {
+/// Writes objects as they were once, when they are valid today. `refers_to`: the revision that this takes back.
+pub(super) async fn restore(state: &State, writes: Vec<Write>, refers_to: i64) -> Outcome {
     let planned = Planned {
         inner: state.store.clone(),
         values: writes.iter().map(|write| (write.key.clone(), write.value.clone())).collect(),
@@ -236,7 +236,7 @@ pub(super) async fn restore(state: &State, writes: Vec<Write>, undoes: i64) -> O
     for write in &writes {
         check(&after, write).await?;
     }
-    let note = Note { who: "".into(), undoes: Some(undoes) };
+    let note = Note { who: "".into(), refers_to: Some(refers_to) };
     let committed = match state.store.commit(Batch { writes: writes.clone(), note }).await {
         Ok(committed) => committed,
         Err(e) if e.kind() == ErrorKind::Conflict => {
@@ -247,7 +247,7 @@ pub(super) async fn restore(state: &State, writes: Vec<Write>, undoes: i64) -> O
     resource::served(state, committed.revision).await;
     let object = |write: &Write| json!({ "key": shown_key(state, &write.key), "value": as_stored(state, &write.key, write.value.as_deref()) });
     let objects: Vec<Value> = writes.iter().map(object).collect();
-    Ok(Answer::json(200, &json!({ "revision": committed.revision, "undoes": undoes, "objects": objects })))
+    Ok(Answer::json(200, &json!({ "revision": committed.revision, "refers_to": refers_to, "objects": objects })))
 }
 
 /// As a PUT of the object or its DELETE would be checked.
@@ -314,14 +314,5 @@ impl Store for Planned {
 
     fn watch(self: Arc<Self>, changes: ChangeSink) -> BoxFuture<'static, ()> {
         self.inner.clone().watch(changes)
-    }
-}
-
-/// A field of a stored object's text.
-pub(super) fn text_in(stored: Option<&str>, field: &str) -> Option<String> {
-    let mut map: Map<String, Value> = serde_json::from_str(stored?).ok()?;
-    match map.remove(field) {
-        Some(Value::String(text)) => Some(text),
-        _ => None,
     }
 }

@@ -306,7 +306,7 @@ impl View {
     }
 
     fn note(&self) -> Note {
-        Note { who: self.who.clone(), undoes: None }
+        Note { who: self.who.clone(), refers_to: None }
     }
 
     /// What lives under an object and goes with it: a consumer's credentials.

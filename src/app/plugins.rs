@@ -9,10 +9,10 @@ use std::{
 use serde_json::Value;
 
 use crate::{
-    admin::{PluginHost, PluginInfo},
+    admin::{PluginHost, PluginInfo, plugins::Trying},
     error::Result,
-    model::{SchemaKind, crypt::EncryptFields},
-    plugin::{Checker, Setup},
+    model::{PluginSource, SchemaKind, crypt::EncryptFields},
+    plugin::{Checker, PluginTrial, Setup},
     store::{PluginChecker, PluginSchema, Refusal, Snapshot},
 };
 
@@ -68,8 +68,16 @@ impl PluginHost for Plugins {
         self.checker.compile_function("filter_func", source)
     }
 
-    fn inspect_plugin(&self, name: &str, source: &str) -> Result<(), String> {
+    fn inspect_plugin(&self, name: &str, source: &PluginSource) -> Result<(), String> {
         self.checker.inspect_plugin(name, source).map(drop)
+    }
+
+    fn try_plugin(&self, snapshot: Arc<Snapshot>, trial: PluginTrial) -> Trying {
+        Box::pin(self.checker.try_plugin(snapshot, trial))
+    }
+
+    fn broken(&self) -> Vec<(String, String)> {
+        self.checker.broken()
     }
 
     fn list(&self) -> Vec<PluginInfo> {

@@ -2,6 +2,8 @@
 //!
 //! Reads the published snapshot, asks the workers, and changes nothing.
 
+mod sources;
+
 use std::{future::Future, pin::Pin, rc::Rc, sync::Arc};
 
 use http::Method;
@@ -78,6 +80,7 @@ fn get(state: &State, snapshot: &Snapshot, place: &[&str]) -> Answer {
             Answer::json(200, &Value::Array(names.collect()))
         }
         ["config", "errors"] => errors(state, snapshot),
+        ["plugin_sources"] => sources::list(state, snapshot),
         ["healthcheck"] => Answer::json(200, &Value::Array(health(state))),
         ["healthcheck", kind, id] => health_of(state, kind, id),
         ["routes"] => all(&snapshot.routes, Kind::Route),

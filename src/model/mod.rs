@@ -8,6 +8,7 @@ pub mod crypt;
 pub mod function;
 mod parse;
 pub mod plugin_conf;
+pub mod plugin_source;
 pub mod route;
 pub mod service;
 pub mod ssl;
@@ -21,9 +22,10 @@ use std::sync::{
 
 pub use consumer::{Consumer, ConsumerGroup, Credential};
 pub use crypt::{Keyring, SchemaKind};
-pub use function::{Function, PluginSource};
+pub use function::Function;
 pub use parse::{ParseContext, Parsed, check, parse};
 pub use plugin_conf::{PluginConf, PluginMetadata, Plugins};
+pub use plugin_source::PluginSource;
 pub use route::Route;
 pub use service::{GlobalRule, PluginConfig, Service};
 pub use ssl::Ssl;

@@ -8,7 +8,10 @@ pub mod registry;
 pub mod run;
 
 pub use registry::{Checker, PluginInfo, Setup};
-pub use run::{Flow, Runner, VmState};
+pub use run::{
+    Flow, Runner, VmState,
+    trial::{MockRequest, MockResponse, PluginTrial},
+};
 
 use crate::exchange::Phase;
 

@@ -607,7 +607,7 @@ mod tests {
             ttl_secs: None,
             seen: None,
         };
-        let note = revisions::Note { who: "jane".into(), undoes: None };
+        let note = revisions::Note { who: "jane".into(), refers_to: None };
         Batch { writes: writes.iter().map(write).collect(), note }
     }
 

@@ -72,7 +72,7 @@ pub struct Note {
     /// The name or the role of the key.
     pub who: Arc<str>,
     /// The revision that this write takes back.
-    pub undoes: Option<i64>,
+    pub refers_to: Option<i64>,
 }
 
 /// One write of a batch.
@@ -132,7 +132,7 @@ pub struct Revision {
     pub who: String,
     pub action: Action,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub undoes: Option<i64>,
+    pub refers_to: Option<i64>,
     pub changes: Vec<Changed>,
     /// The texts were too large to be kept: `before` and `after` are `None`, whatever they were.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
@@ -163,7 +163,7 @@ impl Revision {
     pub fn of(note: &Note, changes: Vec<Changed>) -> Revision {
         // Several at once only go together when their owner goes, or come back together.
         let last = changes.last();
-        let action = match (note.undoes, last.map(|c| (&c.before, &c.after))) {
+        let action = match (note.refers_to, last.map(|c| (&c.before, &c.after))) {
             (Some(_), _) => Action::Rollback,
             (None, Some((_, None))) => Action::Delete,
             (None, Some((None, _))) => Action::Create,
@@ -171,7 +171,7 @@ impl Revision {
         };
         let time_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64);
         let who = note.who.to_string();
-        Revision { number: 0, time_ms, who, action, undoes: note.undoes, changes, omitted: false }
+        Revision { number: 0, time_ms, who, action, refers_to: note.refers_to, changes, omitted: false }
     }
 
     /// As it is stored, in at most `room` bytes if that is possible at all: without the texts when they do not fit.
@@ -271,7 +271,7 @@ mod tests {
     use super::*;
 
     fn revision(before: Option<&str>, after: Option<&str>) -> Revision {
-        let note = Note { who: "jane".into(), undoes: None };
+        let note = Note { who: "jane".into(), refers_to: None };
         let text = |t: Option<&str>| t.map(str::to_owned);
         Revision::of(&note, vec![Changed { key: "/routes/1".into(), before: text(before), after: text(after) }])
     }
@@ -285,8 +285,8 @@ mod tests {
         ] {
             assert_eq!(revision(before, after).action, action);
         }
-        let undone = Revision::of(&Note { who: "x".into(), undoes: Some(3) }, Vec::new());
-        assert_eq!((undone.action, undone.undoes), (Action::Rollback, Some(3)));
+        let undone = Revision::of(&Note { who: "x".into(), refers_to: Some(3) }, Vec::new());
+        assert_eq!((undone.action, undone.refers_to), (Action::Rollback, Some(3)));
     }
 
     #[test]
