@@ -184,6 +184,7 @@ fn mock_request(asked: &Value) -> Outcome<MockRequest> {
     let path = http::decode(&path.replace('+', "%2B"));
     Ok(MockRequest {
         method: method.into(),
+        target: uri.into(),
         path: path.into(),
         args: args.into(),
         headers: headers_of(asked)?,

@@ -50,6 +50,8 @@ pub struct PluginTrial {
 #[derive(Clone, Debug, Default)]
 pub struct MockRequest {
     pub method: Vec<u8>,
+    /// As in the request's first line.
+    pub target: Vec<u8>,
     /// Decoded.
     pub path: Vec<u8>,
     /// Without `?`.
@@ -236,11 +238,7 @@ fn fill(x: &mut Exchange, from: &MockRequest) {
     to.method.clone_from(&from.method);
     to.path.clone_from(&from.path);
     to.args.clone_from(&from.args);
-    to.target.clone_from(&from.path);
-    if !from.args.is_empty() {
-        to.target.push(b'?');
-        to.target.extend_from_slice(&from.args);
-    }
+    to.target.clone_from(&from.target);
     for (name, value) in &from.headers {
         to.headers.append(name, value);
     }
