@@ -2,6 +2,10 @@
 
 mod support;
 
+#[path = "gateway/admin.rs"]
+mod admin;
+#[path = "gateway/core_etcd.rs"]
+mod core_etcd;
 #[path = "gateway/counters.rs"]
 mod counters;
 #[path = "gateway/functions.rs"]

@@ -277,6 +277,7 @@ fn a_dry_run_answers_as_the_write_would_and_writes_nothing() {
             "failed to fetch",
         );
         assert_eq!(call(gw, "DELETE", "/routes/7?dry_run=true", Value::Null).status, 404);
+        refused(call(gw, "PUT", "/plugins/reload?dry_run=true", Value::Null), 400, "dry_run is for objects");
         let source = json!({"source": plugin("dry", "return 200")});
         assert_eq!(call(gw, "PUT", "/plugin_sources/dry?dry_run=true", source).status, 201);
         assert_eq!(

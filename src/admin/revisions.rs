@@ -159,7 +159,7 @@ fn as_stored(state: &State, key: &str, text: Option<&str>) -> Option<Value> {
     let mut value: Value = serde_json::from_str(text?).unwrap_or(Value::Null);
     let Some((kind, id)) = Kind::of_key(key) else { return Some(value) };
     let keyring = &state.settings.keyring;
-    let in_clear = |text: &str| (!is_reference(text) && keyring.decrypt(text).is_none()).then(|| hidden(text));
+    let in_clear = |_: &str, text: &str| (!is_reference(text) && keyring.decrypt(text).is_none()).then(|| hidden(text));
     let schema = resource::schema_kind(kind);
     if kind == Kind::PluginMetadata {
         crypt::with_fields(state.encrypted(), id, SchemaKind::Metadata, &mut value, &in_clear);

@@ -14,7 +14,6 @@ use serde_json::{Value, json};
 use super::{
     ROOT, State, given_key,
     http::{self, Answer, Call},
-    key_of,
     resource::Target,
     revisions,
 };
@@ -22,7 +21,7 @@ use crate::{
     error::{Error, Kind as ErrorKind, Result},
     model::Kind,
     store::{
-        Batch, BoxFuture, ChangeSink, Committed, Condition, Entry, Store, Written,
+        Batch, BoxFuture, ChangeSink, Committed, Condition, Entry, Standalone, Store, Written,
         revisions::{Changed, MAX_CHANGES, Note, Page, Query, Write},
     },
 };
@@ -43,6 +42,10 @@ impl Session {
     /// Refuses headers that cannot be understood.
     pub fn begin(state: &State, call: &Call) -> std::result::Result<Session, Answer> {
         let is_read = matches!(call.method, Method::GET | Method::HEAD);
+        let dry_run = !is_read && call.arg("dry_run") == Some("true");
+        if dry_run && !writes_objects(&call.path) {
+            return Err(Answer::refuse(400, "dry_run is for objects: this would be done"));
+        }
         let read = is_read.then(|| key_of_path(&call.path)).flatten();
         let (precondition, unless) = match is_read {
             true => (None, call.header("if-none-match").and_then(|text| tag_in(text))),
@@ -52,7 +55,7 @@ impl Session {
             inner: state.store.clone(),
             who: who(state, call).into(),
             precondition,
-            dry_run: !is_read && call.arg("dry_run") == Some("true"),
+            dry_run,
             seen: Mutex::default(),
         });
         Ok(Session { state: State { store: view.clone(), ..state.clone() }, view, read, unless })
@@ -99,13 +102,19 @@ fn who(state: &State, call: &Call) -> String {
     given.and_then(|key| state.settings.name_of(&key)).unwrap_or_else(|| "anonymous".to_owned())
 }
 
+/// Whether what a request to this path writes are objects, and nothing else happens.
+fn writes_objects(path: &str) -> bool {
+    let first = path.strip_prefix(ROOT).and_then(|rest| rest.split('/').find(|s| !s.is_empty()));
+    first.is_some_and(|first| first == "revisions" || Kind::ALL.into_iter().any(|kind| kind.plural() == first))
+}
+
 /// The key of the one object that a path names.
 fn key_of_path(path: &str) -> Option<String> {
     let decoded: Vec<String> =
         path.strip_prefix(ROOT)?.split('/').filter(|s| !s.is_empty()).map(http::decode).collect();
     let target = Target::of(&decoded.iter().map(String::as_str).collect::<Vec<_>>())?;
     let id = target.id.filter(|_| target.sub_path.is_none())?;
-    Some(key_of(target.kind, &id))
+    Some(target.kind.key(&id))
 }
 
 fn moved(now: i64) -> Answer {
@@ -184,6 +193,8 @@ struct Seen {
     primary: Option<Arc<str>>,
     /// That object, when it was written.
     written: Option<Entry>,
+    /// The condition held and the object is written: what follows in the same request has none.
+    satisfied: bool,
     /// What a dry run has not written.
     changes: Vec<Changed>,
     /// The `modifiedIndex` that did not satisfy the condition.
@@ -240,9 +251,7 @@ impl View {
             };
             match done {
                 Ok(committed) => {
-                    let written = batch.writes.iter().zip(&committed.done).find(|(write, _)| write.key == primary);
-                    let mut seen = self.seen();
-                    seen.written = written.and_then(|(_, (_, now))| now.clone());
+                    self.remember(&batch, &committed, &primary);
                     return Ok(committed);
                 }
                 Err(e) if e.kind() == ErrorKind::Conflict => {
@@ -258,9 +267,19 @@ impl View {
         Err(conflict(&primary))
     }
 
+    fn remember(&self, batch: &Batch, committed: &Committed, primary: &str) {
+        let mut seen = self.seen();
+        for (write, (_, now)) in batch.writes.iter().zip(&committed.done) {
+            seen.entries.insert(write.key.clone(), now.clone());
+            if *write.key == *primary {
+                (seen.written, seen.satisfied) = (now.clone(), true);
+            }
+        }
+    }
+
     /// Puts the headers' condition on the write, if it is the one that they are about, and says what was there.
     async fn require(&self, write: &mut Write, is_primary: bool) -> Result<()> {
-        let Some(precondition) = self.precondition.as_ref().filter(|_| is_primary) else {
+        let Some(precondition) = self.precondition.as_ref().filter(|_| is_primary && !self.seen().satisfied) else {
             write.seen = write.seen.take().or_else(|| self.seen().entries.get(&write.key).cloned());
             return Ok(());
         };
@@ -309,9 +328,10 @@ impl View {
         Note { who: self.who.clone(), refers_to: None }
     }
 
-    /// What lives under an object and goes with it: a consumer's credentials.
+    /// What lives under an object and goes with it: a consumer's credentials, a service's cost decorations.
     async fn owned_by(&self, key: &str) -> Result<Vec<Write>> {
-        if !key.starts_with("/consumers/") && !key.starts_with("/services/") {
+        let Some((kind, _)) = Kind::of_key(key) else { return Ok(Vec::new()) };
+        if Kind::ALL.into_iter().all(|other| other.owner() != Some(kind)) {
             return Ok(Vec::new());
         }
         let (entries, _) = self.inner.list(&format!("{key}/")).await?;
@@ -375,7 +395,7 @@ impl Store for View {
             };
             let revision = committed.revision;
             match committed.done.into_iter().next() {
-                Some((previous, Some(entry))) => Ok(Written { entry, previous, revision }),
+                Some((previous, Some(entry))) => Ok(Written { entry, previous, revision, lease: None }),
                 _ => Err(Error::internal(ErrorKind::Other).context("a write without a result")),
             }
         })
@@ -397,6 +417,14 @@ impl Store for View {
 
     fn revisions<'a>(&'a self, query: Query) -> BoxFuture<'a, Result<Option<Page>>> {
         self.inner.revisions(query)
+    }
+
+    fn version(&self) -> BoxFuture<'_, Result<String>> {
+        self.inner.version()
+    }
+
+    fn standalone(self: Arc<Self>) -> Option<Arc<Standalone>> {
+        self.inner.clone().standalone()
     }
 
     fn identity(&self) -> Option<String> {

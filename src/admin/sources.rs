@@ -8,7 +8,7 @@ use tokio::sync::Semaphore;
 use super::{
     State, difference,
     http::{self, Answer, Call},
-    key_of, resource,
+    resource,
     revisions::{self, Outcome},
     store_error,
 };
@@ -30,7 +30,7 @@ pub(super) fn is_action(call: &Call, action: &str) -> bool {
 pub(super) async fn handle(state: &State, call: &Call, name: &str, action: &[&str]) -> Outcome {
     match (&call.method, action) {
         (&Method::GET | &Method::HEAD, ["revisions"]) => {
-            revisions::list(state, call, Some(key_of(Kind::PluginSource, name))).await
+            revisions::list(state, call, Some(Kind::PluginSource.key(name))).await
         }
         (&Method::GET | &Method::HEAD, ["revisions", number, "diff"]) => diff(state, name, number).await,
         (&Method::GET | &Method::HEAD, ["usage"]) => usage(state, name).await,
@@ -44,7 +44,7 @@ pub(super) async fn handle(state: &State, call: &Call, name: &str, action: &[&st
 }
 
 async fn stored(state: &State, name: &str) -> Outcome<Option<Entry>> {
-    state.store.get(&key_of(Kind::PluginSource, name)).await.map_err(|e| store_error(&e))
+    state.store.get(&Kind::PluginSource.key(name)).await.map_err(|e| store_error(&e))
 }
 
 /// A source with its modules, from a stored text or what was sent.
@@ -57,7 +57,7 @@ fn source_of(value: &Value) -> Outcome<PluginSource> {
 /// The texts of the plugin file and its modules, line by line.
 async fn diff(state: &State, name: &str, number: &str) -> Outcome {
     let revision = revisions::find(state, number).await?;
-    let key = key_of(Kind::PluginSource, name);
+    let key = Kind::PluginSource.key(name);
     let change = revision.changes.iter().find(|change| change.key == key);
     let change = change.ok_or_else(|| {
         Answer::refuse(404, format!("revision {} has not changed plugin source {name}", revision.number))
@@ -84,13 +84,13 @@ async fn diff(state: &State, name: &str, number: &str) -> Outcome {
 
 /// `{"revision": n}`: the source is again what that revision made it.
 async fn rollback(state: &State, call: &Call, name: &str) -> Outcome {
-    let asked = resource::json_body(call)?;
+    let asked = resource::json_body(state, call)?;
     let Some(number) = asked.get("revision").and_then(Value::as_i64) else {
         return Err(Answer::refuse(400, "property \"revision\" is required: the number of a revision"));
     };
     let revision = revisions::find(state, &number.to_string()).await?;
     revisions::with_texts(&revision)?;
-    let key = key_of(Kind::PluginSource, name);
+    let key = Kind::PluginSource.key(name);
     let after = revision.changes.iter().find(|change| change.key == key).map(|change| change.after.as_deref());
     let text = match after {
         Some(Some(text)) => text,
@@ -137,7 +137,7 @@ fn users<T>(table: &Table<T>, name: &str, plugins: impl Fn(&T) -> &Plugins) -> V
 
 /// `POST …/test`: a mock request through the source that was sent, or the stored one.
 async fn test(state: &State, call: &Call, name: &str) -> Outcome {
-    let asked = resource::json_body(call)?;
+    let asked = resource::json_body(state, call)?;
     let sent = asked.get("source").is_some();
     let source = match (sent, stored(state, name).await?) {
         (true, _) => source_of(&asked)?,

@@ -13,6 +13,7 @@ pub mod locations;
 pub mod outgoing;
 mod typed;
 pub mod upstreams;
+pub mod yaml;
 
 use std::{
     fmt, fs,
@@ -66,6 +67,8 @@ pub struct Config {
     pub access_log: Option<AccessLog>,
     pub admin: Option<Admin>,
     pub control: Option<SocketAddr>,
+    /// `apisix.status`: where probes ask whether requests are served. `None`: nowhere.
+    pub status: Option<SocketAddr>,
     pub prometheus: Prometheus,
     pub keyring: Vec<String>,
     pub encrypt_fields: bool,
@@ -171,9 +174,20 @@ pub struct Admin {
     pub addr: SocketAddr,
     pub keys: Vec<AdminKey>,
     pub key_required: bool,
+    /// `https_admin`
+    pub tls: Option<AdminTls>,
     /// Empty: anyone.
     pub allow: Vec<IpNet>,
     pub cors: bool,
+}
+
+/// `admin_api_mtls`: files in PEM.
+#[derive(Clone, Debug)]
+pub struct AdminTls {
+    pub cert: PathBuf,
+    pub key: PathBuf,
+    /// Whoever asks must have a certificate of this CA.
+    pub client_ca: Option<PathBuf>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -262,21 +276,28 @@ pub fn load(prefix: &Path, file: Option<&Path>) -> Result<(Config, Vec<Warning>)
 pub fn parse(prefix: &Path, text: &str) -> Result<(Config, Vec<Warning>), Mistakes> {
     let one = |e: String| Mistakes(vec![e]);
     let mut mistakes = Vec::new();
-    let mut written: Value = serde_norway::from_str(text).map_err(|e| one(format!("not YAML: {e}")))?;
+    let mut written = yaml::read(text).map_err(|e| one(format!("not YAML: {e}")))?;
     if written.is_null() {
         written = Value::Object(Default::default());
     }
     if !written.is_object() {
         return Err(one("the file must hold a map: apisix:, deployment:, …".into()));
     }
-    env::fill(&mut written, "", &mut mistakes);
+    for list in ["plugins", "stream_plugins"] {
+        // `plugins:` with nothing after it lists none.
+        if let Some(list) = written.get_mut(list).filter(|list| list.is_null()) {
+            *list = Value::Array(Vec::new());
+        }
+    }
+    env::fill(&mut written, &mut mistakes);
     let mut effective = defaults().map_err(one)?;
     let mut warnings = keys::look(&written, &effective, &mut mistakes);
     keys::merge(&mut effective, written.clone());
     if keys::at(&written, "test_node").is_some() && keys::at(&written, "apisix.node_listen").is_none() {
         effective["apisix"]["node_listen"] = TEST_NODE_PORT.into();
     }
-    if is_open_test_node(&effective) {
+    let key_required = keys::at(&written, "deployment.admin.admin_key_required") == Some(&Value::Bool(true));
+    if !key_required && is_open_test_node(&effective) {
         effective["deployment"]["admin"]["admin_key_required"] = false.into();
     }
     let config = typed::read(prefix, effective, &written, &mut warnings, &mut mistakes);
@@ -301,10 +322,13 @@ pub fn note_places(config: &mut Config, admin: Option<SocketAddr>, control: Opti
     config.locations = Arc::new(locations::read(&config.json, &config.prefix, &mut Vec::new()));
 }
 
-/// Whether this node has an Admin API.
+/// Whether this node has an Admin API: a control plane is nothing else, a data plane has none.
 fn serves_admin(json: &Value) -> bool {
-    let enabled = keys::at(json, "apisix.enable_admin") == Some(&Value::Bool(true));
-    enabled && keys::at(json, "deployment.role").and_then(Value::as_str) != Some("data_plane")
+    match keys::at(json, "deployment.role").and_then(Value::as_str) {
+        Some("control_plane") => true,
+        Some("data_plane") => false,
+        _ => keys::at(json, "apisix.enable_admin") == Some(&Value::Bool(true)),
+    }
 }
 
 /// A test node whose configuration chooses no admin key.

@@ -63,12 +63,37 @@ enum Op {
     Put { key: Arc<str>, value: Arc<str>, on: Condition, ttl_secs: Option<u64> },
     Delete { key: Arc<str>, on: Condition },
     Batch(Batch),
+    Renew(Lease),
 }
 
 enum Done {
     Put(Written),
     Deleted(Option<(Entry, i64)>),
     Batch(Committed),
+    /// Whether the entry still was there.
+    Renewed(bool),
+}
+
+/// The time that one version of an entry was given, as text `ttl/revision/key`: it holds over a restart.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Lease {
+    ttl_secs: u64,
+    revision: i64,
+    key: Arc<str>,
+}
+
+impl Lease {
+    fn read(text: &str) -> Option<Lease> {
+        let (ttl, rest) = text.split_once('/')?;
+        let (revision, key) = rest.split_once('/')?;
+        Some(Lease { ttl_secs: ttl.parse().ok()?, revision: revision.parse().ok()?, key: format!("/{key}").into() })
+    }
+}
+
+impl std::fmt::Display for Lease {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}{}", self.ttl_secs, self.revision, self.key)
+    }
 }
 
 impl Embedded {
@@ -197,6 +222,15 @@ impl Store for Embedded {
         })
     }
 
+    fn keep_alive<'a>(&'a self, lease: &'a str) -> BoxFuture<'a, Result<Option<u64>>> {
+        Box::pin(async move {
+            let Some(lease) = Lease::read(lease) else { return Ok(None) };
+            let ttl_secs = lease.ttl_secs;
+            let renewed = matches!(self.write(Op::Renew(lease)).await?, Done::Renewed(true));
+            Ok(renewed.then_some(ttl_secs))
+        })
+    }
+
     fn watch(self: Arc<Self>, changes: ChangeSink) -> BoxFuture<'static, ()> {
         Box::pin(async move {
             // Registered before everything is read, so that no commit falls between; one that falls into both is
@@ -297,6 +331,7 @@ impl Tx<'_, '_> {
             Op::Put { key, value, on, ttl_secs } => self.put(key, value, *on, *ttl_secs),
             Op::Delete { key, on } => self.delete(key, *on),
             Op::Batch(batch) => self.batch(batch),
+            Op::Renew(lease) => self.renew(lease),
         }
     }
 
@@ -321,7 +356,17 @@ impl Tx<'_, '_> {
         };
         self.draft.put(&entry, expires_ms(ttl_secs))?;
         self.changes.push((key.clone(), Some(entry.clone())));
-        Ok(Ok(Done::Put(Written { entry, previous, revision })))
+        let lease = ttl_secs.map(|ttl_secs| Lease { ttl_secs, revision, key: key.clone() }.to_string());
+        Ok(Ok(Done::Put(Written { entry, previous, revision, lease })))
+    }
+
+    /// Nothing that a watcher would see changes.
+    fn renew(&mut self, lease: &Lease) -> Result<Result<Done>, redb::Error> {
+        let entry = self.draft.get(&lease.key)?.filter(|e| e.mod_revision == lease.revision);
+        if let Some(entry) = &entry {
+            self.draft.put(entry, expiry(lease.ttl_secs))?;
+        }
+        Ok(Ok(Done::Renewed(entry.is_some())))
     }
 
     fn delete(&mut self, key: &Arc<str>, on: Condition) -> Result<Result<Done>, redb::Error> {
@@ -408,7 +453,12 @@ fn check(key: &str, on: Condition, previous: Option<&Entry>) -> Result<()> {
 
 /// 0: never.
 fn expires_ms(ttl_secs: Option<u64>) -> u64 {
-    ttl_secs.map_or(0, |s| now_ms().saturating_add(s.saturating_mul(1000)))
+    ttl_secs.map_or(0, expiry)
+}
+
+/// When what lives so long from now ends, in ms since the epoch.
+fn expiry(ttl_secs: u64) -> u64 {
+    now_ms().saturating_add(ttl_secs.saturating_mul(1000))
 }
 
 fn now_ms() -> u64 {
