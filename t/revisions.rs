@@ -228,6 +228,30 @@ fn a_consumer_goes_and_comes_back_with_its_credentials_and_secrets_are_never_sho
 }
 
 #[test]
+fn an_owner_of_more_than_one_revision_takes_goes_in_several() {
+    on_both(json!({}), |gw, _| {
+        ok(call(gw, "PUT", "/consumers", json!({"username": "jack"})));
+        for n in 0..64 {
+            let plugins = json!({"key-auth": {"key": format!("k{n}")}});
+            ok(call(gw, "PUT", &format!("/consumers/jack/credentials/c{n}"), json!({"plugins": plugins})));
+        }
+        let before = numbers(gw, "?page_size=500").len();
+        ok(call(gw, "DELETE", "/consumers/jack", Value::Null));
+        let list = ok(call(gw, "GET", "/revisions?page_size=2", Value::Null));
+        let keys = |n: usize| list["list"][n]["keys"].as_array().map_or(1, Vec::len);
+        assert_eq!((keys(0), keys(1), &list["total"]), (64, 1, &json!(before + 2)));
+        assert_eq!(list["list"][0]["key"], "/apisix/consumers/jack");
+        assert_eq!(call(gw, "GET", "/consumers/jack/credentials", Value::Null).status, 404);
+        // The owner first: a credential without one is refused.
+        let (last, first) = (&list["list"][0]["revision"], &list["list"][1]["revision"]);
+        refused(call(gw, "POST", &format!("/revisions/{first}/rollback"), Value::Null), 404, "consumer not found");
+        ok(call(gw, "POST", &format!("/revisions/{last}/rollback"), Value::Null));
+        ok(call(gw, "POST", &format!("/revisions/{first}/rollback"), Value::Null));
+        assert_eq!(ok(call(gw, "GET", "/consumers/jack/credentials?page_size=500", Value::Null))["total"], 64);
+    });
+}
+
+#[test]
 fn secrets_that_the_store_has_in_clear_are_not_shown_by_revisions() {
     let mut clear = settings(json!({}));
     clear["apisix"] = json!({"data_encryption": {"enable_encrypt_fields": false, "keyring": []}});
@@ -582,9 +606,9 @@ fn a_plugin_is_tried_with_a_mock_request_and_nothing_that_serves_notices() {
     assert!(passed["phases"][0]["time_ms"].as_f64().is_some_and(|ms| ms >= 20.0), "{}", passed["phases"]);
     let logs = passed["logs"].to_string();
     for line in [
-        r#"{"level":"info","message":"tried.lua:8: rewrite of /x y with in"}"#,
+        r#"{"level":"info","message":"tried.lua:7: rewrite of /x y with in"}"#,
         "timer: nil no timers while a plugin is checked",
-        r#"{"level":"error","message":"tried.lua:29: logged 201"}"#,
+        r#"{"level":"error","message":"tried.lua:28: logged 201"}"#,
     ] {
         assert!(logs.contains(line), "{line} in {logs}");
     }
@@ -594,7 +618,7 @@ fn a_plugin_is_tried_with_a_mock_request_and_nothing_that_serves_notices() {
     assert!(denied.get("upstream_request").is_none());
     let raised = ok(ask(json!({"conf": {"mode": "raise"}})));
     assert_eq!(raised["status"], 500);
-    assert!(raised["phases"][0]["error"].as_str().is_some_and(|e| e.contains("tried.lua:13: at run time")), "{raised}");
+    assert!(raised["phases"][0]["error"].as_str().is_some_and(|e| e.contains("tried.lua:12: at run time")), "{raised}");
     let looped = ok(ask(json!({"conf": {"mode": "loop"}})));
     assert_eq!(looped["status"], 500);
     assert!(looped["phases"][0]["error"].is_string(), "{looped}");

@@ -46,7 +46,10 @@ impl Default for Bounds {
 impl Bounds {
     /// `deployment.admin.revisions` of the effective configuration. 0: none are kept.
     pub fn from_json(config: &Value) -> Bounds {
-        let set = |key: &str| config.pointer("/deployment/admin/revisions").and_then(|r| r.get(key)?.as_u64());
+        let revisions = config.pointer("/deployment/admin/revisions").unwrap_or(&Value::Null);
+        // From the environment a number may come as text.
+        let number = |value: &Value| value.as_u64().or_else(|| value.as_str()?.parse().ok());
+        let set = |key: &str| revisions.get(key).and_then(number);
         let count = set("max").map_or(DEFAULT_MAX, |n| usize::try_from(n).unwrap_or(usize::MAX));
         Bounds { count, bytes: set("max_mb").unwrap_or(DEFAULT_MAX_MB).saturating_mul(1 << 20) }
     }

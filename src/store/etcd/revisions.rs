@@ -79,9 +79,11 @@ impl Etcd {
         let failed = |e: Failure| e.into_error("commit");
         let mut found = Vec::with_capacity(batch.writes.len());
         for write in &mut batch.writes {
-            found.push(match write.seen.take() {
-                Some(seen) => seen,
-                None => self.read(&write.key).await.map_err(failed)?,
+            found.push(match (write.seen.take(), write.on) {
+                (Some(seen), _) => seen,
+                // What is not to be there need not be looked for: the transaction finds out.
+                (None, Condition::Unmodified(0)) => None,
+                (None, _) => self.read(&write.key).await.map_err(failed)?,
             });
         }
         let mut record = true;
