@@ -48,7 +48,7 @@ impl Session {
         }
         let read = is_read.then(|| key_of_path(&call.path)).flatten();
         let (precondition, unless) = match is_read {
-            true => (None, call.header("if-none-match").and_then(|text| tag_in(text))),
+            true => (None, call.header("if-none-match").and_then(tag_in)),
             false => (Precondition::of(call)?, None),
         };
         let view = Arc::new(View {
