@@ -187,7 +187,9 @@ fn chain(c: &mut Criterion, title: &str, plugins: usize) {
     let mut snapshot = Snapshot { version: 1, plugins_generation: 1, ..Snapshot::default() };
     for (i, name) in names.iter().enumerate() {
         let source = PLUGIN.replace("%d", &i.to_string()).replace("%s", name);
-        snapshot.plugin_sources.insert(name.as_str().into(), object(name, PluginSource { source: source.into() }));
+        snapshot
+            .plugin_sources
+            .insert(name.as_str().into(), object(name, PluginSource { source: source.into(), ..Default::default() }));
     }
     let confs: serde_json::Map<_, _> = names.iter().map(|name| (name.clone(), json!({}))).collect();
     let route =

@@ -6,6 +6,7 @@
 use std::{
     future::Future,
     pin::Pin,
+    rc::Rc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -47,7 +48,7 @@ const MAX_SHOWN_BODY: usize = 1 << 20;
 const LONGEST_TRIAL: Duration = Duration::from_secs(60);
 
 /// Runs a function for nobody.
-pub type Trials = Box<dyn Fn(Trial) -> Pin<Box<dyn Future<Output = Result<Tried, TrialError>>>>>;
+pub type Trials = Rc<dyn Fn(Trial) -> Pin<Box<dyn Future<Output = Result<Tried, TrialError>>>>>;
 
 /// Why a dry run came to nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

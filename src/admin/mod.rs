@@ -4,6 +4,7 @@
 //! Keys are compared in constant time; bodies and connections are bounded.
 
 mod configs;
+mod difference;
 mod functions;
 pub mod http;
 mod list;
@@ -11,15 +12,18 @@ mod patch;
 pub mod plugins;
 mod references;
 mod resource;
+mod revisions;
+mod session;
 mod settings;
 mod shape;
+mod sources;
 #[cfg(test)]
 mod tests;
 pub mod tls;
 
 use std::{future::Future, rc::Rc, sync::Arc, time::Duration};
 
-use ::http::Method;
+use ::http::{HeaderMap, Method};
 use serde_json::{Value, json};
 use tokio::{net::TcpListener, time::timeout};
 
@@ -32,6 +36,7 @@ pub use self::{
 use self::{
     http::{Answer, Call, Incomplete},
     resource::Target,
+    session::Session,
 };
 use crate::{
     error::{self, Error, Kind as ErrorKind},
@@ -54,6 +59,7 @@ const MAX_BODY_BYTES: usize = 1_572_864;
 const SERVED_PATIENCE: Duration = Duration::from_secs(5);
 
 /// What the handlers work with.
+#[derive(Clone)]
 pub struct State {
     pub settings: Settings,
     pub store: Arc<dyn Store>,
@@ -132,7 +138,8 @@ fn admit(state: &State, request: &Incomplete) -> Result<Option<Role>, Answer> {
         let body = json!({ "error_msg": "failed to check token", "description": description });
         Err(Answer::json(401, &body))
     };
-    let Some(given) = given_key(request) else {
+    let query = http::parse_query(request.head.uri.query().unwrap_or(""));
+    let Some(given) = given_key(&query, &request.head.headers) else {
         return refuse("missing apikey");
     };
     match settings.role_of(&given) {
@@ -145,12 +152,10 @@ fn admit(state: &State, request: &Incomplete) -> Result<Option<Role>, Answer> {
 }
 
 /// The argument `api_key`, the header, the cookie.
-fn given_key(request: &Incomplete) -> Option<String> {
-    let query = http::parse_query(request.head.uri.query().unwrap_or(""));
-    if let Some((_, key)) = query.into_iter().find(|(name, _)| name == "api_key") {
-        return Some(key);
+fn given_key(query: &[(String, String)], headers: &HeaderMap) -> Option<String> {
+    if let Some((_, key)) = query.iter().find(|(name, _)| name == "api_key") {
+        return Some(key.clone());
     }
-    let headers = &request.head.headers;
     if let Some(key) = headers.get("x-api-key") {
         return key.to_str().ok().map(str::to_owned);
     }
@@ -169,7 +174,12 @@ async fn answer(state: &State, request: Incomplete, role: Option<Role>) -> Answe
         Ok(call) => Call { role, ..call },
         Err(refusal) => return refusal,
     };
-    route(state, &call).await.unwrap_or_else(|refusal| refusal)
+    let session = match Session::begin(state, &call) {
+        Ok(session) => session,
+        Err(refusal) => return refusal,
+    };
+    let answer = route(session.state(), &call).await.unwrap_or_else(|refusal| refusal);
+    session.finish(answer)
 }
 
 async fn route(state: &State, call: &Call) -> Result<Answer, Answer> {
@@ -192,6 +202,12 @@ async fn route(state: &State, call: &Call) -> Result<Answer, Answer> {
         (&Method::GET | &Method::HEAD, ["plugins", name]) => Ok(plugins::get(&*state.plugins, call, Some(name))),
         (&Method::POST, ["schema", "validate", resource]) => validate(call, resource),
         (&Method::GET | &Method::HEAD, ["schema", place @ ..]) => Ok(plugins::get_schema(&*state.plugins, call, place)),
+        (_, ["plugin_sources", name, action @ ..])
+            if action.first().is_some_and(|action| sources::is_action(call, action)) =>
+        {
+            sources::handle(state, call, name, action).await
+        }
+        (_, ["revisions", place @ ..]) => revisions::handle(state, call, place).await,
         (&Method::POST, ["configs", "validate"]) => configs::validate(state, call).await,
         (_, ["configs"]) => configs::handle(state, call).await,
         (_, []) => Err(Answer::refuse(404, "not found")),

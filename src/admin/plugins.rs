@@ -1,12 +1,19 @@
 //! What the Admin API asks of plugins and uploaded Lua, and the answers under `/plugins` and `/schema`.
 
+use std::{future::Future, pin::Pin, sync::Arc};
+
 use serde_json::{Map, Value};
 
 use super::http::{Answer, Call};
 use crate::{
+    model::PluginSource,
+    plugin::PluginTrial,
     schema,
-    store::{PluginSchema, Refusal},
+    store::{PluginSchema, Refusal, Snapshot},
 };
+
+/// A trial under way.
+pub type Trying = Pin<Box<dyn Future<Output = Result<Value, String>>>>;
 
 /// The control thread's VM, seen from the Admin API.
 pub trait PluginHost {
@@ -23,7 +30,13 @@ pub trait PluginHost {
     fn explain_json(&self, text: &[u8]) -> Option<String>;
 
     /// Loads a plugin's source in a scratch VM and checks its contract.
-    fn inspect_plugin(&self, name: &str, source: &str) -> Result<(), String>;
+    fn inspect_plugin(&self, name: &str, source: &PluginSource) -> Result<(), String>;
+
+    /// Runs a mock request through a plugin, beside everything that serves: what came of it, or why there is nothing to run.
+    fn try_plugin(&self, snapshot: Arc<Snapshot>, trial: PluginTrial) -> Trying;
+
+    /// The plugins that do not load here, and why.
+    fn broken(&self) -> Vec<(String, String)>;
 
     /// The plugins that the configuration file lists now.
     fn listed(&self) -> Option<Listed>;
@@ -75,12 +88,20 @@ impl PluginHost for PackedPlugins {
         Ok(())
     }
 
-    fn explain_json(&self, _: &[u8]) -> Option<String> {
-        None
+    fn inspect_plugin(&self, _: &str, _: &PluginSource) -> Result<(), String> {
+        Ok(())
     }
 
-    fn inspect_plugin(&self, _: &str, _: &str) -> Result<(), String> {
-        Ok(())
+    fn try_plugin(&self, _: Arc<Snapshot>, _: PluginTrial) -> Trying {
+        Box::pin(async { Err("there is no VM to try it in".to_owned()) })
+    }
+
+    fn broken(&self) -> Vec<(String, String)> {
+        Vec::new()
+    }
+
+    fn explain_json(&self, _: &[u8]) -> Option<String> {
+        None
     }
 
     fn listed(&self) -> Option<Listed> {

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     error,
-    model::{self, Kind, ParseContext, SchemaKind, crypt},
+    model::{self, Kind, ParseContext, PluginSource, SchemaKind, crypt},
     store::{Condition, Entry, PluginSchema, Refusal, Written},
 };
 
@@ -574,13 +574,19 @@ fn check_sources(state: &State, kind: Kind, id: &str, value: &Value) -> Result<(
     }
     match (kind, text("source"), text("content")) {
         (Kind::Function, Some(source), _) => state.plugins.compile_function(id, source),
-        (Kind::PluginSource, Some(source), _) => state.plugins.inspect_plugin(id, source),
+        (Kind::PluginSource, Some(_), _) => inspect_source(state, id, value),
         (Kind::Proto, _, Some(content)) => model::proto::check(content).map_err(|e| format!("invalid content: {e}")),
         _ => Ok(()),
     }
 }
 
-fn schema_kind(kind: Kind) -> SchemaKind {
+fn inspect_source(state: &State, name: &str, value: &Value) -> Result<(), String> {
+    let Value::Object(map) = value else { return Ok(()) };
+    let source = PluginSource::from_json(map).map_err(|e| e.to_string())?;
+    state.plugins.inspect_plugin(name, &source)
+}
+
+pub(super) fn schema_kind(kind: Kind) -> SchemaKind {
     match kind {
         Kind::Consumer | Kind::Credential => SchemaKind::Consumer,
         Kind::PluginMetadata => SchemaKind::Metadata,
@@ -609,7 +615,7 @@ fn text_of(value: &Value, key: &str) -> Option<String> {
     value.get(key).and_then(Value::as_str).map(str::to_owned)
 }
 
-fn decrypt(state: &State, kind: Kind, entry: &Entry, value: &mut Value) {
+pub(super) fn decrypt(state: &State, kind: Kind, entry: &Entry, value: &mut Value) {
     let (keyring, of) = (&state.settings.keyring, schema_kind(kind));
     if kind == Kind::PluginMetadata {
         let name = entry.key.rsplit('/').next().unwrap_or_default();

@@ -48,6 +48,8 @@ impl ApiVersion {
 
 #[derive(Clone, Debug)]
 pub struct AdminKey {
+    /// Who it belongs to, for revisions; empty: the role stands for it.
+    pub name: String,
     pub key: String,
     pub role: Role,
 }
@@ -94,15 +96,26 @@ impl Settings {
         self.allows_all || self.allow.iter().any(|net| net.contains(&peer))
     }
 
-    /// The role of a key. Every key is compared, in constant time, whichever matches.
+    /// The role of a key.
     pub fn role_of(&self, given: &str) -> Option<Role> {
-        let mut role = None;
+        self.known(given).map(|key| key.role)
+    }
+
+    /// The name of a key, or its role when it has none.
+    pub fn name_of(&self, given: &str) -> Option<String> {
+        let role = |role| if role == Role::Admin { "admin" } else { "viewer" };
+        self.known(given).map(|key| if key.name.is_empty() { role(key.role).to_owned() } else { key.name.clone() })
+    }
+
+    /// Every key is compared, in constant time, whichever matches.
+    fn known(&self, given: &str) -> Option<&AdminKey> {
+        let mut known = None;
         for key in &self.keys {
             if bool::from(key.key.as_bytes().ct_eq(given.as_bytes())) {
-                role = Some(key.role);
+                known = Some(key);
             }
         }
-        role
+        known
     }
 }
 
@@ -110,7 +123,8 @@ impl AdminKey {
     fn from_json(value: &Value) -> Option<AdminKey> {
         let key = value.get("key")?.as_str().filter(|key| !key.is_empty())?;
         let viewer = value.get("role").and_then(Value::as_str) == Some("viewer");
-        Some(AdminKey { key: key.to_owned(), role: if viewer { Role::Viewer } else { Role::Admin } })
+        let name = value.get("name").and_then(Value::as_str).unwrap_or_default().to_owned();
+        Some(AdminKey { name, key: key.to_owned(), role: if viewer { Role::Viewer } else { Role::Admin } })
     }
 }
 

@@ -344,7 +344,7 @@ impl Apis<'_> {
                 plugins: plugins.clone(),
                 fields: Some(self.plugins.fields.clone()),
                 pipeline: Some(self.started.handle.clone()),
-                trials: Some(Box::new(move |trial| Box::pin(keeper.clone().try_out(trial)))),
+                trials: Some(Rc::new(move |trial| Box::pin(keeper.clone().try_out(trial)))),
             });
             let tls =
                 self.config.admin.as_ref().and_then(|admin| admin.tls.as_ref()).map(admin::Tls::open).transpose()?;

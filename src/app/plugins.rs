@@ -10,11 +10,11 @@ use std::{
 use serde_json::{Value, json};
 
 use crate::{
-    admin::{Listed, PluginHost, PluginInfo},
+    admin::{Listed, PluginHost, PluginInfo, plugins::Trying},
     conf,
     error::Result,
-    model::{SchemaKind, crypt::EncryptFields},
-    plugin::{Checker, Setup},
+    model::{PluginSource, SchemaKind, crypt::EncryptFields},
+    plugin::{Checker, PluginTrial, Setup},
     store::{PluginChecker, PluginSchema, Refusal, Snapshot},
 };
 
@@ -91,8 +91,16 @@ impl PluginHost for Plugins {
         self.checker.explain_json(text)
     }
 
-    fn inspect_plugin(&self, name: &str, source: &str) -> Result<(), String> {
+    fn inspect_plugin(&self, name: &str, source: &PluginSource) -> Result<(), String> {
         self.checker.inspect_plugin(name, source).map(drop)
+    }
+
+    fn try_plugin(&self, snapshot: Arc<Snapshot>, trial: PluginTrial) -> Trying {
+        Box::pin(self.checker.try_plugin(snapshot, trial))
+    }
+
+    fn broken(&self) -> Vec<(String, String)> {
+        self.checker.broken()
     }
 
     fn listed(&self) -> Option<Listed> {

@@ -31,6 +31,7 @@ fn the_defaults_are_apisix_own_but_for_the_listed() {
         theirs["apisix"].as_object_mut().unwrap().remove(own);
     }
     ours.as_object_mut().unwrap().remove("lua");
+    ours["deployment"]["admin"].as_object_mut().unwrap().remove("revisions");
     for role in ["role_traditional", "role_data_plane", "role_control_plane"] {
         ours["deployment"].as_object_mut().unwrap().remove(role);
         theirs["deployment"].as_object_mut().unwrap().remove(role);
@@ -41,10 +42,19 @@ fn the_defaults_are_apisix_own_but_for_the_listed() {
 #[test]
 fn every_mistake_is_reported_at_once_with_its_path() {
     let found = mistakes(
-        "apisix: {node_listen: [99999], router: {http: x}}\ndeployment: {role: king, admin: {allow_admin: [nowhere]}}\n\
-         nginx_config: {http: {send_timeout: soon}}",
+        "apisix: {node_listen: [99999], router: {http: x}}\ndeployment: {role: king, admin: {allow_admin: [nowhere],\
+         revisions: {max: 100001, max_mb: much}}}\nnginx_config: {http: {send_timeout: soon}}",
     );
-    for path in ["node_listen[0]", "apisix.router.http", "deployment.role", "allow_admin[0]", "send_timeout"] {
+    let wrong = [
+        "node_listen[0]",
+        "apisix.router.http",
+        "deployment.role",
+        "allow_admin[0]",
+        "send_timeout",
+        "admin.revisions.max: 100001 is not a whole number from 0 to 100000",
+        "admin.revisions.max_mb",
+    ];
+    for path in wrong {
         assert!(found.iter().any(|m| m.contains(path)), "{path} in {found:?}");
     }
 }

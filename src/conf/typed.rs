@@ -506,6 +506,9 @@ impl<'a> Reader<'a> {
             warnings
                 .push(Warning(format!("{path}: Admin key is bypassed! Whoever reaches the Admin API may change all")));
         }
+        // Read by the store, which keeps them; beyond these its own lists of them would be what takes the memory.
+        self.number("deployment.admin.revisions.max", 0, 100_000);
+        self.number("deployment.admin.revisions.max_mb", 0, 4096);
         Some(Admin {
             addr: self.address("deployment.admin.admin_listen")?,
             keys: self.admin_keys(),

@@ -4,6 +4,8 @@
 
 pub mod status;
 
+mod sources;
+
 use std::{future::Future, pin::Pin, rc::Rc, sync::Arc};
 
 use http::Method;
@@ -93,6 +95,7 @@ fn get(state: &State, snapshot: &Snapshot, place: &[&str]) -> Answer {
             Answer::json(200, &Value::Array(names.collect()))
         }
         ["config", "errors"] => errors(state, snapshot),
+        ["plugin_sources"] => sources::list(state, snapshot),
         ["healthcheck"] => Answer::json(200, &Value::Array(health(state))),
         ["healthcheck", kind, id] => health_of(state, kind, id),
         ["routes"] => all(&snapshot.routes, Kind::Route),

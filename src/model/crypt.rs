@@ -198,10 +198,17 @@ pub fn encrypt_env(keyring: &Keyring, env: &mut Value) {
     }
 }
 
-/// Field and text to the text that takes its place.
-type Change<'a> = &'a dyn Fn(&str, &str) -> Option<String>;
+/// Field and text to the text that takes its place; `None` leaves it.
+pub type Change<'a> = &'a dyn Fn(&str, &str) -> Option<String>;
 
-fn with_fields(custom: Option<&dyn EncryptFields>, plugin: &str, kind: SchemaKind, conf: &mut Value, change: Change) {
+/// Changes the secret fields of a plugin's conf in place, whatever stands in them.
+pub fn with_fields(
+    custom: Option<&dyn EncryptFields>,
+    plugin: &str,
+    kind: SchemaKind,
+    conf: &mut Value,
+    change: Change,
+) {
     let known = schema::plugin(plugin).map(|schemas| match kind {
         SchemaKind::Route => &schemas.encrypt_fields,
         SchemaKind::Consumer => &schemas.consumer_encrypt_fields,

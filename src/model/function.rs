@@ -1,4 +1,4 @@
-//! Uploaded Lua: functions, which answer requests and run by schedules, and plugin sources, which become plugins.
+//! Uploaded functions, which answer requests and run by schedules.
 
 use std::{sync::Arc, time::Duration};
 
@@ -150,12 +150,6 @@ fn env(map: &Map<String, Value>, context: &ParseContext<'_>) -> Vec<(Box<str>, B
 
 fn unsigned(map: &Map<String, Value>, key: &str) -> Option<u64> {
     number(map, key).and_then(|n| u64::try_from(n).ok())
-}
-
-/// `/plugin_sources/{name}`: the text of an ordinary plugin file.
-#[derive(Debug)]
-pub struct PluginSource {
-    pub source: Arc<str>,
 }
 
 #[cfg(test)]

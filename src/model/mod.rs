@@ -9,6 +9,7 @@ pub mod crypt;
 pub mod function;
 mod parse;
 pub mod plugin_conf;
+pub mod plugin_source;
 pub mod proto;
 pub mod route;
 pub mod service;
@@ -23,9 +24,10 @@ use std::sync::{
 
 pub use consumer::{Consumer, ConsumerGroup, Credential};
 pub use crypt::{Keyring, SchemaKind};
-pub use function::{Function, FunctionLimits, PluginSource, Variant};
+pub use function::{Function, FunctionLimits, Variant};
 pub use parse::{ParseContext, Parsed, check, parse};
 pub use plugin_conf::{PluginConf, PluginMetadata, Plugins};
+pub use plugin_source::PluginSource;
 pub use route::Route;
 pub use service::{GlobalRule, PluginConfig, Service};
 pub use ssl::Ssl;

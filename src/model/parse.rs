@@ -89,7 +89,7 @@ pub fn parse(kind: Kind, id: &str, json: &str, context: &ParseContext<'_>) -> Re
         Kind::PluginMetadata => Parsed::PluginMetadata(PluginMetadata::from_json(id, map, context)),
         Kind::Ssl => Parsed::Ssl(Ssl::from_json(map, context)?),
         Kind::Function => Parsed::Function(Function::from_json(map, context)?),
-        Kind::PluginSource => Parsed::PluginSource(PluginSource { source: required(map, "source")?.into() }),
+        Kind::PluginSource => Parsed::PluginSource(PluginSource::from_json(map)?),
         Kind::StreamRoute => Parsed::StreamRoute(StreamRoute::from_json(map, context)?),
         Kind::Proto | Kind::Secret | Kind::GraphqlCostDecoration => Parsed::Other,
     })

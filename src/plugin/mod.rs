@@ -8,7 +8,10 @@ pub mod registry;
 pub mod run;
 
 pub use registry::{Checker, PluginInfo, Setup};
-pub use run::{Errand, Flow, Mock, Runner, Trial, Tried, VmState};
+pub use run::{
+    Errand, Flow, Mock, Runner, Trial, Tried, VmState,
+    trial::{MockRequest, MockResponse, PluginTrial},
+};
 
 use crate::exchange::Phase;
 

@@ -11,7 +11,10 @@ use std::{
 use arc_swap::ArcSwap;
 use serde_json::Value;
 
-use super::{PhaseMask, natives};
+use super::{
+    PhaseMask, natives,
+    run::trial::{self, PluginTrial},
+};
 use crate::{
     conf::locations::Locations,
     error::{Error, Result},
@@ -22,6 +25,7 @@ use crate::{
         convert,
         vm::{self, Purpose},
     },
+    model::PluginSource,
     store::{
         Snapshot,
         builder::{PluginChecker, PluginSchema, Refusal},
@@ -114,7 +118,7 @@ impl Setup {
 
     /// How a VM for `purpose` is made under this configuration.
     pub fn vm_config(&self, purpose: Purpose, worker: usize, snapshot: &Snapshot) -> VmConfig {
-        let sources = snapshot.plugin_sources.values().map(|o| (o.id.clone(), o.value.source.clone()));
+        let sources = snapshot.plugin_sources.values().flat_map(|o| o.value.chunks(&o.id));
         VmConfig {
             purpose,
             prefix: self.prefix.clone(),
@@ -175,6 +179,11 @@ pub fn vm(config: VmConfig) -> Result<Rc<Vm>> {
 
 /// Loads the plugins of `names`. What does not load is logged and left out.
 pub fn load(vm: &Rc<Vm>, names: &[Box<str>]) -> Plugins {
+    load_each(vm, names, &mut |_, _| ())
+}
+
+/// The same; `broken` is told what does not load, and why.
+fn load_each(vm: &Rc<Vm>, names: &[Box<str>], broken: &mut dyn FnMut(&str, &str)) -> Plugins {
     let mut plugins = Plugins::new();
     for name in names {
         match load_one(vm, name) {
@@ -183,7 +192,10 @@ pub fn load(vm: &Rc<Vm>, names: &[Box<str>]) -> Plugins {
             }
             // config.yaml's default list names plugins of APISIX that this build does not have.
             Err(Refused::Missing) => tracing::debug!(target: "lua", "plugin [{name}] not found"),
-            Err(Refused::Broken(text)) => tracing::error!(target: "lua", "failed to load plugin [{name}] err: {text}"),
+            Err(Refused::Broken(text)) => {
+                tracing::error!(target: "lua", "failed to load plugin [{name}] err: {text}");
+                broken(name, &text);
+            }
         }
     }
     plugins
@@ -244,6 +256,8 @@ pub struct Checker {
 struct Loaded {
     vm: Rc<Vm>,
     plugins: Rc<Plugins>,
+    /// Those that do not load, and why.
+    broken: Rc<Vec<(String, String)>>,
 }
 
 impl Checker {
@@ -256,8 +270,10 @@ impl Checker {
     fn load(&self, snapshot: &Snapshot) -> Result<()> {
         let setup = self.setup.borrow().clone();
         let vm = vm(setup.vm_config(Purpose::Check, 0, snapshot))?;
-        let plugins = load(&vm, &setup.names(snapshot));
-        *self.state.borrow_mut() = Some(Loaded { vm, plugins: Rc::new(plugins) });
+        let mut broken = Vec::new();
+        let plugins =
+            load_each(&vm, &setup.names(snapshot), &mut |name, text| broken.push((name.to_owned(), text.to_owned())));
+        *self.state.borrow_mut() = Some(Loaded { vm, plugins: Rc::new(plugins), broken: Rc::new(broken) });
         self.generation.set(self.generation.get() + 1);
         Ok(())
     }
@@ -283,6 +299,11 @@ impl Checker {
         all
     }
 
+    /// The plugins that do not load, and why.
+    pub fn broken(&self) -> Vec<(String, String)> {
+        self.loaded().map(|l| l.broken.to_vec()).unwrap_or_default()
+    }
+
     pub fn get(&self, name: &str) -> Option<Arc<PluginInfo>> {
         self.loaded()?.plugins.get(name).cloned()
     }
@@ -290,7 +311,7 @@ impl Checker {
     /// Runs the plugin's `check_schema` on `conf`.
     pub fn check_conf(&self, plugin: &str, conf: &Value, schema: PluginSchema) -> Result<(), Refusal> {
         let invalid = |e: Error| Refusal::Invalid(e.to_string());
-        let Some(Loaded { vm, plugins }) = self.loaded() else { return Err(Refusal::Unknown) };
+        let Some(Loaded { vm, plugins, .. }) = self.loaded() else { return Err(Refusal::Unknown) };
         if !plugins.contains_key(plugin) {
             return Err(Refusal::Unknown);
         }
@@ -307,16 +328,30 @@ impl Checker {
 
     /// What the text of a plugin file says of itself, found in a VM of its own; or why it cannot be a plugin, with file
     /// and line.
-    pub fn inspect_plugin(&self, name: &str, source: &str) -> Result<PluginInfo, String> {
-        let config = self.setup.borrow().vm_config(Purpose::Check, 0, &Snapshot::default());
+    pub fn inspect_plugin(&self, name: &str, source: &PluginSource) -> Result<PluginInfo, String> {
+        let mut config = self.setup.borrow().vm_config(Purpose::Check, 0, &Snapshot::default());
+        config.plugin_sources.extend(source.chunks(name));
         let vm = vm(config).map_err(|e| e.to_string())?;
-        let chunk = vm::load_chunk(&vm.lua, &format!("plugins/{name}.lua"), source.as_bytes()).map_err(plain)?;
+        // A module that is required later must compile, too.
+        for (module, text) in source.chunks(name).skip(1) {
+            vm::load_chunk(&vm.lua, &format!("plugins/{module}.lua"), text.as_bytes()).map_err(plain)?;
+        }
+        let chunk = vm::load_chunk(&vm.lua, &format!("plugins/{name}.lua"), source.source.as_bytes()).map_err(plain)?;
         let (info, reason): (mlua::Value, Option<String>) =
             call(&vm, "moongate.plugins", "inspect", (chunk, name)).map_err(|e| e.to_string())?;
         match info {
             mlua::Value::Table(t) => json_of(&vm, t).map(PluginInfo::from_json).map_err(|e| e.to_string()),
             _ => Err(reason.unwrap_or_default()),
         }
+    }
+
+    /// Runs a mock request through a plugin, beside everything that serves.
+    pub fn try_plugin(
+        &self,
+        snapshot: Arc<Snapshot>,
+        trial: PluginTrial,
+    ) -> impl Future<Output = Result<Value, String>> + use<> {
+        trial::run(self.setup.borrow().clone(), snapshot, trial)
     }
 
     /// Whether the text of a function compiles; if not: file, line and why.

@@ -25,6 +25,7 @@ mod script;
 mod start;
 #[cfg(test)]
 mod tests;
+pub mod trial;
 
 use counters::Others;
 pub use counters::VmState;

@@ -12,11 +12,14 @@ use std::{
 };
 
 use redb::{
-    Database, DatabaseError, ReadOnlyTable, ReadTransaction, ReadableDatabase, ReadableTable, StorageError, Table,
-    TableDefinition, WriteTransaction,
+    Database, DatabaseError, ReadOnlyTable, ReadTransaction, ReadableDatabase, ReadableTable, ReadableTableMetadata,
+    StorageError, Table, TableDefinition, WriteTransaction,
 };
 
-use super::Entry;
+use super::{
+    Entry,
+    revisions::{Bounds, Page, Query, Revision, tag_of},
+};
 use crate::error::{Error, Kind, Result};
 
 /// Pages kept in memory. The file is read once at start; after that only the pages of a change and the branches
@@ -30,7 +33,12 @@ const EXPIRY: TableDefinition<(u64, &str), ()> = TableDefinition::new("expiry");
 const NUMBERS: TableDefinition<&str, i64> = TableDefinition::new("numbers");
 const NAMES: TableDefinition<&str, &str> = TableDefinition::new("names");
 
+/// Number -> (tag, revision as kept), the oldest first.
+const REVISIONS: TableDefinition<i64, (u32, &[u8])> = TableDefinition::new("revisions");
+
 const REVISION: &str = "revision";
+/// Of all kept revisions together.
+const REVISION_BYTES: &str = "revision_bytes";
 const SAVED_AT_MS: &str = "saved_at_ms";
 const SOURCE: &str = "source";
 
@@ -91,7 +99,7 @@ impl Disk {
 
     /// So that a reader always finds them.
     fn create_tables(db: &Database) -> Raw<()> {
-        if db.begin_read()?.open_table(NAMES).is_ok() {
+        if db.begin_read()?.open_table(REVISIONS).is_ok() {
             return Ok(());
         }
         let txn = db.begin_write()?;
@@ -99,6 +107,7 @@ impl Disk {
         txn.open_table(EXPIRY)?;
         txn.open_table(NUMBERS)?;
         txn.open_table(NAMES)?;
+        txn.open_table(REVISIONS)?;
         txn.commit()?;
         Ok(())
     }
@@ -127,6 +136,32 @@ impl Disk {
     /// When the next entry expires, in ms since the epoch.
     pub fn next_expiry(&self) -> Result<Option<u64>> {
         self.read(|txn| Ok(txn.open_table(EXPIRY)?.iter()?.next().transpose()?.map(|(k, _)| k.value().0)))
+    }
+
+    /// Kept revisions, the newest first.
+    pub fn revisions(&self, query: &Query) -> Result<Page> {
+        let rows = self.read(|txn| {
+            let table = txn.open_table(REVISIONS)?;
+            let mut rows = Vec::new();
+            let only = |n: Option<i64>| n.map_or(i64::MIN..=i64::MAX, |n| n..=n);
+            let wanted = query.key.as_deref().map(tag_of);
+            let mut total = 0;
+            for row in table.range(only(query.number))?.rev() {
+                let (number, row) = row?;
+                let (tag, bytes) = row.value();
+                if wanted.is_some_and(|wanted| tag != wanted && tag != 0) {
+                    continue;
+                }
+                // Tags may be shared: whether a revision is about a key shows when it is read.
+                let on_page = total >= query.skip && total - query.skip < query.take;
+                if wanted.is_some() || on_page {
+                    rows.push((number.value(), bytes.to_vec()));
+                }
+                total += 1;
+            }
+            Ok((rows, total))
+        })?;
+        page(rows, query)
     }
 
     fn read<T>(&self, f: impl FnOnce(&ReadTransaction) -> Raw<T>) -> Result<T> {
@@ -193,6 +228,7 @@ pub(super) struct Draft<'t> {
     expiry: Table<'t, (u64, &'static str), ()>,
     numbers: Table<'t, &'static str, i64>,
     names: Table<'t, &'static str, &'static str>,
+    revisions: Table<'t, i64, (u32, &'static [u8])>,
 }
 
 impl<'t> Draft<'t> {
@@ -202,6 +238,7 @@ impl<'t> Draft<'t> {
             expiry: txn.open_table(EXPIRY)?,
             numbers: txn.open_table(NUMBERS)?,
             names: txn.open_table(NAMES)?,
+            revisions: txn.open_table(REVISIONS)?,
         })
     }
 
@@ -211,6 +248,21 @@ impl<'t> Draft<'t> {
 
     pub fn set_revision(&mut self, revision: i64) -> Raw<()> {
         self.numbers.insert(REVISION, revision)?;
+        Ok(())
+    }
+
+    /// Keeps a revision, and drops the oldest ones that are too many or too much with it.
+    pub fn keep(&mut self, number: i64, tag: u32, bytes: &[u8], bounds: Bounds) -> Raw<()> {
+        let held = self.numbers.get(REVISION_BYTES)?.map_or(0, |v| v.value());
+        let mut held = u64::try_from(held).unwrap_or(0) + bytes.len() as u64;
+        self.revisions.insert(number, (tag, bytes))?;
+        let mut count = self.revisions.len()?;
+        while bounds.exceeded(usize::try_from(count).unwrap_or(usize::MAX), held) {
+            let Some((_, dropped)) = self.revisions.pop_first()? else { break };
+            held = held.saturating_sub(dropped.value().1.len() as u64);
+            count -= 1;
+        }
+        self.numbers.insert(REVISION_BYTES, i64::try_from(held).unwrap_or(i64::MAX))?;
         Ok(())
     }
 
@@ -274,6 +326,16 @@ fn scan(entries: &ReadOnlyTable<&'static str, Row<'static>>, prefix: &str) -> Ra
         found.push(entry(key.value(), row.value()));
     }
     Ok(found)
+}
+
+/// The page of a query from what may belong to it.
+fn page((rows, total): (Vec<(i64, Vec<u8>)>, usize), query: &Query) -> Result<Page> {
+    let read = rows.iter().map(|(number, bytes)| Revision::decode(*number, bytes));
+    let Some(key) = &query.key else {
+        return Ok(Page { list: read.collect::<Result<_>>()?, total });
+    };
+    let about = read.filter(|r| r.as_ref().map_or(true, |r| r.concerns(key))).collect::<Result<Vec<_>>>()?;
+    Ok(Page { total: about.len(), list: about.into_iter().skip(query.skip).take(query.take).collect() })
 }
 
 fn entry(key: &str, (create_revision, mod_revision, _, value): Row<'_>) -> Entry {

@@ -18,7 +18,11 @@ use std::{
 
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot};
 
-use super::{BoxFuture, Change, ChangeSink, Condition, Entry, Store, Written, disk::Disk};
+use super::{
+    Batch, BoxFuture, Change, ChangeSink, Committed, Condition, Entry, Revision, Store, Written,
+    disk::Disk,
+    revisions::{self, Bounds, Changed, Page, Query, Write},
+};
 use crate::error::{Error, Kind, Result};
 
 /// Writes that may wait for the writer. More wait in their callers.
@@ -58,12 +62,14 @@ struct Request {
 enum Op {
     Put { key: Arc<str>, value: Arc<str>, on: Condition, ttl_secs: Option<u64> },
     Delete { key: Arc<str>, on: Condition },
+    Batch(Batch),
     Renew(Lease),
 }
 
 enum Done {
     Put(Written),
     Deleted(Option<(Entry, i64)>),
+    Batch(Committed),
     /// Whether the entry still was there.
     Renewed(bool),
 }
@@ -93,10 +99,15 @@ impl std::fmt::Display for Lease {
 impl Embedded {
     /// Opens the file, or creates it empty, and starts its writer.
     pub fn open(path: &Path) -> Result<Arc<Self>> {
+        Self::open_with(path, Bounds::default())
+    }
+
+    /// The same with other bounds on the revisions that it keeps.
+    pub fn open_with(path: &Path, bounds: Bounds) -> Result<Arc<Self>> {
         let disk = Arc::new(Disk::open(path)?);
         let feeds = Arc::new(Feeds::default());
         let (sender, inbox) = channel();
-        let mut writer = Writer { disk: disk.clone(), inbox, feeds: feeds.clone() };
+        let mut writer = Writer { disk: disk.clone(), inbox, feeds: feeds.clone(), bounds };
         let thread = thread::Builder::new().name("store-writer".to_owned()).spawn(move || writer.run())?;
         let slots = Arc::new(Semaphore::new(MAX_QUEUED));
         Ok(Arc::new(Embedded { disk, writer: Some((sender, thread)), slots, feeds }))
@@ -193,6 +204,24 @@ impl Store for Embedded {
         })
     }
 
+    fn commit<'a>(&'a self, batch: Batch) -> BoxFuture<'a, Result<Committed>> {
+        Box::pin(async move {
+            match self.write(Op::Batch(batch)).await? {
+                Done::Batch(committed) => Ok(committed),
+                _ => Err(writer_gone()),
+            }
+        })
+    }
+
+    fn revisions<'a>(&'a self, query: Query) -> BoxFuture<'a, Result<Option<Page>>> {
+        let disk = self.disk.clone();
+        Box::pin(async move {
+            let read = tokio::task::spawn_blocking(move || disk.revisions(&query)).await;
+            let page = read.map_err(|e| Error::internal(Kind::Other).cause(e).context("revisions"))?;
+            page.map(Some)
+        })
+    }
+
     fn keep_alive<'a>(&'a self, lease: &'a str) -> BoxFuture<'a, Result<Option<u64>>> {
         Box::pin(async move {
             let Some(lease) = Lease::read(lease) else { return Ok(None) };
@@ -220,6 +249,7 @@ struct Writer {
     disk: Arc<Disk>,
     inbox: Receiver<Request>,
     feeds: Arc<Feeds>,
+    bounds: Bounds,
 }
 
 impl Writer {
@@ -258,7 +288,7 @@ impl Writer {
         let mut changes = Vec::new();
         let committed = self.disk.write(|draft| {
             let before = draft.revision()?;
-            let mut tx = Tx { draft, revision: before, changes: &mut changes };
+            let mut tx = Tx { draft, revision: before, changes: &mut changes, bounds: self.bounds };
             tx.expire(now_ms())?;
             let answers = group.iter().map(|r| tx.run(&r.op)).collect::<Result<Vec<_>, _>>()?;
             let revision = tx.revision;
@@ -291,6 +321,7 @@ struct Tx<'a, 't> {
     draft: &'a mut super::disk::Draft<'t>,
     revision: i64,
     changes: &'a mut Vec<(Arc<str>, Option<Entry>)>,
+    bounds: Bounds,
 }
 
 impl Tx<'_, '_> {
@@ -299,6 +330,7 @@ impl Tx<'_, '_> {
         match op {
             Op::Put { key, value, on, ttl_secs } => self.put(key, value, *on, *ttl_secs),
             Op::Delete { key, on } => self.delete(key, *on),
+            Op::Batch(batch) => self.batch(batch),
             Op::Renew(lease) => self.renew(lease),
         }
     }
@@ -322,7 +354,7 @@ impl Tx<'_, '_> {
             create_revision: previous.as_ref().map_or(revision, |p| p.create_revision),
             mod_revision: revision,
         };
-        self.draft.put(&entry, ttl_secs.map_or(0, expiry))?;
+        self.draft.put(&entry, expires_ms(ttl_secs))?;
         self.changes.push((key.clone(), Some(entry.clone())));
         let lease = ttl_secs.map(|ttl_secs| Lease { ttl_secs, revision, key: key.clone() }.to_string());
         Ok(Ok(Done::Put(Written { entry, previous, revision, lease })))
@@ -349,6 +381,56 @@ impl Tx<'_, '_> {
         Ok(Ok(Done::Deleted(Some((previous, self.revision)))))
     }
 
+    fn batch(&mut self, batch: &Batch) -> Result<Result<Done>, redb::Error> {
+        let mut done = Vec::with_capacity(batch.writes.len());
+        // All conditions first: nothing is written when one does not hold.
+        for write in &batch.writes {
+            let previous = self.draft.get(&write.key)?;
+            if let Err(conflict) = check(&write.key, write.on, previous.as_ref()) {
+                return Ok(Err(conflict));
+            }
+            done.push((previous, None));
+        }
+        let mut changes = Vec::new();
+        for (write, (previous, now)) in batch.writes.iter().zip(&mut done) {
+            if write.value.is_none() && previous.is_none() {
+                continue;
+            }
+            if changes.is_empty() {
+                self.revision += 1;
+            }
+            *now = self.apply(write, previous.as_ref())?;
+            let text = |e: &Option<Entry>| e.as_ref().map(|e| e.value.to_string());
+            changes.push(Changed { key: write.key.to_string(), before: text(previous), after: text(now) });
+        }
+        if !changes.is_empty() && self.bounds.keeps_any() {
+            let tag = revisions::tag(&changes);
+            match Revision::of(&batch.note, changes).encode(self.bounds.room()) {
+                Ok(bytes) => self.draft.keep(self.revision, tag, &bytes, self.bounds)?,
+                // The write itself is sound.
+                Err(e) => tracing::error!("the revision {} is not kept: {e}", self.revision),
+            }
+        }
+        Ok(Ok(Done::Batch(Committed { done, revision: self.revision })))
+    }
+
+    /// One write of a batch, under the revision of all.
+    fn apply(&mut self, write: &Write, previous: Option<&Entry>) -> Result<Option<Entry>, redb::Error> {
+        let revision = self.revision;
+        let now = write.value.as_ref().map(|value| Entry {
+            key: write.key.clone(),
+            value: value.clone(),
+            create_revision: previous.map_or(revision, |p| p.create_revision),
+            mod_revision: revision,
+        });
+        match &now {
+            Some(entry) => self.draft.put(entry, expires_ms(write.ttl_secs))?,
+            None => self.draft.remove(&write.key)?,
+        }
+        self.changes.push((write.key.clone(), now.clone()));
+        Ok(now)
+    }
+
     fn expire(&mut self, now_ms: u64) -> Result<(), redb::Error> {
         while let Some(key) = self.draft.expired(now_ms)? {
             self.revision += 1;
@@ -367,6 +449,11 @@ fn check(key: &str, on: Condition, previous: Option<&Entry>) -> Result<()> {
         }
         _ => Ok(()),
     }
+}
+
+/// 0: never.
+fn expires_ms(ttl_secs: Option<u64>) -> u64 {
+    ttl_secs.map_or(0, expiry)
 }
 
 /// When what lives so long from now ends, in ms since the epoch.
@@ -562,6 +649,89 @@ mod tests {
         assert_eq!(revisions, (1..=300).collect::<Vec<_>>());
     }
 
+    fn batch(writes: &[(&str, Option<&str>, Condition)]) -> Batch {
+        let write = |(key, value, on): &(&str, Option<&str>, Condition)| Write {
+            key: (*key).into(),
+            value: value.map(Into::into),
+            on: *on,
+            ttl_secs: None,
+            seen: None,
+        };
+        let note = revisions::Note { who: "jane".into(), refers_to: None };
+        Batch { writes: writes.iter().map(write).collect(), note }
+    }
+
+    async fn kept(s: &Embedded, query: Query) -> Page {
+        s.revisions(query).await.unwrap().expect("keeps revisions")
+    }
+
+    #[tokio::test]
+    async fn a_batch_happens_as_a_whole_under_one_revision_or_not_at_all() {
+        let (dir, s) = store();
+        let all = Query { take: 10, ..Query::default() };
+        s.put("/routes/9", "plain".into(), Condition::Always, None).await.unwrap();
+        assert_eq!(kept(&s, all.clone()).await.total, 0, "a write without an author is none");
+        let always = Condition::Always;
+        let done = s.commit(batch(&[("/routes/1", Some("a"), always), ("/routes/9", None, always)])).await.unwrap();
+        assert_eq!(done.revision, 2);
+        assert_eq!(done.done[0].1.as_ref().unwrap().mod_revision, 2);
+        assert!(done.done[1].0.is_some() && done.done[1].1.is_none());
+        let half = batch(&[("/routes/2", Some("b"), always), ("/routes/1", Some("b"), Condition::Unmodified(1))]);
+        assert_eq!(s.commit(half).await.unwrap_err().kind(), Kind::Conflict);
+        assert!(s.get("/routes/2").await.unwrap().is_none(), "nothing of it");
+        assert_eq!(s.commit(batch(&[("/routes/7", None, always)])).await.unwrap().revision, 2, "nothing to delete");
+        s.commit(batch(&[("/routes/1", Some("c"), always)])).await.unwrap();
+        drop(s);
+        let s = Embedded::open(&dir.path().join("data/moongate.redb")).unwrap();
+        let page = kept(&s, all.clone()).await;
+        assert_eq!(page.list.iter().map(|r| r.number).collect::<Vec<_>>(), [3, 2]);
+        let change = &page.list[0].changes[0];
+        assert_eq!((change.before.as_deref(), change.after.as_deref()), (Some("a"), Some("c")));
+        let about = kept(&s, Query { key: Some("/routes/9".into()), ..all.clone() }).await;
+        assert_eq!((about.total, about.list[0].number), (1, 2), "one of several in a revision");
+        assert_eq!(kept(&s, Query { number: Some(3), ..all.clone() }).await.list, page.list[..1]);
+        assert_eq!(kept(&s, Query { skip: 1, take: 1, ..all }).await.list, page.list[1..]);
+    }
+
+    #[tokio::test]
+    async fn the_oldest_revisions_go_when_they_are_too_many_or_too_much() {
+        let dir = tempfile::tempdir().unwrap();
+        let bounds = Bounds { count: 3, bytes: 1 << 20 };
+        let s = Embedded::open_with(&dir.path().join("moongate.redb"), bounds).unwrap();
+        let numbers = async || {
+            let page = kept(&s, Query { take: 10, ..Query::default() }).await;
+            page.list.iter().map(|r| r.number).collect::<Vec<_>>()
+        };
+        let write =
+            async |text: &str| s.commit(batch(&[("/functions/f", Some(text), Condition::Always)])).await.unwrap();
+        for n in 0..3 {
+            write(&n.to_string()).await;
+        }
+        assert_eq!(numbers().await, [3, 2, 1], "as many as may be");
+        write("3").await;
+        assert_eq!(numbers().await, [4, 3, 2]);
+        // What does not compress: two of them are more than a megabyte.
+        let noise = |seed: u64| {
+            let mut x = seed;
+            let mut next = || {
+                x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                char::from(b' ' + 1 + ((x >> 33) % 90) as u8)
+            };
+            (0..700_000).map(|_| next()).filter(|c| *c != '"' && *c != '\\').collect::<String>()
+        };
+        write(&noise(1)).await;
+        assert_eq!(numbers().await, [5, 4, 3]);
+        write(&noise(2)).await;
+        assert_eq!(numbers().await, [6, 5, 4]);
+        let newest = kept(&s, Query { take: 1, ..Query::default() }).await.list.remove(0);
+        assert!(newest.omitted, "before and after together are too much by themselves");
+        write("small").await;
+        assert_eq!(numbers().await, [7, 6], "two with large texts are too much");
+        let none = Embedded::open_with(&dir.path().join("b.redb"), Bounds { count: 0, ..bounds }).unwrap();
+        none.commit(batch(&[("/routes/1", Some("a"), Condition::Always)])).await.unwrap();
+        assert_eq!(kept(&none, Query { take: 1, ..Query::default() }).await.total, 0);
+    }
+
     fn request(slots: &Arc<Semaphore>, key: &str) -> Request {
         let _slot = slots.clone().try_acquire_owned().unwrap();
         let op = Op::Put { key: key.into(), value: "x".into(), on: Condition::Always, ttl_secs: None };
@@ -573,7 +743,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let disk = Arc::new(Disk::open(&dir.path().join("moongate.redb")).unwrap());
         let (sender, inbox) = channel();
-        let writer = Writer { disk, inbox, feeds: Arc::default() };
+        let writer = Writer { disk, inbox, feeds: Arc::default(), bounds: Bounds::default() };
         let slots = Arc::new(Semaphore::new(MAX_QUEUED));
         (0..=MAX_GROUP).for_each(|i| sender.send(request(&slots, &i.to_string())).unwrap());
         let lengths = [(); 2].map(|()| writer.next_group(None).unwrap().len());

@@ -5,6 +5,7 @@
 //! again. A member that stops answering without closing its connection is noticed by HTTP/2 pings.
 
 mod connect;
+mod revisions;
 
 use std::{
     collections::hash_map::RandomState,
@@ -23,9 +24,13 @@ use serde_json::Value;
 use tokio::{sync::Mutex, time::timeout};
 use tonic::Code;
 
-use super::{BoxFuture, Change, ChangeSink, Condition, Entry, NOT_UTF8, Store, Written};
+use super::{
+    Batch, BoxFuture, Change, ChangeSink, Committed, Condition, Entry, NOT_UTF8, Store, Written,
+    revisions::{Bounds, Page, Query},
+};
 use crate::error::{Error, Kind, Result};
 use connect::Tls;
+use revisions::History;
 
 /// Keys in one page of a list. At a few hundred bytes each a page stays well under `MAX_MESSAGE`.
 const PAGE: i64 = 2000;
@@ -48,6 +53,7 @@ pub struct EtcdConfig {
     /// Of one request.
     pub timeout: Duration,
     tls: Tls,
+    revisions: Bounds,
 }
 
 impl EtcdConfig {
@@ -73,6 +79,7 @@ impl EtcdConfig {
             user: text(&etcd["user"]).map(|user| (user, text(&etcd["password"]).unwrap_or_default())),
             timeout: Duration::from_secs_f64(seconds),
             tls: Tls::from_json(config, dir)?,
+            revisions: Bounds::from_json(config),
         })
     }
 }
@@ -80,6 +87,7 @@ impl EtcdConfig {
 pub struct Etcd {
     config: EtcdConfig,
     link: Mutex<Link>,
+    history: History,
 }
 
 /// The member that is spoken to.
@@ -146,7 +154,7 @@ type Call<T> = BoxFuture<'static, std::result::Result<T, etcd_client::Error>>;
 impl Etcd {
     /// Does not connect yet: a cluster that is down is no reason not to start.
     pub fn new(config: EtcdConfig) -> Arc<Self> {
-        Arc::new(Etcd { config, link: Mutex::default() })
+        Arc::new(Etcd { config, link: Mutex::default(), history: History::default() })
     }
 
     /// The member in use and a client of it.
@@ -421,6 +429,14 @@ impl Store for Etcd {
             let deleted = self.erase(key, on).await.map_err(|e| e.into_error("delete"))?;
             deleted.ok_or_else(|| conflict(key))
         })
+    }
+
+    fn commit<'a>(&'a self, batch: Batch) -> BoxFuture<'a, Result<Committed>> {
+        Box::pin(self.commit_batch(batch))
+    }
+
+    fn revisions<'a>(&'a self, query: Query) -> BoxFuture<'a, Result<Option<Page>>> {
+        Box::pin(async move { self.history_page(&query).await.map(Some) })
     }
 
     fn keep_alive<'a>(&'a self, lease: &'a str) -> BoxFuture<'a, Result<Option<u64>>> {

@@ -14,6 +14,7 @@ mod last_good;
 mod parser;
 pub mod pipeline;
 pub mod published;
+pub mod revisions;
 pub mod snapshot;
 pub mod source;
 pub mod standalone;
@@ -24,6 +25,7 @@ pub use builder::{Item, Parser, PluginChecker, PluginSchema, Refusal};
 pub use parser::parser;
 pub use pipeline::{Handle, Pipeline, Setup, Started, start};
 pub use published::Published;
+pub use revisions::{Batch, Committed, Revision};
 pub use snapshot::Snapshot;
 pub use source::{SourceState, SourceStatus};
 pub use standalone::Standalone;
@@ -86,7 +88,10 @@ pub fn open(config: &Config) -> Result<Arc<dyn Store>> {
     let provider = deployment[format!("role_{role}")]["config_provider"].as_str().unwrap_or("embedded");
     tracing::info!("use config_provider: {provider}");
     Ok(match provider {
-        "embedded" => embedded::Embedded::open(&config.prefix.join(EMBEDDED_FILE))?,
+        "embedded" => {
+            let bounds = revisions::Bounds::from_json(&config.json);
+            embedded::Embedded::open_with(&config.prefix.join(EMBEDDED_FILE), bounds)?
+        }
         "etcd" => etcd::Etcd::new(etcd::EtcdConfig::from_json(&config.json, &config.prefix)?),
         "yaml" if role == "traditional" => Standalone::new(),
         "yaml" => file::File::new(&config.prefix, file::Format::Yaml),
@@ -120,6 +125,17 @@ pub trait Store: Send + Sync + 'static {
 
     /// The entry that was deleted (its `mod_revision` before) and the store's revision after; `None` when there was none.
     fn delete<'a>(&'a self, key: &'a str, on: Condition) -> BoxFuture<'a, Result<Option<(Entry, i64)>>>;
+
+    /// Does all of the batch, and keeps it as a revision in the same transaction; or nothing when a condition does not hold
+    /// (`Kind::Conflict`). A store that keeps no revisions does one write after the other.
+    fn commit<'a>(&'a self, batch: Batch) -> BoxFuture<'a, Result<Committed>> {
+        Box::pin(async move { revisions::one_by_one(self, batch).await })
+    }
+
+    /// The revisions that are kept; `None`: this store keeps none.
+    fn revisions<'a>(&'a self, _: revisions::Query) -> BoxFuture<'a, Result<Option<revisions::Page>>> {
+        Box::pin(async move { Ok(None) })
+    }
 
     /// An entry lives its whole time from now on: the seconds it has; `None` when it is gone, or was written since by
     /// somebody else.

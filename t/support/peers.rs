@@ -113,6 +113,12 @@ impl Etcd {
         self.ctl(&["get", "--print-value-only", key]).expect("an answer").trim_end().to_owned()
     }
 
+    /// The keys that start so.
+    pub fn keys(&self, prefix: &str) -> Vec<String> {
+        let listed = self.ctl(&["get", prefix, "--prefix", "--keys-only"]).unwrap_or_default();
+        listed.lines().filter(|line| !line.is_empty()).map(str::to_owned).collect()
+    }
+
     /// Compacts the history up to now.
     pub fn compact(&self) {
         let status = self.ctl(&["endpoint", "status", "-w", "json"]).expect("a status");

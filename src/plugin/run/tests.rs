@@ -67,7 +67,7 @@ impl Scene {
     }
 
     fn plugin(mut self, name: &str, source: &str) -> Self {
-        let value = model::PluginSource { source: source.into() };
+        let value = model::PluginSource { source: source.into(), ..Default::default() };
         self.snapshot.plugin_sources.insert(name.into(), object(name, &json!({}), value));
         self
     }
@@ -430,7 +430,10 @@ fn new_plugins_build_a_vm_beside_the_old_one() {
     let mut next = Snapshot::clone(&s.snapshot);
     (next.version, next.plugins_generation) = (2, 2);
     let source = plugin("v", 1, "", "function _M.access() return 202 end");
-    next.plugin_sources.insert("v".into(), object("v", &json!({}), model::PluginSource { source: source.into() }));
+    next.plugin_sources.insert(
+        "v".into(),
+        object("v", &json!({}), model::PluginSource { source: source.into(), ..Default::default() }),
+    );
     s.snapshot = Arc::new(next);
     assert_eq!(s.request().1, 202);
     s.block_on(s.runner.rewrite_access(&mut old));
@@ -461,7 +464,10 @@ fn the_end_of_a_replaced_vm_may_wait_so_long() {
 fn with_plugin(s: &Started, version: u64, name: &str, source: &str) -> Arc<Snapshot> {
     let mut next = Snapshot::clone(&s.snapshot);
     (next.version, next.plugins_generation) = (version, version);
-    next.plugin_sources.insert(name.into(), object(name, &json!({}), model::PluginSource { source: source.into() }));
+    next.plugin_sources.insert(
+        name.into(),
+        object(name, &json!({}), model::PluginSource { source: source.into(), ..Default::default() }),
+    );
     Arc::new(next)
 }
 
@@ -605,19 +611,22 @@ fn the_checker_inspects_and_checks() {
     let scene = Scene::new().plugin("picky", &picky);
     let checker = registry::Checker::new(setup, &scene.snapshot).expect("a checker");
     use crate::store::builder::{PluginSchema::Plugin, Refusal};
+    let source = |text: &str| model::PluginSource { source: text.into(), ..Default::default() };
     assert_eq!(checker.check_conf("picky", &json!({"ok": true}), Plugin), Ok(()));
     assert_eq!(checker.check_conf("picky", &json!({}), Plugin), Err(Refusal::Invalid("not ok".into())));
     assert_eq!(checker.check_conf("absent", &json!({}), Plugin), Err(Refusal::Unknown));
-    let info = checker.inspect_plugin("t", T).expect("a plugin");
+    let info = checker.inspect_plugin("t", &source(T)).expect("a plugin");
     assert_eq!(
         (info.priority, info.phases.has(Phase::Access), info.phases.has(Phase::DelayedBodyFilter)),
         (100, true, false)
     );
-    let broken = checker.inspect_plugin("t", "local a = 1\nreturn {").unwrap_err();
+    let broken = checker.inspect_plugin("t", &source("local a = 1\nreturn {")).unwrap_err();
     assert!(broken.starts_with("plugins/t.lua:2:"), "{broken}");
-    let raising = checker.inspect_plugin("t", "\n\nerror('at load')").unwrap_err();
+    let raising = checker.inspect_plugin("t", &source("\n\nerror('at load')")).unwrap_err();
     assert!(raising.starts_with("plugins/t.lua:3: at load"), "{raising}");
-    assert!(checker.inspect_plugin("t", "return { priority = 1 }").unwrap_err().contains("missing field: version"));
+    assert!(
+        checker.inspect_plugin("t", &source("return { priority = 1 }")).unwrap_err().contains("missing field: version")
+    );
     let broken = checker.compile_function("f", "return function( oops").unwrap_err();
     assert!(broken.starts_with("functions/f.lua:1:"), "{broken}");
 }

@@ -1,0 +1,660 @@
+//! Revisions of what the Admin API writes, dry runs, conditions of writes, and uploaded plugins: on the embedded store and on a real
+//! etcd.
+
+mod support;
+
+use serde_json::{Value, json};
+use support::{Dir, Gateway, Reply, Upstream, eventually, peers::Etcd, request};
+
+/// Two administrators by name, so that it is seen who has written.
+const JANE: &str = "jane-0123456789abcdef";
+const JOE: &str = "joe-0123456789abcdef";
+
+fn settings(more: Value) -> Value {
+    let keys = json!([{"name": "jane", "key": JANE, "role": "admin"}, {"name": "", "key": JOE, "role": "admin"},
+        {"name": "looks", "key": "viewer-0123456789abcdef", "role": "viewer"}]);
+    let mut admin = json!({"admin_key": keys});
+    if let (Value::Object(admin), Value::Object(more)) = (&mut admin, more) {
+        admin.extend(more);
+    }
+    json!({"deployment": {"admin": admin}})
+}
+
+/// Runs the scene on both stores.
+fn on_both(more: Value, scene: impl Fn(&Gateway, Option<&Etcd>)) {
+    scene(&Gateway::with(settings(more.clone())), None);
+    let etcd = Etcd::start();
+    let mut on_etcd = settings(more);
+    on_etcd["deployment"]["role"] = "traditional".into();
+    on_etcd["deployment"]["role_traditional"] = json!({"config_provider": "etcd"});
+    on_etcd["deployment"]["etcd"] = json!({"host": [etcd.url()], "prefix": "/apisix", "timeout": 5});
+    scene(&Gateway::with(on_etcd), Some(&etcd));
+}
+
+fn call_as(gw: &Gateway, key: &str, method: &str, path: &str, headers: &[(&str, &str)], body: Value) -> Reply {
+    let text = if body.is_null() { String::new() } else { body.to_string() };
+    let mut all = vec![("X-API-KEY", key), ("Content-Type", "application/json")];
+    all.extend(headers);
+    request(&gw.admin_address(), method, &format!("/apisix/admin{path}"), &all, text.as_bytes())
+}
+
+fn call(gw: &Gateway, method: &str, path: &str, body: Value) -> Reply {
+    call_as(gw, JANE, method, path, &[], body)
+}
+
+#[track_caller]
+fn ok(reply: Reply) -> Value {
+    assert!((200..300).contains(&reply.status), "{} {}", reply.status, reply.text());
+    reply.json()
+}
+
+#[track_caller]
+fn refused(reply: Reply, status: u16, text: &str) -> Value {
+    assert_eq!(reply.status, status, "{}", reply.text());
+    assert!(reply.text().contains(text), "{:?} is not in {}", text, reply.text());
+    reply.json()
+}
+
+fn route(uri: &str) -> Value {
+    json!({"uri": uri, "upstream": {"type": "roundrobin", "nodes": {"127.0.0.1:1": 1}}})
+}
+
+fn index(gw: &Gateway, path: &str) -> i64 {
+    ok(call(gw, "GET", path, Value::Null))["modifiedIndex"].as_i64().expect("a number")
+}
+
+/// Newest first.
+fn numbers(gw: &Gateway, query: &str) -> Vec<i64> {
+    let list = ok(call(gw, "GET", &format!("/revisions{query}"), Value::Null));
+    list["list"].as_array().expect("a list").iter().map(|r| r["revision"].as_i64().expect("a number")).collect()
+}
+
+#[test]
+fn every_write_is_a_revision_that_tells_who_did_what() {
+    on_both(json!({}), |gw, _| {
+        ok(call(gw, "PUT", "/routes/1", route("/a")));
+        let created = index(gw, "/routes/1");
+        ok(call_as(gw, JOE, "PATCH", "/routes/1", &[], json!({"uri": "/b", "upstream": {"retries": 2}})));
+        let updated = index(gw, "/routes/1");
+        ok(call(gw, "PUT", "/services/1", json!({"upstream": {"nodes": {"127.0.0.1:1": 1}}})));
+        ok(call(gw, "DELETE", "/routes/1", Value::Null));
+        let all = ok(call(gw, "GET", "/revisions", Value::Null));
+        assert_eq!(all["total"], 4);
+        let list = all["list"].as_array().expect("a list");
+        let told: Vec<_> =
+            list.iter().map(|r| [&r["action"], &r["key"], &r["who"]].map(|v| v.as_str().unwrap())).collect();
+        assert_eq!(
+            told,
+            [
+                ["delete", "/apisix/routes/1", "jane"],
+                ["create", "/apisix/services/1", "jane"],
+                ["update", "/apisix/routes/1", "admin"],
+                ["create", "/apisix/routes/1", "jane"],
+            ]
+        );
+        assert!(list.iter().all(|r| r["time"].as_f64().is_some_and(|t| t > 1.7e9)));
+        assert_eq!((&list[2]["revision"], &list[3]["revision"]), (&json!(updated), &json!(created)));
+        // Pages, and those of one object.
+        assert_eq!(numbers(gw, "?page_size=1&page=3"), [updated]);
+        assert_eq!(numbers(gw, "?key=/routes/1"), numbers(gw, "?key=/apisix/routes/1"));
+        assert_eq!(numbers(gw, "?key=/routes/1").len(), 3);
+        assert_eq!(numbers(gw, "?key=/routes/2"), [0i64; 0]);
+        refused(call(gw, "GET", "/revisions?page_size=501", Value::Null), 400, "page_size must be between 1 and 500");
+        refused(call(gw, "GET", "/revisions?page=x", Value::Null), 400, "page");
+        // What it found and what it left.
+        let one = ok(call(gw, "GET", &format!("/revisions/{updated}"), Value::Null));
+        assert_eq!(
+            (&one["objects"][0]["before"]["uri"], &one["objects"][0]["after"]["uri"]),
+            (&json!("/a"), &json!("/b"))
+        );
+        let diff = ok(call(gw, "GET", &format!("/revisions/{updated}/diff"), Value::Null));
+        assert_eq!(diff["diff"][0]["changed"]["/uri"], json!({"from": "/a", "to": "/b"}));
+        assert_eq!(diff["diff"][0]["added"], json!({"/upstream/retries": 2}));
+        assert_eq!(diff["diff"][0]["removed"], json!({}));
+        let gone = ok(call(gw, "GET", &format!("/revisions/{}", numbers(gw, "")[0]), Value::Null));
+        assert_eq!((&gone["objects"][0]["before"]["uri"], &gone["objects"][0]["after"]), (&json!("/b"), &Value::Null));
+        refused(call(gw, "GET", "/revisions/4000000", Value::Null), 404, "revision 4000000 is not kept");
+        refused(call(gw, "GET", "/revisions/x", Value::Null), 400, "a revision is a number");
+        refused(call(gw, "PUT", &format!("/revisions/{updated}"), json!({})), 405, "not supported");
+        // What is refused is none, and they are no resources.
+        refused(call(gw, "PUT", "/routes/2", json!({"uri": 1})), 400, "uri");
+        assert_eq!(numbers(gw, "").len(), 4);
+        assert_eq!(ok(call(gw, "GET", "/routes", Value::Null))["total"], 0);
+        let viewer =
+            call_as(gw, "viewer-0123456789abcdef", "POST", &format!("/revisions/{updated}/rollback"), &[], json!({}));
+        assert_eq!(viewer.status, 401);
+    });
+}
+
+#[test]
+fn a_rollback_sets_back_what_a_revision_changed_and_is_one_itself() {
+    on_both(json!({}), |gw, etcd| {
+        let up = Upstream::echo();
+        gw_route(gw, "/one", &up);
+        let first = index(gw, "/routes/1");
+        gw_route(gw, "/two", &up);
+        let second = index(gw, "/routes/1");
+        assert_eq!((gw.get("/one").status, gw.get("/two").status), (404, 200));
+        let would = ok(call(gw, "POST", &format!("/revisions/{second}/rollback?dry_run=true"), Value::Null));
+        assert_eq!(would["diff"][0]["changed"]["/uri"], json!({"from": "/two", "to": "/one"}));
+        assert_eq!(index(gw, "/routes/1"), second, "nothing happened");
+        let back = ok(call(gw, "POST", &format!("/revisions/{second}/rollback"), Value::Null));
+        assert_eq!(back["refers_to"], second);
+        assert_eq!((gw.get("/one").status, gw.get("/two").status), (200, 404), "served with the answer");
+        let newest = ok(call(gw, "GET", "/revisions?page_size=1", Value::Null))["list"][0].clone();
+        assert_eq!(
+            [&newest["action"], &newest["refers_to"], &newest["revision"]],
+            [&json!("rollback"), &json!(second), &back["revision"]]
+        );
+        // Changed since: by the rollback.
+        let text =
+            refused(call(gw, "POST", &format!("/revisions/{second}/rollback"), Value::Null), 409, "changed since");
+        assert_eq!(text["modifiedIndex"], back["revision"]);
+        let forced = ok(call(gw, "POST", &format!("/revisions/{second}/rollback?force=true"), Value::Null));
+        assert_eq!(forced["objects"][0]["value"]["uri"], "/one");
+        // A rollback is rolled back like any other.
+        let n = forced["revision"].as_i64().expect("a number");
+        ok(call(gw, "POST", &format!("/revisions/{n}/rollback"), Value::Null));
+        // Of a creation: it goes.
+        ok(call(gw, "POST", &format!("/revisions/{first}/rollback?force=true"), Value::Null));
+        assert_eq!(call(gw, "GET", "/routes/1", Value::Null).status, 404);
+        assert_eq!(gw.get("/one").status, 404);
+        if let Some(etcd) = etcd {
+            // What others write straight into etcd is no revision of ours, and not overwritten unseen.
+            ok(call(gw, "PUT", "/routes/9", route("/ours")));
+            let ours = index(gw, "/routes/9");
+            let count = numbers(gw, "").len();
+            etcd.put("/apisix/routes/9", &route("/theirs").to_string());
+            assert_eq!(numbers(gw, "").len(), count);
+            refused(call(gw, "POST", &format!("/revisions/{ours}/rollback"), Value::Null), 409, "changed since");
+            assert!(etcd.get("/apisix/routes/9").contains("/theirs"));
+        }
+    });
+}
+
+fn gw_route(gw: &Gateway, uri: &str, up: &Upstream) {
+    ok(call(gw, "PUT", "/routes/1", json!({"uri": uri, "upstream": {"type": "roundrobin", "nodes": {up.addr(): 1}}})));
+}
+
+#[test]
+fn a_rollback_is_checked_like_any_write() {
+    on_both(json!({}), |gw, _| {
+        ok(call(gw, "PUT", "/upstreams/1", json!({"nodes": {"127.0.0.1:1": 1}})));
+        let made = index(gw, "/upstreams/1");
+        ok(call(gw, "PUT", "/routes/1", json!({"uri": "/a", "upstream_id": "1"})));
+        refused(call(gw, "POST", &format!("/revisions/{made}/rollback"), Value::Null), 400, "is still using it");
+        ok(call(gw, "PUT", "/routes/1", route("/a")));
+        let moved = index(gw, "/routes/1");
+        ok(call(gw, "DELETE", "/upstreams/1", Value::Null));
+        let text = "failed to fetch upstream info by upstream id [1]";
+        refused(call(gw, "POST", &format!("/revisions/{moved}/rollback"), Value::Null), 400, text);
+        // The deletion is undone, then the other goes.
+        let deleted = numbers(gw, "?key=/upstreams/1")[0];
+        ok(call(gw, "POST", &format!("/revisions/{deleted}/rollback"), Value::Null));
+        ok(call(gw, "POST", &format!("/revisions/{moved}/rollback"), Value::Null));
+        assert_eq!(ok(call(gw, "GET", "/routes/1", Value::Null))["value"]["upstream_id"], "1");
+    });
+}
+
+#[test]
+fn a_consumer_goes_and_comes_back_with_its_credentials_and_secrets_are_never_shown() {
+    on_both(json!({}), |gw, _| {
+        let up = Upstream::echo();
+        ok(call(gw, "PUT", "/consumers", json!({"username": "jack"})));
+        for n in 1..=3 {
+            let plugins = json!({"key-auth": {"key": format!("open-sesame-{n}")}});
+            ok(call(gw, "PUT", &format!("/consumers/jack/credentials/c{n}"), json!({"plugins": plugins})));
+        }
+        let plugins = json!({"key-auth": {}});
+        let upstream = json!({"type": "roundrobin", "nodes": {up.addr(): 1}});
+        ok(call(gw, "PUT", "/routes/1", json!({"uri": "/a", "plugins": plugins, "upstream": upstream})));
+        let opens = |status| assert_eq!(gw.send("GET", "/a", &[("apikey", "open-sesame-2")], b"").status, status);
+        opens(200);
+        ok(call(gw, "DELETE", "/consumers/jack", Value::Null));
+        opens(401);
+        let gone = ok(call(gw, "GET", "/revisions?page_size=1", Value::Null))["list"][0].clone();
+        assert_eq!((&gone["action"], &gone["key"]), (&json!("delete"), &json!("/apisix/consumers/jack")));
+        assert_eq!(gone["keys"].as_array().map(Vec::len), Some(4));
+        let n = gone["revision"].as_i64().expect("a number");
+        for path in ["", "/diff"] {
+            let shown = call(gw, "GET", &format!("/revisions/{n}{path}"), Value::Null);
+            assert!(!shown.text().contains("open-sesame") && shown.text().contains("key-auth"), "{}", shown.text());
+        }
+        let back = call(gw, "POST", &format!("/revisions/{n}/rollback"), Value::Null);
+        assert_eq!(back.status, 200, "{}", back.text());
+        assert!(!back.text().contains("open-sesame"));
+        opens(200);
+    });
+}
+
+#[test]
+fn an_owner_of_more_than_one_revision_takes_goes_in_several() {
+    on_both(json!({}), |gw, _| {
+        ok(call(gw, "PUT", "/consumers", json!({"username": "jack"})));
+        for n in 0..64 {
+            let plugins = json!({"key-auth": {"key": format!("k{n}")}});
+            ok(call(gw, "PUT", &format!("/consumers/jack/credentials/c{n}"), json!({"plugins": plugins})));
+        }
+        let before = numbers(gw, "?page_size=500").len();
+        ok(call(gw, "DELETE", "/consumers/jack", Value::Null));
+        let list = ok(call(gw, "GET", "/revisions?page_size=2", Value::Null));
+        let keys = |n: usize| list["list"][n]["keys"].as_array().map_or(1, Vec::len);
+        assert_eq!((keys(0), keys(1), &list["total"]), (64, 1, &json!(before + 2)));
+        assert_eq!(list["list"][0]["key"], "/apisix/consumers/jack");
+        assert_eq!(call(gw, "GET", "/consumers/jack/credentials", Value::Null).status, 404);
+        // The owner first: a credential without one is refused.
+        let (last, first) = (&list["list"][0]["revision"], &list["list"][1]["revision"]);
+        refused(call(gw, "POST", &format!("/revisions/{first}/rollback"), Value::Null), 404, "consumer not found");
+        ok(call(gw, "POST", &format!("/revisions/{last}/rollback"), Value::Null));
+        ok(call(gw, "POST", &format!("/revisions/{first}/rollback"), Value::Null));
+        assert_eq!(ok(call(gw, "GET", "/consumers/jack/credentials?page_size=500", Value::Null))["total"], 64);
+    });
+}
+
+#[test]
+fn secrets_that_the_store_has_in_clear_are_not_shown_by_revisions() {
+    let mut clear = settings(json!({}));
+    clear["apisix"] = json!({"data_encryption": {"enable_encrypt_fields": false, "keyring": []}});
+    let gw = Gateway::with(clear);
+    ok(call(&gw, "PUT", "/consumers", json!({"username": "jack", "plugins": {"key-auth": {"key": "open-sesame"}}})));
+    ok(call(&gw, "PUT", "/consumers", json!({"username": "jack", "plugins": {"key-auth": {"key": "open-other"}}})));
+    let vault = json!({"uri": "http://127.0.0.1:1", "prefix": "kv", "token": "open-vault"});
+    ok(call(&gw, "PUT", "/secrets/vault/1", vault));
+    for n in numbers(&gw, "") {
+        for path in ["", "/diff"] {
+            let shown = call(&gw, "GET", &format!("/revisions/{n}{path}"), Value::Null);
+            assert!(!shown.text().contains("open-"), "{}", shown.text());
+            assert!(shown.text().contains("in clear in the store"), "{}", shown.text());
+        }
+    }
+    let diff = ok(call(&gw, "GET", &format!("/revisions/{}/diff", numbers(&gw, "")[1]), Value::Null));
+    assert!(diff["diff"][0]["changed"]["/plugins/key-auth/key"].is_object(), "that it changed is seen: {diff}");
+}
+
+#[test]
+fn a_dry_run_answers_as_the_write_would_and_writes_nothing() {
+    on_both(json!({}), |gw, _| {
+        ok(call(gw, "PUT", "/routes/1", route("/a")));
+        ok(call(gw, "PUT", "/consumers", json!({"username": "jack"})));
+        ok(call(gw, "PUT", "/consumers/jack/credentials/c", json!({"plugins": {"key-auth": {"key": "k"}}})));
+        let (before, count) = (index(gw, "/routes/1"), numbers(gw, "").len());
+        let put = call(gw, "PUT", "/routes/1?dry_run=true", route("/b"));
+        assert_eq!(put.status, 200);
+        let put = put.json();
+        assert_eq!(
+            (&put["dry_run"], &put["value"]["uri"], &put["key"]),
+            (&json!(true), &json!("/b"), &json!("/apisix/routes/1"))
+        );
+        assert_eq!(put["diff"][0]["changed"]["/uri"], json!({"from": "/a", "to": "/b"}));
+        let new = call(gw, "PUT", "/routes/2?dry_run=true", route("/c"));
+        assert_eq!((new.status, &new.json()["diff"][0]["added"]["/uri"]), (201, &json!("/c")));
+        let post = call(gw, "POST", "/routes?dry_run=true", route("/c"));
+        assert_eq!((post.status, &post.json()["diff"][0]["added"]["/uri"]), (201, &json!("/c")));
+        let patch = ok(call(gw, "PATCH", "/routes/1?dry_run=true", json!({"desc": "x"})));
+        assert_eq!(patch["diff"][0]["added"], json!({"/desc": "x"}));
+        let delete = ok(call(gw, "DELETE", "/consumers/jack?dry_run=true", Value::Null));
+        assert_eq!((&delete["deleted"], delete["diff"].as_array().map(Vec::len)), (&json!("1"), Some(2)));
+        refused(call(gw, "PUT", "/routes/1?dry_run=true", json!({"uri": 5})), 400, "uri");
+        refused(
+            call(gw, "PUT", "/routes/1?dry_run=true", json!({"uri": "/x", "upstream_id": "no"})),
+            400,
+            "failed to fetch",
+        );
+        assert_eq!(call(gw, "DELETE", "/routes/7?dry_run=true", Value::Null).status, 404);
+        refused(call(gw, "PUT", "/plugins/reload?dry_run=true", Value::Null), 400, "dry_run is for objects");
+        let source = json!({"source": plugin("dry", "return 200")});
+        assert_eq!(call(gw, "PUT", "/plugin_sources/dry?dry_run=true", source).status, 201);
+        assert_eq!(
+            call(gw, "PUT", "/functions/f?dry_run=true", json!({"source": "return function() end"})).status,
+            201
+        );
+        assert_eq!((index(gw, "/routes/1"), numbers(gw, "").len()), (before, count));
+        for path in ["/routes/2", "/plugin_sources/dry", "/functions/f"] {
+            assert_eq!(call(gw, "GET", path, Value::Null).status, 404, "{path}");
+        }
+        assert_eq!(call(gw, "GET", "/consumers/jack/credentials/c", Value::Null).status, 200);
+    });
+}
+
+#[test]
+fn a_write_may_depend_on_the_modified_index() {
+    on_both(json!({}), |gw, _| {
+        let with = |method: &str, path: &str, header: (&str, &str), body: Value| {
+            call_as(gw, JANE, method, path, &[header], body)
+        };
+        let create = ("If-None-Match", "*");
+        let reply = with("PUT", "/routes/1", create, route("/a"));
+        assert_eq!(reply.status, 201);
+        let first = index(gw, "/routes/1");
+        let tag = format!("\"{first}\"");
+        assert_eq!(reply.header("etag"), Some(&*tag));
+        let again = refused(with("PUT", "/routes/1", create, route("/b")), 412, "modifiedIndex");
+        assert_eq!(again["modifiedIndex"], first);
+        let read = call(gw, "GET", "/routes/1", Value::Null);
+        assert_eq!(read.header("etag"), Some(&*tag));
+        assert_eq!(with("GET", "/routes/1", ("If-None-Match", &tag), Value::Null).status, 304);
+        ok(with("PUT", "/routes/1", ("If-Match", &tag), route("/b")));
+        let second = index(gw, "/routes/1");
+        for (method, path, body) in [
+            ("PUT", "/routes/1", route("/c")),
+            ("PATCH", "/routes/1", json!({"desc": "x"})),
+            ("PATCH", "/routes/1/desc", json!("x")),
+            ("DELETE", "/routes/1", Value::Null),
+        ] {
+            let reply = with(method, path, ("If-Match", &tag), body);
+            assert_eq!(reply.header("etag"), Some(&*format!("\"{second}\"")));
+            assert_eq!(refused(reply, 412, "modifiedIndex")["modifiedIndex"], second, "{method}");
+        }
+        assert_eq!(index(gw, "/routes/1"), second);
+        let absent = refused(with("PUT", "/routes/2", ("If-Match", "*"), route("/c")), 412, "does not exist");
+        assert_eq!(absent["modifiedIndex"], 0);
+        ok(with("PATCH", "/routes/1", ("If-Match", &format!("\"1000000\", \"{second}\"")), json!({"desc": "x"})));
+        ok(with("DELETE", "/routes/1", ("If-Match", "*"), Value::Null));
+        for header in [("If-Match", "W/\"1\""), ("If-Match", "x"), ("If-None-Match", "\"1\"")] {
+            refused(with("PUT", "/routes/1", header, route("/a")), 400, "invalid header");
+        }
+        // Of two writers with the same index one wins.
+        ok(call(gw, "PUT", "/routes/1", route("/race")));
+        let tag = format!("\"{}\"", index(gw, "/routes/1"));
+        let (address, tag) = (gw.admin_address(), tag.as_str());
+        let statuses: Vec<u16> = std::thread::scope(|scope| {
+            let write = |n: usize| {
+                let (address, body) = (address.clone(), route(&format!("/race{n}")).to_string());
+                let headers = [("X-API-KEY", JANE), ("If-Match", tag)];
+                request(&address, "PUT", "/apisix/admin/routes/1", &headers, body.as_bytes()).status
+            };
+            let writers: Vec<_> = (0..8).map(|n| scope.spawn(move || write(n))).collect();
+            writers.into_iter().map(|w| w.join().expect("a writer")).collect()
+        });
+        assert_eq!(statuses.iter().filter(|s| **s == 200).count(), 1, "{statuses:?}");
+        assert_eq!(statuses.iter().filter(|s| **s == 412).count(), 7, "{statuses:?}");
+    });
+}
+
+#[test]
+fn only_so_many_revisions_are_kept() {
+    on_both(json!({"revisions": {"max": 3, "max_mb": 1}}), |gw, etcd| {
+        for n in 0..5 {
+            ok(call(gw, "PUT", "/routes/1", route(&format!("/{n}"))));
+        }
+        let kept = numbers(gw, "");
+        assert_eq!((kept.len(), kept[0]), (3, index(gw, "/routes/1")));
+        // Two megabytes of noise do not fit: its revision is there, without the texts.
+        let noise = |seed: u32| {
+            let mut x = seed;
+            let byte = |_| {
+                x = x.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                char::from(b'a' + ((x >> 24) % 26) as u8)
+            };
+            (0..900_000).map(byte).collect::<String>()
+        };
+        for seed in [1, 2] {
+            ok(call(gw, "PUT", "/functions/f", json!({"source": format!("return function() end -- {}", noise(seed))})));
+        }
+        let newest = ok(call(gw, "GET", "/revisions?page_size=1", Value::Null))["list"][0].clone();
+        assert_eq!((&newest["omitted"], &newest["action"]), (&json!(true), &json!("update")));
+        let n = &newest["revision"];
+        refused(call(gw, "GET", &format!("/revisions/{n}/diff"), Value::Null), 400, "too large");
+        refused(call(gw, "POST", &format!("/revisions/{n}/rollback"), Value::Null), 400, "too large");
+        if let Some(etcd) = etcd {
+            let keys = etcd.keys("/apisix-revisions/");
+            assert_eq!(keys.len(), numbers(gw, "").len());
+            assert!(etcd.keys("/apisix/").iter().all(|key| !key.contains("revisions")));
+        }
+    });
+    let none = Gateway::with(settings(json!({"revisions": {"max": 0}})));
+    ok(call(&none, "PUT", "/routes/1", route("/a")));
+    assert_eq!(numbers(&none, ""), [0i64; 0]);
+}
+
+#[test]
+fn revisions_survive_sigkill_with_their_writes() {
+    let mut gw = Gateway::with(settings(json!({})));
+    for n in 0..20 {
+        ok(call(&gw, "PUT", &format!("/routes/{n}"), route("/a")));
+    }
+    gw.kill();
+    gw.launch();
+    assert_eq!(numbers(&gw, "").len(), 20);
+    assert_eq!(numbers(&gw, "")[0], index(&gw, "/routes/19"));
+}
+
+#[test]
+fn two_nodes_on_one_etcd_share_their_revisions() {
+    let etcd = Etcd::start();
+    let node = || {
+        let mut on_etcd = settings(json!({}));
+        on_etcd["deployment"]["role_traditional"] = json!({"config_provider": "etcd"});
+        on_etcd["deployment"]["etcd"] = json!({"host": [etcd.url()], "prefix": "/apisix", "timeout": 5});
+        Gateway::with(on_etcd)
+    };
+    let (a, b) = (node(), node());
+    ok(call(&a, "PUT", "/routes/1", route("/a")));
+    ok(call(&b, "PUT", "/routes/1", route("/b")));
+    ok(call(&a, "PUT", "/routes/1", route("/c")));
+    assert_eq!(numbers(&a, "").len(), 3);
+    assert_eq!(numbers(&a, ""), numbers(&b, ""));
+    let second = numbers(&a, "")[1];
+    let diff = ok(call(&a, "GET", &format!("/revisions/{second}/diff"), Value::Null));
+    assert_eq!(diff["diff"][0]["changed"]["/uri"], json!({"from": "/a", "to": "/b"}));
+}
+
+#[test]
+fn a_store_without_revisions_says_so() {
+    let dir = Dir::new();
+    let mut on_file = settings(json!({}));
+    on_file["deployment"]["role"] = "traditional".into();
+    on_file["deployment"]["role_traditional"] = json!({"config_provider": "yaml"});
+    dir.configure(on_file);
+    dir.write("conf/apisix.yaml", "routes: []\n#END\n");
+    let gw = Gateway::in_dir(dir);
+    refused(call(&gw, "GET", "/revisions", Value::Null), 404, "keeps no revisions");
+}
+
+fn plugin(name: &str, access: &str) -> String {
+    format!(
+        r#"local core = require("apisix.core")
+local schema = {{ type = "object", properties = {{ text = {{ type = "string" }} }} }}
+local _M = {{ version = 0.1, priority = 10, name = "{name}", schema = schema }}
+function _M.check_schema(conf) return core.schema.check(schema, conf) end
+function _M.access(conf, ctx)
+    {access}
+end
+return _M
+"#
+    )
+}
+
+#[test]
+fn an_uploaded_plugin_has_revisions_goes_back_and_says_who_uses_it() {
+    on_both(json!({}), |gw, _| {
+        let up = Upstream::echo();
+        let put = |access: &str| ok(call(gw, "PUT", "/plugin_sources/mine", json!({"source": plugin("mine", access)})));
+        put("return 200, 'one'");
+        let first = index(gw, "/plugin_sources/mine");
+        gw_with_plugins(gw, &up, json!({"mine": {}}));
+        assert_eq!(gw.get("/mine").text(), "one");
+        put("return 200, 'two'");
+        let second = index(gw, "/plugin_sources/mine");
+        assert_eq!(gw.get("/mine").text(), "two");
+        let list = ok(call(gw, "GET", "/plugin_sources/mine/revisions", Value::Null));
+        assert_eq!((&list["total"], &list["list"][0]["revision"]), (&json!(2), &json!(second)));
+        let diff = call(gw, "GET", &format!("/plugin_sources/mine/revisions/{second}/diff"), Value::Null).text();
+        assert!(diff.starts_with("--- a/plugins/mine.lua\n+++ b/plugins/mine.lua\n@@ -3,6 +3,6 @@\n"), "{diff}");
+        assert!(diff.contains("\n-    return 200, 'one'\n+    return 200, 'two'\n"), "{diff}");
+        let other = numbers(gw, "?key=/routes/1")[0];
+        refused(
+            call(gw, "GET", &format!("/plugin_sources/mine/revisions/{other}/diff"), Value::Null),
+            404,
+            "has not changed",
+        );
+        refused(call(gw, "POST", "/plugin_sources/mine/rollback", json!({})), 400, "revision");
+        refused(call(gw, "POST", "/plugin_sources/mine/rollback", json!({"revision": other})), 404, "has not changed");
+        let back = ok(call(gw, "POST", "/plugin_sources/mine/rollback", json!({"revision": first})));
+        assert_eq!(back["refers_to"], first);
+        assert_eq!(gw.get("/mine").text(), "one");
+        let usage = ok(call(gw, "GET", "/plugin_sources/mine/usage", Value::Null));
+        assert_eq!((&usage["used_by"], &usage["total"]), (&json!({"routes": ["1"]}), &json!(1)));
+        assert_eq!(call(gw, "GET", "/plugin_sources/other/usage", Value::Null).status, 404);
+        // What this node has of it.
+        let status = support::get(&gw.control(), "/v1/plugin_sources").json();
+        assert_eq!(status, json!([{"name": "mine", "modifiedIndex": back["revision"], "loaded": true, "error": null}]));
+    });
+}
+
+fn gw_with_plugins(gw: &Gateway, up: &Upstream, plugins: Value) {
+    let upstream = json!({"type": "roundrobin", "nodes": {up.addr(): 1}});
+    ok(call(gw, "PUT", "/routes/1", json!({"uri": "/mine", "plugins": plugins, "upstream": upstream})));
+}
+
+#[test]
+fn modules_lie_beside_an_uploaded_plugin() {
+    on_both(json!({}), |gw, etcd| {
+        let up = Upstream::echo();
+        let source = plugin("mine", "return 200, require('apisix.plugins.mine.my.helper').text()");
+        let put = |helper: &str| {
+            let modules = json!({"my/helper": helper});
+            call(gw, "PUT", "/plugin_sources/mine", json!({"source": source, "modules": modules}))
+        };
+        ok(put("return { text = function() return 'from a module' end }"));
+        gw_with_plugins(gw, &up, json!({"mine": {}}));
+        assert_eq!(gw.get("/mine").text(), "from a module");
+        ok(put("return { text = function() return 'changed' end }"));
+        assert_eq!(gw.get("/mine").text(), "changed");
+        let n = index(gw, "/plugin_sources/mine");
+        let diff = call(gw, "GET", &format!("/plugin_sources/mine/revisions/{n}/diff"), Value::Null).text();
+        assert!(diff.starts_with("--- a/plugins/mine.my.helper.lua\n"), "{diff}");
+        refused(put("return {"), 400, "plugins/mine.my.helper.lua:1:");
+        let modules = json!({"../x": "return 1"});
+        let outside = call(gw, "PUT", "/plugin_sources/mine", json!({"source": source, "modules": modules}));
+        refused(outside, 400, "is no name of a module");
+        assert_eq!(gw.get("/mine").text(), "changed");
+        if let Some(etcd) = etcd {
+            // Somebody else's mistake: the old one serves on, and this node says what is wrong.
+            etcd.put("/apisix/plugin_sources/mine", &json!({"source": 5}).to_string());
+            let status = eventually("the mistake is told", || {
+                let status = support::get(&gw.control(), "/v1/plugin_sources").json();
+                status[0]["error"].is_string().then_some(status)
+            });
+            assert_eq!((&status[0]["modifiedIndex"], &status[0]["loaded"]), (&json!(n), &json!(true)));
+            assert_eq!(gw.get("/mine").text(), "changed");
+        }
+    });
+}
+
+const TRIED: &str = r#"
+local core = require("apisix.core")
+local _M = { version = 0.1, priority = 10, name = "tried", schema = { type = "object",
+    properties = { mode = { type = "string" } }, required = { "mode" } } }
+function _M.check_schema(conf) return core.schema.check(_M.schema, conf) end
+function _M.rewrite(conf, ctx)
+    core.log.info("rewrite of ", ctx.var.uri, " with ", core.request.header(ctx, "X-In"))
+    core.request.set_header(ctx, "X-Up", conf.mode)
+    if conf.mode == "loop" then while true do end end
+    if conf.mode == "sleep" then ngx.sleep(0.02) end
+    if conf.mode == "forever" then ngx.sleep(3600) end
+    if conf.mode == "raise" then error("at run time") end
+end
+function _M.access(conf, ctx)
+    if conf.mode == "deny" then return 403, { message = "no: " .. core.request.get_body() } end
+    core.response.set_header("X-Early", "1")
+    local ok, err = ngx.timer.at(0, function() end)
+    core.log.warn("timer: ", ok, " ", err)
+end
+function _M.header_filter(conf, ctx)
+    ngx.header["X-Out"] = ctx.var.arg_a
+    ngx.header.content_length = nil
+end
+function _M.body_filter(conf, ctx)
+    ngx.arg[1] = string.upper(ngx.arg[1])
+end
+function _M.log(conf, ctx)
+    ngx.log(ngx.ERR, "logged ", ngx.status)
+end
+return _M
+"#;
+
+#[test]
+fn a_plugin_is_tried_with_a_mock_request_and_nothing_that_serves_notices() {
+    let gw = Gateway::with(settings(json!({})));
+    let ask = |more: Value| {
+        let mut body = json!({"source": TRIED, "method": "POST", "uri": "/x%20y?a=1", "headers": {"X-In": "in"}, "body": "hi",
+            "upstream": {"status": 201, "headers": {"X-From": "up"}, "body": "from upstream"}});
+        if let (Value::Object(body), Value::Object(more)) = (&mut body, more) {
+            body.extend(more);
+        }
+        call(&gw, "POST", "/plugin_sources/tried/test", body)
+    };
+    let passed = ok(ask(json!({"conf": {"mode": "sleep"}})));
+    assert_eq!(
+        (&passed["status"], &passed["body"], &passed["answered_by"]),
+        (&json!(201), &json!("FROM UPSTREAM"), &json!("upstream"))
+    );
+    let headers = passed["headers"].as_array().expect("headers");
+    for header in [["X-From", "up"], ["X-Out", "1"], ["X-Early", "1"]] {
+        let has = headers
+            .iter()
+            .any(|h| h[0].as_str().is_some_and(|name| name.eq_ignore_ascii_case(header[0])) && h[1] == header[1]);
+        assert!(has, "{header:?} in {headers:?}");
+    }
+    assert_eq!(passed["upstream_request"]["uri"], "/x%20y?a=1");
+    let sent = passed["upstream_request"]["headers"].to_string().to_lowercase();
+    assert!(sent.contains(r#"["x-up","sleep"]"#), "{sent}");
+    let phases: Vec<&str> =
+        passed["phases"].as_array().expect("phases").iter().filter_map(|p| p["phase"].as_str()).collect();
+    assert_eq!(phases, ["rewrite", "access", "header_filter", "body_filter", "log"]);
+    assert!(passed["phases"][0]["time_ms"].as_f64().is_some_and(|ms| ms >= 20.0), "{}", passed["phases"]);
+    let logs = passed["logs"].to_string();
+    for line in [
+        r#"{"level":"info","message":"tried.lua:7: rewrite of /x y with in"}"#,
+        "timer: nil no timers while a plugin is checked",
+        r#"{"level":"error","message":"tried.lua:28: logged 201"}"#,
+    ] {
+        assert!(logs.contains(line), "{line} in {logs}");
+    }
+    let denied = ok(ask(json!({"conf": {"mode": "deny"}})));
+    assert_eq!((&denied["status"], &denied["answered_by"]), (&json!(403), &json!("plugin")));
+    assert_eq!(denied["body"], "{\"MESSAGE\":\"NO: HI\"}\n");
+    assert!(denied.get("upstream_request").is_none());
+    let raised = ok(ask(json!({"conf": {"mode": "raise"}})));
+    assert_eq!(raised["status"], 500);
+    assert!(raised["phases"][0]["error"].as_str().is_some_and(|e| e.contains("tried.lua:12: at run time")), "{raised}");
+    let looped = ok(ask(json!({"conf": {"mode": "loop"}})));
+    assert_eq!(looped["status"], 500);
+    assert!(looped["phases"][0]["error"].is_string(), "{looped}");
+    // What cannot be tried.
+    refused(ask(json!({"conf": {}})), 400, "property \\\"mode\\\" is required");
+    refused(ask(json!({"conf": {"mode": "x"}, "source": "return {"})), 400, "plugins/tried.lua:1:");
+    refused(ask(json!({"conf": {"mode": "x"}, "uri": "no path"})), 400, "uri");
+    refused(ask(json!({"conf": {"mode": "x"}, "headers": {"a b": "x"}})), 400, "headers");
+    refused(ask(json!({"conf": {"mode": "x"}, "upstream": {"status": 99}})), 400, "upstream.status");
+    let stored = call(&gw, "POST", "/plugin_sources/tried/test", json!({"conf": {"mode": "x"}}));
+    assert_eq!(stored.status, 404, "nothing is stored");
+    // Nothing of it is known outside, in the store or in error.log.
+    assert!(!gw.log().contains("logged 201"));
+    assert_eq!(numbers(&gw, ""), [0i64; 0]);
+    refused(
+        call(&gw, "PUT", "/routes/1", json!({"uri": "/x", "plugins": {"tried": {"mode": "x"}}})),
+        400,
+        "unknown plugin",
+    );
+    ok(call(&gw, "PUT", "/plugin_sources/tried", json!({"source": TRIED})));
+    assert_eq!(ok(call(&gw, "POST", "/plugin_sources/tried/test", json!({"conf": {"mode": "x"}})))["status"], 200);
+}
+
+#[test]
+fn only_two_plugins_are_on_trial_at_once_and_none_for_ever() {
+    let gw = Gateway::with(settings(json!({})));
+    let ask = || call(&gw, "POST", "/plugin_sources/tried/test", json!({"source": TRIED, "conf": {"mode": "forever"}}));
+    let replies: Vec<Reply> = std::thread::scope(|scope| {
+        let asking: Vec<_> = (0..3).map(|_| scope.spawn(ask)).collect();
+        asking.into_iter().map(|a| a.join().expect("an answer")).collect()
+    });
+    let mut statuses: Vec<u16> = replies.iter().map(|r| r.status).collect();
+    statuses.sort_unstable();
+    assert_eq!(statuses, [400, 400, 503]);
+    assert!(replies.iter().any(|r| r.text().contains("has not ended within 10s")));
+    // There is room again.
+    let next = call(&gw, "POST", "/plugin_sources/tried/test", json!({"source": TRIED, "conf": {"mode": "x"}}));
+    assert_eq!(next.status, 200);
+}
