@@ -20,6 +20,7 @@ const LAYERS: &[&[&str]] = &[
     &["proxy", "stream"],
     &["admin", "control"],
     &["app"],
+    &["migrate"],
     &["cli"],
 ];
 

@@ -10,7 +10,7 @@ pub mod banner;
 mod control;
 mod ending;
 mod listeners;
-mod plugins;
+pub mod plugins;
 mod reload;
 mod settings;
 mod worker;

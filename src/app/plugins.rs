@@ -32,6 +32,10 @@ impl Plugins {
         Ok(plugins)
     }
 
+    pub fn checker(&self) -> &Checker {
+        &self.checker
+    }
+
     /// How plugins are loaded from the next reload on.
     pub fn set_up(&self, setup: Setup) {
         self.checker.set_up(setup);

@@ -153,6 +153,20 @@ pub fn encrypt_fields(
     }
 }
 
+/// Looks at the secret fields of a plugin's conf, as they are stored.
+pub fn look_at_fields(
+    custom: Option<&dyn EncryptFields>,
+    plugin: &str,
+    kind: SchemaKind,
+    conf: &mut Value,
+    look: &dyn Fn(&str),
+) {
+    with_fields(custom, plugin, kind, conf, &|text| {
+        look(text);
+        None
+    });
+}
+
 /// `$env://NAME`, `$secret://manager/id/key`: resolved when used.
 pub fn is_reference(text: &str) -> bool {
     let prefix = |p: &str| text.get(..p.len()).is_some_and(|head| head.eq_ignore_ascii_case(p));
