@@ -8,6 +8,7 @@ use std::{
 use serde_json::Value;
 
 use super::{
+    objects::{Origin, Plugins},
     report::{
         Report,
         Verdict::{Cannot, Change, Note},
@@ -32,6 +33,9 @@ pub(super) struct Ground {
     /// What file names in the configuration are relative to.
     pub prefix: PathBuf,
 }
+
+/// Directives whose arguments name new variables.
+const DEFINES: [&str; 4] = ["map", "geo", "set", "split_clients"];
 
 /// Reads `file`, and tells what of it does not work; the defaults without a file, or when it cannot be read.
 pub(super) fn read(file: Option<&Path>, prefix: &Path, report: &mut Report) -> Result<Ground> {
@@ -112,6 +116,9 @@ fn tell_snippet(path: &str, text: &str, report: &mut Report) {
         let args = directive.args.iter().map(|arg| format!(" {arg}")).collect::<String>();
         let place = format!("{path}:{}", directive.line);
         report.add(verdict, "config", &place, format!("{}{args}", directive.name), advice);
+        if DEFINES.contains(&&*directive.name) {
+            continue;
+        }
         let unknown: BTreeSet<_> = directive.args.iter().flat_map(|arg| variables::unknown_in(arg)).collect();
         for name in unknown {
             report.add(Note, "config", &place, format!("${name} is no variable of the gateway's"), variables::ADVICE);
@@ -138,18 +145,20 @@ fn tell_formats(survey: &Survey, report: &mut Report) {
 }
 
 /// The plugins list against what is loaded.
-pub(super) fn tell_plugins(ground: &Ground, known: &super::objects::Plugins<'_>, report: &mut Report) {
+pub(super) fn tell_plugins(ground: &Ground, known: &Plugins<'_>, report: &mut Report) {
     let Some(listed) = ground.written.get("plugins").and_then(Value::as_array) else { return };
     let mut runs = [0, 0];
     for name in listed.iter().filter_map(Value::as_str) {
         match known.origin(name) {
-            super::objects::Origin::Packed => runs[0] += 1,
-            super::objects::Origin::Own => runs[1] += 1,
-            super::objects::Origin::Apisix => {
+            Origin::Packed => runs[0] += 1,
+            Origin::Own => runs[1] += 1,
+            // Its file is told.
+            Origin::Broken => {}
+            Origin::Apisix => {
                 let what = format!("{name} is listed and not there yet");
                 report.add(Note, "config", "plugins", what, "objects that use it are told on their own");
             }
-            super::objects::Origin::Nowhere => {
+            Origin::Nowhere => {
                 let what = format!("{name} is listed, and neither here nor under --lua-path");
                 let advice = "give the directory that holds apisix/plugins/ with --lua-path, or take it off the list";
                 report.add(Change, "config", "plugins", what, advice);

@@ -46,6 +46,8 @@ pub(super) enum Origin {
     Packed,
     /// The user's own.
     Own,
+    /// A file of the user's that does not load.
+    Broken,
     /// APISIX has it, this gateway does not.
     Apisix,
     Nowhere,
@@ -56,6 +58,7 @@ impl Plugins<'_> {
         match self.checker.get(name) {
             Some(_) if self.files.contains(name) || !is_packed(name) => Origin::Own,
             Some(_) => Origin::Packed,
+            None if self.files.contains(name) => Origin::Broken,
             None if schema::plugin_names().any(|known| known == name) => Origin::Apisix,
             None => Origin::Nowhere,
         }
@@ -178,7 +181,7 @@ impl Looker<'_, '_> {
             Kind::Upstream => self.upstream(&value),
             Kind::Proto | Kind::Secret => self.seen.kept.entry(kind.plural()).or_default().add(self.key),
             Kind::PluginMetadata => {
-                self.formats(&value);
+                self.formats(id, &value);
                 self.stored_secrets(id, SchemaKind::Metadata, &mut value);
                 return;
             }
@@ -210,7 +213,7 @@ impl Looker<'_, '_> {
         }
         self.seen.plugins.entry(name.to_owned()).or_default().add(self.key);
         self.stored_secrets(name, schema, conf);
-        self.formats(conf);
+        self.formats(name, conf);
         self.expression(conf.pointer("/_meta/filter"), MAX_DEPTH);
         self.script(&format!("plugins.{name}._meta.pre_function"), conf.pointer("/_meta/pre_function"));
         for (i, function) in list(conf.get("functions")).enumerate() {
@@ -245,13 +248,13 @@ impl Looker<'_, '_> {
     }
 
     /// Values of a log format, and what limits count by.
-    fn formats(&mut self, conf: &Value) {
+    fn formats(&mut self, plugin: &str, conf: &Value) {
         for field in ["log_format", "log_format_extra"] {
             self.format(conf.get(field).unwrap_or(&Value::Null), MAX_DEPTH);
         }
-        let Some(key) = conf.get("key").and_then(Value::as_str) else { return };
+        let Some(key) = conf.get("key").and_then(Value::as_str).filter(|_| plugin.starts_with("limit-")) else { return };
         match conf.get("key_type").and_then(Value::as_str) {
-            Some("var") => self.variable(key),
+            None | Some("var") => self.variable(key),
             Some("var_combination") => variables::unknown_in(key).for_each(|name| self.variable(&name)),
             _ => {}
         }
@@ -374,10 +377,15 @@ fn tell_plugins(seen: &Seen, by: &Checked<'_>, report: &mut Report) {
     let plugins = Plugins { checker: by.plugins.checker(), files: by.files };
     let mut runs = Vec::new();
     for (name, places) in &seen.plugins {
-        let used = format!("used by {} objects: {places}", places.count);
+        let plural = if places.count == 1 { "" } else { "s" };
+        let used = format!("used by {} object{plural}: {places}", places.count);
         match plugins.origin(name) {
             Origin::Packed => runs.push(format!("{name} ({})", places.count)),
             Origin::Own => runs.push(format!("{name} ({}, your own)", places.count)),
+            Origin::Broken => {
+                let advice = "repair it: these objects are not checked against it";
+                report.add(Change, "plugin", name, format!("does not load; {used}"), advice);
+            }
             // APISIX does the same.
             Origin::Apisix if is_packed(name) => {
                 let advice = "it does not run, on APISIX neither: put it on the list if it should";
