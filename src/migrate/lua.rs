@@ -33,8 +33,8 @@ const LIMITED: &[(&str, &str, Verdict, &str)] = &[
     ("ndk", "set_var.set_decrypt_session", Change, "use resty.aes"),
 ];
 
-/// Of `ngx`: tables that a request fills, and values that only one has.
-const OF_REQUESTS: [&str; 7] = ["ctx", "header", "arg", "status", "is_subrequest", "headers_sent", "var"];
+/// Of `ngx`: tables that a request or the configuration fills, and values that only a request has.
+const NOT_MEMBERS: [&str; 8] = ["shared", "ctx", "header", "arg", "status", "is_subrequest", "headers_sent", "var"];
 
 /// Scripts that are scanned one after another, and what they need together.
 pub(super) struct Scripts<'a> {
@@ -95,9 +95,13 @@ impl<'a> Scripts<'a> {
         let tokens = tokens(text);
         let names = Names::of(&tokens);
         let mut found: BTreeMap<(String, String), (Verdict, usize, usize)> = BTreeMap::new();
+        let mut left = 0;
         let mut tell = |verdict, line, what: String, advice: String| {
-            if found.len() < MAX_OF_TEXT || found.contains_key(&(what.clone(), advice.clone())) {
-                found.entry((what, advice)).or_insert((verdict, line, 0)).2 += 1;
+            let key = (what, advice);
+            if found.len() < MAX_OF_TEXT || found.contains_key(&key) {
+                found.entry(key).or_insert((verdict, line, 0)).2 += 1;
+            } else {
+                left += 1;
             }
         };
         for (at, module, optional) in requires(&tokens) {
@@ -105,6 +109,10 @@ impl<'a> Scripts<'a> {
         }
         for used in uses(&tokens, &names) {
             self.used(place, &used, &mut tell);
+        }
+        if left > 0 {
+            let what = format!("has {left} more of these; the first {MAX_OF_TEXT} different ones are told");
+            report.add(Change, "lua", place, what, "");
         }
         let mut found: Vec<_> = found.into_iter().collect();
         found.sort_by_key(|(_, (_, line, _))| *line);
@@ -129,7 +137,13 @@ impl<'a> Scripts<'a> {
         origin
     }
 
-    fn module(&mut self, module: &str, optional: bool, line: usize, tell: &mut impl FnMut(Verdict, usize, String, String)) {
+    fn module(
+        &mut self,
+        module: &str,
+        optional: bool,
+        line: usize,
+        tell: &mut impl FnMut(Verdict, usize, String, String),
+    ) {
         match self.origin(module) {
             Origin::Ours | Origin::Beside => {}
             Origin::Elsewhere(file) => {
@@ -152,13 +166,11 @@ impl<'a> Scripts<'a> {
         let path: Vec<&str> = used.path.iter().map(String::as_str).collect();
         match (used.root.as_str(), path.as_slice()) {
             ("_G", ["ngx" | "ctx" | "api_ctx", "var", name, ..]) => self.variable(place, name, used),
-            ("_G", ["ngx", "shared", name, ..]) => {
-                if !self.dicts.contains(*name) && !used.written {
-                    let advice = "declare it: nginx_config.http.custom_lua_shared_dict";
-                    tell(Change, used.line, format!("ngx.shared.{name} is not declared"), advice.to_owned());
-                }
+            ("_G", ["ngx", "shared", name, ..]) if !self.dicts.contains(*name) => {
+                let advice = "declare it: nginx_config.http.custom_lua_shared_dict";
+                tell(Change, used.line, format!("ngx.shared.{name} is not declared"), advice.to_owned());
             }
-            ("_G", ["ngx", first, ..]) if OF_REQUESTS.contains(first) => {}
+            ("_G", ["ngx", first, ..]) if NOT_MEMBERS.contains(first) => {}
             ("_G", ["ngx" | "ndk", ..]) if path.len() > 1 => self.member("_G", &path, used, tell),
             ("ffi", ["C", symbol, ..]) if symbol.starts_with("ngx_") => {
                 let advice = "there is no nginx whose functions could be called: use what ngx.* and resty.* offer";
@@ -338,7 +350,8 @@ fn text<'a>(tokens: &[Token<'a>], at: usize) -> Option<&'a str> {
 /// Where a module is required by its name: place, module, and whether the script copes without it.
 fn requires<'a>(tokens: &[Token<'a>]) -> impl Iterator<Item = (usize, &'a str, bool)> {
     (0..tokens.len()).filter_map(|at| {
-        if name(tokens, at) != Some("require") || (at > 0 && (mark(tokens, at - 1, b'.') || mark(tokens, at - 1, b':'))) {
+        if name(tokens, at) != Some("require") || (at > 0 && (mark(tokens, at - 1, b'.') || mark(tokens, at - 1, b':')))
+        {
             return None;
         }
         let (module, next) = required(tokens, at)?;
@@ -396,7 +409,10 @@ impl<'a> Names<'a> {
     }
 
     fn parameters(&mut self, tokens: &[Token<'a>], mut at: usize) {
-        while !mark(tokens, at, b'(') && at < tokens.len() && (name(tokens, at).is_some() || mark(tokens, at, b'.') || mark(tokens, at, b':')) {
+        while !mark(tokens, at, b'(')
+            && at < tokens.len()
+            && (name(tokens, at).is_some() || mark(tokens, at, b'.') || mark(tokens, at, b':'))
+        {
             at += 1;
         }
         while let Some(local) = name(tokens, at + 1) {
@@ -560,7 +576,8 @@ pub(super) fn defined_in(path: &Path) -> Vec<String> {
     let text = String::from_utf8_lossy(&bytes);
     let tokens = tokens(&text);
     let names = Names::of(&tokens);
-    let is_variable = |used: &Use| used.written && used.root == "_G" && used.path.get(1).is_some_and(|word| word == "var");
+    let is_variable =
+        |used: &Use| used.written && used.root == "_G" && used.path.get(1).is_some_and(|word| word == "var");
     uses(&tokens, &names).filter(is_variable).filter_map(|mut used| used.path.pop()).collect()
 }
 
@@ -572,9 +589,18 @@ mod tests {
         let tokens = tokens(text);
         let names = Names::of(&tokens);
         let shown = |used: Use| {
-            format!("{}{}:{}{}", used.line, if used.written { "=" } else { "" }, used.root, used.path.iter().map(|p| format!(".{p}")).collect::<String>())
+            format!(
+                "{}{}:{}{}",
+                used.line,
+                if used.written { "=" } else { "" },
+                used.root,
+                used.path.iter().map(|p| format!(".{p}")).collect::<String>()
+            )
         };
-        uses(&tokens, &names).map(shown).filter(|shown| shown.contains("ngx") || !shown.contains(":_G")|| shown.contains("var")).collect()
+        uses(&tokens, &names)
+            .map(shown)
+            .filter(|shown| shown.contains("ngx") || !shown.contains(":_G") || shown.contains("var"))
+            .collect()
     }
 
     #[test]
@@ -582,7 +608,8 @@ mod tests {
         let text = "local a = require('a.b')\nlocal b = require \"c\" -- require 'no'\nlocal ok, d = pcall(require, 'd')\n\
                     require('x.' .. name) --[[ require 'no' ]] local e = [[require 'no']] x.require('no') require [=[e]=]";
         let tokens = tokens(text);
-        let found: Vec<_> = requires(&tokens).map(|(at, module, optional)| (tokens[at].line, module, optional)).collect();
+        let found: Vec<_> =
+            requires(&tokens).map(|(at, module, optional)| (tokens[at].line, module, optional)).collect();
         assert_eq!(found, [(1, "a.b", false), (2, "c", false), (3, "d", true), (4, "e", false)]);
     }
 
@@ -620,15 +647,42 @@ mod tests {
                     ctx.var.set_here = 1\nif ctx.var.a == 1 then end\ncore.ctx.register_var('made', f)\nself.ctx.var.deep()\nend";
         assert_eq!(
             used(text),
-            ["2:_G.ctx.var.uri_x", "2:_G.ctx.var.arg_y", "3=:_G.ctx.var.set_here", "4:_G.ctx.var.a", "5=:_G.ngx.var.made",
-             "6:_G.ctx.var.deep"]
+            [
+                "2:_G.ctx.var.uri_x",
+                "2:_G.ctx.var.arg_y",
+                "3=:_G.ctx.var.set_here",
+                "4:_G.ctx.var.a",
+                "5=:_G.ngx.var.made",
+                "6:_G.ctx.var.deep"
+            ]
         );
     }
 
     #[test]
     fn what_is_no_lua_does_no_harm() {
-        for text in ["", "\"", "'\\", "[[", "[==[", "--[[", "--", "local", "local a,", "function", "for", "require", "require(",
-            "a.", "a[", "a['b'", "\u{e9}'\u{e9}\\", "local a = ", "...", "ctx.var", "x.register_var("] {
+        for text in [
+            "",
+            "\"",
+            "'\\",
+            "[[",
+            "[==[",
+            "--[[",
+            "--",
+            "local",
+            "local a,",
+            "function",
+            "for",
+            "require",
+            "require(",
+            "a.",
+            "a[",
+            "a['b'",
+            "\u{e9}'\u{e9}\\",
+            "local a = ",
+            "...",
+            "ctx.var",
+            "x.register_var(",
+        ] {
             used(text);
             requires(&tokens(text)).count();
         }

@@ -285,7 +285,8 @@ mod tests {
 
     #[test]
     fn the_words_of_the_command_line() {
-        let options = parse(&["check", "--etcd", "http://a:1,http://b:2", "--etcd-prefix=/x", "--lua-path", "l", "--json"]);
+        let options =
+            parse(&["check", "--etcd", "http://a:1,http://b:2", "--etcd-prefix=/x", "--lua-path", "l", "--json"]);
         let options = options.unwrap();
         assert_eq!(options.etcd, ["http://a:1", "http://b:2"]);
         assert_eq!((options.etcd_prefix.as_deref(), options.json), (Some("/x"), true));

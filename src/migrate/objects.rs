@@ -29,8 +29,8 @@ use crate::{
 
 /// Keys that a finding names; more are counted.
 const MAX_NAMED: usize = 10;
-/// Values within one object that are looked at: past it the object was checked by its schema only.
-const MAX_DEPTH: usize = 64;
+/// Values in values: the JSON parser takes no deeper ones.
+const MAX_DEPTH: usize = 128;
 /// AES works on blocks of so many bytes.
 const BLOCK: usize = 16;
 
@@ -252,7 +252,9 @@ impl Looker<'_, '_> {
         for field in ["log_format", "log_format_extra"] {
             self.format(conf.get(field).unwrap_or(&Value::Null), MAX_DEPTH);
         }
-        let Some(key) = conf.get("key").and_then(Value::as_str).filter(|_| plugin.starts_with("limit-")) else { return };
+        let Some(key) = conf.get("key").and_then(Value::as_str).filter(|_| plugin.starts_with("limit-")) else {
+            return;
+        };
         match conf.get("key_type").and_then(Value::as_str) {
             None | Some("var") => self.variable(key),
             Some("var_combination") => variables::unknown_in(key).for_each(|name| self.variable(&name)),
@@ -399,7 +401,8 @@ fn tell_plugins(seen: &Seen, by: &Checked<'_>, report: &mut Report) {
                 report.add(Cannot, "plugin", name, format!("is APISIX's and not there yet; {used}"), advice);
             }
             Origin::Nowhere => {
-                let advice = "give the directory that holds apisix/plugins/ with --lua-path, or upload the plugin's text";
+                let advice =
+                    "give the directory that holds apisix/plugins/ with --lua-path, or upload the plugin's text";
                 report.add(Change, "plugin", name, format!("is found nowhere; {used}"), advice);
             }
         }
@@ -416,7 +419,9 @@ mod tests {
     #[test]
     fn ciphertext_is_told_from_plain_secrets() {
         assert!(looks_encrypted("77+NmbYqNfN+oLm0aX5akg=="));
-        for plain in ["", "secret", "s3cr3t!", "auth-one", "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"] {
+        for plain in
+            ["", "secret", "s3cr3t!", "auth-one", "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"]
+        {
             assert!(!looks_encrypted(plain), "{plain}");
         }
     }

@@ -72,9 +72,11 @@ impl Reader<'_> {
                     self.at += 1;
                 }
                 c if c.is_ascii_whitespace() => self.at += 1,
-                b'#' => while self.text.get(self.at).is_some_and(|c| *c != b'\n') {
-                    self.at += 1;
-                },
+                b'#' => {
+                    while self.text.get(self.at).is_some_and(|c| *c != b'\n') {
+                        self.at += 1;
+                    }
+                }
                 c @ (b';' | b'{' | b'}') => {
                     self.at += 1;
                     return Some(match c {
@@ -333,7 +335,9 @@ mod tests {
 
     #[test]
     fn what_is_no_configuration_does_no_harm() {
-        for text in ["", "{", "}}}", ";;;", "\"", "a_by_lua_block {", "${", "a ${b", "\u{e9}{\u{e9};", "init_by_lua_block { '"] {
+        for text in
+            ["", "{", "}}}", ";;;", "\"", "a_by_lua_block {", "${", "a ${b", "\u{e9}{\u{e9};", "init_by_lua_block { '"]
+        {
             directives(text);
         }
     }

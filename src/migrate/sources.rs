@@ -9,7 +9,7 @@ use std::{
 
 use super::report::{Report, Verdict::Change};
 
-/// Files below all directories that are looked at.
+/// Files below all directories that are looked at, Lua or not.
 const MAX_FILES: usize = 20_000;
 /// A directory in a directory in … .
 const MAX_DEPTH: usize = 16;
@@ -24,6 +24,9 @@ pub(super) struct Sources {
     pub modules: BTreeSet<String>,
     /// `apisix.plugins.x`: x.
     pub plugins: BTreeSet<String>,
+    /// How many more files are looked at.
+    left: usize,
+    full: bool,
 }
 
 /// The root that `apisix.plugins.x` is found from: a directory of plugins stands for the root above it.
@@ -38,7 +41,11 @@ pub(super) fn root_of(dir: &Path) -> PathBuf {
 impl Sources {
     /// Looks under every root; what cannot be read is told.
     pub fn find(roots: &[PathBuf], report: &mut Report) -> Sources {
-        let mut sources = Sources::default();
+        Sources::at_most(MAX_FILES, roots, report)
+    }
+
+    fn at_most(files: usize, roots: &[PathBuf], report: &mut Report) -> Sources {
+        let mut sources = Sources { left: files, ..Sources::default() };
         for root in roots {
             sources.walk(root, root, 0, report);
         }
@@ -56,6 +63,9 @@ impl Sources {
         };
         entries.sort_by_key(fs::DirEntry::file_name);
         for entry in entries {
+            if self.full {
+                return;
+            }
             let path = entry.path();
             // A link to a directory may lead back.
             if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
@@ -65,20 +75,25 @@ impl Sources {
                     let what = format!("is the {MAX_DEPTH}th directory in a row, and not looked into");
                     report.add(Change, "lua", path.display().to_string(), what, "check it on its own");
                 }
-            } else if !self.add(root, path) {
-                let what = format!("has more than {MAX_FILES} Lua files; the rest was not looked at");
-                return report.add(Change, "lua", root.display().to_string(), what, "check its parts on their own");
+            } else if self.left == 0 {
+                self.full = true;
+                let what = "has more files than are looked at together, and this is the first that is not";
+                report.add(Change, "lua", path.display().to_string(), what, "check the directories on their own");
+            } else {
+                self.left -= 1;
+                self.add(root, path);
             }
         }
     }
 
-    /// False when there are too many.
-    fn add(&mut self, root: &Path, path: PathBuf) -> bool {
+    fn add(&mut self, root: &Path, path: PathBuf) {
         let below = path.strip_prefix(root).unwrap_or(&path).to_string_lossy().into_owned();
         let stem = below.strip_suffix(".lua").or_else(|| below.strip_suffix(".so"));
-        let Some(stem) = stem else { return true };
+        let Some(stem) = stem else { return };
         let module = stem.replace('/', ".");
-        if let Some(plugin) = module.strip_prefix("apisix.plugins.").filter(|name| below.ends_with(".lua") && !name.contains('.')) {
+        if let Some(plugin) =
+            module.strip_prefix("apisix.plugins.").filter(|name| below.ends_with(".lua") && !name.contains('.'))
+        {
             self.plugins.insert(plugin.to_owned());
         }
         if let Some(parent) = module.strip_suffix(".init") {
@@ -86,12 +101,8 @@ impl Sources {
         }
         self.modules.insert(module);
         if below.ends_with(".lua") {
-            if self.files.len() >= MAX_FILES {
-                return false;
-            }
             self.files.push(path);
         }
-        true
     }
 }
 
@@ -135,6 +146,20 @@ mod tests {
         assert_eq!(modules, ["a", "apisix.plugins.mine", "apisix.plugins.mine.more", "init"]);
         assert_eq!(report.exit_code(), 1, "a directory that is not there is told");
         assert_eq!(root_of(&dir.path().join("apisix/plugins")), dir.path());
+    }
+
+    #[test]
+    fn so_many_files_are_looked_at() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("d")).unwrap();
+        for file in ["d/a.lua", "d/b.lua", "x.lua", "y.lua"] {
+            fs::write(dir.path().join(file), "").unwrap();
+        }
+        for (limit, found) in [(5, 4), (4, 4), (3, 3), (1, 1)] {
+            let mut report = Report::default();
+            let sources = Sources::at_most(limit, &[dir.path().to_owned()], &mut report);
+            assert_eq!((sources.files.len(), report.findings().count()), (found, usize::from(limit < 4)), "{limit}");
+        }
     }
 
     #[test]

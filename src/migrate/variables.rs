@@ -32,7 +32,8 @@ mod tests {
 
     #[test]
     fn names_of_the_gateway_and_of_families_are_known() {
-        for name in ["uri", "arg_x", "http_user_agent", "cookie_a", "upstream_cache_key", "route_id", "upstream_http_x"] {
+        for name in ["uri", "arg_x", "http_user_agent", "cookie_a", "upstream_cache_key", "route_id", "upstream_http_x"]
+        {
             assert!(is_known(name), "{name}");
         }
         for name in ["geoip_country", "modern_browser", "request_uri2"] {

@@ -36,30 +36,83 @@ pub const SERVED: usize = 40;
 
 /// Plugins of routes, services and plugin configs that let requests pass.
 const PLUGINS: [&str; 20] = [
-    "cors", "echo", "fault-injection", "file-logger", "http-logger", "ip-restriction", "key-auth", "basic-auth", "jwt-auth",
-    "limit-conn", "limit-count", "limit-req", "mocking", "prometheus", "proxy-rewrite", "redirect", "request-id",
-    "response-rewrite", "serverless-pre-function", "ua-restriction",
+    "cors",
+    "echo",
+    "fault-injection",
+    "file-logger",
+    "http-logger",
+    "ip-restriction",
+    "key-auth",
+    "basic-auth",
+    "jwt-auth",
+    "limit-conn",
+    "limit-count",
+    "limit-req",
+    "mocking",
+    "prometheus",
+    "proxy-rewrite",
+    "redirect",
+    "request-id",
+    "response-rewrite",
+    "serverless-pre-function",
+    "ua-restriction",
 ];
 
 /// Properties that are drawn from the plugin's schema when they are there; others have a place in `plugin_conf`, or stay away because
 /// they mean nothing by themselves.
 const DRAWN: [&str; 38] = [
-    "allow_degradation", "append_query_string", "batch_max_size", "buffer_duration", "burst", "bypass_missing", "concat_method",
-    "content_type", "delay", "encode_uri", "header_name", "hide_credentials", "inactive_timeout", "include_in_response",
-    "include_req_body", "include_resp_body", "key_claim_name", "max_age", "max_req_body_bytes", "max_resp_body_bytes",
-    "max_resp_body_size", "max_retry_count", "message", "nodelay", "only_use_default_delay", "prefer_name", "realm", "rejected_code",
-    "rejected_msg", "response_code", "response_status", "retry_delay", "show_limit_quota_header", "ssl_verify", "status_code",
-    "store_in_ctx", "timeout", "with_mock_header",
+    "allow_degradation",
+    "append_query_string",
+    "batch_max_size",
+    "buffer_duration",
+    "burst",
+    "bypass_missing",
+    "concat_method",
+    "content_type",
+    "delay",
+    "encode_uri",
+    "header_name",
+    "hide_credentials",
+    "inactive_timeout",
+    "include_in_response",
+    "include_req_body",
+    "include_resp_body",
+    "key_claim_name",
+    "max_age",
+    "max_req_body_bytes",
+    "max_resp_body_bytes",
+    "max_resp_body_size",
+    "max_retry_count",
+    "message",
+    "nodelay",
+    "only_use_default_delay",
+    "prefer_name",
+    "realm",
+    "rejected_code",
+    "rejected_msg",
+    "response_code",
+    "response_status",
+    "retry_delay",
+    "show_limit_quota_header",
+    "ssl_verify",
+    "status_code",
+    "store_in_ctx",
+    "timeout",
+    "with_mock_header",
 ];
 
 /// The whole data set: keys below the prefix, and values as they are stored. `node` answers for the served routes.
 pub fn objects(seed: u64, node: &str) -> Vec<(String, Value)> {
-    let mut made = Maker { random: Random(seed), node: node.to_owned(), keyrings: keyrings() };
+    let mut made = Maker { random: Random(seed), groups: 0, node: node.to_owned(), keyrings: keyrings() };
     let mut all = Vec::with_capacity(COUNT);
     for (kind, count) in KINDS {
         for n in 0..count {
             let (id, mut value) = made.object(kind, n);
-            accepted(kind, &id, &value);
+            // The Admin API stores the defaults of plugins, too; other writers do not.
+            let filled = accepted(kind, &id, &value);
+            if n % 4 != 3 {
+                value = filled;
+            }
             made.encrypt(kind, &id, &mut value);
             let plural = if kind == Kind::Credential { "consumers" } else { kind.plural() };
             all.push((format!("/{plural}/{id}"), value));
@@ -76,20 +129,22 @@ fn keyrings() -> [Keyring; 2] {
     KEYRING.map(|key| Keyring::new([key], true).expect("a key of 16 bytes"))
 }
 
-/// The schemas have the last word.
-fn accepted(kind: Kind, id: &str, value: &Value) {
+/// The schemas have the last word. The object with the defaults of its plugins.
+fn accepted(kind: Kind, id: &str, value: &Value) -> Value {
     let of = |e: String| panic!("{}/{id}: {e}: {value}", kind.plural());
+    let mut filled = value.clone();
     model::check(kind, id, &mut value.clone()).map(drop).unwrap_or_else(|e| of(e.to_string()));
     if kind == Kind::PluginMetadata {
         let schema = schema::plugin(id).and_then(|plugin| plugin.metadata_schema.as_ref()).expect("a schema");
-        return schema.check_only(&mut value.clone()).unwrap_or_else(of);
+        schema.check(&mut filled).unwrap_or_else(of);
     }
-    for (name, conf) in value["plugins"].as_object().into_iter().flatten() {
+    for (name, conf) in filled.get_mut("plugins").and_then(Value::as_object_mut).into_iter().flatten() {
         let plugin = schema::plugin(name).unwrap_or_else(|| panic!("no plugin {name}"));
         let of_consumer = matches!(kind, Kind::Consumer | Kind::Credential);
         let schema = plugin.consumer_schema.as_ref().filter(|_| of_consumer).unwrap_or(&plugin.schema);
-        schema.check_only(&mut conf.clone()).unwrap_or_else(|e| of(format!("{name}: {e}")));
+        schema.check(conf).unwrap_or_else(|e| of(format!("{name}: {e}")));
     }
+    filled
 }
 
 /// xorshift64*: the same numbers for the same seed everywhere.
@@ -116,6 +171,8 @@ impl Random {
 
 struct Maker {
     random: Random,
+    /// Groups of limit-count so far: all that share one must say the same.
+    groups: usize,
     node: String,
     keyrings: [Keyring; 2],
 }
@@ -131,7 +188,9 @@ impl Maker {
             Kind::Credential => self.credential(n),
             Kind::Ssl => self.ssl(n),
             Kind::GlobalRule => self.global_rule(n),
-            Kind::PluginConfig | Kind::ConsumerGroup => json!({"plugins": self.plugins(kind), "desc": "shared by a team"}),
+            Kind::PluginConfig | Kind::ConsumerGroup => {
+                json!({"plugins": self.plugins(kind), "desc": "shared by a team"})
+            }
             Kind::PluginMetadata => metadata(n),
             Kind::Secret => secret(n),
             Kind::Proto => json!({"content": proto(n), "desc": "of the team's gRPC service"}),
@@ -152,7 +211,8 @@ impl Maker {
             value["update_time"] = (created + self.random.below(100_000)).into();
             let labelled = matches!(kind, Kind::Route | Kind::Service | Kind::Upstream | Kind::Consumer | Kind::Ssl);
             if labelled && self.random.once_in(4) {
-                value["labels"] = json!({"env": self.random.one_of(&["prod", "stage"]), "team": format!("t{}", n % 17)});
+                value["labels"] =
+                    json!({"env": self.random.one_of(&["prod", "stage"]), "team": format!("t{}", n % 17)});
             }
         }
         (id, value)
@@ -190,6 +250,8 @@ impl Maker {
 
     /// What the schema requires with values that people write, and some of what it allows.
     fn plugin_conf(&mut self, name: &str) -> Value {
+        self.groups += 1;
+        let group = format!("group-{}", self.groups);
         let r = &mut self.random;
         let n = r.below(1000);
         let mut conf = match name {
@@ -200,28 +262,46 @@ impl Maker {
             "fault-injection" if n % 2 == 0 => json!({"delay": {"duration": 0.001, "percentage": n % 101}}),
             "fault-injection" => json!({"abort": {"http_status": 503, "body": "no $remote_addr",
                 "percentage": 0, "vars": [[["arg_fault", "==", "yes"], ["http_x_n", ">", n]]]}}),
-            "file-logger" => json!({"path": format!("logs/file-{n}.log"), "log_format": {"host": "$host", "at": "$time_iso8601"}}),
-            "http-logger" => json!({"uri": format!("http://10.0.0.{}:8080/logs", n % 250), "auth_header": format!("Bearer token-{n}")}),
+            "file-logger" => {
+                json!({"path": format!("logs/file-{n}.log"), "log_format": {"host": "$host", "at": "$time_iso8601"}})
+            }
+            "http-logger" => {
+                json!({"uri": format!("http://10.0.0.{}:8080/logs", n % 250), "auth_header": format!("Bearer token-{n}")})
+            }
             "ip-restriction" if n % 2 == 0 => json!({"whitelist": ["127.0.0.0/8", "10.0.0.1", "::1", "fe80::/32"]}),
             "ip-restriction" => json!({"blacklist": [format!("192.0.2.{}", n % 250), "203.0.113.0/24"]}),
             "limit-conn" => json!({"conn": 100 + n, "burst": n % 50, "default_conn_delay": 0.1, "key": "remote_addr"}),
-            "limit-count" if n % 3 == 0 => json!({"count": 10_000 + n, "time_window": 60, "key_type": "var_combination",
-                "key": "$remote_addr $http_x_tenant", "group": format!("group-{n}")}),
+            "limit-count" if n % 3 == 0 => {
+                json!({"count": 10_000 + n, "time_window": 60, "key_type": "var_combination",
+                "key": "$remote_addr $http_x_tenant", "group": group})
+            }
             "limit-count" => json!({"count": 10_000 + n, "time_window": 60, "key": "consumer_name"}),
             "limit-req" => json!({"rate": 1000 + n, "burst": n, "key": "server_addr", "key_type": "var"}),
             "mocking" if n % 2 == 0 => json!({"response_example": "{\"a\": 1}"}),
-            "mocking" => json!({"response_schema": {"type": "object", "properties": {"a": {"type": "integer", "example": n}}}}),
-            "proxy-rewrite" if n % 3 == 0 => json!({"regex_uri": ["^/v(\\d+)/(.*)", "/$2"], "headers": {"X-Api": "$1"}}),
-            "proxy-rewrite" if n % 3 == 1 => json!({"uri": "/served$uri", "host": "backend.example.com", "method": "GET"}),
-            "proxy-rewrite" => json!({"headers": {"set": {"X-Route": "$route_id"}, "add": {"X-N": n.to_string()}, "remove": ["X-No"]}}),
+            "mocking" => {
+                json!({"response_schema": {"type": "object", "properties": {"a": {"type": "integer", "example": n}}}})
+            }
+            "proxy-rewrite" if n % 3 == 0 => {
+                json!({"regex_uri": ["^/v(\\d+)/(.*)", "/$2"], "headers": {"X-Api": "$1"}})
+            }
+            "proxy-rewrite" if n % 3 == 1 => {
+                json!({"uri": "/served$uri", "host": "backend.example.com", "method": "GET"})
+            }
+            "proxy-rewrite" => {
+                json!({"headers": {"set": {"X-Route": "$route_id"}, "add": {"X-N": n.to_string()}, "remove": ["X-No"]}})
+            }
             "redirect" if n % 3 == 0 => json!({"http_to_https": true}),
             "redirect" if n % 3 == 1 => return json!({"uri": "/to$uri/$arg_a", "ret_code": 301}),
             "redirect" => return json!({"regex_uri": ["^/old/(.*)", "/new/$1"]}),
             "request-id" => json!({"algorithm": r.one_of(&["uuid", "nanoid", "range_id"])}),
             "response-rewrite" if n % 3 == 0 => json!({"headers": {"X-Server": n, "X-Id": "$upstream_addr"},
                 "vars": [["status", "==", 200]]}),
-            "response-rewrite" if n % 3 == 1 => json!({"headers": {"set": {"X-A": "b"}, "add": ["X-C: d"], "remove": ["X-E"]}}),
-            "response-rewrite" => json!({"filters": [{"regex": "Hello (\\w+)", "scope": "global", "replace": "Bye $1"}]}),
+            "response-rewrite" if n % 3 == 1 => {
+                json!({"headers": {"set": {"X-A": "b"}, "add": ["X-C: d"], "remove": ["X-E"]}})
+            }
+            "response-rewrite" => {
+                json!({"filters": [{"regex": "Hello (\\w+)", "scope": "global", "replace": "Bye $1"}]})
+            }
             "serverless-pre-function" => json!({"phase": r.one_of(&["rewrite", "access", "log"]), "functions": [
                 "return function(conf, ctx) local core = require('apisix.core') core.log.info('at ', ctx.var.uri) end"]}),
             "ua-restriction" if n % 2 == 0 => json!({"denylist": ["(?i)badbot/\\d+", "curl/7"]}),
@@ -282,7 +362,8 @@ impl Maker {
             2 => json!({format!("service-{n}.internal.example.com"): 100}),
             _ => json!([{"host": "service.example.com", "weight": 1}]),
         };
-        let mut upstream = json!({"nodes": nodes, "type": "roundrobin", "scheme": "http", "hash_on": "vars", "pass_host": "pass"});
+        let mut upstream =
+            json!({"nodes": nodes, "type": "roundrobin", "scheme": "http", "hash_on": "vars", "pass_host": "pass"});
         match n % 9 {
             0 => upstream["type"] = "least_conn".into(),
             1 => upstream["type"] = "ewma".into(),
@@ -382,14 +463,17 @@ impl Maker {
         let plugins = match n % 5 {
             0 => json!({"key-auth": {"key": format!("key-of-consumer-{n}")}}),
             1 => json!({"basic-auth": {"username": format!("user-{n}"), "password": format!("pass word {n}")}}),
-            2 => json!({"jwt-auth": {"key": format!("jwt-{n}"), "secret": format!("secret of consumer {n}"), "exp": 3600}}),
+            2 => {
+                json!({"jwt-auth": {"key": format!("jwt-{n}"), "secret": format!("secret of consumer {n}"), "exp": 3600}})
+            }
             3 => {
                 let key = rcgen::KeyPair::generate().expect("a key").public_key_pem();
                 json!({"jwt-auth": {"key": format!("jwt-{n}"), "algorithm": "ES256", "public_key": key}})
             }
             _ => json!({"limit-count": {"count": 100 + n, "time_window": 60, "rejected_code": 429}}),
         };
-        let mut consumer = json!({"username": format!("consumer_{n}"), "plugins": plugins, "desc": "a client of the API"});
+        let mut consumer =
+            json!({"username": format!("consumer_{n}"), "plugins": plugins, "desc": "a client of the API"});
         if n % 7 == 0 {
             consumer["group_id"] = self.id(Kind::ConsumerGroup, n % 80).into();
         }
@@ -400,14 +484,17 @@ impl Maker {
         match n % 3 {
             0 => json!({"plugins": {"key-auth": {"key": format!("key-of-credential-{n}")}}, "desc": "in rotation"}),
             1 => json!({"plugins": {"basic-auth": {"username": format!("cred-{n}"), "password": format!("p{n}")}}}),
-            _ => json!({"name": format!("cred {n}"), "plugins": {"jwt-auth": {"key": format!("cred-{n}"), "secret": "as long as it needs to be"}}}),
+            _ => {
+                json!({"name": format!("cred {n}"), "plugins": {"jwt-auth": {"key": format!("cred-{n}"), "secret": "as long as it needs to be"}}})
+            }
         }
     }
 
     fn ssl(&mut self, n: usize) -> Value {
         let name = format!("tls{n}.example.com");
         let pair = rcgen::generate_simple_self_signed([name.clone()]).expect("a certificate");
-        let mut ssl = json!({"cert": pair.cert.pem(), "key": pair.signing_key.serialize_pem(), "status": 1, "type": "server"});
+        let mut ssl =
+            json!({"cert": pair.cert.pem(), "key": pair.signing_key.serialize_pem(), "status": 1, "type": "server"});
         match n % 5 {
             0 => ssl["sni"] = name.into(),
             1 => ssl["snis"] = json!([name, format!("*.tls{n}.example.org")]),
@@ -444,9 +531,13 @@ impl Maker {
             "hash_on": "vars", "pass_host": "pass"});
         match n % 4 {
             0 => json!({"server_port": 20_000 + n, "upstream": upstream}),
-            1 => json!({"server_addr": "127.0.0.1", "server_port": 20_000 + n, "remote_addr": "10.0.0.0/8", "upstream": upstream}),
+            1 => {
+                json!({"server_addr": "127.0.0.1", "server_port": 20_000 + n, "remote_addr": "10.0.0.0/8", "upstream": upstream})
+            }
             2 => json!({"sni": format!("db{n}.example.com"), "upstream": upstream, "desc": "a database"}),
-            _ => json!({"remote_addr": format!("192.0.2.{}", n % 250), "upstream_id": self.id(Kind::Upstream, n % 600)}),
+            _ => {
+                json!({"remote_addr": format!("192.0.2.{}", n % 250), "upstream_id": self.id(Kind::Upstream, n % 600)})
+            }
         }
     }
 
