@@ -274,6 +274,12 @@ return _M
     let (code, text) = check(&dir, &args);
     assert_eq!(code, 0, "{text}");
     assert!(text.contains("tenant (1, your own)") && text.contains("verdict: everything runs"), "{text}");
+    // The gateway's own are loaded whatever the path says: what is in these does not matter.
+    fs::create_dir_all(dir.join("lua/ngx")).unwrap();
+    dir.write("lua/ngx/balancer.lua", "return require('ffi').C.ngx_http_lua_ffi_balancer_set_current_peer\n");
+    let (code, text) = check(&dir, &args);
+    assert_eq!(code, 0, "{text}");
+    assert!(text.contains("1 files are a copy of lua-resty-core"), "{text}");
     let (code, text) = check(&dir, &["--lua-path", "lua/apisix/plugins", "--apisix-yaml", "objects.yaml"]);
     assert_eq!(code, 0, "the directory of the plugins will do: {text}");
     let (code, text) = check(&dir, &["--apisix-yaml", "objects.yaml"]);

@@ -73,7 +73,13 @@ impl<'a> Scripts<'a> {
 
     /// Scans every file; one that cannot be read or compiled is told, and the rest goes on.
     pub fn files(&mut self, report: &mut Report) {
-        for path in &self.sources.files {
+        let sources = self.sources;
+        let mut replaced = 0;
+        for (path, module) in &sources.files {
+            if self.is_replaced(module) {
+                replaced += 1;
+                continue;
+            }
             let shown = path.display().to_string();
             match read(path, MAX_LUA) {
                 Err(e) => report.add(Change, "lua", shown, e, "it was not looked at"),
@@ -83,6 +89,16 @@ impl<'a> Scripts<'a> {
                 Ok(bytes) => self.text(&shown, &String::from_utf8_lossy(&bytes), report),
             }
         }
+        if replaced > 0 {
+            let what = format!("{replaced} files are a copy of lua-resty-core, which speaks to nginx's insides");
+            report.add(Note, "lua", "ngx.*, resty.core", what, "the gateway's own modules are loaded in their place");
+        }
+    }
+
+    /// Modules of OpenResty's that are the gateway's whatever the path says.
+    fn is_replaced(&self, module: &str) -> bool {
+        let theirs = module.starts_with("ngx.") || module == "resty.core" || module.starts_with("resty.core.");
+        theirs && self.checker.find_module(module).is_some_and(|place| is_ours(&place))
     }
 
     /// Scans one text. `place` is its file, or the object and field that hold it.
@@ -126,10 +142,10 @@ impl<'a> Scripts<'a> {
         if let Some(known) = self.modules.get(module) {
             return known.clone();
         }
-        let own = self.sources.modules.contains(module) && !module.starts_with("ngx.");
+        let own = self.sources.modules.contains(module) && !self.is_replaced(module);
         let origin = match self.checker.find_module(module) {
             _ if own => Origin::Beside,
-            Some(place) if place == "packed" || place == "built in" => Origin::Ours,
+            Some(place) if is_ours(&place) => Origin::Ours,
             Some(file) => Origin::Elsewhere(file),
             None => Origin::Missing,
         };
@@ -241,6 +257,11 @@ impl<'a> Scripts<'a> {
             ));
         }
     }
+}
+
+/// Whether `Checker::find_module` has found it in the binary.
+fn is_ours(place: &str) -> bool {
+    matches!(place, "packed" | "built in")
 }
 
 #[derive(Debug, PartialEq, Eq)]

@@ -143,7 +143,7 @@ pub fn check(options: &Options) -> Result<Report> {
     config::tell_plugins(&ground, &known, &mut report);
     let dicts = ground.config.shared_dicts.iter().map(|(name, _)| name.clone()).collect();
     let mut defined = config::defined_variables(&ground.config.json);
-    defined.extend(sources.files.iter().flat_map(|file| lua::defined_in(file)));
+    defined.extend(sources.files.iter().flat_map(|(file, _)| lua::defined_in(file)));
     let mut scripts = lua::Scripts::new(plugins.checker(), &sources, dicts, defined.clone());
     scripts.files(&mut report);
     check_store(options, &ground, &plugins, &sources.plugins, &defined, &mut scripts, &mut report)?;

@@ -19,7 +19,8 @@ pub(super) const MAX_LUA: u64 = 8 << 20;
 /// The files under the roots of a Lua path.
 #[derive(Default)]
 pub(super) struct Sources {
-    pub files: Vec<PathBuf>,
+    /// With the name that `require` has for each.
+    pub files: Vec<(PathBuf, String)>,
     /// Modules that `require` finds among them, those in C included.
     pub modules: BTreeSet<String>,
     /// `apisix.plugins.x`: x.
@@ -99,10 +100,10 @@ impl Sources {
         if let Some(parent) = module.strip_suffix(".init") {
             self.modules.insert(parent.to_owned());
         }
-        self.modules.insert(module);
         if below.ends_with(".lua") {
-            self.files.push(path);
+            self.files.push((path, module.clone()));
         }
+        self.modules.insert(module);
     }
 }
 

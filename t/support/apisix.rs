@@ -255,11 +255,11 @@ impl Maker {
         let r = &mut self.random;
         let n = r.below(1000);
         let mut conf = match name {
-            "cors" if n % 3 == 0 => json!({"allow_origins": "https://a.example.com,https://b.example.com",
+            "cors" if n.is_multiple_of(3) => json!({"allow_origins": "https://a.example.com,https://b.example.com",
                 "allow_methods": "GET,POST", "allow_headers": "X-A,X-B", "expose_headers": "X-C", "allow_credential": true}),
             "cors" => json!({"allow_origins": "**", "allow_origins_by_regex": [".*\\.example\\.com$"]}),
             "echo" => json!({"before_body": "before ", "headers": {"X-Echo": n}}),
-            "fault-injection" if n % 2 == 0 => json!({"delay": {"duration": 0.001, "percentage": n % 101}}),
+            "fault-injection" if n.is_multiple_of(2) => json!({"delay": {"duration": 0.001, "percentage": n % 101}}),
             "fault-injection" => json!({"abort": {"http_status": 503, "body": "no $remote_addr",
                 "percentage": 0, "vars": [[["arg_fault", "==", "yes"], ["http_x_n", ">", n]]]}}),
             "file-logger" => {
@@ -268,20 +268,22 @@ impl Maker {
             "http-logger" => {
                 json!({"uri": format!("http://10.0.0.{}:8080/logs", n % 250), "auth_header": format!("Bearer token-{n}")})
             }
-            "ip-restriction" if n % 2 == 0 => json!({"whitelist": ["127.0.0.0/8", "10.0.0.1", "::1", "fe80::/32"]}),
+            "ip-restriction" if n.is_multiple_of(2) => {
+                json!({"whitelist": ["127.0.0.0/8", "10.0.0.1", "::1", "fe80::/32"]})
+            }
             "ip-restriction" => json!({"blacklist": [format!("192.0.2.{}", n % 250), "203.0.113.0/24"]}),
             "limit-conn" => json!({"conn": 100 + n, "burst": n % 50, "default_conn_delay": 0.1, "key": "remote_addr"}),
-            "limit-count" if n % 3 == 0 => {
+            "limit-count" if n.is_multiple_of(3) => {
                 json!({"count": 10_000 + n, "time_window": 60, "key_type": "var_combination",
                 "key": "$remote_addr $http_x_tenant", "group": group})
             }
             "limit-count" => json!({"count": 10_000 + n, "time_window": 60, "key": "consumer_name"}),
             "limit-req" => json!({"rate": 1000 + n, "burst": n, "key": "server_addr", "key_type": "var"}),
-            "mocking" if n % 2 == 0 => json!({"response_example": "{\"a\": 1}"}),
+            "mocking" if n.is_multiple_of(2) => json!({"response_example": "{\"a\": 1}"}),
             "mocking" => {
                 json!({"response_schema": {"type": "object", "properties": {"a": {"type": "integer", "example": n}}}})
             }
-            "proxy-rewrite" if n % 3 == 0 => {
+            "proxy-rewrite" if n.is_multiple_of(3) => {
                 json!({"regex_uri": ["^/v(\\d+)/(.*)", "/$2"], "headers": {"X-Api": "$1"}})
             }
             "proxy-rewrite" if n % 3 == 1 => {
@@ -290,11 +292,11 @@ impl Maker {
             "proxy-rewrite" => {
                 json!({"headers": {"set": {"X-Route": "$route_id"}, "add": {"X-N": n.to_string()}, "remove": ["X-No"]}})
             }
-            "redirect" if n % 3 == 0 => json!({"http_to_https": true}),
+            "redirect" if n.is_multiple_of(3) => json!({"http_to_https": true}),
             "redirect" if n % 3 == 1 => return json!({"uri": "/to$uri/$arg_a", "ret_code": 301}),
             "redirect" => return json!({"regex_uri": ["^/old/(.*)", "/new/$1"]}),
             "request-id" => json!({"algorithm": r.one_of(&["uuid", "nanoid", "range_id"])}),
-            "response-rewrite" if n % 3 == 0 => json!({"headers": {"X-Server": n, "X-Id": "$upstream_addr"},
+            "response-rewrite" if n.is_multiple_of(3) => json!({"headers": {"X-Server": n, "X-Id": "$upstream_addr"},
                 "vars": [["status", "==", 200]]}),
             "response-rewrite" if n % 3 == 1 => {
                 json!({"headers": {"set": {"X-A": "b"}, "add": ["X-C: d"], "remove": ["X-E"]}})
@@ -304,7 +306,7 @@ impl Maker {
             }
             "serverless-pre-function" => json!({"phase": r.one_of(&["rewrite", "access", "log"]), "functions": [
                 "return function(conf, ctx) local core = require('apisix.core') core.log.info('at ', ctx.var.uri) end"]}),
-            "ua-restriction" if n % 2 == 0 => json!({"denylist": ["(?i)badbot/\\d+", "curl/7"]}),
+            "ua-restriction" if n.is_multiple_of(2) => json!({"denylist": ["(?i)badbot/\\d+", "curl/7"]}),
             "ua-restriction" => json!({"allowlist": [".+"]}),
             _ => json!({}),
         };
@@ -410,9 +412,9 @@ impl Maker {
         if n < SERVED {
             return self.served(n);
         }
-        let mut route = json!({"uri": format!("/api/v{}/team{}/r{n}{}", n % 3, n % 17, if n % 2 == 0 { "/*" } else { "" }),
-            "name": format!("route {n}"), "status": usize::from(n % 50 != 0), "priority": 0});
-        if n % 6 == 0 {
+        let mut route = json!({"uri": format!("/api/v{}/team{}/r{n}{}", n % 3, n % 17, if n.is_multiple_of(2) { "/*" } else { "" }),
+            "name": format!("route {n}"), "status": usize::from(!n.is_multiple_of(50)), "priority": 0});
+        if n.is_multiple_of(6) {
             let uri = route["uri"].take();
             route.as_object_mut().expect("an object").remove("uri");
             route["uris"] = json!([uri, format!("/alias/{n}")]);
@@ -474,7 +476,7 @@ impl Maker {
         };
         let mut consumer =
             json!({"username": format!("consumer_{n}"), "plugins": plugins, "desc": "a client of the API"});
-        if n % 7 == 0 {
+        if n.is_multiple_of(7) {
             consumer["group_id"] = self.id(Kind::ConsumerGroup, n % 80).into();
         }
         consumer
@@ -527,7 +529,7 @@ impl Maker {
 
     fn stream_route(&mut self, n: usize) -> Value {
         let nodes = json!({format!("10.1.{}.{}:{}", n % 200, 1 + n % 250, 3306 + n): 1});
-        let upstream = json!({"nodes": nodes, "type": "roundrobin", "scheme": if n % 5 == 0 { "tls" } else { "tcp" },
+        let upstream = json!({"nodes": nodes, "type": "roundrobin", "scheme": if n.is_multiple_of(5) { "tls" } else { "tcp" },
             "hash_on": "vars", "pass_host": "pass"});
         match n % 4 {
             0 => json!({"server_port": 20_000 + n, "upstream": upstream}),
