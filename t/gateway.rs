@@ -2,6 +2,12 @@
 
 mod support;
 
+#[path = "gateway/admin.rs"]
+mod admin;
+#[path = "gateway/contract.rs"]
+mod contract;
+#[path = "gateway/core_etcd.rs"]
+mod core_etcd;
 #[path = "gateway/counters.rs"]
 mod counters;
 #[path = "gateway/functions.rs"]
@@ -10,6 +16,8 @@ mod functions;
 mod plugins;
 #[path = "gateway/routes.rs"]
 mod routes;
+#[path = "gateway/secrets.rs"]
+mod secrets;
 #[path = "gateway/start.rs"]
 mod start;
 #[path = "gateway/stores.rs"]

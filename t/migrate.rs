@@ -111,11 +111,11 @@ async fn objects_of_an_etcd_are_checked_and_none_is_touched() {
         ),
         ("/upstreams/1".to_owned(), json!({"type": "roundrobin", "discovery_type": "nacos", "service_name": "x"})),
         ("/upstreams/2".to_owned(), json!({"nodes": {"a:1": 1}, "checks": {"active": {"http_path": "/"}}})),
-        ("/upstreams/3".to_owned(), json!({"nodes": {"a:1": 1}, "scheme": "grpc"})),
+        ("/upstreams/3".to_owned(), json!({"nodes": {"a:1": 1}, "scheme": "kafka"})),
         ("/consumers/jack".to_owned(), json!({"username": "jack", "plugins": {"key-auth": {"key": bare}}})),
         (
             "/consumers/jill".to_owned(),
-            json!({"username": "jill", "plugins": {"key-auth": {"key": "$secret://vault/1/jill/key"}}}),
+            json!({"username": "jill", "plugins": {"key-auth": {"key": "$secret://hashi/1/jill/key"}}}),
         ),
         ("/stream_routes/1".to_owned(), json!({"plugins": {"mqtt-proxy": {}}, "upstream": upstream()})),
     ];
@@ -133,9 +133,9 @@ async fn objects_of_an_etcd_are_checked_and_none_is_touched() {
     told(&report, "cannot", "/routes/script plugins.serverless-pre-function.functions[1]:2", "ffi.C.ngx_crc");
     told(&report, "cannot", "/upstreams/1", "nacos");
     told(&report, "change", "/upstreams/2", "health checks");
-    told(&report, "cannot", "/upstreams/3", "grpc");
+    told(&report, "cannot", "/upstreams/3", "kafka");
     told(&report, "change", "/consumers/jack", "looks encrypted");
-    told(&report, "cannot", "/consumers/jill", "$secret://");
+    told(&report, "cannot", "/consumers/jill", "$secret://hashi/");
     told(&report, "cannot", "/stream_routes/1", "mqtt-proxy");
     assert!(!report.to_string().contains("zipkin"), "what is disabled is not missed");
     assert!(!report.to_string().contains("/routes/good"), "{report:#}");

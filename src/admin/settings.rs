@@ -6,7 +6,7 @@ use ipnet::IpNet;
 use serde_json::Value;
 use subtle::ConstantTimeEq;
 
-use crate::{error::Result, expr, model::Keyring};
+use crate::{error::Result, expr, model::Keyring, store};
 
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -15,7 +15,11 @@ pub struct Settings {
     pub key_required: bool,
     /// `allow_admin`: empty lets every address in.
     pub allow: Vec<IpNet>,
+    /// `allow_admin` is not there, or empty.
+    pub allows_all: bool,
     pub cors: bool,
+    /// `admin_api_version`: the form of answers.
+    pub version: ApiVersion,
     /// Sent as `Server`.
     pub server: String,
     /// Stands before keys in answers: `/apisix`.
@@ -23,6 +27,23 @@ pub struct Settings {
     pub keyring: Keyring,
     /// Stream routes may be written: something listens for what they match.
     pub stream: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ApiVersion {
+    /// APISIX 2's.
+    V2,
+    V3,
+}
+
+impl ApiVersion {
+    /// As `X-API-VERSION` has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            ApiVersion::V2 => "v2",
+            ApiVersion::V3 => "v3",
+        }
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -48,14 +69,21 @@ impl Settings {
         };
         let keys =
             admin.get("admin_key").and_then(Value::as_array).into_iter().flatten().filter_map(AdminKey::from_json);
-        let prefix = config.pointer("/deployment/etcd/prefix").and_then(Value::as_str).unwrap_or("/apisix");
+        // `default`, or anything else, is the older form.
+        let version = match admin.get("admin_api_version").and_then(Value::as_str) {
+            Some("v3") | None => ApiVersion::V3,
+            Some(_) => ApiVersion::V2,
+        };
         Ok(Settings {
             keys: keys.collect(),
             key_required: flag("admin_key_required"),
+            // A list that names nobody who comes over TCP allows nobody.
+            allows_all: strings(admin.get("allow_admin")).is_empty(),
             allow: strings(admin.get("allow_admin")).iter().filter_map(|text| expr::network(text)).collect(),
             cors: flag("enable_admin_cors"),
+            version,
             server: server.to_owned(),
-            prefix: prefix.trim_end_matches('/').to_owned(),
+            prefix: store::shown_prefix(config),
             keyring: keyring(config)?,
             stream: false,
         })
@@ -63,7 +91,7 @@ impl Settings {
 
     pub fn allows(&self, peer: IpAddr) -> bool {
         let peer = peer.to_canonical();
-        self.allow.is_empty() || self.allow.iter().any(|net| net.contains(&peer))
+        self.allows_all || self.allow.iter().any(|net| net.contains(&peer))
     }
 
     /// The role of a key. Every key is compared, in constant time, whichever matches.

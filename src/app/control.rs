@@ -44,9 +44,8 @@ pub async fn run(mut config: Config) -> Result<()> {
     let ports = Ports::bind(&config).await?;
     let at = ports.listening(&sockets)?;
     conf::note_places(&mut config, at.admin, at.control);
-    let setup =
-        Setup { prefix: config.prefix.clone(), config: config.json.clone(), locations: config.locations.clone() };
-    let plugins = Plugins::new(setup.clone())?;
+    let setup = Setup::new(config.prefix.clone(), config.json.clone(), config.locations.clone());
+    let plugins = Plugins::new(setup.clone(), config.file.clone())?;
     let store = store::open(&config)?;
     let started = tokio::select! {
         started = open(&config, &plugins, &store) => started?,
@@ -57,6 +56,7 @@ pub async fn run(mut config: Config) -> Result<()> {
     metrics.install();
     let resolver = Arc::new(Resolver::new(&settings::dns(&config), Handle::current()));
     crate::lua::ngx::socket_tcp::set_resolver(resolver.clone());
+    crate::lua::host::store::open_to_scripts(store.clone(), started.published.clone());
     let blueprint = Blueprint {
         config: Arc::new(config.clone()),
         published: started.published.clone(),
@@ -87,6 +87,7 @@ async fn open(config: &Config, plugins: &Plugins, store: &Arc<dyn Store>) -> Res
         parser: store::parser(keyring, Some(plugins.fields.clone())),
         checker: Some(Box::new(plugins.clone())),
         router: settings::router(config),
+        shown_prefix: store::shown_prefix(&config.json),
         last_good: Some(store::last_good_path(config)),
     };
     store::start(store.clone(), setup).await
@@ -262,6 +263,7 @@ impl Signals {
 struct Ports {
     admin: Option<TcpListener>,
     control: Option<TcpListener>,
+    status: Option<TcpListener>,
     prometheus: Option<TcpListener>,
 }
 
@@ -271,6 +273,7 @@ impl Ports {
         Ok(Ports {
             admin: bind("deployment.admin.admin_listen", admin).await?,
             control: bind("apisix.control", config.control).await?,
+            status: bind("apisix.status", config.status).await?,
             prometheus: bind("plugin_attr.prometheus.export_addr", config.prometheus.addr).await?,
         })
     }
@@ -286,6 +289,7 @@ impl Ports {
             udp: sockets.udp.clone(),
             admin: address(&self.admin)?,
             control: address(&self.control)?,
+            status: address(&self.status)?,
             prometheus: address(&self.prometheus)?,
         })
     }
@@ -312,7 +316,7 @@ struct Apis<'a> {
 
 impl Apis<'_> {
     fn admin_settings(&self) -> Result<admin::Settings> {
-        let settings = admin::Settings::from_config(&self.config.json, &settings::server(self.config))?;
+        let settings = admin::Settings::from_config(&self.config.json, &settings::admin_server(self.config))?;
         Ok(admin::Settings { stream: self.config.stream.enabled, ..settings })
     }
 
@@ -328,13 +332,24 @@ impl Apis<'_> {
                 fields: Some(self.plugins.fields.clone()),
                 pipeline: Some(self.started.handle.clone()),
             });
-            serving.spawn_local(admin::serve(listener, state, over(self.finished.clone())));
+            let tls =
+                self.config.admin.as_ref().and_then(|admin| admin.tls.as_ref()).map(admin::Tls::open).transpose()?;
+            serving.spawn_local(admin::serve(listener, tls, state, over(self.finished.clone())));
+        }
+        if let Some(listener) = ports.status {
+            let (source, standalone) = (self.started.source.clone(), self.store.clone().standalone());
+            let ready = move || match &standalone {
+                Some(store) => store.is_loaded(),
+                None => source.load().received,
+            };
+            serving.spawn_local(control::status::serve(listener, Box::new(ready), over(self.finished.clone())));
         }
         if let Some(listener) = ports.control {
             let state = Rc::new(control::State {
                 published: self.started.published.clone(),
                 source: self.started.source.clone(),
                 plugins,
+                pipeline: Some(self.started.handle.clone()),
                 collect: Some(Box::new(move || self.collect.send_modify(|n| *n += 1))),
                 health: None,
                 lua: Some(Box::new(move || Box::pin(self.asking.clone().ask()))),

@@ -21,6 +21,14 @@ pub fn server(config: &Config) -> String {
     }
 }
 
+/// The `Server` field of the Admin API: APISIX's, since its tools read from it which version of the API they speak to.
+pub fn admin_server(config: &Config) -> String {
+    match config.enable_server_tokens {
+        true => format!("APISIX/{}", crate::admin::APISIX_VERSION),
+        false => "APISIX".to_owned(),
+    }
+}
+
 pub fn router(config: &Config) -> RouterKind {
     match config.router {
         Router::HostUri => RouterKind::RadixtreeHostUri,
@@ -49,6 +57,9 @@ pub fn proxy(config: &Config) -> proxy::Settings {
         server: server(config),
         delete_uri_tail_slash: config.delete_uri_tail_slash,
         normalize_uri_like_servlet: config.normalize_uri_like_servlet,
+        match_uri_encoded_slash: config.match_uri_encoded_slash,
+        graphql_max: config.graphql_max,
+        posted_max: config.posted_max,
         show_upstream_status: config.show_upstream_status,
         keepalive: keepalive(config),
         timeout: model::route::Timeouts { connect: timeout, send: timeout, read: timeout },

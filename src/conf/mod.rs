@@ -13,6 +13,7 @@ pub mod locations;
 pub mod outgoing;
 mod typed;
 pub mod upstreams;
+pub mod yaml;
 
 use std::{
     fmt, fs,
@@ -45,10 +46,17 @@ pub struct Config {
     pub listen: Vec<Listen>,
     /// Listeners with TLS; empty when `apisix.ssl.enable` is off.
     pub listen_tls: Vec<Listen>,
+    /// Sockets of the file system, of `lua_listen`.
+    pub listen_unix: Vec<ListenUnix>,
     pub tls: Tls,
     pub router: Router,
     pub delete_uri_tail_slash: bool,
     pub normalize_uri_like_servlet: bool,
+    pub match_uri_encoded_slash: bool,
+    /// `graphql.max_size`, in bytes.
+    pub graphql_max: u64,
+    /// `apisix.max_post_args_readable_size`, in bytes.
+    pub posted_max: u64,
     pub enable_server_tokens: bool,
     pub show_upstream_status: bool,
     pub client: Client,
@@ -66,6 +74,8 @@ pub struct Config {
     pub access_log: Option<AccessLog>,
     pub admin: Option<Admin>,
     pub control: Option<SocketAddr>,
+    /// `apisix.status`: where probes ask whether requests are served. `None`: nowhere.
+    pub status: Option<SocketAddr>,
     pub prometheus: Prometheus,
     pub keyring: Vec<String>,
     pub encrypt_fields: bool,
@@ -121,6 +131,14 @@ pub struct Listen {
     pub proxy_protocol: bool,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ListenUnix {
+    pub path: PathBuf,
+    pub tls: bool,
+    pub http2: bool,
+    pub proxy_protocol: bool,
+}
+
 #[derive(Clone, Debug)]
 pub struct Tls {
     /// `TLSv1.2`, `TLSv1.3`
@@ -171,9 +189,20 @@ pub struct Admin {
     pub addr: SocketAddr,
     pub keys: Vec<AdminKey>,
     pub key_required: bool,
+    /// `https_admin`
+    pub tls: Option<AdminTls>,
     /// Empty: anyone.
     pub allow: Vec<IpNet>,
     pub cors: bool,
+}
+
+/// `admin_api_mtls`: files in PEM.
+#[derive(Clone, Debug)]
+pub struct AdminTls {
+    pub cert: PathBuf,
+    pub key: PathBuf,
+    /// Whoever asks must have a certificate of this CA.
+    pub client_ca: Option<PathBuf>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -300,14 +329,20 @@ pub fn survey(prefix: &Path, text: &str) -> Result<Survey, String> {
 
 /// The file's own map.
 fn written(text: &str, mistakes: &mut Vec<String>) -> Result<Value, String> {
-    let mut written: Value = serde_norway::from_str(text).map_err(|e| format!("not YAML: {e}"))?;
+    let mut written = yaml::read(text).map_err(|e| format!("not YAML: {e}"))?;
     if written.is_null() {
         written = Value::Object(Default::default());
     }
     if !written.is_object() {
         return Err("the file must hold a map: apisix:, deployment:, …".into());
     }
-    env::fill(&mut written, "", mistakes);
+    for list in ["plugins", "stream_plugins"] {
+        // `plugins:` with nothing after it lists none.
+        if let Some(list) = written.get_mut(list).filter(|list| list.is_null()) {
+            *list = Value::Array(Vec::new());
+        }
+    }
+    env::fill(&mut written, mistakes);
     Ok(written)
 }
 
@@ -323,7 +358,12 @@ fn take(
     if keys::at(written, "test_node").is_some() && keys::at(written, "apisix.node_listen").is_none() {
         effective["apisix"]["node_listen"] = TEST_NODE_PORT.into();
     }
-    if is_open_test_node(&effective) {
+    if keys::at(written, "test_node").is_some() && keys::at(written, "nginx_config.worker_processes").is_none() {
+        // What those suites count, they count in one worker.
+        effective["nginx_config"]["worker_processes"] = 1.into();
+    }
+    let key_required = keys::at(written, "deployment.admin.admin_key_required") == Some(&Value::Bool(true));
+    if !key_required && is_open_test_node(&effective) {
         effective["deployment"]["admin"]["admin_key_required"] = false.into();
     }
     let config = typed::read(prefix, effective.clone(), written, &mut warnings, mistakes);
@@ -345,10 +385,13 @@ pub fn note_places(config: &mut Config, admin: Option<SocketAddr>, control: Opti
     config.locations = Arc::new(locations::read(&config.json, &config.prefix, &mut Vec::new()));
 }
 
-/// Whether this node has an Admin API.
+/// Whether this node has an Admin API: a control plane is nothing else, a data plane has none.
 fn serves_admin(json: &Value) -> bool {
-    let enabled = keys::at(json, "apisix.enable_admin") == Some(&Value::Bool(true));
-    enabled && keys::at(json, "deployment.role").and_then(Value::as_str) != Some("data_plane")
+    match keys::at(json, "deployment.role").and_then(Value::as_str) {
+        Some("control_plane") => true,
+        Some("data_plane") => false,
+        _ => keys::at(json, "apisix.enable_admin") == Some(&Value::Bool(true)),
+    }
 }
 
 /// A test node whose configuration chooses no admin key.

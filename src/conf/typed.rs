@@ -14,8 +14,8 @@ use ipnet::IpNet;
 use serde_json::Value;
 
 use super::{
-    AccessLog, Admin, AdminKey, Client, Config, Keepalive, Listen, LuaLimits, Prometheus, RealIp, Resolver, Router,
-    Tls, Warning, keys::at, locations, locations::Options,
+    AccessLog, Admin, AdminKey, AdminTls, Client, Config, Keepalive, Listen, ListenUnix, LuaLimits, Prometheus, RealIp,
+    Resolver, Router, Tls, Warning, keys::at, locations, locations::Options,
 };
 
 /// Worker threads that `auto` never exceeds: each costs a VM.
@@ -36,14 +36,14 @@ pub(super) fn read(
 ) -> Option<Config> {
     let prefix = std::path::absolute(prefix).unwrap_or_else(|_| prefix.to_owned());
     let mut r = Reader { json: &json, mistakes };
-    r.role(warnings);
+    r.role();
     r.etcd(&prefix);
     let mut listen = r.listeners("apisix.node_listen", warnings);
     let mut listen_tls = match r.flag("apisix.ssl.enable") {
         true => r.listeners("apisix.ssl.listen", warnings),
         false => Vec::new(),
     };
-    r.lua_listen(&mut listen, &mut listen_tls);
+    let listen_unix = r.lua_listen(&mut listen, &mut listen_tls, &prefix);
     let tls = r.tls(&prefix, warnings);
     let router = r.one_of(
         "apisix.router.http",
@@ -58,8 +58,9 @@ pub(super) fn read(
     let upstream_keepalive = r.upstream_keepalive();
     let (error_log, error_log_level) = r.error_log(&prefix);
     let access_log = r.access_log(&prefix, "nginx_config.http");
-    let admin = r.admin(warnings);
+    let admin = r.admin(&prefix, warnings);
     let control = r.control();
+    let status = r.status();
     let prometheus = r.prometheus();
     let plugins = r.texts("plugins");
     let shared_dicts = r.shared_dicts();
@@ -70,19 +71,29 @@ pub(super) fn read(
     let (keyring, encrypt_fields) = r.keyring();
     let captured_log = r.captured_log();
     let preload = r.texts("lua.preload");
-    let (serves_http, stream) = r.stream(&prefix, warnings);
-    if !serves_http {
+    let (serves_http, mut stream) = r.stream(&prefix, warnings);
+    // A control plane serves the Admin API alone.
+    let is_control_plane = r.text("deployment.role") == "control_plane";
+    if !serves_http || is_control_plane {
         listen.clear();
         listen_tls.clear();
+    }
+    if is_control_plane {
+        stream.tcp.clear();
+        stream.udp.clear();
     }
     let locations = Arc::new(locations::read(&json, &prefix, r.mistakes));
     Some(Config {
         listen,
         listen_tls,
+        listen_unix,
         tls,
         router: router?,
         delete_uri_tail_slash: r.flag("apisix.delete_uri_tail_slash"),
         normalize_uri_like_servlet: r.flag("apisix.normalize_uri_like_servlet"),
+        match_uri_encoded_slash: r.flag("apisix.match_uri_encoded_slash"),
+        graphql_max: r.number("graphql.max_size", 1, u64::MAX),
+        posted_max: r.posted_max(),
         enable_server_tokens: r.flag("apisix.enable_server_tokens"),
         show_upstream_status: r.flag("apisix.show_upstream_status_in_response_header"),
         client,
@@ -96,6 +107,7 @@ pub(super) fn read(
         access_log,
         admin,
         control,
+        status,
         prometheus,
         keyring,
         encrypt_fields,
@@ -210,6 +222,14 @@ impl<'a> Reader<'a> {
         }
     }
 
+    /// `max_post_args_readable_size` is in MB; 0: no limit.
+    fn posted_max(&mut self) -> u64 {
+        match self.number("apisix.max_post_args_readable_size", 0, u64::MAX >> 20) {
+            0 => u64::MAX,
+            n => n << 20,
+        }
+    }
+
     /// nginx's `60s`, `5m`, `100ms`, `1h30m`; a bare number counts seconds.
     fn duration(&mut self, path: &str) -> Duration {
         let Some(value) = self.get(path) else { return Duration::ZERO };
@@ -248,7 +268,7 @@ impl<'a> Reader<'a> {
         found
     }
 
-    fn role(&mut self, warnings: &mut Vec<Warning>) {
+    fn role(&mut self) {
         let roles = [("traditional", ()), ("data_plane", ()), ("control_plane", ())];
         if self.one_of("deployment.role", &roles).is_none() {
             return;
@@ -261,10 +281,6 @@ impl<'a> Reader<'a> {
             _ => &[("embedded", ()), ("etcd", ())],
         };
         self.one_of(&path, providers);
-        if role == "traditional" && self.text(&path) == "yaml" {
-            warnings
-                .push(Warning(format!("{path}: yaml goes with role: data_plane; the Admin API cannot write a file")));
-        }
     }
 
     /// `deployment.etcd` is read by the store; here only its mistakes are told, along with all others, when it is in use.
@@ -405,15 +421,27 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Further addresses of the node, as nginx's `listen` has them: `1987`, `127.0.0.1:9999 ssl`.
-    fn lua_listen(&mut self, plain: &mut Vec<Listen>, tls: &mut Vec<Listen>) {
+    /// Further addresses of the node, as nginx's `listen` has them: `1987`, `127.0.0.1:9999 ssl`, and `unix:PATH`, which are given
+    /// back.
+    fn lua_listen(&mut self, plain: &mut Vec<Listen>, tls: &mut Vec<Listen>, prefix: &Path) -> Vec<ListenUnix> {
+        let mut unix = Vec::new();
         for (i, text) in self.texts("lua_listen").into_iter().enumerate() {
             let mut words = text.split_whitespace();
             let place = words.next().unwrap_or_default();
+            if let Some(path) = place.strip_prefix("unix:").filter(|path| !path.is_empty()) {
+                let words: Vec<_> = words.collect();
+                let has = |word| words.contains(&word);
+                let (path, proxy_protocol) = (prefix.join(path), has("proxy_protocol"));
+                unix.push(ListenUnix { path, tls: has("ssl"), http2: has("http2"), proxy_protocol });
+                continue;
+            }
             let any = |port| SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), port);
             let addr = place.parse::<SocketAddr>().ok().or_else(|| place.parse().ok().map(any));
             let Some(addr) = addr else {
-                self.wrong(&format!("lua_listen[{i}]"), format!("{place:?} is not a port or an address with a port"));
+                self.wrong(
+                    &format!("lua_listen[{i}]"),
+                    format!("{place:?} is not a port, an address with a port, or unix:PATH"),
+                );
                 continue;
             };
             let words: Vec<_> = words.collect();
@@ -421,6 +449,7 @@ impl<'a> Reader<'a> {
                 Listen { addr, http2: words.contains(&"http2"), proxy_protocol: words.contains(&"proxy_protocol") };
             if words.contains(&"ssl") { tls.push(listen) } else { plain.push(listen) }
         }
+        unix
     }
 
     fn client(&mut self) -> Client {
@@ -467,7 +496,7 @@ impl<'a> Reader<'a> {
         })
     }
 
-    fn admin(&mut self, warnings: &mut Vec<Warning>) -> Option<Admin> {
+    fn admin(&mut self, prefix: &Path, warnings: &mut Vec<Warning>) -> Option<Admin> {
         if !super::serves_admin(self.json) {
             return None;
         }
@@ -481,9 +510,30 @@ impl<'a> Reader<'a> {
             addr: self.address("deployment.admin.admin_listen")?,
             keys: self.admin_keys(),
             key_required,
+            tls: self.admin_tls(prefix),
             allow: self.networks("deployment.admin.allow_admin"),
             cors: self.flag("deployment.admin.enable_admin_cors"),
         })
+    }
+
+    /// Relative files are looked for beside config.yaml, as nginx does.
+    fn admin_tls(&mut self, prefix: &Path) -> Option<AdminTls> {
+        if self.get("deployment.admin.https_admin").and_then(Value::as_bool) != Some(true) {
+            return None;
+        }
+        let conf = prefix.join("conf");
+        let mut file = |key: &str| {
+            let text = self.text(&format!("deployment.admin.admin_api_mtls.{key}"));
+            (!text.is_empty()).then(|| conf.join(text))
+        };
+        let (cert, key, client_ca) = (file("admin_ssl_cert"), file("admin_ssl_cert_key"), file("admin_ssl_ca_cert"));
+        for (key, missing) in [("admin_ssl_cert", cert.is_none()), ("admin_ssl_cert_key", key.is_none())] {
+            if missing {
+                let path = format!("deployment.admin.admin_api_mtls.{key}");
+                self.wrong(&path, "is missing: https_admin needs a certificate and its key, files in PEM");
+            }
+        }
+        Some(AdminTls { cert: cert?, key: key?, client_ca })
     }
 
     fn admin_keys(&mut self) -> Vec<AdminKey> {
@@ -506,6 +556,12 @@ impl<'a> Reader<'a> {
             return None;
         }
         self.address("apisix.control")
+    }
+
+    /// Off unless it is written.
+    fn status(&mut self) -> Option<SocketAddr> {
+        self.get("apisix.status")?.as_object()?;
+        self.address("apisix.status")
     }
 
     fn prometheus(&mut self) -> Prometheus {

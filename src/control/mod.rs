@@ -1,12 +1,14 @@
 //! The control API (control-api.md): what this gateway serves now, for people and tools on its own machine.
 //!
-//! Reads the published snapshot, asks the workers, and changes nothing.
+//! Reads the published snapshot, asks the workers, and changes nothing but that it has plugins loaded anew.
+
+pub mod status;
 
 use std::{future::Future, pin::Pin, rc::Rc, sync::Arc};
 
 use http::Method;
 use serde_json::{Value, json};
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, runtime};
 
 use crate::{
     admin::{
@@ -15,7 +17,7 @@ use crate::{
     },
     model::{self, Id, Kind, Object},
     schema,
-    store::{Published, Snapshot, SourceState, snapshot::Table},
+    store::{Handle, Published, Snapshot, SourceState, snapshot::Table},
 };
 
 /// Requests have no body worth reading.
@@ -28,6 +30,8 @@ pub struct State {
     pub published: Arc<Published>,
     pub source: Arc<SourceState>,
     pub plugins: Rc<dyn PluginHost>,
+    /// `None`: plugins cannot be reloaded.
+    pub pipeline: Option<Handle>,
     /// Collects garbage in every VM; called for `POST /v1/gc`.
     pub collect: Option<Box<dyn Fn()>>,
     /// The health of upstreams' nodes, as `GET /v1/healthcheck` lists it.
@@ -47,7 +51,7 @@ pub async fn serve(listener: TcpListener, state: Rc<State>, shutdown: impl Futur
             }
         }
     };
-    api::serve(listener, Rc::new(handler), shutdown).await;
+    api::serve(listener, None, Rc::new(handler), shutdown).await;
 }
 
 async fn answer(state: &State, call: &Call) -> Answer {
@@ -61,8 +65,19 @@ async fn answer(state: &State, call: &Call) -> Answer {
             }
             Answer::text(200, "")
         }
+        (&Method::PUT, ["v1", "plugins", "reload"]) => match &state.pipeline {
+            Some(pipeline) => match pipeline.reload_plugins().await {
+                Ok(_) => Answer::text(200, "done"),
+                Err(e) => Answer::refuse(503, e.to_string()),
+            },
+            None => Answer::refuse(503, "plugins cannot be reloaded"),
+        },
         (&Method::GET | &Method::HEAD, ["v1", "lua"]) => match &state.lua {
-            Some(held) => Answer::json(200, &held().await),
+            Some(held) => {
+                let mut held = held().await;
+                held["control"] = json!({"tasks": runtime::Handle::current().metrics().num_alive_tasks()});
+                Answer::json(200, &held)
+            }
             None => not_found(),
         },
         (&Method::GET | &Method::HEAD, ["v1", rest @ ..]) => get(state, &snapshot, rest),
@@ -96,7 +111,7 @@ fn get(state: &State, snapshot: &Snapshot, place: &[&str]) -> Answer {
 }
 
 fn not_found() -> Answer {
-    Answer::refuse(404, "404 Route Not Found")
+    Answer::refuse(404, "404 Not Found")
 }
 
 /// As the packed reply, with the plugins that are loaded.

@@ -80,8 +80,6 @@ fn tell(survey: &Survey, report: &mut Report) {
     for (path, way_out) in &survey.unsupported {
         if let Some(text) = at(&survey.written, path).and_then(Value::as_str) {
             tell_snippet(path, text, report);
-        } else if *path == "deployment.admin.https_admin" {
-            report.add(Change, "config", *path, "cannot be honoured", *way_out);
         } else {
             report.add(Cannot, "config", *path, "cannot be honoured", *way_out);
         }

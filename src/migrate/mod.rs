@@ -132,12 +132,8 @@ pub fn check(options: &Options) -> Result<Report> {
     for (name, size) in &ground.config.shared_dicts {
         shdict::store().declare(name, *size);
     }
-    let setup = Setup {
-        prefix: options.prefix.clone(),
-        config: ground.config.json.clone(),
-        locations: ground.config.locations.clone(),
-    };
-    let plugins = Plugins::new(setup)?;
+    let (json, locations) = (ground.config.json.clone(), ground.config.locations.clone());
+    let plugins = Plugins::fixed(Setup::new(options.prefix.clone(), json, locations))?;
     tell_broken_plugins(&plugins, &sources, &roots, &mut report);
     let known = objects::Plugins { checker: plugins.checker(), files: &sources.plugins };
     config::tell_plugins(&ground, &known, &mut report);

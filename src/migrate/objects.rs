@@ -31,6 +31,8 @@ use crate::{
 const MAX_NAMED: usize = 10;
 /// Values in values: the JSON parser takes no deeper ones.
 const MAX_DEPTH: usize = 128;
+/// What a reference to a secret begins with.
+const SECRET: &str = "$secret://";
 /// AES works on blocks of so many bytes.
 const BLOCK: usize = 16;
 
@@ -103,9 +105,9 @@ struct Seen {
     discovery: BTreeMap<String, Places>,
     schemes: BTreeMap<String, Places>,
     checks: Places,
-    secrets: Places,
+    managers: BTreeMap<String, Places>,
     undecryptable: Places,
-    kept: BTreeMap<&'static str, Places>,
+    protos: Places,
     accepted: BTreeMap<&'static str, [usize; 2]>,
 }
 
@@ -174,12 +176,14 @@ struct Looker<'a, 'b> {
 
 impl Looker<'_, '_> {
     fn object(&mut self, kind: Kind, id: &str, mut value: Value) {
-        if has_secret_reference(&value, MAX_DEPTH) {
-            self.seen.secrets.add(self.key);
+        let mut managers = BTreeSet::new();
+        secret_managers(&value, MAX_DEPTH, &mut managers);
+        for manager in managers {
+            self.seen.managers.entry(manager.to_owned()).or_default().add(self.key);
         }
         match kind {
             Kind::Upstream => self.upstream(&value),
-            Kind::Proto | Kind::Secret => self.seen.kept.entry(kind.plural()).or_default().add(self.key),
+            Kind::Proto => self.seen.protos.add(self.key),
             Kind::PluginMetadata => {
                 self.formats(id, &value);
                 self.stored_secrets(id, SchemaKind::Metadata, &mut value);
@@ -235,7 +239,7 @@ impl Looker<'_, '_> {
             self.seen.discovery.entry(kind.to_owned()).or_default().add(self.key);
         }
         let scheme = upstream.get("scheme").and_then(Value::as_str).unwrap_or("http");
-        if matches!(scheme, "grpc" | "grpcs" | "kafka") {
+        if scheme == "kafka" {
             self.seen.schemes.entry(scheme.to_owned()).or_default().add(self.key);
         }
         if upstream.get("checks").is_some_and(Value::is_object) {
@@ -316,13 +320,17 @@ fn looks_encrypted(text: &str) -> bool {
     whole && !text.bytes().all(|b| b.is_ascii_hexdigit())
 }
 
-fn has_secret_reference(value: &Value, depth: usize) -> bool {
+/// The managers that `$secret://manager/id/key` names.
+fn secret_managers<'v>(value: &'v Value, depth: usize, found: &mut BTreeSet<&'v str>) {
     match value {
-        _ if depth == 0 => false,
-        Value::String(text) => text.get(..10).is_some_and(|start| start.eq_ignore_ascii_case("$secret://")),
-        Value::Array(items) => items.iter().any(|item| has_secret_reference(item, depth - 1)),
-        Value::Object(map) => map.values().any(|item| has_secret_reference(item, depth - 1)),
-        _ => false,
+        _ if depth == 0 => {}
+        Value::String(text) => {
+            let start = text.get(..SECRET.len()).filter(|start| start.eq_ignore_ascii_case(SECRET));
+            found.extend(start.and_then(|_| text[SECRET.len()..].split('/').next()));
+        }
+        Value::Array(items) => items.iter().for_each(|item| secret_managers(item, depth - 1, found)),
+        Value::Object(map) => map.values().for_each(|item| secret_managers(item, depth - 1, found)),
+        _ => {}
     }
 }
 
@@ -355,23 +363,18 @@ fn tell(seen: &Seen, by: &Checked<'_>, report: &mut Report) {
         "set retries: a node that does not answer is passed over for the next one, request by request",
     );
     one(
-        &seen.secrets,
-        Cannot,
-        "refers to a secret manager ($secret://), and none is asked yet",
-        "write the value itself, which is stored encrypted, or $env://NAME",
-    );
-    one(
         &seen.undecryptable,
         Change,
         "a field looks encrypted, and no key of the keyring opens it",
         "give the keyring that encrypted it: --conf config.yaml; without it the text counts as it stands",
     );
-    for (kind, places) in &seen.kept {
-        let what = match *kind {
-            "secrets" => "is kept, and nothing resolves $secret:// yet",
-            _ => "is kept, and only grpc-transcode, which is not there yet, reads it",
-        };
-        report.add(Note, "object", places.to_string(), what, "");
+    one(&seen.protos, Note, "is kept, and only grpc-transcode, which is not there yet, reads it", "");
+    for (manager, places) in &seen.managers {
+        if by.plugins.checker().find_module(&format!("apisix.secret.{manager}")).is_none() {
+            let what = format!("refers to a secret manager that there is not ({SECRET}{manager}/)");
+            let advice = "write the value itself, which is stored encrypted, or $env://NAME";
+            report.add(Cannot, "object", places.to_string(), what, advice);
+        }
     }
 }
 

@@ -267,7 +267,7 @@ const ADVICE: &[(&str, Verdict, &str)] = &[
     ("load_module", Cannot, "nginx's modules are not loaded: write what it does in Lua"),
     ("js_*", Cannot, "there is no njs: write the script in Lua"),
     ("perl*", Cannot, "there is no Perl: write the script in Lua"),
-    ("grpc_*", Cannot, "gRPC is not spoken to upstreams yet"),
+    ("grpc_*", Change, "write it as an upstream whose scheme is grpc or grpcs"),
     ("fastcgi_*", Cannot, "FastCGI is not spoken: put a web server before the application"),
     ("uwsgi_*", Cannot, "uwsgi is not spoken: let the application speak HTTP"),
     ("scgi_*", Cannot, "SCGI is not spoken: let the application speak HTTP"),

@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 
 use super::{
     crypt,
-    parse::{ParseContext, boxed, decrypt_keys, enabled, invalid, number, strings, text},
+    parse::{ParseContext, boxed, decrypt_key, enabled, invalid, number, strings, text},
 };
 use crate::error::Result;
 
@@ -28,8 +28,7 @@ pub struct Ssl {
 
 impl Ssl {
     pub(super) fn from_json(map: &mut Map<String, Value>, context: &ParseContext<'_>) -> Result<Ssl> {
-        decrypt_keys(map, context)?;
-        let pairs = pairs(map)?;
+        let pairs = pairs(map, context)?;
         let client = map.get("client").and_then(Value::as_object);
         let client_ca = client.and_then(|client| {
             let depth = number(client, "depth").map_or(1, |n| u8::try_from(n).unwrap_or(u8::MAX));
@@ -60,22 +59,30 @@ impl Ssl {
     }
 }
 
-/// `cert` and `key`, then `certs` and `keys` side by side.
-fn pairs(map: &Map<String, Value>) -> Result<Vec<(Box<str>, Box<str>)>> {
+/// `cert` and `key`, then `certs` and `keys` side by side; keys decrypted.
+fn pairs(map: &Map<String, Value>, context: &ParseContext<'_>) -> Result<Vec<(Box<str>, Box<str>)>> {
     let mut pairs = Vec::new();
-    if let Some((cert, key)) = boxed(map, "cert").zip(boxed(map, "key")) {
-        check_pair(&cert, &key).map_err(invalid)?;
-        pairs.push((cert, key));
+    if let Some((cert, key)) = text(map, "cert").zip(text(map, "key")) {
+        pairs.push(pair(cert, key, context).map_err(invalid)?);
     }
     let (certs, keys): (Vec<_>, Vec<_>) = (strings(map, "certs").collect(), strings(map, "keys").collect());
     if certs.len() != keys.len() {
         return Err(invalid("mismatched number of certs and keys"));
     }
     for (i, (cert, key)) in certs.into_iter().zip(keys).enumerate() {
-        check_pair(cert, key).map_err(|e| invalid(format!("failed to handle cert-key pair[{}]: {e}", i + 1)))?;
-        pairs.push((cert.into(), key.into()));
+        let failed = |e| invalid(format!("failed to handle cert-key pair[{}]: {e}", i + 1));
+        pairs.push(pair(cert, key, context).map_err(failed)?);
     }
     Ok(pairs)
+}
+
+fn pair(cert: &str, key: &str, context: &ParseContext<'_>) -> Result<(Box<str>, Box<str>), String> {
+    if !crypt::is_reference(cert) {
+        certificates(cert)?;
+    }
+    let key = decrypt_key(key, context)?;
+    check_pair(cert, &key)?;
+    Ok((cert.into(), key))
 }
 
 /// Whether certificate and key can be read and belong together. References are resolved when used, so they pass here.
@@ -86,13 +93,64 @@ pub(super) fn check_pair(cert: &str, key: &str) -> Result<(), String> {
     let chain = certificates(cert)?;
     let key = PrivateKeyDer::from_pem_slice(key.as_bytes())
         .map_err(|_| "failed to parse key: PEM_read_bio_PrivateKey() failed".to_owned())?;
-    let key = ring::sign::any_supported_type(&key).map_err(|e| format!("failed to parse key: {e}"))?;
+    let key = ring::sign::any_supported_type(&key).map_err(|_| unusable(&key))?;
     match CertifiedKey::new(chain, key).keys_match() {
         Err(rustls::Error::InconsistentKeys(rustls::InconsistentKeys::KeyMismatch)) => {
             Err("failed to parse key: key and certificate do not match".into())
         }
         Err(rustls::Error::InvalidCertificate(_)) => Err("failed to parse cert: PEM_read_bio_X509_AUX() failed".into()),
         _ => Ok(()),
+    }
+}
+
+/// Has `check` look at an object whose references (`$secret://…`) are as long as what they stand for.
+pub(super) fn without_references(
+    value: &mut Value,
+    check: &mut dyn FnMut(&mut Value) -> Result<(), String>,
+) -> Result<(), String> {
+    /// Longer than the schema's `minLength`s.
+    const LONG_ENOUGH: usize = 128;
+    let mut references = Vec::new();
+    for_each_text(value, &mut |text| {
+        if crypt::is_reference(text) {
+            references.push(std::mem::replace(text, "-".repeat(LONG_ENOUGH)));
+        } else {
+            references.push(String::new());
+        }
+    });
+    let outcome = check(value);
+    let mut references = references.into_iter();
+    for_each_text(value, &mut |text| {
+        if let Some(reference) = references.next().filter(|reference| !reference.is_empty()) {
+            *text = reference;
+        }
+    });
+    outcome
+}
+
+/// Certificates and keys, in one order.
+fn for_each_text(value: &mut Value, visit: &mut dyn FnMut(&mut String)) {
+    for name in ["cert", "key", "certs", "keys"] {
+        match value.get_mut(name) {
+            Some(Value::String(text)) => visit(text),
+            Some(Value::Array(items)) => {
+                for item in items {
+                    if let Value::String(text) = item {
+                        visit(text);
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Why a key that is DER by its label cannot sign.
+fn unusable(key: &PrivateKeyDer<'_>) -> String {
+    use x509_parser::der_parser::der::parse_der_sequence;
+    match parse_der_sequence(key.secret_der()) {
+        Ok(([], _)) => "failed to parse key: only RSA, P-256, P-384 and Ed25519 keys can be used".to_owned(),
+        _ => "failed to parse key: PEM_read_bio_PrivateKey() failed".to_owned(),
     }
 }
 

@@ -1,12 +1,16 @@
 //! A request from top to bottom.
 
-use std::{borrow::Cow, net::IpAddr, rc::Rc, sync::Arc};
+use std::{borrow::Cow, cell::Cell, net::IpAddr, rc::Rc, sync::Arc};
 
-use super::{Proxy, forward, forwarded, location, real_ip, rescue, servlet};
+use super::{
+    Proxy,
+    asked::{self, Asked},
+    forward, forwarded, location, real_ip, rescue, servlet,
+};
 use crate::{
     error::{Error, Kind, Result},
     exchange::{Exchange, Matched, Phase, Var},
-    model::{Object, Route, Service},
+    model::{Id, Object, Route, Service},
     observe::log::Level,
     plugin::{
         PhaseMask, output,
@@ -24,14 +28,14 @@ pub(super) async fn serve(p: &Rc<Proxy>, x: &mut Exchange) {
         return;
     }
     forwarded::apply(&p.settings.trusted, x);
-    let sound = !p.settings.normalize_uri_like_servlet || servlet::normalize(&mut x.request.path);
-    if sound {
-        find_route(p, x);
-    }
+    let sound = match !p.settings.normalize_uri_like_servlet || servlet::normalize(&mut x.request.path) {
+        true => find_route(p, x).await,
+        false => Err(Error::client(Kind::Malformed).context("failed to normalize the URI like a servlet container")),
+    };
     let phases = p.runner.begin(x);
     let answered = match sound {
-        true => answer(p, x, phases).await,
-        false => Err(Error::client(Kind::Malformed).context("failed to normalize the URI like a servlet container")),
+        Ok(()) => answer(p, x, phases).await,
+        Err(e) => Err(e),
     };
     if let Err(e) = answered {
         rescue::answer(p, x, e).await;
@@ -71,6 +75,9 @@ pub(super) async fn end(p: &Proxy, x: &mut Exchange, phases: PhaseMask) {
 }
 
 async fn answer(p: &Rc<Proxy>, x: &mut Exchange, phases: PhaseMask) -> Result<()> {
+    if let Some((status, reason)) = missing(x) {
+        return refuse(p, x, status, &reason).await;
+    }
     if phases != PhaseMask::default() {
         x.lua.host = Some(location::host(p));
     }
@@ -79,6 +86,9 @@ async fn answer(p: &Rc<Proxy>, x: &mut Exchange, phases: PhaseMask) -> Result<()
         let flow = p.runner.rewrite_access(x).await;
         if flow != Flow::Next {
             return flowed(p, x, flow).await;
+        }
+        if let Some(id) = missing_group(x) {
+            return refuse(p, x, 503, &format!("failed to fetch consumer group config by id: {id}")).await;
         }
     }
     let Some(matched) = &x.matched else {
@@ -101,6 +111,31 @@ async fn answer(p: &Rc<Proxy>, x: &mut Exchange, phases: PhaseMask) -> Result<()
         }
     }
     forward::forward(p, x).await
+}
+
+/// What the route names and nobody has: status and reason. Served without it the request would lack what may protect it.
+fn missing(x: &Exchange) -> Option<(u16, String)> {
+    let matched = x.matched.as_ref().filter(|m| m.found.plain_upstream().is_none())?;
+    let route = &matched.route().value;
+    if let Some(id) = route.plugin_config_id.as_ref().filter(|id| !x.snapshot.plugin_configs.contains_key(*id)) {
+        return Some((503, format!("failed to fetch plugin config by id: {id}")));
+    }
+    let id = route.service_id.as_ref().filter(|_| matched.service.is_none())?;
+    Some((404, format!("failed to fetch service configuration by id: {id}")))
+}
+
+/// The group that the consumer is said to be in, when there is none of that name.
+fn missing_group(x: &Exchange) -> Option<Id> {
+    let id = x.consumer.as_ref()?.value.group_id.as_ref()?;
+    (!x.snapshot.consumer_groups.contains_key(id)).then(|| id.clone())
+}
+
+/// nginx's page for the status; the reason is for the log.
+async fn refuse(p: &Rc<Proxy>, x: &mut Exchange, status: u16, reason: &str) -> Result<()> {
+    x.log(Level::Error, reason.as_bytes());
+    rescue::page(p, x, status);
+    rescue::stamp(p, x);
+    output::answer(x, &p.runner).await
 }
 
 /// What a plugin decided instead of going on.
@@ -179,12 +214,70 @@ fn choose_upstream(x: &mut Exchange) -> Result<()> {
     Ok(())
 }
 
-fn find_route(p: &Proxy, x: &mut Exchange) {
-    let tail = p.settings.delete_uri_tail_slash && x.request.path.len() > 1 && x.request.path.ends_with(b"/");
-    let facts = RequestFacts { x, runner: &p.runner, path: x.request.path.len() - usize::from(tail) };
-    let Some(found) = x.snapshot.router.find(&facts) else { return };
-    let service = if found.plain_upstream().is_some() { None } else { service_of(x, &found) };
-    x.matched = Some(Matched { found, service });
+/// Finds the route. Where one that is met has conditions about the body, that is read first.
+#[inline(always)]
+async fn find_route(p: &Proxy, x: &mut Exchange) -> Result<()> {
+    let asked = look_up(p, x);
+    if asked.any() {
+        Box::pin(asked::read(p, x, asked)).await?;
+        // Two kinds of questions may stand one after the other.
+        let more = look_up(p, x);
+        if more.any() {
+            Box::pin(asked::read(p, x, more)).await?;
+            look_up(p, x);
+        }
+    }
+    Ok(())
+}
+
+/// Sets what matches; what its conditions have asked in vain.
+fn look_up(p: &Proxy, x: &mut Exchange) -> Asked {
+    let path = matched_path(p, x);
+    let tail = p.settings.delete_uri_tail_slash && path.len() > 1 && path.ends_with(b"/");
+    let path = path[..path.len() - usize::from(tail)].into();
+    let facts = RequestFacts { x, runner: &p.runner, path, asked: Cell::default() };
+    let found = x.snapshot.router.find(&facts);
+    let asked = facts.asked.get();
+    if !asked.any()
+        && let Some(found) = found
+    {
+        let service = if found.plain_upstream().is_some() { None } else { service_of(x, &found) };
+        x.matched = Some(Matched { found, service });
+    }
+    asked
+}
+
+/// The path that routes are compared with. With `match_uri_encoded_slash` an encoded slash stays `%2F`, as long as nothing but
+/// decoding has made the path what it is: what climbs by dots cannot hide behind one.
+fn matched_path<'a>(p: &Proxy, x: &'a Exchange) -> Cow<'a, [u8]> {
+    let plain = Cow::Borrowed(&x.request.path[..]);
+    if !p.settings.match_uri_encoded_slash {
+        return plain;
+    }
+    let raw = x.request.target.split(|b| *b == b'?').next().unwrap_or_default();
+    let (mut decoded, mut kept) = (Vec::with_capacity(raw.len()), Vec::with_capacity(raw.len()));
+    let digit = |at: usize| raw.get(at).and_then(|b| (*b as char).to_digit(16));
+    let mut at = 0;
+    while at < raw.len() {
+        match (raw[at], digit(at + 1), digit(at + 2)) {
+            (b'%', Some(high), Some(low)) => {
+                let b = (high * 16 + low) as u8;
+                decoded.push(b);
+                kept.extend_from_slice(if b == b'/' {
+                    b"%2F"
+                } else {
+                    std::slice::from_ref(&decoded[decoded.len() - 1])
+                });
+                at += 3;
+            }
+            (b, ..) => {
+                decoded.push(b);
+                kept.push(b);
+                at += 1;
+            }
+        }
+    }
+    if decoded == x.request.path { Cow::Owned(kept) } else { plain }
 }
 
 fn service_of(x: &Exchange, found: &Found) -> Option<Arc<Object<Service>>> {
@@ -195,8 +288,9 @@ fn service_of(x: &Exchange, found: &Found) -> Option<Arc<Object<Service>>> {
 struct RequestFacts<'a> {
     x: &'a Exchange,
     runner: &'a Runner,
-    /// So much of the path counts.
-    path: usize,
+    path: Cow<'a, [u8]>,
+    /// What conditions have asked of a body that is not read.
+    asked: Cell<Asked>,
 }
 
 impl Facts for RequestFacts<'_> {
@@ -205,7 +299,7 @@ impl Facts for RequestFacts<'_> {
     }
 
     fn path(&self) -> &[u8] {
-        &self.x.request.path[..self.path]
+        &self.path
     }
 
     fn method(&self) -> &[u8] {
@@ -217,6 +311,9 @@ impl Facts for RequestFacts<'_> {
     }
 
     fn var(&self, name: &str) -> Option<Cow<'_, [u8]>> {
+        let mut asked = self.asked.get();
+        asked.note(self.x, name);
+        self.asked.set(asked);
         let mut scratch = Vec::new();
         self.x.var(&Var::parse(name), &mut scratch).map(|value| Cow::Owned(value.to_vec()))
     }

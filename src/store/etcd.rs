@@ -31,8 +31,9 @@ use connect::Tls;
 const PAGE: i64 = 2000;
 /// The largest message taken from etcd. A page that is larger is asked for in halves.
 const MAX_MESSAGE: usize = 64 << 20;
-/// Between two tries to reach the cluster: doubled from the first to the second, with jitter.
-const BACKOFF: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(5)];
+/// Between two tries to reach the cluster: doubled from the first to the second, with jitter. The second keeps the promise that five
+/// seconds after a cluster is back all nodes serve what it holds.
+const BACKOFF: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(2)];
 /// What APISIX writes to make a directory of a key.
 const DIRECTORY: &[u8] = b"init_dir";
 
@@ -298,7 +299,7 @@ impl Etcd {
             create_revision: previous.as_ref().map_or(revision, |p| p.create_revision),
             mod_revision: revision,
         };
-        Ok(Some(Written { entry, previous, revision }))
+        Ok(Some(Written { entry, previous, revision, lease: lease.map(|id| id.to_string()) }))
     }
 
     async fn lease(&self, ttl_secs: u64) -> Outcome<i64> {
@@ -306,6 +307,28 @@ impl Etcd {
         let granted =
             self.call(true, move |mut client| Box::pin(async move { client.lease_grant(ttl, None).await })).await?;
         Ok(granted.id())
+    }
+
+    async fn renew(&self, lease: i64) -> Outcome<Option<u64>> {
+        let renewed = self
+            .call(true, move |mut client| {
+                Box::pin(async move {
+                    let alive = client.lease_keep_alive(lease).await;
+                    match alive {
+                        // Says only whether there is such a lease.
+                        Ok(_) => client.lease_time_to_live(lease, None).await.map(Some),
+                        Err(etcd_client::Error::LeaseKeepAliveError(_)) => Ok(None),
+                        Err(e) => Err(e),
+                    }
+                })
+            })
+            .await?;
+        Ok(renewed.and_then(|left| u64::try_from(left.granted_ttl()).ok()))
+    }
+
+    async fn server_version(&self) -> Outcome<String> {
+        let status = self.call(true, |mut client| Box::pin(async move { client.status().await })).await?;
+        Ok(status.version().to_owned())
     }
 
     /// `None`: the condition did not hold.
@@ -398,6 +421,19 @@ impl Store for Etcd {
             let deleted = self.erase(key, on).await.map_err(|e| e.into_error("delete"))?;
             deleted.ok_or_else(|| conflict(key))
         })
+    }
+
+    fn keep_alive<'a>(&'a self, lease: &'a str) -> BoxFuture<'a, Result<Option<u64>>> {
+        Box::pin(async move {
+            match lease.parse() {
+                Ok(id) => self.renew(id).await.map_err(|e| e.into_error("keepalive")),
+                Err(_) => Ok(None),
+            }
+        })
+    }
+
+    fn version(&self) -> BoxFuture<'_, Result<String>> {
+        Box::pin(async move { self.server_version().await.map_err(|e| e.into_error("version")) })
     }
 
     fn watch(self: Arc<Self>, changes: ChangeSink) -> BoxFuture<'static, ()> {
@@ -639,7 +675,7 @@ mod tests {
 
     #[test]
     fn backs_off_between_half_and_all_of_a_bounded_time() {
-        for (failures, most) in [(0, 100), (3, 800), (6, 5000), (u32::MAX, 5000)] {
+        for (failures, most) in [(0, 100), (3, 800), (6, 2000), (u32::MAX, 2000)] {
             let d = backoff(failures).as_millis();
             assert!(d >= most / 2 && d <= most, "{failures}: {d}");
         }

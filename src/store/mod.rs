@@ -1,6 +1,7 @@
 //! Where configuration lives and how it reaches the workers.
 //!
-//! A `Store` reads and writes resources as JSON texts by key; three exist: embedded (redb), etcd, file. A store's changes go
+//! A `Store` reads and writes resources as JSON texts by key; four exist: embedded (redb), etcd, file, and one document that the
+//! Admin API replaces. A store's changes go
 //! through `pipeline` (parse, validate, skip what is invalid) into a new `Snapshot`, which `Published` hands to
 //! every worker. Only this module knows where config came from.
 
@@ -15,6 +16,7 @@ pub mod pipeline;
 pub mod published;
 pub mod snapshot;
 pub mod source;
+pub mod standalone;
 
 use std::{future::Future, pin::Pin, sync::Arc};
 
@@ -24,6 +26,7 @@ pub use pipeline::{Handle, Pipeline, Setup, Started, start};
 pub use published::Published;
 pub use snapshot::Snapshot;
 pub use source::{SourceState, SourceStatus};
+pub use standalone::Standalone;
 
 use crate::{
     conf::Config,
@@ -57,6 +60,8 @@ pub struct Written {
     pub previous: Option<Entry>,
     /// The store's revision after the write: `Published::reached` waits for it.
     pub revision: i64,
+    /// What `Store::keep_alive` takes to renew the time of an entry that was given one.
+    pub lease: Option<String>,
 }
 
 /// Where the embedded store and the last good state of the others live, relative to the prefix.
@@ -68,14 +73,22 @@ pub fn last_good_path(config: &Config) -> std::path::PathBuf {
     config.prefix.join(LAST_GOOD_FILE)
 }
 
+/// What stands before keys where users see them, whatever the store: `deployment.etcd.prefix`.
+pub fn shown_prefix(config: &serde_json::Value) -> String {
+    let prefix = config.pointer("/deployment/etcd/prefix").and_then(serde_json::Value::as_str).unwrap_or("/apisix");
+    prefix.trim_end_matches('/').to_owned()
+}
+
 /// The store that `deployment` names.
 pub fn open(config: &Config) -> Result<Arc<dyn Store>> {
     let deployment = &config.json["deployment"];
     let role = deployment["role"].as_str().unwrap_or("traditional");
     let provider = deployment[format!("role_{role}")]["config_provider"].as_str().unwrap_or("embedded");
+    tracing::info!("use config_provider: {provider}");
     Ok(match provider {
         "embedded" => embedded::Embedded::open(&config.prefix.join(EMBEDDED_FILE))?,
         "etcd" => etcd::Etcd::new(etcd::EtcdConfig::from_json(&config.json, &config.prefix)?),
+        "yaml" if role == "traditional" => Standalone::new(),
         "yaml" => file::File::new(&config.prefix, file::Format::Yaml),
         "json" => file::File::new(&config.prefix, file::Format::Json),
         _ => {
@@ -88,7 +101,7 @@ pub fn open(config: &Config) -> Result<Arc<dyn Store>> {
 
 /// Reads and writes of the Admin API. A write that was answered survives SIGKILL.
 pub trait Store: Send + Sync + 'static {
-    /// `embedded`, `etcd` or `file`: for messages.
+    /// `embedded`, `etcd`, `file` or `standalone`: for messages.
     fn name(&self) -> &'static str;
 
     fn get<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<Entry>>>;
@@ -108,8 +121,24 @@ pub trait Store: Send + Sync + 'static {
     /// The entry that was deleted (its `mod_revision` before) and the store's revision after; `None` when there was none.
     fn delete<'a>(&'a self, key: &'a str, on: Condition) -> BoxFuture<'a, Result<Option<(Entry, i64)>>>;
 
+    /// An entry lives its whole time from now on: the seconds it has; `None` when it is gone, or was written since by
+    /// somebody else.
+    fn keep_alive<'a>(&'a self, _lease: &'a str) -> BoxFuture<'a, Result<Option<u64>>> {
+        Box::pin(async { Ok(None) })
+    }
+
+    /// The version of the server that stores.
+    fn version(&self) -> BoxFuture<'_, Result<String>> {
+        Box::pin(async { Ok(env!("CARGO_PKG_VERSION").to_owned()) })
+    }
+
     /// Which source this is (`etcd http://a:2379 /apisix`), for a store whose last good state is kept on disk beside it.
     fn identity(&self) -> Option<String> {
+        None
+    }
+
+    /// The store as one document, if it is one: what `/apisix/admin/configs` works with.
+    fn standalone(self: Arc<Self>) -> Option<Arc<Standalone>> {
         None
     }
 
@@ -148,6 +177,7 @@ mod tests {
         for (role, provider, expected) in [
             ("traditional", "embedded", Some("embedded")),
             ("traditional", "etcd", Some("etcd")),
+            ("traditional", "yaml", Some("standalone")),
             ("data_plane", "yaml", Some("file")),
             ("data_plane", "json", Some("file")),
             ("traditional", "zookeeper", None),

@@ -10,11 +10,13 @@ pub struct SourceState(ArcSwap<SourceStatus>);
 
 #[derive(Clone, Debug)]
 pub struct SourceStatus {
-    /// `embedded`, `etcd` or `file`.
+    /// `embedded`, `etcd`, `file` or `standalone`.
     pub name: &'static str,
     /// The last revision taken over.
     pub revision: i64,
     pub connected: bool,
+    /// Something of it, or the last good state, is served.
+    pub received: bool,
     /// When `connected` became what it is.
     pub since: SystemTime,
     /// Since when what is served may be older than what the source holds: the source has been lost since, or the
@@ -29,6 +31,7 @@ impl SourceState {
             name,
             revision: 0,
             connected: false,
+            received: false,
             since: SystemTime::now(),
             stale_since: None,
             last_error: None,
@@ -44,6 +47,7 @@ impl SourceState {
         self.update(|s| {
             s.revision = revision;
             s.stale_since = None;
+            s.received = true;
             set_connected(s, true);
         });
     }
@@ -66,6 +70,7 @@ impl SourceState {
         self.update(|s| {
             s.revision = revision;
             s.stale_since = Some(saved);
+            s.received = true;
         });
     }
 

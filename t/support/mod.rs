@@ -207,6 +207,15 @@ impl Gateway {
         self.address("control")
     }
 
+    pub fn status(&self) -> String {
+        self.address("status")
+    }
+
+    /// All addresses of that name in logs/listen.json.
+    pub fn listening(&self, what: &str) -> Value {
+        self.listen[what].clone()
+    }
+
     pub fn prometheus(&self) -> String {
         self.address("prometheus")
     }

@@ -43,7 +43,8 @@ impl<'a> Reader<'a> {
         if stream.tcp.len() + stream.udp.len() > MAX_PORTS {
             self.wrong(path, format!("names {} ports, more than {MAX_PORTS}", stream.tcp.len() + stream.udp.len()));
         }
-        stream.enabled = !stream.tcp.is_empty() || !stream.udp.is_empty();
+        // Another node may be the one that listens.
+        stream.enabled = mode & STREAM != 0 || !stream.tcp.is_empty() || !stream.udp.is_empty();
         (mode & HTTP != 0, stream)
     }
 
@@ -188,7 +189,7 @@ mod tests {
         let (config, _) = read("apisix: {proxy_mode: stream, stream_proxy: {tcp: [9100]}}");
         assert!(config.stream.enabled && config.listen.is_empty() && config.listen_tls.is_empty());
         let (config, _) = read("apisix: {proxy_mode: http&stream}");
-        assert!(!config.stream.enabled && !config.listen.is_empty());
+        assert!(config.stream.enabled && config.stream.tcp.is_empty() && !config.listen.is_empty());
         let (config, warnings) = read("test_node: {stream_listen: [{port: 1985}, {port: 2005, tls: true}]}");
         assert_eq!((tcp(&config).join(","), warnings.len()), ("0.0.0.0:1985,0.0.0.0:2005 tls".to_owned(), 0));
         let refused = |text| crate::conf::parse(Path::new("/p"), text).err().map_or(Vec::new(), |e| e.0).join(",");
