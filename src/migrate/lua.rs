@@ -4,7 +4,7 @@
 //! the program runs is not seen.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     path::Path,
 };
 
@@ -397,11 +397,16 @@ struct Meaning {
 }
 
 /// Local names that mean one thing in the whole text; those that mean several are `None`.
-struct Names<'a>(HashMap<&'a str, Option<Meaning>>);
+#[derive(Default)]
+struct Names<'a> {
+    meanings: HashMap<&'a str, Option<Meaning>>,
+    /// The tokens that declare a local name: they use nothing.
+    declaring: HashSet<usize>,
+}
 
 impl<'a> Names<'a> {
     fn of(tokens: &[Token<'a>]) -> Names<'a> {
-        let mut names = Names(HashMap::new());
+        let mut names = Names::default();
         for at in 0..tokens.len() {
             match name(tokens, at) {
                 Some("local") if name(tokens, at + 1) == Some("function") => {
@@ -423,7 +428,7 @@ impl<'a> Names<'a> {
     }
 
     fn note(&mut self, local: &'a str, meaning: Option<Meaning>) {
-        let known = self.0.entry(local).or_insert_with(|| meaning.clone());
+        let known = self.meanings.entry(local).or_insert_with(|| meaning.clone());
         if *known != meaning {
             *known = None;
         }
@@ -453,6 +458,7 @@ impl<'a> Names<'a> {
         let mut locals = Vec::new();
         while let Some(local) = name(tokens, at) {
             locals.push(local);
+            self.declaring.insert(at);
             at += 1;
             if !mark(tokens, at, b',') {
                 break;
@@ -505,7 +511,7 @@ fn chain(tokens: &[Token<'_>], at: usize, names: &Names<'_>) -> Option<Chain> {
             let meaning = Meaning { root: module.to_owned(), path: Vec::new() };
             (meaning, next + usize::from(mark(tokens, at + 1, b'(') && mark(tokens, next, b')')))
         }
-        _ => match names.0.get(first) {
+        _ => match names.meanings.get(first) {
             Some(Some(meaning)) => (meaning.clone(), at + 1),
             Some(None) => return None,
             None => (Meaning { root: "_G".to_owned(), path: vec![first.to_owned()] }, at + 1),
@@ -555,8 +561,7 @@ fn uses<'t>(tokens: &'t [Token<'_>], names: &'t Names<'_>) -> impl Iterator<Item
         if matches!(word, "ctx" | "api_ctx") {
             return variable_of(tokens, at, line);
         }
-        // What is declared is not used by it.
-        if at > 0 && matches!(name(tokens, at - 1), Some("local" | "function")) {
+        if names.declaring.contains(&at) || (at > 0 && name(tokens, at - 1) == Some("function")) {
             return None;
         }
         let Chain { meaning, end } = chain(tokens, at, names)?;
@@ -620,7 +625,7 @@ mod tests {
         };
         uses(&tokens, &names)
             .map(shown)
-            .filter(|shown| shown.contains("ngx") || !shown.contains(":_G") || shown.contains("var"))
+            .filter(|shown| !shown.contains(":_G.") || [":_G.ngx", ":_G.ctx"].iter().any(|start| shown.contains(start)))
             .collect()
     }
 
@@ -660,6 +665,7 @@ mod tests {
         let text = "local http = require('resty.http')\nlocal function f(http) return http.nothing end\n\
                     local x = ngx.var\nfor x in y do z(x.no) end\nlocal a = ngx.re or {}\na.b()";
         assert_eq!(used(text), ["3:_G.ngx.var", "5:_G.ngx.re"]);
+        assert_eq!(used("local a, mine = b, ngx.var.mine"), ["1:_G.ngx.var.mine"], "a declaration sets no variable");
     }
 
     #[test]
