@@ -22,7 +22,7 @@ use crate::{
     app::banner::LISTEN_FILE,
     conf::{self, Config, Warning, admin_key},
     error::{Error, Kind, Result},
-    lua,
+    lua, migrate,
     observe::log::{self, Level},
 };
 
@@ -53,12 +53,26 @@ Verbs:
   restart   stop, then start; with a broken configuration the old one goes on
   test      check the configuration and print every mistake in it
   init      make the directories, the configuration file and the admin key that are missing
+  migrate   say what of an APISIX runs here: see below
   version   print the version
   help      print this
 
 Options:
   -p, --prefix DIR    conf/, logs/, data/ and plugins/ are in it (default: the current directory)
   -c, --config FILE   the configuration (default: conf/config.yaml in DIR)
+
+moongate migrate check [OPTION]...
+  reads an APISIX, changes nothing, and prints what runs as it is, what needs a change and what cannot work;
+  its exit code is 0 when all runs, 1 when something needs a change, 2 when something cannot work, 64 for a wrong call
+
+  --conf FILE               its config.yaml; also names the store and the keyring
+  --etcd URL[,URL]...       the members of its etcd
+  --etcd-prefix PREFIX      where in it (default: /apisix)
+  --etcd-user USER --etcd-password-env NAME
+                            who reads it; the password is in the environment variable NAME
+  --apisix-yaml FILE        its objects in a file, YAML or JSON
+  --lua-path DIR            its own Lua, as in extra_lua_path: DIR/apisix/plugins/x.lua; may be given again
+  --json                    the report for tools
 ";
 
 /// The file that `init` writes: the one that comes with the gateway.
@@ -71,7 +85,12 @@ struct Options {
     prefix: PathBuf,
     config: Option<PathBuf>,
     verb: Verb,
+    /// What follows `migrate`.
+    rest: Vec<OsString>,
 }
+
+/// The exit code of a wrong call (sysexits.h).
+const EX_USAGE: u8 = 64;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Verb {
@@ -83,11 +102,12 @@ enum Verb {
     Restart,
     Test,
     Init,
+    Migrate,
     Help,
     Version,
 }
 
-const VERBS: [(&str, Verb); 9] = [
+const VERBS: [(&str, Verb); 10] = [
     ("start", Verb::Start),
     ("stop", Verb::Stop),
     ("quit", Verb::Quit),
@@ -95,6 +115,7 @@ const VERBS: [(&str, Verb); 9] = [
     ("restart", Verb::Restart),
     ("test", Verb::Test),
     ("init", Verb::Init),
+    ("migrate", Verb::Migrate),
     ("help", Verb::Help),
     ("version", Verb::Version),
 ];
@@ -104,7 +125,7 @@ pub fn main(run: Run) -> ExitCode {
     let done = parse(env::args_os().skip(1)).and_then(|options| perform(&options, run));
     log::flush_all(FLUSH_PATIENCE);
     match done {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(e) => {
             let _ = writeln!(io::stderr(), "moongate: {}", e.to_string().trim_end());
             ExitCode::FAILURE
@@ -114,7 +135,7 @@ pub fn main(run: Run) -> ExitCode {
 
 fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Options> {
     use lexopt::prelude::{Long, Short, Value};
-    let mut options = Options { prefix: PathBuf::from("."), config: None, verb: Verb::Run };
+    let mut options = Options { prefix: PathBuf::from("."), config: None, verb: Verb::Run, rest: Vec::new() };
     let mut parser = lexopt::Parser::from_args(args);
     while let Some(arg) = parser.next().map_err(usage)? {
         match arg {
@@ -125,6 +146,9 @@ fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Options> {
             Value(word) if options.verb == Verb::Run => {
                 let known = VERBS.iter().find(|(name, _)| word == *name);
                 options.verb = known.ok_or_else(|| usage(format!("{} is not a verb", word.display())))?.1;
+                if options.verb == Verb::Migrate {
+                    options.rest = parser.raw_args().map_err(usage)?.collect();
+                }
             }
             other => return Err(usage(other.unexpected())),
         }
@@ -137,8 +161,8 @@ fn usage(what: impl ToString) -> Error {
     Error::config(Kind::Invalid).context(format!("{}; see moongate help", what.to_string()))
 }
 
-fn perform(options: &Options, run: Run) -> Result<()> {
-    match options.verb {
+fn perform(options: &Options, run: Run) -> Result<ExitCode> {
+    let done = match options.verb {
         Verb::Run => foreground(options, run),
         Verb::Start => start(options),
         Verb::Stop => stop(&options.prefix, STOP_PATIENCE),
@@ -150,9 +174,28 @@ fn perform(options: &Options, run: Run) -> Result<()> {
         Verb::Restart => restart(options),
         Verb::Test => test(options),
         Verb::Init => init(options),
+        Verb::Migrate => return migrate(options),
         Verb::Help => say(HELP.trim_end()),
         Verb::Version => say(env!("CARGO_PKG_VERSION")),
+    };
+    done.map(|()| ExitCode::SUCCESS)
+}
+
+/// Its exit code is its verdict.
+fn migrate(options: &Options) -> Result<ExitCode> {
+    let asked = match migrate::Options::parse(&options.prefix, options.rest.iter().cloned()) {
+        Ok(asked) => asked,
+        Err(e) => {
+            writeln!(io::stderr(), "moongate: {e}; see moongate help")?;
+            return Ok(ExitCode::from(EX_USAGE));
+        }
+    };
+    let report = migrate::check(&asked)?;
+    match asked.json {
+        true => say(&report.to_json().to_string())?,
+        false => say(report.to_string().trim_end())?,
     }
+    Ok(ExitCode::from(report.exit_code()))
 }
 
 fn say(text: &str) -> Result<()> {

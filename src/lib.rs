@@ -12,6 +12,7 @@ pub mod exchange;
 pub mod expr;
 pub mod location;
 pub mod lua;
+pub mod migrate;
 pub mod model;
 pub mod net;
 pub mod observe;

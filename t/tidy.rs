@@ -23,6 +23,7 @@ const LAYERS: &[&[&str]] = &[
     &["proxy", "stream"],
     &["admin", "control"],
     &["app"],
+    &["migrate"],
     &["cli"],
 ];
 

@@ -11,7 +11,7 @@ mod control;
 mod ending;
 mod functions;
 mod listeners;
-mod plugins;
+pub mod plugins;
 mod reload;
 mod settings;
 mod worker;

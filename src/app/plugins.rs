@@ -24,6 +24,8 @@ pub struct Plugins {
     checker: Rc<Checker>,
     /// The configuration file, where the command line names one.
     file: Option<PathBuf>,
+    /// Whether a reload reads that file again.
+    rereads: bool,
     pub fields: Arc<Fields>,
 }
 
@@ -31,9 +33,18 @@ impl Plugins {
     /// Loads the plugins of the binary and the disk; those of the store come with `reload`.
     pub fn new(setup: Setup, file: Option<PathBuf>) -> Result<Plugins> {
         let checker = Rc::new(Checker::new(setup, &Snapshot::default())?);
-        let plugins = Plugins { checker, file, fields: Arc::default() };
+        let plugins = Plugins { checker, file, rereads: true, fields: Arc::default() };
         plugins.note_fields();
         Ok(plugins)
+    }
+
+    /// The same, by this configuration for good: it is no gateway's that runs.
+    pub fn fixed(setup: Setup) -> Result<Plugins> {
+        Ok(Plugins { rereads: false, ..Plugins::new(setup, None)? })
+    }
+
+    pub fn checker(&self) -> &Checker {
+        &self.checker
     }
 
     /// Which plugins there are, and what they are told, may have changed in the configuration file. One with mistakes changes
@@ -68,7 +79,9 @@ impl PluginChecker for Plugins {
     }
 
     fn reload(&self, snapshot: &Snapshot) {
-        self.reread();
+        if self.rereads {
+            self.reread();
+        }
         PluginChecker::reload(&*self.checker, snapshot);
         self.note_fields();
     }

@@ -95,11 +95,8 @@ const WITHOUT_COUNTERPART: &[&str] = &[
 pub(super) fn look(written: &Value, defaults: &Value, mistakes: &mut Vec<String>) -> Vec<Warning> {
     let mut warnings = Vec::new();
     let allowed = allowed(written);
-    for (path, way_out) in UNSUPPORTED {
-        if !is_used(at(written, path)) {
-            continue;
-        }
-        if allowed.contains(path) {
+    for (path, way_out) in unsupported(written) {
+        if allowed.contains(&path) {
             warnings.push(Warning(format!("{path}: has no effect: {way_out}")));
         } else {
             mistakes.push(format!(
@@ -114,6 +111,11 @@ pub(super) fn look(written: &Value, defaults: &Value, mistakes: &mut Vec<String>
     }
     unknown(written, defaults, "", &mut warnings);
     warnings
+}
+
+/// The paths that were written and whose meaning would be lost, with the way out.
+pub(super) fn unsupported(written: &Value) -> impl Iterator<Item = (&'static str, &'static str)> {
+    UNSUPPORTED.iter().copied().filter(|(path, _)| is_used(at(written, path)))
 }
 
 fn allowed(written: &Value) -> Vec<&str> {

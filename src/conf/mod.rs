@@ -291,12 +291,50 @@ pub fn load(prefix: &Path, file: Option<&Path>) -> Result<(Config, Vec<Warning>)
 pub fn parse(prefix: &Path, text: &str) -> Result<(Config, Vec<Warning>), Mistakes> {
     let one = |e: String| Mistakes(vec![e]);
     let mut mistakes = Vec::new();
-    let mut written = yaml::read(text).map_err(|e| one(format!("not YAML: {e}")))?;
+    let written = written(text, &mut mistakes).map_err(one)?;
+    let (_, warnings, config) = take(prefix, &written, &mut mistakes).map_err(one)?;
+    match config {
+        Some(config) if mistakes.is_empty() => Ok((config, warnings)),
+        _ => Err(Mistakes(mistakes)),
+    }
+}
+
+/// All that can be said of a file that may be another gateway's: nothing in it ends the reading.
+pub struct Survey {
+    /// What the file says, environment variables filled in.
+    pub written: Value,
+    /// That over the defaults.
+    pub effective: Value,
+    /// `None` when the mistakes leave no configuration.
+    pub config: Option<Config>,
+    /// Paths whose meaning would be lost, and the way out.
+    pub unsupported: Vec<(&'static str, &'static str)>,
+    /// What stops the start beside those.
+    pub mistakes: Vec<String>,
+    pub warnings: Vec<Warning>,
+}
+
+/// Reads a configuration as if all that is unsupported were allowed. Fails on what is no YAML map.
+pub fn survey(prefix: &Path, text: &str) -> Result<Survey, String> {
+    let mut mistakes = Vec::new();
+    let written = written(text, &mut mistakes)?;
+    let unsupported: Vec<_> = keys::unsupported(&written).collect();
+    let paths: Vec<_> = unsupported.iter().map(|(path, _)| *path).collect();
+    let mut allowing = written.clone();
+    keys::merge(&mut allowing, serde_json::json!({"apisix": {"allow_unsupported": paths}}));
+    let (effective, mut warnings, config) = take(prefix, &allowing, &mut mistakes)?;
+    warnings.retain(|Warning(text)| !paths.iter().any(|path| text.starts_with(&format!("{path}: has no effect: "))));
+    Ok(Survey { written, effective, config, unsupported, mistakes, warnings })
+}
+
+/// The file's own map.
+fn written(text: &str, mistakes: &mut Vec<String>) -> Result<Value, String> {
+    let mut written = yaml::read(text).map_err(|e| format!("not YAML: {e}"))?;
     if written.is_null() {
         written = Value::Object(Default::default());
     }
     if !written.is_object() {
-        return Err(one("the file must hold a map: apisix:, deployment:, …".into()));
+        return Err("the file must hold a map: apisix:, deployment:, …".into());
     }
     for list in ["plugins", "stream_plugins"] {
         // `plugins:` with nothing after it lists none.
@@ -304,26 +342,32 @@ pub fn parse(prefix: &Path, text: &str) -> Result<(Config, Vec<Warning>), Mistak
             *list = Value::Array(Vec::new());
         }
     }
-    env::fill(&mut written, &mut mistakes);
-    let mut effective = defaults().map_err(one)?;
-    let mut warnings = keys::look(&written, &effective, &mut mistakes);
+    env::fill(&mut written, mistakes);
+    Ok(written)
+}
+
+/// What was written over the defaults: as JSON, and as typed values.
+fn take(
+    prefix: &Path,
+    written: &Value,
+    mistakes: &mut Vec<String>,
+) -> Result<(Value, Vec<Warning>, Option<Config>), String> {
+    let mut effective = defaults()?;
+    let mut warnings = keys::look(written, &effective, mistakes);
     keys::merge(&mut effective, written.clone());
-    if keys::at(&written, "test_node").is_some() && keys::at(&written, "apisix.node_listen").is_none() {
+    if keys::at(written, "test_node").is_some() && keys::at(written, "apisix.node_listen").is_none() {
         effective["apisix"]["node_listen"] = TEST_NODE_PORT.into();
     }
-    if keys::at(&written, "test_node").is_some() && keys::at(&written, "nginx_config.worker_processes").is_none() {
+    if keys::at(written, "test_node").is_some() && keys::at(written, "nginx_config.worker_processes").is_none() {
         // What those suites count, they count in one worker.
         effective["nginx_config"]["worker_processes"] = 1.into();
     }
-    let key_required = keys::at(&written, "deployment.admin.admin_key_required") == Some(&Value::Bool(true));
+    let key_required = keys::at(written, "deployment.admin.admin_key_required") == Some(&Value::Bool(true));
     if !key_required && is_open_test_node(&effective) {
         effective["deployment"]["admin"]["admin_key_required"] = false.into();
     }
-    let config = typed::read(prefix, effective, &written, &mut warnings, &mut mistakes);
-    match config {
-        Some(config) if mistakes.is_empty() => Ok((config, warnings)),
-        _ => Err(Mistakes(mistakes)),
-    }
+    let config = typed::read(prefix, effective.clone(), written, &mut warnings, mistakes);
+    Ok((effective, warnings, config))
 }
 
 /// Where the two APIs listen in truth, for a test node that has them on its own port: one of the configured ports may be 0.

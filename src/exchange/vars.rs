@@ -157,6 +157,11 @@ const DEFAULTS: &[(&str, &str)] = &[
     ("request_line", ""),
 ];
 
+/// Whether a variable has a value before a request starts.
+pub fn is_preset(name: &str) -> bool {
+    DEFAULTS.iter().any(|(preset, _)| *preset == name)
+}
+
 fn known_names() -> &'static HashMap<&'static str, Known> {
     static TABLE: OnceLock<HashMap<&'static str, Known>> = OnceLock::new();
     TABLE.get_or_init(|| NAMES.iter().copied().collect())

@@ -191,6 +191,20 @@ pub fn decrypt_env(keyring: &Keyring, env: &mut Value) {
     }
 }
 
+/// Looks at the secret fields of a plugin's conf, as they are stored.
+pub fn look_at_fields(
+    custom: Option<&dyn EncryptFields>,
+    plugin: &str,
+    kind: SchemaKind,
+    conf: &mut Value,
+    look: &dyn Fn(&str),
+) {
+    with_fields(custom, plugin, kind, conf, &|_, text| {
+        look(text);
+        None
+    });
+}
+
 /// Encrypts them. References stay readable.
 pub fn encrypt_env(keyring: &Keyring, env: &mut Value) {
     if keyring.fields && !keyring.is_empty() {

@@ -354,6 +354,18 @@ impl Checker {
         trial::run(self.setup.borrow().clone(), snapshot, trial)
     }
 
+    /// Where the checking VM has a module from: `packed`, `built in` or a file; nothing when it finds none.
+    pub fn find_module(&self, module: &str) -> Option<String> {
+        call(&self.loaded()?.vm, "moongate.survey", "find", module).ok()?
+    }
+
+    /// Whether a module that is the gateway's own, or the global `ngx` for `_G`, has a member (`request.header`). True where
+    /// only a request could tell.
+    pub fn has_member(&self, module: &str, member: &str) -> bool {
+        let Some(Loaded { vm, .. }) = self.loaded() else { return true };
+        call(&vm, "moongate.survey", "has", (module, member)).unwrap_or(true)
+    }
+
     /// Whether the text of a function compiles; if not: file, line and why.
     pub fn compile_function(&self, id: &str, source: &str) -> Result<(), String> {
         let Some(Loaded { vm, .. }) = self.loaded() else { return Err("no VM".into()) };

@@ -4,6 +4,8 @@
 //! and directory ends with the value that stands for it.
 #![allow(dead_code, unused_imports, reason = "each test program uses a part of it")]
 
+pub mod apisix;
+pub mod etcd;
 pub mod http;
 pub mod http2;
 pub mod peers;
