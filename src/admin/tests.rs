@@ -80,6 +80,9 @@ async fn start_on(between: impl FnOnce(Arc<dyn Store>) -> Arc<dyn Store>) -> Api
     let places = (admin.local_addr().expect("bound"), control.local_addr().expect("bound"));
     tokio::task::spawn_local(serve(admin, Rc::new(state), std::future::pending()));
     let control_state = control::State {
+        reload: None,
+        plugin_apis: None,
+        trace: None,
         published: started.published,
         source: started.source,
         plugins,

@@ -24,6 +24,7 @@ pub struct Listening {
     pub udp: Vec<SocketAddr>,
     pub admin: Option<SocketAddr>,
     pub control: Option<SocketAddr>,
+    pub status: Option<SocketAddr>,
     pub prometheus: Option<SocketAddr>,
 }
 
@@ -37,6 +38,7 @@ pub fn write_listen_json(prefix: &Path, at: &Listening) -> io::Result<()> {
         "udp": at.udp,
         "admin": at.admin,
         "control": at.control,
+        "status": at.status,
         "prometheus": at.prometheus,
     });
     let path = prefix.join(LISTEN_FILE);
@@ -67,6 +69,7 @@ pub fn print_banner(
         ("UDP", several(&at.udp)),
         ("Admin API", several(at.admin.as_slice())),
         ("control API", several(at.control.as_slice())),
+        ("status API", several(at.status.as_slice())),
         ("metrics", at.prometheus.map(|a| format!("{a}{}", config.prometheus.uri)).unwrap_or_default()),
         ("store", store.to_owned()),
         ("admin key", key_file.map(|path| path.display().to_string()).unwrap_or_default()),

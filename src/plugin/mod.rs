@@ -6,9 +6,11 @@ pub mod output;
 pub mod plan;
 pub mod registry;
 pub mod run;
+pub mod watch;
 
 pub use registry::{Checker, PluginInfo, Setup};
 pub use run::{Flow, Runner, VmState};
+pub use watch::Watching;
 
 use crate::exchange::Phase;
 

@@ -10,7 +10,7 @@ use std::{
 
 use serde_json::Value;
 
-use super::{PhaseMask, natives};
+use super::{PhaseMask, Watching, natives};
 use crate::{
     conf::locations::Locations,
     error::{Error, Result},
@@ -44,7 +44,7 @@ pub struct PluginInfo {
 }
 
 /// Phases in the order of `moongate.plugins`' `phases`.
-const PHASES: [Phase; 7] = [
+pub(super) const PHASES: [Phase; 7] = [
     Phase::Rewrite,
     Phase::Access,
     Phase::BeforeProxy,
@@ -85,6 +85,7 @@ pub struct Setup {
     pub prefix: PathBuf,
     pub config: Arc<Value>,
     pub locations: Arc<Locations>,
+    pub watching: Arc<Watching>,
 }
 
 impl Setup {
@@ -155,6 +156,7 @@ pub fn vm(config: VmConfig) -> Result<Rc<Vm>> {
 
 /// Loads the plugins of `names`. What does not load is logged and left out.
 pub fn load(vm: &Rc<Vm>, names: &[Box<str>]) -> Plugins {
+    run_user_hook(vm);
     let mut plugins = Plugins::new();
     for name in names {
         match load_one(vm, name) {
@@ -167,6 +169,28 @@ pub fn load(vm: &Rc<Vm>, names: &[Box<str>]) -> Plugins {
         }
     }
     plugins
+}
+
+/// Lists them in error.log, as APISIX does in its debug mode.
+pub fn tell(plugins: &Plugins) {
+    let mut all: Vec<_> = plugins.values().collect();
+    all.sort_by(|a, b| b.priority.cmp(&a.priority).then_with(|| a.name.cmp(&b.name)));
+    for plugin in all {
+        tracing::info!(target: "lua", "loaded plugin and sort by priority: {} name: {}", plugin.priority, plugin.name);
+    }
+}
+
+/// `apisix.lua_module_hook`. One that fails is told, and plugins are loaded as they are.
+fn run_user_hook(vm: &Rc<Vm>) {
+    let hook = vm.config.config.pointer("/apisix/lua_module_hook").and_then(Value::as_str).filter(|name| !name.is_empty());
+    let Some(name) = hook else { return };
+    let failed = match call::<Option<String>>(vm, "moongate.plugins", "run_user_hook", name) {
+        Ok(failed) => failed,
+        Err(e) => Some(e.to_string()),
+    };
+    if let Some(why) = failed {
+        tracing::error!(target: "lua", "apisix.lua_module_hook: failed to load module [{name}]: {why}");
+    }
 }
 
 enum Refused {

@@ -2,7 +2,7 @@
 
 use std::{borrow::Cow, net::IpAddr, rc::Rc, sync::Arc};
 
-use super::{Proxy, forward, forwarded, location, real_ip, rescue, servlet};
+use super::{Proxy, forward, forwarded, location, real_ip, rescue, servlet, watch};
 use crate::{
     error::{Error, Kind, Result},
     exchange::{Exchange, Matched, Phase, Var},
@@ -22,6 +22,9 @@ pub(super) async fn serve(p: &Rc<Proxy>, x: &mut Exchange) {
     real_ip::apply(&p.settings.real_ip, x);
     if !p.locations.is_empty() && location::serve(p, x).await {
         return;
+    }
+    if p.runner.watching().any() {
+        p.runner.watching().begin(x);
     }
     forwarded::apply(&p.settings.trusted, x);
     let sound = !p.settings.normalize_uri_like_servlet || servlet::normalize(&mut x.request.path);
@@ -66,6 +69,9 @@ pub(super) async fn end(p: &Proxy, x: &mut Exchange, phases: PhaseMask) {
     x.phase = Phase::Log;
     if phases != PhaseMask::default() || x.lua.run.is_some() {
         p.runner.log(x).await;
+    }
+    if x.watch.is_some() {
+        watch::end(p, x);
     }
     p.ending.ended(x, &p.runner);
 }
@@ -182,7 +188,17 @@ fn choose_upstream(x: &mut Exchange) -> Result<()> {
 fn find_route(p: &Proxy, x: &mut Exchange) {
     let tail = p.settings.delete_uri_tail_slash && x.request.path.len() > 1 && x.request.path.ends_with(b"/");
     let facts = RequestFacts { x, runner: &p.runner, path: x.request.path.len() - usize::from(tail) };
-    let Some(found) = x.snapshot.router.find(&facts) else { return };
+    let found = match &x.watch {
+        None => x.snapshot.router.find(&facts),
+        Some(_) => {
+            let (found, candidates) = watch::find(x, &facts);
+            if let Some(watch) = &mut x.watch {
+                watch.candidates = candidates;
+            }
+            found
+        }
+    };
+    let Some(found) = found else { return };
     let service = if found.plain_upstream().is_some() { None } else { service_of(x, &found) };
     x.matched = Some(Matched { found, service });
 }
@@ -192,7 +208,7 @@ fn service_of(x: &Exchange, found: &Found) -> Option<Arc<Object<Service>>> {
 }
 
 /// The request as the router asks about it.
-struct RequestFacts<'a> {
+pub(super) struct RequestFacts<'a> {
     x: &'a Exchange,
     runner: &'a Runner,
     /// So much of the path counts.

@@ -15,6 +15,8 @@ pub struct SourceStatus {
     /// The last revision taken over.
     pub revision: i64,
     pub connected: bool,
+    /// Whether anything was ever taken over, be it from the disk.
+    pub received: bool,
     /// When `connected` became what it is.
     pub since: SystemTime,
     /// Since when what is served may be older than what the source holds: the source has been lost since, or the
@@ -29,6 +31,7 @@ impl SourceState {
             name,
             revision: 0,
             connected: false,
+            received: false,
             since: SystemTime::now(),
             stale_since: None,
             last_error: None,
@@ -43,6 +46,7 @@ impl SourceState {
     pub(super) fn up_to_date(&self, revision: i64) {
         self.update(|s| {
             s.revision = revision;
+            s.received = true;
             s.stale_since = None;
             set_connected(s, true);
         });
@@ -65,6 +69,7 @@ impl SourceState {
     pub(super) fn last_good(&self, revision: i64, saved: SystemTime) {
         self.update(|s| {
             s.revision = revision;
+            s.received = true;
             s.stale_since = Some(saved);
         });
     }
