@@ -3,7 +3,8 @@
 //! Runs on the control thread; handlers need not be `Send`.
 
 use std::{
-    borrow::Cow, cell::RefCell, convert::Infallible, future::Future, net::IpAddr, pin::pin, rc::Rc, sync::Arc, time::Duration,
+    borrow::Cow, cell::RefCell, convert::Infallible, future::Future, net::IpAddr, pin::pin, rc::Rc, sync::Arc,
+    time::Duration,
 };
 
 use bytes::Bytes;

@@ -75,7 +75,10 @@ async fn ask(worker: &mpsc::Sender<Question>) -> Option<Vec<VmState>> {
     answer.await.ok()
 }
 
-async fn ask_endpoint(worker: &mpsc::Sender<Question>, call: PluginCall) -> Option<Result<Option<PluginReply>, String>> {
+async fn ask_endpoint(
+    worker: &mpsc::Sender<Question>,
+    call: PluginCall,
+) -> Option<Result<Option<PluginReply>, String>> {
     let (sender, answer) = oneshot::channel();
     worker.send(Question::Endpoint(call, sender)).await.ok()?;
     answer.await.ok()

@@ -59,13 +59,12 @@ pub async fn run(mut config: Config) -> Result<()> {
     let debug = DebugFile::new(&config.prefix, watching.clone());
     let debug_changes = debug.changes();
     spawn_local(debug.follow());
-    let setup =
-        Setup {
-            prefix: config.prefix.clone(),
-            config: config.json.clone(),
-            locations: config.locations.clone(),
-            watching: watching.clone(),
-        };
+    let setup = Setup {
+        prefix: config.prefix.clone(),
+        config: config.json.clone(),
+        locations: config.locations.clone(),
+        watching: watching.clone(),
+    };
     let plugins = Plugins::new(setup.clone())?;
     let store = store::open(&config)?;
     let started = tokio::select! {
@@ -88,7 +87,8 @@ pub async fn run(mut config: Config) -> Result<()> {
     };
     let mut workers = Workers::start((blueprint, debug_changes), sockets, readiness)?;
     workers.ready().await?;
-    let mut reload = Reload::new(&config, (at.admin, at.control), plugins.clone(), (started.handle.clone(), watching.clone()));
+    let mut reload =
+        Reload::new(&config, (at.admin, at.control), plugins.clone(), (started.handle.clone(), watching.clone()));
     let (finish, finished) = watch::channel(false);
     let (collect, asking) = (workers.collections.clone(), workers.asking.clone());
     let (reloads, asked) = mpsc::channel(RELOADS);
@@ -237,7 +237,8 @@ impl Workers {
     /// Tells who asked for a reload that every worker has taken it over.
     fn tell_when_taken(&self, number: Option<u64>, who: Asked) {
         let Some(number) = number else {
-            let _ = who.send(Err("the configuration file has mistakes, which error.log names: nothing was reloaded".into()));
+            let _ = who
+                .send(Err("the configuration file has mistakes, which error.log names: nothing was reloaded".into()));
             return;
         };
         let mut taken = self.taken.clone();

@@ -370,10 +370,9 @@ fn chores(
     chores.spawn_local(follow_debug(serving.clone(), debug));
     let asked = serving.clone();
     let endpoints = serving.clone();
-    chores.spawn_local(questions.answer(
-        move || asked.proxy().runner.states(),
-        move |call| endpoint(endpoints.proxy(), call),
-    ));
+    chores.spawn_local(
+        questions.answer(move || asked.proxy().runner.states(), move |call| endpoint(endpoints.proxy(), call)),
+    );
     let ending = ending.clone();
     chores.spawn_local(async move { ending.flush_in_time().await });
     chores

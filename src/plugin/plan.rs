@@ -263,7 +263,10 @@ pub fn planned(owners: &[Owner], plugins: &registry::Plugins) -> Rc<[Planned]> {
                 owner: name.clone(),
                 is_global,
                 from: item.key.as_str().into(),
-                phases: registry::PHASES.into_iter().filter(|phase| info.is_some_and(|i| i.phases.has(*phase))).collect(),
+                phases: registry::PHASES
+                    .into_iter()
+                    .filter(|phase| info.is_some_and(|i| i.phases.has(*phase)))
+                    .collect(),
             }
         };
         owner.items.iter().map(of_item).collect::<Vec<_>>()

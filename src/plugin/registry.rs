@@ -182,7 +182,8 @@ pub fn tell(plugins: &Plugins) {
 
 /// `apisix.lua_module_hook`. One that fails is told, and plugins are loaded as they are.
 fn run_user_hook(vm: &Rc<Vm>) {
-    let hook = vm.config.config.pointer("/apisix/lua_module_hook").and_then(Value::as_str).filter(|name| !name.is_empty());
+    let hook =
+        vm.config.config.pointer("/apisix/lua_module_hook").and_then(Value::as_str).filter(|name| !name.is_empty());
     let Some(name) = hook else { return };
     let failed = match call::<Option<String>>(vm, "moongate.plugins", "run_user_hook", name) {
         Ok(failed) => failed,

@@ -117,10 +117,14 @@ impl Watching {
         let Some(mut watch) = x.watch.take() else { return };
         if !watch.told {
             watch.told = true;
-            if watch.traced && let Some(name) = self.id_header() {
+            if watch.traced
+                && let Some(name) = self.id_header()
+            {
                 x.response.headers.set(name, trace_id(x));
             }
-            if watch.named && let Some(text) = names(x, &watch) {
+            if watch.named
+                && let Some(text) = names(x, &watch)
+            {
                 x.response.headers.set("Apisix-Plugins", text);
             }
         }

@@ -47,7 +47,14 @@ mod tests {
         for (uid, (id, json)) in functions.iter().enumerate() {
             let value = Function { source: "".into() };
             let (create_revision, mod_revision) = (uid as i64, 10 + uid as i64);
-            let object = Object { id: (*id).into(), uid: uid as u64, create_revision, mod_revision, json: (*json).into(), value };
+            let object = Object {
+                id: (*id).into(),
+                uid: uid as u64,
+                create_revision,
+                mod_revision,
+                json: (*json).into(),
+                value,
+            };
             snapshot.functions.insert((*id).into(), Arc::new(object));
         }
         snapshot

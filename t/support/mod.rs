@@ -205,6 +205,11 @@ impl Gateway {
         self.address("control")
     }
 
+    /// Of the status API, which a test's settings turn on.
+    pub fn status(&self) -> String {
+        self.address("status")
+    }
+
     pub fn prometheus(&self) -> String {
         self.address("prometheus")
     }
