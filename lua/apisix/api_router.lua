@@ -5,8 +5,7 @@
 -- uri may end with `*`; `:name` stands for a part of the path in the control API where `apisix.control.router` is
 -- `radixtree_uri_with_parameter`: what matched is in `ctx.curr_req_matched`.
 local plugin = require("apisix.plugin")
-local config_local = require("apisix.core.config_local")
-local ipairs, table_sort, tostring, type = ipairs, table.sort, tostring, type
+local ipairs, next, select, table_sort, type = ipairs, next, select, table.sort, type
 
 local _M = {}
 
@@ -86,35 +85,18 @@ local function find(found, uri, method)
     end
 end
 
+--- The endpoint that a plugin has at `uri` for `method`, or nil: its handler, and what of the uri matched. `kind`: "api" or
+--- "control_api"; `named`: parameters in uris count. All phases.
+function _M.find(kind, uri, method, named)
+    local endpoint, matched = find(endpoints(kind, named), uri, method)
+    return endpoint and endpoint.handler, matched
+end
+
 --- Runs the public endpoint at `uri`: its status and body, or nil when there is none for this method. In every phase that may answer.
 function _M.match(uri, ctx)
-    local endpoint = find(endpoints("api"), uri, ctx.var.request_method)
-    if endpoint then return endpoint.handler(ctx) end
+    local handler = _M.find("api", uri, ctx.var.request_method)
+    if handler then return handler(ctx) end
     return nil
-end
-
-local function names_parameters()
-    local control = config_local.local_conf().apisix.control
-    return type(control) == "table" and control.router == "radixtree_uri_with_parameter"
-end
-
---- Answers the running request of the control API, whose tables have the slot `at`: status and body, or nothing where no plugin has
---- an endpoint for it. A table becomes JSON.
-function _M.control(at)
-    local ctx = require("moongate.ctx").begin(at, {})
-    local endpoint, matched = find(endpoints("control_api", names_parameters()), ngx.var.uri, ngx.req.get_method())
-    if not endpoint then return nil end
-    ctx.curr_req_matched = matched
-    local code, body = endpoint.handler(ctx)
-    if type(code) ~= "number" and body == nil then code, body = nil, code end
-    if type(body) == "table" then
-        body = require("apisix.core.json").encode(body)
-        ngx.header["Content-Type"] = "application/json"
-    elseif not ngx.header["Content-Type"] then
-        ngx.header["Content-Type"] = "text/plain"
-    end
-    if not code then code = ngx.status ~= 0 and ngx.status or 200 end
-    return code, body ~= nil and tostring(body) or nil
 end
 
 return _M

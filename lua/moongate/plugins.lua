@@ -13,12 +13,13 @@ _M.phases = { "rewrite", "access", "before_proxy", "header_filter", "body_filter
 -- What every plugin's schema allows beside its own properties.
 local meta_schema = {
     type = "object",
+    additionalProperties = false,
     properties = {
         disable = { type = "boolean" },
         error_response = { oneOf = { { type = "string" }, { type = "object" } } },
-        priority = { type = "integer" },
-        filter = { type = "array" },
-        pre_function = { type = "string" },
+        priority = { type = "integer", description = "runs the plugin as if it had this priority" },
+        filter = { type = "array", description = "an expression over variables: the plugin runs for requests that fulfil it" },
+        pre_function = { type = "string", description = "Lua that returns a function(conf, ctx), called before the plugin in each phase" },
     },
 }
 

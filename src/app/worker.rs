@@ -232,11 +232,11 @@ async fn follow(
                 let old = serving.replace(proxy, &blueprint);
                 // Its requests go on without its timers, as those of an nginx worker that is shutting down.
                 spawn_local(async move { close(&old.runner, TIMERS_PATIENCE).await });
+                // The first load counts, too.
+                tracing::info!("load plugin times: {}", blueprint.number + 1);
             }
             Err(e) => tracing::error!("{e}; what was loaded before goes on"),
         }
-        // The first load counts, too.
-        tracing::info!("load plugin times: {}", blueprint.number + 1);
         taken.send_replace(blueprint.number);
     }
 }

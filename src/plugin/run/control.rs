@@ -16,7 +16,7 @@ impl Runner {
         }
         let generation = self.generation.borrow().clone();
         let vm = &generation.vm;
-        let entry = match vm.function("apisix.api_router", "control") {
+        let entry = match vm.function("apisix.control.router", "serve") {
             Ok(entry) => entry,
             Err(e) => {
                 log_error(x, &format!("endpoints of plugins: {e}"));
