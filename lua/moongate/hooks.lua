@@ -1,7 +1,8 @@
 --- Hooks of the debug mode: functions of modules, named in conf/debug.yaml, that tell error.log of their calls.
 
 local native = require("moongate.native").plugin
-local ipairs, pairs, pcall, require, select, tostring, type = ipairs, pairs, pcall, require, select, tostring, type
+local ipairs, pairs, pcall, require, select, tostring, type, unpack =
+    ipairs, pairs, pcall, require, select, tostring, type, unpack
 
 local _M = {}
 
@@ -17,26 +18,26 @@ local function shown(...)
     for i = 1, n do
         if values[i] == nil then values[i] = "nil" end
     end
-    return require("inspect")(values, { depth = DEPTH })
+    -- Debugging must not change what happens.
+    local ok, text = pcall(require("inspect"), values, { depth = DEPTH })
+    return ok and text or "{" .. tostring(text) .. "}"
 end
 
-local function results(conf, tell, ...)
-    if conf.results then tell(" return:", ...) end
-    return ...
+local function pack(...)
+    return { n = select("#", ...), ... }
 end
 
+-- The hook itself logs: the line names the function that was called.
 local function hook_of(module, name, original, conf)
     local what = 'call require("' .. module .. '").' .. name .. "()"
     local level = ngx[conf.level:upper() == "ERROR" and "ERR" or conf.level:upper()] or ngx.WARN
-    local function tell(kind, ...)
-        -- Debugging must not change what happens.
-        local ok, text = pcall(shown, ...)
-        ngx.log(level, what, kind, ok and text or tostring(text))
-    end
     return function(...)
         if conf.dynamic and not native.hooked() then return original(...) end
-        if conf.arguments then tell(" args:", ...) end
-        return results(conf, tell, original(...))
+        if conf.arguments then ngx.log(level, what, " args:", shown(...)) end
+        if not conf.results then return original(...) end
+        local list = pack(original(...))
+        ngx.log(level, what, " return:", shown(unpack(list, 1, list.n)))
+        return unpack(list, 1, list.n)
     end
 end
 

@@ -142,15 +142,26 @@ local nginx_phases = {
     { "body_filter", "http_body_filter_phase" }, { "log", "http_log_phase" },
 }
 
+-- In APISIX this decides which plugins run: hooks on it tell of the route's.
+local function filter(_, ctx)
+    local plugin, route = require("apisix.plugin"), ctx.matched_route
+    if plugin.filter and route then plugin.filter(ctx, route, nil, nil, "access") end
+end
+
+local function add_first(plan, phase, owner, f)
+    local section = section_of(owner)
+    add(section, f, {}, { name = "apisix", plain = true })
+    plan[phase] = plan[phase] or {}
+    table.insert(plan[phase], 1, section)
+end
+
 -- For hooks: has the plan call them first in their phases.
 local function call_nginx_phases(plan, owner, dynamic)
     local apisix = require("apisix")
+    add_first(plan, "rewrite", owner, filter)
     for i = dynamic and 2 or 1, #nginx_phases do
         local phase, name = nginx_phases[i][1], nginx_phases[i][2]
-        local section = section_of(owner)
-        add(section, function() apisix[name]() end, {}, { name = "apisix", plain = true })
-        plan[phase] = plan[phase] or {}
-        table.insert(plan[phase], 1, section)
+        add_first(plan, phase, owner, function() apisix[name]() end)
     end
 end
 

@@ -486,7 +486,7 @@ fn the_control_api_tells_what_is_wrong() {
         list = api.control("/v1/routes").await;
         assert_eq!(list.json()[0]["value"]["upstream"]["nodes"], json!([{"host": "foo.com", "port": 1, "weight": 1}]));
         assert_eq!(list.json()[0]["has_domain"], true);
-        assert_eq!(api.control("/v1/healthcheck").await.json(), json!([]));
+        assert_eq!(api.control("/v1/healthcheck").await.json(), json!({}));
         assert_eq!(api.control("/v1/healthcheck/route/1").await.error(), "invalid src type route");
         assert_eq!(api.control("/v1/healthcheck/routes/1").await.error(), "routes[1] not found");
         assert_eq!(api.send(api.control, "POST", "/v1/gc", "", "").await.status, 200);

@@ -171,7 +171,7 @@ fn a_plugin_can_offer_itself_to_workflows_before_it_begins() {
 #[test]
 fn health_is_a_list_and_a_page() {
     let gw = Gateway::start();
-    assert_eq!(get(&gw.control(), "/v1/healthcheck").json(), json!([]));
+    assert_eq!(get(&gw.control(), "/v1/healthcheck").json(), json!({}), "as in APISIX");
     let page = request(&gw.control(), "GET", "/v1/healthcheck", &[("Accept", "text/html")], b"");
     assert_eq!((page.status, page.header("content-type")), (200, Some("text/html")));
     assert!(page.text().contains("<th>Upstream</th>"), "{}", page.text());
