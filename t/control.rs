@@ -2,6 +2,8 @@
 
 mod support;
 
+#[path = "control/contract.rs"]
+mod contract;
 #[path = "control/debug.rs"]
 mod debug;
 #[path = "control/plugins.rs"]
