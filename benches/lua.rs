@@ -198,7 +198,7 @@ fn chain(c: &mut Criterion, title: &str, plugins: usize) {
     router.insert(object("1", route), &[]);
     let snapshot = Arc::new(snapshot);
     let (runtime, local) = runtime();
-    let setup = Setup { config: json!({"plugins": []}).into(), ..Setup::default() };
+    let setup = Setup::new(Default::default(), json!({"plugins": []}).into(), Default::default());
     let runner = local.block_on(&runtime, Runner::new(setup, 0, &snapshot)).expect("a runner");
     let kept = RefCell::new(Some(Exchange::new(connection(), snapshot)));
     let request = async |times: u64| {

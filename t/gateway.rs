@@ -2,6 +2,8 @@
 
 mod support;
 
+#[path = "gateway/admin.rs"]
+mod admin;
 #[path = "gateway/counters.rs"]
 mod counters;
 #[path = "gateway/functions.rs"]

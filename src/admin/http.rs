@@ -14,10 +14,13 @@ use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde_json::{Value, json};
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
     sync::{Semaphore, watch},
     time::{sleep, timeout},
 };
+
+use super::tls::{self, Tls};
 
 /// Wait after `accept` failed (out of descriptors), so that the loop does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -95,6 +98,14 @@ impl Answer {
     /// Of any type.
     pub fn of_type(status: u16, content_type: impl Into<Cow<'static, str>>, body: impl Into<Bytes>) -> Answer {
         Answer { content_type: content_type.into(), ..Answer::json_text(status, body) }
+    }
+
+    pub fn yaml(status: u16, text: impl Into<Bytes>) -> Answer {
+        Answer::of_type(status, "application/yaml", text)
+    }
+
+    pub fn html(status: u16, text: impl Into<Bytes>) -> Answer {
+        Answer::of_type(status, "text/html", text)
     }
 
     /// `{"error_msg": …}`.
@@ -183,8 +194,9 @@ async fn discard(body: &mut Incoming, limits: &Limits) {
 }
 
 fn too_large(size: usize, limit: usize) -> Answer {
-    let text = format!("invalid request body: request size {size} is greater than the maximum size {limit} allowed");
-    Answer::refuse(400, text)
+    let text = format!("request size {size} is greater than the maximum size {limit} allowed");
+    tracing::error!("failed to read request body: {text}");
+    Answer::refuse(400, format!("invalid request body: {text}"))
 }
 
 pub fn parse_query(query: &str) -> Vec<(String, String)> {
@@ -217,17 +229,18 @@ pub fn decode(text: &str) -> String {
 /// Serves `listener` until `shutdown`, then waits for the requests in flight.
 ///
 /// Must run inside a `LocalSet`.
-pub async fn serve<H, F>(listener: TcpListener, handler: Rc<H>, shutdown: impl Future<Output = ()>)
+pub async fn serve<H, F>(listener: TcpListener, tls: Option<Tls>, handler: Rc<H>, shutdown: impl Future<Output = ()>)
 where
     H: Fn(Incomplete) -> F + 'static,
     F: Future<Output = Answer> + 'static,
 {
-    serve_within(LIMITS, listener, handler, shutdown).await;
+    serve_within(LIMITS, listener, tls, handler, shutdown).await;
 }
 
 pub(super) async fn serve_within<H, F>(
     limits: Limits,
     listener: TcpListener,
+    tls: Option<Tls>,
     handler: Rc<H>,
     shutdown: impl Future<Output = ()>,
 ) where
@@ -253,10 +266,14 @@ pub(super) async fn serve_within<H, F>(
             },
             () = &mut shutdown => break,
         };
-        let (handler, ended) = (handler.clone(), ending.subscribe());
+        let (handler, ended, tls) = (handler.clone(), ending.subscribe(), tls.clone());
+        let _ = stream.set_nodelay(true);
         tokio::task::spawn_local(async move {
-            connection(limits, stream, peer, handler, ended).await;
-            drop(place);
+            let _place = place;
+            match tls {
+                None => connection(limits, stream, peer, handler, ended).await,
+                Some(tls) => over_tls(limits, tls, stream, peer, handler, ended).await,
+            }
         });
     }
     drop(listener);
@@ -265,17 +282,31 @@ pub(super) async fn serve_within<H, F>(
     let _ = timeout(limits.drain_patience, ending.closed()).await;
 }
 
-async fn connection<H, F>(
+async fn over_tls<H, F>(
     limits: Limits,
+    tls: Tls,
     stream: TcpStream,
     peer: IpAddr,
     handler: Rc<H>,
-    mut ended: watch::Receiver<bool>,
+    ended: watch::Receiver<bool>,
 ) where
     H: Fn(Incomplete) -> F + 'static,
     F: Future<Output = Answer> + 'static,
 {
-    let _ = stream.set_nodelay(true);
+    let Ok(Ok(stream)) = timeout(limits.head_patience, tls.accept(stream)).await else { return };
+    if tls.lets_in(&stream) {
+        return connection(limits, stream, peer, handler, ended).await;
+    }
+    let refuse = |_: Incomplete| std::future::ready(Answer::html(400, tls::NO_CERTIFICATE));
+    connection(limits, stream, peer, Rc::new(refuse), ended).await;
+}
+
+async fn connection<S, H, F>(limits: Limits, stream: S, peer: IpAddr, handler: Rc<H>, mut ended: watch::Receiver<bool>)
+where
+    S: AsyncRead + AsyncWrite + Unpin + 'static,
+    H: Fn(Incomplete) -> F + 'static,
+    F: Future<Output = Answer> + 'static,
+{
     let service = service_fn(move |request: http::Request<Incoming>| {
         let handler = handler.clone();
         async move {

@@ -1,6 +1,6 @@
 //! Lists: filters first, then pages.
 
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::http::{Answer, Call, parse_query};
 use crate::model::Kind;
@@ -16,29 +16,20 @@ pub(super) struct Shown {
     pub modified: i64,
 }
 
-impl Shown {
-    pub fn to_json(&self) -> Value {
-        json!({
-            "key": self.key, "value": self.value, "createdIndex": self.created, "modifiedIndex": self.modified,
-        })
-    }
-}
-
-/// `{"list": […], "total": n}`: `total` counts what the filters leave, on all pages.
-pub(super) fn answer(kind: Kind, call: &Call, mut items: Vec<Shown>) -> Answer {
+/// The page that is asked for, and how many items the filters leave on all pages.
+pub(super) fn page_of(kind: Kind, call: &Call, mut items: Vec<Shown>) -> Result<(Vec<Shown>, usize), Answer> {
     let size = call.arg("page_size").and_then(|text| text.parse::<i64>().ok());
     if size.is_some_and(|n| !usize::try_from(n).is_ok_and(|n| PAGE_SIZES.contains(&n))) {
         let text = format!("page_size must be between {} and {}", PAGE_SIZES.start(), PAGE_SIZES.end());
-        return Answer::text(400, text);
+        return Err(Answer::text(400, text));
     }
     items.retain(|item| passes(kind, call, &item.value));
     items.sort_by(|a, b| a.created.cmp(&b.created).then_with(|| a.key.cmp(&b.key)));
     let total = items.len();
-    let list: Vec<Value> = page(call, &items).iter().map(Shown::to_json).collect();
-    Answer::json(200, &json!({ "list": list, "total": total }))
+    Ok((page(call, items), total))
 }
 
-fn page<'a>(call: &Call, items: &'a [Shown]) -> &'a [Shown] {
+fn page(call: &Call, items: Vec<Shown>) -> Vec<Shown> {
     let number = |name: &str| call.arg(name).and_then(|text| text.parse::<i64>().ok());
     let (page, size) = (number("page"), number("page_size"));
     if page.is_none() && size.is_none() {
@@ -47,8 +38,7 @@ fn page<'a>(call: &Call, items: &'a [Shown]) -> &'a [Shown] {
     let size =
         size.map_or(*PAGE_SIZES.start(), |n| n.clamp(*PAGE_SIZES.start() as i64, *PAGE_SIZES.end() as i64) as usize);
     let skip = usize::try_from(page.unwrap_or(1).max(1) - 1).unwrap_or(usize::MAX).saturating_mul(size);
-    let rest = items.get(skip..).unwrap_or_default();
-    &rest[..rest.len().min(size)]
+    items.into_iter().skip(skip).take(size).collect()
 }
 
 fn passes(kind: Kind, call: &Call, value: &Value) -> bool {
@@ -56,7 +46,7 @@ fn passes(kind: Kind, call: &Call, value: &Value) -> bool {
     let by_name = call.arg("name").is_none_or(|name| text("name").is_some_and(|own| own.contains(name)));
     let by_label = call.arg("label").is_none_or(|label| {
         let labels = value.get("labels").and_then(Value::as_object);
-        labels.is_some_and(|labels| label.is_empty() || labels.contains_key(label))
+        labels.is_some_and(|labels| labels.contains_key(label))
     });
     let by_uri = call.arg("uri").is_none_or(|uri| {
         let many = value.get("uris").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str);

@@ -3,6 +3,7 @@
 //! Runs on the control thread. A write is answered when it is stored and every request that starts is served by it.
 //! Keys are compared in constant time; bodies and connections are bounded.
 
+mod configs;
 pub mod http;
 mod list;
 mod patch;
@@ -10,33 +11,40 @@ pub mod plugins;
 mod references;
 mod resource;
 mod settings;
+mod shape;
 #[cfg(test)]
 mod tests;
+pub mod tls;
 
 use std::{future::Future, rc::Rc, sync::Arc, time::Duration};
 
 use ::http::Method;
 use serde_json::{Value, json};
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, time::timeout};
 
 use self::{
     http::{Answer, Call, Incomplete},
     resource::Target,
 };
 pub use self::{
-    plugins::{PackedPlugins, PluginHost, PluginInfo},
-    settings::{AdminKey, Role, Settings, keyring},
+    plugins::{Listed, PackedPlugins, PluginHost, PluginInfo},
+    settings::{AdminKey, ApiVersion, Role, Settings, keyring},
+    tls::Tls,
 };
 use crate::{
-    error::{Error, Kind as ErrorKind},
+    error::{self, Error, Kind as ErrorKind},
     model::{
         Kind,
         crypt::{self, EncryptFields},
     },
     schema,
-    store::{Handle, Published, Store},
+    store::{Condition, Handle, Published, Store},
 };
 
+/// The version of APISIX whose Admin API this is.
+pub const APISIX_VERSION: &str = "3.18.0";
+/// Where the store has the list of plugins.
+const PLUGIN_LIST: &str = "/plugins";
 const ROOT: &str = "/apisix/admin";
 /// Largest request body: APISIX's bound on what etcd takes.
 const MAX_BODY_BYTES: usize = 1_572_864;
@@ -69,12 +77,19 @@ impl State {
 }
 
 /// Serves the Admin API on `listener` until `shutdown`. Must run inside a `LocalSet`.
-pub async fn serve(listener: TcpListener, state: Rc<State>, shutdown: impl Future<Output = ()>) {
+///
+/// `tls`: speaks nothing else.
+pub async fn serve(listener: TcpListener, tls: Option<Tls>, state: Rc<State>, shutdown: impl Future<Output = ()>) {
+    match timeout(SERVED_PATIENCE, share_list(&state)).await {
+        Ok(Ok(())) => {}
+        Ok(Err(e)) => tracing::error!("the list of plugins in the store may be another node's: {e}"),
+        Err(_) => tracing::error!("the list of plugins in the store may be another node's: the store does not answer"),
+    }
     let handler = move |request: Incomplete| {
         let state = state.clone();
         async move { handle(&state, request).await }
     };
-    http::serve(listener, Rc::new(handler), shutdown).await;
+    http::serve(listener, tls, Rc::new(handler), shutdown).await;
 }
 
 async fn handle(state: &State, request: Incomplete) -> Answer {
@@ -85,7 +100,7 @@ async fn handle(state: &State, request: Incomplete) -> Answer {
         Err(refusal) => refusal,
     };
     let answer = answer.header("server", &state.settings.server);
-    let answer = if versioned { answer.header("x-api-version", "v3") } else { answer };
+    let answer = if versioned { answer.header("x-api-version", state.settings.version.name()) } else { answer };
     if state.settings.cors { with_cors(answer) } else { answer }
 }
 
@@ -144,7 +159,9 @@ async fn answer(state: &State, request: Incomplete) -> Answer {
     if request.head.method == Method::OPTIONS {
         return Answer::text(200, "");
     }
-    let call = match request.complete(MAX_BODY_BYTES).await {
+    let is_document = request.head.uri.path().strip_prefix(ROOT).is_some_and(|rest| rest.starts_with("/configs"));
+    let bound = if is_document { configs::MAX_BODY_BYTES } else { MAX_BODY_BYTES };
+    let call = match request.complete(bound).await {
         Ok(call) => call,
         Err(refusal) => return refusal,
     };
@@ -171,6 +188,8 @@ async fn route(state: &State, call: &Call) -> Result<Answer, Answer> {
         (&Method::GET | &Method::HEAD, ["plugins", name]) => Ok(plugins::get(&*state.plugins, call, Some(name))),
         (&Method::POST, ["schema", "validate", resource]) => validate(call, resource),
         (&Method::GET | &Method::HEAD, ["schema", place @ ..]) => Ok(plugins::get_schema(&*state.plugins, call, place)),
+        (&Method::POST, ["configs", "validate"]) => configs::validate(state, call).await,
+        (_, ["configs"]) => configs::handle(state, call).await,
         (_, []) => Err(Answer::refuse(404, "not found")),
         (_, segments) => match Target::of(segments) {
             Some(target) => resource::handle(state, target, call).await,
@@ -183,10 +202,29 @@ async fn reload(state: &State) -> Result<Answer, Answer> {
     let Some(pipeline) = &state.pipeline else {
         return Err(Answer::refuse(503, "plugins cannot be reloaded"));
     };
+    share_list(state).await.map_err(|e| store_error(&e))?;
     match pipeline.reload_plugins().await {
         Ok(_) => Ok(Answer::text(200, "done")),
         Err(e) => Err(store_error(&e)),
     }
+}
+
+/// The plugins of a cluster are those of the list that its nodes share: what the configuration file of the node with the Admin API
+/// lists, as it was when the node started or reloaded its plugins. APISIX's own list need not be shared.
+async fn share_list(state: &State) -> error::Result<()> {
+    if state.store.name() != "etcd" {
+        return Ok(());
+    }
+    let Some(listed) = state.plugins.listed() else { return Ok(()) };
+    let stored = state.store.get(PLUGIN_LIST).await?;
+    let known = stored.map(|entry| serde_json::from_str::<Value>(&entry.value).unwrap_or_default());
+    if known.as_ref().map_or(listed.is_default, |known| *known == listed.names) {
+        return Ok(());
+    }
+    let written = state.store.put(PLUGIN_LIST, listed.names.to_string(), Condition::Always, None).await?;
+    tracing::info!("sync local conf to etcd");
+    resource::served(state, written.revision).await;
+    Ok(())
 }
 
 /// `POST /schema/validate/{resource}`: the schema alone, no references.
@@ -200,14 +238,6 @@ fn validate(call: &Call, resource: &str) -> Result<Answer, Answer> {
     match schema.check(&mut value) {
         Ok(()) => Ok(Answer::text(200, "")),
         Err(text) => Err(Answer::refuse(400, text)),
-    }
-}
-
-/// The key of an object, relative to the prefix.
-fn key_of(kind: Kind, id: &str) -> String {
-    match kind {
-        Kind::Credential => format!("/consumers/{id}"),
-        kind => format!("/{}/{id}", kind.plural()),
     }
 }
 

@@ -19,11 +19,26 @@ pub trait PluginHost {
     /// Whether a chunk of Lua in a field (`filter_func`) compiles.
     fn compile_chunk(&self, source: &str) -> Result<(), String>;
 
+    /// What cjson says is wrong with a text; `None` when it says nothing or there is no VM to ask.
+    fn explain_json(&self, text: &[u8]) -> Option<String>;
+
     /// Loads a plugin's source in a scratch VM and checks its contract.
     fn inspect_plugin(&self, name: &str, source: &str) -> Result<(), String>;
 
+    /// The plugins that the configuration file lists now.
+    fn listed(&self) -> Option<Listed>;
+
     /// The loaded plugins of HTTP, highest priority first.
     fn list(&self) -> Vec<PluginInfo>;
+}
+
+/// The configuration's list of plugins.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Listed {
+    /// In the form of the store's list: `[{"name":"cors"},{"name":"mqtt-proxy","stream":true}]`.
+    pub names: Value,
+    /// Nobody has written it: it is APISIX's own.
+    pub is_default: bool,
 }
 
 /// A loaded plugin, as `GET /plugins?all=true` shows it.
@@ -60,8 +75,16 @@ impl PluginHost for PackedPlugins {
         Ok(())
     }
 
+    fn explain_json(&self, _: &[u8]) -> Option<String> {
+        None
+    }
+
     fn inspect_plugin(&self, _: &str, _: &str) -> Result<(), String> {
         Ok(())
+    }
+
+    fn listed(&self) -> Option<Listed> {
+        None
     }
 
     fn list(&self) -> Vec<PluginInfo> {

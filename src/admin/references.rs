@@ -30,6 +30,14 @@ const ID_FIELDS: [(&str, Kind, &str); 5] = [
 
 /// Refuses a write that names an object which is not there, or takes what belongs to another.
 pub(super) async fn check(state: &State, kind: Kind, id: &str, value: &Value) -> Result<(), Answer> {
+    match kind {
+        Kind::Credential => require_owner(state, kind, id).await?,
+        Kind::GraphqlCostDecoration => {
+            require_owner(state, kind, id).await?;
+            unique_field_path(state, id, value).await?;
+        }
+        _ => {}
+    }
     for (field, other, name) in ID_FIELDS {
         if let Some(wanted) = id_text(value.get(field)) {
             exists(state, other, name, &wanted).await?;
@@ -47,18 +55,14 @@ pub(super) async fn check(state: &State, kind: Kind, id: &str, value: &Value) ->
         }
     }
     match kind {
-        Kind::Credential => consumer_exists(state, id).await?,
-        Kind::GlobalRule => unique_global_plugins(&state.published.load(), id, value)?,
-        _ => {}
-    }
-    match kind {
+        Kind::GlobalRule => unique_global_plugins(&state.published.load(), id, value),
         Kind::Consumer | Kind::Credential => unique_auth_keys(&state.published.load(), kind, id, value),
         _ => Ok(()),
     }
 }
 
 async fn exists(state: &State, kind: Kind, name: &str, id: &str) -> Result<Value, Answer> {
-    let found = state.store.get(&super::key_of(kind, id)).await.map_err(|e| super::store_error(&e))?;
+    let found = state.store.get(&kind.key(id)).await.map_err(|e| super::store_error(&e))?;
     match found {
         Some(entry) => Ok(serde_json::from_str(&entry.value).unwrap_or_default()),
         None => {
@@ -68,13 +72,35 @@ async fn exists(state: &State, kind: Kind, name: &str, id: &str) -> Result<Value
     }
 }
 
-async fn consumer_exists(state: &State, id: &str) -> Result<(), Answer> {
-    let username = id.split('/').next().unwrap_or_default();
-    let found = state.store.get(&super::key_of(Kind::Consumer, username)).await.map_err(|e| super::store_error(&e))?;
-    found.map(|_| ()).ok_or_else(|| Answer::refuse(404, "consumer not found"))
+/// The consumer of a credential, the service of a cost decoration. `id` may go on behind the owner's.
+pub(super) async fn require_owner(state: &State, kind: Kind, id: &str) -> Result<(), Answer> {
+    let Some(owner) = kind.owner() else { return Ok(()) };
+    let name = id.split('/').next().unwrap_or_default();
+    let found = state.store.get(&owner.key(name)).await.map_err(|e| super::store_error(&e))?;
+    found.map(|_| ()).ok_or_else(|| Answer::refuse(404, format!("{} not found", owner.singular())))
 }
 
-fn id_text(value: Option<&Value>) -> Option<String> {
+/// No two cost decorations of a service may weigh the same place.
+async fn unique_field_path(state: &State, id: &str, value: &Value) -> Result<(), Answer> {
+    let (prefix, _) = id.rsplit_once('/').unwrap_or_default();
+    let key = Kind::GraphqlCostDecoration.key(&format!("{prefix}/"));
+    let (entries, _) = state.store.list(&key).await.map_err(|e| super::store_error(&e))?;
+    for entry in entries {
+        let other = entry.key.strip_prefix(&*key).unwrap_or_default();
+        let same = || {
+            let stored: Value = serde_json::from_str(&entry.value).unwrap_or_default();
+            stored.get("field_path") == value.get("field_path")
+        };
+        if !id.ends_with(&format!("/{other}")) && same() {
+            let path = value.get("field_path").and_then(Value::as_str).unwrap_or_default();
+            let text = format!("field_path {path} is already decorated on this service by [{other}]");
+            return Err(Answer::refuse(400, text));
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn id_text(value: Option<&Value>) -> Option<String> {
     match value? {
         Value::String(s) => Some(s.clone()),
         Value::Number(n) => Some(n.to_string()),

@@ -9,9 +9,10 @@ use tokio::time::timeout;
 use super::{
     SERVED_PATIENCE, State,
     http::{Answer, Call},
-    key_of,
     list::{self, Shown},
-    patch, references, store_error,
+    patch, references,
+    shape::{self, Action},
+    store_error,
 };
 use crate::{
     error,
@@ -32,7 +33,7 @@ pub(super) struct Target {
     pub kind: Kind,
     /// As in the key: `1`, `jack/credentials/c1`, `vault/1`.
     pub id: Option<String>,
-    /// A credential list's consumer.
+    /// The consumer of credentials, the service of cost decorations.
     pub owner: Option<String>,
     /// The rest of the path, for PATCH.
     pub sub_path: Option<String>,
@@ -43,12 +44,14 @@ impl Target {
     pub fn of(segments: &[&str]) -> Option<Target> {
         let (plural, rest) = segments.split_first()?;
         let sub = |rest: &[&str]| (!rest.is_empty()).then(|| rest.join("/"));
-        if let ("consumers", [username, "credentials", rest @ ..]) = (*plural, rest) {
-            let id = rest.first().map(|id| format!("{username}/credentials/{id}"));
+        let kind = Kind::ALL.into_iter().find(|kind| kind.plural() == *plural && kind.owner().is_none())?;
+        if let [owner, owned, rest @ ..] = rest
+            && let Some(owned) = Kind::ALL.into_iter().find(|k| k.owner() == Some(kind) && k.plural() == *owned)
+        {
+            let id = rest.first().map(|id| owned_id(owned, owner, id));
             let sub_path = sub(rest.get(1..).unwrap_or_default());
-            return Some(Target { kind: Kind::Credential, id, owner: Some((*username).to_owned()), sub_path });
+            return Some(Target { kind: owned, id, owner: Some((*owner).to_owned()), sub_path });
         }
-        let kind = Kind::ALL.into_iter().find(|kind| kind.plural() == *plural && *kind != Kind::Credential)?;
         let (id, rest) = match (kind, rest) {
             (Kind::Secret, [manager, id, rest @ ..]) => (Some(format!("{manager}/{id}")), rest),
             (_, [id, rest @ ..]) => (Some((*id).to_owned()), rest),
@@ -60,11 +63,21 @@ impl Target {
     /// The last part of the id: what stands in `value.id`.
     fn short_id(&self) -> Option<&str> {
         let id = self.id.as_deref()?;
-        match self.kind {
-            Kind::Credential => id.rsplit('/').next(),
-            _ => Some(id),
+        match self.kind.owner() {
+            Some(_) => id.rsplit('/').next(),
+            None => Some(id),
         }
     }
+
+    /// As in the key: with the owner, where there is one.
+    fn full_id(&self, short: &str) -> String {
+        self.owner.as_ref().map_or_else(|| short.to_owned(), |owner| owned_id(self.kind, owner, short))
+    }
+}
+
+/// `jack/credentials/c1`
+fn owned_id(kind: Kind, owner: &str, id: &str) -> String {
+    format!("{owner}/{}/{id}", kind.plural())
 }
 
 /// How APISIX speaks of a kind in its errors.
@@ -75,6 +88,7 @@ fn spoken(kind: Kind) -> &'static str {
         Kind::GlobalRule => "global rule",
         Kind::StreamRoute => "stream route",
         Kind::PluginSource => "plugin source",
+        Kind::GraphqlCostDecoration => "graphql cost decoration",
         other => other.singular(),
     }
 }
@@ -94,36 +108,36 @@ async fn get(state: &State, target: &Target, call: &Call) -> Outcome {
     let Some(id) = &target.id else {
         return get_list(state, target, call).await;
     };
-    let found = state.store.get(&key_of(target.kind, id)).await.map_err(|e| store_error(&e))?;
+    let found = state.store.get(&target.kind.key(id)).await.map_err(|e| store_error(&e))?;
     match found {
-        Some(entry) => Ok(Answer::json(200, &shown(state, target.kind, &entry).to_json())),
+        Some(entry) => Ok(shape::one(state, &shown(state, target.kind, &entry))),
         None => Err(not_found()),
     }
 }
 
 async fn get_list(state: &State, target: &Target, call: &Call) -> Outcome {
     let prefix = match &target.owner {
-        Some(username) => {
-            require_consumer(state, username).await.map_err(|_| not_found())?;
-            format!("/consumers/{username}/credentials/")
+        Some(owner) => {
+            references::require_owner(state, target.kind, owner).await.map_err(|_| not_found())?;
+            target.kind.key(&owned_id(target.kind, owner, ""))
         }
-        None => format!("/{}/", target.kind.plural()),
+        None => target.kind.key(""),
     };
     let (entries, _) = state.store.list(&prefix).await.map_err(|e| store_error(&e))?;
-    // Credentials stand among the consumers.
+    // Credentials stand among the consumers, cost decorations among the services.
     let own = entries.iter().filter(|e| Kind::of_key(&e.key).is_some_and(|(kind, _)| kind == target.kind));
-    Ok(list::answer(target.kind, call, own.map(|entry| shown(state, target.kind, entry)).collect()))
-}
-
-async fn require_consumer(state: &State, username: &str) -> Outcome<()> {
-    let found = state.store.get(&key_of(Kind::Consumer, username)).await.map_err(|e| store_error(&e))?;
-    found.map(|_| ()).ok_or_else(|| Answer::refuse(404, "consumer not found"))
+    let items = own.map(|entry| shown(state, target.kind, entry)).collect();
+    let (page, total) = list::page_of(target.kind, call, items)?;
+    Ok(shape::list(state, prefix.trim_end_matches('/'), &page, total))
 }
 
 /// An entry as the API shows it: secrets readable, private keys left out.
 fn shown(state: &State, kind: Kind, entry: &Entry) -> Shown {
     let mut value: Value = serde_json::from_str(&entry.value).unwrap_or(Value::Null);
-    decrypt(state, kind, entry, &mut value);
+    // The only secret of a stream route is its upstream's private key, which APISIX does not show. Written back it is the same.
+    if kind != Kind::StreamRoute {
+        decrypt(state, kind, entry, &mut value);
+    }
     if let (Kind::Ssl, Value::Object(map)) = (kind, &mut value) {
         map.remove("key");
         map.remove("keys");
@@ -141,48 +155,53 @@ fn not_found() -> Answer {
 }
 
 async fn put(state: &State, mut target: Target, call: &Call) -> Outcome {
-    let mut value = body(target.kind, call)?;
+    let mut value = body(state, target.kind, call)?;
     let ttl = ttl(call)?;
     let id = identify(&mut target, &mut value)?;
     forbid_times(&value)?;
+    take_owner(&target, &mut value)?;
     check(state, target.kind, &id, &value).await?;
-    let key = key_of(target.kind, &id);
+    let key = target.kind.key(&id);
     let previous = state.store.get(&key).await.map_err(|e| store_error(&e))?;
     stamp(&mut value, previous.as_ref(), None);
     let text = stored_text(state, target.kind, &value);
     let written = state.store.put(&key, text, Condition::Always, ttl).await.map_err(|e| store_error(&e))?;
+    if written.previous.is_none() && target.kind == Kind::Service {
+        // What an earlier service of that name left is not this one's.
+        delete_owned(state, target.kind, &key).await?;
+    }
     let status = if written.previous.is_some() { 200 } else { 201 };
-    Ok(done(state, status, &written).await)
+    Ok(done(state, status, Action::Set, &written).await)
 }
 
 /// The answer to a write: `{"key", "value"}`, as stored, once it is served.
-async fn done(state: &State, status: u16, written: &Written) -> Answer {
+async fn done(state: &State, status: u16, action: Action, written: &Written) -> Answer {
     served(state, written.revision).await;
-    let key = json!(format!("{}{}", state.settings.prefix, written.entry.key));
-    Answer::json_text(status, format!("{{\"key\":{key},\"value\":{}}}", written.entry.value))
+    shape::written(state, status, action, &written.entry)
 }
 
-async fn post(state: &State, mut target: Target, call: &Call) -> Outcome {
+async fn post(state: &State, target: Target, call: &Call) -> Outcome {
     let by_name = [Kind::Consumer, Kind::Credential, Kind::PluginMetadata, Kind::Secret, Kind::PluginSource];
     if by_name.contains(&target.kind) {
         return Err(Answer::refuse(405, format!("not supported `POST` method for {}", spoken(target.kind))));
     }
-    let mut value = body(target.kind, call)?;
+    let mut value = body(state, target.kind, call)?;
     if target.id.is_some() || value.get("id").is_some() {
         return Err(Answer::refuse(400, format!("wrong {} id, do not need it", spoken(target.kind))));
     }
     let ttl = ttl(call)?;
     forbid_times(&value)?;
+    take_owner(&target, &mut value)?;
     for _ in 0..MAX_TRIES {
-        let id = next_id(state).await?;
-        target.id = Some(id.clone());
-        set_id(&mut value, &id);
+        let short = next_id(state).await?;
+        let id = target.full_id(&short);
+        set_id(&mut value, &short);
         check(state, target.kind, &id, &value).await?;
         stamp(&mut value, None, None);
-        let key = key_of(target.kind, &id);
+        let key = target.kind.key(&id);
         let text = stored_text(state, target.kind, &value);
         match state.store.put(&key, text, Condition::Unmodified(0), ttl).await {
-            Ok(written) => return Ok(done(state, 201, &written).await),
+            Ok(written) => return Ok(done(state, 201, Action::Create, &written).await),
             Err(e) if e.kind() == error::Kind::Conflict => continue,
             Err(e) => return Err(store_error(&e)),
         }
@@ -202,18 +221,19 @@ async fn patch(state: &State, target: Target, call: &Call) -> Outcome {
     if by_put.contains(&target.kind) {
         return Err(Answer::refuse(405, format!("not supported `PATCH` method for {}", spoken(target.kind))));
     }
-    let Some(id) = target.id.as_deref() else {
-        return Err(missing_id(target.kind));
-    };
-    let change = json_body(call)?;
-    let key = key_of(target.kind, id);
+    let id = required_id(&target)?;
+    let change = json_body(state, call)?;
+    let sub_path = target.sub_path.as_deref().unwrap_or("");
+    if target.kind == Kind::GraphqlCostDecoration && moves_owner(sub_path, &change) {
+        return Err(Answer::refuse(400, "service_id can not be patched"));
+    }
+    let key = target.kind.key(id);
     for _ in 0..MAX_TRIES {
         let Some(entry) = state.store.get(&key).await.map_err(|e| store_error(&e))? else {
             return Err(not_found());
         };
         let mut value: Value = serde_json::from_str(&entry.value).unwrap_or(Value::Null);
         decrypt(state, target.kind, &entry, &mut value);
-        let sub_path = target.sub_path.as_deref().unwrap_or("");
         patch::put_at(&mut value, sub_path, change.clone()).map_err(|e| Answer::refuse(400, e))?;
         same_id(&target, &value)?;
         if value.get("id").is_some() {
@@ -223,7 +243,7 @@ async fn patch(state: &State, target: Target, call: &Call) -> Outcome {
         stamp(&mut value, Some(&entry), Some(&change).filter(|_| sub_path.is_empty()));
         let text = stored_text(state, target.kind, &value);
         match state.store.put(&key, text, Condition::Unmodified(entry.mod_revision), ttl(call)?).await {
-            Ok(written) => return Ok(done(state, 200, &written).await),
+            Ok(written) => return Ok(done(state, 200, Action::CompareAndSwap, &written).await),
             Err(e) if e.kind() == error::Kind::Conflict => continue,
             Err(e) => return Err(store_error(&e)),
         }
@@ -232,46 +252,77 @@ async fn patch(state: &State, target: Target, call: &Call) -> Outcome {
 }
 
 async fn delete(state: &State, target: Target, call: &Call) -> Outcome {
-    let Some(id) = target.id.as_deref() else {
-        return Err(missing_id(target.kind));
-    };
+    let id = required_id(&target)?;
     if call.arg("force") != Some("true")
         && let Some(reason) = references::in_use(&state.published.load(), target.kind, id)
     {
         return Err(Answer::refuse(400, reason));
     }
-    let key = key_of(target.kind, id);
-    let Some((_, mut revision)) = state.store.delete(&key, Condition::Always).await.map_err(|e| store_error(&e))?
-    else {
+    let key = target.kind.key(id);
+    let Some((_, revision)) = state.store.delete(&key, Condition::Always).await.map_err(|e| store_error(&e))? else {
         return Err(not_found());
     };
-    if target.kind == Kind::Consumer {
-        let (credentials, _) = state.store.list(&format!("{key}/credentials/")).await.map_err(|e| store_error(&e))?;
-        for credential in credentials {
-            let deleted = state.store.delete(&credential.key, Condition::Always).await.map_err(|e| store_error(&e))?;
-            revision = deleted.map_or(revision, |(_, at)| at);
+    let revision = delete_owned(state, target.kind, &key).await?.unwrap_or(revision);
+    served(state, revision).await;
+    Ok(shape::deleted(state, &key))
+}
+
+/// Deletes what lives under the object at `key`; answers the revision after, when there was something.
+async fn delete_owned(state: &State, owner: Kind, key: &str) -> Outcome<Option<i64>> {
+    let mut revision = None;
+    for kind in Kind::ALL.into_iter().filter(|kind| kind.owner() == Some(owner)) {
+        let prefix = format!("{key}/{}/", kind.plural());
+        let (owned, _) = state.store.list(&prefix).await.map_err(|e| store_error(&e))?;
+        for entry in owned {
+            let deleted = state.store.delete(&entry.key, Condition::Always).await.map_err(|e| store_error(&e))?;
+            revision = deleted.map(|(_, at)| at).or(revision);
         }
     }
-    served(state, revision).await;
-    Ok(Answer::json(200, &json!({ "deleted": "1", "key": format!("{}{key}", state.settings.prefix) })))
+    Ok(revision)
+}
+
+/// A cost decoration belongs to the service of its path.
+fn take_owner(target: &Target, value: &mut Value) -> Outcome<()> {
+    let (Kind::GraphqlCostDecoration, Some(owner), Value::Object(map)) = (target.kind, &target.owner, value) else {
+        return Ok(());
+    };
+    let written = references::id_text(map.get("service_id"));
+    if written.is_some_and(|written| written != *owner) {
+        return Err(Answer::refuse(400, "wrong service_id, it is taken from the path"));
+    }
+    map.insert("service_id".into(), owner.as_str().into());
+    Ok(())
+}
+
+fn moves_owner(sub_path: &str, change: &Value) -> bool {
+    match sub_path.trim_matches('/') {
+        "" => change.get("service_id").is_some(),
+        path => path == "service_id",
+    }
 }
 
 /// Waits until every request that starts is served by that revision; a source that lags does not hold the answer for ever.
-async fn served(state: &State, revision: i64) {
+pub(super) async fn served(state: &State, revision: i64) {
     if timeout(SERVED_PATIENCE, state.published.reached(revision)).await.is_err() {
         tracing::warn!("revision {revision} is stored but not served after {SERVED_PATIENCE:?}");
     }
 }
 
-fn json_body(call: &Call) -> Outcome<Value> {
+fn json_body(state: &State, call: &Call) -> Outcome<Value> {
     if call.body.is_empty() {
         return Err(Answer::refuse(400, "missing configurations"));
     }
-    parse(&call.body).map_err(|e| Answer::refuse(400, format!("invalid request body: {e}")))
+    parse(&call.body).map_err(|e| not_json(state, &call.body, &e))
+}
+
+/// What cjson says of the text: what tools of APISIX show.
+pub(super) fn not_json(state: &State, body: &[u8], e: &serde_json::Error) -> Answer {
+    let why = state.plugins.explain_json(body).unwrap_or_else(|| e.to_string());
+    Answer::refuse(400, format!("invalid request body: {why}"))
 }
 
 /// JSON whose strings may hold line breaks and other control characters as they are: people paste protos and Lua.
-fn parse(bytes: &[u8]) -> serde_json::Result<Value> {
+pub(super) fn parse(bytes: &[u8]) -> serde_json::Result<Value> {
     serde_json::from_slice(bytes).or_else(|strict| {
         let is_raw = |b: &u8| *b < 0x20;
         if !bytes.iter().any(is_raw) {
@@ -297,10 +348,10 @@ fn escaped(bytes: &[u8]) -> Vec<u8> {
 }
 
 /// An object. Lua may be sent as it is.
-fn body(kind: Kind, call: &Call) -> Outcome<Value> {
+fn body(state: &State, kind: Kind, call: &Call) -> Outcome<Value> {
     let is_lua = matches!(kind, Kind::Function | Kind::PluginSource);
     let says_json = call.header("content-type").is_some_and(|t| t.contains("json"));
-    let value = match json_body(call) {
+    let value = match json_body(state, call) {
         Ok(value) if !is_lua || says_json || value.get("source").is_some() => value,
         Err(refusal) if !is_lua || says_json || call.body.is_empty() => return Err(refusal),
         _ => match std::str::from_utf8(&call.body) {
@@ -319,6 +370,11 @@ fn ttl(call: &Call) -> Outcome<Option<u64>> {
             _ => Err(Answer::refuse(400, "invalid argument ttl: should be a number")),
         },
     }
+}
+
+fn required_id(target: &Target) -> Outcome<&str> {
+    let whole = |id: &&str| target.kind != Kind::Secret || id.contains('/');
+    target.id.as_deref().filter(whole).ok_or_else(|| missing_id(target.kind))
 }
 
 fn missing_id(kind: Kind) -> Answer {
@@ -356,10 +412,7 @@ fn identify(target: &mut Target, value: &mut Value) -> Outcome<String> {
     if target.id.is_none()
         && let Some(written) = &written
     {
-        target.id = match &target.owner {
-            Some(username) => Some(format!("{username}/credentials/{written}")),
-            None => Some(written.clone()),
-        };
+        target.id = Some(target.full_id(written));
     }
     let (Some(id), Some(short)) = (target.id.clone(), target.short_id()) else {
         return Err(missing_id(target.kind));
@@ -420,37 +473,44 @@ fn stamp(value: &mut Value, previous: Option<&Entry>, patch: Option<&Value>) {
     }
 }
 
-/// Everything that must hold before a value is stored. Works on copies: what is stored is what was sent.
+/// Everything that must hold before a value is stored.
 async fn check(state: &State, kind: Kind, id: &str, value: &Value) -> Outcome<()> {
+    check_alone(state, kind, id, value).map_err(|text| Answer::refuse(400, text))?;
+    match kind {
+        Kind::PluginMetadata => Ok(()),
+        kind => references::check(state, kind, id, value).await,
+    }
+}
+
+/// What must hold of a value, whatever else there is. Works on copies: what is stored is what was sent.
+pub(super) fn check_alone(state: &State, kind: Kind, id: &str, value: &Value) -> Result<(), String> {
     if let Kind::PluginMetadata = kind {
         return check_metadata(state, id, value);
     }
     if kind == Kind::StreamRoute && !state.settings.stream {
-        return Err(Answer::refuse(400, "stream mode is disabled, can not add stream routes"));
+        return Err("stream mode is disabled, can not add stream routes".to_owned());
     }
-    let invalid = |e: error::Error| Answer::refuse(400, e.to_string());
     let mut filled = value.clone();
-    model::check(kind, id, &mut filled).map_err(invalid)?;
+    model::check(kind, id, &mut filled).map_err(|e| e.to_string())?;
     check_plugins(state, kind, &mut filled)?;
     let context = ParseContext { keyring: &state.settings.keyring, fields: state.encrypted() };
-    model::parse(kind, id, &value.to_string(), &context).map_err(invalid)?;
-    check_lua(state, kind, id, value)?;
-    references::check(state, kind, id, value).await
+    model::parse(kind, id, &value.to_string(), &context).map_err(|e| e.to_string())?;
+    check_sources(state, kind, id, value)
 }
 
-fn check_metadata(state: &State, name: &str, value: &Value) -> Outcome<()> {
+fn check_metadata(state: &State, name: &str, value: &Value) -> Result<(), String> {
     let mut conf = value.clone();
     if let Value::Object(map) = &mut conf {
         map.retain(|name, _| !matches!(name.as_str(), "id" | "create_time" | "update_time"));
     }
     match state.plugins.check(name, &mut conf, PluginSchema::Metadata) {
         Ok(()) => Ok(()),
-        Err(Refusal::Unknown) => Err(Answer::refuse(400, "invalid plugin name")),
-        Err(Refusal::Invalid(text)) => Err(Answer::refuse(400, format!("invalid configuration: {text}"))),
+        Err(Refusal::Unknown) => Err("invalid plugin name".to_owned()),
+        Err(Refusal::Invalid(text)) => Err(format!("invalid configuration: {text}")),
     }
 }
 
-fn check_plugins(state: &State, kind: Kind, owner: &mut Value) -> Outcome<()> {
+fn check_plugins(state: &State, kind: Kind, owner: &mut Value) -> Result<(), String> {
     let (schema, before) = match kind {
         Kind::Consumer | Kind::Credential => (PluginSchema::Consumer, "invalid plugins configuration: "),
         // No plugin is one for streams: the model refuses them all.
@@ -460,8 +520,7 @@ fn check_plugins(state: &State, kind: Kind, owner: &mut Value) -> Outcome<()> {
     let Some(Value::Object(plugins)) = owner.get_mut("plugins") else { return Ok(()) };
     for (name, conf) in plugins {
         if !conf.is_object() && !conf.is_array() {
-            let text = format!("{before}invalid plugin conf {conf} for plugin [{name}]");
-            return Err(Answer::refuse(400, text));
+            return Err(format!("{before}invalid plugin conf {conf} for plugin [{name}]"));
         }
         let text = match state.plugins.check(name, conf, schema) {
             Ok(()) => continue,
@@ -470,23 +529,24 @@ fn check_plugins(state: &State, kind: Kind, owner: &mut Value) -> Outcome<()> {
                 format!("{before}failed to check the configuration of plugin {name} err: {text}")
             }
         };
-        return Err(Answer::refuse(400, text));
+        return Err(text);
     }
     Ok(())
 }
 
-fn check_lua(state: &State, kind: Kind, id: &str, value: &Value) -> Outcome<()> {
+/// Whether the Lua and the protos in a value compile.
+fn check_sources(state: &State, kind: Kind, id: &str, value: &Value) -> Result<(), String> {
     let text = |key: &str| value.get(key).and_then(Value::as_str);
     if let (Kind::Route, Some(source)) = (kind, text("filter_func")) {
         let outcome = state.plugins.compile_chunk(&format!("return {source}"));
-        outcome.map_err(|e| Answer::refuse(400, format!("failed to load 'filter_func' string: {e}")))?;
+        outcome.map_err(|e| format!("failed to load 'filter_func' string: {e}"))?;
     }
-    let outcome = match (kind, text("source")) {
-        (Kind::Function, Some(source)) => state.plugins.compile_function(id, source),
-        (Kind::PluginSource, Some(source)) => state.plugins.inspect_plugin(id, source),
+    match (kind, text("source"), text("content")) {
+        (Kind::Function, Some(source), _) => state.plugins.compile_function(id, source),
+        (Kind::PluginSource, Some(source), _) => state.plugins.inspect_plugin(id, source),
+        (Kind::Proto, _, Some(content)) => model::proto::check(content).map_err(|e| format!("invalid content: {e}")),
         _ => Ok(()),
-    };
-    outcome.map_err(|e| Answer::refuse(400, e))
+    }
 }
 
 fn schema_kind(kind: Kind) -> SchemaKind {

@@ -16,6 +16,8 @@ pub struct Settings {
     /// `allow_admin`: empty lets every address in.
     pub allow: Vec<IpNet>,
     pub cors: bool,
+    /// `admin_api_version`: the form of answers.
+    pub version: ApiVersion,
     /// Sent as `Server`.
     pub server: String,
     /// Stands before keys in answers: `/apisix`.
@@ -23,6 +25,23 @@ pub struct Settings {
     pub keyring: Keyring,
     /// Stream routes may be written: something listens for what they match.
     pub stream: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ApiVersion {
+    /// APISIX 2's.
+    V2,
+    V3,
+}
+
+impl ApiVersion {
+    /// As `X-API-VERSION` has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            ApiVersion::V2 => "v2",
+            ApiVersion::V3 => "v3",
+        }
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -48,12 +67,18 @@ impl Settings {
         };
         let keys =
             admin.get("admin_key").and_then(Value::as_array).into_iter().flatten().filter_map(AdminKey::from_json);
+        // `default`, or anything else, is the older form.
+        let version = match admin.get("admin_api_version").and_then(Value::as_str) {
+            Some("v3") | None => ApiVersion::V3,
+            Some(_) => ApiVersion::V2,
+        };
         let prefix = config.pointer("/deployment/etcd/prefix").and_then(Value::as_str).unwrap_or("/apisix");
         Ok(Settings {
             keys: keys.collect(),
             key_required: flag("admin_key_required"),
             allow: strings(admin.get("allow_admin")).iter().filter_map(|text| expr::network(text)).collect(),
             cors: flag("enable_admin_cors"),
+            version,
             server: server.to_owned(),
             prefix: prefix.trim_end_matches('/').to_owned(),
             keyring: keyring(config)?,

@@ -163,19 +163,21 @@ mod tests {
             .run_until(async {
                 spawn_local(questions.answer(Vec::new, endpoint));
                 let ask = || spawn_local(asking.clone().endpoint(call()));
+                let run = async |n: usize| {
+                    while release.receiver_count() != n {
+                        tokio::task::yield_now().await;
+                    }
+                };
                 let mut running: Vec<_> = (0..ENDPOINTS).map(|_| ask()).collect();
+                run(ENDPOINTS).await;
                 let refused = asking.clone().endpoint(call()).await;
                 assert_eq!(refused.err().as_deref(), Some("16 endpoints of plugins run already"));
                 let given_up = running.remove(0);
                 given_up.abort();
                 assert!(given_up.await.is_err());
-                while release.receiver_count() == ENDPOINTS {
-                    tokio::task::yield_now().await;
-                }
+                run(ENDPOINTS - 1).await;
                 running.push(ask());
-                while release.receiver_count() < ENDPOINTS {
-                    tokio::task::yield_now().await;
-                }
+                run(ENDPOINTS).await;
                 release.send_replace(());
                 for one in running {
                     assert!(matches!(one.await, Ok(Ok(None))));

@@ -78,18 +78,19 @@ pub fn print_banner(
         writeln!(out, "  {name:<12} {value}")?;
     }
     if let (Some(admin), Some(proxy)) = (at.admin, at.proxy.first()) {
-        next(out, &local(admin), &local(*proxy), key_file)?;
+        let tls = config.admin.as_ref().is_some_and(|admin| admin.tls.is_some());
+        next(out, if tls { "https" } else { "http" }, &local(admin), &local(*proxy), key_file)?;
     }
     out.flush()
 }
 
 /// Two commands to paste: a function that answers needs no upstream.
-fn next(out: &mut dyn Write, admin: &str, proxy: &str, key_file: Option<&PathBuf>) -> io::Result<()> {
+fn next(out: &mut dyn Write, scheme: &str, admin: &str, proxy: &str, key_file: Option<&PathBuf>) -> io::Result<()> {
     let key = match key_file {
         Some(path) => format!("$(cat '{}')", path.display()),
         None => "$ADMIN_KEY".to_owned(),
     };
-    let api = format!("http://{admin}/apisix/admin");
+    let api = format!("{scheme}://{admin}/apisix/admin");
     writeln!(out, "\nTry:\n  KEY=\"{key}\"")?;
     writeln!(out, "  curl {api}/functions/hello -H \"X-API-KEY: $KEY\" -X PUT --data-binary 'ngx.say(\"hello\")'")?;
     writeln!(

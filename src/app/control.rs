@@ -59,20 +59,18 @@ pub async fn run(mut config: Config) -> Result<()> {
     let debug = DebugFile::new(&config.prefix, watching.clone());
     let debug_changes = debug.changes();
     spawn_local(debug.follow());
-    let setup = Setup {
-        prefix: config.prefix.clone(),
-        config: config.json.clone(),
-        locations: config.locations.clone(),
-        watching: watching.clone(),
-    };
-    let plugins = Plugins::new(setup.clone())?;
+    let setup = Setup::new(config.prefix.clone(), config.json.clone(), config.locations.clone());
+    let setup = setup.watched(watching.clone());
+    let plugins = Plugins::new(setup.clone(), config.file.clone())?;
     let store = store::open(&config)?;
     let started = tokio::select! {
         started = open(&config, &plugins, &store) => started?,
         // Nothing is served yet that could be drained.
         _ = signals.end() => return Ok(()),
     };
-    let _ = status.configuration.set((started.published.clone(), started.source.clone()));
+    let standalone = store.clone().standalone();
+    let received = Box::new(move || standalone.as_ref().is_none_or(|store| store.is_loaded()));
+    status.configured(started.published.clone(), started.source.clone(), received);
     let metrics = metrics::Metrics::new(metrics::Settings::from_attr(&config.json["plugin_attr"]["prometheus"]));
     metrics.install();
     let resolver = Arc::new(Resolver::new(&settings::dns(&config), Handle::current()));
@@ -400,7 +398,7 @@ struct Apis<'a> {
 
 impl Apis<'_> {
     fn admin_settings(&self) -> Result<admin::Settings> {
-        let settings = admin::Settings::from_config(&self.config.json, &settings::server(self.config))?;
+        let settings = admin::Settings::from_config(&self.config.json, &settings::admin_server(self.config))?;
         Ok(admin::Settings { stream: self.config.stream.enabled, ..settings })
     }
 
@@ -416,7 +414,9 @@ impl Apis<'_> {
                 fields: Some(self.plugins.fields.clone()),
                 pipeline: Some(self.started.handle.clone()),
             });
-            serving.spawn_local(admin::serve(listener, state, over(self.finished.clone())));
+            let tls =
+                self.config.admin.as_ref().and_then(|admin| admin.tls.as_ref()).map(admin::Tls::open).transpose()?;
+            serving.spawn_local(admin::serve(listener, tls, state, over(self.finished.clone())));
         }
         if let Some(listener) = ports.control {
             let (endpoints, watching) = (self.asking.clone(), self.watching.clone());

@@ -2,14 +2,16 @@
 
 use std::{
     collections::HashMap,
+    path::PathBuf,
     rc::Rc,
     sync::{Arc, PoisonError, RwLock},
 };
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::{
-    admin::{PluginHost, PluginInfo},
+    admin::{Listed, PluginHost, PluginInfo},
+    conf,
     error::Result,
     model::{SchemaKind, crypt::EncryptFields},
     plugin::{Checker, Setup},
@@ -20,16 +22,32 @@ use crate::{
 #[derive(Clone)]
 pub struct Plugins {
     checker: Rc<Checker>,
+    /// The configuration file, where the command line names one.
+    file: Option<PathBuf>,
     pub fields: Arc<Fields>,
 }
 
 impl Plugins {
     /// Loads the plugins of the binary and the disk; those of the store come with `reload`.
-    pub fn new(setup: Setup) -> Result<Plugins> {
+    pub fn new(setup: Setup, file: Option<PathBuf>) -> Result<Plugins> {
         let checker = Rc::new(Checker::new(setup, &Snapshot::default())?);
-        let plugins = Plugins { checker, fields: Arc::default() };
+        let plugins = Plugins { checker, file, fields: Arc::default() };
         plugins.note_fields();
         Ok(plugins)
+    }
+
+    /// Which plugins there are, and what they are told, may have changed in the configuration file. One with mistakes changes
+    /// nothing.
+    fn reread(&self) {
+        let setup = self.checker.setup();
+        match conf::load(&setup.prefix, self.file.as_deref()) {
+            Ok((config, _)) => setup.reread(&config.json),
+            Err(mistakes) => {
+                for mistake in &mistakes.0 {
+                    tracing::error!("plugins are loaded anew by the configuration before: {mistake}");
+                }
+            }
+        }
     }
 
     /// How plugins are loaded from the next reload on.
@@ -50,6 +68,7 @@ impl PluginChecker for Plugins {
     }
 
     fn reload(&self, snapshot: &Snapshot) {
+        self.reread();
         PluginChecker::reload(&*self.checker, snapshot);
         self.note_fields();
     }
@@ -65,11 +84,23 @@ impl PluginHost for Plugins {
     }
 
     fn compile_chunk(&self, source: &str) -> Result<(), String> {
-        self.checker.compile_function("filter_func", source)
+        self.checker.compile_chunk(source)
+    }
+
+    fn explain_json(&self, text: &[u8]) -> Option<String> {
+        self.checker.explain_json(text)
     }
 
     fn inspect_plugin(&self, name: &str, source: &str) -> Result<(), String> {
         self.checker.inspect_plugin(name, source).map(drop)
+    }
+
+    fn listed(&self) -> Option<Listed> {
+        let (config, _) = conf::load(&self.checker.setup().prefix, self.file.as_deref()).ok()?;
+        let names = |key: &str| config.json.get(key).and_then(Value::as_array).cloned().unwrap_or_default();
+        let http = names("plugins").into_iter().map(|name| json!({ "name": name }));
+        let stream = names("stream_plugins").into_iter().map(|name| json!({ "name": name, "stream": true }));
+        Some(Listed { names: http.chain(stream).collect(), is_default: config.plugins_are_default })
     }
 
     fn list(&self) -> Vec<PluginInfo> {
@@ -122,8 +153,6 @@ impl EncryptFields for Fields {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     #[test]

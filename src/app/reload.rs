@@ -106,18 +106,15 @@ impl Reload {
         for (name, size) in &next.shared_dicts {
             shdict::store().declare(name, *size);
         }
-        let setup = Setup {
-            prefix: next.prefix.clone(),
-            config: next.json.clone(),
-            locations: next.locations.clone(),
-            watching: self.watching.clone(),
-        };
+        let setup = Setup::new(next.prefix.clone(), next.json.clone(), next.locations.clone());
+        let setup = setup.watched(self.watching.clone());
         let changed = differences_of(&self.last, &next.json);
-        if plugins || changed.iter().any(|path| is_under(path, OF_PLUGINS)) {
-            self.plugins.set_up(setup.clone());
-            if let Err(e) = self.pipeline.reload_plugins_here().await {
-                tracing::error!("the plugins that check what is stored are the old ones: {e}");
-            }
+        // Also where nothing changes for plugins now: what a reload of plugins reads is for the workers, too.
+        self.plugins.set_up(setup.clone());
+        if (plugins || changed.iter().any(|path| is_under(path, OF_PLUGINS)))
+            && let Err(e) = self.pipeline.reload_plugins_here().await
+        {
+            tracing::error!("the plugins that check what is stored are the old ones: {e}");
         }
         self.last = next.json.clone();
         tell(&differences_of(&self.first.json, &next.json));

@@ -21,6 +21,14 @@ pub fn server(config: &Config) -> String {
     }
 }
 
+/// The `Server` field of the Admin API: APISIX's, since its tools read from it which version of the API they speak to.
+pub fn admin_server(config: &Config) -> String {
+    match config.enable_server_tokens {
+        true => format!("APISIX/{}", crate::admin::APISIX_VERSION),
+        false => "APISIX".to_owned(),
+    }
+}
+
 pub fn router(config: &Config) -> RouterKind {
     match config.router {
         Router::HostUri => RouterKind::RadixtreeHostUri,

@@ -160,7 +160,8 @@ async fn serve(worker: usize, blueprint: Blueprint, sockets: Bound, line: Line) 
     let _ = reports.send(Report::Ready(worker));
     let ended = tokio::select! {
         () = ordered(&mut orders, |order| order != Order::Serve) => Ok(()),
-        ended = listeners.join_next() => Err(too_early(worker, ended)),
+        // A control plane has none.
+        ended = listeners.join_next(), if !listeners.is_empty() => Err(too_early(worker, ended)),
     };
     if *orders.borrow() == Order::Stop {
         let runner = &serving.proxy().runner;

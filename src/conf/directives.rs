@@ -44,6 +44,8 @@ pub struct Directives {
     pub next_upstream: NextUpstream,
     /// `proxy_set_header name value`, in their order.
     pub proxy_set_header: Vec<(Box<str>, Template)>,
+    /// `proxy_pass_header Server`: the upstream's own `Server` goes to the client.
+    pub proxy_pass_server: bool,
     pub add_header: Vec<AddHeader>,
     /// `satisfy any`: one of `allow`, `auth_request` and `access_by_lua` lets a request in.
     pub satisfy_any: bool,
@@ -163,6 +165,10 @@ impl Directives {
             proxy_http11: options.get("proxy_http_version") == Some("1.1"),
             next_upstream: r.next_upstream(),
             proxy_set_header: options.all("proxy_set_header").iter().map(|line| field(line)).collect(),
+            proxy_pass_server: options
+                .all("proxy_pass_header")
+                .iter()
+                .any(|name| name.trim().eq_ignore_ascii_case("server")),
             add_header: options.all("add_header").iter().map(|line| added(line)).collect(),
             satisfy_any: r.value("satisfy", "all or any", any).unwrap_or(false),
             auth_request: r.value("auth_request", "off or a path as /auth", path_or_off).flatten(),

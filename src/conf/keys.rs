@@ -74,7 +74,6 @@ const UNSUPPORTED: &[(&str, &str)] = &[
     ("xrpc", "xRPC protocols are not served; keep those services on APISIX"),
     ("ext-plugin", "external plugin runners are not started; write the plugin in Lua"),
     ("discovery", "service discovery is not served yet; list the nodes in the upstream"),
-    ("deployment.admin.https_admin", "the Admin API has no TLS of its own yet; reach it over loopback or a tunnel"),
 ];
 
 const SNIPPET: &str = "there is no nginx that could read it; express it by routes, plugins or Lua";
@@ -87,7 +86,6 @@ const WITHOUT_COUNTERPART: &[&str] = &[
     "apisix.events",
     "apisix.ssl.ssl_ciphers",
     "apisix.worker_startup_time_threshold",
-    "deployment.admin.admin_api_mtls",
     "nginx_config.http.charset",
     "nginx_config.http.variables_hash_max_size",
     "nginx_config.user",

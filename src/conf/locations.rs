@@ -348,7 +348,9 @@ fn node_apis(json: &Value) -> Vec<Value> {
             }
             _ => return None,
         };
-        let options = json!({"proxy_set_header": [["Host", "$http_host"]], "client_max_body_size": "0"});
+        let options = json!({
+            "proxy_set_header": [["Host", "$http_host"]], "proxy_pass_header": "Server", "client_max_body_size": "0",
+        });
         Some(json!({"location": format!("^~ {prefix}"), "proxy_pass": format!("http://{place}"), "options": options}))
     };
     wanted.into_iter().flatten().filter_map(api).collect()

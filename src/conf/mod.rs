@@ -175,9 +175,20 @@ pub struct Admin {
     pub addr: SocketAddr,
     pub keys: Vec<AdminKey>,
     pub key_required: bool,
+    /// `https_admin`
+    pub tls: Option<AdminTls>,
     /// Empty: anyone.
     pub allow: Vec<IpNet>,
     pub cors: bool,
+}
+
+/// `admin_api_mtls`: files in PEM.
+#[derive(Clone, Debug)]
+pub struct AdminTls {
+    pub cert: PathBuf,
+    pub key: PathBuf,
+    /// Whoever asks must have a certificate of this CA.
+    pub client_ca: Option<PathBuf>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -290,7 +301,8 @@ pub fn parse(prefix: &Path, text: &str) -> Result<(Config, Vec<Warning>), Mistak
     if keys::at(&written, "test_node").is_some() && keys::at(&written, "apisix.node_listen").is_none() {
         effective["apisix"]["node_listen"] = TEST_NODE_PORT.into();
     }
-    if is_open_test_node(&effective) {
+    let key_required = keys::at(&written, "deployment.admin.admin_key_required") == Some(&Value::Bool(true));
+    if !key_required && is_open_test_node(&effective) {
         effective["deployment"]["admin"]["admin_key_required"] = false.into();
     }
     let config = typed::read(prefix, effective, &written, &mut warnings, &mut mistakes);
@@ -315,10 +327,13 @@ pub fn note_places(config: &mut Config, admin: Option<SocketAddr>, control: Opti
     config.locations = Arc::new(locations::read(&config.json, &config.prefix, &mut Vec::new()));
 }
 
-/// Whether this node has an Admin API.
+/// Whether this node has an Admin API: a control plane is nothing else, a data plane has none.
 fn serves_admin(json: &Value) -> bool {
-    let enabled = keys::at(json, "apisix.enable_admin") == Some(&Value::Bool(true));
-    enabled && keys::at(json, "deployment.role").and_then(Value::as_str) != Some("data_plane")
+    match keys::at(json, "deployment.role").and_then(Value::as_str) {
+        Some("control_plane") => true,
+        Some("data_plane") => false,
+        _ => keys::at(json, "apisix.enable_admin") == Some(&Value::Bool(true)),
+    }
 }
 
 /// A test node whose configuration chooses no admin key.

@@ -121,6 +121,37 @@ fn an_admin_api_without_a_key_is_warned_about() {
 }
 
 #[test]
+fn the_admin_api_over_tls_needs_a_certificate_and_its_key() {
+    let found = mistakes("deployment: {admin: {https_admin: true, admin_api_mtls: {admin_ssl_ca_cert: ca.pem}}}");
+    for key in ["admin_ssl_cert", "admin_ssl_cert_key"] {
+        let told = format!("deployment.admin.admin_api_mtls.{key}: is missing");
+        assert!(found.iter().any(|m| m.starts_with(&told)), "{key} in {found:?}");
+    }
+    let mtls = "{admin_ssl_cert: ../t/a.pem, admin_ssl_cert_key: /etc/a.key}";
+    let (config, warnings) = ok(&format!("deployment: {{admin: {{https_admin: true, admin_api_mtls: {mtls}}}}}"));
+    let tls = config.admin.unwrap().tls.unwrap();
+    assert_eq!((tls.cert, tls.key, tls.client_ca), ("/p/conf/../t/a.pem".into(), "/etc/a.key".into(), None));
+    assert_eq!(warnings, []);
+    assert!(ok(&format!("deployment: {{admin: {{admin_api_mtls: {mtls}}}}}")).0.admin.unwrap().tls.is_none());
+}
+
+#[test]
+fn roles_serve_the_admin_api_or_requests_or_both() {
+    for (text, admin, requests) in [
+        ("", true, true),
+        ("apisix: {enable_admin: false}", false, true),
+        ("deployment: {role: data_plane}", false, true),
+        ("{apisix: {enable_admin: false}, deployment: {role: control_plane}}", true, false),
+    ] {
+        let (config, _) = ok(text);
+        assert_eq!((config.admin.is_some(), !config.listen.is_empty()), (admin, requests), "{text}");
+        assert_eq!(!config.listen_tls.is_empty(), requests, "{text}");
+    }
+    assert_eq!(ok("").0.status, None);
+    assert_eq!(ok("apisix: {status: {ip: 127.0.0.1, port: 7085}}").0.status, Some("127.0.0.1:7085".parse().unwrap()));
+}
+
+#[test]
 fn mistakes_of_etcd_and_listeners_are_all_told() {
     let mistakes = mistakes(
         r#"{"apisix": {"ssl": {"listen": [{"port": "x"}, {"ip": "nope", "port": 1}, "foo"]}},

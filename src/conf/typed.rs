@@ -14,8 +14,8 @@ use ipnet::IpNet;
 use serde_json::Value;
 
 use super::{
-    AccessLog, Admin, AdminKey, Client, Config, Keepalive, Listen, LuaLimits, Prometheus, RealIp, Resolver, Router,
-    Tls, Trace, Warning, keys::at, locations, locations::Options,
+    AccessLog, Admin, AdminKey, AdminTls, Client, Config, Keepalive, Listen, LuaLimits, Prometheus, RealIp, Resolver,
+    Router, Tls, Trace, Warning, keys::at, locations, locations::Options,
 };
 
 /// Worker threads that `auto` never exceeds: each costs a VM.
@@ -49,7 +49,7 @@ pub(super) fn read(
 ) -> Option<Config> {
     let prefix = std::path::absolute(prefix).unwrap_or_else(|_| prefix.to_owned());
     let mut r = Reader { json: &json, mistakes };
-    r.role(warnings);
+    r.role();
     r.etcd(&prefix);
     let mut listen = r.listeners("apisix.node_listen", warnings);
     let mut listen_tls = match r.flag("apisix.ssl.enable") {
@@ -71,7 +71,7 @@ pub(super) fn read(
     let upstream_keepalive = r.upstream_keepalive();
     let (error_log, error_log_level) = r.error_log(&prefix);
     let access_log = r.access_log(&prefix, "nginx_config.http");
-    let admin = r.admin(warnings);
+    let admin = r.admin(&prefix, warnings);
     let control = r.control();
     let status = r.status();
     let trace = r.trace();
@@ -85,10 +85,16 @@ pub(super) fn read(
     let (keyring, encrypt_fields) = r.keyring();
     let captured_log = r.captured_log();
     let preload = r.texts("lua.preload");
-    let (serves_http, stream) = r.stream(&prefix, warnings);
-    if !serves_http {
+    let (serves_http, mut stream) = r.stream(&prefix, warnings);
+    // A control plane serves the Admin API alone.
+    let is_control_plane = r.text("deployment.role") == "control_plane";
+    if !serves_http || is_control_plane {
         listen.clear();
         listen_tls.clear();
+    }
+    if is_control_plane {
+        stream.tcp.clear();
+        stream.udp.clear();
     }
     let locations = Arc::new(locations::read(&json, &prefix, r.mistakes));
     Some(Config {
@@ -265,7 +271,7 @@ impl<'a> Reader<'a> {
         found
     }
 
-    fn role(&mut self, warnings: &mut Vec<Warning>) {
+    fn role(&mut self) {
         let roles = [("traditional", ()), ("data_plane", ()), ("control_plane", ())];
         if self.one_of("deployment.role", &roles).is_none() {
             return;
@@ -278,10 +284,6 @@ impl<'a> Reader<'a> {
             _ => &[("embedded", ()), ("etcd", ())],
         };
         self.one_of(&path, providers);
-        if role == "traditional" && self.text(&path) == "yaml" {
-            warnings
-                .push(Warning(format!("{path}: yaml goes with role: data_plane; the Admin API cannot write a file")));
-        }
     }
 
     /// `deployment.etcd` is read by the store; here only its mistakes are told, along with all others, when it is in use.
@@ -484,7 +486,7 @@ impl<'a> Reader<'a> {
         })
     }
 
-    fn admin(&mut self, warnings: &mut Vec<Warning>) -> Option<Admin> {
+    fn admin(&mut self, prefix: &Path, warnings: &mut Vec<Warning>) -> Option<Admin> {
         if !super::serves_admin(self.json) {
             return None;
         }
@@ -498,9 +500,30 @@ impl<'a> Reader<'a> {
             addr: self.address("deployment.admin.admin_listen")?,
             keys: self.admin_keys(),
             key_required,
+            tls: self.admin_tls(prefix),
             allow: self.networks("deployment.admin.allow_admin"),
             cors: self.flag("deployment.admin.enable_admin_cors"),
         })
+    }
+
+    /// Relative files are looked for beside config.yaml, as nginx does.
+    fn admin_tls(&mut self, prefix: &Path) -> Option<AdminTls> {
+        if self.get("deployment.admin.https_admin").and_then(Value::as_bool) != Some(true) {
+            return None;
+        }
+        let conf = prefix.join("conf");
+        let mut file = |key: &str| {
+            let text = self.text(&format!("deployment.admin.admin_api_mtls.{key}"));
+            (!text.is_empty()).then(|| conf.join(text))
+        };
+        let (cert, key, client_ca) = (file("admin_ssl_cert"), file("admin_ssl_cert_key"), file("admin_ssl_ca_cert"));
+        for (key, missing) in [("admin_ssl_cert", cert.is_none()), ("admin_ssl_cert_key", key.is_none())] {
+            if missing {
+                let path = format!("deployment.admin.admin_api_mtls.{key}");
+                self.wrong(&path, "is missing: https_admin needs a certificate and its key, files in PEM");
+            }
+        }
+        Some(AdminTls { cert: cert?, key: key?, client_ca })
     }
 
     fn admin_keys(&mut self) -> Vec<AdminKey> {

@@ -10,7 +10,7 @@ use std::{future::Future, pin::Pin, rc::Rc, sync::Arc};
 use bytes::Bytes;
 use http::Method;
 use serde_json::{Value, json};
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, runtime};
 
 use crate::{
     admin::{
@@ -79,7 +79,7 @@ pub async fn serve(listener: TcpListener, state: Rc<State>, shutdown: impl Futur
             }
         }
     };
-    api::serve(listener, Rc::new(handler), shutdown).await;
+    api::serve(listener, None, Rc::new(handler), shutdown).await;
 }
 
 async fn answer(state: &State, call: &Call) -> Answer {
@@ -94,7 +94,11 @@ async fn answer(state: &State, call: &Call) -> Answer {
             Answer::text(200, "")
         }
         (&Method::GET | &Method::HEAD, ["v1", "lua"]) => match &state.lua {
-            Some(held) => Answer::json(200, &held().await),
+            Some(held) => {
+                let mut held = held().await;
+                held["control"] = json!({"tasks": runtime::Handle::current().metrics().num_alive_tasks()});
+                Answer::json(200, &held)
+            }
             None => not_found(),
         },
         (&Method::PUT, ["v1", "plugins", "reload"]) => reload(state).await,

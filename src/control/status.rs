@@ -3,10 +3,11 @@
 //! It listens before the first configuration is there and until the last request of a drain is answered.
 
 use std::{
+    cell::OnceCell,
     future::Future,
     rc::Rc,
     sync::{
-        Arc, OnceLock,
+        Arc,
         atomic::{AtomicBool, Ordering},
     },
     time::SystemTime,
@@ -57,14 +58,33 @@ impl Readiness {
 pub struct Status {
     pub workers: Arc<Readiness>,
     /// There once the store has answered, or was given up on.
-    pub configuration: OnceLock<(Arc<Published>, Arc<SourceState>)>,
+    configuration: OnceCell<Configuration>,
     /// The digest of the snapshot of that version, which takes a while with many objects.
     digest: Mutex<Option<(u64, String)>>,
 }
 
+struct Configuration {
+    published: Arc<Published>,
+    source: Arc<SourceState>,
+    /// Whether a document is there, where the configuration is one that the Admin API was given.
+    has_document: Box<dyn Fn() -> bool>,
+}
+
+impl Configuration {
+    fn is_received(&self) -> bool {
+        self.source.load().received && (self.has_document)()
+    }
+}
+
 impl Status {
     pub fn new(workers: Arc<Readiness>) -> Rc<Self> {
-        Rc::new(Status { workers, configuration: OnceLock::new(), digest: Mutex::default() })
+        Rc::new(Status { workers, configuration: OnceCell::new(), digest: Mutex::default() })
+    }
+
+    /// From here on there is a configuration. `has_document`: false while a store that is given its document has none.
+    pub fn configured(&self, published: Arc<Published>, source: Arc<SourceState>, has_document: Box<dyn Fn() -> bool>) {
+        // Told once: a second time would say the same.
+        let _ = self.configuration.set(Configuration { published, source, has_document });
     }
 
     /// Why the gateway is not ready, in APISIX's words where it has some.
@@ -78,7 +98,7 @@ impl Status {
             return Some(format!("worker count: {} but status report count: {ready}", flags.len()));
         }
         // All of them serve the same snapshot.
-        let received = self.configuration.get().is_some_and(|(_, source)| source.load().received);
+        let received = self.configuration.get().is_some_and(Configuration::is_received);
         (!received).then(|| "worker id: 0 has not received configuration".into())
     }
 
@@ -87,7 +107,7 @@ impl Status {
         let workers: Vec<Value> =
             self.workers.flags().iter().enumerate().map(|(id, ready)| json!({"id": id, "ready": ready})).collect();
         let mut body = json!({"status": if refusal.is_some() { "error" } else { "ok" }, "workers": workers});
-        if let Some((published, source)) = self.configuration.get() {
+        if let Some(Configuration { published, source, .. }) = self.configuration.get() {
             let (snapshot, source) = (published.load(), source.load());
             body["revision"] = snapshot.revision.into();
             body["digest"] = self.digest(published).await.into();
@@ -138,7 +158,7 @@ pub async fn serve(listener: TcpListener, status: Rc<Status>, shutdown: impl Fut
             }
         }
     };
-    api::serve(listener, Rc::new(handler), shutdown).await;
+    api::serve(listener, None, Rc::new(handler), shutdown).await;
 }
 
 #[cfg(test)]
@@ -155,7 +175,7 @@ mod tests {
         workers.set(2, true);
         assert_eq!(status.refusal().as_deref(), Some("worker count: 2 but status report count: 1"));
         workers.set(0, true);
-        let _ = status.configuration.set((Published::new(Snapshot::default()), SourceState::new("etcd")));
+        status.configured(Published::new(Snapshot::default()), SourceState::new("etcd"), Box::new(|| true));
         assert_eq!(status.refusal().as_deref(), Some("worker id: 0 has not received configuration"));
         workers.end();
         assert_eq!(status.refusal().as_deref(), Some("the gateway is ending"));

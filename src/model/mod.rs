@@ -8,6 +8,7 @@ pub mod crypt;
 pub mod function;
 mod parse;
 pub mod plugin_conf;
+pub mod proto;
 pub mod route;
 pub mod service;
 pub mod ssl;
@@ -51,10 +52,11 @@ pub enum Kind {
     StreamRoute,
     Function,
     PluginSource,
+    GraphqlCostDecoration,
 }
 
 impl Kind {
-    pub const ALL: [Kind; 15] = [
+    pub const ALL: [Kind; 16] = [
         Kind::Route,
         Kind::Service,
         Kind::Upstream,
@@ -70,9 +72,10 @@ impl Kind {
         Kind::StreamRoute,
         Kind::Function,
         Kind::PluginSource,
+        Kind::GraphqlCostDecoration,
     ];
 
-    /// The plural that stands in keys and paths. Credentials live under their consumer.
+    /// The plural that stands in keys and paths. Credentials live under their consumer, cost decorations under their service.
     pub fn plural(self) -> &'static str {
         match self {
             Kind::Route => "routes",
@@ -90,6 +93,7 @@ impl Kind {
             Kind::StreamRoute => "stream_routes",
             Kind::Function => "functions",
             Kind::PluginSource => "plugin_sources",
+            Kind::GraphqlCostDecoration => "graphql_cost_decorations",
         }
     }
 
@@ -111,7 +115,22 @@ impl Kind {
             Kind::StreamRoute => "stream_route",
             Kind::Function => "function",
             Kind::PluginSource => "plugin_source",
+            Kind::GraphqlCostDecoration => "graphql_cost_decoration",
         }
+    }
+
+    /// The kind that objects of this kind live under, and its owner's segment in keys: `/consumers/jack/credentials/c1`.
+    pub fn owner(self) -> Option<Kind> {
+        match self {
+            Kind::Credential => Some(Kind::Consumer),
+            Kind::GraphqlCostDecoration => Some(Kind::Service),
+            _ => None,
+        }
+    }
+
+    /// The key of an object, relative to the prefix.
+    pub fn key(self, id: &str) -> String {
+        format!("/{}/{id}", self.owner().unwrap_or(self).plural())
     }
 
     /// Splits a key relative to the prefix: `/routes/1` is `(Route, "1")`, `/consumers/jack/credentials/c1` is
@@ -121,11 +140,14 @@ impl Kind {
         if id.is_empty() {
             return None;
         }
-        if plural == "consumers" && id.contains("/credentials/") {
-            return Some((Kind::Credential, id));
-        }
-        let kind = Kind::ALL.into_iter().find(|k| k.plural() == plural && *k != Kind::Credential)?;
-        Some((kind, id))
+        let kind = Kind::ALL.into_iter().find(|k| k.owner().is_none() && k.plural() == plural)?;
+        Some((kind.within(id), id))
+    }
+
+    /// The kind of what has this id among `self`'s keys: `jack/credentials/c1` among the consumers is a credential.
+    pub fn within(self, id: &str) -> Kind {
+        let part = id.split('/').nth(1);
+        Kind::ALL.into_iter().find(|k| k.owner() == Some(self) && part == Some(k.plural())).unwrap_or(self)
     }
 }
 

@@ -11,6 +11,7 @@ use super::{
     PluginSource, Route, Service, Ssl, StreamRoute, Upstream,
     crypt::{self, EncryptFields, SchemaKind},
     route::Timeouts,
+    ssl,
 };
 use crate::{
     error::{self, Error, Result},
@@ -48,7 +49,7 @@ pub enum Parsed {
     Function(Function),
     PluginSource(PluginSource),
     StreamRoute(StreamRoute),
-    /// Protos, secrets: checked, kept as text.
+    /// Protos, secrets, cost decorations: checked, kept as text.
     Other,
 }
 
@@ -81,7 +82,7 @@ pub fn parse(kind: Kind, id: &str, json: &str, context: &ParseContext<'_>) -> Re
         Kind::Function => Parsed::Function(Function { source: required(map, "source")?.into() }),
         Kind::PluginSource => Parsed::PluginSource(PluginSource { source: required(map, "source")?.into() }),
         Kind::StreamRoute => Parsed::StreamRoute(StreamRoute::from_json(map, context)?),
-        Kind::Proto | Kind::Secret => Parsed::Other,
+        Kind::Proto | Kind::Secret | Kind::GraphqlCostDecoration => Parsed::Other,
     })
 }
 
@@ -108,7 +109,9 @@ fn checked<'v>(
         map.insert("id".into(), id.into());
     }
     let schema = schema::resource(kind.singular());
-    schema.map_or(Ok(()), |schema| by(schema, value)).map_err(|e| invalid(format!("invalid configuration: {e}")))?;
+    let mut checks = |value: &mut Value| schema.map_or(Ok(()), |schema| by(schema, value));
+    let outcome = if kind == Kind::Ssl { ssl::without_references(value, &mut checks) } else { checks(value) };
+    outcome.map_err(|e| invalid(format!("invalid configuration: {e}")))?;
     match value {
         Value::Object(map) => Ok(map),
         _ => Err(invalid("invalid configuration: wrong type: expected object")),

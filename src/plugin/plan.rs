@@ -2,7 +2,7 @@
 //!
 //! Pure but for nothing: a `Key` names the versions, `owners` says what they come to. `run` turns that into Lua lists.
 
-use std::{cmp::Reverse, rc::Rc, sync::Arc};
+use std::{cmp::Reverse, collections::HashSet, rc::Rc, sync::Arc};
 
 use smallvec::SmallVec;
 
@@ -110,10 +110,14 @@ impl<'a> Sources<'a> {
     pub fn owners(&self, plugins: &registry::Plugins) -> Vec<Owner> {
         let route = self.merged(plugins);
         let mut owners = Vec::new();
+        let twice = self.in_several_rules();
         for rule in self.x.snapshot.global_rules.iter() {
             let mut items: Vec<Item> = Vec::new();
             overlay(&mut items, &rule.value.plugins, || owner_of("global_rules", rule), Layer::Route);
             items.retain(|item| {
+                if twice.contains(&&*item.conf.name) {
+                    return false;
+                }
                 let prefers = plugins.get(&*item.conf.name).is_some_and(|p| p.prefer_route);
                 !(prefers && route.items.iter().any(|r| r.conf.name == item.conf.name && !r.conf.meta.disable))
             });
@@ -127,6 +131,21 @@ impl<'a> Sources<'a> {
         }
         owners.push(Owner { items: sorted(route.items, plugins), ..route });
         owners
+    }
+
+    /// Plugins of more than one global rule: which one counts nobody has said, so none runs.
+    fn in_several_rules(&self) -> Vec<&str> {
+        let (mut seen, mut twice) = (HashSet::new(), Vec::new());
+        for conf in self.x.snapshot.global_rules.iter().flat_map(|rule| rule.value.plugins.0.iter()) {
+            if !seen.insert(&*conf.name) && !twice.contains(&&*conf.name) {
+                let name = &conf.name;
+                tracing::error!(
+                    "Found {name} configured across different global rules. Removing it from execution list"
+                );
+                twice.push(&**name);
+            }
+        }
+        twice
     }
 
     /// Consumer over consumer_group over route over plugin_config over service.

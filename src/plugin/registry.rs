@@ -8,6 +8,7 @@ use std::{
     sync::Arc,
 };
 
+use arc_swap::ArcSwap;
 use serde_json::Value;
 
 use super::{PhaseMask, Watching, natives};
@@ -83,14 +84,38 @@ pub type Plugins = HashMap<Box<str>, Arc<PluginInfo>>;
 #[derive(Clone, Debug, Default)]
 pub struct Setup {
     pub prefix: PathBuf,
-    pub config: Arc<Value>,
+    /// Shared: what `reread` takes over, all clones see.
+    config: Arc<ArcSwap<Value>>,
     pub locations: Arc<Locations>,
     pub watching: Arc<Watching>,
 }
 
+/// The keys that a reload of plugins reads again.
+const REREAD: [&str; 3] = ["plugins", "stream_plugins", "plugin_attr"];
+
 impl Setup {
+    /// `config`: config.yaml with its defaults.
+    pub fn new(prefix: PathBuf, config: Arc<Value>, locations: Arc<Locations>) -> Setup {
+        Setup { prefix, config: Arc::new(ArcSwap::new(config)), locations, watching: Arc::default() }
+    }
+
+    /// The same, with who is watched.
+    pub fn watched(self, watching: Arc<Watching>) -> Setup {
+        Setup { watching, ..self }
+    }
+
+    /// Takes over which plugins there are and what they are told (`plugins`, `plugin_attr`) from a newer configuration.
+    pub fn reread(&self, config: &Value) {
+        let mut next = Value::clone(&self.config.load());
+        for key in REREAD {
+            next[key] = config.get(key).cloned().unwrap_or_default();
+        }
+        self.config.store(Arc::new(next));
+    }
+
     fn text(&self, key: &str) -> String {
-        self.config.pointer("/apisix").and_then(|a| a.get(key)).and_then(Value::as_str).unwrap_or_default().to_owned()
+        let config = self.config.load();
+        config.pointer("/apisix").and_then(|a| a.get(key)).and_then(Value::as_str).unwrap_or_default().to_owned()
     }
 
     /// How a VM for `purpose` is made under this configuration.
@@ -101,7 +126,7 @@ impl Setup {
             prefix: self.prefix.clone(),
             lua_path: self.text("extra_lua_path"),
             lua_cpath: self.text("extra_lua_cpath"),
-            config: self.config.clone(),
+            config: self.config.load_full(),
             worker,
             plugin_sources: sources.collect(),
             package_path: self.locations.package_path.clone(),
@@ -114,7 +139,7 @@ impl Setup {
     pub fn names(&self, snapshot: &Snapshot) -> Vec<Box<str>> {
         let mut names: Vec<Box<str>> = match &snapshot.plugin_names {
             Some(listed) => listed.to_vec(),
-            None => match self.config.get("plugins").and_then(Value::as_array) {
+            None => match self.config.load().get("plugins").and_then(Value::as_array) {
                 Some(listed) => listed.iter().filter_map(Value::as_str).map(Box::from).collect(),
                 None => packed_plugins().map(Box::from).collect(),
             },
@@ -272,6 +297,11 @@ impl Checker {
         *self.setup.borrow_mut() = setup;
     }
 
+    /// How plugins are loaded.
+    pub fn setup(&self) -> Setup {
+        self.setup.borrow().clone()
+    }
+
     fn loaded(&self) -> Option<Loaded> {
         self.state.borrow().clone()
     }
@@ -323,6 +353,20 @@ impl Checker {
     pub fn compile_function(&self, id: &str, source: &str) -> Result<(), String> {
         let Some(Loaded { vm, .. }) = self.loaded() else { return Err("no VM".into()) };
         vm::load_chunk(&vm.lua, &format!("functions/{id}.lua"), source.as_bytes()).map(|_| ()).map_err(plain)
+    }
+
+    /// Whether Lua in a field compiles; if not, as `loadstring` says it.
+    pub fn compile_chunk(&self, source: &str) -> Result<(), String> {
+        let Some(Loaded { vm, .. }) = self.loaded() else { return Err("no VM".into()) };
+        vm.lua.load(source).set_name(source).into_function().map(|_| ()).map_err(plain)
+    }
+
+    /// What cjson says is wrong with a text.
+    pub fn explain_json(&self, text: &[u8]) -> Option<String> {
+        let vm = self.loaded()?.vm;
+        let text = vm.lua.create_string(text).ok()?;
+        let (_, why): (mlua::Value, Option<String>) = call(&vm, "cjson.safe", "decode", text).ok()?;
+        why
     }
 }
 

@@ -339,7 +339,10 @@ impl<'a> Way<'a> {
             }
             self.waited = true;
         }
-        x.response.headers.set_sound(b"Server", self.p.settings.server.as_bytes());
+        let passes = x.location.as_ref().is_some_and(|location| location.directives.proxy_pass_server);
+        if !passes || !x.response.headers.contains(b"server") {
+            x.response.headers.set_sound(b"Server", self.p.settings.server.as_bytes());
+        }
         add_early(&mut x.response);
         super::location::add_headers(x);
         rescue::upstream_status(self.p, x);

@@ -287,7 +287,9 @@ impl Builder {
             Kind::Function => s.functions.get(id).map(version),
             Kind::PluginSource => s.plugin_sources.get(id).map(version),
             Kind::StreamRoute => s.stream_routes.get(id).map(version),
-            Kind::Proto | Kind::Secret => s.others.get(&(kind, Id::from(id))).map(version),
+            Kind::Proto | Kind::Secret | Kind::GraphqlCostDecoration => {
+                s.others.get(&(kind, Id::from(id))).map(version)
+            }
         }
     }
 
@@ -301,7 +303,7 @@ impl Builder {
             absent.push(PLUGINS.to_owned());
         }
         for kind in Kind::ALL {
-            self.ids(kind, &mut |id| absent.push(key_of(kind, id)));
+            self.ids(kind, &mut |id| absent.push(kind.key(id)));
         }
         absent.retain(|key| !present.contains(&**key));
         for key in absent {
@@ -333,7 +335,7 @@ impl Builder {
             Kind::Function => s.functions.keys().for_each(|id| f(id)),
             Kind::PluginSource => s.plugin_sources.keys().for_each(|id| f(id)),
             Kind::StreamRoute => s.stream_routes.keys().for_each(|id| f(id)),
-            Kind::Proto | Kind::Secret => {
+            Kind::Proto | Kind::Secret | Kind::GraphqlCostDecoration => {
                 s.others.keys().filter(|(k, _)| *k == kind).for_each(|(_, id)| f(id));
             }
         }
@@ -635,7 +637,7 @@ impl Builder {
             Kind::Function => drop(s.functions.remove(id)),
             Kind::PluginSource => self.plugins_changed |= s.plugin_sources.remove(id).is_some(),
             Kind::StreamRoute => self.streams_changed |= s.stream_routes.remove(id).is_some(),
-            Kind::Proto | Kind::Secret => drop(s.others.remove(&(kind, Id::from(id)))),
+            Kind::Proto | Kind::Secret | Kind::GraphqlCostDecoration => drop(s.others.remove(&(kind, Id::from(id)))),
         }
     }
 
@@ -651,13 +653,6 @@ impl Builder {
 fn credential_claim(o: &Object<Credential>) -> Claim {
     let consumer = Id::from(&*o.value.username);
     Claim { create_revision: o.create_revision, consumer, credential: Some(o.id.clone()) }
-}
-
-fn key_of(kind: Kind, id: &str) -> String {
-    match kind {
-        Kind::Credential => format!("/{}/{id}", Kind::Consumer.plural()),
-        _ => format!("/{}/{id}", kind.plural()),
-    }
 }
 
 /// Whether a key is a resource's or the list of plugins, and so belongs in the last good state.

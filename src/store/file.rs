@@ -271,6 +271,11 @@ fn parse_yaml(text: &str) -> Result<Value> {
     if text.trim_end().lines().next_back().is_none_or(|last| last.trim() != "#END") {
         return Err(malformed("not read: its last line must be #END".to_owned()));
     }
+    json_of_yaml(text)
+}
+
+/// A YAML document as JSON, merge keys (`<<`) applied.
+pub fn json_of_yaml(text: &str) -> Result<Value> {
     let mut value: serde_norway::Value = serde_norway::from_str(text).map_err(|e| malformed(e.to_string()))?;
     value.apply_merge().map_err(|e| malformed(e.to_string()))?;
     json_of(value)
@@ -309,16 +314,7 @@ fn add_section(kind: model::Kind, section: Value, entries: &mut BTreeMap<Arc<str
         _ => return Err(malformed(format!("{} must be a list", kind.plural()))),
     };
     for (i, mut item) in items.into_iter().enumerate() {
-        let id = id_of(kind, &item).unwrap_or_else(|| format!("arr_{}", i + 1));
-        if let Value::Object(map) = &mut item {
-            if kind != model::Kind::Consumer {
-                map.entry("id").or_insert_with(|| id.clone().into());
-            }
-            // `key-auth:` with nothing after it is a plugin without settings.
-            if let Some(Value::Object(plugins)) = map.get_mut("plugins") {
-                plugins.values_mut().filter(|v| v.is_null()).for_each(|v| *v = Value::Object(Map::new()));
-            }
-        }
+        let id = id_in(kind, &mut item, i);
         let key = format!("/{}/{id}", kind.plural());
         if entries.insert(key.as_str().into(), item.to_string().into()).is_some() {
             tracing::warn!("{key} stands in the file more than once: the last one counts");
@@ -327,7 +323,22 @@ fn add_section(kind: model::Kind, section: Value, entries: &mut BTreeMap<Arc<str
     Ok(())
 }
 
-fn id_of(kind: model::Kind, item: &Value) -> Option<String> {
+/// The id of the item that stands at `i` of its list, written into it.
+pub(super) fn id_in(kind: model::Kind, item: &mut Value, i: usize) -> String {
+    let id = id_of(kind, item).unwrap_or_else(|| format!("arr_{}", i + 1));
+    if let Value::Object(map) = item {
+        if kind != model::Kind::Consumer {
+            map.entry("id").or_insert_with(|| id.clone().into());
+        }
+        // `key-auth:` with nothing after it is a plugin without settings.
+        if let Some(Value::Object(plugins)) = map.get_mut("plugins") {
+            plugins.values_mut().filter(|v| v.is_null()).for_each(|v| *v = Value::Object(Map::new()));
+        }
+    }
+    id
+}
+
+pub fn id_of(kind: model::Kind, item: &Value) -> Option<String> {
     let named = match &item["id"] {
         Value::Null if kind == model::Kind::Consumer => &item["username"],
         Value::Null if kind == model::Kind::PluginSource => &item["name"],

@@ -1,6 +1,7 @@
 //! Where configuration lives and how it reaches the workers.
 //!
-//! A `Store` reads and writes resources as JSON texts by key; three exist: embedded (redb), etcd, file. A store's changes go
+//! A `Store` reads and writes resources as JSON texts by key; four exist: embedded (redb), etcd, file, and one document that the
+//! Admin API replaces. A store's changes go
 //! through `pipeline` (parse, validate, skip what is invalid) into a new `Snapshot`, which `Published` hands to
 //! every worker. Only this module knows where config came from.
 
@@ -16,6 +17,7 @@ pub mod pipeline;
 pub mod published;
 pub mod snapshot;
 pub mod source;
+pub mod standalone;
 
 use std::{future::Future, pin::Pin, sync::Arc};
 
@@ -25,6 +27,7 @@ pub use pipeline::{Handle, Pipeline, Setup, Started, start};
 pub use published::Published;
 pub use snapshot::Snapshot;
 pub use source::{SourceState, SourceStatus};
+pub use standalone::Standalone;
 
 use crate::{
     conf::Config,
@@ -77,6 +80,7 @@ pub fn open(config: &Config) -> Result<Arc<dyn Store>> {
     Ok(match provider {
         "embedded" => embedded::Embedded::open(&config.prefix.join(EMBEDDED_FILE))?,
         "etcd" => etcd::Etcd::new(etcd::EtcdConfig::from_json(&config.json, &config.prefix)?),
+        "yaml" if role == "traditional" => Standalone::new(),
         "yaml" => file::File::new(&config.prefix, file::Format::Yaml),
         "json" => file::File::new(&config.prefix, file::Format::Json),
         _ => {
@@ -89,7 +93,7 @@ pub fn open(config: &Config) -> Result<Arc<dyn Store>> {
 
 /// Reads and writes of the Admin API. A write that was answered survives SIGKILL.
 pub trait Store: Send + Sync + 'static {
-    /// `embedded`, `etcd` or `file`: for messages.
+    /// `embedded`, `etcd`, `file` or `standalone`: for messages.
     fn name(&self) -> &'static str;
 
     fn get<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<Entry>>>;
@@ -111,6 +115,11 @@ pub trait Store: Send + Sync + 'static {
 
     /// Which source this is (`etcd http://a:2379 /apisix`), for a store whose last good state is kept on disk beside it.
     fn identity(&self) -> Option<String> {
+        None
+    }
+
+    /// The store as one document, if it is one: what `/apisix/admin/configs` works with.
+    fn standalone(self: Arc<Self>) -> Option<Arc<Standalone>> {
         None
     }
 
@@ -149,6 +158,7 @@ mod tests {
         for (role, provider, expected) in [
             ("traditional", "embedded", Some("embedded")),
             ("traditional", "etcd", Some("etcd")),
+            ("traditional", "yaml", Some("standalone")),
             ("data_plane", "yaml", Some("file")),
             ("data_plane", "json", Some("file")),
             ("traditional", "zookeeper", None),

@@ -115,7 +115,7 @@ pub async fn start(store: Arc<dyn Store>, setup: Setup) -> Result<Started> {
     let published = Published::new(Snapshot::default());
     let source = SourceState::new(store.name());
     let (first, ready) = oneshot::channel();
-    let strict_plugins = store.name() == "file";
+    let strict_plugins = matches!(store.name(), "file" | "standalone");
     let pipeline = Pipeline {
         last_good: open_last_good(&*store, setup.last_good),
         builder: Builder::new(setup.parser, setup.checker, setup.router, strict_plugins),

@@ -10,12 +10,12 @@ pub struct SourceState(ArcSwap<SourceStatus>);
 
 #[derive(Clone, Debug)]
 pub struct SourceStatus {
-    /// `embedded`, `etcd` or `file`.
+    /// `embedded`, `etcd`, `file` or `standalone`.
     pub name: &'static str,
     /// The last revision taken over.
     pub revision: i64,
     pub connected: bool,
-    /// Whether anything was ever taken over, be it from the disk.
+    /// Something of it, or the last good state, is served.
     pub received: bool,
     /// When `connected` became what it is.
     pub since: SystemTime,
@@ -46,8 +46,8 @@ impl SourceState {
     pub(super) fn up_to_date(&self, revision: i64) {
         self.update(|s| {
             s.revision = revision;
-            s.received = true;
             s.stale_since = None;
+            s.received = true;
             set_connected(s, true);
         });
     }
@@ -69,8 +69,8 @@ impl SourceState {
     pub(super) fn last_good(&self, revision: i64, saved: SystemTime) {
         self.update(|s| {
             s.revision = revision;
-            s.received = true;
             s.stale_since = Some(saved);
+            s.received = true;
         });
     }
 

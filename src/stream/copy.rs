@@ -103,7 +103,7 @@ struct Pipe {
     unflushed: bool,
     /// Bytes that were written.
     passed: u64,
-    /// Grows with each read and write.
+    /// Grows with each read, write and flush.
     moves: u64,
 }
 
@@ -208,7 +208,11 @@ impl Pipe {
     fn poll_flushed(&mut self, cx: &mut Context<'_>, to: &mut (impl AsyncWrite + Unpin)) -> Poll<Result<(), Fault>> {
         if self.unflushed {
             match ready!(Pin::new(to).poll_flush(cx)) {
-                Ok(()) => self.unflushed = false,
+                Ok(()) => {
+                    self.unflushed = false;
+                    // Nothing waits for a side any more: another limit holds from now on.
+                    self.moves += 1;
+                }
                 Err(e) => {
                     self.finish();
                     return Poll::Ready(Err(Fault::Write(e)));
@@ -239,5 +243,170 @@ fn poll_read(cx: &mut Context<'_>, from: &mut (impl AsyncRead + Unpin), into: &m
 impl Drop for Pipe {
     fn drop(&mut self) {
         buffers::put(mem::take(&mut self.buffer));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::rc::Rc;
+
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex},
+        task::{LocalSet, spawn_local},
+    };
+
+    use super::*;
+
+    const LONG: Limits = Limits { send: Duration::from_secs(60), read: Duration::from_secs(60) };
+
+    /// A session between two streams in memory: the client's end, the node's, and how it ends.
+    fn session(limits: Limits) -> (DuplexStream, DuplexStream, tokio::task::JoinHandle<(Result<()>, Moved)>) {
+        let ((client, mut from_client), (node, mut to_node)) = (duplex(64), duplex(64));
+        let ended = spawn_local(async move {
+            let mut moved = Moved::default();
+            (both(&mut from_client, &mut to_node, limits, &mut moved).await, moved)
+        });
+        (client, node, ended)
+    }
+
+    async fn local<T>(test: impl Future<Output = T>) -> T {
+        LocalSet::new().run_until(test).await
+    }
+
+    #[tokio::test]
+    async fn an_end_is_passed_on_and_the_other_direction_goes_on() {
+        local(async {
+            let (mut client, mut node, ended) = session(LONG);
+            client.write_all(b"question").await.unwrap();
+            client.shutdown().await.unwrap();
+            let mut text = String::new();
+            node.read_to_string(&mut text).await.unwrap();
+            assert_eq!(text, "question");
+            let answer = spawn_local(async move {
+                let mut all = Vec::new();
+                client.read_to_end(&mut all).await.map(|_| all.len())
+            });
+            node.write_all(&[b'a'; 1001]).await.unwrap();
+            drop(node);
+            assert_eq!(answer.await.unwrap().unwrap(), 1001);
+            let (outcome, moved) = ended.await.unwrap();
+            outcome.unwrap();
+            assert_eq!(moved, Moved { from_client: 8, to_client: 1001 });
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn a_side_that_does_not_read_is_waited_for_as_long_as_the_limit_says() {
+        local(async {
+            let limits = Limits { send: Duration::from_millis(50), ..LONG };
+            let (mut client, _node, ended) = session(limits);
+            let mut sent = 0;
+            // The node's pipe, a buffer, and the client's pipe.
+            while let Ok(n) = client.write(&[0; 1024]).await {
+                sent += n;
+                assert!(sent <= buffers::KEPT_SIZE + 128, "no more is taken than fits");
+            }
+            let (outcome, moved) = ended.await.unwrap();
+            assert_eq!(outcome.unwrap_err().kind(), Kind::ReadTimeout);
+            assert_eq!(moved, Moved { from_client: 64, to_client: 0 });
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn without_a_byte_it_ends_after_the_limit() {
+        local(async {
+            let limits = Limits { read: Duration::from_millis(50), ..LONG };
+            let (_client, _node, ended) = session(limits);
+            assert_eq!(ended.await.unwrap().0.unwrap_err().kind(), Kind::ReadTimeout);
+        })
+        .await;
+    }
+
+    /// Takes its time to flush: so many polls.
+    struct Slow(DuplexStream, u8);
+
+    impl AsyncRead for Slow {
+        fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.0).poll_read(cx, buf)
+        }
+    }
+
+    impl AsyncWrite for Slow {
+        fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+            Pin::new(&mut self.0).poll_write(cx, data)
+        }
+
+        fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            match self.1.checked_sub(1) {
+                None => return Poll::Ready(Ok(())),
+                Some(left) => self.1 = left,
+            }
+            cx.waker().wake_by_ref();
+            Poll::Pending
+        }
+
+        fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.0).poll_shutdown(cx)
+        }
+    }
+
+    #[tokio::test]
+    async fn what_was_taken_in_the_end_is_waited_for_no_more() {
+        local(async {
+            let ((mut client, mut from_client), (_node, to_node)) = (duplex(64), duplex(64));
+            client.write_all(b"hello").await.unwrap();
+            let limits = Limits { send: Duration::from_millis(50), read: Duration::from_millis(500) };
+            let begun = std::time::Instant::now();
+            let outcome = both(&mut from_client, &mut Slow(to_node, 3), limits, &mut Moved::default()).await;
+            assert_eq!(outcome.unwrap_err().kind(), Kind::ReadTimeout);
+            assert!(begun.elapsed() >= limits.read, "{:?}", begun.elapsed());
+        })
+        .await;
+    }
+
+    /// Fails to be written to, and has something to say.
+    struct Deaf(Rc<std::cell::Cell<usize>>);
+
+    impl AsyncRead for Deaf {
+        fn poll_read(self: Pin<&mut Self>, _: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+            let left = self.0.get();
+            let n = left.min(buf.remaining());
+            buf.put_slice(&vec![b'x'; n]);
+            self.0.set(left - n);
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    impl AsyncWrite for Deaf {
+        fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, _: &[u8]) -> Poll<io::Result<usize>> {
+            Poll::Ready(Err(ErrorKind::BrokenPipe.into()))
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Err(ErrorKind::NotConnected.into()))
+        }
+    }
+
+    #[tokio::test]
+    async fn a_node_that_takes_nothing_is_heard_to_its_end() {
+        local(async {
+            let (mut client, mut from_client) = duplex(1 << 20);
+            client.write_all(b"hello").await.unwrap();
+            let mut moved = Moved::default();
+            let mut node = Deaf(Rc::new(std::cell::Cell::new(100_000)));
+            both(&mut from_client, &mut node, LONG, &mut moved).await.unwrap();
+            assert_eq!(moved, Moved { from_client: 0, to_client: 100_000 });
+            drop(from_client);
+            let mut all = Vec::new();
+            client.read_to_end(&mut all).await.unwrap();
+            assert_eq!(all.len(), 100_000);
+        })
+        .await;
     }
 }

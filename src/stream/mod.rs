@@ -25,7 +25,7 @@ use self::session::{Session, Try};
 use crate::{
     balancer::{NoNode, Picked, Pickers, Tried},
     dns::Resolver,
-    error::{Error, Kind, Result, Retry},
+    error::{Error, Kind, Origin, Result, Retry},
     model::{
         Upstream,
         route::Timeouts,
@@ -199,16 +199,17 @@ impl Streams {
             |e: Error| Error::upstream(Kind::Resolve).retry(Retry::Safe).cause(e).context("no valid upstream node");
         let addresses = self.resolver.resolve(&node.host).await.map_err(failed)?;
         self.turn.set(self.turn.get().wrapping_add(1));
-        // Never empty.
-        let ip = addresses[self.turn.get() % addresses.len()];
-        Ok(SocketAddr::new(ip, node.port))
+        match addresses.get(self.turn.get() % addresses.len().max(1)) {
+            Some(ip) => Ok(SocketAddr::new(*ip, node.port)),
+            None => Err(failed(Error::upstream(Kind::Resolve).context(format!("{} has no address", node.host)))),
+        }
     }
 
     /// Logs how a session has ended.
     fn ended(&self, session: &mut Session, outcome: Result<()>) {
         if let Err(e) = &outcome {
             // What clients do is not the operator's concern, as in nginx and APISIX; access_stream.log has it.
-            let of_client = e.origin() == crate::error::Origin::Client || session.established;
+            let of_client = e.origin() == Origin::Client || session.established;
             session.log(if of_client { Level::Info } else { Level::Error }, &e.to_string());
         }
         session.status = status(session, &outcome);
@@ -224,7 +225,8 @@ fn status(session: &Session, outcome: &Result<()>) -> u16 {
         // What happens to a session that had a node is its own affair.
         _ if session.established => 200,
         Ok(()) => 200,
-        Err(e) if e.origin() == crate::error::Origin::Upstream => 502,
+        Err(e) if e.origin() == Origin::Upstream => 502,
+        Err(e) if e.kind() == Kind::Tls => 403,
         Err(_) => 500,
     }
 }

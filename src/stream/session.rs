@@ -252,3 +252,49 @@ impl Log {
         self.file.write_soon(&line);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn session() -> Session {
+        let mut session = Session::new(7, "TCP", "10.0.0.1:5".parse().unwrap(), "[::1]:91".parse().unwrap());
+        let now = Instant::now();
+        session
+            .tries
+            .push(Try { session_time: Some(Duration::from_millis(5)), ..Try::new("10.0.0.2:1".parse().unwrap(), now) });
+        session
+            .tries
+            .push(Try { connect_time: Some(Duration::from_millis(1234)), ..Try::new("[::2]:2".parse().unwrap(), now) });
+        session
+    }
+
+    fn text(format: &str) -> String {
+        let mut out = Vec::new();
+        Format::parse(format).append(&session(), b"-", &mut out);
+        String::from_utf8(out).unwrap()
+    }
+
+    #[test]
+    fn formats_are_texts_and_variables() {
+        assert_eq!(text("$remote_addr:${remote_port}x $ $$protocol ${server_addr"), "10.0.0.1:5x $ $TCP ${server_addr");
+        assert_eq!(text("$none $ssl_server_name|$route_id"), "- -|-");
+        assert_eq!(text("$status $bytes_sent $connection"), "000 0 7");
+        assert_eq!(text(""), "");
+    }
+
+    #[test]
+    fn each_node_that_was_asked_has_its_value() {
+        assert_eq!(text("$upstream_addr|$upstream_connect_time"), "10.0.0.2:1, [::2]:2|-, 1.234");
+        assert_eq!(text("$upstream_session_time|$upstream_bytes_sent|$upstream_none"), "0.005, -|0, 0|-");
+    }
+
+    #[test]
+    fn the_last_node_has_what_was_passed_on() {
+        let mut session = session();
+        session.over(3, 4);
+        let last = session.tries.last().unwrap();
+        assert_eq!((session.received, session.sent, last.sent, last.received), (3, 4, 3, 4));
+        assert!(last.session_time.is_some() && session.tries[0].sent == 0);
+    }
+}

@@ -187,23 +187,15 @@ impl Desk {
         match sessions.entry(key) {
             Entry::Occupied(mut known) => match known.get_mut() {
                 State::Open(flow) => flow.send(data),
-                State::Opening(waiting) => self.keep(waiting, data),
+                State::Opening(waiting) => keep(waiting, &self.waiting, data),
             },
             Entry::Vacant(new) => {
                 let Some(open) = self.enter() else { return };
                 let mut waiting = Vec::new();
-                self.keep(&mut waiting, data);
+                keep(&mut waiting, &self.waiting, data);
                 new.insert(State::Opening(waiting));
                 spawn_local(session(Place { desk: self.clone(), key, _open: open }));
             }
-        }
-    }
-
-    fn keep(&self, waiting: &mut Vec<Box<[u8]>>, data: &[u8]) {
-        let bytes = self.waiting.get() + data.len();
-        if waiting.len() < WAITING_MAX && bytes <= WAITING_BYTES {
-            waiting.push(data.into());
-            self.waiting.set(bytes);
         }
     }
 
@@ -214,7 +206,7 @@ impl Desk {
             return None;
         }
         let open = udp_sessions.get();
-        if open >= SESSIONS_MAX || drain.open() >= settings.max_connections {
+        if !has_room(open, drain.open(), settings.max_connections) {
             self.refuse(open);
             return None;
         }
@@ -250,6 +242,20 @@ impl Desk {
         let bytes: usize = waited.iter().map(|data| data.len()).sum();
         self.waiting.set(self.waiting.get() - bytes);
         waited
+    }
+}
+
+/// `sessions` of UDP, and all that is `open` in the worker, of which there may be `max`.
+fn has_room(sessions: usize, open: usize, max: usize) -> bool {
+    sessions < SESSIONS_MAX && open < max
+}
+
+/// Puts a datagram behind those that wait, if there is room; `bytes`: of all that wait at the listener.
+fn keep(waiting: &mut Vec<Box<[u8]>>, bytes: &Cell<usize>, data: &[u8]) {
+    let all = bytes.get() + data.len();
+    if waiting.len() < WAITING_MAX && all <= WAITING_BYTES {
+        waiting.push(data.into());
+        bytes.set(all);
     }
 }
 
@@ -379,5 +385,40 @@ impl Flow {
         }
         cx.waker().wake_by_ref();
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn datagrams_wait_up_to_a_number_and_a_size() {
+        let (mut waiting, bytes) = (Vec::new(), Cell::new(0));
+        (0..=WAITING_MAX).for_each(|_| keep(&mut waiting, &bytes, b"ab"));
+        assert_eq!((waiting.len(), bytes.get()), (WAITING_MAX, 2 * WAITING_MAX));
+        let (mut waiting, bytes) = (Vec::new(), Cell::new(WAITING_BYTES - 3));
+        keep(&mut waiting, &bytes, b"abcd");
+        keep(&mut waiting, &bytes, b"abc");
+        keep(&mut waiting, &bytes, b"a");
+        assert_eq!((waiting.len(), bytes.get()), (1, WAITING_BYTES));
+    }
+
+    #[test]
+    fn sessions_are_bounded_by_their_number_and_by_the_workers_connections() {
+        assert!(has_room(SESSIONS_MAX - 1, SESSIONS_MAX, SESSIONS_MAX + 1));
+        assert!(!has_room(SESSIONS_MAX, SESSIONS_MAX, SESSIONS_MAX + 1));
+        assert!(!has_room(1, 2, 2));
+    }
+
+    #[test]
+    fn an_address_that_another_socket_has_is_refused() {
+        let taken = bind(SocketAddr::from(([127, 0, 0, 1], 0))).expect("a socket");
+        let addr = taken.local_addr().expect("an address");
+        let refused = ensure_free(addr).expect_err("it is taken").to_string();
+        assert!(refused.contains(&format!("listen on {addr} (UDP)")), "{refused}");
+        bind(addr).expect("a second worker's");
+        drop(taken);
+        ensure_free(addr).expect("it is free");
     }
 }

@@ -33,7 +33,7 @@ pub fn versions<'a>(
 }
 
 /// The certificates of a PEM text; at least one.
-fn certificates(pem: &str) -> Result<Vec<CertificateDer<'static>>> {
+pub(crate) fn certificates(pem: &str) -> Result<Vec<CertificateDer<'static>>> {
     let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem.as_bytes()).collect();
     match chain {
         Ok(chain) if chain.is_empty() => Err(Error::config(Kind::Tls).context("no certificate in the PEM text")),
@@ -42,7 +42,7 @@ fn certificates(pem: &str) -> Result<Vec<CertificateDer<'static>>> {
     }
 }
 
-fn private_key(pem: &str) -> Result<PrivateKeyDer<'static>> {
+pub(crate) fn private_key(pem: &str) -> Result<PrivateKeyDer<'static>> {
     PrivateKeyDer::from_pem_slice(pem.as_bytes())
         .map_err(|e| Error::config(Kind::Tls).cause(e).context("parse a private key"))
 }

@@ -68,6 +68,23 @@ fn what_cannot_be_served_is_refused_with_apisix_words() {
 }
 
 #[test]
+fn the_key_of_an_upstream_is_stored_and_shown_encrypted_and_can_be_written_back() {
+    let gw = gateway();
+    let pair = rcgen::generate_simple_self_signed(["own".to_owned()]).expect("a certificate");
+    let tls = json!({"client_cert": pair.cert.pem(), "client_key": pair.signing_key.serialize_pem()});
+    let upstream = json!({"scheme": "tls", "nodes": {"127.0.0.1:1": 1}, "tls": tls});
+    let written = gw.put("/stream_routes/1", json!({"upstream": upstream}));
+    let mut read = gw.admin("GET", "/stream_routes/1", ()).json()["value"].take();
+    assert!(!written.to_string().contains("PRIVATE KEY") && !read.to_string().contains("PRIVATE KEY"));
+    let key = read["upstream"]["tls"]["client_key"].clone();
+    for time in ["create_time", "update_time"] {
+        read.as_object_mut().expect("a map").remove(time);
+    }
+    let again = gw.put("/stream_routes/1", read);
+    assert_eq!(again["value"]["upstream"]["tls"]["client_key"], key);
+}
+
+#[test]
 fn what_a_stream_route_uses_stays() {
     let gw = gateway();
     gw.put("/upstreams/u", to("127.0.0.1:1"));

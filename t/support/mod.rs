@@ -210,6 +210,11 @@ impl Gateway {
         self.address("status")
     }
 
+    /// All addresses of that name in logs/listen.json.
+    pub fn listening(&self, what: &str) -> Value {
+        self.listen[what].clone()
+    }
+
     pub fn prometheus(&self) -> String {
         self.address("prometheus")
     }

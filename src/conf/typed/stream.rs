@@ -43,7 +43,8 @@ impl<'a> Reader<'a> {
         if stream.tcp.len() + stream.udp.len() > MAX_PORTS {
             self.wrong(path, format!("names {} ports, more than {MAX_PORTS}", stream.tcp.len() + stream.udp.len()));
         }
-        stream.enabled = !stream.tcp.is_empty() || !stream.udp.is_empty();
+        // Another node may be the one that listens.
+        stream.enabled = mode & STREAM != 0 || !stream.tcp.is_empty() || !stream.udp.is_empty();
         (mode & HTTP != 0, stream)
     }
 
@@ -139,4 +140,68 @@ fn range(text: &str) -> Option<(IpAddr, RangeInclusive<u16>)> {
     let (first, last) = ports.split_once('-').unwrap_or((ports, ports));
     let (first, last): (u16, u16) = (first.parse().ok()?, last.parse().ok()?);
     (first <= last).then_some((ip, first..=last))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str) -> (crate::conf::Config, Vec<String>) {
+        let (config, warnings) = crate::conf::parse(Path::new("/p"), text).unwrap_or_else(|e| panic!("{e}"));
+        (config, warnings.into_iter().map(|warning| warning.0).collect())
+    }
+
+    fn tcp(config: &crate::conf::Config) -> Vec<String> {
+        let mark = |on, mark| if on { mark } else { "" };
+        let text = |l: &StreamListen| {
+            let (tls, takes) = (mark(l.tls, " tls"), mark(l.proxy_protocol, " takes"));
+            format!("{}{tls}{takes}{}", l.addr, mark(l.proxy_protocol_to_upstream, " sends"))
+        };
+        config.stream.tcp.iter().map(text).collect()
+    }
+
+    #[test]
+    fn addresses_are_ports_ranges_and_maps() {
+        let (config, warnings) = read(
+            "apisix: {proxy_mode: http&stream, proxy_protocol: {enable_tcp_pp: true}, stream_proxy: {tcp: [9100, \"127.0.0.1:9101\", \
+             {addr: \"9200-9201\", tls: true, proxy_protocol: false}, {addr: \"[::1]:93\", proxy_protocol_to_upstream: true, \
+             tsl: 1}], udp: [53, \"127.0.0.1:54-55\"]}}",
+        );
+        let expected = [
+            "0.0.0.0:9100 takes",
+            "127.0.0.1:9101 takes",
+            "0.0.0.0:9200 tls",
+            "0.0.0.0:9201 tls",
+            "[::1]:93 takes sends",
+        ];
+        assert_eq!(tcp(&config), expected);
+        let udp: Vec<String> = config.stream.udp.iter().map(ToString::to_string).collect();
+        assert_eq!(udp, ["0.0.0.0:53", "127.0.0.1:54", "127.0.0.1:55"]);
+        assert!(config.stream.enabled && !config.listen.is_empty() && config.stream.access_log.is_none());
+        assert_eq!(warnings.len(), 1);
+        assert!(warnings[0].starts_with("apisix.stream_proxy.tcp[3].tsl: is not a known key"), "{warnings:?}");
+    }
+
+    #[test]
+    fn the_mode_decides_what_is_served() {
+        let (config, warnings) = read("apisix: {stream_proxy: {tcp: [9100]}}");
+        assert!(!config.stream.enabled && config.stream.tcp.is_empty() && warnings[0].contains("has no effect"));
+        let (config, _) = read("apisix: {proxy_mode: stream, stream_proxy: {tcp: [9100]}}");
+        assert!(config.stream.enabled && config.listen.is_empty() && config.listen_tls.is_empty());
+        let (config, _) = read("apisix: {proxy_mode: http&stream}");
+        assert!(config.stream.enabled && config.stream.tcp.is_empty() && !config.listen.is_empty());
+        let (config, warnings) = read("test_node: {stream_listen: [{port: 1985}, {port: 2005, tls: true}]}");
+        assert_eq!((tcp(&config).join(","), warnings.len()), ("0.0.0.0:1985,0.0.0.0:2005 tls".to_owned(), 0));
+        let refused = |text| crate::conf::parse(Path::new("/p"), text).err().map_or(Vec::new(), |e| e.0).join(",");
+        assert!(refused("apisix: {proxy_mode: stream}").contains("apisix.stream_proxy: is missing"));
+        assert!(refused("apisix: {proxy_mode: tcp}").contains("apisix.proxy_mode: \"tcp\" is not one of"));
+    }
+
+    #[test]
+    fn ports_are_bounded() {
+        let with = |last| format!("apisix: {{proxy_mode: stream, stream_proxy: {{udp: [\"1-{last}\"]}}}}");
+        assert_eq!(read(&with(MAX_PORTS)).0.stream.udp.len(), MAX_PORTS);
+        let refused = crate::conf::parse(Path::new("/p"), &with(MAX_PORTS + 1)).expect_err("one too many");
+        assert!(refused.0[0].contains("names more than 1024 ports"), "{refused}");
+    }
 }

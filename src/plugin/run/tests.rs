@@ -118,7 +118,7 @@ impl Scene {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("rt");
         let local = tokio::task::LocalSet::new();
         let config = json!({"plugins": [], "lua": {"limits": {"cpu_ms": 100}}});
-        let setup = Setup { config: config.into(), ..Setup::default() };
+        let setup = Setup::new(Default::default(), config.into(), Default::default());
         let snapshot = Arc::new(self.snapshot);
         let runner = local.block_on(&runtime, Runner::new(setup, 0, &snapshot))?;
         Ok(Started { runtime, local, runner, snapshot, route: self.route, service: self.service })
@@ -595,7 +595,7 @@ fn filter_funcs_that_are_kept_are_bounded() {
 #[test]
 fn the_checker_inspects_and_checks() {
     let config = json!({"plugins": []});
-    let setup = Setup { config: config.into(), ..Setup::default() };
+    let setup = Setup::new(Default::default(), config.into(), Default::default());
     let picky = plugin(
         "picky",
         1,
@@ -624,7 +624,7 @@ fn the_checker_inspects_and_checks() {
 
 #[test]
 fn every_bundled_plugin_loads() {
-    let setup = Setup { config: json!({}).into(), ..Setup::default() };
+    let setup = Setup::new(Default::default(), json!({}).into(), Default::default());
     let names = setup.names(&Snapshot::default());
     assert!(names.len() > 20, "{names:?}");
     let config = setup.vm_config(Purpose::Check, 0, &Snapshot::default());
@@ -664,7 +664,7 @@ fn a_panic_in_the_host_answers_500_and_nothing_else_breaks() {
 
 #[test]
 fn the_documented_api_is_the_registered_one() {
-    let setup = Setup { config: json!({}).into(), ..Setup::default() };
+    let setup = Setup::new(Default::default(), json!({}).into(), Default::default());
     let config = setup.vm_config(Purpose::Check, 0, &Snapshot::default());
     let vm = Vm::with(config, &[crate::plugin::natives::register]).expect("a VM");
     let text = crate::lua::api::document(vm.entries());
