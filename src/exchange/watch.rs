@@ -16,7 +16,7 @@ const MAX_CHANGES: usize = 500;
 /// Bytes of a field's value that are kept.
 const MAX_VALUE: usize = 256;
 /// Fields whose values are nobody's business.
-const SECRET: [&str; 5] = ["authorization", "proxy-authorization", "cookie", "set-cookie", "apikey"];
+const SECRET: [&str; 6] = ["authorization", "proxy-authorization", "cookie", "set-cookie", "apikey", "x-api-key"];
 
 /// What is noted of a request.
 #[derive(Debug, Default)]
