@@ -20,11 +20,11 @@ pub(super) async fn serve(p: &Rc<Proxy>, x: &mut Exchange) {
     p.pin(x);
     x.snapshot.router.expect_soon(&x.request.host, &x.request.path);
     real_ip::apply(&p.settings.real_ip, x);
-    if !p.locations.is_empty() && location::serve(p, x).await {
-        return;
-    }
     if p.runner.watching().any() {
         p.runner.watching().begin(x);
+    }
+    if !p.locations.is_empty() && location::serve(p, x).await {
+        return;
     }
     forwarded::apply(&p.settings.trusted, x);
     let sound = !p.settings.normalize_uri_like_servlet || servlet::normalize(&mut x.request.path);

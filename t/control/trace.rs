@@ -135,6 +135,19 @@ fn without_the_key_there_is_no_trace_and_old_traces_go() {
 }
 
 #[test]
+fn a_location_does_not_see_the_key() {
+    let says = "ngx.say(ngx.var.http_x_moongate_trace or 'nothing')";
+    let gw = Gateway::with(json!({
+        "apisix": {"trace": {"key": KEY}},
+        "lua_locations": [{"location": "/l", "content_by_lua": says}],
+    }));
+    let reply = traced(&gw, "/l", &[]);
+    assert_eq!(reply.text(), "nothing\n");
+    let trace = trace_of(&gw, &reply);
+    assert_eq!((&trace["response"]["status"], &trace["route"]), (&json!(200), &Value::Null));
+}
+
+#[test]
 fn a_key_that_can_be_guessed_is_refused() {
     let dir = Dir::new();
     dir.configure(json!({"apisix": {"trace": {"header": "no name", "key": "short", "keep": 0}}}));
