@@ -4,6 +4,8 @@ mod support;
 
 #[path = "gateway/admin.rs"]
 mod admin;
+#[path = "gateway/core_etcd.rs"]
+mod core_etcd;
 #[path = "gateway/counters.rs"]
 mod counters;
 #[path = "gateway/functions.rs"]

@@ -144,6 +144,7 @@ async fn gateway(store: Arc<dyn Store>, dir: &Path) -> Started {
         parser: parser(Arc::new(Keyring::default()), None),
         checker: None,
         router: RouterKind::default(),
+        shown_prefix: "/apisix".to_owned(),
         last_good: Some(dir.join("last_good.redb")),
     };
     timeout(DEADLINE, start(store, setup)).await.expect("starts").unwrap()

@@ -6,7 +6,7 @@ use ipnet::IpNet;
 use serde_json::Value;
 use subtle::ConstantTimeEq;
 
-use crate::{error::Result, expr, model::Keyring};
+use crate::{error::Result, expr, model::Keyring, store};
 
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -72,7 +72,6 @@ impl Settings {
             Some("v3") | None => ApiVersion::V3,
             Some(_) => ApiVersion::V2,
         };
-        let prefix = config.pointer("/deployment/etcd/prefix").and_then(Value::as_str).unwrap_or("/apisix");
         Ok(Settings {
             keys: keys.collect(),
             key_required: flag("admin_key_required"),
@@ -80,7 +79,7 @@ impl Settings {
             cors: flag("enable_admin_cors"),
             version,
             server: server.to_owned(),
-            prefix: prefix.trim_end_matches('/').to_owned(),
+            prefix: store::shown_prefix(config),
             keyring: keyring(config)?,
             stream: false,
         })

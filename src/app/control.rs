@@ -75,6 +75,7 @@ pub async fn run(mut config: Config) -> Result<()> {
     metrics.install();
     let resolver = Arc::new(Resolver::new(&settings::dns(&config), Handle::current()));
     crate::lua::ngx::socket_tcp::set_resolver(resolver.clone());
+    crate::lua::host::store::open_to_scripts(store.clone(), started.published.clone());
     let blueprint = Blueprint {
         config: Arc::new(config.clone()),
         published: started.published.clone(),
@@ -120,6 +121,7 @@ async fn open(config: &Config, plugins: &Plugins, store: &Arc<dyn Store>) -> Res
         parser: store::parser(keyring, Some(plugins.fields.clone())),
         checker: Some(Box::new(plugins.clone())),
         router: settings::router(config),
+        shown_prefix: store::shown_prefix(&config.json),
         last_good: Some(store::last_good_path(config)),
     };
     store::start(store.clone(), setup).await

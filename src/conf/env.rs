@@ -1,21 +1,36 @@
 //! `${{NAME}}` and `${{NAME:=default}}` in the file's texts (APISIX, deployment with environment variables).
 
+use std::collections::HashMap;
+
 use serde_json::Value;
 
-/// Replaces every reference under `value`. A text that is one reference becomes a number or boolean when its value reads as one.
-pub(super) fn fill(value: &mut Value, path: &str, mistakes: &mut Vec<String>) {
+/// Replaces every reference in the file. A text that is one reference becomes a number or boolean when its value reads as one.
+/// What `nginx_config.envs` sets (`NAME=value`) counts before the process's environment.
+pub(super) fn fill(written: &mut Value, mistakes: &mut Vec<String>) {
+    let set = super::keys::at(written, "nginx_config.envs").and_then(Value::as_array);
+    let set: HashMap<String, String> = set
+        .into_iter()
+        .flatten()
+        .filter_map(|env| env.as_str()?.split_once('='))
+        .map(|(name, value)| (name.trim().to_owned(), value.to_owned()))
+        .collect();
+    let lookup = |name: &str| set.get(name).cloned().or_else(|| std::env::var(name).ok());
+    fill_under(written, "", &lookup, mistakes);
+}
+
+fn fill_under(value: &mut Value, path: &str, lookup: &impl Fn(&str) -> Option<String>, mistakes: &mut Vec<String>) {
     match value {
         Value::Object(map) => {
             for (key, inner) in map.iter_mut() {
-                fill(inner, &super::keys::join(path, key), mistakes);
+                fill_under(inner, &super::keys::join(path, key), lookup, mistakes);
             }
         }
         Value::Array(items) => {
             for (i, inner) in items.iter_mut().enumerate() {
-                fill(inner, &format!("{path}[{i}]"), mistakes);
+                fill_under(inner, &format!("{path}[{i}]"), lookup, mistakes);
             }
         }
-        Value::String(text) if text.contains("${{") => match expand(text, |name| std::env::var(name).ok()) {
+        Value::String(text) if text.contains("${{") => match expand(text, lookup) {
             Ok(filled) => *value = typed(filled),
             Err(what) => mistakes.push(format!("{path}: {what}")),
         },

@@ -13,6 +13,7 @@ pub mod locations;
 pub mod outgoing;
 mod typed;
 pub mod upstreams;
+pub mod yaml;
 
 use std::{
     fmt, fs,
@@ -287,14 +288,20 @@ pub fn load(prefix: &Path, file: Option<&Path>) -> Result<(Config, Vec<Warning>)
 pub fn parse(prefix: &Path, text: &str) -> Result<(Config, Vec<Warning>), Mistakes> {
     let one = |e: String| Mistakes(vec![e]);
     let mut mistakes = Vec::new();
-    let mut written: Value = serde_norway::from_str(text).map_err(|e| one(format!("not YAML: {e}")))?;
+    let mut written = yaml::read(text).map_err(|e| one(format!("not YAML: {e}")))?;
     if written.is_null() {
         written = Value::Object(Default::default());
     }
     if !written.is_object() {
         return Err(one("the file must hold a map: apisix:, deployment:, …".into()));
     }
-    env::fill(&mut written, "", &mut mistakes);
+    for list in ["plugins", "stream_plugins"] {
+        // `plugins:` with nothing after it lists none.
+        if let Some(list) = written.get_mut(list).filter(|list| list.is_null()) {
+            *list = Value::Array(Vec::new());
+        }
+    }
+    env::fill(&mut written, &mut mistakes);
     let mut effective = defaults().map_err(one)?;
     let mut warnings = keys::look(&written, &effective, &mut mistakes);
     keys::merge(&mut effective, written.clone());

@@ -72,6 +72,16 @@ impl Timers {
         (self.running.get(), self.pending.get())
     }
 
+    /// Waits for the end.
+    pub(super) async fn closed(&self) {
+        let bell = self.bell.notified();
+        tokio::pin!(bell);
+        bell.as_mut().enable();
+        if !self.closing.get() {
+            bell.await;
+        }
+    }
+
     /// Waits for the time or for the end; says whether it was the end.
     async fn wait(&self, delay: Duration) -> bool {
         let bell = self.bell.notified();

@@ -3,6 +3,11 @@
 //! The bytes are APISIX's: the key (16 bytes: AES-128, 32: AES-256) is also the initialisation vector, padding is PKCS #7,
 //! the text is base64. What does not decrypt under any key is taken as plain text.
 
+use std::{
+    collections::BTreeSet,
+    sync::{Mutex, PoisonError},
+};
+
 use aes::{Aes128, Aes256, cipher::block_padding::Pkcs7};
 use base64::{Engine, engine::general_purpose::STANDARD};
 use cbc::cipher::{BlockModeDecrypt, BlockModeEncrypt, KeyIvInit};
@@ -12,6 +17,9 @@ use crate::{
     error::{Error, Kind, Result},
     schema,
 };
+
+/// Fields that a line of the log has been about.
+const MAX_NOTED: usize = 1024;
 
 /// `apisix.data_encryption.keyring`: the first key encrypts, all decrypt.
 #[derive(Clone, Default)]
@@ -132,7 +140,29 @@ pub fn decrypt_fields(
     conf: &mut Value,
 ) {
     if keyring.fields && !keyring.is_empty() {
-        with_fields(custom, plugin, kind, conf, &|text| keyring.decrypt(text));
+        with_fields(custom, plugin, kind, conf, &|field, text| {
+            let plain = keyring.decrypt(text);
+            if plain.is_none() && !is_reference(text) {
+                note_plain(plugin, field);
+            }
+            plain
+        });
+    }
+}
+
+/// Plugins and fields.
+type Noted = BTreeSet<(Box<str>, Box<str>)>;
+
+fn is_new(noted: &mut Noted, plugin: &str, field: &str) -> bool {
+    noted.len() < MAX_NOTED && noted.insert((plugin.into(), field.into()))
+}
+
+/// Says once per field that the store has a text there that no key decrypts: it is taken as it stands, be it plain or of a key that
+/// is not in the keyring.
+fn note_plain(plugin: &str, field: &str) {
+    static NOTED: Mutex<Noted> = Mutex::new(BTreeSet::new());
+    if is_new(&mut NOTED.lock().unwrap_or_else(PoisonError::into_inner), plugin, field) {
+        tracing::info!("failed to decrypt the conf of plugin [{plugin}] key [{field}], err: decrypt failed");
     }
 }
 
@@ -144,7 +174,7 @@ pub fn encrypt_fields(
     kind: SchemaKind,
     conf: &mut Value,
 ) {
-    let encrypt = |text: &str| match is_reference(text) {
+    let encrypt = |_: &str, text: &str| match is_reference(text) {
         true => None,
         false => Some(keyring.encrypt(text)),
     };
@@ -159,7 +189,8 @@ pub fn is_reference(text: &str) -> bool {
     prefix("$env://") || prefix("$secret://")
 }
 
-type Change<'a> = &'a dyn Fn(&str) -> Option<String>;
+/// Field and text to the text that takes its place.
+type Change<'a> = &'a dyn Fn(&str, &str) -> Option<String>;
 
 fn with_fields(custom: Option<&dyn EncryptFields>, plugin: &str, kind: SchemaKind, conf: &mut Value, change: Change) {
     let known = schema::plugin(plugin).map(|schemas| match kind {
@@ -177,12 +208,12 @@ fn with_fields(custom: Option<&dyn EncryptFields>, plugin: &str, kind: SchemaKin
         (None, None) => return,
     };
     for field in fields {
-        at_path(conf, field, change);
+        at_path(conf, field, &|text| change(field, text));
     }
 }
 
 /// Follows a dotted path, through every item of a list on the way, to strings, or to the strings of a map or list.
-fn at_path(value: &mut Value, path: &str, change: Change) {
+fn at_path(value: &mut Value, path: &str, change: &dyn Fn(&str) -> Option<String>) {
     let (head, rest) = match path.split_once('.') {
         Some((head, rest)) => (head, Some(rest)),
         None => (path, None),
@@ -198,7 +229,7 @@ fn at_path(value: &mut Value, path: &str, change: Change) {
     }
 }
 
-fn leaves(value: &mut Value, change: Change) {
+fn leaves(value: &mut Value, change: &dyn Fn(&str) -> Option<String>) {
     match value {
         Value::String(text) => {
             if let Some(changed) = change(text) {
@@ -238,6 +269,15 @@ mod tests {
 
     fn ring(keys: &[&str]) -> Keyring {
         Keyring::new(keys.iter().copied(), true).expect("valid keys")
+    }
+
+    #[test]
+    fn fields_are_noted_once_and_up_to_a_number() {
+        let mut noted = Noted::new();
+        assert!(is_new(&mut noted, "key-auth", "key") && !is_new(&mut noted, "key-auth", "key"));
+        assert!((1..MAX_NOTED).all(|n| is_new(&mut noted, "p", &n.to_string())));
+        assert!(!is_new(&mut noted, "q", "key"));
+        assert_eq!(noted.len(), MAX_NOTED);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use super::{Proxy, forward, forwarded, location, real_ip, rescue, servlet, watch
 use crate::{
     error::{Error, Kind, Result},
     exchange::{Exchange, Matched, Phase, Var},
-    model::{Object, Route, Service},
+    model::{Id, Object, Route, Service},
     observe::log::Level,
     plugin::{
         PhaseMask, output,
@@ -77,6 +77,9 @@ pub(super) async fn end(p: &Proxy, x: &mut Exchange, phases: PhaseMask) {
 }
 
 async fn answer(p: &Rc<Proxy>, x: &mut Exchange, phases: PhaseMask) -> Result<()> {
+    if let Some((status, reason)) = missing(x) {
+        return refuse(p, x, status, &reason).await;
+    }
     if phases != PhaseMask::default() {
         x.lua.host = Some(location::host(p));
     }
@@ -85,6 +88,9 @@ async fn answer(p: &Rc<Proxy>, x: &mut Exchange, phases: PhaseMask) -> Result<()
         let flow = p.runner.rewrite_access(x).await;
         if flow != Flow::Next {
             return flowed(p, x, flow).await;
+        }
+        if let Some(id) = missing_group(x) {
+            return refuse(p, x, 503, &format!("failed to fetch consumer group config by id: {id}")).await;
         }
     }
     let Some(matched) = &x.matched else {
@@ -107,6 +113,31 @@ async fn answer(p: &Rc<Proxy>, x: &mut Exchange, phases: PhaseMask) -> Result<()
         }
     }
     forward::forward(p, x).await
+}
+
+/// What the route names and nobody has: status and reason. Served without it the request would lack what may protect it.
+fn missing(x: &Exchange) -> Option<(u16, String)> {
+    let matched = x.matched.as_ref().filter(|m| m.found.plain_upstream().is_none())?;
+    let route = &matched.route().value;
+    if let Some(id) = route.plugin_config_id.as_ref().filter(|id| !x.snapshot.plugin_configs.contains_key(*id)) {
+        return Some((503, format!("failed to fetch plugin config by id: {id}")));
+    }
+    let id = route.service_id.as_ref().filter(|_| matched.service.is_none())?;
+    Some((404, format!("failed to fetch service configuration by id: {id}")))
+}
+
+/// The group that the consumer is said to be in, when there is none of that name.
+fn missing_group(x: &Exchange) -> Option<Id> {
+    let id = x.consumer.as_ref()?.value.group_id.as_ref()?;
+    (!x.snapshot.consumer_groups.contains_key(id)).then(|| id.clone())
+}
+
+/// nginx's page for the status; the reason is for the log.
+async fn refuse(p: &Rc<Proxy>, x: &mut Exchange, status: u16, reason: &str) -> Result<()> {
+    x.log(Level::Error, reason.as_bytes());
+    rescue::page(p, x, status);
+    rescue::stamp(p, x);
+    output::answer(x, &p.runner).await
 }
 
 /// What a plugin decided instead of going on.

@@ -11,6 +11,8 @@ use std::{
     thread,
 };
 
+use serde_json::Value;
+
 use super::{Entry, NOT_UTF8, Snapshot, snapshot::ConfigError};
 use crate::{
     error::Result,
@@ -27,6 +29,12 @@ const PARALLEL_FROM: usize = 512;
 const MAX_CHECKED: usize = 65_536;
 /// Refused objects that get their own log line in one change; the errors list has all of them.
 const MAX_LOGGED: usize = 100;
+/// Keys that are no resource's and the bytes of their values that are kept for scripts. Each snapshot shares them with the one
+/// before.
+const MAX_EXTRA: usize = 16_384;
+const MAX_EXTRA_BYTES: usize = 32 << 20;
+/// Characters of a refused value in the log.
+const MAX_SHOWN: usize = 200;
 /// The key of the list of plugins.
 const PLUGINS: &str = "/plugins";
 /// Written by a node whose plugins are to be loaded anew, so that the others load theirs too. Not a resource: APISIX
@@ -132,6 +140,12 @@ pub struct Builder {
     plugin_list: Option<Entry>,
     /// `mod_revision` of `RELOAD`, once everything has been read.
     reload_seen: Option<i64>,
+    /// Stands before keys in the log: `/apisix`.
+    pub shown_prefix: String,
+    /// Of the values in `next.extra`.
+    extra_bytes: usize,
+    /// Keys that differ from the snapshot taken before.
+    touched: Vec<Arc<str>>,
 }
 
 /// Who claims an auth key; the smallest wins, so that all nodes agree.
@@ -165,6 +179,9 @@ impl Builder {
             plugins_changed: false,
             plugin_list: None,
             reload_seen: None,
+            shown_prefix: String::new(),
+            extra_bytes: 0,
+            touched: Vec::new(),
         }
     }
 
@@ -186,6 +203,11 @@ impl Builder {
         }
         self.next.version += 1;
         Some(self.next.clone())
+    }
+
+    /// The keys whose state in the snapshot taken last is another one than before it.
+    pub fn take_touched(&mut self) -> Vec<Arc<str>> {
+        std::mem::take(&mut self.touched)
     }
 
     /// Takes `entries` for everything there is. What did not change keeps its `Arc` and uid.
@@ -262,34 +284,9 @@ impl Builder {
             return self.plugin_list.as_ref().is_some_and(|l| same(l.mod_revision, &l.value));
         }
         match Kind::of_key(&e.key) {
-            Some((kind, id)) => self.served(kind, id).is_some_and(|(revision, text)| same(revision, text)),
-            // Not ours: nothing will be done with it.
-            None => true,
-        }
-    }
-
-    fn served(&self, kind: Kind, id: &str) -> Option<(i64, &Arc<str>)> {
-        fn version<T>(o: &Arc<Object<T>>) -> (i64, &Arc<str>) {
-            (o.mod_revision, &o.json)
-        }
-        let s = &self.next;
-        match kind {
-            Kind::Route => s.routes.get(id).map(version),
-            Kind::Service => s.services.get(id).map(version),
-            Kind::Upstream => s.upstreams.get(id).map(version),
-            Kind::Consumer => s.consumers.get(id).map(version),
-            Kind::Credential => s.credentials.get(id).map(version),
-            Kind::ConsumerGroup => s.consumer_groups.get(id).map(version),
-            Kind::PluginConfig => s.plugin_configs.get(id).map(version),
-            Kind::GlobalRule => s.global_rules.iter().find(|r| &*r.id == id).map(version),
-            Kind::PluginMetadata => s.plugin_metadata.get(id).map(version),
-            Kind::Ssl => s.ssls.get(id).map(version),
-            Kind::Function => s.functions.get(id).map(version),
-            Kind::PluginSource => s.plugin_sources.get(id).map(version),
-            Kind::StreamRoute => s.stream_routes.get(id).map(version),
-            Kind::Proto | Kind::Secret | Kind::GraphqlCostDecoration => {
-                s.others.get(&(kind, Id::from(id))).map(version)
-            }
+            Some((kind, id)) => self.next.stored(kind, id).is_some_and(|o| same(o.modified, o.json)),
+            None if &*e.key == RELOAD => true,
+            None => self.next.extra.get(&e.key).is_some_and(|o| same(o.mod_revision, &o.value)),
         }
     }
 
@@ -302,8 +299,9 @@ impl Builder {
         if self.plugin_list.is_some() {
             absent.push(PLUGINS.to_owned());
         }
+        absent.extend(self.next.extra.keys().map(|k| k.to_string()));
         for kind in Kind::ALL {
-            self.ids(kind, &mut |id| absent.push(kind.key(id)));
+            self.next.ids(kind, &mut |id| absent.push(kind.key(id)));
         }
         absent.retain(|key| !present.contains(&**key));
         for key in absent {
@@ -312,33 +310,11 @@ impl Builder {
     }
 
     fn is_empty(&self) -> bool {
-        let mut any = self.plugin_list.is_some() || !self.rejected.is_empty();
+        let mut any = self.plugin_list.is_some() || !self.rejected.is_empty() || !self.next.extra.is_empty();
         for kind in Kind::ALL {
-            self.ids(kind, &mut |_| any = true);
+            self.next.ids(kind, &mut |_| any = true);
         }
         !any
-    }
-
-    fn ids(&self, kind: Kind, f: &mut dyn FnMut(&str)) {
-        let s = &self.next;
-        match kind {
-            Kind::Route => s.routes.keys().for_each(|id| f(id)),
-            Kind::Service => s.services.keys().for_each(|id| f(id)),
-            Kind::Upstream => s.upstreams.keys().for_each(|id| f(id)),
-            Kind::Consumer => s.consumers.keys().for_each(|id| f(id)),
-            Kind::Credential => s.credentials.keys().for_each(|id| f(id)),
-            Kind::ConsumerGroup => s.consumer_groups.keys().for_each(|id| f(id)),
-            Kind::PluginConfig => s.plugin_configs.keys().for_each(|id| f(id)),
-            Kind::GlobalRule => s.global_rules.iter().for_each(|r| f(&r.id)),
-            Kind::PluginMetadata => s.plugin_metadata.keys().for_each(|id| f(id)),
-            Kind::Ssl => s.ssls.keys().for_each(|id| f(id)),
-            Kind::Function => s.functions.keys().for_each(|id| f(id)),
-            Kind::PluginSource => s.plugin_sources.keys().for_each(|id| f(id)),
-            Kind::StreamRoute => s.stream_routes.keys().for_each(|id| f(id)),
-            Kind::Proto | Kind::Secret | Kind::GraphqlCostDecoration => {
-                s.others.keys().filter(|(k, _)| *k == kind).for_each(|(_, id)| f(id));
-            }
-        }
     }
 
     /// Plugins first, so that the rest is checked by the new ones; services before the routes that take their hosts.
@@ -381,14 +357,21 @@ impl Builder {
                     self.next.plugin_names = Some(names);
                     self.plugin_list = Some(entry.clone());
                     self.plugins_changed = true;
+                    self.keep_extra(&entry);
                     Ok(())
                 }
-                Parsed::Skipped => continue,
+                Parsed::Skipped => {
+                    self.keep_extra(&entry);
+                    self.touched.push(entry.key);
+                    self.dirty = true;
+                    continue;
+                }
                 Parsed::Refused(message) => Err(message),
             };
             match valid {
                 Ok(()) => {
                     self.accept(&entry.key);
+                    self.touched.push(entry.key.clone());
                     accepted.push(entry);
                 }
                 Err(message) => self.refuse(entry, message, logged),
@@ -396,6 +379,30 @@ impl Builder {
             self.dirty = true;
         }
         accepted
+    }
+
+    /// What is no resource's is kept for the scripts that ask for it, within bounds.
+    fn keep_extra(&mut self, e: &Entry) {
+        if e.value.len() > MAX_EXTRA_BYTES || &*e.value == NOT_UTF8 {
+            return self.drop_extra(&e.key);
+        }
+        let old = self.next.extra.get(&e.key).map(|old| old.value.len());
+        let bytes = self.extra_bytes - old.unwrap_or(0) + e.value.len();
+        if bytes > MAX_EXTRA_BYTES || (old.is_none() && self.next.extra.len() >= MAX_EXTRA) {
+            tracing::warn!(
+                "{}: not shown to scripts: at most {MAX_EXTRA} keys and {MAX_EXTRA_BYTES} bytes of no kind of resource are",
+                e.key
+            );
+            return self.drop_extra(&e.key);
+        }
+        self.extra_bytes = bytes;
+        self.next.extra.insert(e.key.clone(), e.clone());
+    }
+
+    fn drop_extra(&mut self, key: &str) {
+        if let Some(old) = self.next.extra.remove(key) {
+            self.extra_bytes -= old.value.len();
+        }
     }
 
     fn accept(&mut self, key: &Arc<str>) {
@@ -407,11 +414,22 @@ impl Builder {
     fn refuse(&mut self, entry: Entry, message: String, logged: &mut usize) {
         *logged += 1;
         if *logged <= MAX_LOGGED {
-            let plural = Kind::of_key(&entry.key).map_or("plugins", |(kind, _)| kind.plural());
-            tracing::error!("failed to check item data of [{plural}] err:{message}, key: {}", entry.key);
+            self.log_refused(&entry, &message);
         }
         self.set_error(&entry.key, entry.mod_revision, message);
         self.rejected.insert(entry.key.clone(), entry);
+    }
+
+    fn log_refused(&self, e: &Entry, message: &str) {
+        let plain =
+            serde_json::from_str::<Value>(&e.value).ok().filter(|value| !value.is_object() && &*e.key != PLUGINS);
+        let Some(plain) = plain else {
+            let plural = Kind::of_key(&e.key).map_or("plugins", |(kind, _)| kind.plural());
+            return tracing::error!("failed to check item data of [{plural}] err:{message}, key: {}", e.key);
+        };
+        let text: String = plain.as_str().map_or_else(|| plain.to_string(), str::to_owned);
+        let text: String = text.chars().take(MAX_SHOWN).collect();
+        tracing::error!("invalid item data of [{}{}], val: {text}, it should be an object", self.shown_prefix, e.key);
     }
 
     fn set_error(&mut self, key: &Arc<str>, revision: i64, message: String) {
@@ -445,7 +463,10 @@ impl Builder {
             }
         };
         match verdict {
-            Err(Refusal::Unknown) if self.strict_plugins => Err(format!("unknown plugin [{name}]")),
+            // The metadata of a plugin that is not loaded harms nobody.
+            Err(Refusal::Unknown) if self.strict_plugins && schema != PluginSchema::Metadata => {
+                Err(format!("unknown plugin [{name}]"))
+            }
             Ok(()) | Err(Refusal::Unknown) => Ok(()),
             Err(Refusal::Invalid(e)) => Err(format!("failed to check the configuration of plugin {name} err: {e}")),
         }
@@ -600,6 +621,8 @@ impl Builder {
 
     fn remove(&mut self, key: &str) {
         self.dirty = true;
+        self.touched.push(key.into());
+        self.drop_extra(key);
         if self.rejected.remove(key).is_some() {
             self.next.errors.remove(key);
         }
@@ -696,6 +719,9 @@ fn parse_all(parser: &Parser, entries: &[Entry]) -> Vec<Parsed> {
 }
 
 fn parse(parser: &Parser, e: &Entry) -> Parsed {
+    if &*e.key != PLUGINS && Kind::of_key(&e.key).is_none() {
+        return Parsed::Skipped;
+    }
     if &*e.value == NOT_UTF8 {
         return Parsed::Refused("the value is not UTF-8 text".to_owned());
     }
@@ -716,14 +742,33 @@ fn parse(parser: &Parser, e: &Entry) -> Parsed {
 
 /// `[{"name": "key-auth"}, {"name": "mqtt-proxy", "stream": true}]`: the names of those for HTTP.
 fn plugin_names(text: &str) -> std::result::Result<Arc<[Box<str>]>, String> {
-    #[derive(serde::Deserialize)]
-    struct Listed {
-        name: Box<str>,
-        #[serde(default)]
-        stream: bool,
+    let list: Vec<Value> = serde_json::from_str(text).map_err(|e| format!("invalid list of plugins: {e}"))?;
+    let mut names: Vec<Box<str>> = Vec::new();
+    for (i, plugin) in list.iter().enumerate() {
+        let wrong = |key: &str, expected: &str| {
+            let got = type_name(&plugin[key]);
+            let what = format!("property \"{key}\" validation failed: wrong type: expected {expected}, got {got}");
+            format!("failed to validate item {}: {what}", i + 1)
+        };
+        let name = plugin["name"].as_str().ok_or_else(|| wrong("name", "string"))?;
+        match &plugin["stream"] {
+            Value::Null | Value::Bool(false) => names.push(name.into()),
+            Value::Bool(true) => {}
+            _ => return Err(wrong("stream", "boolean")),
+        }
     }
-    let list: Vec<Listed> = serde_json::from_str(text).map_err(|e| format!("invalid list of plugins: {e}"))?;
-    Ok(list.into_iter().filter(|p| !p.stream).map(|p| p.name).collect())
+    Ok(names.into())
+}
+
+fn type_name(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "boolean",
+        Value::Number(_) => "number",
+        Value::String(_) => "string",
+        Value::Array(_) => "array",
+        Value::Object(_) => "object",
+    }
 }
 
 #[cfg(test)]
@@ -783,6 +828,40 @@ mod tests {
 
     fn route(uri: &str) -> serde_json::Value {
         json!({"uri": uri, "upstream": upstream()})
+    }
+
+    #[test]
+    fn keys_of_no_kind_are_kept_for_scripts_within_bounds() {
+        let (mut b, _) = builder();
+        put(&mut b, "/box/a", 1, json!({"n": 1}));
+        put(&mut b, "/boxes/a", 2, json!({"n": 2}));
+        put(&mut b, "/box", 3, json!("itself"));
+        put(&mut b, "/plugins", 4, json!([{"name": "key-auth"}]));
+        let s = b.take().unwrap();
+        let keys = |dir| s.keys_in(dir).iter().map(|key| key.to_string()).collect::<Vec<_>>();
+        assert_eq!((keys("/box"), keys("/plugins")), (vec!["/box".into(), "/box/a".into()], vec!["/plugins".into()]));
+        assert_eq!(s.at("/box/a").map(|o| (&**o.json, o.modified)), Some((r#"{"n":1}"#, 1)));
+        assert_eq!(b.take_touched().len(), 4);
+        assert!(b.take_touched().is_empty());
+
+        let long = |len: usize| Value::from("x".repeat(len - 2));
+        put(&mut b, "/box/long", 5, long(MAX_EXTRA_BYTES));
+        assert!(b.take().unwrap().at("/box/long").is_none(), "the others have some of the bytes");
+        let rest = MAX_EXTRA_BYTES - b.extra_bytes;
+        put(&mut b, "/box/long", 6, long(rest));
+        assert!(b.take().unwrap().at("/box/long").is_some());
+        put(&mut b, "/box/a", 7, json!({"n": 10}));
+        assert!(b.take().unwrap().at("/box/a").is_none(), "an older version is not shown for a newer one");
+        delete(&mut b, "/box/long", 8);
+        let room = MAX_EXTRA - b.next.extra.len();
+        (0..=room).for_each(|n| drop(put(&mut b, &format!("/box/{n}"), 9, json!(n))));
+        let s = b.take().unwrap();
+        assert_eq!((s.extra.len(), s.at(&format!("/box/{room}")).is_none()), (MAX_EXTRA, true));
+        put(&mut b, "/box/0", 10, json!("again"));
+        assert_eq!(b.take().unwrap().at("/box/0").map(|o| o.modified), Some(10), "a known key may change");
+        b.replace(vec![entry("/box/new", 11, json!(1))], 11);
+        let s = b.take().unwrap();
+        assert_eq!((s.keys_in("/box").len(), b.extra_bytes), (1, 1));
     }
 
     struct Asked<'a>(&'a str, &'a str);

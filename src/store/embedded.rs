@@ -58,11 +58,36 @@ struct Request {
 enum Op {
     Put { key: Arc<str>, value: Arc<str>, on: Condition, ttl_secs: Option<u64> },
     Delete { key: Arc<str>, on: Condition },
+    Renew(Lease),
 }
 
 enum Done {
     Put(Written),
     Deleted(Option<(Entry, i64)>),
+    /// Whether the entry still was there.
+    Renewed(bool),
+}
+
+/// The time that one version of an entry was given, as text `ttl/revision/key`: it holds over a restart.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Lease {
+    ttl_secs: u64,
+    revision: i64,
+    key: Arc<str>,
+}
+
+impl Lease {
+    fn read(text: &str) -> Option<Lease> {
+        let (ttl, rest) = text.split_once('/')?;
+        let (revision, key) = rest.split_once('/')?;
+        Some(Lease { ttl_secs: ttl.parse().ok()?, revision: revision.parse().ok()?, key: format!("/{key}").into() })
+    }
+}
+
+impl std::fmt::Display for Lease {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}{}", self.ttl_secs, self.revision, self.key)
+    }
 }
 
 impl Embedded {
@@ -154,7 +179,7 @@ impl Store for Embedded {
         Box::pin(async move {
             match self.write(Op::Put { key: key.into(), value: value.into(), on, ttl_secs }).await? {
                 Done::Put(written) => Ok(written),
-                Done::Deleted(_) => Err(writer_gone()),
+                _ => Err(writer_gone()),
             }
         })
     }
@@ -163,8 +188,17 @@ impl Store for Embedded {
         Box::pin(async move {
             match self.write(Op::Delete { key: key.into(), on }).await? {
                 Done::Deleted(deleted) => Ok(deleted),
-                Done::Put(_) => Err(writer_gone()),
+                _ => Err(writer_gone()),
             }
+        })
+    }
+
+    fn keep_alive<'a>(&'a self, lease: &'a str) -> BoxFuture<'a, Result<Option<u64>>> {
+        Box::pin(async move {
+            let Some(lease) = Lease::read(lease) else { return Ok(None) };
+            let ttl_secs = lease.ttl_secs;
+            let renewed = matches!(self.write(Op::Renew(lease)).await?, Done::Renewed(true));
+            Ok(renewed.then_some(ttl_secs))
         })
     }
 
@@ -265,6 +299,7 @@ impl Tx<'_, '_> {
         match op {
             Op::Put { key, value, on, ttl_secs } => self.put(key, value, *on, *ttl_secs),
             Op::Delete { key, on } => self.delete(key, *on),
+            Op::Renew(lease) => self.renew(lease),
         }
     }
 
@@ -287,10 +322,19 @@ impl Tx<'_, '_> {
             create_revision: previous.as_ref().map_or(revision, |p| p.create_revision),
             mod_revision: revision,
         };
-        let expires_ms = ttl_secs.map_or(0, |s| now_ms().saturating_add(s.saturating_mul(1000)));
-        self.draft.put(&entry, expires_ms)?;
+        self.draft.put(&entry, ttl_secs.map_or(0, expiry))?;
         self.changes.push((key.clone(), Some(entry.clone())));
-        Ok(Ok(Done::Put(Written { entry, previous, revision })))
+        let lease = ttl_secs.map(|ttl_secs| Lease { ttl_secs, revision, key: key.clone() }.to_string());
+        Ok(Ok(Done::Put(Written { entry, previous, revision, lease })))
+    }
+
+    /// Nothing that a watcher would see changes.
+    fn renew(&mut self, lease: &Lease) -> Result<Result<Done>, redb::Error> {
+        let entry = self.draft.get(&lease.key)?.filter(|e| e.mod_revision == lease.revision);
+        if let Some(entry) = &entry {
+            self.draft.put(entry, expiry(lease.ttl_secs))?;
+        }
+        Ok(Ok(Done::Renewed(entry.is_some())))
     }
 
     fn delete(&mut self, key: &Arc<str>, on: Condition) -> Result<Result<Done>, redb::Error> {
@@ -323,6 +367,11 @@ fn check(key: &str, on: Condition, previous: Option<&Entry>) -> Result<()> {
         }
         _ => Ok(()),
     }
+}
+
+/// When what lives so long from now ends, in ms since the epoch.
+fn expiry(ttl_secs: u64) -> u64 {
+    now_ms().saturating_add(ttl_secs.saturating_mul(1000))
 }
 
 fn now_ms() -> u64 {

@@ -299,7 +299,7 @@ impl Etcd {
             create_revision: previous.as_ref().map_or(revision, |p| p.create_revision),
             mod_revision: revision,
         };
-        Ok(Some(Written { entry, previous, revision }))
+        Ok(Some(Written { entry, previous, revision, lease: lease.map(|id| id.to_string()) }))
     }
 
     async fn lease(&self, ttl_secs: u64) -> Outcome<i64> {
@@ -307,6 +307,28 @@ impl Etcd {
         let granted =
             self.call(true, move |mut client| Box::pin(async move { client.lease_grant(ttl, None).await })).await?;
         Ok(granted.id())
+    }
+
+    async fn renew(&self, lease: i64) -> Outcome<Option<u64>> {
+        let renewed = self
+            .call(true, move |mut client| {
+                Box::pin(async move {
+                    let alive = client.lease_keep_alive(lease).await;
+                    match alive {
+                        // Says only whether there is such a lease.
+                        Ok(_) => client.lease_time_to_live(lease, None).await.map(Some),
+                        Err(etcd_client::Error::LeaseKeepAliveError(_)) => Ok(None),
+                        Err(e) => Err(e),
+                    }
+                })
+            })
+            .await?;
+        Ok(renewed.and_then(|left| u64::try_from(left.granted_ttl()).ok()))
+    }
+
+    async fn server_version(&self) -> Outcome<String> {
+        let status = self.call(true, |mut client| Box::pin(async move { client.status().await })).await?;
+        Ok(status.version().to_owned())
     }
 
     /// `None`: the condition did not hold.
@@ -399,6 +421,19 @@ impl Store for Etcd {
             let deleted = self.erase(key, on).await.map_err(|e| e.into_error("delete"))?;
             deleted.ok_or_else(|| conflict(key))
         })
+    }
+
+    fn keep_alive<'a>(&'a self, lease: &'a str) -> BoxFuture<'a, Result<Option<u64>>> {
+        Box::pin(async move {
+            match lease.parse() {
+                Ok(id) => self.renew(id).await.map_err(|e| e.into_error("keepalive")),
+                Err(_) => Ok(None),
+            }
+        })
+    }
+
+    fn version(&self) -> BoxFuture<'_, Result<String>> {
+        Box::pin(async move { self.server_version().await.map_err(|e| e.into_error("version")) })
     }
 
     fn watch(self: Arc<Self>, changes: ChangeSink) -> BoxFuture<'static, ()> {

@@ -21,6 +21,7 @@ use tokio::sync::Notify;
 
 use super::{BoxFuture, Change, ChangeSink, Condition, Entry, Store, Written};
 use crate::{
+    conf::yaml,
     error::{Error, Kind, Result},
     model,
 };
@@ -255,9 +256,12 @@ fn entries_of(
     };
     for (name, section) in sections {
         if name == "plugins" {
-            entries.insert("/plugins".into(), section.to_string().into());
+            let list = if section.is_null() { "[]".into() } else { section.to_string() };
+            entries.insert("/plugins".into(), list.into());
         } else if let Some(kind) = model::Kind::ALL.into_iter().find(|k| k.plural() == name) {
             add_section(kind, section, &mut entries)?;
+        } else if name != "stream_plugins" {
+            add_own_section(&name, section, &mut entries);
         }
     }
     Ok(entries)
@@ -265,6 +269,27 @@ fn entries_of(
 
 fn malformed(what: String) -> Error {
     Error::config(Kind::Malformed).context(what)
+}
+
+/// A section of no kind, for the plugin that asks for it (`core.config.new("/name")`): a list has an item per object, a table is one
+/// item itself.
+fn add_own_section(name: &str, section: Value, entries: &mut BTreeMap<Arc<str>, Arc<str>>) {
+    let items = match section {
+        Value::Array(items) => items,
+        Value::Object(_) => {
+            entries.insert(format!("/{name}").into(), section.to_string().into());
+            return;
+        }
+        _ => return,
+    };
+    for (i, item) in items.into_iter().enumerate() {
+        let id = match &item["id"] {
+            Value::String(id) => id.clone(),
+            Value::Number(id) => id.to_string(),
+            _ => format!("arr_{}", i + 1),
+        };
+        entries.insert(format!("/{name}/{id}").into(), item.to_string().into());
+    }
 }
 
 fn parse_yaml(text: &str) -> Result<Value> {
@@ -276,34 +301,7 @@ fn parse_yaml(text: &str) -> Result<Value> {
 
 /// A YAML document as JSON, merge keys (`<<`) applied.
 pub fn json_of_yaml(text: &str) -> Result<Value> {
-    let mut value: serde_norway::Value = serde_norway::from_str(text).map_err(|e| malformed(e.to_string()))?;
-    value.apply_merge().map_err(|e| malformed(e.to_string()))?;
-    json_of(value)
-}
-
-/// Keys become text, as in JSON: `nodes: {8080: 1}`.
-fn json_of(value: serde_norway::Value) -> Result<Value> {
-    use serde_norway::Value as Yaml;
-    Ok(match value {
-        Yaml::Null => Value::Null,
-        Yaml::Bool(b) => Value::Bool(b),
-        Yaml::String(s) => Value::String(s),
-        Yaml::Number(n) => serde_json::to_value(n).map_err(|e| malformed(e.to_string()))?,
-        Yaml::Sequence(items) => Value::Array(items.into_iter().map(json_of).collect::<Result<_>>()?),
-        Yaml::Tagged(tagged) => json_of(tagged.value)?,
-        Yaml::Mapping(pairs) => {
-            let mut map = Map::new();
-            for (key, value) in pairs {
-                let key = match json_of(key)? {
-                    Value::String(s) => s,
-                    plain @ (Value::Number(_) | Value::Bool(_)) => plain.to_string(),
-                    _ => return Err(malformed("a key must be text".to_owned())),
-                };
-                map.insert(key, json_of(value)?);
-            }
-            Value::Object(map)
-        }
-    })
+    yaml::read(text).map_err(malformed)
 }
 
 fn add_section(kind: model::Kind, section: Value, entries: &mut BTreeMap<Arc<str>, Arc<str>>) -> Result<()> {
@@ -329,6 +327,10 @@ pub(super) fn id_in(kind: model::Kind, item: &mut Value, i: usize) -> String {
     if let Value::Object(map) = item {
         if kind != model::Kind::Consumer {
             map.entry("id").or_insert_with(|| id.clone().into());
+        }
+        // A credential's place is in its key.
+        if let Some((_, own)) = id.split_once("/credentials/") {
+            map.insert("id".to_owned(), own.into());
         }
         // `key-auth:` with nothing after it is a plugin without settings.
         if let Some(Value::Object(plugins)) = map.get_mut("plugins") {
@@ -447,6 +449,7 @@ mod tests {
         assert_eq!(&*entries["/routes/arr_1"], r#"{"id":"arr_1","plugins":{"key-auth":{}},"uri":"/a"}"#);
         assert_eq!(&*entries["/routes/7"], r#"{"id":7,"uri":"/b"}"#);
         assert_eq!(&*entries["/consumers/jack"], r#"{"username":"jack"}"#);
+        assert_eq!(&*entries["/consumers/rose/credentials/c1"], r#"{"id":"c1"}"#);
     }
 
     #[test]

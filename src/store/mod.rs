@@ -61,6 +61,8 @@ pub struct Written {
     pub previous: Option<Entry>,
     /// The store's revision after the write: `Published::reached` waits for it.
     pub revision: i64,
+    /// What `Store::keep_alive` takes to renew the time of an entry that was given one.
+    pub lease: Option<String>,
 }
 
 /// Where the embedded store and the last good state of the others live, relative to the prefix.
@@ -70,6 +72,12 @@ const LAST_GOOD_FILE: &str = "data/last_good.redb";
 /// Where the last good state is kept on disk.
 pub fn last_good_path(config: &Config) -> std::path::PathBuf {
     config.prefix.join(LAST_GOOD_FILE)
+}
+
+/// What stands before keys where users see them, whatever the store: `deployment.etcd.prefix`.
+pub fn shown_prefix(config: &serde_json::Value) -> String {
+    let prefix = config.pointer("/deployment/etcd/prefix").and_then(serde_json::Value::as_str).unwrap_or("/apisix");
+    prefix.trim_end_matches('/').to_owned()
 }
 
 /// The store that `deployment` names.
@@ -112,6 +120,17 @@ pub trait Store: Send + Sync + 'static {
 
     /// The entry that was deleted (its `mod_revision` before) and the store's revision after; `None` when there was none.
     fn delete<'a>(&'a self, key: &'a str, on: Condition) -> BoxFuture<'a, Result<Option<(Entry, i64)>>>;
+
+    /// An entry lives its whole time from now on: the seconds it has; `None` when it is gone, or was written since by
+    /// somebody else.
+    fn keep_alive<'a>(&'a self, _lease: &'a str) -> BoxFuture<'a, Result<Option<u64>>> {
+        Box::pin(async { Ok(None) })
+    }
+
+    /// The version of the server that stores.
+    fn version(&self) -> BoxFuture<'_, Result<String>> {
+        Box::pin(async { Ok(env!("CARGO_PKG_VERSION").to_owned()) })
+    }
 
     /// Which source this is (`etcd http://a:2379 /apisix`), for a store whose last good state is kept on disk beside it.
     fn identity(&self) -> Option<String> {

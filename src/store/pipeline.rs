@@ -43,6 +43,8 @@ pub struct Setup {
     /// `None`: plugin confs are not checked.
     pub checker: Option<Box<dyn PluginChecker>>,
     pub router: RouterKind,
+    /// `deployment.etcd.prefix`: stands before keys in the log.
+    pub shown_prefix: String,
     /// Where the last good state is kept; `None`, or a store that is its own: nowhere.
     pub last_good: Option<PathBuf>,
 }
@@ -116,9 +118,11 @@ pub async fn start(store: Arc<dyn Store>, setup: Setup) -> Result<Started> {
     let source = SourceState::new(store.name());
     let (first, ready) = oneshot::channel();
     let strict_plugins = matches!(store.name(), "file" | "standalone");
+    let mut builder = Builder::new(setup.parser, setup.checker, setup.router, strict_plugins);
+    builder.shown_prefix = setup.shown_prefix;
     let pipeline = Pipeline {
         last_good: open_last_good(&*store, setup.last_good),
-        builder: Builder::new(setup.parser, setup.checker, setup.router, strict_plugins),
+        builder,
         published: published.clone(),
         source: source.clone(),
         store: store.clone(),
@@ -254,7 +258,7 @@ impl Pipeline {
 
     fn publish(&mut self) {
         if let Some(next) = self.builder.take() {
-            self.published.publish(next);
+            self.published.publish(next, self.builder.take_touched());
         }
     }
 }

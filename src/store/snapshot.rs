@@ -5,12 +5,13 @@
 
 use std::sync::Arc;
 
-use imbl::HashMap;
+use imbl::{HashMap, OrdMap};
 
+use super::Entry;
 use crate::{
     model::{
-        self, Consumer, ConsumerGroup, Credential, Function, GlobalRule, Id, Object, PluginConfig, PluginMetadata,
-        PluginSource, Route, Service, Ssl, StreamRoute, Upstream, consumer::AuthKey,
+        self, Consumer, ConsumerGroup, Credential, Function, GlobalRule, Id, Kind, Object, PluginConfig,
+        PluginMetadata, PluginSource, Route, Service, Ssl, StreamRoute, Upstream, consumer::AuthKey,
     },
     router::{Router, StreamRouter},
 };
@@ -41,6 +42,8 @@ pub struct Snapshot {
     pub stream_routes: Table<StreamRoute>,
     /// Protos, secrets: kept as text until something reads them.
     pub others: HashMap<(model::Kind, Id), Arc<Object<()>>>,
+    /// What is stored under keys of no kind, and the list of plugins: for scripts.
+    pub extra: OrdMap<Arc<str>, Entry>,
     /// Who answers to an auth plugin's key: consumer id, and credential id when it is a credential's.
     pub auth_index: HashMap<AuthKey, (Id, Option<Id>)>,
     /// `consumers` as plugins see them changed: `conf_version` of the consumer tables.
@@ -53,6 +56,102 @@ pub struct Snapshot {
     pub plugin_names: Option<Arc<[Box<str>]>>,
     /// Objects that were refused, by key: `GET /v1/config/errors`.
     pub errors: HashMap<Arc<str>, Arc<ConfigError>>,
+}
+
+/// An object as it is stored.
+#[derive(Clone, Copy, Debug)]
+pub struct Stored<'a> {
+    pub json: &'a Arc<str>,
+    pub created: i64,
+    pub modified: i64,
+}
+
+impl<'a, T> From<&'a Arc<Object<T>>> for Stored<'a> {
+    fn from(o: &'a Arc<Object<T>>) -> Self {
+        Stored { json: &o.json, created: o.create_revision, modified: o.mod_revision }
+    }
+}
+
+impl<'a> From<&'a Entry> for Stored<'a> {
+    fn from(e: &'a Entry) -> Self {
+        Stored { json: &e.value, created: e.create_revision, modified: e.mod_revision }
+    }
+}
+
+impl Snapshot {
+    /// The object that is served.
+    pub fn stored(&self, kind: Kind, id: &str) -> Option<Stored<'_>> {
+        match kind {
+            Kind::Route => self.routes.get(id).map(Stored::from),
+            Kind::Service => self.services.get(id).map(Stored::from),
+            Kind::Upstream => self.upstreams.get(id).map(Stored::from),
+            Kind::Consumer => self.consumers.get(id).map(Stored::from),
+            Kind::Credential => self.credentials.get(id).map(Stored::from),
+            Kind::ConsumerGroup => self.consumer_groups.get(id).map(Stored::from),
+            Kind::PluginConfig => self.plugin_configs.get(id).map(Stored::from),
+            Kind::GlobalRule => self.global_rules.iter().find(|r| &*r.id == id).map(Stored::from),
+            Kind::PluginMetadata => self.plugin_metadata.get(id).map(Stored::from),
+            Kind::Ssl => self.ssls.get(id).map(Stored::from),
+            Kind::Function => self.functions.get(id).map(Stored::from),
+            Kind::PluginSource => self.plugin_sources.get(id).map(Stored::from),
+            Kind::StreamRoute => self.stream_routes.get(id).map(Stored::from),
+            Kind::Proto | Kind::Secret | Kind::GraphqlCostDecoration => {
+                self.others.get(&(kind, Id::from(id))).map(Stored::from)
+            }
+        }
+    }
+
+    /// Visits the ids of a kind's objects, in no order.
+    pub fn ids(&self, kind: Kind, visit: &mut dyn FnMut(&str)) {
+        match kind {
+            Kind::Route => self.routes.keys().for_each(|id| visit(id)),
+            Kind::Service => self.services.keys().for_each(|id| visit(id)),
+            Kind::Upstream => self.upstreams.keys().for_each(|id| visit(id)),
+            Kind::Consumer => self.consumers.keys().for_each(|id| visit(id)),
+            Kind::Credential => self.credentials.keys().for_each(|id| visit(id)),
+            Kind::ConsumerGroup => self.consumer_groups.keys().for_each(|id| visit(id)),
+            Kind::PluginConfig => self.plugin_configs.keys().for_each(|id| visit(id)),
+            Kind::GlobalRule => self.global_rules.iter().for_each(|r| visit(&r.id)),
+            Kind::PluginMetadata => self.plugin_metadata.keys().for_each(|id| visit(id)),
+            Kind::Ssl => self.ssls.keys().for_each(|id| visit(id)),
+            Kind::Function => self.functions.keys().for_each(|id| visit(id)),
+            Kind::PluginSource => self.plugin_sources.keys().for_each(|id| visit(id)),
+            Kind::StreamRoute => self.stream_routes.keys().for_each(|id| visit(id)),
+            Kind::Proto | Kind::Secret | Kind::GraphqlCostDecoration => {
+                self.others.keys().filter(|(k, _)| *k == kind).for_each(|(_, id)| visit(id));
+            }
+        }
+    }
+
+    /// What is under a key, whether a resource that is served or a key of no kind.
+    pub fn at(&self, key: &str) -> Option<Stored<'_>> {
+        match Kind::of_key(key) {
+            Some((kind, id)) => self.stored(kind, id),
+            None => self.extra.get(key).map(Stored::from),
+        }
+    }
+
+    /// The keys in a directory (`/routes`), in order; a directory that is a key itself has this one.
+    pub fn keys_in(&self, dir: &str) -> Vec<Arc<str>> {
+        let mut keys: Vec<Arc<str>> = Vec::new();
+        let inside = format!("{dir}/");
+        for kind in Kind::ALL {
+            let plural = if kind == Kind::Credential { Kind::Consumer.plural() } else { kind.plural() };
+            if dir.strip_prefix('/') == Some(plural) {
+                self.ids(kind, &mut |id| keys.push(format!("{inside}{id}").into()));
+            }
+        }
+        let from: Arc<str> = dir.into();
+        let extra = self.extra.range(from..).take_while(|(key, _)| key.starts_with(dir));
+        keys.extend(extra.map(|(key, _)| key).filter(|key| is_in(key, dir)).cloned());
+        keys.sort_unstable();
+        keys
+    }
+}
+
+/// Whether a key is a directory or in it.
+pub fn is_in(key: &str, dir: &str) -> bool {
+    key.strip_prefix(dir).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 
 /// Why an object is not served.

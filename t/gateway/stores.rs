@@ -156,3 +156,86 @@ fn a_file_is_served_and_its_changes_are_picked_up() {
     gw.expect_log("apisix.yaml");
     assert_eq!(gw.get("/second").status, 200);
 }
+
+fn from_file(text: &str) -> Gateway {
+    let dir = Dir::new();
+    dir.configure(json!({"deployment": {"role": "data_plane", "role_data_plane": {"config_provider": "yaml"}},
+        "nginx_config": {"worker_processes": 1},
+        "lua_locations": [{"location": "= /own", "content_by_lua":
+            "local core = require('apisix.core')
+             own = own or core.config.new('/own_section', { automatic = true })
+             local single = core.config.new('/own_table', { automatic = true, single_item = true })
+             local _, err = core.etcd.set('/routes/1', {})
+             ngx.say(core.config.type, ' ', own:get('a').value.n, ' ', own:get('arr_2').value.n, ' ', single.values[1].value.n, ' ', err)"
+        }]}));
+    dir.write("conf/apisix.yaml", text);
+    Gateway::in_dir(dir)
+}
+
+#[test]
+fn a_request_is_refused_when_what_its_route_names_is_not_there() {
+    let up = Upstream::echo();
+    let upstream = format!("upstream: {{nodes: {{\"{}\": 1}}}}", up.addr());
+    let gw = from_file(&format!(
+        "routes:
+  - {{id: 1, uri: /service, service_id: no}}
+  - {{id: 2, uri: /config, plugin_config_id: bad, {upstream}}}
+  - {{id: 3, uri: /group, plugins: {{key-auth: {{}}}}, {upstream}}}
+  - {{id: 4, uri: /fine, {upstream}}}
+plugin_configs:
+  - {{id: bad, plugins: {{key-auth: {{header: 1}}}}}}
+plugin_metadata:
+  - {{id: not-loaded, log_format: {{a: b}}}}
+consumers:
+  - {{username: jack, group_id: none, plugins: {{key-auth: {{key: k}}}}}}
+  - {{username: rose}}
+  - {{id: rose/credentials/one, name: one, plugins: {{key-auth: {{key: r}}}}}}
+#END
+"
+    ));
+    served(&gw, "/fine");
+    assert_eq!(gw.get("/service").status, 404);
+    assert!(gw.get("/service").text().contains("404 Not Found"));
+    gw.expect_log("failed to fetch service configuration by id: no");
+    assert_eq!(gw.get("/config").status, 503);
+    gw.expect_log("failed to fetch plugin config by id: bad");
+    assert_eq!(gw.get("/group").status, 401);
+    assert_eq!(gw.send("GET", "/group", &[("apikey", "k")], b"").status, 503);
+    gw.expect_log("failed to fetch consumer group config by id: none");
+    assert_eq!(gw.send("GET", "/group", &[("apikey", "r")], b"").status, 200);
+    assert!(!gw.log().contains("plugin_metadata"), "{}", gw.log());
+}
+
+#[test]
+fn a_file_lists_plugins_and_holds_sections_of_scripts() {
+    let up = Upstream::echo();
+    let file = |plugins: &str| {
+        format!(
+            "routes:
+  - {{id: 1, uri: /echo, plugins: {{echo: {{body: hi}}}}, upstream: {{nodes: {{\"{}\": 1}}}}}}
+  - just a text
+own_section:
+  - {{id: a, n: 1}}
+  - {{n: 2}}
+own_table: {{n: 3}}
+plugins:{plugins}
+#END
+",
+            up.addr()
+        )
+    };
+    let gw = from_file(&file("\n  - name: echo"));
+    assert_eq!(gw.get("/echo").text(), "hi");
+    gw.expect_log("invalid item data of [/apisix/routes/arr_2], val: just a text, it should be an object");
+    let own = gw.get("/own").text();
+    assert!(own.starts_with("yaml 1 2 3 ") && own.contains("edit that file"), "{own}");
+    gw.dir.write("conf/apisix.yaml", file("\n  - name: echo\n    stream: text"));
+    gw.expect_log(
+        "failed to validate item 1: property \"stream\" validation failed: wrong type: expected boolean, got string",
+    );
+    assert_eq!(gw.get("/echo").text(), "hi", "the list before goes on");
+    // A list without names: none is loaded, and what needs one is not served.
+    let gw = from_file(&file(""));
+    assert_eq!(gw.get("/echo").status, 404);
+    gw.expect_log("failed to check item data of [routes] err:unknown plugin [echo]");
+}

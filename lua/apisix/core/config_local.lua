@@ -8,7 +8,11 @@ local conf
 --- The configuration as a table; it belongs to everyone, so do not change it.
 function _M.local_conf()
     if not conf then
-        conf = require("cjson.safe").decode(native.config_json) or {}
+        local written = require("cjson.safe").decode(native.config_json)
+        -- A VM of its own may have none.
+        conf = type(written) == "table" and written or {}
+        -- Where plugins look for the store's addresses.
+        conf.etcd = conf.etcd or conf.deployment and conf.deployment.etcd
     end
     return conf
 end

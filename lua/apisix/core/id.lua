@@ -1,6 +1,7 @@
 --- `core.id`: the identity of this gateway: `conf/apisix.uid`, made on first use.
 local uuid = require("resty.jit-uuid")
 local native = require("moongate.native")
+local log = require("apisix.core.log")
 
 local _M = {}
 local id
@@ -33,6 +34,7 @@ function _M.get()
     id = conf.apisix and conf.apisix.id or read(path)
     if not id then
         id = uuid.generate_v4()
+        log.info("not found apisix uid, generate a new one: ", id)
         write(path, id)
     end
     return id

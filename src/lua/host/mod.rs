@@ -5,6 +5,7 @@
 pub mod apisix;
 pub mod bn;
 pub mod cjson;
+pub mod config;
 pub mod crypto;
 pub mod ip;
 pub mod jsonschema;
@@ -15,6 +16,7 @@ pub mod pb;
 pub mod pkey;
 pub mod process;
 pub mod regex;
+pub mod store;
 pub mod utf8;
 pub mod x509;
 pub mod yaml;
@@ -64,6 +66,7 @@ pub(crate) unsafe fn throw(l: *mut mlua::ffi::lua_State, raise: Raise) -> c_int 
 pub fn register(api: &mut Api) -> Result<()> {
     bn::register(api)?;
     cjson::register(api)?;
+    config::register(api)?;
     crypto::register(api)?;
     ip::register(api)?;
     jsonschema::register(api)?;
@@ -74,6 +77,7 @@ pub fn register(api: &mut Api) -> Result<()> {
     pkey::register(api)?;
     process::register(api)?;
     regex::register(api)?;
+    store::register(api)?;
     utf8::register(api)?;
     x509::register(api)?;
     yaml::register(api)?;
