@@ -76,7 +76,8 @@ impl DebugFile {
                 self.watching.set_debug(debug);
                 self.changes.send_modify(|n| *n += 1);
             }
-            Err(e) => tracing::error!("failed to validate debug config {e}"),
+            // As the line of APISIX, which names its function.
+            Err(e) => tracing::error!("read_debug_yaml(): failed to validate debug config {e}"),
         }
     }
 }
