@@ -50,6 +50,12 @@ pub struct PluginReply {
 /// Asks a worker for an endpoint of a plugin: `None` where there is none; an error is why nobody answered.
 pub type AskPlugins = Box<dyn Fn(PluginCall) -> Later<Result<Option<PluginReply>, String>>>;
 
+/// Has the plugins loaded anew; an error is why they were not.
+pub type AskReload = Box<dyn Fn() -> Later<Result<(), String>>>;
+
+/// Finds a trace by its id.
+pub type FindTrace = Box<dyn Fn(&str) -> Option<String>>;
+
 pub struct State {
     pub published: Arc<Published>,
     pub source: Arc<SourceState>,
@@ -61,11 +67,11 @@ pub struct State {
     /// What every VM of every worker holds, for `GET /v1/lua`.
     pub lua: Option<Box<dyn Fn() -> Later>>,
     /// Loads the plugins anew in every VM, from a configuration that is read again: `PUT /v1/plugins/reload`. Why it cannot, else.
-    pub reload: Option<Box<dyn Fn() -> Later<Result<(), String>>>>,
+    pub reload: Option<AskReload>,
     /// Endpoints of plugins, asked where no other is.
     pub plugin_apis: Option<AskPlugins>,
     /// The trace of that id as JSON: `GET /v1/trace/{id}`.
-    pub trace: Option<Box<dyn Fn(&str) -> Option<String>>>,
+    pub trace: Option<FindTrace>,
 }
 
 /// Serves the control API on `listener` until `shutdown`. Must run inside a `LocalSet`.
