@@ -3,6 +3,8 @@
 //! Pure: variables come from a callback. A variable that is a list (`graphql_root_fields`) is given with its items joined by commas.
 //! A comparison that makes no sense for the value at hand is false, never an error.
 
+pub mod path;
+
 use std::{borrow::Cow, cmp::Ordering, net::IpAddr};
 
 use ipnet::IpNet;
@@ -102,6 +104,11 @@ fn rule(item: &Value, depth: usize) -> Result<Term, String> {
 }
 
 fn comparison(var: &str, rest: &[Value]) -> Result<Term, String> {
+    if let Some(path) = var.strip_prefix("post_arg.")
+        && path::Path::parse(path).is_none()
+    {
+        return Err(format!("invalid expression: {path:?} is no path"));
+    }
     let term = |operator: &Value, right: &Value| Ok(Term::Compare { var: var.into(), test: test(operator, right)? });
     match rest {
         [] => Err("rule too short".into()),

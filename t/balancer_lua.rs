@@ -112,7 +112,7 @@ fn a_server_that_fails_is_followed_by_the_next_and_rests() {
     let first = gw.get("/t");
     says(&first, 200, "up");
     tries(&first, &[&dead, &up.addr()], "502, 200");
-    gw.expect_log("Connection refused (os error 111); trying the next server");
+    gw.expect_log("connect() failed (111: Connection refused) while connecting to upstream");
     gw.expect_log("upstream server temporarily disabled while connecting to upstream");
     for _ in 0..4 {
         tries(&gw.get("/t"), &[&up.addr()], "200");

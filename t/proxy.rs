@@ -1,10 +1,15 @@
 //! What the gateway does between a client and its upstreams: tries, time limits, framing, streams, tunnels.
 
+#[path = "proxy/choice.rs"]
+mod choice;
+#[path = "proxy/grpc.rs"]
+mod grpc;
 mod support;
 
 use std::{
     io::{BufReader, Read, Write},
     net::TcpStream,
+    os::unix::net::UnixStream,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -163,7 +168,9 @@ fn retry_timeout_ends_the_tries() {
     let (first, second) = (nobody(), always(OK));
     let timeout = json!({"connect": 1, "send": 1, "read": 0.3});
     route(&gw, &[first.addr(), second.addr()], json!({"retry_timeout": 0.1, "timeout": timeout}));
-    assert_eq!(gw.get("/").status, 504);
+    assert_eq!(gw.get("/").status, 502);
+    gw.expect_log("upstream timed out (110: Connection timed out) while reading response header from upstream");
+    gw.expect_log("proxy retry timeout, retry count: 0");
     route(&gw, &[first.addr(), second.addr()], json!({"retry_timeout": 0, "timeout": timeout}));
     assert_eq!(gw.get("/").status, 200);
 }
@@ -655,4 +662,29 @@ fn a_node_that_sends_only_line_ends_is_refused_at_once() {
     route(&gw, &[always("\r\n\r\n").addr()], json!({"retries": 0}));
     // Not 504 after the time limit: no byte that follows could make a head of it.
     assert_eq!(gw.get("/").status, 502);
+}
+
+#[test]
+fn requests_come_by_a_socket_of_the_file_system_too() {
+    let mut gw = Gateway::with(json!({"lua_listen": ["unix:logs/in.sock"]}));
+    let up = always(OK);
+    route(&gw, &[up.addr()], json!({}));
+    let ask = |gw: &Gateway| {
+        let mut stream = UnixStream::connect(gw.dir.join("logs/in.sock")).expect("it listens");
+        stream.write_all(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").expect("sent");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).expect("an answer");
+        answer
+    };
+    let answer = ask(&gw);
+    assert!(answer.starts_with("HTTP/1.1 200 OK\r\n") && answer.ends_with("\r\n\r\nok"), "{answer}");
+    assert_eq!(up.last().header("X-Real-IP"), Some("127.0.0.1"));
+    // What a killed gateway has left behind is in nobody's way.
+    gw.kill();
+    gw.launch();
+    assert!(ask(&gw).ends_with("ok"));
+    let second = support::Dir::new();
+    second.configure(json!({"lua_listen": [format!("unix:{}", gw.dir.join("logs/in.sock").display())]}));
+    let (status, said) = support::run(second.command());
+    assert!(!status.success() && said.contains("listen on unix:"), "{said}");
 }

@@ -1,7 +1,7 @@
 --- `resty.chash`: consistent hashing over named nodes (lua-resty-balancer's README). Never waits.
 
 local floor, ipairs, max, tostring = math.floor, ipairs, math.max, tostring
-local sort = table.sort
+local char, sort = string.char, table.sort
 local crc32 = ngx.crc32_long
 
 -- Points on the circle per unit of weight, as nginx's `hash consistent` has.
@@ -21,9 +21,11 @@ local _M = require("moongate.weighted")(function(self, ids)
     if total * scale * POINTS > MAX_POINTS then scale = MAX_POINTS / POINTS / total end
     local points = {}
     for order, id in ipairs(ids) do
+        -- Each point is made of the name and the point before, so that an id `host\0port` has the points that nginx gives it.
         local name, hash = tostring(id), 0
-        for i = 1, max(1, floor(nodes[id] * scale * POINTS)) do
-            hash = crc32(name .. "\0" .. hash .. "\0" .. i)
+        for _ = 1, max(1, floor(nodes[id] * scale * POINTS)) do
+            hash = crc32(name .. char(hash % 0x100, floor(hash / 0x100) % 0x100, floor(hash / 0x10000) % 0x100,
+                                      floor(hash / 0x1000000)))
             points[#points + 1] = { hash = hash, id = id, order = order }
         end
     end

@@ -3,11 +3,12 @@
 use std::{
     io,
     net::{SocketAddr, TcpListener, UdpSocket},
+    os::unix::net::UnixListener,
     sync::Arc,
 };
 
 use crate::{
-    conf::{Config, Listen, StreamListen},
+    conf::{Config, Listen, ListenUnix, StreamListen},
     error::{Error, Result},
     net::listener,
     stream::udp,
@@ -18,6 +19,7 @@ use crate::{
 #[derive(Default)]
 pub struct Bound {
     pub http: Vec<Http>,
+    pub unix: Vec<Unix>,
     pub tcp: Vec<Tcp>,
     pub udp: Vec<UdpSocket>,
 }
@@ -28,6 +30,14 @@ pub struct Http {
     pub proxy_protocol: bool,
     pub http2: bool,
     /// `None`: plain.
+    pub tls: Option<Arc<tls::Server>>,
+}
+
+/// A socket for requests, in the file system. All workers accept from the same one.
+pub struct Unix {
+    pub socket: UnixListener,
+    pub proxy_protocol: bool,
+    pub http2: bool,
     pub tls: Option<Arc<tls::Server>>,
 }
 
@@ -75,15 +85,27 @@ fn bind_http(sockets: &mut Sockets, config: &Config) -> Result<()> {
         }
     }
     let (mut with_http2, mut without) = (None, None);
-    for listen in &config.listen_tls {
-        let (kept, alpn): (_, &[&[u8]]) = match listen.http2 {
+    let mut server = |http2| {
+        let (kept, alpn): (_, &[&[u8]]) = match http2 {
             true => (&mut with_http2, &[b"h2", b"http/1.1"]),
             false => (&mut without, &[b"http/1.1"]),
         };
-        let server = match kept {
+        Ok::<_, Error>(match kept {
             Some(server) => Arc::clone(server),
             None => kept.insert(super::settings::tls(config, alpn)?).clone(),
-        };
+        })
+    };
+    for listen in &config.listen_unix {
+        let ListenUnix { path, tls, http2, proxy_protocol } = listen;
+        let tls = if *tls { Some(server(*http2)?) } else { None };
+        let socket = listener::bind_unix(path)?;
+        for worker in &mut sockets.workers {
+            let (socket, http2, proxy_protocol) = (socket.try_clone()?, *http2, *proxy_protocol);
+            worker.unix.push(Unix { socket, proxy_protocol, http2, tls: tls.clone() });
+        }
+    }
+    for listen in &config.listen_tls {
+        let server = server(listen.http2)?;
         if let Some(addr) = bind_requests(&mut sockets.workers, listen, Some(&server))? {
             sockets.tls.push(addr);
         }

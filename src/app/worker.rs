@@ -20,7 +20,7 @@ use tokio::{
 use super::{
     asking::Questions,
     ending::{Ending, Endings},
-    listeners::{Bound, Http, Tcp},
+    listeners::{Bound, Http, Tcp, Unix},
     settings,
 };
 use crate::{
@@ -151,7 +151,7 @@ async fn serve(worker: usize, blueprint: Blueprint, sockets: Bound, line: Line) 
     });
     let handler = Counted { serving: serving.clone(), ending: ending.clone() };
     let mut listeners = JoinSet::new();
-    listen(&blueprint, &handler, &drain, sockets.http, &mut listeners);
+    listen(&blueprint, &handler, &drain, (sockets.http, sockets.unix), &mut listeners);
     if blueprint.config.stream.enabled {
         stream(&blueprint, &drain, sockets.tcp, sockets.udp, &mut listeners);
     }
@@ -262,7 +262,7 @@ fn listen(
     blueprint: &Blueprint,
     handler: &Counted,
     drain: &Drain,
-    sockets: Vec<Http>,
+    (tcp, unix): (Vec<Http>, Vec<Unix>),
     listeners: &mut JoinSet<Result<()>>,
 ) {
     let server = |http2| {
@@ -275,11 +275,15 @@ fn listen(
     };
     let (with_http2, without) = (server(true), server(false));
     let scripts = &handler.serving.scripts;
-    for Http { socket, proxy_protocol, http2, tls } in sockets {
-        let published = &blueprint.published;
-        let tls = tls.map(|server| listener::Tls { server, published: published.clone(), scripts: scripts.clone() });
-        let server = if http2 { with_http2.clone() } else { without.clone() };
-        listeners.spawn_local(listener::run(server, listener::Listener { socket, proxy_protocol, tls }));
+    let published = &blueprint.published;
+    let tls_of = |server| listener::Tls { server, published: published.clone(), scripts: scripts.clone() };
+    let server = |http2| if http2 { with_http2.clone() } else { without.clone() };
+    for Http { socket, proxy_protocol, http2, tls } in tcp {
+        let listener = listener::Listener { socket, proxy_protocol, tls: tls.map(tls_of) };
+        listeners.spawn_local(listener::run(server(http2), listener));
+    }
+    for Unix { socket, proxy_protocol, http2, tls } in unix {
+        listeners.spawn_local(listener::run_unix(server(http2), socket, proxy_protocol, tls.map(tls_of)));
     }
 }
 
@@ -426,6 +430,7 @@ async fn sweep(serving: Rc<Serving>) {
     loop {
         tick.tick().await;
         serving.proxy().pool.sweep(Instant::now());
+        serving.proxy().http2.sweep(Instant::now());
     }
 }
 

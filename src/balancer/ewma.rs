@@ -1,11 +1,11 @@
 //! The faster of two nodes picked by chance, by a moving average of latencies that fades while a node rests.
 
 use std::{
-    cell::{Cell, RefCell},
+    cell::Cell,
     time::{Duration, Instant},
 };
 
-use super::Member;
+use super::{Knowledge, Member};
 
 /// After this long without news, an average counts for 1/e of what it was.
 const DECAY: Duration = Duration::from_secs(10);
@@ -13,37 +13,42 @@ const DECAY: Duration = Duration::from_secs(10);
 /// What a failed try counts as, so that a node which refuses at once does not look fast.
 const FAILED: Duration = Duration::from_secs(1);
 
+/// The averages are `Known::average`.
 pub(super) struct Ewma {
-    averages: RefCell<Vec<Average>>,
     random: Cell<u64>,
 }
 
 #[derive(Clone, Copy, Default)]
-struct Average {
+pub(super) struct Average {
     secs: f64,
     at: Option<Instant>,
 }
 
 impl Ewma {
-    pub fn new(members: &[Member]) -> Self {
-        Ewma { averages: RefCell::new(vec![Average::default(); members.len()]), random: Cell::new(0x9E37_79B9) }
+    pub fn new() -> Self {
+        Ewma { random: Cell::new(0x9E37_79B9) }
     }
 
-    pub fn pick(&self, members: &[Member], now: Instant, usable: &impl Fn(usize) -> bool) -> Option<usize> {
+    pub fn pick(
+        &self,
+        members: &[Member],
+        known: &Knowledge,
+        now: Instant,
+        usable: &impl Fn(usize) -> bool,
+    ) -> Option<usize> {
         let count = members.len();
         let start = self.below(count);
         let mut usable = (start..count).chain(0..start).filter(|at| usable(*at));
         let first = usable.next()?;
         // The second one is any other: the next usable after a jump would favour neighbours of the sick, but only them.
         let Some(second) = usable.next() else { return Some(first) };
-        let averages = self.averages.borrow();
-        let (a, b) = (averages[first].faded(now), averages[second].faded(now));
-        Some(if b < a { second } else { first })
+        let faded = |at: usize| known.of(members[at].node).average.get().faded(now);
+        Some(if faded(second) < faded(first) { second } else { first })
     }
 
-    pub fn done(&self, members: &[Member], node: usize, latency: Option<Duration>, now: Instant) {
-        let Ok(at) = members.binary_search_by_key(&node, |m| m.node) else { return };
-        self.averages.borrow_mut()[at].add(latency.unwrap_or(FAILED), now);
+    pub fn done(&self, known: &Knowledge, node: usize, latency: Option<Duration>, now: Instant) {
+        let average = &known.of(node).average;
+        average.set(average.get().added(latency.unwrap_or(FAILED), now));
     }
 
     /// xorshift64.
@@ -67,10 +72,9 @@ impl Average {
         self.secs * self.weight(now)
     }
 
-    fn add(&mut self, latency: Duration, now: Instant) {
+    fn added(self, latency: Duration, now: Instant) -> Average {
         // The first news is all there is to know.
         let weight = if self.at.is_some() { self.weight(now) } else { 0.0 };
-        self.secs = self.secs * weight + latency.as_secs_f64() * (1.0 - weight);
-        self.at = Some(now);
+        Average { secs: self.secs * weight + latency.as_secs_f64() * (1.0 - weight), at: Some(now) }
     }
 }

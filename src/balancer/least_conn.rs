@@ -1,22 +1,14 @@
 //! The node with the lowest `(requests under way + 1) / weight`.
 
-use std::cell::RefCell;
+use super::{Knowledge, Member};
 
-use super::Member;
-
-pub(super) struct LeastConn {
-    under_way: RefCell<Vec<u32>>,
-}
+/// The counts are `Known::under_way`.
+pub(super) struct LeastConn;
 
 impl LeastConn {
-    pub fn new(members: &[Member]) -> Self {
-        LeastConn { under_way: RefCell::new(vec![0; members.len()]) }
-    }
-
-    pub fn pick(&self, members: &[Member], usable: &impl Fn(usize) -> bool) -> Option<usize> {
-        let mut under_way = self.under_way.borrow_mut();
+    pub fn pick(&self, members: &[Member], known: &Knowledge, usable: &impl Fn(usize) -> bool) -> Option<usize> {
         // Fractions compare by cross products: no division, no rounding.
-        let load = |at: usize| u64::from(under_way[at]) + 1;
+        let load = |at: usize| u64::from(known.of(members[at].node).under_way.get()) + 1;
         let less = |a: usize, b: usize| load(a) * u64::from(members[b].weight) < load(b) * u64::from(members[a].weight);
         let mut best: Option<usize> = None;
         for at in (0..members.len()).filter(|at| usable(*at)) {
@@ -24,14 +16,8 @@ impl LeastConn {
                 best = Some(at);
             }
         }
-        under_way[best?] += 1;
+        let count = &known.of(members[best?].node).under_way;
+        count.set(count.get() + 1);
         best
-    }
-
-    pub fn done(&self, members: &[Member], node: usize) {
-        // Members stand in the order of their nodes.
-        let Ok(at) = members.binary_search_by_key(&node, |m| m.node) else { return };
-        let count = &mut self.under_way.borrow_mut()[at];
-        *count = count.saturating_sub(1);
     }
 }

@@ -3,6 +3,9 @@
 //! Pure: takes the key, the time, what was tried and what is healthy, returns an index into the upstream's nodes. No
 //! clock, no socket, no lock. A `Picker` belongs to one worker and one version of an upstream.
 //!
+//! What least_conn and ewma know of a node goes on in the next version of its upstream: a node that joins is not taken for as busy as
+//! those that were there.
+//!
 //! Nodes of a lower priority are asked when every healthy one of a higher priority was tried. A node of weight 0 gets
 //! nothing, unless it is the only one. When health leaves no node at all, health is not asked: a guess beats a refusal.
 
@@ -13,11 +16,15 @@ mod least_conn;
 mod ring;
 mod round_robin;
 
-use std::time::{Duration, Instant};
+use std::{
+    cell::Cell,
+    rc::Rc,
+    time::{Duration, Instant},
+};
 
 use smallvec::SmallVec;
 
-pub use self::kept::{Picked, Pickers};
+pub use self::kept::{Owner, Picked, Pickers};
 use self::{ewma::Ewma, least_conn::LeastConn, ring::Ring, round_robin::RoundRobin};
 use crate::model::upstream::{Balance, Node, Upstream};
 
@@ -44,8 +51,44 @@ impl NoNode {
 pub struct Picker {
     /// The only node: nothing to choose, also after it failed.
     single: bool,
+    known: Knowledge,
     /// From the highest priority to the lowest.
     levels: SmallVec<[Level; 1]>,
+}
+
+/// What is known of a node from request to request.
+#[derive(Default)]
+struct Known {
+    /// Requests that it is serving.
+    under_way: Cell<u32>,
+    average: Cell<ewma::Average>,
+}
+
+/// That of all nodes, in their order, with their places; empty for policies that ask nothing.
+#[derive(Default)]
+struct Knowledge(Vec<(Box<str>, u16, Rc<Known>)>);
+
+impl Knowledge {
+    /// `before`: of the version before; a node that was there has it still.
+    fn new(upstream: &Upstream, before: Option<&Knowledge>) -> Knowledge {
+        if !has_memory(&upstream.balance) {
+            return Knowledge::default();
+        }
+        let known = |node: &Node| {
+            let same = |(host, port, _): &&(Box<str>, u16, Rc<Known>)| *host == node.host && *port == node.port;
+            before.and_then(|before| before.0.iter().find(same)).map(|(.., known)| known.clone()).unwrap_or_default()
+        };
+        Knowledge(upstream.nodes.iter().map(|node| (node.host.clone(), node.port, known(node))).collect())
+    }
+
+    fn of(&self, node: usize) -> &Known {
+        &self.0[node].2
+    }
+}
+
+/// Whether the policy knows something of nodes that outlives a version of their upstream.
+pub fn has_memory(balance: &Balance) -> bool {
+    matches!(balance, Balance::LeastConn | Balance::Ewma)
 }
 
 /// The nodes of one priority.
@@ -71,12 +114,18 @@ enum Policy {
 
 impl Picker {
     pub fn new(upstream: &Upstream) -> Self {
+        Self::after(upstream, None)
+    }
+
+    /// One that goes on with what the picker of the upstream's version before knew. `before` of another upstream is no harm.
+    pub fn after(upstream: &Upstream, before: Option<&Picker>) -> Self {
         let nodes = &upstream.nodes;
         let mut priorities: SmallVec<[i64; 4]> = nodes.iter().filter(|n| n.weight > 0).map(|n| n.priority).collect();
         priorities.sort_unstable_by(|a, b| b.cmp(a));
         priorities.dedup();
         let levels = priorities.iter().map(|priority| Level::new(upstream, *priority)).collect();
-        Picker { single: nodes.len() == 1, levels }
+        let known = Knowledge::new(upstream, before.map(|before| &before.known));
+        Picker { single: nodes.len() == 1, known, levels }
     }
 
     /// The node to try. `key` is what chash hashes; the other policies do not look at it.
@@ -88,6 +137,8 @@ impl Picker {
         healthy: &impl Fn(usize) -> bool,
     ) -> Result<usize, NoNode> {
         if self.single {
+            // It has no other node to be compared with, as long as none joins.
+            self.pick_if(key, now, &|_| true);
             return Ok(0);
         }
         if let Some(node) = self.pick_if(key, now, &|node| !tried.contains(&node) && healthy(node)) {
@@ -105,17 +156,15 @@ impl Picker {
 
     /// A try at the node that `pick` gave has ended. `latency`: until its response's head; `None` when it failed.
     pub fn done(&self, node: usize, latency: Option<Duration>, now: Instant) {
-        for level in &self.levels {
-            match &level.policy {
-                Policy::LeastConn(policy) => policy.done(&level.members, node),
-                Policy::Ewma(policy) => policy.done(&level.members, node, latency, now),
-                Policy::RoundRobin(_) | Policy::Ring(_) => {}
-            }
+        let Some((.., known)) = self.known.0.get(node) else { return };
+        known.under_way.set(known.under_way.get().saturating_sub(1));
+        if let Some(Policy::Ewma(policy)) = self.levels.first().map(|level| &level.policy) {
+            policy.done(&self.known, node, latency, now);
         }
     }
 
     fn pick_if(&self, key: &[u8], now: Instant, usable: &impl Fn(usize) -> bool) -> Option<usize> {
-        self.levels.iter().find_map(|level| level.pick(key, now, usable))
+        self.levels.iter().find_map(|level| level.pick(key, &self.known, now, usable))
     }
 }
 
@@ -127,21 +176,21 @@ impl Level {
             all.filter(|(_, n)| is_member(n)).map(|(node, n)| Member { node, weight: n.weight }).collect();
         let policy = match &upstream.balance {
             Balance::Chash { .. } => Policy::Ring(Ring::new(&members, &upstream.nodes)),
-            Balance::LeastConn => Policy::LeastConn(LeastConn::new(&members)),
-            Balance::Ewma => Policy::Ewma(Ewma::new(&members)),
+            Balance::LeastConn => Policy::LeastConn(LeastConn),
+            Balance::Ewma => Policy::Ewma(Ewma::new()),
             // A balancer of the user's own picks in Lua; this serves when it does not.
             Balance::RoundRobin | Balance::Other(_) => Policy::RoundRobin(RoundRobin::new(&members)),
         };
         Level { members, policy }
     }
 
-    fn pick(&self, key: &[u8], now: Instant, usable: &impl Fn(usize) -> bool) -> Option<usize> {
+    fn pick(&self, key: &[u8], known: &Knowledge, now: Instant, usable: &impl Fn(usize) -> bool) -> Option<usize> {
         let usable = |at: usize| usable(self.members[at].node);
         let at = match &self.policy {
             Policy::RoundRobin(policy) => policy.pick(&self.members, &usable),
             Policy::Ring(ring) => ring.pick(key, self.members.len(), &usable),
-            Policy::LeastConn(policy) => policy.pick(&self.members, &usable),
-            Policy::Ewma(policy) => policy.pick(&self.members, now, &usable),
+            Policy::LeastConn(policy) => policy.pick(&self.members, known, &usable),
+            Policy::Ewma(policy) => policy.pick(&self.members, known, now, &usable),
         }?;
         Some(self.members[at].node)
     }
@@ -292,6 +341,24 @@ mod tests {
         picker.done(1, None, now);
         assert_eq!(pick(), 1);
         picker.done(9, None, now);
+    }
+
+    #[test]
+    fn what_is_known_of_a_node_goes_on_in_the_next_version() {
+        let now = Instant::now();
+        let pick = |picker: &Picker| picker.pick(b"", now, &Tried::new(), &|_| true);
+        let lone = picker(Balance::LeastConn, &[(1, 0)]);
+        assert_eq!([pick(&lone), pick(&lone)], [Ok(0), Ok(0)]);
+        let both = Picker::after(&upstream(Balance::LeastConn, &[(1, 0), (1, 0)]), Some(&lone));
+        assert_eq!([pick(&both), pick(&both)], [Ok(1), Ok(1)], "the first one is busy");
+        // A request of the old version ends: the new one sees it.
+        lone.done(0, None, now);
+        assert_eq!(pick(&both), Ok(0));
+        let ewma = picker(Balance::Ewma, &[(1, 0), (1, 0)]);
+        ewma.done(0, Some(Duration::from_millis(1)), now);
+        ewma.done(1, Some(Duration::from_millis(9)), now);
+        let next = Picker::after(&upstream(Balance::Ewma, &[(1, 0), (1, 0)]), Some(&ewma));
+        assert!((0..10).all(|_| pick(&next) == Ok(0)));
     }
 
     #[test]

@@ -1,14 +1,18 @@
-//! Consistent hashing: each node owns points on a ring, a key belongs to the first point after it.
+//! Consistent hashing: each node owns points on a ring, a key belongs to the first point at or after it.
 //!
-//! The hash is fixed, so that all workers and all nodes of a cluster send a key to the same place.
+//! Points and keys are those of nginx's `hash … consistent` (the ketama of Cache::Memcached::Fast: chained CRC-32 of host, a zero
+//! byte and port, 160 points per weight), which APISIX has, too: a key stays on its node when a gateway is exchanged for this one,
+//! and all workers and all gateways of a cluster send it to the same place.
 
 use super::Member;
 use crate::model::upstream::Node;
 
-/// Points of a node of average weight: shares then differ by about 8 % from what weights say.
-const POINTS_PER_NODE: u64 = 160;
+/// Points per unit of weight, after what all weights have in common is taken out of them. Shares then differ by about 8 % from what
+/// weights say.
+const POINTS_PER_WEIGHT: u64 = 160;
 
-/// Points of the whole ring, however many nodes: 8 bytes each in every worker.
+/// Points of the whole ring, however many nodes and however heavy: 8 bytes each in every worker. Past it each node has its share of
+/// them, and keys land elsewhere than with nginx.
 const MAX_POINTS: u64 = 1 << 18;
 
 pub(super) struct Ring {
@@ -18,15 +22,16 @@ pub(super) struct Ring {
 
 impl Ring {
     pub fn new(members: &[Member], nodes: &[Node]) -> Self {
-        let count = members.len() as u64;
-        let total: u64 = members.iter().map(|m| u64::from(m.weight)).sum();
-        let budget = (count * POINTS_PER_NODE).min(MAX_POINTS.max(count));
+        let common = members.iter().map(|m| u64::from(m.weight)).fold(0, gcd).max(1);
+        let total = members.iter().map(|m| u64::from(m.weight) / common).sum::<u64>().max(1);
+        let most = MAX_POINTS.max(members.len() as u64);
+        let budget = total.saturating_mul(POINTS_PER_WEIGHT).min(most);
         let mut points = Vec::with_capacity(budget as usize);
         for (at, member) in members.iter().enumerate() {
             let node = &nodes[member.node];
-            let own = hash(node.host.as_bytes()) ^ mix(u64::from(node.port));
-            let share = (u128::from(budget) * u128::from(member.weight) / u128::from(total.max(1))).max(1) as u64;
-            points.extend((0..share).map(|i| (mix(own.wrapping_add(mix(i))) as u32, at as u32)));
+            let weight = u64::from(member.weight) / common;
+            let share = (u128::from(budget) * u128::from(weight) / u128::from(total)).max(1) as usize;
+            points.extend(node_points(&node.host, node.port).take(share).map(|hash| (hash, at as u32)));
         }
         points.sort_unstable();
         Ring { points }
@@ -34,7 +39,7 @@ impl Ring {
 
     /// The key's member, or the next one on the ring that is usable.
     pub fn pick(&self, key: &[u8], members: usize, usable: &impl Fn(usize) -> bool) -> Option<usize> {
-        let wanted = hash(key) as u32;
+        let wanted = crc32fast::hash(key);
         let start = self.points.partition_point(|(hash, _)| *hash < wanted);
         let mut refused = Refused::new(members);
         let (before, after) = self.points.split_at(start);
@@ -77,17 +82,23 @@ impl Refused {
     }
 }
 
-/// FNV-1a with a finish that spreads it over all bits.
-fn hash(bytes: &[u8]) -> u64 {
-    let fnv = bytes.iter().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(*b)).wrapping_mul(0x0100_0000_01b3));
-    mix(fnv)
+/// A node's points, without end.
+fn node_points(host: &str, port: u16) -> impl Iterator<Item = u32> {
+    let mut own = crc32fast::Hasher::new();
+    own.update(host.as_bytes());
+    own.update(&[0]);
+    own.update(itoa::Buffer::new().format(port).as_bytes());
+    let mut last = 0_u32;
+    std::iter::repeat_with(move || {
+        let mut next = own.clone();
+        next.update(&last.to_le_bytes());
+        last = next.finalize();
+        last
+    })
 }
 
-/// The finish of splitmix64.
-fn mix(n: u64) -> u64 {
-    let n = (n ^ (n >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let n = (n ^ (n >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    n ^ (n >> 31)
+fn gcd(a: u64, b: u64) -> u64 {
+    if b == 0 { a } else { gcd(b, a % b) }
 }
 
 #[cfg(test)]
@@ -95,8 +106,32 @@ mod tests {
     use super::*;
 
     #[test]
+    fn keys_land_where_nginx_sends_them() {
+        let member = |(node, weight): (usize, u32)| Member { node, weight };
+        let node = |(host, port): (&str, u16)| Node {
+            host: host.into(),
+            ip: None,
+            port,
+            explicit_port: true,
+            weight: 1,
+            priority: 0,
+        };
+        let first = |nodes: &[Node], weights: [u32; 2], key: &str| {
+            let members: Vec<Member> = weights.into_iter().enumerate().map(member).collect();
+            Ring::new(&members, nodes).pick(key.as_bytes(), 2, &|_| true).map(|at| members[at].node)
+        };
+        let nodes = [("127.0.0.1", 1980), ("127.0.0.1", 1981)].map(node);
+        for (key, wanted) in [("jack", 1), ("tom", 0), ("127.0.0.1", 0), ("cuscookie", 1)] {
+            assert_eq!(first(&nodes, [1, 1], key), Some(wanted), "{key}");
+            assert_eq!(first(&nodes, [100, 100], key), Some(wanted), "only what weights differ by counts: {key}");
+        }
+        let weighted = [("127.0.0.1", 1979), ("127.0.0.2", 1979)].map(node);
+        assert_eq!(first(&weighted, [2, 1], "127.0.0.1"), Some(0));
+    }
+
+    #[test]
     fn points_are_bounded_and_every_node_has_one() {
-        let count = (MAX_POINTS / POINTS_PER_NODE + 100) as usize;
+        let count = (MAX_POINTS / POINTS_PER_WEIGHT + 100) as usize;
         let node = |port: usize| Node {
             host: "127.0.0.1".into(),
             ip: None,

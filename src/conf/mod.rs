@@ -46,10 +46,17 @@ pub struct Config {
     pub listen: Vec<Listen>,
     /// Listeners with TLS; empty when `apisix.ssl.enable` is off.
     pub listen_tls: Vec<Listen>,
+    /// Sockets of the file system, of `lua_listen`.
+    pub listen_unix: Vec<ListenUnix>,
     pub tls: Tls,
     pub router: Router,
     pub delete_uri_tail_slash: bool,
     pub normalize_uri_like_servlet: bool,
+    pub match_uri_encoded_slash: bool,
+    /// `graphql.max_size`, in bytes.
+    pub graphql_max: u64,
+    /// `apisix.max_post_args_readable_size`, in bytes.
+    pub posted_max: u64,
     pub enable_server_tokens: bool,
     pub show_upstream_status: bool,
     pub client: Client,
@@ -122,6 +129,14 @@ pub struct StreamListen {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Listen {
     pub addr: SocketAddr,
+    pub http2: bool,
+    pub proxy_protocol: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ListenUnix {
+    pub path: PathBuf,
+    pub tls: bool,
     pub http2: bool,
     pub proxy_protocol: bool,
 }
@@ -307,6 +322,10 @@ pub fn parse(prefix: &Path, text: &str) -> Result<(Config, Vec<Warning>), Mistak
     keys::merge(&mut effective, written.clone());
     if keys::at(&written, "test_node").is_some() && keys::at(&written, "apisix.node_listen").is_none() {
         effective["apisix"]["node_listen"] = TEST_NODE_PORT.into();
+    }
+    if keys::at(&written, "test_node").is_some() && keys::at(&written, "nginx_config.worker_processes").is_none() {
+        // What those suites count, they count in one worker.
+        effective["nginx_config"]["worker_processes"] = 1.into();
     }
     let key_required = keys::at(&written, "deployment.admin.admin_key_required") == Some(&Value::Bool(true));
     if !key_required && is_open_test_node(&effective) {

@@ -14,8 +14,8 @@ use ipnet::IpNet;
 use serde_json::Value;
 
 use super::{
-    AccessLog, Admin, AdminKey, AdminTls, Client, Config, Keepalive, Listen, LuaLimits, Prometheus, RealIp, Resolver,
-    Router, Tls, Trace, Warning, keys::at, locations, locations::Options,
+    AccessLog, Admin, AdminKey, AdminTls, Client, Config, Keepalive, Listen, ListenUnix, LuaLimits, Prometheus, RealIp,
+    Resolver, Router, Tls, Trace, Warning, keys::at, locations, locations::Options,
 };
 
 /// Worker threads that `auto` never exceeds: each costs a VM.
@@ -56,7 +56,7 @@ pub(super) fn read(
         true => r.listeners("apisix.ssl.listen", warnings),
         false => Vec::new(),
     };
-    r.lua_listen(&mut listen, &mut listen_tls);
+    let listen_unix = r.lua_listen(&mut listen, &mut listen_tls, &prefix);
     let tls = r.tls(&prefix, warnings);
     let router = r.one_of(
         "apisix.router.http",
@@ -100,10 +100,14 @@ pub(super) fn read(
     Some(Config {
         listen,
         listen_tls,
+        listen_unix,
         tls,
         router: router?,
         delete_uri_tail_slash: r.flag("apisix.delete_uri_tail_slash"),
         normalize_uri_like_servlet: r.flag("apisix.normalize_uri_like_servlet"),
+        match_uri_encoded_slash: r.flag("apisix.match_uri_encoded_slash"),
+        graphql_max: r.number("graphql.max_size", 1, u64::MAX),
+        posted_max: r.posted_max(),
         enable_server_tokens: r.flag("apisix.enable_server_tokens"),
         show_upstream_status: r.flag("apisix.show_upstream_status_in_response_header"),
         client,
@@ -230,6 +234,14 @@ impl<'a> Reader<'a> {
                 self.wrong(path, format!("{value} is not a whole number from {least} to {most}"));
                 least
             }
+        }
+    }
+
+    /// `max_post_args_readable_size` is in MB; 0: no limit.
+    fn posted_max(&mut self) -> u64 {
+        match self.number("apisix.max_post_args_readable_size", 0, u64::MAX >> 20) {
+            0 => u64::MAX,
+            n => n << 20,
         }
     }
 
@@ -424,15 +436,27 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Further addresses of the node, as nginx's `listen` has them: `1987`, `127.0.0.1:9999 ssl`.
-    fn lua_listen(&mut self, plain: &mut Vec<Listen>, tls: &mut Vec<Listen>) {
+    /// Further addresses of the node, as nginx's `listen` has them: `1987`, `127.0.0.1:9999 ssl`, and `unix:PATH`, which are given
+    /// back.
+    fn lua_listen(&mut self, plain: &mut Vec<Listen>, tls: &mut Vec<Listen>, prefix: &Path) -> Vec<ListenUnix> {
+        let mut unix = Vec::new();
         for (i, text) in self.texts("lua_listen").into_iter().enumerate() {
             let mut words = text.split_whitespace();
             let place = words.next().unwrap_or_default();
+            if let Some(path) = place.strip_prefix("unix:").filter(|path| !path.is_empty()) {
+                let words: Vec<_> = words.collect();
+                let has = |word| words.contains(&word);
+                let (path, proxy_protocol) = (prefix.join(path), has("proxy_protocol"));
+                unix.push(ListenUnix { path, tls: has("ssl"), http2: has("http2"), proxy_protocol });
+                continue;
+            }
             let any = |port| SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), port);
             let addr = place.parse::<SocketAddr>().ok().or_else(|| place.parse().ok().map(any));
             let Some(addr) = addr else {
-                self.wrong(&format!("lua_listen[{i}]"), format!("{place:?} is not a port or an address with a port"));
+                self.wrong(
+                    &format!("lua_listen[{i}]"),
+                    format!("{place:?} is not a port, an address with a port, or unix:PATH"),
+                );
                 continue;
             };
             let words: Vec<_> = words.collect();
@@ -440,6 +464,7 @@ impl<'a> Reader<'a> {
                 Listen { addr, http2: words.contains(&"http2"), proxy_protocol: words.contains(&"proxy_protocol") };
             if words.contains(&"ssl") { tls.push(listen) } else { plain.push(listen) }
         }
+        unix
     }
 
     fn client(&mut self) -> Client {

@@ -173,7 +173,7 @@ fn get(state: &State, snapshot: &Snapshot, place: &[&str], call: &Call) -> Optio
 }
 
 fn not_found() -> Answer {
-    Answer::refuse(404, "404 Route Not Found")
+    Answer::refuse(404, "404 Not Found")
 }
 
 /// As the packed reply, with the plugins that are loaded.

@@ -205,6 +205,8 @@ impl Dns {
             let (domain, search) = (servers.domain().cloned(), servers.search().to_vec());
             servers = ResolverConfig::from_parts(domain, search, name_servers(&config.servers));
         }
+        let asked: Vec<String> = servers.name_servers().iter().map(|server| server.socket_addr.to_string()).collect();
+        tracing::info!("init_resolver(): dns resolver {asked:?}");
         // The cache in front of this one knows about failures, too.
         options.cache_size = 0;
         // A server that does not answer leaves time for the next.

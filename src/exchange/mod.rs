@@ -7,12 +7,14 @@
 pub mod body;
 pub mod deadline;
 pub mod framing;
+pub mod graphql;
 pub mod handshake;
 pub mod headers;
 pub mod host;
 mod last_host;
 mod log;
 pub mod openssl;
+pub mod posted;
 mod random;
 mod ssl;
 pub mod status;
@@ -75,6 +77,10 @@ pub struct Exchange {
 
     /// Variables that were set by name and belong to no module: `set $x`, `ctx.var.x = …`. Few, so a list.
     pub custom_vars: Vec<(Box<str>, Vec<u8>)>,
+    /// What a GraphQL request is, once somebody has asked; empty where it is none.
+    pub graphql: Option<Box<graphql::Operation>>,
+    /// What the body says by name, once a route has asked.
+    pub posted: Option<Box<posted::Posted>>,
     /// A script has asked for the whole body, or to do without it.
     pub body_read: bool,
     /// A script has taken `Content-Type` away: the default does not take its place.
@@ -463,6 +469,9 @@ pub trait Client {
     /// Everything queued has been given to the kernel.
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<()>>;
 
+    /// Queues fields to be sent behind the body, where the protocol has a place for them that clients look at (HTTP/2).
+    fn trailers(&mut self, _fields: &Headers) {}
+
     /// Ends the body (the last chunk, END_STREAM) and flushes.
     fn poll_finish(&mut self, cx: &mut Context<'_>) -> Poll<Result<()>>;
 
@@ -647,6 +656,8 @@ impl Exchange {
             credential: None,
             upstream: UpstreamState::default(),
             custom_vars: Vec::new(),
+            graphql: None,
+            posted: None,
             body_read: false,
             untyped: false,
             location: None,
@@ -688,6 +699,8 @@ impl Exchange {
         self.credential = None;
         self.upstream.reset();
         self.custom_vars.clear();
+        self.graphql = None;
+        self.posted = None;
         self.body_read = false;
         self.untyped = false;
         self.location = None;

@@ -19,7 +19,7 @@ use base64::{
 };
 use hashbrown::HashMap;
 
-use super::{Exchange, Headers, RequestBody, TcpInfo, Try, Version, headers::append_all};
+use super::{Exchange, Headers, RequestBody, TcpInfo, Try, Version, graphql, headers::append_all};
 use crate::{
     conf::{
         directives::size,
@@ -55,6 +55,10 @@ pub enum Var {
     Trailer,
     /// `uri_param_x`: a `:x` of the route's uri.
     UriParam(Box<str>),
+    /// `post_arg_x`: of a form body that was read for it.
+    PostArg(Box<str>),
+    /// `post_arg.x`: of a form, JSON or multipart body that was read for it.
+    PostPath(Box<str>),
     Custom(Box<str>),
 }
 
@@ -122,6 +126,7 @@ known! {
     EchoRequestMethod "echo_request_method", EchoClientRequestMethod "echo_client_request_method",
     EchoRequestUri "echo_request_uri", EchoRequestBody "echo_request_body",
     EchoClientRequestHeaders "echo_client_request_headers",
+    GraphqlOperation "graphql_operation", GraphqlName "graphql_name", GraphqlRootFields "graphql_root_fields",
 }
 
 /// What APISIX's nginx.conf sets before a request starts. Everything else is absent until it is set.
@@ -189,6 +194,8 @@ impl Var {
             Family::ProxyProtocolTlv(rest) => Var::ProxyProtocolTlv(rest.into()),
             Family::Trailer => Var::Trailer,
             Family::UriParam(rest) => Var::UriParam(rest.into()),
+            Family::PostArg(rest) => Var::PostArg(rest.into()),
+            Family::PostPath(rest) => Var::PostPath(rest.into()),
             Family::Custom(name) => Var::Custom(name.into()),
         }
     }
@@ -205,6 +212,8 @@ enum Family<'a> {
     ProxyProtocolTlv(&'a str),
     Trailer,
     UriParam(&'a str),
+    PostArg(&'a str),
+    PostPath(&'a str),
     Custom(&'a str),
 }
 
@@ -220,6 +229,8 @@ impl<'a> Family<'a> {
             Some(("sent" | "upstream", rest)) if rest.starts_with("trailer_") => Family::Trailer,
             Some(("proxy", rest)) if rest.starts_with("protocol_tlv_") => Family::ProxyProtocolTlv(&rest[13..]),
             Some(("uri", rest)) if rest.starts_with("param_") => Family::UriParam(&rest[6..]),
+            Some(("post", rest)) if rest.starts_with("arg_") => Family::PostArg(&rest[4..]),
+            Some(("post", rest)) if rest.starts_with("arg.") => Family::PostPath(&rest[4..]),
             _ => Family::Custom(name),
         }
     }
@@ -247,6 +258,8 @@ impl Exchange {
             Var::ProxyProtocolTlv(name) => proxy_protocol_tlv(&self.conn.proxy_tlvs, name, scratch),
             Var::Trailer => None,
             Var::UriParam(name) => self.uri_param(name),
+            Var::PostArg(name) => self.posted.as_ref()?.field(name),
+            Var::PostPath(path) => self.posted_at(path, scratch),
             Var::Custom(name) => self.custom(name),
         }
     }
@@ -272,6 +285,8 @@ impl Exchange {
             Family::ProxyProtocolTlv(name) => proxy_protocol_tlv(&self.conn.proxy_tlvs, name, scratch),
             Family::Trailer => None,
             Family::UriParam(name) => self.uri_param(name),
+            Family::PostArg(name) => self.posted.as_ref()?.field(name),
+            Family::PostPath(path) => self.posted_at(path, scratch),
             Family::Custom(name) => self.custom(name),
         }
     }
@@ -403,6 +418,16 @@ impl Exchange {
         }
     }
 
+    /// The GraphQL operation, where the request is known to be one.
+    fn graphql(&self) -> Option<&graphql::Operation> {
+        self.graphql.as_deref().filter(|graphql| !graphql.kind.is_empty())
+    }
+
+    fn posted_at<'a>(&self, path: &str, scratch: &'a mut Vec<u8>) -> Option<&'a [u8]> {
+        *scratch = self.posted.as_ref()?.at(path)?;
+        Some(scratch)
+    }
+
     fn uri_param(&self, name: &str) -> Option<&[u8]> {
         let mut params = self.matched.as_ref()?.found.params();
         params.find(|(n, _)| *n == name).map(|(_, value)| value)
@@ -423,6 +448,9 @@ impl Exchange {
             Known::Host if r.host.is_empty() => Some(SERVER_NAME),
             Known::Host => Some(&r.host),
             Known::ServerName => Some(SERVER_NAME),
+            Known::GraphqlOperation => self.graphql().map(|graphql| graphql.kind.as_bytes()),
+            Known::GraphqlName => self.graphql().map(|graphql| graphql.name.as_bytes()),
+            Known::GraphqlRootFields => self.graphql().map(|graphql| graphql.root_fields.as_bytes()),
             Known::ServerProtocol => Some(version(r.version)),
             Known::DocumentRoot => self.location.as_ref().map(|l| l.root.as_os_str().as_encoded_bytes()),
             Known::Http2 => Some(match (r.version, &self.conn.tls) {

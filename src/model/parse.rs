@@ -53,9 +53,18 @@ pub enum Parsed {
     Other,
 }
 
+/// So much of what is no object is told: it may be anything.
+const MAX_SHOWN: usize = 256;
+
 /// Parses what a store holds under `/<kind>/<id>`.
 pub fn parse(kind: Kind, id: &str, json: &str, context: &ParseContext<'_>) -> Result<Parsed> {
     let mut value: Value = serde_json::from_str(json).map_err(|e| invalid(format!("invalid JSON: {e}")))?;
+    if !value.is_object() {
+        let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        let shown: String = text.chars().take(MAX_SHOWN).collect();
+        let key = format!("/apisix/{}/{id}", kind.plural());
+        return Err(invalid(format!("invalid item data of [{key}], val: {shown}, it should be an object")));
+    }
     // The typed values know the defaults themselves: filling them in would cost a third of a load's time.
     let map = checked(kind, id, &mut value, Schema::check_only)?;
     Ok(match kind {
@@ -189,17 +198,28 @@ pub(super) fn timeouts(map: &Map<String, Value>) -> Option<Timeouts> {
 
 /// Plain forms of the private keys in `object`.
 pub(super) fn decrypt_keys(object: &mut Map<String, Value>, context: &ParseContext<'_>) -> Result<()> {
-    let mut failed = false;
-    crypt::with_private_keys(object, &mut |stored| {
-        // A reference is resolved when the certificate is used.
-        if crypt::is_reference(stored) {
-            return None;
+    let mut failed = None;
+    crypt::with_private_keys(object, &mut |stored| match decrypt_key(stored, context) {
+        Ok(plain) => Some(plain.into()),
+        Err(e) => {
+            failed = Some(e);
+            None
         }
-        let plain = context.keyring.decrypt_pkey(stored);
-        failed |= plain.is_none();
-        plain
     });
-    if failed { Err(invalid("failed to decrypt previous encrypted key")) } else { Ok(()) }
+    failed.map_or(Ok(()), |e| Err(invalid(e)))
+}
+
+/// The plain form of a private key, or why there is none. A reference stays: it is resolved when the certificate is used.
+pub(super) fn decrypt_key(stored: &str, context: &ParseContext<'_>) -> Result<Box<str>, &'static str> {
+    if crypt::is_reference(stored) {
+        return Ok(stored.into());
+    }
+    context.keyring.decrypt_pkey(stored).map(Into::into).ok_or_else(|| {
+        tracing::error!(
+            "decrypt ssl key failed: it is encrypted with a key that data_encryption.keyring does not hold"
+        );
+        "failed to decrypt previous encrypted key"
+    })
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 
 use super::{
     crypt,
-    parse::{ParseContext, boxed, decrypt_keys, enabled, invalid, number, strings, text},
+    parse::{ParseContext, boxed, decrypt_key, enabled, invalid, number, strings, text},
 };
 use crate::error::Result;
 
@@ -28,8 +28,7 @@ pub struct Ssl {
 
 impl Ssl {
     pub(super) fn from_json(map: &mut Map<String, Value>, context: &ParseContext<'_>) -> Result<Ssl> {
-        decrypt_keys(map, context)?;
-        let pairs = pairs(map)?;
+        let pairs = pairs(map, context)?;
         let client = map.get("client").and_then(Value::as_object);
         let client_ca = client.and_then(|client| {
             let depth = number(client, "depth").map_or(1, |n| u8::try_from(n).unwrap_or(u8::MAX));
@@ -60,22 +59,30 @@ impl Ssl {
     }
 }
 
-/// `cert` and `key`, then `certs` and `keys` side by side.
-fn pairs(map: &Map<String, Value>) -> Result<Vec<(Box<str>, Box<str>)>> {
+/// `cert` and `key`, then `certs` and `keys` side by side; keys decrypted.
+fn pairs(map: &Map<String, Value>, context: &ParseContext<'_>) -> Result<Vec<(Box<str>, Box<str>)>> {
     let mut pairs = Vec::new();
-    if let Some((cert, key)) = boxed(map, "cert").zip(boxed(map, "key")) {
-        check_pair(&cert, &key).map_err(invalid)?;
-        pairs.push((cert, key));
+    if let Some((cert, key)) = text(map, "cert").zip(text(map, "key")) {
+        pairs.push(pair(cert, key, context).map_err(invalid)?);
     }
     let (certs, keys): (Vec<_>, Vec<_>) = (strings(map, "certs").collect(), strings(map, "keys").collect());
     if certs.len() != keys.len() {
         return Err(invalid("mismatched number of certs and keys"));
     }
     for (i, (cert, key)) in certs.into_iter().zip(keys).enumerate() {
-        check_pair(cert, key).map_err(|e| invalid(format!("failed to handle cert-key pair[{}]: {e}", i + 1)))?;
-        pairs.push((cert.into(), key.into()));
+        let failed = |e| invalid(format!("failed to handle cert-key pair[{}]: {e}", i + 1));
+        pairs.push(pair(cert, key, context).map_err(failed)?);
     }
     Ok(pairs)
+}
+
+fn pair(cert: &str, key: &str, context: &ParseContext<'_>) -> Result<(Box<str>, Box<str>), String> {
+    if !crypt::is_reference(cert) {
+        certificates(cert)?;
+    }
+    let key = decrypt_key(key, context)?;
+    check_pair(cert, &key)?;
+    Ok((cert.into(), key))
 }
 
 /// Whether certificate and key can be read and belong together. References are resolved when used, so they pass here.

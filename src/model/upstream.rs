@@ -238,14 +238,14 @@ fn node(host: &str, port: Option<u16>, scheme: Scheme, weight: i64, priority: i6
 
 /// `host`, `host:port`, `[v6]`, `[v6]:port`.
 fn split_place(place: &str) -> Result<(&str, Option<u16>)> {
-    let bad_port = || invalid(format!("invalid configuration: invalid port in node {place}"));
-    let parse = |port: &str| port.parse::<u16>().ok().filter(|p| *p != 0).map(Some).ok_or_else(bad_port);
+    let bad_port = |port: &str| invalid(format!("invalid port {port}"));
+    let parse = |port: &str| port.parse::<u16>().ok().filter(|p| *p != 0).map(Some).ok_or_else(|| bad_port(port));
     if let Some(rest) = place.strip_prefix('[') {
         let (host, rest) = rest.split_once(']').ok_or_else(unenclosed)?;
         return match rest.strip_prefix(':') {
             Some(port) => Ok((host, parse(port)?)),
             None if rest.is_empty() => Ok((host, None)),
-            None => Err(bad_port()),
+            None => Err(bad_port(rest)),
         };
     }
     match place.split_once(':') {

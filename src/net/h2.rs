@@ -306,6 +306,8 @@ struct State {
     head: Option<http::Response<()>>,
     queue: VecDeque<Bytes>,
     queued: usize,
+    /// Sent behind the body.
+    trailers: Option<http::HeaderMap>,
     /// The body is whole.
     ended: bool,
     /// The handler cut the response.
@@ -377,7 +379,7 @@ impl Body for Outgoing {
             return Poll::Ready(Some(Ok(Frame::data(data))));
         }
         if state.ended {
-            return Poll::Ready(None);
+            return Poll::Ready(state.trailers.take().map(|fields| Ok(Frame::trailers(fields))));
         }
         state.hyper = Some(cx.waker().clone());
         Poll::Pending
@@ -385,7 +387,7 @@ impl Body for Outgoing {
 
     fn is_end_stream(&self) -> bool {
         let state = self.0.0.borrow();
-        state.ended && state.queue.is_empty() && !state.cut
+        state.ended && state.queue.is_empty() && state.trailers.is_none() && !state.cut
     }
 
     fn size_hint(&self) -> SizeHint {
@@ -598,6 +600,16 @@ impl Client for H2 {
 
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<()>> {
         self.poll_room(cx, 0)
+    }
+
+    fn trailers(&mut self, fields: &Headers) {
+        let mut map = http::HeaderMap::with_capacity(fields.len());
+        for (name, value) in fields.iter() {
+            if let Ok(name) = HeaderName::from_bytes(name) {
+                map.append(name, field_value(value));
+            }
+        }
+        self.stream.give(|s| s.trailers = Some(map));
     }
 
     fn poll_finish(&mut self, cx: &mut Context<'_>) -> Poll<Result<()>> {

@@ -249,13 +249,14 @@ fn valid_name(name: &[u8]) -> bool {
         let address = address.strip_suffix(b"]").and_then(|a| std::str::from_utf8(a).ok());
         return address.is_some_and(|a| a.parse::<std::net::Ipv6Addr>().is_ok());
     }
-    let mut last = b'.';
+    // As nginx: a dot may come first.
+    let mut last = 0;
     let sound = name.iter().all(|&b| {
         let dots = b == b'.' && last == b'.';
         last = b;
         REG_NAME[usize::from(b)] && !dots
     });
-    sound && !name.is_empty()
+    sound && !name.is_empty() && name != b"."
 }
 
 /// RFC 3986's reg-name without the comma, which is what two Host fields look like when a relay has merged them.

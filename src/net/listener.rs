@@ -4,22 +4,28 @@
 
 use std::{
     cell::RefCell,
+    fmt::Display,
     future::poll_fn,
     io,
-    net::{SocketAddr, TcpListener as StdListener},
+    net::{Ipv4Addr, SocketAddr, TcpListener as StdListener, TcpStream as StdStream},
+    os::{
+        fd::OwnedFd,
+        unix::net::{UnixListener as StdUnixListener, UnixStream},
+    },
+    path::Path,
     rc::Rc,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    task::Poll,
+    task::{Context, Poll, ready},
     time::{Duration, Instant},
 };
 
 use socket2::{Domain, Protocol, SockAddr, Socket as RawSocket, Type};
 use tokio::{
     io::AsyncReadExt,
-    net::{TcpListener, TcpStream},
+    net::{TcpListener, TcpStream, UnixListener},
     task::spawn_local,
 };
 
@@ -127,6 +133,48 @@ pub async fn run<H: Handler>(server: Rc<Server<H>>, listener: Listener) -> Resul
     accept(socket, &drain, max, serve).await
 }
 
+/// The same for connections to a socket of the file system. Their client is local by nature, and says so: 127.0.0.1.
+pub async fn run_unix<H: Handler>(
+    server: Rc<Server<H>>,
+    socket: StdUnixListener,
+    proxy_protocol: bool,
+    tls: Option<Tls>,
+) -> Result<()> {
+    let here = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    let way = Rc::new(Way { local: here, proxy_protocol, tls });
+    let (drain, max) = (server.drain.clone(), server.settings.max_connections);
+    let serve = |stream, peer, open| {
+        spawn_local(connection(server.clone(), stream, peer, way.clone(), open));
+    };
+    let socket = UnixListener::from_std(socket)?;
+    let poll = |cx: &mut Context<'_>| {
+        let (stream, _) = ready!(socket.poll_accept(cx))?;
+        // Bytes come and go by the same calls; what is TCP's own is asked in vain, and nothing depends on it.
+        let stream = StdStream::from(OwnedFd::from(stream.into_std()?));
+        Poll::Ready(TcpStream::from_std(stream).map(|stream| (stream, here)))
+    };
+    accept_by(poll, "a socket of lua_listen", &drain, max, serve).await
+}
+
+/// Binds a socket of the file system. One that nobody listens on any more is replaced.
+pub fn bind_unix(path: &Path) -> Result<StdUnixListener> {
+    let failed = |e: io::Error| Error::config(Kind::Io).cause(e).context(format!("listen on unix:{}", path.display()));
+    let left_over = |e: &io::Error| {
+        let nobody = |e: io::Error| e.kind() == io::ErrorKind::ConnectionRefused;
+        e.kind() == io::ErrorKind::AddrInUse && UnixStream::connect(path).is_err_and(nobody)
+    };
+    let socket = match StdUnixListener::bind(path) {
+        Err(e) if left_over(&e) => {
+            std::fs::remove_file(path).map_err(failed)?;
+            StdUnixListener::bind(path)
+        }
+        bound => bound,
+    };
+    let socket = socket.map_err(failed)?;
+    socket.set_nonblocking(true).map_err(failed)?;
+    Ok(socket)
+}
+
 /// Accepts until the worker drains. `max`: connections of the worker that may be open, of all its listeners.
 pub async fn accept(
     socket: StdListener,
@@ -136,6 +184,16 @@ pub async fn accept(
 ) -> Result<()> {
     let local = socket.local_addr()?;
     let socket = TcpListener::from_std(socket)?;
+    accept_by(|cx| socket.poll_accept(cx), local, drain, max, serve).await
+}
+
+async fn accept_by(
+    mut poll: impl FnMut(&mut Context<'_>) -> Poll<io::Result<(TcpStream, SocketAddr)>>,
+    local: impl Display,
+    drain: &Drain,
+    max: usize,
+    serve: impl Fn(TcpStream, SocketAddr, Open),
+) -> Result<()> {
     let wake = Deadline::new();
     let mut refused = Refused::default();
     loop {
@@ -145,7 +203,7 @@ pub async fn accept(
             }
             // No limit is set: this only asks to be woken when the drain begins.
             wake.poll_expired(cx);
-            socket.poll_accept(cx).map(Some)
+            poll(cx).map(Some)
         });
         match accepted.await {
             None => return Ok(()),

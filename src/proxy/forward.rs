@@ -1,11 +1,13 @@
 //! A request to an upstream and its response back: tries, streams both ways, and gives the connection back.
 
+mod grpc;
 pub(super) mod servers;
 
 use std::{
     borrow::Cow,
     future::poll_fn,
     net::SocketAddr,
+    rc::Rc,
     task::{Context, Poll, ready},
     time::{Duration, Instant},
 };
@@ -14,14 +16,14 @@ use rustls::pki_types::ServerName;
 
 use super::{Proxy, head, head::BodyFraming, rescue, tunnel, upload::Upload};
 use crate::{
-    balancer::{NoNode, Tried},
+    balancer::{NoNode, Owner, Picked, Tried, has_memory},
     error::{Error, Kind, Origin, Result, Retry},
     exchange::{Client, Exchange, RequestBody, Response, Source, Try, Var, headers::same_name},
     model::{
         route::Timeouts,
         upstream::{Balance, HashOn, Keepalive, Node, Scheme, Upstream},
     },
-    observe::log::Level,
+    observe::log::{self, Level},
     plugin::{PhaseMask, output},
     tls,
     upstream::{self, Conn, Head, Key, Tls},
@@ -36,22 +38,49 @@ pub(super) async fn forward(p: &Proxy, x: &mut Exchange) -> Result<()> {
     let Some(conf) = x.upstream.conf.clone() else {
         return Err(Error::config(Kind::NoNode).context("missing upstream configuration in Route or Service"));
     };
-    served(x, &conf)?;
+    if served(x, &conf)?.http2 {
+        // In a box: what only gRPC needs is no part of every request.
+        return Box::pin(grpc::forward(p, x, &conf)).await;
+    }
     let (upload, framing) = body(x)?;
     Way::new(p, x, &conf, upload, framing).run(x).await
 }
 
-/// Refuses a scheme that nobody speaks here.
-fn served(x: &Exchange, conf: &Upstream) -> Result<()> {
-    let served = match x.upstream.scheme.as_slice() {
-        b"" => matches!(conf.scheme, Scheme::Http | Scheme::Https),
-        set => matches!(set, b"http" | b"https"),
-    };
-    if served {
-        return Ok(());
+/// What is spoken to a node.
+#[derive(Clone, Copy)]
+struct Spoken {
+    tls: bool,
+    /// gRPC: HTTP/2 in any case, never negotiated.
+    http2: bool,
+}
+
+impl Spoken {
+    /// By the scheme that a script has set, else the upstream's. `None`: nobody speaks that here.
+    fn of(x: &Exchange, conf: &Upstream) -> Option<Spoken> {
+        let (tls, http2) = match &x.upstream.scheme[..] {
+            b"" => match conf.scheme {
+                Scheme::Http => (false, false),
+                Scheme::Https => (true, false),
+                Scheme::Grpc => (false, true),
+                Scheme::Grpcs => (true, true),
+                _ => return None,
+            },
+            b"http" => (false, false),
+            b"https" => (true, false),
+            b"grpc" => (false, true),
+            b"grpcs" => (true, true),
+            _ => return None,
+        };
+        Some(Spoken { tls, http2 })
     }
-    let scheme = crate::exchange::vars::scheme_name(conf.scheme);
-    Err(Error::upstream(Kind::Other).context(format!("upstream scheme {scheme} is not served yet")))
+}
+
+/// Refuses a scheme that nobody speaks here.
+fn served(x: &Exchange, conf: &Upstream) -> Result<Spoken> {
+    Spoken::of(x, conf).ok_or_else(|| {
+        let scheme = crate::exchange::vars::scheme_name(conf.scheme);
+        Error::upstream(Kind::Other).context(format!("upstream scheme {scheme} is not served here"))
+    })
 }
 
 /// The body as it is to be sent, and how it is framed.
@@ -93,6 +122,98 @@ struct Reached {
     begun: Instant,
 }
 
+/// Which nodes of a route's upstream a request has tried, and which may follow.
+struct Tries {
+    /// `None` for a single node of which nothing is known: ten thousand upstreams of one node each need no memory for it.
+    picked: Option<Rc<Picked>>,
+    hash_key: Vec<u8>,
+    tried: Tried,
+    /// Further tries after the first.
+    retries: usize,
+    started: Instant,
+    /// When the try under way began. One look at the clock serves all that happens at its start.
+    begun: Instant,
+}
+
+/// A request that its node is serving: until its end the balancer counts it there.
+struct UnderWay {
+    picked: Rc<Picked>,
+    at: usize,
+    latency: Option<Duration>,
+    begun: Instant,
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        self.picked.picker.done(self.at, self.latency, self.begun + self.latency.unwrap_or_default());
+    }
+}
+
+impl Tries {
+    #[inline(always)]
+    fn new(p: &Proxy, x: &Exchange, conf: &Upstream) -> Tries {
+        // Without plugins the request has hardly begun: one look at the clock less.
+        let started = if x.lua.run.is_none() { x.started } else { Instant::now() };
+        let retries = x.upstream.more_tries.or(conf.retries);
+        Tries {
+            picked: (conf.nodes.len() != 1 || has_memory(&conf.balance))
+                .then(|| p.pickers.of_owner(conf, owner(x, conf), started)),
+            hash_key: hash_key(x, conf),
+            tried: Tried::default(),
+            retries: retries.map_or(conf.nodes.len().saturating_sub(1), |n| n as usize),
+            started,
+            begun: started,
+        }
+    }
+
+    /// The node for the try that begins.
+    #[inline(always)]
+    fn next(&self, x: &Exchange, conf: &Upstream) -> Result<usize> {
+        let Some(picked) = &self.picked else { return Ok(0) };
+        picked.used.set(self.begun);
+        match picked.picker.pick(&self.hash_key, self.begun, &self.tried, &|_| true) {
+            Ok(at) => {
+                tell_skipped(x, conf, at);
+                Ok(at)
+            }
+            Err(NoNode::NoneValid) => Err(Error::upstream(Kind::NoNode).context(NoNode::NoneValid.message())),
+            Err(e) => Err(Error::upstream(Kind::Other).context(e.message())),
+        }
+    }
+
+    /// The node has answered with a head.
+    #[inline(always)]
+    fn reached(self, x: &Exchange, at: usize) -> Option<UnderWay> {
+        let latency = x.upstream.tries.last().and_then(|t| t.header_time);
+        self.picked.map(|picked| UnderWay { picked, at, latency, begun: self.begun })
+    }
+
+    /// Whether the count of tries allows for one more.
+    fn may_follow(&self) -> bool {
+        self.tried.len() < self.retries
+    }
+
+    /// The try has failed; `may_repeat`: the request may go elsewhere. The error, if it is the request's.
+    fn failed(&mut self, x: &Exchange, conf: &Upstream, at: usize, e: Error, may_repeat: bool) -> Result<()> {
+        self.begun = Instant::now();
+        if let Some(picked) = &self.picked {
+            picked.picker.done(at, None, self.begun);
+        }
+        self.tried.push(at);
+        if !may_repeat {
+            return Err(e);
+        }
+        // A line per failed try, as nginx writes it; the last one's is the answer's.
+        x.log(Level::Error, e.to_string().as_bytes());
+        let limit = conf.retry_timeout.filter(|limit| !limit.is_zero());
+        if limit.is_some_and(|limit| self.begun.duration_since(self.started) >= limit) {
+            let text = format!("proxy retry timeout, retry count: {}", self.tried.len() - 1);
+            return Err(Error::upstream(Kind::Other).context(text));
+        }
+        Ok(())
+    }
+}
+
 impl<'a> Way<'a> {
     // No `Result`, and made where it stays: it is large, and is not to be moved there.
     #[inline(always)]
@@ -103,11 +224,11 @@ impl<'a> Way<'a> {
 
     async fn run(&mut self, x: &mut Exchange) -> Result<()> {
         std::mem::swap(&mut x.response.headers, &mut x.response.early);
-        let Reached { mut conn, key, head, begun } = match self.servers {
+        let (Reached { mut conn, key, head, begun }, _under_way) = match self.servers {
             None => self.reach(x).await?,
             // In a box: what only locations need is no part of every request.
             Some(_) => match Box::pin(self.reach_server(x)).await? {
-                Some(reached) => reached,
+                Some(reached) => (reached, None),
                 None => return Ok(()),
             },
         };
@@ -133,57 +254,21 @@ impl<'a> Way<'a> {
     }
 
     /// Tries nodes until one answers with a head.
-    async fn reach(&mut self, x: &mut Exchange) -> Result<Reached> {
-        // Without plugins the request has hardly begun: one look at the clock less.
-        let started = if x.lua.run.is_none() { x.started } else { Instant::now() };
-        // One node needs no state, and ten thousand upstreams of one node each need no memory for it.
-        let picked = (self.conf.nodes.len() != 1).then(|| self.p.pickers.of(self.conf, started));
-        let hash_key = hash_key(x, self.conf);
-        let mut tried = Tried::default();
-        let retries = x.upstream.more_tries.or(self.conf.retries);
-        let retries = retries.map_or(self.conf.nodes.len().saturating_sub(1), |n| n as usize);
-        // One look at the clock serves all that happens at the start of a try.
-        let mut begun = started;
+    async fn reach(&mut self, x: &mut Exchange) -> Result<(Reached, Option<UnderWay>)> {
+        let conf = self.conf;
+        let mut tries = Tries::new(self.p, x, conf);
         loop {
-            let choice = picked.as_ref().map_or(Ok(0), |picked| {
-                picked.used.set(begun);
-                picked.picker.pick(&hash_key, begun, &tried, &|_| true)
-            });
-            let at = match choice {
-                Ok(at) => at,
-                Err(NoNode::NoneValid) => {
-                    return Err(Error::upstream(Kind::NoNode).context(NoNode::NoneValid.message()));
+            let at = tries.next(x, conf)?;
+            match self.attempt::<false>(x, &conf.nodes[at], at, tries.begun).await {
+                Ok(reached) => return Ok((reached, tries.reached(x, at))),
+                Err(e) => {
+                    let again =
+                        |way: &mut Self, x: &Exchange, e: &Error| way.may_repeat(x, e) && way.upload.rewind(&x.body);
+                    let may_repeat = tries.may_follow() && again(self, x, &e);
+                    tries.failed(x, conf, at, e, may_repeat)?;
                 }
-                Err(e) => return Err(Error::upstream(Kind::Other).context(e.message())),
-            };
-            let conf = self.conf;
-            let e = match self.attempt::<false>(x, &conf.nodes[at], at, begun).await {
-                Ok(reached) => {
-                    let latency = x.upstream.tries.last().and_then(|t| t.header_time);
-                    if let Some(picked) = &picked {
-                        picked.picker.done(at, latency, begun + latency.unwrap_or_default());
-                    }
-                    return Ok(reached);
-                }
-                Err(e) => e,
-            };
-            begun = Instant::now();
-            if let Some(picked) = &picked {
-                picked.picker.done(at, None, begun);
-            }
-            tried.push(at);
-            if tried.len() > retries || self.is_late(started) || !self.may_repeat(x, &e) {
-                return Err(e);
-            }
-            x.log(Level::Warn, format!("{e}; trying the next upstream node").as_bytes());
-            if !self.upload.rewind(&x.body) {
-                return Err(e);
             }
         }
-    }
-
-    fn is_late(&self, started: Instant) -> bool {
-        self.conf.retry_timeout.is_some_and(|limit| !limit.is_zero() && started.elapsed() >= limit)
     }
 
     /// As nginx's `proxy_next_upstream error timeout`: what may have been acted on is repeated only when that is harmless.
@@ -205,18 +290,7 @@ impl<'a> Way<'a> {
         at: usize,
         begun: Instant,
     ) -> Result<Reached> {
-        let addr = match node.ip.filter(|_| x.upstream.peer.is_none()) {
-            Some(ip) => Ok(SocketAddr::new(ip, node.port)),
-            None => self.address(x, node).await,
-        };
-        let addr = match addr {
-            Ok(addr) => addr,
-            Err(e) => {
-                push_try(x, SocketAddr::from(([0, 0, 0, 0], node.port)), at);
-                return Err(fail(x, begun, e));
-            }
-        };
-        push_try(x, addr, at);
+        let addr = self.place::<SERVER>(x, node, at, begun).await?;
         let (mut key, tls) = self.key(x, node, addr).map_err(|e| fail(x, begun, e))?;
         let from = x.upstream.balancing.as_ref().and_then(|b| b.local);
         if let Some(from) = from {
@@ -240,6 +314,35 @@ impl<'a> Way<'a> {
         }
     }
 
+    /// The address of the try that begins, which is noted.
+    #[inline(always)]
+    async fn place<const SERVER: bool>(
+        &self,
+        x: &mut Exchange,
+        node: &Node,
+        at: usize,
+        begun: Instant,
+    ) -> Result<SocketAddr> {
+        let addr = match node.ip.filter(|_| x.upstream.peer.is_none()) {
+            Some(ip) => Ok(SocketAddr::new(ip, node.port)),
+            None => self.address(x, node).await,
+        };
+        let addr = match addr {
+            Ok(addr) => addr,
+            // As with APISIX: what has no address was not asked.
+            Err(e) if !SERVER => return Err(e),
+            Err(e) => {
+                push_try(x, SocketAddr::from(([0, 0, 0, 0], node.port)), at);
+                return Err(fail(x, begun, e));
+            }
+        };
+        if !SERVER && log::enabled(Level::Info) {
+            x.log(Level::Info, format!("proxy request to {addr} while connecting to upstream").as_bytes());
+        }
+        push_try(x, addr, at);
+        Ok(addr)
+    }
+
     async fn address(&self, x: &mut Exchange, node: &Node) -> Result<SocketAddr> {
         // A peer set by a script wins, once.
         let (host, port) = match x.upstream.peer.take() {
@@ -249,28 +352,31 @@ impl<'a> Way<'a> {
         if let Ok(ip) = host.parse() {
             return Ok(SocketAddr::new(ip, port));
         }
-        let addresses = self.p.resolver.resolve(&host).await.map_err(|e| {
-            let what = match x.location {
-                Some(_) => format!("{host} could not be resolved"),
-                None => format!("failed to resolve {host}"),
-            };
-            Error::upstream(Kind::Resolve).retry(Retry::Safe).cause(e).context(what)
-        })?;
+        let addresses = self.p.resolver.resolve(&host).await.map_err(|e| unresolved(x, &host).cause(e))?;
         // Not one after the other: names that are asked for in turn would each get every other address.
         let turn = self.p.turn.get().wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         self.p.turn.set(turn);
-        match addresses.get((turn >> 33) as usize % addresses.len().max(1)) {
-            Some(ip) => Ok(SocketAddr::new(*ip, port)),
-            None => Err(Error::upstream(Kind::Resolve).retry(Retry::Safe).context(format!("{host} has no address"))),
+        let Some(ip) = addresses.get((turn >> 33) as usize % addresses.len().max(1)) else {
+            return Err(unresolved(x, &host).context(format!("{host} has no address")));
+        };
+        if x.location.is_none() && log::enabled(Level::Info) {
+            x.log(Level::Info, format!("dns resolver domain: {host} to {ip}").as_bytes());
         }
+        Ok(SocketAddr::new(*ip, port))
     }
 
     /// Which pooled connections will do, and how to make one that does.
     fn key(&self, x: &Exchange, node: &Node, addr: SocketAddr) -> Result<(Key, Option<Tls>)> {
-        let scheme = if x.upstream.scheme.is_empty() { None } else { Some(&x.upstream.scheme[..]) };
-        if !scheme.map_or(self.conf.scheme == Scheme::Https, |s| s == b"https") {
-            return Ok((Key { addr, tls: 0 }, None));
-        }
+        let alpn: &[&'static [u8]] = match Spoken::of(x, self.conf) {
+            Some(Spoken { tls: true, http2 }) => {
+                if http2 {
+                    &[b"h2"]
+                } else {
+                    &[]
+                }
+            }
+            _ => return Ok((Key { addr, tls: 0 }, None)),
+        };
         let settings = self.conf.tls.as_deref();
         let of_id = || {
             let id = settings?.client_cert_id.as_ref()?;
@@ -278,7 +384,7 @@ impl<'a> Way<'a> {
         };
         let pair = settings.and_then(|t| t.client_pair.as_ref()).or_else(of_id);
         let pair = pair.map(|(cert, key)| (&**cert, &**key));
-        let config = tls::client_config(settings.is_some_and(|t| t.verify), pair, &[])?;
+        let config = tls::client_config(settings.is_some_and(|t| t.verify), pair, alpn)?;
         let name = server_name(x, node);
         let number = self.p.tls_numbers.of(&name, &config);
         let name = ServerName::try_from(name.into_string())
@@ -460,6 +566,44 @@ fn poll_client<T>(cx: &mut Context<'_>, client: &mut Option<Box<dyn Client>>) ->
     Poll::Pending
 }
 
+/// Whose upstream it is that stands inside a route or a service.
+fn owner(x: &Exchange, conf: &Upstream) -> Option<Owner> {
+    let is_it =
+        |upstream: &Option<std::sync::Arc<Upstream>>| upstream.as_ref().is_some_and(|u| std::ptr::eq(&**u, conf));
+    let matched = x.matched.as_ref().filter(|_| has_memory(&conf.balance))?;
+    let route = matched.route();
+    if is_it(&route.value.upstream) {
+        return Some(Owner::Route(route.id.clone()));
+    }
+    let service = matched.service.as_ref().filter(|service| is_it(&service.value.upstream))?;
+    Some(Owner::Service(service.id.clone()))
+}
+
+/// A name without an address: nginx's words and 502 for a location, APISIX's and 503 for a route.
+fn unresolved(x: &Exchange, host: &str) -> Error {
+    let (kind, text) = match x.location {
+        Some(_) => (Kind::Resolve, format!("{host} could not be resolved")),
+        None => (Kind::NoNode, format!("failed to parse domain: {host}")),
+    };
+    Error::upstream(kind).retry(Retry::Safe).context(text)
+}
+
+/// Says, where info is wanted, that nodes of a higher priority than that of the chosen one were passed over.
+fn tell_skipped(x: &Exchange, conf: &Upstream, at: usize) {
+    if conf.nodes.len() == 1 || !log::enabled(Level::Info) {
+        return;
+    }
+    let chosen = conf.nodes[at].priority;
+    let mut higher: Vec<i64> =
+        conf.nodes.iter().filter(|n| n.weight > 0 && n.priority > chosen).map(|n| n.priority).collect();
+    higher.sort_unstable_by(|a, b| b.cmp(a));
+    higher.dedup();
+    for priority in higher {
+        let text = format!("failed to get server from current priority {priority}, try next one");
+        x.log(Level::Info, text.as_bytes());
+    }
+}
+
 fn push_try(x: &mut Exchange, addr: SocketAddr, node: usize) {
     let another_group = std::mem::take(&mut x.upstream.another_group);
     x.upstream.tries.push(Try {
@@ -567,34 +711,45 @@ fn add_early(response: &mut Response) {
 /// What chash hashes; empty for the other policies. A key without a value falls back to the client's address, as APISIX does.
 fn hash_key(x: &Exchange, conf: &Upstream) -> Vec<u8> {
     let Balance::Chash { on, key } = &conf.balance else { return Vec::new() };
-    let mut scratch = Vec::new();
-    let value = match on {
-        HashOn::Consumer => x.consumer.as_ref().map(|c| c.value.username.as_bytes().to_vec()),
-        HashOn::Header => {
-            x.var(&Var::parse(&format!("http_{}", key.replace('-', "_"))), &mut scratch).map(<[u8]>::to_vec)
-        }
-        HashOn::Cookie => x.var(&Var::parse(&format!("cookie_{key}")), &mut scratch).map(<[u8]>::to_vec),
-        HashOn::Vars => x.var(&Var::parse(key), &mut scratch).map(<[u8]>::to_vec),
-        HashOn::VarsCombinations => Some(combination(x, key)),
+    let (name, value) = match on {
+        HashOn::Consumer => ("consumer", x.consumer.as_ref().map(|c| c.value.username.as_bytes().to_vec())),
+        HashOn::Header => ("header", variable(x, &format!("http_{}", key.replace('-', "_")))),
+        HashOn::Cookie => ("cookie", variable(x, &format!("cookie_{key}"))),
+        HashOn::Vars => ("vars", variable(x, key)),
+        HashOn::VarsCombinations => ("vars_combinations", combination(x, key)),
     };
-    match value.filter(|v| !v.is_empty()) {
-        Some(value) => value,
-        None => x.var(&Var::parse("remote_addr"), &mut scratch).map(<[u8]>::to_vec).unwrap_or_default(),
+    let value = value.filter(|v| !v.is_empty());
+    let missing = value.is_none();
+    let value = value.or_else(|| variable(x, "remote_addr")).unwrap_or_default();
+    if log::enabled(Level::Info) {
+        let text = String::from_utf8_lossy(&value);
+        if missing {
+            let line = format!("chash_key fetch is nil, use default chash_key remote_addr: {text}");
+            x.log(Level::Info, line.as_bytes());
+        }
+        x.log(Level::Info, format!("hash_on: {name}").as_bytes());
+        x.log(Level::Info, format!("chash_key: {}", serde_json::Value::from(text)).as_bytes());
     }
+    value
 }
 
-/// `$request_uri$remote_addr`: texts and variables in turn.
-fn combination(x: &Exchange, key: &str) -> Vec<u8> {
+fn variable(x: &Exchange, name: &str) -> Option<Vec<u8>> {
+    x.var(&Var::parse(name), &mut Vec::new()).map(<[u8]>::to_vec)
+}
+
+/// `$request_uri$remote_addr`: texts and variables in turn. `None`: none of its variables has a value.
+fn combination(x: &Exchange, key: &str) -> Option<Vec<u8>> {
     let mut out = Vec::new();
-    let mut scratch = Vec::new();
     let mut parts = key.split('$');
     out.extend_from_slice(parts.next().unwrap_or("").as_bytes());
+    let mut any = false;
     for part in parts {
         let end = part.find(|c: char| !c.is_ascii_alphanumeric() && c != '_').unwrap_or(part.len());
-        if let Some(value) = x.var(&Var::parse(&part[..end]), &mut scratch) {
-            out.extend_from_slice(value);
+        if let Some(value) = variable(x, &part[..end]) {
+            any = true;
+            out.extend_from_slice(&value);
         }
         out.extend_from_slice(&part.as_bytes()[end..]);
     }
-    out
+    any.then_some(out)
 }

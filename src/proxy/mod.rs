@@ -4,6 +4,7 @@
 //! errors into answers. Nothing here names a VM: plugins are `plugin::run` and an `Exchange`.
 
 pub mod access_log;
+mod asked;
 mod capture;
 mod files;
 pub mod forward;
@@ -42,7 +43,7 @@ use crate::{
     net::Handler,
     plugin::run::Runner,
     store::{Published, Snapshot},
-    upstream::Pool,
+    upstream::{self, Pool},
 };
 
 /// What config.yaml says about proxying.
@@ -52,6 +53,12 @@ pub struct Settings {
     pub server: String,
     pub delete_uri_tail_slash: bool,
     pub normalize_uri_like_servlet: bool,
+    /// `%2F` in a path is no slash to routes.
+    pub match_uri_encoded_slash: bool,
+    /// The longest body that is looked at for `graphql_*`, in bytes.
+    pub graphql_max: u64,
+    /// The longest body that is looked at for `post_arg`, in bytes.
+    pub posted_max: u64,
     /// `X-APISIX-Upstream-Status` on every response, not only on 5xx.
     pub show_upstream_status: bool,
     /// For upstreams without a `keepalive_pool` of their own.
@@ -80,6 +87,8 @@ pub struct Proxy {
     pub locations: Chooser,
     pub resolver: Arc<Resolver>,
     pub pool: Pool,
+    /// To nodes of gRPC.
+    pub http2: upstream::h2::Connections,
     /// Tried, and run, before a location is chosen.
     server_rewrites: Vec<Rewrite>,
     server_rewrite: Option<Arc<Script>>,
@@ -117,6 +126,7 @@ impl Proxy {
             host: OnceCell::new(),
             resolver,
             pool: Pool::default(),
+            http2: upstream::h2::Connections::default(),
             tls_numbers: TlsNumbers::default(),
             local_numbers: LocalNumbers::default(),
             ending,

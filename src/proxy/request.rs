@@ -1,8 +1,12 @@
 //! A request from top to bottom.
 
-use std::{borrow::Cow, net::IpAddr, rc::Rc, sync::Arc};
+use std::{borrow::Cow, cell::Cell, net::IpAddr, rc::Rc, sync::Arc};
 
-use super::{Proxy, forward, forwarded, location, real_ip, rescue, servlet, watch};
+use super::{
+    Proxy,
+    asked::{self, Asked},
+    forward, forwarded, location, real_ip, rescue, servlet, watch,
+};
 use crate::{
     error::{Error, Kind, Result},
     exchange::{Exchange, Matched, Phase, Var},
@@ -27,14 +31,14 @@ pub(super) async fn serve(p: &Rc<Proxy>, x: &mut Exchange) {
         return;
     }
     forwarded::apply(&p.settings.trusted, x);
-    let sound = !p.settings.normalize_uri_like_servlet || servlet::normalize(&mut x.request.path);
-    if sound {
-        find_route(p, x);
-    }
+    let sound = match !p.settings.normalize_uri_like_servlet || servlet::normalize(&mut x.request.path) {
+        true => find_route(p, x).await,
+        false => Err(Error::client(Kind::Malformed).context("failed to normalize the URI like a servlet container")),
+    };
     let phases = p.runner.begin(x);
     let answered = match sound {
-        true => answer(p, x, phases).await,
-        false => Err(Error::client(Kind::Malformed).context("failed to normalize the URI like a servlet container")),
+        Ok(()) => answer(p, x, phases).await,
+        Err(e) => Err(e),
     };
     if let Err(e) = answered {
         rescue::answer(p, x, e).await;
@@ -216,22 +220,76 @@ fn choose_upstream(x: &mut Exchange) -> Result<()> {
     Ok(())
 }
 
-fn find_route(p: &Proxy, x: &mut Exchange) {
-    let tail = p.settings.delete_uri_tail_slash && x.request.path.len() > 1 && x.request.path.ends_with(b"/");
-    let facts = RequestFacts { x, runner: &p.runner, path: x.request.path.len() - usize::from(tail) };
-    let found = match &x.watch {
-        None => x.snapshot.router.find(&facts),
-        Some(_) => {
-            let (found, candidates) = watch::find(x, &facts);
-            if let Some(watch) = &mut x.watch {
-                watch.candidates = candidates;
-            }
-            found
+/// Finds the route. Where one that is met has conditions about the body, that is read first.
+#[inline(always)]
+async fn find_route(p: &Proxy, x: &mut Exchange) -> Result<()> {
+    let asked = look_up(p, x);
+    if asked.any() {
+        Box::pin(asked::read(p, x, asked)).await?;
+        // Two kinds of questions may stand one after the other.
+        let more = look_up(p, x);
+        if more.any() {
+            Box::pin(asked::read(p, x, more)).await?;
+            look_up(p, x);
         }
+    }
+    Ok(())
+}
+
+/// Sets what matches; what its conditions have asked in vain.
+fn look_up(p: &Proxy, x: &mut Exchange) -> Asked {
+    let path = matched_path(p, x);
+    let tail = p.settings.delete_uri_tail_slash && path.len() > 1 && path.ends_with(b"/");
+    let path = path[..path.len() - usize::from(tail)].into();
+    let facts = RequestFacts { x, runner: &p.runner, path, asked: Cell::default() };
+    let (found, candidates) = match &x.watch {
+        None => (x.snapshot.router.find(&facts), Vec::new()),
+        Some(_) => watch::find(x, &facts),
     };
-    let Some(found) = found else { return };
-    let service = if found.plain_upstream().is_some() { None } else { service_of(x, &found) };
-    x.matched = Some(Matched { found, service });
+    let asked = facts.asked.get();
+    if let Some(watch) = &mut x.watch {
+        watch.candidates = candidates;
+    }
+    if !asked.any()
+        && let Some(found) = found
+    {
+        let service = if found.plain_upstream().is_some() { None } else { service_of(x, &found) };
+        x.matched = Some(Matched { found, service });
+    }
+    asked
+}
+
+/// The path that routes are compared with. With `match_uri_encoded_slash` an encoded slash stays `%2F`, as long as nothing but
+/// decoding has made the path what it is: what climbs by dots cannot hide behind one.
+fn matched_path<'a>(p: &Proxy, x: &'a Exchange) -> Cow<'a, [u8]> {
+    let plain = Cow::Borrowed(&x.request.path[..]);
+    if !p.settings.match_uri_encoded_slash {
+        return plain;
+    }
+    let raw = x.request.target.split(|b| *b == b'?').next().unwrap_or_default();
+    let (mut decoded, mut kept) = (Vec::with_capacity(raw.len()), Vec::with_capacity(raw.len()));
+    let digit = |at: usize| raw.get(at).and_then(|b| (*b as char).to_digit(16));
+    let mut at = 0;
+    while at < raw.len() {
+        match (raw[at], digit(at + 1), digit(at + 2)) {
+            (b'%', Some(high), Some(low)) => {
+                let b = (high * 16 + low) as u8;
+                decoded.push(b);
+                kept.extend_from_slice(if b == b'/' {
+                    b"%2F"
+                } else {
+                    std::slice::from_ref(&decoded[decoded.len() - 1])
+                });
+                at += 3;
+            }
+            (b, ..) => {
+                decoded.push(b);
+                kept.push(b);
+                at += 1;
+            }
+        }
+    }
+    if decoded == x.request.path { Cow::Owned(kept) } else { plain }
 }
 
 fn service_of(x: &Exchange, found: &Found) -> Option<Arc<Object<Service>>> {
@@ -242,8 +300,9 @@ fn service_of(x: &Exchange, found: &Found) -> Option<Arc<Object<Service>>> {
 pub(super) struct RequestFacts<'a> {
     x: &'a Exchange,
     runner: &'a Runner,
-    /// So much of the path counts.
-    path: usize,
+    path: Cow<'a, [u8]>,
+    /// What conditions have asked of a body that is not read.
+    asked: Cell<Asked>,
 }
 
 impl Facts for RequestFacts<'_> {
@@ -252,7 +311,7 @@ impl Facts for RequestFacts<'_> {
     }
 
     fn path(&self) -> &[u8] {
-        &self.x.request.path[..self.path]
+        &self.path
     }
 
     fn method(&self) -> &[u8] {
@@ -264,6 +323,9 @@ impl Facts for RequestFacts<'_> {
     }
 
     fn var(&self, name: &str) -> Option<Cow<'_, [u8]>> {
+        let mut asked = self.asked.get();
+        asked.note(self.x, name);
+        self.asked.set(asked);
         let mut scratch = Vec::new();
         self.x.var(&Var::parse(name), &mut scratch).map(|value| Cow::Owned(value.to_vec()))
     }

@@ -41,6 +41,12 @@ pub(super) fn check(node: &Node, value: &mut Value, mode: Mode) -> Outcome {
     if node.never {
         return mode.refuse(|| "no value is allowed".into());
     }
+    // An empty Lua table is both: clients that write it as `[]` mean an object where the schema asks for one.
+    if matches!(value, Value::Array(items) if items.is_empty())
+        && node.types & (types::ARRAY | types::OBJECT) == types::OBJECT
+    {
+        *value = Value::Object(Map::new());
+    }
     if node.types != 0 && !has_type(node.types, value) {
         return mode.refuse(|| format!("wrong type: expected {}, got {}", node.expected, lua_type(value)));
     }

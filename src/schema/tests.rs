@@ -7,6 +7,14 @@ fn check(schema: Value, mut value: Value) -> Result<Value, String> {
     Ok(value)
 }
 
+/// As with a Lua client, whose empty table is written as either.
+#[test]
+fn an_empty_list_is_an_empty_object_where_one_is_wanted() {
+    assert_eq!(check(json!({"type": "object"}), json!([])), Ok(json!({})));
+    assert_eq!(check(json!({"type": ["object", "array"]}), json!([])), Ok(json!([])));
+    assert_eq!(check(json!({"type": "array"}), json!([])), Ok(json!([])));
+}
+
 fn refusal(schema: Value, value: Value) -> String {
     check(schema, value).expect_err("must be refused")
 }
@@ -28,7 +36,8 @@ fn refusals_read_as_in_apisix() {
         ),
         (json!({"type": "integer"}), json!(1.5), "wrong type: expected integer, got number"),
         (json!({"type": "array"}), json!({"a": 1}), "wrong type: expected array, got table"),
-        (json!({"type": "object"}), json!([]), "wrong type: expected object, got table"),
+        (json!({"type": "object"}), json!([1]), "wrong type: expected object, got table"),
+        (json!({"type": "object", "required": ["a"]}), json!([]), "property \"a\" is required"),
         (json!({"type": "array", "minItems": 1}), json!([]), "expect array to have at least 1 items"),
         (json!({"type": "array", "minItems": 1}), json!({}), "expect array to have at least 1 items"),
         (json!({"uniqueItems": true}), json!([200, 200]), "expected unique items but items 1 and 2 are equal"),

@@ -85,6 +85,7 @@ pub fn open(config: &Config) -> Result<Arc<dyn Store>> {
     let deployment = &config.json["deployment"];
     let role = deployment["role"].as_str().unwrap_or("traditional");
     let provider = deployment[format!("role_{role}")]["config_provider"].as_str().unwrap_or("embedded");
+    tracing::info!("use config_provider: {provider}");
     Ok(match provider {
         "embedded" => embedded::Embedded::open(&config.prefix.join(EMBEDDED_FILE))?,
         "etcd" => etcd::Etcd::new(etcd::EtcdConfig::from_json(&config.json, &config.prefix)?),

@@ -9,13 +9,18 @@ pub mod ocsp;
 pub mod scripted;
 pub mod server;
 
+use std::borrow::Cow;
+
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 
 pub use client::{ChainTooLong, client_config, client_config_of, client_config_trusting};
 pub use scripted::{Scripts, Watched, store};
 pub use server::{Server, ServerOptions};
 
-use crate::error::{Error, Kind, Result};
+use crate::{
+    error::{Error, Kind, Result},
+    model,
+};
 
 /// The versions that `names` (`TLSv1.2`) allow and that exist here, and the names that do not.
 pub fn versions<'a>(
@@ -34,6 +39,7 @@ pub fn versions<'a>(
 
 /// The certificates of a PEM text; at least one.
 pub(crate) fn certificates(pem: &str) -> Result<Vec<CertificateDer<'static>>> {
+    let pem = resolved(pem)?;
     let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem.as_bytes()).collect();
     match chain {
         Ok(chain) if chain.is_empty() => Err(Error::config(Kind::Tls).context("no certificate in the PEM text")),
@@ -43,6 +49,49 @@ pub(crate) fn certificates(pem: &str) -> Result<Vec<CertificateDer<'static>>> {
 }
 
 pub(crate) fn private_key(pem: &str) -> Result<PrivateKeyDer<'static>> {
-    PrivateKeyDer::from_pem_slice(pem.as_bytes())
+    PrivateKeyDer::from_pem_slice(resolved(pem)?.as_bytes())
         .map_err(|e| Error::config(Kind::Tls).cause(e).context("parse a private key"))
+}
+
+/// What a reference stands for (terminology/secret.md): `$env://NAME` for a variable of the environment, `$env://NAME/key` for a text in
+/// the JSON that it holds. Other texts stand for themselves.
+fn resolved(text: &str) -> Result<Cow<'_, str>> {
+    if !model::crypt::is_reference(text) {
+        return Ok(Cow::Borrowed(text));
+    }
+    let failed =
+        |why: &str| Error::config(Kind::Tls).context(format!("failed to resolve secret reference: {text}: {why}"));
+    let name = text.get(ENV.len()..).filter(|_| text[..ENV.len()].eq_ignore_ascii_case(ENV));
+    let Some(name) = name else { return Err(failed("certificates come from no secret manager yet; use $env://")) };
+    tracing::info!("fetching data from env uri: {text}");
+    let (name, key) = name.split_once('/').map_or((name, None), |(name, key)| (name, Some(key)));
+    let value = std::env::var(name).map_err(|_| failed("there is no such variable"))?;
+    let Some(key) = key else { return Ok(Cow::Owned(value)) };
+    let json: serde_json::Value = serde_json::from_str(&value).map_err(|_| failed("the variable holds no JSON"))?;
+    let text = json.get(key).and_then(serde_json::Value::as_str).ok_or_else(|| failed("the JSON has no such text"))?;
+    Ok(Cow::Owned(text.to_owned()))
+}
+
+const ENV: &str = "$env://";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn references_stand_for_variables_of_the_environment() {
+        let path = std::env::var("PATH").expect("it is set");
+        for reference in ["$env://PATH", "$ENV://PATH"] {
+            assert_eq!(resolved(reference).expect("resolved"), path);
+        }
+        assert_eq!(resolved("-----BEGIN").expect("a text"), "-----BEGIN");
+        for (reference, why) in [
+            ("$env://NO_SUCH_THING_AT_ALL", "there is no such variable"),
+            ("$env://PATH/key", "the variable holds no JSON"),
+            ("$secret://vault/1/a/b", "certificates come from no secret manager yet"),
+        ] {
+            let told = resolved(reference).expect_err(reference).to_string();
+            assert!(told.contains(why) && told.contains(reference), "{told}");
+        }
+    }
 }

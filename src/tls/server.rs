@@ -166,15 +166,20 @@ impl Server {
 
     fn skips(&self, ssl: &Arc<Object<Ssl>>, uri: &[u8]) -> bool {
         // A match that fails (a limit was hit) does not skip.
-        self.prepared(ssl).is_some_and(|p| p.skip.iter().any(|r| r.is_match(uri).unwrap_or(false)))
+        self.prepared(ssl, "").is_some_and(|p| p.skip.iter().any(|r| r.is_match(uri).unwrap_or(false)))
     }
 
-    fn prepared(&self, ssl: &Arc<Object<Ssl>>) -> Option<Arc<Prepared>> {
-        self.configs.get_with(ssl.uid, || match self.prepare(&ssl.value) {
-            Ok(prepared) => Some(Arc::new(prepared)),
-            Err(e) => {
-                tracing::error!("ssls/{}: {e}", ssl.id);
-                None
+    /// `name`: the one that was asked for, for the log.
+    fn prepared(&self, ssl: &Arc<Object<Ssl>>, name: &str) -> Option<Arc<Prepared>> {
+        self.configs.get_with(ssl.uid, || {
+            tracing::info!("parsing cert for sni: {name}");
+            tracing::info!("parsing priv key for sni: {name}");
+            match self.prepare(&ssl.value) {
+                Ok(prepared) => Some(Arc::new(prepared)),
+                Err(e) => {
+                    tracing::error!("ssls/{}: {e}", ssl.id);
+                    None
+                }
             }
         })
     }
@@ -188,7 +193,7 @@ impl Server {
         })?;
         let index = self.index(ssls);
         let ssl = index.find(name).ok_or_else(|| no(format!("failed to match any SSL certificate by SNI: {name}")))?;
-        let prepared = self.prepared(&ssl).ok_or_else(|| no(format!("ssls/{} cannot be served", ssl.id)))?;
+        let prepared = self.prepared(&ssl, name).ok_or_else(|| no(format!("ssls/{} cannot be served", ssl.id)))?;
         Ok((ssl, prepared))
     }
 
@@ -306,8 +311,18 @@ fn with_sessions(mut config: ServerConfig, options: &ServerOptions) -> Result<Se
     Ok(config)
 }
 
+/// In the words of nginx and OpenSSL, where they have some: people look for them in error.log.
 pub(super) fn failed(e: std::io::Error) -> Error {
-    Error::client(Kind::Tls).cause(e).context("SSL handshake failed")
+    let text = match e.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
+        Some(rustls::Error::NoCertificatesPresented) => "peer did not return a certificate".to_owned(),
+        Some(rustls::Error::InvalidCertificate(why)) => format!("certificate verify failed: {why}"),
+        Some(why) => why.to_string(),
+        None if e.kind() == std::io::ErrorKind::UnexpectedEof => {
+            return Error::client(Kind::Tls).context("peer closed connection in SSL handshake while SSL handshaking");
+        }
+        None => e.to_string(),
+    };
+    Error::client(Kind::Tls).context(format!("SSL_do_handshake() failed (SSL: {text}) while SSL handshaking"))
 }
 
 /// The key pairs of one object: the first that the client can check.

@@ -13,8 +13,9 @@ use std::{
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::{
-    Stream,
+    Stream, call_failed,
     response::{self, Head},
+    timed_out,
 };
 use crate::{
     error::{Error, Kind, Result, Retry},
@@ -25,6 +26,11 @@ use crate::{
     },
     tcp::buffers,
 };
+
+// nginx's names of the parts of a try.
+const SENDING: &str = "sending request to upstream";
+const READING_HEAD: &str = "reading response header from upstream";
+const READING_BODY: &str = "reading upstream";
 
 /// What is left to read of the response's body.
 #[derive(Debug)]
@@ -150,11 +156,11 @@ impl Conn {
                 self.sent += n as u64;
                 Poll::Ready(Ok(n))
             }
-            Poll::Ready(Ok(_)) => Poll::Ready(Err(self.broken("the upstream takes no more bytes"))),
-            Poll::Ready(Err(e)) => Poll::Ready(Err(self.broken("send to the upstream").cause(e))),
+            Poll::Ready(Ok(_)) => Poll::Ready(Err(self.broken(format!("upstream closed connection while {SENDING}")))),
+            Poll::Ready(Err(e)) => Poll::Ready(Err(self.broken(call_failed("writev()", &e, SENDING)))),
             Poll::Pending if self.late(cx, limit) => {
                 let late = Error::upstream(Kind::WriteTimeout).retry(Retry::Idempotent);
-                Poll::Ready(Err(late.context("upstream timed out (110: Connection timed out) while sending request")))
+                Poll::Ready(Err(late.context(timed_out(SENDING))))
             }
             Poll::Pending => Poll::Pending,
         }
@@ -175,7 +181,7 @@ impl Conn {
     pub fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<()>> {
         match ready!(Pin::new(&mut self.io).poll_flush(cx)) {
             Ok(()) => Poll::Ready(Ok(())),
-            Err(e) => Poll::Ready(Err(self.broken("send to the upstream").cause(e))),
+            Err(e) => Poll::Ready(Err(self.broken(call_failed("writev()", &e, SENDING)))),
         }
     }
 
@@ -188,14 +194,14 @@ impl Conn {
         into: &mut Response,
     ) -> Poll<Result<Head>> {
         loop {
-            if let Some((head, len)) = self.look(to_head, into).map_err(|r| invalid(r.why))? {
+            if let Some((head, len)) = self.look(to_head, into).map_err(|r| invalid("header", r.why, READING_HEAD))? {
                 self.at += len;
                 self.scan = HeadScan::default();
                 self.start_body(&head);
                 return Poll::Ready(Ok(head));
             }
-            if !ready!(self.poll_fill(cx, limit, "reading response header from upstream"))? {
-                return Poll::Ready(Err(self.closed("reading response header from upstream")));
+            if !ready!(self.poll_fill(cx, limit, READING_HEAD))? {
+                return Poll::Ready(Err(self.closed(READING_HEAD)));
             }
         }
     }
@@ -245,11 +251,11 @@ impl Conn {
             match self.decode()? {
                 Some(more) => return Poll::Ready(Ok(more)),
                 None => {
-                    let filled = ready!(self.poll_fill(cx, Some(limit), "reading upstream"))?;
+                    let filled = ready!(self.poll_fill(cx, Some(limit), READING_BODY))?;
                     if !filled && matches!(self.body, Body::UntilClose) {
                         self.body = Body::Done;
                     } else if !filled {
-                        return Poll::Ready(Err(self.closed("reading upstream")));
+                        return Poll::Ready(Err(self.closed(READING_BODY)));
                     }
                 }
             }
@@ -303,7 +309,7 @@ impl Conn {
 
     fn decode_chunked(&mut self) -> Result<Option<bool>> {
         let Body::Chunked(decoder) = &mut self.body else { return Ok(None) };
-        let found = decoder.next(&self.inp[self.at..]).map_err(|r| invalid(r.why))?;
+        let found = decoder.next(&self.inp[self.at..]).map_err(|r| invalid("chunked response", r.why, READING_BODY))?;
         Ok(match found {
             Chunked::Data { from, to } => {
                 self.run = self.at + from..self.at + to;
@@ -346,7 +352,7 @@ impl Conn {
             // that would hide a cut, so it stays an error.
             Poll::Ready(Err(e)) => {
                 self.eof = true;
-                Poll::Ready(Err(self.lost(format!("while {what}")).cause(e)))
+                Poll::Ready(Err(self.lost(call_failed("recv()", &e, what))))
             }
             Poll::Pending if self.inp.is_empty() => {
                 // Others have a use for it meanwhile, and the one used last is the warmest.
@@ -360,9 +366,9 @@ impl Conn {
     /// Nothing came: waits on, for `limit` in all.
     fn poll_late(&mut self, cx: &Context<'_>, limit: Option<Duration>, what: &str) -> Poll<Result<bool>> {
         match limit {
-            Some(limit) if self.late(cx, limit) => Poll::Ready(Err(Error::upstream(Kind::ReadTimeout)
-                .retry(Retry::Idempotent)
-                .context(format!("upstream timed out (110: Connection timed out) while {what}")))),
+            Some(limit) if self.late(cx, limit) => {
+                Poll::Ready(Err(Error::upstream(Kind::ReadTimeout).retry(Retry::Idempotent).context(timed_out(what))))
+            }
             _ => Poll::Pending,
         }
     }
@@ -407,7 +413,7 @@ impl Conn {
     }
 
     /// A failed write: if nothing of the request left, it may go elsewhere whatever it is.
-    fn broken(&mut self, what: &'static str) -> Error {
+    fn broken(&mut self, what: String) -> Error {
         self.keep = false;
         let retry = if self.sent == 0 { Retry::Safe } else { Retry::Idempotent };
         Error::upstream(Kind::Closed).retry(retry).context(what)
@@ -434,6 +440,8 @@ impl Conn {
     }
 }
 
-fn invalid(why: &'static str) -> Error {
-    Error::upstream(Kind::Malformed).retry(Retry::Idempotent).context(why).context("upstream sent invalid response")
+/// What a node has sent is no HTTP.
+fn invalid(what: &str, why: &str, doing: &str) -> Error {
+    let text = format!("upstream sent invalid {what}: {why} while {doing}");
+    Error::upstream(Kind::Malformed).retry(Retry::Idempotent).context(text)
 }

@@ -4,6 +4,7 @@
 //! The codec reads head and body out of one buffer and copies neither.
 
 pub mod conn;
+pub mod h2;
 pub mod pool;
 pub mod response;
 mod stream;
@@ -53,6 +54,7 @@ pub async fn open(
     tls: Option<&Tls>,
     limit: Duration,
 ) -> Result<Stream> {
+    let mut doing = CONNECTING;
     let opening = async {
         let mut socket = match from {
             None => TcpStream::connect(addr).await.map_err(refused)?,
@@ -67,23 +69,60 @@ pub async fn open(
         // Heads and bodies are gathered before they are written: Nagle would only hold back their ends.
         let _ = socket.set_nodelay(true);
         if !first.is_empty() {
-            socket.write_all(first).await.map_err(refused)?;
+            socket.write_all(first).await.map_err(|e| {
+                let text = call_failed("send()", &e, "sending PROXY protocol header to upstream");
+                Error::upstream(Kind::Closed).retry(Retry::Safe).context(text)
+            })?;
         }
-        match tls {
-            None => Ok(Stream::Tcp(tcp::Stream::new(socket))),
-            Some(tls) => handshake(socket, tls).await,
-        }
+        let Some(tls) = tls else { return Ok(Stream::Tcp(tcp::Stream::new(socket))) };
+        doing = HANDSHAKING;
+        handshake(socket, tls).await
     };
-    let late = || Error::upstream(Kind::ConnectTimeout).retry(Retry::Safe).context("Connection timed out");
-    let stream = tokio::time::timeout(limit, opening).await.map_err(|_| late());
-    stream.flatten().map_err(|e| e.context(format!("connect() to {addr} failed")))
+    match tokio::time::timeout(limit, opening).await {
+        Ok(opened) => opened,
+        Err(_) => Err(Error::upstream(Kind::ConnectTimeout).retry(Retry::Safe).context(timed_out(doing))),
+    }
+}
+
+/// What nginx calls the parts of a try, in the lines of error.log that alerts look for.
+const CONNECTING: &str = "connecting to upstream";
+const HANDSHAKING: &str = "SSL handshaking to upstream";
+
+/// nginx's words for a wait that was too long.
+fn timed_out(doing: &str) -> String {
+    format!("upstream timed out (110: Connection timed out) while {doing}")
+}
+
+/// nginx's words for a system call that failed: `recv() failed (104: Connection reset by peer) while …`.
+fn call_failed(call: &str, e: &io::Error, doing: &str) -> String {
+    match e.raw_os_error() {
+        Some(code) => {
+            let text = e.to_string();
+            let text = text.split(" (os error").next().unwrap_or_default();
+            format!("{call} failed ({code}: {text}) while {doing}")
+        }
+        None => format!("{call} failed ({e}) while {doing}"),
+    }
 }
 
 async fn handshake(tcp: TcpStream, tls: &Tls) -> Result<Stream> {
     let connector = tokio_rustls::TlsConnector::from(tls.config.clone());
     let stream = connector.connect(tls.name.clone(), tcp).await;
-    let failed = |e| Error::upstream(Kind::Tls).retry(Retry::Safe).context("TLS handshake").cause(e);
-    stream.map(|s| Stream::Tls(Box::new(s))).map_err(failed)
+    stream.map(|s| Stream::Tls(Box::new(s))).map_err(handshake_failed)
+}
+
+fn handshake_failed(e: io::Error) -> Error {
+    let text = match e.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
+        Some(rustls::Error::InvalidCertificate(why)) => {
+            format!("upstream SSL certificate verify error: ({why}) while {HANDSHAKING}")
+        }
+        Some(why) => format!("SSL_do_handshake() failed (SSL: {why}) while {HANDSHAKING}"),
+        None if e.kind() == io::ErrorKind::UnexpectedEof => {
+            format!("peer closed connection in SSL handshake while {HANDSHAKING}")
+        }
+        None => call_failed("SSL_do_handshake()", &e, HANDSHAKING),
+    };
+    Error::upstream(Kind::Tls).retry(Retry::Safe).context(text)
 }
 
 /// A socket that connects from this address. That it cannot be had is no fault of the node.
@@ -99,5 +138,9 @@ fn bound(from: SocketAddr) -> Result<TcpSocket> {
 
 fn refused(e: io::Error) -> Error {
     let kind = if e.kind() == io::ErrorKind::TimedOut { Kind::ConnectTimeout } else { Kind::ConnectRefused };
-    Error::upstream(kind).retry(Retry::Safe).cause(e)
+    let text = match kind {
+        Kind::ConnectTimeout => timed_out(CONNECTING),
+        _ => call_failed("connect()", &e, CONNECTING),
+    };
+    Error::upstream(kind).retry(Retry::Safe).context(text)
 }

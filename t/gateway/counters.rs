@@ -103,7 +103,7 @@ fn it_is_only_to_be_read() {
     let gw = Gateway::start();
     for method in ["POST", "PUT", "DELETE"] {
         let reply = request(&gw.control(), method, "/v1/lua", &[], b"");
-        assert_eq!((reply.status, reply.json()["error_msg"].as_str()), (404, Some("404 Route Not Found")), "{method}");
+        assert_eq!((reply.status, reply.json()["error_msg"].as_str()), (404, Some("404 Not Found")), "{method}");
     }
     assert_eq!(get(&gw.control(), "/v1/lua/0").status, 404);
 }

@@ -190,7 +190,7 @@ fn a_node_is_spoken_to_over_tls_and_told_the_clients_name() {
     assert_eq!(ask(&over_tls, &config, "a.moon.test", "hello").expect("an answer"), "a.moon.test hello");
     gw.put("/upstreams/u", json!({"scheme": "tls", "nodes": {up.addr(): 1}, "tls": {"verify": true}}));
     assert_eq!(ask_plain(&plain, "hello"), "", "nobody has signed its certificate");
-    gw.expect_log("TLS handshake");
+    gw.expect_log("upstream SSL certificate verify error");
 
     // A node that wants to see a certificate.
     let up = tls_node(&server, Some(&own));

@@ -49,7 +49,9 @@ local function run(conf, ctx, name)
         return 500
     end
     for i = 1, #functions do
-        local code, body = functions[i](conf, ctx)
+        -- The name under which lines of error.log know it, as with APISIX.
+        local func = functions[i]
+        local code, body = func(conf, ctx)
         if code or body then
             return code, body
         end

@@ -304,6 +304,12 @@ fn balancers_share_by_weight() {
             ("require('resty.roundrobin'):new({a = 0}):find()", "nil"),
             ("count.b > 1600 and count.b < 2400, count.a > 700, count.c > 700", "true true true"),
             ("c:find('x') == c:find('x'), require('resty.chash'):new({}):find('x')", "true nil"),
+            (
+                "(function() local nginx = require('resty.chash'):new({['127.0.0.1\\0001980'] = 1, ['127.0.0.1\\0001981'] = 1})
+                  local out = '' for _, key in ipairs({'jack', 'tom', '127.0.0.1', 'cuscookie'}) do
+                     out = out .. nginx:find(key):sub(-1) end return out end)()",
+                "1001",
+            ),
             // Who goes takes nobody else's keys along.
             (
                 "(function()

@@ -222,3 +222,12 @@ fn keys_past_the_bound_are_not_indexed_and_times_are_cut() {
     assert_eq!(seconds(&json!(1e300)), Some(Duration::from_secs(1_000_000_000)));
     assert_eq!(seconds(&json!(-1)), Some(Duration::ZERO));
 }
+
+#[test]
+fn what_is_no_object_is_told_in_part() {
+    let long = "x".repeat(MAX_SHOWN + 1);
+    for (value, shown) in [(json!("me"), "me"), (json!([1]), "[1]"), (json!(long), &long[..MAX_SHOWN])] {
+        let told = format!("invalid item data of [/apisix/routes/1], val: {shown}, it should be an object");
+        assert_eq!(refusal(Kind::Route, value), told);
+    }
+}

@@ -119,7 +119,9 @@ pub(in crate::proxy) async fn forward_to(
     };
     servers.left = servers.left.min(servers.most(x));
     let conf = named.conf.clone();
-    served(x, &conf)?;
+    if served(x, &conf)?.http2 {
+        return Err(Error::upstream(Kind::Other).context("gRPC is for upstreams of routes"));
+    }
     let (upload, framing) = body(x)?;
     let mut way = Way { servers: Some(Box::new(servers)), ..Way::new(p, x, &conf, upload, framing) };
     let outcome = way.run(x).await;
@@ -297,7 +299,7 @@ fn leave(x: &mut Exchange, attempted: Result<Reached>, failure: Failure) {
             x.response.status = 0;
             x.response.headers.clear();
         }
-        Err(e) => x.log(Level::Error, format!("{e}; trying the next server").as_bytes()),
+        Err(e) => x.log(Level::Error, e.to_string().as_bytes()),
     }
     if let Some(balancing) = &mut x.upstream.balancing {
         balancing.last_failure = Some(failure);
