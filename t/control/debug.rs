@@ -51,7 +51,7 @@ fn the_file_is_followed() {
     let header = || gw.get("/x").header("apisix-plugins").map(str::to_owned);
     assert_eq!(header(), None);
     gw.dir.write("conf/debug.yaml", BASIC);
-    eventually("the debug mode begins", || header());
+    eventually("the debug mode begins", &header);
     gw.dir.write("conf/debug.yaml", "basic: [");
     gw.expect_log("failed to validate debug config");
     assert!(header().is_some(), "a file with mistakes changes nothing");
