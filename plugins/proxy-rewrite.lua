@@ -241,8 +241,11 @@ function _M.rewrite(conf, ctx)
         end
         ctx.var.upstream_uri = is_whole and uri or append_args(uri, ctx.var.args)
         if not is_whole then
-            -- What runs after this, and the log, see the new path.
-            set_uri(decode_path((gsub(uri, "%?.*", ""))))
+            -- What runs after this, and the log, see the new path, whatever bytes a client has put into it.
+            local path = decode_path((gsub(uri, "%?.*", "")))
+            if path ~= "" then
+                set_uri(path, false, true)
+            end
         end
     end
     if conf.headers then

@@ -4,6 +4,8 @@ mod support;
 
 #[path = "gateway/admin.rs"]
 mod admin;
+#[path = "gateway/contract.rs"]
+mod contract;
 #[path = "gateway/core_etcd.rs"]
 mod core_etcd;
 #[path = "gateway/counters.rs"]
@@ -14,6 +16,8 @@ mod functions;
 mod plugins;
 #[path = "gateway/routes.rs"]
 mod routes;
+#[path = "gateway/secrets.rs"]
+mod secrets;
 #[path = "gateway/start.rs"]
 mod start;
 #[path = "gateway/stores.rs"]

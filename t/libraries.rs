@@ -12,6 +12,8 @@ mod mysql;
 mod ocsp;
 #[path = "libraries/redis.rs"]
 mod redis;
+#[path = "libraries/rediscluster.rs"]
+mod rediscluster;
 #[path = "libraries/upload.rs"]
 mod upload;
 #[path = "libraries/websocket.rs"]

@@ -1,5 +1,8 @@
 //! What of docs/architecture.md a machine can check: who imports whom, and rules that clippy and luacheck do not know.
 
+#[path = "tidy/contract.rs"]
+mod contract;
+
 use std::{
     fs,
     path::{Path, PathBuf},

@@ -1,86 +1,100 @@
---- `apisix.balancer`: picks a node of an upstream, for plugins and scripts that send requests themselves.
---
--- What the gateway itself forwards is balanced natively and does not come here. Phases: all; never waits.
+--- `apisix.balancer`: picks a server of an upstream's table. What the gateway forwards it balances by itself; this is for
+-- plugins that send requests on their own. Never waits.
 local core = require("apisix.core")
-local roundrobin = require("resty.roundrobin")
-local chash = require("resty.chash")
+local error, ipairs, next, pcall, require = error, ipairs, next, pcall, require
 
-local ipairs, tostring = ipairs, tostring
+local _M = {}
 
--- Pickers kept per VM: one for each upstream in use, for as long as its version is the same.
+-- Pickers by upstream and version: a plugin's upstreams.
 local pickers = core.lrucache.new({ ttl = 300, count = 256 })
 
-local _M = { version = 0.3 }
+local function module_of(kind)
+    if not kind:find("^[%w_-]+$") then
+        return nil, "invalid balancer type: " .. kind
+    end
+    local ok, module = pcall(require, "apisix.balancer." .. kind)
+    if not ok then
+        return nil, "invalid balancer type: " .. kind
+    end
+    return module
+end
 
--- The nodes that take part: of the highest priority that has a weight.
-local function nodes_of(upstream)
-    local weights, by_name, best = {}, {}, nil
-    for _, node in ipairs(upstream.nodes) do
+-- The servers by priority, as "host:port" with their weights, and which of them are names. A weight of 0 is passed over
+-- unless there is no other.
+local function grouped(nodes)
+    local groups, count = {}, 0
+    for _, node in ipairs(nodes) do
         local priority = node.priority or 0
-        if (node.weight or 1) > 0 and (not best or priority > best) then best = priority end
-    end
-    for _, node in ipairs(upstream.nodes) do
-        if (node.priority or 0) == best then
-            local name = node.host .. ":" .. tostring(node.port or "")
-            weights[name] = node.weight or 1
-            by_name[name] = node
+        local group = groups[priority]
+        if not group then
+            group = {}
+            groups[priority] = group
+            count = count + 1
         end
+        group[node.host .. ":" .. (node.port or 80)] = node.weight
     end
-    return weights, by_name
+    return groups, count
 end
 
--- What `upstream.key` says of the request, as `hash_on` reads it.
-local function hash_key(upstream, ctx)
-    local on, key = upstream.hash_on or "vars", upstream.key
-    local value
-    if on == "consumer" then
-        value = ctx.consumer_name
-    elseif on == "vars" then
-        value = ctx.var[key]
-    elseif on == "header" then
-        value = ctx.var["http_" .. key]
-    elseif on == "cookie" then
-        value = ctx.var["cookie_" .. key]
-    elseif on == "vars_combinations" then
-        value = core.utils.resolve_var(key, ctx.var)
+local function create(conf)
+    local kind = conf.type or "roundrobin"
+    local module, err = module_of(kind)
+    if not module then
+        return nil, err
     end
-    return value or ctx.var.remote_addr
+    local groups, count = grouped(conf.nodes)
+    if count > 1 then
+        return require("apisix.balancer.priority").new(groups, conf, module)
+    end
+    local _, group = next(groups)
+    return module.new(group, conf, 0)
 end
 
-local function new_picker(upstream)
-    local weights, by_name = nodes_of(upstream)
-    local kind = upstream.type or "roundrobin"
-    if kind ~= "roundrobin" and kind ~= "chash" then
-        return nil, "failed to fetch server picker: type " .. kind .. " is balanced natively only"
-    end
-    local class = kind == "chash" and chash or roundrobin
-    return { upstream = upstream, by_name = by_name, ring = class:new(weights), hashes = kind == "chash" }
-end
-
---- A node for the request.
--- @param _ table: the route, which has no say
--- @param ctx table: `upstream_conf` (`nodes` a list, `type` roundrobin or chash, `key`, `hash_on`), `upstream_key` and
---   `upstream_version`, which name the picker that is kept, `var`; `server_picker` is kept in it for the request's next try,
---   `balancer_ip` and `balancer_port` say what was picked
--- @return table, the node of `nodes`; nil and why: no node has a weight, or the type is balanced natively only
-function _M.pick_server(_, ctx)
-    local upstream = ctx.upstream_conf
-    local node, err
-    if #upstream.nodes == 1 then
-        node = upstream.nodes[1]
-    else
-        local picker = ctx.server_picker
-        if not picker then
-            picker, err = pickers(ctx.upstream_key, ctx.upstream_version, new_picker, upstream)
-            if not picker then return nil, err end
-            ctx.server_picker = picker
-        end
-        local name = picker.ring:find(picker.hashes and hash_key(picker.upstream, ctx) or nil)
-        node = name and picker.by_name[name]
-        if not node then return nil, "failed to find valid upstream server" end
-    end
+local function only_server(node, ctx)
     ctx.balancer_ip, ctx.balancer_port = node.host, node.port
     return node
+end
+
+--- The next server for the request, of `ctx.upstream_conf` (an upstream's table, its nodes an array): `{ host, port }`, or nil
+-- and the reason when each was tried. `ctx.upstream_key` and `ctx.upstream_version` name the picker: those who give the
+-- same share it. Called once more for the same request it takes the last server for failed; `ctx.server_picker`'s
+-- `after_balance(ctx, false)` ends the request.
+function _M.pick_server(_, ctx)
+    local conf = ctx.upstream_conf
+    local nodes = conf.nodes
+    if #nodes == 0 then
+        return nil, "no valid upstream node"
+    end
+    if #nodes == 1 then
+        return only_server(nodes[1], ctx)
+    end
+    ctx.balancer_try_count = (ctx.balancer_try_count or 0) + 1
+    local picker = ctx.server_picker
+    if picker and ctx.balancer_try_count > 1 and picker.after_balance then
+        picker.after_balance(ctx, true)
+    end
+    local err
+    if not picker then
+        picker, err = pickers(ctx.upstream_key, ctx.upstream_version, create, conf)
+        if not picker then
+            return nil, "failed to fetch server picker: " .. (err or "")
+        end
+        ctx.server_picker = picker
+    end
+    local server
+    server, err = picker.get(ctx)
+    ctx.balancer_server = server
+    if not server then
+        return nil, "failed to find valid upstream server, " .. (err or "all upstream servers tried")
+    end
+    local host, port = core.utils.parse_addr(server)
+    ctx.balancer_ip, ctx.balancer_port = host, port
+    return { host = host, port = port }
+end
+
+--- What OpenResty's balancer phase does for APISIX. The gateway does it by itself: this raises.
+function _M.run()
+    error("the gateway balances what it forwards; choose an upstream with apisix.upstream in rewrite or access", 2)
 end
 
 return _M

@@ -6,6 +6,7 @@ local native = require("moongate.native").apisix
 local fast = require("moongate.native").fast
 local secret = require("apisix.secret")
 local ipairs, ngx, setmetatable, type = ipairs, ngx, setmetatable, type
+local now = ngx.now
 
 local consumers_version, attach_kept = fast.consumers_version, fast.attach_kept
 local set_header = ngx.req.set_header
@@ -43,6 +44,12 @@ local function build(plugin_name, field, value)
     return shape(consumer, username, revision, auth_conf, credential_id)
 end
 
+-- Seconds after which references are looked at anew: a key that its manager has replaced is refused from then on.
+local REFRESH_SECS = 60
+
+-- plugin -> field -> value -> the reference that stands for it, of one version of the consumers, and until when.
+local meant, meant_version, meant_until = {}, nil, nil
+
 -- plugin -> field -> value -> consumer, of one version of the consumers: what a request costs is three table reads.
 local found, found_count, found_version = {}, 0, nil
 
@@ -69,8 +76,9 @@ end
 
 local function recall(plugin_name, field, value)
     local version = consumers_version()
-    if version ~= found_version then
+    if version ~= found_version or meant_until and now() >= meant_until then
         forget()
+        meant, meant_until = {}, nil
         found_version = version
         conf_face.conf_version = version
         return nil
@@ -80,11 +88,8 @@ local function recall(plugin_name, field, value)
     return by_value and by_value[value]
 end
 
--- plugin -> field -> value -> the reference that stands for it, of one version of the consumers.
-local meant, meant_version = {}, nil
-
 -- The index knows what is written, so values behind references are looked up by the reference. The references are
--- resolved once per version, by the first request that is not found otherwise.
+-- resolved once per version and minute, by the first request that is not found otherwise.
 local function reference_for(plugin_name, field, value)
     local version = consumers_version()
     if version ~= meant_version then
@@ -96,7 +101,8 @@ local function reference_for(plugin_name, field, value)
     if not by_value then
         by_value = {}
         for _, reference in ipairs(native.consumer_references(plugin_name, field)) do
-            local resolved = secret.fetch_by_uri(reference)
+            meant_until = meant_until or now() + REFRESH_SECS
+            local resolved = secret.fetch_known(reference)
             if type(resolved) == "string" and resolved ~= "" then
                 by_value[resolved] = reference
             end
@@ -176,6 +182,11 @@ function _M.plugin(plugin_name)
         nodes[#nodes + 1] = shape(entry.consumer, entry.username, entry.revision, entry.auth_conf, entry.credential_id)
     end
     return { nodes = nodes, len = #nodes, conf_version = version }
+end
+
+--- Every consumer: an array of items (`{ value, key, modifiedIndex }`) and its version. All phases.
+function _M.consumers()
+    return require("apisix.core").config.fetch_created_obj("/consumers")
 end
 
 local function attach_by_name(consumer)

@@ -6,9 +6,11 @@ local lazy = {
     base64 = "apisix.core.base64",
     config = "apisix.core.config",
     config_util = "apisix.core.config_util",
+    data_encryption = "apisix.core.data_encryption",
     dns_client = "apisix.core.dns.client",
     etcd = "apisix.core.etcd",
     event = "apisix.core.event",
+    profile = "apisix.core.profile",
     pubsub = "apisix.core.pubsub",
 }
 

@@ -1,54 +1,225 @@
---- `apisix.secret`: references to secrets in confs: `$env://NAME`, `$env://NAME/field`.
+--- `apisix.secret`: references to secrets in confs: `$env://NAME`, `$env://NAME/field`, `$secret://manager/id/key`
+-- (terminology/secret.md). What asks a manager waits; answers are kept as `apisix.lru.secret` of config.yaml says.
+local native = require("moongate.native").apisix
 local env = require("apisix.core.env")
 local log = require("apisix.core.log")
-local pairs, type, upper, sub = pairs, type, string.upper, string.sub
+local lrucache = require("apisix.core.lrucache")
+local config_local = require("apisix.core.config_local")
+local deepcopy = require("apisix.core.table").deepcopy
+local byte, find, sub, upper = string.byte, string.find, string.sub, string.upper
+local pairs, pcall, require, tostring, type = pairs, pcall, require, tostring, type
 
-local _M = { PREFIX = "$secret://" }
+local PREFIX = "$secret://"
+local DOLLAR = byte("$")
 
-local function fetch(uri)
-    local start = upper(sub(uri, 1, 7))
-    if start == "$ENV://" then
-        return env.fetch_by_uri(uri)
-    end
-    if upper(sub(uri, 1, 10)) == "$SECRET://" then
-        return nil, "secret managers are not supported yet"
-    end
-    return uri
+local _M = { PREFIX = PREFIX }
+
+local function starts_with(text, prefix)
+    return upper(sub(text, 1, #prefix)) == upper(prefix)
 end
 
---- Whether `text` names a secret rather than being one.
+--- Whether the text names a secret rather than being one.
 function _M.is_reference(text)
-    return upper(sub(text, 1, 7)) == "$ENV://" or upper(sub(text, 1, 10)) == "$SECRET://"
+    return type(text) == "string" and byte(text) == DOLLAR
+        and (starts_with(text, env.PREFIX) or starts_with(text, PREFIX))
 end
 
---- The value that a reference stands for; other texts as they are. nil and the reason when it cannot be had.
-function _M.fetch_by_uri(uri)
-    return fetch(uri)
+--- The managers' configurations: an array of `{ value = { id = "vault/1", … } }`, and their version, which changes whenever one
+-- does.
+function _M.secrets()
+    return native.secrets()
 end
 
---- Replaces the references among the texts of `conf`, tables inside included.
-function _M.fetch_in_place(conf)
-    for key, value in pairs(conf) do
-        if type(value) == "table" then
-            _M.fetch_in_place(value)
-        elseif type(value) == "string" and sub(value, 1, 1) == "$" then
-            local found, err = fetch(value)
-            if found ~= nil then
-                conf[key] = found
-            else
-                log.error("failed to fetch secret value: ", err)
-            end
-        end
+-- `$secret://manager/id/key` in its parts; nil and what is missing. A key may have slashes.
+local function parse(uri)
+    local rest = sub(uri, #PREFIX + 1)
+    local slash = find(rest, "/", 1, true)
+    if not slash then
+        return nil, "error format: no secret manager"
+    end
+    local manager = sub(rest, 1, slash - 1)
+    rest = sub(rest, slash + 1)
+    slash = find(rest, "/", 1, true)
+    if not slash then
+        return nil, "error format: no secret conf id"
+    end
+    local id, key = sub(rest, 1, slash - 1), sub(rest, slash + 1)
+    if key == "" then
+        return nil, "error format: no secret key id"
+    end
+    return { manager = manager, id = id, key = key }
+end
+
+-- The manager's module. Its name comes from a conf: it is one that the gateway has, and no path.
+local function module_of(manager)
+    if not manager:find("^[%w_-]+$") then
+        return nil, "unknown secret manager: " .. manager
+    end
+    local ok, module = pcall(require, "apisix.secret." .. manager)
+    if not ok then
+        return nil, "no secret manager: " .. manager
+    end
+    return module
+end
+
+-- uid -> the manager's conf as a table; those in use.
+local confs = setmetatable({}, { __mode = "v" })
+
+local function conf_of(manager, id)
+    local uid = native.secret_uid(manager .. "/" .. id)
+    if uid == 0 then
+        return nil
+    end
+    local conf = confs[uid]
+    if not conf then
+        conf = native.secret(manager .. "/" .. id)
+        confs[uid] = conf
     end
     return conf
 end
 
---- A copy of `refs` with its references replaced.
-function _M.fetch_secrets(refs)
-    if not refs then
+local function ask_manager(uri)
+    local parts, err = parse(uri)
+    if not parts then
+        return nil, err
+    end
+    local conf = conf_of(parts.manager, parts.id)
+    if not conf then
+        return nil, "no secret conf, secret_uri: " .. uri
+    end
+    local module
+    module, err = module_of(parts.manager)
+    if not module then
+        return nil, err
+    end
+    return module.get(conf, parts.key)
+end
+
+--- The value that `$secret://manager/id/key` or `$env://NAME` stands for: nil when there is none; nil and the reason.
+function _M.fetch_by_uri(uri)
+    if type(uri) ~= "string" then
+        return nil, "error secret_uri type: " .. type(uri)
+    end
+    if starts_with(uri, env.PREFIX) then
+        log.info("fetching data from env uri: ", uri)
+        return env.fetch_by_uri(uri)
+    end
+    if not starts_with(uri, PREFIX) then
+        return nil, "error secret_uri prefix: " .. uri
+    end
+    return ask_manager(uri)
+end
+
+local cache
+
+local function settings()
+    local apisix = config_local.local_conf().apisix
+    local lru = apisix and apisix.lru and apisix.lru.secret or {}
+    return {
+        ttl = lru.ttl or 300, count = lru.count or 512, neg_ttl = lru.neg_ttl or 60, neg_count = lru.neg_count or 512,
+        invalid_stale = true, serial_creating = true,
+    }
+end
+
+-- A manager that is changed or deleted takes what it said along.
+local function version_of(uri)
+    local path = starts_with(uri, PREFIX) and uri:match("^([^/]+/[^/]+)/", #PREFIX + 1)
+    return path and native.secret_uid(path) or 0
+end
+
+local function fetch(uri, use_cache)
+    if not use_cache then
+        return _M.fetch_by_uri(uri)
+    end
+    cache = cache or lrucache.new(settings())
+    return cache(uri, version_of(uri), _M.fetch_by_uri, uri)
+end
+
+--- As `fetch_by_uri`; what was asked for before is not asked for again for `apisix.lru.secret.ttl` seconds.
+function _M.fetch_known(uri)
+    return fetch(uri, true)
+end
+
+local function resolve(refs, use_cache)
+    for key, value in pairs(refs) do
+        if type(value) == "table" then
+            resolve(value, use_cache)
+        elseif _M.is_reference(value) then
+            local found, err = fetch(value, use_cache)
+            if found ~= nil then
+                refs[key] = found
+            else
+                log.error("failed to resolve secret reference: ", value, ", field: ", tostring(key),
+                    ", err: ", err or "there is no such value")
+            end
+        end
+    end
+    return refs
+end
+
+--- Replaces the references among the texts of `conf`, tables inside included. One that cannot be resolved stays, with a line
+-- of error.log.
+function _M.fetch_in_place(conf)
+    return resolve(conf, true)
+end
+
+--- A copy of the table `refs` with its references replaced; nil for what is no table. `use_cache`: what is known is not
+-- asked for again. One that cannot be resolved stays, with a line of error.log.
+function _M.fetch_secrets(refs, use_cache)
+    if type(refs) ~= "table" then
         return nil
     end
-    return _M.fetch_in_place(require("apisix.core.table").deepcopy(refs))
+    log.info("retrieve secrets refs")
+    return resolve(deepcopy(refs), use_cache)
+end
+
+--- Whether there is a reference among the texts of `conf`, tables inside included.
+function _M.has_secret_ref(conf)
+    for _, value in pairs(conf) do
+        if type(value) == "table" and _M.has_secret_ref(value) or _M.is_reference(value) then
+            return true
+        end
+    end
+    return false
+end
+
+local function collect(conf, out)
+    for _, value in pairs(conf) do
+        if type(value) == "table" then
+            collect(value, out)
+        elseif _M.is_reference(value) then
+            out[#out + 1] = value
+        end
+    end
+    return out
+end
+
+--- A function that gives `conf` with its references replaced; nil for a conf without any. It gives the same table until
+-- one of the values changes, so that what a plugin keeps by its conf stays found.
+function _M.bind(conf)
+    local uris = collect(conf, {})
+    if #uris == 0 then
+        return nil
+    end
+    local values, resolved = {}, nil
+    return function()
+        local same = resolved ~= nil
+        for i = 1, #uris do
+            local value = fetch(uris[i], true)
+            if value ~= values[i] then
+                values[i], same = value, false
+            end
+        end
+        if not same then
+            resolved = resolve(deepcopy(conf), true)
+        end
+        return resolved
+    end
+end
+
+--- Makes ready what the first look-up would.
+function _M.init_worker()
+    cache = cache or lrucache.new(settings())
 end
 
 return _M

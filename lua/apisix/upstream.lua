@@ -1,28 +1,37 @@
 --- `apisix.upstream`: which upstream the request goes to.
 local native = require("moongate.native").apisix
-local json = require("apisix.core.json")
-local schema = require("apisix.core.schema")
+local core = require("apisix.core")
 local setmetatable, tostring, type = setmetatable, tostring, type
 
 local _M = {}
 
---- Checks an upstream's table: true, or false and the reason.
+--- Checks an upstream's table: true, or nil and the reason. All phases.
 function _M.check_schema(conf)
-    return native.check_upstream(json.encode(conf))
+    return native.check_upstream(core.json.encode(conf))
 end
 
 -- conf -> its handle in the gateway; the handle goes with the conf.
 local handles = setmetatable({}, { __mode = "k" })
 
+-- Upstreams that plugins name by a key and a version: their balancer's state outlives the request.
+local named = core.lrucache.new({ ttl = 300, count = 256 })
+
+local function make(conf)
+    -- What `set` is told of the route that it is for is no part of an upstream.
+    local plain = core.table.clone(conf)
+    plain.parent, plain.original_nodes, plain.resource_key, plain.resource_version = nil, nil, nil, nil
+    local text, encode_err = core.json.encode(plain)
+    if not text then
+        return nil, encode_err
+    end
+    return native.make_upstream(text)
+end
+
 local function handle_of(conf)
     local handle = handles[conf]
     if not handle then
-        local text, encode_err = json.encode(conf)
-        if not text then
-            return nil, encode_err
-        end
         local err
-        handle, err = native.make_upstream(text)
+        handle, err = make(conf)
         if not handle then
             return nil, err
         end
@@ -31,31 +40,63 @@ local function handle_of(conf)
     return handle
 end
 
---- Sends this request to the upstream that the table `conf` describes. Status and body when it cannot be.
+local function take(ctx, conf, handle)
+    native.choose_upstream(handle)
+    ctx.matched_upstream = conf
+    return true
+end
+
+--- Sends this request to the upstream that the table `conf` describes. Status and body when it cannot be. Phases: rewrite,
+-- access, before_proxy.
 function _M.choose(ctx, conf)
     local handle, err = handle_of(conf)
     if not handle then
-        require("apisix.core.log").error("failed to use the upstream: ", err)
+        core.log.error("failed to use the upstream: ", err)
         return 500, { error_msg = "invalid upstream" }
     end
-    native.choose_upstream(handle)
-    ctx.matched_upstream = conf
+    take(ctx, conf, handle)
 end
 
---- `set(ctx, key, version, conf)`: APISIX's form of `choose`.
-function _M.set(ctx, _, _, conf)
-    local code, body = _M.choose(ctx, conf)
-    if code then
-        return nil, body.error_msg
+-- A single node needs no balancer: what a plugin makes of each request may be another under the same key.
+local function is_one(conf)
+    local nodes = conf.nodes
+    return type(nodes) ~= "table" or core.table.nkeys(nodes) <= 1
+end
+
+--- Sends this request to the upstream that the table `conf` describes: true, or nil and the reason. Of several nodes the
+-- balancer goes on where the last request with the same `key` and `version` has left it, with the nodes that it had then.
+-- Phases: rewrite, access, before_proxy.
+function _M.set(ctx, key, version, conf)
+    local handle, err
+    if key == nil or is_one(conf) then
+        handle, err = handle_of(conf)
+    else
+        handle, err = named(key, version, make, conf)
     end
-    return true
+    if not handle then
+        return nil, err
+    end
+    ctx.upstream_conf, ctx.upstream_version, ctx.upstream_key = conf, version, key
+    return take(ctx, conf, handle)
+end
+
+--- Sends this request to the upstream of the route's item, or of `ctx.matched_upstream`. Nothing, or a status and the reason.
+-- The gateway does so by itself; a plugin calls it to undo what another has chosen. Phases: rewrite, access, before_proxy.
+function _M.set_by_route(route, ctx)
+    local value = route and route.value or {}
+    local conf = value.upstream_id and _M.get_by_id(value.upstream_id) or value.upstream or ctx.matched_upstream
+    if not conf then
+        return 503, "missing upstream configuration in Route or Service"
+    end
+    local code, body = _M.choose(ctx, conf)
+    return code, body and body.error_msg
 end
 
 --- The upstream resource of that id as a table, or nil.
 function _M.get_by_id(id)
-    return (native.upstream(type(id) == "number" and tostring(id) or id))
+    return (native.object("upstreams", tostring(id)))
 end
 
-_M.schema = schema.upstream
+_M.schema = core.schema.upstream
 
 return _M

@@ -14,7 +14,7 @@
 --   demand, `ctx.matched_route`, `ctx.matched_upstream`, `ctx.service`, `ctx.route_id`, `ctx.route_name`,
 --   `ctx.service_id`, `ctx.service_name`, `ctx.conf_type`, `ctx.conf_id`, `ctx.conf_version`, `ctx.consumer`,
 --   `ctx.consumer_name`, `ctx.consumer_group_id`, `ctx.consumer_ver`, `ctx.credential_id`, `ctx.curr_req_matched`.
---   A plugin may set any field; `ctx.upstream_id` and `ctx.upstream_conf` set in rewrite or access choose the upstream.
+--   `ctx.plugins`. A plugin may set any field; `ctx.upstream_id` set in rewrite or access chooses the upstream.
 -- * A yield passes pcall, xpcall, metamethods and iterators, not string.gsub callbacks, table.sort or require.
 
 local native = ...

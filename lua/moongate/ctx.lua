@@ -1,15 +1,22 @@
 --- The plugins' `ctx`: one table per request, filled on demand, used again after the request.
 
 local native = require("moongate.native").plugin
+local slot = require("moongate.native").fast.slot
 local request = require("moongate.request")
 local new_tab, clear_tab = require("table.new"), require("table.clear")
 local ngx = ngx
-local rawset, setmetatable, tostring, type = rawset, setmetatable, tostring, type
+local byte, find = string.byte, string.find
+local pcall, rawget, rawset, require, setmetatable, tonumber, tostring, type =
+    pcall, rawget, rawset, require, setmetatable, tonumber, tostring, type
 
 local _M = {}
 
 -- Contexts that wait for a request: as many as requests are usually in flight on one worker.
 local MAX_POOLED = 512
+
+-- Defaults of config.yaml: what is read of a body for `graphql_x` and for `post_arg.x`.
+local DEFAULT_GRAPHQL_BYTES, DEFAULT_POST_MIB = 1048576, 64
+local P, G = byte("p"), byte("g")
 
 local ctxs, clear_request = request.ctxs, request.clear
 local pool, pooled = {}, 0
@@ -18,15 +25,54 @@ local pool, pooled = {}, 0
 
 local getters, uncached = {}, {}
 
+-- `post_arg_x`, `post_arg.x` and `graphql_x` are in the body, which the first who asks for one of them waits for.
+local function is_of_body(name)
+    local first = byte(name, 1)
+    return first == P and find(name, "^post_arg[_.]") or first == G and find(name, "^graphql_")
+end
+
+local function max_body_bytes(name)
+    local conf = require("apisix.core.config_local").local_conf()
+    if byte(name, 1) == G then return conf.graphql and conf.graphql.max_size or DEFAULT_GRAPHQL_BYTES end
+    local mib = conf.apisix and conf.apisix.max_post_args_readable_size or DEFAULT_POST_MIB
+    return mib > 0 and mib * 1024 * 1024 or math.huge
+end
+
+-- Where nothing can wait, the body that was read by then counts.
+local function read_body(name)
+    local length, limit = tonumber(ngx.var.content_length), max_body_bytes(name)
+    if length and length > limit then
+        native.log_error("failed to read request body: request size " .. length .. " is greater than the maximum size "
+            .. limit .. " allowed")
+        return
+    end
+    pcall(ngx.req.read_body)
+end
+
+-- A variable that is a list (`graphql_root_fields`, a path with `[*]`) has commas between its items.
+local function as_list(text)
+    local out = {}
+    for item in text:gmatch("[^,]+") do out[#out + 1] = item end
+    return out
+end
+
+local function body_var(name)
+    read_body(name)
+    local value = ngx.var[name]
+    if value and (name == "graphql_root_fields" or find(name, "[*]", 1, true)) then return as_list(value) end
+    return value
+end
+
 local var_mt = {}
 
 function var_mt.__index(var, name)
     local getter = getters[name]
     if getter then
-        local value = getter(request.ctx())
+        local value = getter(rawget(var, "_ctx") or request.ctx())
         if value ~= nil and not uncached[name] then rawset(var, name, value) end
         return value
     end
+    if is_of_body(name) then return body_var(name) end
     local value = ngx.var[name]
     return value
 end
@@ -43,9 +89,9 @@ function var_mt.__newindex(var, name, value)
     end
 end
 
---- A new face over the variables of whatever request runs.
-function _M.var()
-    return setmetatable({}, var_mt)
+--- A new face over the variables of whatever request runs. Registered variables are asked for `owner`, or its `ctx`.
+function _M.var(owner)
+    return setmetatable({ _ctx = owner }, var_mt)
 end
 
 --- Adds a variable: `getter(ctx)` gives its value.
@@ -109,19 +155,46 @@ function lazy.service_name()
     return service and service.value.name
 end
 
+--- What of the request's GraphQL is known: `{ operation, name, root_fields }`, nil where there is none.
+function lazy._graphql()
+    local operation = ngx.var.graphql_operation
+    if not operation then return nil end
+    return { operation = operation, name = ngx.var.graphql_name, root_fields = as_list(ngx.var.graphql_root_fields or "") }
+end
+
+--- The arguments of a form body that was read.
+function lazy.req_post_args()
+    local kind = ngx.var.content_type
+    if not kind or not find(kind, "application/x-www-form-urlencoded", 1, true) then return nil end
+    local read, args = pcall(ngx.req.get_post_args, 0)
+    return read and args or nil
+end
+
 function lazy.curr_req_matched()
     return native.captures()
 end
 
+-- Whose plugins run, by slot. Not in the context itself, which would log them all with it.
+local scopes = {}
+
 local ctx_mt = {}
 
 function ctx_mt.__index(ctx, name)
+    if name == "plugins" then
+        local scope = scopes[slot()]
+        return scope and scope.plugins
+    end
     local make = lazy[name]
     if make then
         local value = make()
         rawset(ctx, name, value)
         return value
     end
+end
+
+--- The request of slot `at` runs the plugins of another plan from here on.
+function _M.rescope(at, scope)
+    scopes[at] = scope
 end
 
 --- The context of slot `at`, made ready for a plan's owner.
@@ -136,6 +209,7 @@ function _M.begin(at, scope)
         ctx.var = _M.var()
     end
     ctx.conf_type, ctx.conf_id, ctx.conf_version = scope.conf_type, scope.conf_id, scope.conf_version
+    scopes[at] = scope
     ctxs[at] = ctx
     return ctx
 end
@@ -145,7 +219,7 @@ function _M.clear(at)
     local ctx = ctxs[at]
     clear_request(at)
     if not ctx then return end
-    ctxs[at] = nil
+    ctxs[at], scopes[at] = nil, nil
     if pooled < MAX_POOLED then
         local var = ctx.var
         clear_tab(ctx)

@@ -8,10 +8,11 @@ local _M = {}
 -- Modules that open what the sandbox closes, and what only a plugin needs.
 local forbidden = { ffi = true, jit = true, io = true, os = true, debug = true, package = true,
     ["jit.util"] = true, ["jit.opt"] = true, ["apisix.core.io"] = true, ["apisix.core.os"] = true,
-    ["apisix.core.env"] = true, lfs = true, ["resty.shell"] = true, ["resty.signal"] = true, ["ngx.pipe"] = true,
-    ["pl.path"] = true, ["apisix.core.etcd"] = true, ["apisix.core.config"] = true, ["apisix.core.config_etcd"] = true,
-    ["apisix.core.config_yaml"] = true,
-    ["pl.file"] = true, ["pl.dir"] = true }
+    ["apisix.core.env"] = true, ["apisix.core.data_encryption"] = true, ["apisix.consumer"] = true, ["apisix.secret"] = true,
+    ["apisix.secret.vault"] = true, ["apisix.secret.aws"] = true, ["apisix.secret.gcp"] = true, ["apisix.core.etcd"] = true,
+    ["apisix.core.config"] = true, ["apisix.core.config_etcd"] = true, ["apisix.core.config_yaml"] = true, lfs = true,
+    ["resty.shell"] = true, ["resty.signal"] = true, ["ngx.pipe"] = true, ["pl.path"] = true, ["pl.file"] = true,
+    ["pl.dir"] = true }
 
 local env
 

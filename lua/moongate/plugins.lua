@@ -130,8 +130,8 @@ function _M.check(name, conf, kind)
     if not plugin then return nil, "unknown plugin [" .. name .. "]" end
     if kind == 2 and not plugin.metadata_schema then return true end
     local ok, err = plugin.check_schema(conf, kind)
-    if ok then return true end
-    return false, tostring(err)
+    if not ok then return false, tostring(err) end
+    return require("apisix.plugin").check_meta(name, conf)
 end
 
 --- A plugin's text under a name: what it says of itself, or nil and why it cannot be one.

@@ -20,8 +20,8 @@ local confs = setmetatable({}, { __mode = "v" })
 
 local TYPE_CONSUMER = 1
 
-local function hook(source, name)
-    local chunk, err = loadstring(source, "=" .. name .. "(_meta.pre_function)")
+local function hook(source)
+    local chunk, err = loadstring(source, "meta pre_function")
     if not chunk then return nil, err end
     local ok, f = pcall(chunk)
     if ok and type(f) == "function" then return f end
@@ -52,11 +52,12 @@ local function entry_of(item, conf)
     local meta = conf._meta
     local entry = { name = item.name, filter = item.filter, error_response = meta.error_response }
     if meta.pre_function then
-        local f, err = hook(meta.pre_function, item.name)
+        local f, err = hook(meta.pre_function)
         if not f then native.log_error(item.name .. ": " .. err) end
         entry.pre_function = f
     end
-    entry.plain = not entry.filter and not entry.pre_function
+    entry.resolved = require("apisix.secret").bind(conf)
+    entry.plain = not entry.filter and not entry.pre_function and not entry.resolved
     return entry
 end
 
@@ -145,7 +146,7 @@ local nginx_phases = {
 -- In APISIX this decides which plugins run: hooks on it tell of the route's.
 local function filter(_, ctx)
     local plugin, route = require("apisix.plugin"), ctx.matched_route
-    if plugin.filter and route then plugin.filter(ctx, route, nil, nil, "access") end
+    if route then plugin.filter(ctx, route, nil, nil, "access") end
 end
 
 local function add_first(plan, phase, owner, f)
@@ -165,6 +166,16 @@ local function call_nginx_phases(plan, owner, dynamic)
     end
 end
 
+-- What `ctx.plugins` shows: plugin, conf, plugin, conf, … of the route with all that is merged into it.
+local function flat(members)
+    local out = {}
+    for _, member in ipairs(members) do
+        out[#out + 1] = member.plugin
+        out[#out + 1] = member.conf
+    end
+    return out
+end
+
 --- Makes a plan of its owners (`{ name, global, conf_type, conf_id, conf_version, items }`), items by falling priority. `noting`: their
 --- calls are noted; `hooked`: hooks may be on what nginx.conf would call, `dynamic` by a header.
 function _M.build(owners, noting, hooked, dynamic)
@@ -181,6 +192,7 @@ function _M.build(owners, noting, hooked, dynamic)
         end
         -- Rewrite and access of one global rule run before the next one's.
         fill(plan, owner, members)
+        owner.plugins = flat(members)
     end
     if hooked then call_nginx_phases(plan, owners[#owners], dynamic) end
     local has = {}
@@ -246,9 +258,12 @@ local function run_until_answer(sections, plan, ctx)
         if plan.switches then enter(section, ctx) end
         local plain = section.plain
         for i = 1, section.n, 3 do
-            if plain or prepare(section[i + 2], section[i + 1], ctx) then
-                local code, body = section[i](section[i + 1], ctx)
-                if code or body then return answer(code, body, section[i + 2]) end
+            local conf, entry = section[i + 1], section[i + 2]
+            if plain or prepare(entry, conf, ctx) then
+                if not plain and entry.resolved then conf = entry.resolved() end
+                ctx._plugin_name = entry.name
+                local code, body = section[i](conf, ctx)
+                if code or body then return answer(code, body, entry) end
             end
         end
     end
@@ -262,8 +277,11 @@ local function run_all(sections, plan, ctx)
         if plan.switches then enter(section, ctx) end
         local plain = section.plain
         for i = 1, section.n, 3 do
-            if plain or prepare(section[i + 2], section[i + 1], ctx) then
-                section[i](section[i + 1], ctx)
+            local conf, entry = section[i + 1], section[i + 2]
+            if plain or prepare(entry, conf, ctx) then
+                if not plain and entry.resolved then conf = entry.resolved() end
+                ctx._plugin_name = entry.name
+                section[i](conf, ctx)
             end
         end
     end
@@ -295,7 +313,10 @@ end
 function _M.access(plan, at, joined)
     local ctx = ctxs[at] or begin(at, plan.scope)
     local sections = joined and plan.consumer
-    if joined then enter(plan.scope, ctx) end
+    if joined then
+        enter(plan.scope, ctx)
+        ctx_of.rescope(at, plan.scope)
+    end
     if sections then
         local code, body = run_until_answer(sections, plan, ctx)
         if code then return code, body end

@@ -214,21 +214,27 @@ local function apply(conf, ctx, name, limit, cost)
 end
 
 local function apply_rules(conf, ctx, name, cost)
+    local matched = false
     for index, rule in ipairs(conf.rules) do
         local value, err, found = resolve_var(rule.key, ctx.var)
         if err or found == 0 then
             core.log.info("rule ", index, " is skipped: its key ", rule.key, " has no value")
         else
+            matched = true
             local code, body = apply(conf, ctx, name, {
                 count = rule.count,
                 time_window = rule.time_window,
-                value = value,
+                -- Two rules whose keys have the same value count by themselves.
+                value = rule.key .. ":" .. value,
                 prefix = rule.header_prefix or index,
             }, cost)
             if code then
                 return code, body
             end
         end
+    end
+    if not matched then
+        return failed(conf, "failed to get rate limit rules")
     end
 end
 

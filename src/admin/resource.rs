@@ -524,10 +524,7 @@ fn check_plugins(state: &State, kind: Kind, owner: &mut Value) -> Result<(), Str
         }
         let text = match state.plugins.check(name, conf, schema) {
             Ok(()) => continue,
-            Err(Refusal::Unknown) => format!("{before}unknown plugin [{name}]"),
-            Err(Refusal::Invalid(text)) => {
-                format!("{before}failed to check the configuration of plugin {name} err: {text}")
-            }
+            Err(refusal) => format!("{before}{}", refusal.words(name)),
         };
         return Err(text);
     }

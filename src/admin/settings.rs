@@ -15,6 +15,8 @@ pub struct Settings {
     pub key_required: bool,
     /// `allow_admin`: empty lets every address in.
     pub allow: Vec<IpNet>,
+    /// `allow_admin` is not there, or empty.
+    pub allows_all: bool,
     pub cors: bool,
     /// `admin_api_version`: the form of answers.
     pub version: ApiVersion,
@@ -75,6 +77,8 @@ impl Settings {
         Ok(Settings {
             keys: keys.collect(),
             key_required: flag("admin_key_required"),
+            // A list that names nobody who comes over TCP allows nobody.
+            allows_all: strings(admin.get("allow_admin")).is_empty(),
             allow: strings(admin.get("allow_admin")).iter().filter_map(|text| expr::network(text)).collect(),
             cors: flag("enable_admin_cors"),
             version,
@@ -87,7 +91,7 @@ impl Settings {
 
     pub fn allows(&self, peer: IpAddr) -> bool {
         let peer = peer.to_canonical();
-        self.allow.is_empty() || self.allow.iter().any(|net| net.contains(&peer))
+        self.allows_all || self.allow.iter().any(|net| net.contains(&peer))
     }
 
     /// The role of a key. Every key is compared, in constant time, whichever matches.

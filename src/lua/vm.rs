@@ -481,6 +481,24 @@ fn options() -> mlua::LuaOptions {
     mlua::LuaOptions::new().catch_rust_panics(true)
 }
 
+/// Keys below `apisix` that uploaded functions see.
+const OPEN_TO_FUNCTIONS: &[&str] = &[
+    "dns_resolver",
+    "dns_resolver_valid",
+    "enable_ipv6",
+    "enable_resolv_search_opt",
+    "id",
+    "max_post_args_readable_size",
+    "resolver_timeout",
+];
+
+/// config.yaml as functions see it: keys of the Admin API, of encrypted fields and of stores are not theirs to read.
+fn open_config(config: &serde_json::Value) -> serde_json::Value {
+    let open = |key: &&str| Some(((*key).to_owned(), config.get("apisix")?.get(*key)?.clone()));
+    let apisix: serde_json::Map<_, _> = OPEN_TO_FUNCTIONS.iter().filter_map(open).collect();
+    serde_json::json!({ "apisix": apisix, "graphql": config.get("graphql") })
+}
+
 fn boot(lua: &mlua::Lua, native: &mlua::Table, config: &VmConfig) -> Result<()> {
     let set = |key: &str, value: &str| native.raw_set(key, value).map_err(script);
     set("lua_path", &config.lua_path)?;
@@ -489,7 +507,11 @@ fn boot(lua: &mlua::Lua, native: &mlua::Table, config: &VmConfig) -> Result<()> 
     set("package_cpath", &config.package_cpath)?;
     set("prefix", &config.prefix.to_string_lossy())?;
     native.raw_set("worker", config.worker).map_err(script)?;
-    set("config_json", &config.config.to_string())?;
+    let seen = match config.purpose {
+        Purpose::Functions => open_config(&config.config).to_string(),
+        _ => config.config.to_string(),
+    };
+    set("config_json", &seen)?;
     native.raw_set("purpose", format!("{:?}", config.purpose).to_lowercase()).map_err(script)?;
     let array_mt: mlua::Table =
         lua.named_registry_value(convert::ARRAY_MT.to_str().unwrap_or_default()).map_err(script)?;

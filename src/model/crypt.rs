@@ -13,6 +13,7 @@ use base64::{Engine, engine::general_purpose::STANDARD};
 use cbc::cipher::{BlockModeDecrypt, BlockModeEncrypt, KeyIvInit};
 use serde_json::{Map, Value};
 
+pub use crate::schema::is_reference;
 use crate::{
     error::{Error, Kind, Result},
     schema,
@@ -181,12 +182,6 @@ pub fn encrypt_fields(
     if keyring.fields && !keyring.is_empty() {
         with_fields(custom, plugin, kind, conf, &encrypt);
     }
-}
-
-/// `$env://NAME`, `$secret://manager/id/key`: resolved when used.
-pub fn is_reference(text: &str) -> bool {
-    let prefix = |p: &str| text.get(..p.len()).is_some_and(|head| head.eq_ignore_ascii_case(p));
-    prefix("$env://") || prefix("$secret://")
 }
 
 /// Field and text to the text that takes its place.

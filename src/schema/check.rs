@@ -41,6 +41,10 @@ pub(super) fn check(node: &Node, value: &mut Value, mode: Mode) -> Outcome {
     if node.never {
         return mode.refuse(|| "no value is allowed".into());
     }
+    // What it stands for is not known before it is used.
+    if value.as_str().is_some_and(super::is_reference) {
+        return Ok(());
+    }
     // An empty Lua table is both: clients that write it as `[]` mean an object where the schema asks for one.
     if matches!(value, Value::Array(items) if items.is_empty())
         && node.types & (types::ARRAY | types::OBJECT) == types::OBJECT

@@ -4,6 +4,8 @@
 //! The schemas of APISIX's resources and plugins are packed into the binary (`facts`). Checking writes defaults into the
 //! value, also from branches of `oneOf` and the like: what plugins of the field rely on.
 //!
+//! A reference to a secret (`$env://…`, `$secret://…`) passes wherever a value may stand.
+//!
 //! Promises: no recursion deeper than the schema; a pattern that cannot be compiled refuses the schema.
 
 mod check;
@@ -14,6 +16,12 @@ mod pattern;
 use serde_json::Value;
 
 pub use facts::{PluginSchemas, all_json, plugin, plugin_json, plugin_names, resource, resource_json, stream_plugin};
+
+/// `$env://NAME`, `$secret://manager/id/key`: resolved when used.
+pub fn is_reference(text: &str) -> bool {
+    let prefix = |p: &str| text.get(..p.len()).is_some_and(|head| head.eq_ignore_ascii_case(p));
+    prefix("$env://") || prefix("$secret://")
+}
 
 /// A compiled schema.
 #[derive(Debug)]

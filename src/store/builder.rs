@@ -96,6 +96,17 @@ pub enum Refusal {
     Invalid(String),
 }
 
+impl Refusal {
+    /// What APISIX says of the plugin of that name. What is wrong with `_meta` names the plugin itself.
+    pub fn words(&self, plugin: &str) -> String {
+        match self {
+            Refusal::Unknown => format!("unknown plugin [{plugin}]"),
+            Refusal::Invalid(text) if text.starts_with("failed to load _meta.") => text.clone(),
+            Refusal::Invalid(text) => format!("failed to check the configuration of plugin {plugin} err: {text}"),
+        }
+    }
+}
+
 /// Asks the plugins themselves: their `check_schema`. Lives on the thread of the pipeline.
 pub trait PluginChecker {
     fn check(&self, plugin: &str, conf: &str, schema: PluginSchema) -> std::result::Result<(), Refusal>;
@@ -463,12 +474,10 @@ impl Builder {
             }
         };
         match verdict {
+            Ok(()) => Ok(()),
             // The metadata of a plugin that is not loaded harms nobody.
-            Err(Refusal::Unknown) if self.strict_plugins && schema != PluginSchema::Metadata => {
-                Err(format!("unknown plugin [{name}]"))
-            }
-            Ok(()) | Err(Refusal::Unknown) => Ok(()),
-            Err(Refusal::Invalid(e)) => Err(format!("failed to check the configuration of plugin {name} err: {e}")),
+            Err(Refusal::Unknown) if !self.strict_plugins || schema == PluginSchema::Metadata => Ok(()),
+            Err(refusal) => Err(refusal.words(name)),
         }
     }
 

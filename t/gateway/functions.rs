@@ -95,6 +95,25 @@ fn an_error_answers_500_and_the_sandbox_holds() {
 }
 
 #[test]
+fn a_function_does_not_see_keys_and_secrets() {
+    let gw = with_hello(
+        "return function()
+            local core = require('apisix.core')
+            local conf, seen = core.config_local.local_conf(), {}
+            for _, name in ipairs({ 'apisix.secret', 'apisix.core.data_encryption', 'apisix.core.env', 'apisix.consumer' }) do
+                seen[#seen + 1] = pcall(require, name)
+            end
+            local hosts = require('apisix.core.dns.client').new({ hosts = '/etc/passwd' }).hosts
+            return 200, core.json.encode({ conf = conf.deployment or conf.apisix.data_encryption or false, seen = seen,
+                encrypt = core.data_encryption.encrypt == nil, hosts = hosts['localhost'] ~= nil })
+        end",
+    );
+    let expected = json!({"conf": false, "seen": [false, false, false, false], "encrypt": true, "hosts": true});
+    let reply = gw.get("/hello");
+    assert_eq!(serde_json::from_str::<serde_json::Value>(&reply.text()).expect("JSON"), expected, "{}", reply.text());
+}
+
+#[test]
 fn a_function_that_never_ends_is_stopped() {
     let gw = with_hello("return function() while true do end end");
     assert_eq!(gw.get("/hello").status, 500);

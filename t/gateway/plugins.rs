@@ -462,6 +462,25 @@ fn proxy_rewrite_shows_the_new_path_to_what_runs_after_it() {
     let reply = gw.get("/old/x%20y?q=1");
     assert_eq!(reply.header("x-seen"), Some("/new/a+b/x y /new/a+b/x y"));
     assert_eq!(up.last().target, "/new/a+b/x%20y?q=1");
+    // What a client writes is no reason to fail.
+    assert_eq!(gw.get("/old/a%0Ab").status, 200);
+    assert_eq!(up.last().target, "/new/a+b/a%0Ab");
+    gw.route("2", "/bare/*", &up, json!({"proxy-rewrite": {"regex_uri": ["^/bare/(.*)", "$1"]}}));
+    assert_ne!(gw.get("/bare/").status, 500);
+}
+
+#[test]
+fn limit_count_counts_each_rule_by_itself_and_wants_one_to_match() {
+    let (gw, up) = (Gateway::start(), Upstream::echo());
+    let rules = json!([
+        {"count": 1, "time_window": 60, "key": "${http_user}"},
+        {"count": 5, "time_window": 60, "key": "${http_project}"},
+    ]);
+    gw.route("1", "/c", &up, json!({"limit-count": {"rules": rules}}));
+    let status = |name: &str| gw.send("GET", "/c", &[(name, "v")], b"").status;
+    assert_eq!((status("project"), status("user"), status("user"), status("project")), (200, 200, 503, 200));
+    assert_eq!(gw.get("/c").status, 500);
+    gw.expect_log("failed to get rate limit rules");
 }
 
 #[test]

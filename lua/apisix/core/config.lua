@@ -362,8 +362,10 @@ function Object:close()
     end
 end
 
+--- Nothing is left to make ready.
 function _M.init() return true end
 
+--- Nothing is left to make ready.
 function _M.init_worker() return true end
 
 --- The version of the server that stores; waits. @return string; nil, err

@@ -28,6 +28,7 @@ function _M.try_read_attr(tab, ...)
     return tab
 end
 
+--- Has the next call read the configuration anew.
 function _M.clear_cache()
     conf = nil
 end

@@ -1,19 +1,89 @@
---- `core.config_util`: life-cycle hooks of configuration items.
-local setmetatable = setmetatable
+--- `core.config_util`: life-cycle hooks of configuration items. All phases.
+local native = require("moongate.native").apisix
+local log = require("apisix.core.log")
+local ngx = ngx
 local ipairs = ipairs
+local pairs = pairs
+local pcall = pcall
+local setmetatable = setmetatable
+local tostring = tostring
 local tonumber = tonumber
 local type = type
 
 local _M = {}
 
--- item -> { handler, … }; the item's table is the key, so that a dropped item takes its handlers along.
+-- item -> { handler, … }. A plugin's own item takes its handlers along when it goes.
 local handlers = setmetatable({}, { __mode = "k" })
 local next_id = 0
 
---- Calls `f(item)` once when `item` is replaced or deleted. Returns an id for `cancel_clean_handler`.
+-- Items that stand for an object of the configuration, kept until it changes. A plugin adds a handler for each item that it
+-- keeps something for; more than these are mistakes.
+local MAX_WATCHED = 10000
+local INTERVAL_SECS = 1
+
+local watched, count = {}, 0
+local watching = false
+
+-- The revision of the object that an item stands for, 0 when it is gone; nil for an item of the plugin's own.
+local function revision_of(item)
+    local kind, id = tostring(item.key):match("^/apisix/([%w_]+)/(.+)$")
+    local known, revision = pcall(native.object_revision, kind, id)
+    return known and revision or nil
+end
+
+local function look(premature)
+    if premature then
+        return
+    end
+    for item in pairs(watched) do
+        if revision_of(item) ~= item.modifiedIndex then
+            _M.fire_all_clean_handlers(item)
+        end
+    end
+end
+
+local function start()
+    if watching then
+        return true
+    end
+    local ok, err = ngx.timer.every(INTERVAL_SECS, look)
+    watching = ok and true
+    return ok, err
+end
+
+-- True, or nil and why the item cannot be watched.
+local function watch(item)
+    if type(item) ~= "table" or not item.modifiedIndex or not revision_of(item) then
+        return true
+    end
+    if count >= MAX_WATCHED then
+        return nil, "there are handlers for " .. MAX_WATCHED .. " items already"
+    end
+    local ok, err = start()
+    if not ok then
+        return nil, err
+    end
+    watched[item], count = true, count + 1
+    return true
+end
+
+local function drop(item)
+    handlers[item] = nil
+    if watched[item] then
+        watched[item], count = nil, count - 1
+    end
+end
+
+--- Calls `f(item)` once when the object that `item` stands for (`ctx.matched_route`, `ctx.service`) is replaced or deleted,
+-- about a second later; for an item of the plugin's own when `fire_all_clean_handlers` says so. Returns an id for
+-- `cancel_clean_handler`; nil and the reason when too many items have handlers.
 function _M.add_clean_handler(item, f)
     local list = handlers[item]
     if not list then
+        local ok, err = watch(item)
+        if not ok then
+            return nil, err
+        end
         list = {}
         handlers[item] = list
     end
@@ -22,13 +92,24 @@ function _M.add_clean_handler(item, f)
     return next_id
 end
 
+local function call(handler, item)
+    local ok, err = pcall(handler.f, item)
+    if not ok then
+        log.error("failed to run a clean handler: ", err)
+    end
+end
+
 --- Takes the handler of that id away; `fire`: and runs it first.
 function _M.cancel_clean_handler(item, id, fire)
-    for i, handler in ipairs(handlers[item] or {}) do
+    local list = handlers[item] or {}
+    for i, handler in ipairs(list) do
         if handler.id == id then
-            table.remove(handlers[item], i)
+            table.remove(list, i)
+            if #list == 0 then
+                drop(item)
+            end
             if fire then
-                handler.f(item)
+                call(handler, item)
             end
             return
         end
@@ -38,9 +119,9 @@ end
 --- Runs the item's handlers, once.
 function _M.fire_all_clean_handlers(item)
     local list = handlers[item]
-    handlers[item] = nil
+    drop(item)
     for _, handler in ipairs(list or {}) do
-        handler.f(item)
+        call(handler, item)
     end
 end
 

@@ -6,7 +6,7 @@ local _M = {}
 --- Gives `ctx` its `var`. The contexts that the gateway makes have it already.
 function _M.set_vars_meta(ctx)
     if not ctx.var then
-        ctx.var = require("moongate.ctx").var()
+        ctx.var = require("moongate.ctx").var(ctx)
     end
     return ctx
 end

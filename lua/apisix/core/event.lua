@@ -1,15 +1,17 @@
---- `core.event`: events inside one VM.
+--- `core.event`: events inside one VM. All phases.
 local ipairs = ipairs
 
 local _M = { CONST = { BUILD_ROUTER = 1, WORKER_START = 2 } }
 local listeners = {}
 
+--- Calls `f(...)` for each event of that name (`core.event.CONST`, or one's own) in this VM from here on.
 function _M.register(event, f)
     listeners[event] = listeners[event] or {}
     local list = listeners[event]
     list[#list + 1] = f
 end
 
+--- Calls what was registered for the event, in that order, with what follows.
 function _M.push(event, ...)
     for _, f in ipairs(listeners[event] or {}) do
         f(...)

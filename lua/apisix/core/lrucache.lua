@@ -4,14 +4,18 @@
 -- or what `create(...)` returns. A value of another version is made anew. `create` may return nil and an error, which is
 -- returned and not cached (unless `neg_ttl` is set). All phases.
 local lru_new = require("resty.lrucache").new
+local semaphore = require("ngx.semaphore")
 local error = error
-local setmetatable = setmetatable
-local type = type
+local now = ngx.now
+local pcall = pcall
 
 -- Defaults of APISIX: enough for one plugin's confs; seconds.
 local GLOBAL_TTL, GLOBAL_COUNT = 60 * 60, 1024
 local PLUGIN_TTL, PLUGIN_COUNT = 5 * 60, 8
 local NEG_TTL, NEG_COUNT = 60, 64
+
+-- Seconds that a request waits for another to make a value.
+local MAX_WAIT = 5
 
 local _M = {}
 
@@ -19,54 +23,107 @@ local function is_stale_usable(entry, version, invalid_stale)
     return entry and not invalid_stale and entry.ver == version and entry.val ~= nil
 end
 
---- A cache. `opts`: `ttl` seconds, `count` entries, `type` = "plugin" for smaller defaults, `invalid_stale` makes a
--- value anew when its age is over (else its age starts again), `neg_ttl` and `neg_count` cache errors,
--- `release(value)` is called for a value that is replaced.
-function _M.new(opts)
-    local is_plugin = opts and opts.type == "plugin"
-    local count = opts and opts.count or (is_plugin and PLUGIN_COUNT or GLOBAL_COUNT)
-    local ttl = opts and opts.ttl or (is_plugin and PLUGIN_TTL or GLOBAL_TTL)
-    local neg_ttl = opts and opts.neg_ttl
-    local invalid_stale = opts and opts.invalid_stale
-    local release = opts and opts.release
+local function settings(opts)
+    opts = opts or {}
+    local is_plugin = opts.type == "plugin"
+    return {
+        count = opts.count or (is_plugin and PLUGIN_COUNT or GLOBAL_COUNT),
+        ttl = opts.ttl or (is_plugin and PLUGIN_TTL or GLOBAL_TTL),
+        neg_ttl = opts.neg_ttl or opts.neg_count and NEG_TTL,
+        neg_count = opts.neg_count or NEG_COUNT,
+        invalid_stale = opts.invalid_stale,
+        serial = opts.serial_creating,
+        release = opts.release,
+    }
+end
+
+local function store(count)
     local cache, err = lru_new(count)
     if not cache then
-        error("failed to create the lrucache: " .. err)
+        error("failed to create the lrucache: " .. err, 3)
     end
-    local failures = neg_ttl and lru_new(opts.neg_count or NEG_COUNT)
+    return cache
+end
 
-    local function keep(key, version, value)
-        cache:set(key, { val = value, ver = version }, ttl)
-        return value
+-- What is kept for a key and holds: true and what `create` gave, or false and what is to be released.
+local function recall(self, key, version)
+    local entry, stale = self.cache:get(key)
+    if entry and entry.ver == version then
+        return true, entry.val
     end
+    if is_stale_usable(stale, version, self.invalid_stale) then
+        self.cache:set(key, stale, self.ttl)
+        return true, stale.val
+    end
+    local failure = self.failures and self.failures:get(key)
+    if failure and failure.ver == version then
+        return true, nil, failure.err
+    end
+    return false, entry or stale
+end
 
+local function make(self, old, key, version, create, ...)
+    local value, err = create(...)
+    if value ~= nil then
+        if self.release and old and old.val ~= nil then
+            self.release(old.val)
+        end
+        self.cache:set(key, { val = value, ver = version }, self.ttl)
+    elseif self.failures then
+        self.failures:set(key, { ver = version, err = err }, self.neg_ttl)
+    end
+    return value, err
+end
+
+local function finish(self, key, turn, ok, ...)
+    if self.turns[key] == turn then
+        self.turns[key] = nil
+    end
+    if turn.waiting > 0 then
+        turn.semaphore:post(turn.waiting)
+    end
+    if not ok then
+        error((...), 0)
+    end
+    return ...
+end
+
+-- One at a time makes the value of a key; the others wait for it, and look again. Where nothing can wait, or it takes too
+-- long, or came to nothing, each makes its own.
+local function make_in_turn(self, old, key, version, ...)
+    local turn = self.turns[key]
+    -- One that has not ended by then was given up along with its request.
+    if turn and now() - turn.since < MAX_WAIT then
+        turn.waiting = turn.waiting + 1
+        pcall(turn.semaphore.wait, turn.semaphore, MAX_WAIT)
+        turn.waiting = turn.waiting - 1
+        local known, value, err = recall(self, key, version)
+        if known then
+            return value, err
+        end
+        return make(self, value, key, version, ...)
+    end
+    turn = { semaphore = semaphore.new(0), waiting = 0, since = now() }
+    self.turns[key] = turn
+    return finish(self, key, turn, pcall(make, self, old, key, version, ...))
+end
+
+--- A cache. `opts`: `ttl` seconds, `count` entries, `type` = "plugin" for smaller defaults, `invalid_stale` makes a
+-- value anew when its age is over (else its age starts again), `neg_ttl` seconds and `neg_count` entries cache that
+-- `create` failed, `serial_creating` has one request make a value and the others wait for it, `release(value)` is called
+-- for a value that is replaced.
+function _M.new(opts)
+    local self = settings(opts)
+    self.cache = store(self.count)
+    self.failures = self.neg_ttl and store(self.neg_count)
+    self.turns = {}
+    local maker = self.serial and make_in_turn or make
     return function(key, version, create, ...)
-        local entry, stale = cache:get(key)
-        if entry and entry.ver == version then
-            return entry.val
+        local known, value, err = recall(self, key, version)
+        if known then
+            return value, err
         end
-        if is_stale_usable(stale, version, invalid_stale) then
-            cache:set(key, stale, ttl)
-            return stale.val
-        end
-        if failures then
-            local failure = failures:get(key)
-            if failure and failure.ver == version then
-                return nil, failure.err
-            end
-        end
-        local value, create_err = create(...)
-        if value ~= nil then
-            local old = entry or stale
-            if release and old and old.val ~= nil then
-                release(old.val)
-            end
-            return keep(key, version, value), create_err
-        end
-        if failures then
-            failures:set(key, { ver = version, err = create_err }, neg_ttl or NEG_TTL)
-        end
-        return nil, create_err
+        return maker(self, value, key, version, create, ...)
     end
 end
 
@@ -88,14 +145,7 @@ function _M.plugin_ctx_id(api_ctx, extra_key)
     return plugin_key(api_ctx, extra_key) .. "#" .. api_ctx.conf_version
 end
 
-local global = _M.new()
+--- The cache that everyone shares: `core.lrucache.global(key, version, create, ...)`; 1024 entries, for an hour.
+_M.global = _M.new()
 
-return setmetatable(_M, {
-    __index = { global = global },
-    __call = function(_, key, ...)
-        if type(key) == "nil" then
-            error("lrucache: a key is needed", 2)
-        end
-        return global(key, ...)
-    end,
-})
+return _M

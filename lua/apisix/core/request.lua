@@ -101,6 +101,7 @@ function _M.get_remote_client_ip(ctx)
     return context(ctx).var.remote_addr or ""
 end
 
+--- The port of that address as a number, or nil.
 function _M.get_remote_client_port(ctx)
     local port = tonumber(context(ctx).var.remote_port)
     return port
@@ -111,6 +112,7 @@ function _M.get_scheme(ctx)
     return context(ctx).var.scheme or ""
 end
 
+--- The host that is asked for, in lower case and without a port.
 function _M.get_host(ctx)
     return context(ctx).var.host or ""
 end
@@ -121,14 +123,17 @@ function _M.get_port(ctx)
     return port
 end
 
+--- The path, decoded and without the query.
 function _M.get_path(ctx)
     return context(ctx).var.uri or ""
 end
 
+--- The version of HTTP as a number: 1, 1.1, 2.
 function _M.get_http_version()
     return req.http_version()
 end
 
+--- The request's method as a text.
 function _M.get_method()
     return req.get_method()
 end
@@ -217,19 +222,71 @@ function _M.get_json_request_body_table()
     return json
 end
 
---- The body as a table, by its Content-Type (JSON or a form).
+-- Parts of a multipart body that are looked at.
+local MAX_PARTS = 1000
+
+local function text_of(part)
+    local head, text = part:match("^(.-)\r?\n\r?\n(.*)$")
+    local name = head and (head:match('[; ][Nn]ame="([^"]*)"') or head:match("[; ][Nn]ame=([^;%s]+)"))
+    return name, text
+end
+
+-- `multipart/form-data` (RFC 7578): the fields' texts by name, the first of each name; nil for what is no such body.
+local function multipart(body, content_type)
+    local boundary = content_type:match('boundary="([^"]+)"') or content_type:match("boundary=([^;%s]+)")
+    if not boundary then
+        return nil
+    end
+    local out, delimiter = {}, "--" .. boundary
+    local _, from = find(body, delimiter, 1, true)
+    for _ = 1, MAX_PARTS do
+        if not from or sub(body, from + 1, from + 2) == "--" then
+            break
+        end
+        local stop, last = find(body, delimiter, from + 1, true)
+        local part = sub(body, from + 1, (stop or #body + 1) - 1):gsub("^\r?\n", ""):gsub("\r?\n$", "")
+        local name, text = text_of(part)
+        if name and out[name] == nil then
+            out[name] = text
+        end
+        from = last
+    end
+    return out
+end
+
+local function multipart_table(ctx, content_type)
+    local body, err = _M.get_body(nil, ctx)
+    if not body then
+        return nil, { message = "could not get body: " .. (err or "request body is empty") }
+    end
+    local fields = multipart(body, content_type)
+    if not fields then
+        return nil, { message = "could not parse multipart form data: there is no boundary" }
+    end
+    return fields
+end
+
+--- The body as a table, by its Content-Type: JSON, a form, or multipart/form-data (texts by name). nil and a message
+-- `{ message = … }` that can be answered as it is. Waits for the body.
 function _M.get_request_body_table(ctx, content_type)
     content_type = content_type or header_value("content-type") or ""
-    if find(content_type, "application/x-www-form-urlencoded", 1, true) then
+    if find(content_type, "application/json", 1, true) == 1 then
+        return _M.get_json_request_body_table()
+    end
+    if find(content_type, "multipart/form-data", 1, true) == 1 then
+        return multipart_table(ctx, content_type)
+    end
+    if find(content_type, "application/x-www-form-urlencoded", 1, true) == 1 then
         local args, err = _M.get_post_args(ctx)
         if err then
             return nil, { message = "could not parse form data: " .. err }
         end
         return args
     end
-    return _M.get_json_request_body_table()
+    return nil, { message = "unsupported content-type: " .. content_type }
 end
 
+--- Replaces the body: `set_body_data(ctx, text)`, or the text alone. Waits for the one that it replaces.
 function _M.set_body_data(ctx, body)
     if type(ctx) == "string" then
         body = ctx

@@ -2,6 +2,7 @@
 local ngx = ngx
 local error = error
 local pairs = pairs
+local rawget = rawget
 local select = select
 local tonumber = tonumber
 local tostring = tostring
@@ -54,10 +55,24 @@ local function prepare(first, ...)
     return code, n > 0 and concat(parts, "", 1, n) or nil
 end
 
---- Answers with `code` and a body of the arguments (tables as JSON), and ends the request.
+--- Says who made the response: `apisix`, `nginx` or `upstream`; for `get_response_source` and metrics.
+function _M.set_response_source(ctx, source)
+    ctx._resp_source = source
+end
+
+local function made_here()
+    local ctx = ngx.ctx.api_ctx
+    if ctx and not rawget(ctx, "_resp_source") then
+        ctx._resp_source = "apisix"
+    end
+end
+
+--- Answers with `code` and a body of the arguments (tables as JSON), and ends the request. Without a number first: adds
+-- to the body only.
 function _M.exit(code, ...)
     local status, body = prepare(code, ...)
     if status then
+        made_here()
         ngx.status = status
     end
     if body then
@@ -126,21 +141,27 @@ function _M.clear_header_as_body_modified()
     ngx_header["ETag"] = nil
 end
 
---- The upstream's last status, or nil when no upstream answered.
+--- The last of an upstream variable's values (`$upstream_status`, `$upstream_response_time`: of each try one, with commas
+-- and colons between them), as a text; nil for nil and for an empty text.
+function _M.get_last_upstream_token(text)
+    return text and text:match("([^%s,:]+)[%s,:]*$")
+end
+
+--- The upstream's last status as a number, or nil when no upstream answered.
 function _M.get_upstream_status(ctx)
     local status = ctx.var.upstream_status
     if not status then
         return nil
     end
-    return tonumber(tostring(status):match("(%d+)%s*$"))
+    return tonumber(_M.get_last_upstream_token(tostring(status)))
 end
 
 --- Who made the response: `apisix`, `nginx` or `upstream`.
 function _M.get_response_source(ctx)
-    if ctx._resp_source then
-        return ctx._resp_source
+    if not ctx then
+        return "apisix"
     end
-    return native.response_source()
+    return ctx._resp_source or native.response_source()
 end
 
 --- For a body filter that needs the whole body: gathers chunks in `ctx` and gives the body at the end, nil before.

@@ -33,7 +33,7 @@ function _M.has_suffix(s, suffix)
     return suffix == "" or sub(s, -#suffix) == suffix
 end
 
---- The last index of byte `b` in `s`, or nil.
+--- The last index of the one-character text `char` in `s` at or before `from` (the end by default), or nil.
 function _M.rfind_char(s, char, from)
     local b = byte(char)
     for i = from or #s, 1, -1 do
@@ -44,12 +44,13 @@ function _M.rfind_char(s, char, from)
     return nil
 end
 
---- `Content-Type` becomes `content_type`, as a variable's name has it.
+--- A Lua source on one line: without comments of lines, and with one blank for each run of blanks.
 function _M.compress_script(s)
     s = s:gsub("%-%-[^\n]*\n", " ")
     return (s:gsub("%s+", " "))
 end
 
+--- `s` as a text, in lower case.
 function _M.lower(s)
     return lower(tostring(s))
 end

@@ -4,6 +4,10 @@ local pairs = pairs
 local select = select
 local setmetatable = setmetatable
 local getmetatable = getmetatable
+local concat = table.concat
+local next = next
+local null = ngx.null
+local sub = string.sub
 local tostring = tostring
 local type = type
 
@@ -78,7 +82,16 @@ function _M.setmt__gc(tab, mt)
     return setmetatable(tab, mt)
 end
 
-local function copy(value, seen, path, shallow)
+-- `at`: the path of `value` from "self" on; nil when no path is asked for.
+local function is_shared(at, opts)
+    if opts.paths[at] then
+        return true
+    end
+    local prefix = opts.prefix
+    return prefix and sub(at, 1, #prefix) == prefix
+end
+
+local function copy(value, seen, at, opts)
     if type(value) ~= "table" then
         return value
     end
@@ -88,31 +101,40 @@ local function copy(value, seen, path, shallow)
     local out = newtab(#value, 0)
     seen[value] = out
     for k, v in pairs(value) do
-        local at = path == "" and tostring(k) or path .. "." .. tostring(k)
-        if shallow[at] then
+        local inner = at and at .. "." .. tostring(k)
+        if inner and type(v) == "table" and is_shared(inner, opts) then
             out[k] = v
         else
-            out[k] = copy(v, seen, at, shallow)
+            out[k] = copy(v, seen, inner, opts)
         end
     end
     return setmetatable(out, getmetatable(value))
 end
 
---- A copy that shares no table with `value`, metatables excepted. `opts.shallows` lists paths (`"self.a.b"`)
--- that are to be shared.
+--- A copy that shares no table with `value`, metatables excepted; a table that is in it twice is copied once.
+-- `opts.shallows` lists paths (`"self.a.b"`) of tables that are to be shared; `opts.shallow_prefix` (`"self.plugins"`)
+-- shares every table below that path.
 function _M.deepcopy(value, opts)
-    local shallow = {}
-    for _, path in ipairs(opts and opts.shallows or {}) do
-        shallow[path] = true
+    if not opts then
+        return copy(value, {})
     end
-    return copy(value, {}, next(shallow) and "self" or "", shallow)
+    local paths = {}
+    for _, path in ipairs(opts.shallows or {}) do
+        paths[path] = true
+    end
+    local prefix = opts.shallow_prefix and opts.shallow_prefix .. "."
+    return copy(value, {}, "self", { paths = paths, prefix = prefix })
 end
 
---- Merges `from` into `into`, tables recursively; `from` wins. Returns `into`.
+--- Merges `from` into `into` and returns `into`: `from` wins, objects are merged, arrays replaced, and null
+-- (`ngx.null`) takes a field out: what PATCH of the Admin API does.
 function _M.merge(into, from)
     for k, v in pairs(from) do
-        if type(v) == "table" and type(into[k]) == "table" then
-            _M.merge(into[k], v)
+        local old = into[k]
+        if v == null then
+            into[k] = nil
+        elseif type(v) == "table" and type(old) == "table" and not (next(old) ~= nil and isarray(old)) then
+            _M.merge(old, v)
         else
             into[k] = v
         end
@@ -120,19 +142,32 @@ function _M.merge(into, from)
     return into
 end
 
---- Replaces the contents of `into` by those of `from`: a patch of sub-tables, arrays as a whole.
-function _M.patch(into, from)
-    for k, v in pairs(from) do
-        if type(v) == "table" and type(into[k]) == "table" and not isarray(v) then
-            _M.patch(into[k], v)
-        else
-            into[k] = v
+--- Replaces what is at a path of `object`, such as `"upstream/nodes"`; objects on the way are made. nil, nil and the
+-- object, or 400 and the reason when something on the way is no object.
+function _M.patch(object, path, value)
+    local names = {}
+    for name in path:gmatch("[^/]+") do
+        names[#names + 1] = name
+    end
+    if #names == 0 then
+        return nil, nil, value
+    end
+    local owner = object
+    for i = 1, #names - 1 do
+        local name = names[i]
+        if owner[name] == nil then
+            owner[name] = {}
+        end
+        owner = owner[name]
+        if type(owner) ~= "table" then
+            return 400, "invalid sub-path: /" .. concat(names, "/", 1, i)
         end
     end
-    return into
+    owner[names[#names]] = value
+    return nil, nil, object
 end
 
---- The first of `keys` that `tab` has: its value and the key.
+--- `try_read_attr(tab, "a", "b")`: what is at `tab.a.b`, or nil when there is no such table on the way.
 function _M.try_read_attr(tab, ...)
     for i = 1, select("#", ...) do
         if type(tab) ~= "table" then
@@ -156,6 +191,19 @@ function _M.deep_eq(a, b)
     end
     for k, v in pairs(a) do
         if not _M.deep_eq(v, b[k]) then
+            return false
+        end
+    end
+    return true
+end
+
+--- Whether two tables have the same keys, whatever is at them.
+function _M.set_eq(a, b)
+    if nkeys(a) ~= nkeys(b) then
+        return false
+    end
+    for k in pairs(a) do
+        if b[k] == nil then
             return false
         end
     end

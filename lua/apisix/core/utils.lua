@@ -12,15 +12,15 @@ local concat = table.concat
 local bit = require("bit")
 local bor, bxor = bit.bor, bit.bxor
 local re_gmatch = ngx.re.gmatch
-local resolver = require("apisix.core.resolver")
 local native = require("moongate.native").apisix
 
 local _M = {
 }
 
-local OPEN, DOLLAR, LBRACE, BACKSLASH = byte("["), byte("$"), byte("{"), byte("\\")
+local COLON, OPEN, DOLLAR, LBRACE, BACKSLASH = byte(":"), byte("["), byte("$"), byte("{"), byte("\\")
 
---- `host`, `host:port`, `[v6]:port` → host, port (or nil).
+--- `host`, `host:port`, `[v6]:port` → host (brackets stay), port as a number or nil. An IPv6 address without brackets has
+-- no port.
 function _M.parse_addr(addr)
     if byte(addr, 1) == OPEN then
         local close = find(addr, "]", 1, true)
@@ -34,7 +34,7 @@ function _M.parse_addr(addr)
         return addr, nil
     end
     if find(addr, ":", colon + 1, true) then
-        return "[" .. addr .. "]", nil
+        return addr, nil
     end
     return sub(addr, 1, colon - 1), tonumber(sub(addr, colon + 1))
 end
@@ -44,11 +44,12 @@ function _M.dirname(path)
     return path:match("^(.*)/[^/]*$") or "."
 end
 
---- Version-4 UUID.
+--- A version-4 UUID.
 function _M.uuid()
     return require("resty.jit-uuid").generate_v4()
 end
 
+--- The machine's name.
 function _M.gethostname()
     return native.hostname()
 end
@@ -77,7 +78,7 @@ local function parse_template(text)
     while at <= len do
         local c = byte(text, at)
         if c == BACKSLASH and byte(text, at + 1) == DOLLAR then
-            literal[#literal + 1] = "$"
+            literal[#literal + 1] = "\\$"
             at = at + 2
         elseif c == DOLLAR then
             local braced = byte(text, at + 1) == LBRACE
@@ -145,7 +146,7 @@ function _M.equal_in_constant_time(a, b)
 end
 
 --- Replaces `$name`, `${name}` and `${name ?? default}` by variables: the text, nil, and how many were found.
--- `\$` is a dollar. `escape(value)` is applied to each value.
+-- `\$` stays as it is. `escape(value)` is applied to each value.
 function _M.resolve_var(text, vars, escape)
     if not text or not find(text, "$", 1, true) then
         return text, nil, 0
@@ -169,14 +170,21 @@ function _M.resolve_var(text, vars, escape)
     return concat(out, "", 1, n + 1), nil, resolved
 end
 
---- Like `resolve_var` for `$1`, `$2` of a regular expression's captures.
+--- Replaces `$1`, `$2`, `${1}` by what a regular expression captured: the text, nil, and how many were found.
 function _M.resolve_var_with_captures(text, captures)
     if not text then
         return ""
     end
-    return (text:gsub("%$(%d+)", function(i)
-        return captures[tonumber(i)] or ""
-    end))
+    local found = 0
+    text = text:gsub("%$({?)(%d+)(}?)", function(open, i, close)
+        if open ~= "" and close == "" then
+            return nil
+        end
+        local value = captures[tonumber(i)]
+        found = found + (value and 1 or 0)
+        return (value or "") .. (open == "" and close or "")
+    end)
+    return text, nil, found
 end
 
 --- `a.b.c` → value inside nested tables.
@@ -199,7 +207,7 @@ function _M.split_uri(uri)
     return sub(uri, 1, question - 1), sub(uri, question + 1)
 end
 
---- Checks that the deprecated or insecure values in `conf` are warned of: `check_tls_bool`, `check_https`.
+--- Warns of each of the fields of `conf` that is an http:// address, or an array with one.
 function _M.check_https(fields, conf, plugin_name)
     local log = require("apisix.core.log")
     for _, field in pairs(fields) do
@@ -214,6 +222,7 @@ function _M.check_https(fields, conf, plugin_name)
     end
 end
 
+--- Warns of each of the fields of `conf` that is false, such as `ssl_verify`.
 function _M.check_tls_bool(fields, conf, plugin_name)
     local log = require("apisix.core.log")
     for _, field in pairs(fields) do
@@ -225,11 +234,55 @@ function _M.check_tls_bool(fields, conf, plugin_name)
     end
 end
 
--- One address for a name, as a text; nil and the reason.
-function _M.dns_parse(name, selector)
-    return resolver.parse_domain(name, selector)
+local dns_client, servers
+
+--- The DNS servers that `dns_parse` asks: an array of texts; config.yaml's or /etc/resolv.conf's until others are set.
+function _M.get_resolver()
+    if not servers then
+        local apisix = require("apisix.core.config_local").local_conf().apisix
+        servers = apisix and apisix.dns_resolver
+    end
+    return servers
 end
-_M.parse_domain = resolver.parse_domain
+
+--- Has `dns_parse` of this VM ask these servers: an array of texts, with or without a port.
+function _M.set_resolver(list)
+    servers = list
+    dns_client = require("apisix.core.dns.client").new({ nameservers = list })
+end
+
+--- The DNS record of a name: `{ name, address, type, class, ttl }`, an IPv6 address in brackets; with the selector
+-- `core.dns.client.RETURN_ALL` an array of them. nil and the reason. Waits.
+function _M.dns_parse(name, selector)
+    if not dns_client then
+        _M.set_resolver(_M.get_resolver())
+    end
+    return dns_client:resolve(name, selector)
+end
+
+--- A number from the system's source of randomness, to seed others with; nil and the reason.
+function _M.get_seed_from_urandom()
+    local bytes, err = require("moongate.native").crypto.random(8)
+    if not bytes then
+        return nil, err
+    end
+    local seed = 0
+    for i = 1, #bytes do
+        seed = 256 * seed + byte(bytes, i)
+    end
+    return seed
+end
+
+--- Whether `name` can be a header's name: visible ASCII without a colon.
+function _M.validate_header_field(name)
+    for i = 1, #name do
+        local b = byte(name, i)
+        if b <= 32 or b >= 127 or b == COLON then
+            return false
+        end
+    end
+    return true
+end
 
 --- Percent-encodes what a URI may not hold (RFC 3986); what is encoded and what delimits stays.
 function _M.uri_safe_encode(uri)

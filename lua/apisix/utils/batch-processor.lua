@@ -6,6 +6,7 @@
 local core = require("apisix.core")
 local ngx = ngx
 local now = ngx.now
+local exiting = ngx.worker.exiting
 local timer_at = ngx.timer.at
 local pcall, setmetatable, type = pcall, setmetatable, type
 
@@ -31,24 +32,46 @@ local function new_batch()
     return { entries = {}, retries = 0 }
 end
 
--- A failed batch goes without the entries that were taken: `first_fail` says where to start again.
-local function retry_or_drop(self, batch, err, first_fail)
-    if type(first_fail) == "number" and first_fail > 1 and first_fail <= #batch.entries then
+-- Entries that wait no more.
+local function done(self, count)
+    self.pending = self.pending - count
+    if self.on_done then
+        self.on_done(count)
+    end
+end
+
+-- A failed batch goes without the entries that were taken: `first_fail` says where to start again. How many it had.
+local function cut(self, batch, first_fail)
+    local count = #batch.entries
+    if type(first_fail) == "number" and first_fail > 1 and first_fail <= count then
         local rest = {}
-        for i = first_fail, #batch.entries do
+        for i = first_fail, count do
             rest[#rest + 1] = batch.entries[i]
         end
         batch.entries = rest
+        done(self, first_fail - 1)
+    end
+    return count
+end
+
+local function retry_or_drop(self, batch, err, first_fail)
+    if type(first_fail) == "number" then
+        local count = cut(self, batch, first_fail)
+        core.log.error("Batch Processor[", self.name, "] failed to process entries [", #batch.entries, "/", count, "]: ", err)
+    else
+        core.log.error("Batch Processor[", self.name, "] failed to process entries: ", err)
     end
     batch.retries = batch.retries + 1
-    if batch.retries <= self.max_retry_count then
-        core.log.warn("Batch Processor[", self.name, "] failed to process entries [", #batch.entries, "/",
-            self.batch_max_size, "]: ", err)
-        return timer_at(self.retry_delay, send_batch, self, batch)
+    if batch.retries <= self.max_retry_count and not exiting() then
+        local ok, timer_err = timer_at(self.retry_delay, send_batch, self, batch)
+        if ok then
+            return
+        end
+        core.log.error("failed to create a timer: ", timer_err)
     end
     core.log.error("Batch Processor[", self.name, "] exceeded the max_retry_count[", batch.retries,
         "] dropping the entries")
-    self.pending = self.pending - #batch.entries
+    done(self, #batch.entries)
 end
 
 function send_batch(_, self, batch)
@@ -58,8 +81,7 @@ function send_batch(_, self, batch)
     end
     if ok then
         core.log.debug("Batch Processor[", self.name, "] successfully processed the entries")
-        self.pending = self.pending - #batch.entries
-        return
+        return done(self, #batch.entries)
     end
     retry_or_drop(self, batch, err, first_fail)
 end
@@ -74,24 +96,33 @@ local function hand_on(self)
     local ok, err = timer_at(0, send_batch, self, batch)
     if not ok then
         core.log.error("failed to create a timer: ", err)
-        self.pending = self.pending - #batch.entries
+        done(self, #batch.entries)
+    end
+end
+
+local function send_now(self)
+    local batch = self.batch
+    if #batch.entries > 0 then
+        self.batch = new_batch()
+        send_batch(true, self, batch)
     end
 end
 
 local function flush_when_due(premature, self)
     self.armed = false
-    if premature then
-        local batch = self.batch
-        if #batch.entries > 0 then
-            self.batch = new_batch()
-            send_batch(true, self, batch)
-        end
+    if premature or exiting() then
+        -- No timer starts any more.
+        return send_now(self)
+    end
+    if #self.batch.entries == 0 then
         return
     end
     local t = now()
     if t - self.first_at >= self.buffer_duration or t - self.last_at >= self.inactive_timeout then
+        core.log.debug("Batch Processor[", self.name, "] buffer duration exceeded, activating buffer flush")
         return hand_on(self)
     end
+    core.log.debug("Batch Processor[", self.name, "] extending buffer timer")
     arm_flush(self)
 end
 
@@ -108,8 +139,11 @@ function arm_flush(self)
 end
 
 --- A processor that calls `func(entries, batch_max_size)`: true, or false, the reason, and the first entry that failed.
+-- `config`: what the schema says, and `on_done(count)`, called for entries that were sent or dropped. nil and the reason.
 function _M.new(_, func, config)
-    config = core.table.clone(config)
+    config = core.table.clone(config or {})
+    local on_done = config.on_done
+    config.on_done = nil
     local ok, err = core.schema.check(schema, config)
     if not ok then
         return nil, err
@@ -117,7 +151,7 @@ function _M.new(_, func, config)
     if type(func) ~= "function" then
         return nil, "Invalid argument, arg #1 must be a function"
     end
-    config.func = func
+    config.func, config.on_done = func, on_done
     config.batch = new_batch()
     config.pending = 0
     config.first_at, config.last_at = 0, 0
@@ -139,6 +173,7 @@ function _M.push(self, entry)
     entries[#entries + 1] = entry
     self.pending = self.pending + 1
     if #entries >= self.batch_max_size then
+        core.log.debug("Batch Processor[", self.name, "] batch max size has exceeded")
         return hand_on(self)
     end
     arm_flush(self)

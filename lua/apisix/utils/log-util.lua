@@ -107,8 +107,16 @@ local function full_entry(conf, ctx)
         apisix_latency = own,
     }
 end
-_M.get_full_log = function(_, conf)
-    return full_entry(conf, ngx.ctx.api_ctx)
+
+--- Everything of the request and its response, as a table. The first argument is `ngx`, as APISIX has it; `ctx` is the
+-- request's by default. Phases: log.
+function _M.get_full_log(_, conf, ctx)
+    return full_entry(conf, ctx or ngx.ctx.api_ctx)
+end
+
+--- Has `f(ngx, conf)` stand in for `get_full_log` in every logger of this VM: for tests of loggers.
+function _M.inject_get_full_log(f)
+    _M.get_full_log = f
 end
 
 --- The request's body for the log when the conf asks for it; what was not read by then is not there.
@@ -144,6 +152,11 @@ function _M.collect_request_body(conf, ctx)
     ctx._logged_request_body = body
 end
 
+--- APISIX's name for `collect_request_body`.
+function _M.check_and_read_req_body(conf, ctx)
+    return _M.collect_request_body(conf, ctx)
+end
+
 --- body_filter phase: gathers the response's body, up to the conf's bound, when it is to be logged.
 function _M.collect_body(conf, ctx)
     if not conf.include_resp_body then
@@ -177,8 +190,34 @@ local function extra_of(name, conf)
     return extra and next(extra) and extra or nil
 end
 
+--- `format` with its variables filled in (`"$remote_addr"`, tables inside included), as a new table. Phases: those of the variables.
+function _M.get_custom_format_log(ctx, format)
+    return fill(format, ctx, 1)
+end
+
+--- Has `f(ctx, format)` stand in for `get_custom_format_log` in every logger of this VM: for tests of loggers.
+function _M.inject_get_custom_format_log(f)
+    _M.get_custom_format_log = f
+end
+
+--- Milliseconds of the request as a whole, of the upstream (nil without one), and of the gateway. Phases: log.
+function _M.latency_details_in_ms(ctx)
+    return latencies(ctx)
+end
+
+--- The request as it came, as a text: request line, headers, and with `conf.include_req_body` its body. Phases: log.
+function _M.get_req_original(ctx, conf)
+    local lines = { ctx.var.request }
+    for name, value in pairs(ngx.req.get_headers(0)) do
+        for _, one in ipairs(type(value) == "table" and value or { value }) do
+            lines[#lines + 1] = name .. ": " .. tostring(one)
+        end
+    end
+    return table.concat(lines, "\r\n") .. "\r\n\r\n" .. (_M.request_body(conf, ctx) or "")
+end
+
 local function formatted(format, conf, ctx)
-    local entry = fill(format, ctx, 1)
+    local entry = _M.get_custom_format_log(ctx, format)
     entry.route_id = ctx.route_id
     entry.service_id = ctx.service_id
     if conf.include_req_body or conf.include_resp_body then
@@ -191,7 +230,7 @@ end
 --- The entry for this request: after `log_format` when the conf or the plugin's metadata has one, else everything.
 function _M.get_log_entry(name, conf, ctx)
     local format = format_of(name, conf)
-    local entry = format and formatted(format, conf, ctx) or full_entry(conf, ctx)
+    local entry = format and formatted(format, conf, ctx) or _M.get_full_log(ngx, conf, ctx)
     local extra = extra_of(name, conf)
     if extra then
         for key, value in pairs(fill(extra, ctx, 1)) do

@@ -42,6 +42,7 @@ pub(super) fn register(api: &mut Api) -> Result<()> {
     schemas(api)?;
     consumers(api)?;
     metadata(api)?;
+    secrets(api)?;
     heads(api)?;
     upstreams(api)
 }
@@ -413,13 +414,126 @@ fn metadata(api: &mut Api) -> Result<()> {
             Ok(2)
         },
     )?;
-    api.func("native.apisix.upstream", Phases::ANY, "upstream(id) -> table, revision | nil: `/upstreams/{id}`.", |s| {
-        let id = s.arg_str(1)?;
-        let Some(object) = snapshot().and_then(|c| c.upstreams.get(&*id).cloned()) else { return Ok(s.push_nil()) };
+    api.func(
+        "native.apisix.object",
+        Phases::ANY,
+        "object(kind, id) -> table, revision, uid | nil: an object of the configuration, kind as in the Admin API: \"upstreams\".",
+        |s| {
+            let Some(found) = snapshot().and_then(|c| named(s, &c).transpose()).transpose()? else {
+                return Ok(s.push_nil());
+            };
+            push_object(s, &found.json)?;
+            s.push_number(found.revision as f64);
+            s.push_number(found.uid as f64);
+            Ok(3)
+        },
+    )?;
+    api.func(
+        "native.apisix.object_revision",
+        Phases::ANY,
+        "object_revision(kind, id) -> number: of the object's last change that the worker has seen; 0 when there is none.",
+        |s| {
+            let revision = named(s, &newest())?.map_or(0, |found| found.revision);
+            Ok(s.push_number(revision as f64))
+        },
+    )
+}
+
+/// The object of arguments 1 and 2, kind and id.
+fn named(s: &Stack, config: &Snapshot) -> Result<Option<Stored>, Raise> {
+    let (kind, id) = (s.arg_str(1)?, s.arg_str(2)?);
+    let Some(known) = model::Kind::ALL.into_iter().find(|k| k.plural() == kind) else {
+        return Err(format!("there are no {kind}").into());
+    };
+    Ok(stored(config, known, &id))
+}
+
+/// What scripts read of an object.
+struct Stored {
+    json: Arc<str>,
+    revision: i64,
+    uid: u64,
+}
+
+fn stored(config: &Snapshot, kind: model::Kind, id: &str) -> Option<Stored> {
+    fn of<T>(object: &Arc<Object<T>>) -> Stored {
+        Stored { json: object.json.clone(), revision: object.mod_revision, uid: object.uid }
+    }
+    use model::Kind;
+    match kind {
+        Kind::Route => config.routes.get(id).map(of),
+        Kind::Service => config.services.get(id).map(of),
+        Kind::Upstream => config.upstreams.get(id).map(of),
+        Kind::Consumer => config.consumers.get(id).map(of),
+        Kind::Credential => config.credentials.get(id).map(of),
+        Kind::ConsumerGroup => config.consumer_groups.get(id).map(of),
+        Kind::PluginConfig => config.plugin_configs.get(id).map(of),
+        Kind::GlobalRule => config.global_rules.iter().find(|o| *o.id == *id).map(of),
+        Kind::PluginMetadata => config.plugin_metadata.get(id).map(of),
+        // Keys, sources of code and secrets are not for every plugin to read.
+        Kind::Ssl | Kind::Secret | Kind::Function | Kind::PluginSource => None,
+        Kind::StreamRoute => config.stream_routes.get(id).map(of),
+        Kind::Proto | Kind::GraphqlCostDecoration => config.others.get(&(kind, id.into())).map(of),
+    }
+}
+
+fn secrets(api: &mut Api) -> Result<()> {
+    api.func(
+        "native.apisix.secret_uid",
+        Phases::ANY,
+        "secret_uid(\"manager/id\") -> number: changes with the manager's configuration; 0 when there is none.",
+        |s| {
+            let uid = secret(&newest(), &s.arg_str(1)?).map_or(0, |o| o.uid);
+            Ok(s.push_number(uid as f64))
+        },
+    )?;
+    api.func(
+        "native.apisix.secret",
+        Phases::ANY,
+        "secret(\"manager/id\") -> table, revision | nil: `/secrets/{manager}/{id}`.",
+        |s| {
+            let Some(object) = secret(&newest(), &s.arg_str(1)?) else { return Ok(s.push_nil()) };
+            push_object(s, &object.json)?;
+            s.push_number(object.mod_revision as f64);
+            Ok(2)
+        },
+    )?;
+    api.func(
+        "native.apisix.secrets",
+        Phases::ANY,
+        "secrets() -> array of { value, key, modifiedIndex }, version: all managers' configurations; the version changes with each.",
+        all_secrets,
+    )
+}
+
+fn secret(config: &Snapshot, id: &str) -> Option<Arc<Object<()>>> {
+    config.others.get(&(model::Kind::Secret, id.into())).cloned()
+}
+
+/// One number for several, that a Lua number holds (FNV-1a, cut to 52 bits).
+fn mixed(all: u64, one: u64) -> u64 {
+    ((all ^ one).wrapping_mul(0x100_0000_01b3)) & ((1 << 52) - 1)
+}
+
+fn all_secrets(s: &Stack) -> Answer {
+    let config = newest();
+    let mut all: Vec<_> = config.others.iter().filter(|((kind, _), _)| *kind == model::Kind::Secret).collect();
+    all.sort_by_key(|(_, o)| o.uid);
+    let mut version = 0;
+    s.push_table(all.len(), 0);
+    for (i, ((_, id), object)) in all.iter().enumerate() {
+        s.push_table(0, 3);
         push_object(s, &object.json)?;
+        s.set(-2, "value");
+        s.push_bytes(format!("/secrets/{id}"));
+        s.set(-2, "key");
         s.push_number(object.mod_revision as f64);
-        Ok(2)
-    })
+        s.set(-2, "modifiedIndex");
+        s.set_index(-2, i + 1);
+        version = mixed(version, object.uid);
+    }
+    s.push_number(version as f64);
+    Ok(2)
 }
 
 fn heads(api: &mut Api) -> Result<()> {
@@ -500,6 +614,14 @@ fn parse_upstream(text: &str) -> Result<Arc<model::Upstream>> {
 
 fn snapshot() -> Option<Arc<Snapshot>> {
     fast::exchange().map(|x| x.snapshot.clone())
+}
+
+/// What references to secrets are resolved by: the newest of the request's configuration, the one that the worker has seen
+/// last, and what is served. A conf is one version's, a secret is what its manager says now.
+fn newest() -> Arc<Snapshot> {
+    let seen = vm::current().map(|vm| vm.snapshot());
+    let served = super::store::published().map(|published| published.load());
+    [snapshot(), seen, served].into_iter().flatten().max_by_key(|c| c.version).unwrap_or_default()
 }
 
 fn with_snapshot<R>(read: impl FnOnce(&Snapshot) -> R) -> Option<R> {

@@ -160,6 +160,8 @@ pub(crate) mod tests {
 
 #[cfg(test)]
 mod bundled;
+#[cfg(test)]
+mod core_library;
 
 #[cfg(test)]
 mod libraries {

@@ -1,0 +1,142 @@
+--- `apisix.secret.gcp`: Google Cloud's Secret Manager (terminology/secret.md; its REST API, `versions.access`). Waits.
+local core = require("apisix.core")
+local http = require("resty.http")
+local google_oauth = require("apisix.utils.google-cloud-oauth")
+local decode_base64 = ngx.decode_base64
+local sub, type = string.sub, type
+
+local _M = {}
+
+local auth_config = {
+    type = "object",
+    properties = {
+        client_email = { type = "string" },
+        private_key = { type = "string" },
+        project_id = { type = "string" },
+        token_uri = { type = "string", default = "https://oauth2.googleapis.com/token" },
+        scope = {
+            type = "array",
+            items = { type = "string" },
+            default = { "https://www.googleapis.com/auth/cloud-platform" },
+        },
+        entries_uri = { type = "string", default = "https://secretmanager.googleapis.com/v1" },
+    },
+    required = { "client_email", "private_key", "project_id" },
+}
+
+_M.schema = {
+    type = "object",
+    properties = {
+        ssl_verify = { type = "boolean", default = true },
+        auth_config = auth_config,
+        auth_file = { type = "string" },
+    },
+    oneOf = { { required = { "auth_config" } }, { required = { "auth_file" } } },
+}
+
+-- For connecting, sending and each read. Requests wait for it.
+local TIMEOUT_MS = 5000
+
+-- Service accounts whose tokens a worker keeps, by what they are configured as; they go with that.
+local oauths = core.lrucache.new({ ttl = 3600, count = 32 })
+
+local function account_of(conf)
+    if conf.auth_config then
+        return conf.auth_config
+    end
+    local path = conf.auth_file
+    local file, open_err = io.open(path, "rb")
+    if not file then
+        return nil, "failed to read configuration, file: " .. path .. ", err: " .. open_err
+    end
+    file:close()
+    local text, err = core.io.get_file(path)
+    if not text then
+        return nil, "failed to read configuration, file: " .. path .. ", err: " .. err
+    end
+    local fields
+    fields, err = core.json.decode(text)
+    if type(fields) ~= "table" then
+        return nil, "config parse failure, file: " .. path .. ", err: " .. (err or "it is no object")
+    end
+    local whole = { auth_config = fields }
+    local ok
+    ok, err = core.schema.check(_M.schema, whole)
+    if not ok then
+        return nil, "config parse failure, file: " .. path .. ", err: " .. err
+    end
+    return whole.auth_config
+end
+
+local function oauth_of(conf)
+    local account, err = account_of(conf)
+    if not account then
+        return nil, err
+    end
+    local key = core.json.stably_encode({ account, conf.ssl_verify ~= false })
+    return oauths(key, nil, google_oauth.new, account, conf.ssl_verify ~= false)
+end
+
+local function read(conf, name)
+    local oauth, err = oauth_of(conf)
+    if not oauth then
+        return nil, err
+    end
+    local token = oauth:generate_access_token()
+    if not token then
+        return nil, "failed to get google oauth token"
+    end
+    local client = http.new()
+    client:set_timeout(TIMEOUT_MS)
+    local entries = oauth.entries_uri or auth_config.properties.entries_uri.default
+    local uri = entries .. "/projects/" .. oauth.project_id .. "/secrets/" .. name .. "/versions/latest:access"
+    local response
+    response, err = client:request_uri(uri, {
+        ssl_verify = oauth.ssl_verify,
+        method = "GET",
+        headers = { ["Authorization"] = (oauth.access_token_type or "Bearer") .. " " .. token },
+    })
+    if not response then
+        return nil, err
+    end
+    if response.status ~= 200 then
+        return nil, "invalid response status, status: " .. response.status .. ", body: " .. response.body
+    end
+    local answer
+    answer, err = core.json.decode(response.body)
+    local payload = type(answer) == "table" and answer.payload
+    local data = type(payload) == "table" and type(payload.data) == "string" and decode_base64(payload.data)
+    if not data then
+        return nil, "failed to parse response data, body: " .. response.body .. (err and ", err: " .. err or "")
+    end
+    return data
+end
+
+--- The value of `key`: a secret's name, or its name and a field of its JSON after a slash. nil when the secret has no such
+-- field; nil and the reason.
+function _M.get(conf, key)
+    core.log.info("fetching data from gcp for key: ", key)
+    local slash = core.string.find(key, "/")
+    local name, field = key, nil
+    if slash then
+        name, field = sub(key, 1, slash - 1), sub(key, slash + 1)
+    end
+    if name == "" then
+        return nil, "can't find main key, key: " .. key
+    end
+    local text, err = read(conf, name)
+    if not text then
+        return nil, "failed to retrtive data from gcp secret manager: " .. err
+    end
+    if not field then
+        return text
+    end
+    local fields
+    fields, err = core.json.decode(text)
+    if type(fields) ~= "table" then
+        return nil, "failed to decode result, res: " .. text .. (err and ", err: " .. err or "")
+    end
+    return fields[field]
+end
+
+return _M

@@ -1,0 +1,71 @@
+--- `apisix.secret.vault`: HashiCorp Vault's KV engine, version 1 (terminology/secret.md; Vault's HTTP API, "KV secrets engine").
+-- Waits.
+local core = require("apisix.core")
+local http = require("resty.http")
+local env = core.env
+local byte, sub, type = string.byte, string.sub, type
+
+local _M = {}
+
+_M.schema = {
+    type = "object",
+    properties = {
+        uri = core.schema.uri_def,
+        prefix = { type = "string" },
+        token = { type = "string" },
+        namespace = { type = "string" },
+    },
+    required = { "uri", "prefix", "token" },
+}
+
+-- For connecting, sending and each read. Requests wait for it.
+local TIMEOUT_MS = 5000
+local SLASH = byte("/")
+
+local function path_of(conf, name)
+    if byte(name, 1) == SLASH then
+        name = sub(name, 2)
+    end
+    return conf.uri .. "/v1/" .. conf.prefix .. "/" .. name
+end
+
+local function read(conf, name)
+    local client = http.new()
+    client:set_timeout(TIMEOUT_MS)
+    local token = env.fetch_by_uri(conf.token)
+    local response, err = client:request_uri(path_of(conf, name), {
+        method = "GET",
+        headers = {
+            ["X-Vault-Token"] = token or conf.token,
+            ["X-Vault-Namespace"] = conf.namespace,
+        },
+    })
+    return response and response.body, err
+end
+
+--- The value of `key`, `<path of the secret>/<field>`; nil when the secret has no such field; nil and the reason.
+function _M.get(conf, key)
+    core.log.info("fetching data from vault for key: ", key)
+    local slash = core.string.rfind_char(key, "/")
+    if not slash then
+        return nil, "error key format, key: " .. key
+    end
+    local name, field = sub(key, 1, slash - 1), sub(key, slash + 1)
+    if name == "" then
+        return nil, "can't find main key, key: " .. key
+    end
+    if field == "" then
+        return nil, "can't find sub key, key: " .. key
+    end
+    local body, err = read(conf, name)
+    if not body then
+        return nil, "failed to retrtive data from vault kv engine: " .. err
+    end
+    local answer = core.json.decode(body)
+    if type(answer) ~= "table" or type(answer.data) ~= "table" then
+        return nil, "failed to decode result, res: " .. body
+    end
+    return answer.data[field]
+end
+
+return _M

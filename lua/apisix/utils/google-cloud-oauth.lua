@@ -1,0 +1,90 @@
+--- `apisix.utils.google-cloud-oauth`: access tokens for a service account (Google's "Using OAuth 2.0 for server to server
+-- applications"; RFC 7523). Waits.
+local core = require("apisix.core")
+local http = require("resty.http")
+local jwt = require("resty.jwt")
+local time = ngx.time
+local concat, pcall, setmetatable, tonumber, type = table.concat, pcall, setmetatable, tonumber, type
+
+local _M = {}
+local mt = { __index = _M }
+
+-- Seconds that an assertion holds, as Google's documents have it, and those before a token's end when another is fetched.
+local ASSERTION_TTL = 3600
+local MARGIN = 60
+-- For connecting, sending and each read.
+local TIMEOUT_MS = 5000
+local GRANT_TYPE = "urn:ietf:params:oauth:grant-type:jwt-bearer"
+
+--- Tokens for `config`: `client_email`, `private_key` (PEM), `project_id`, `token_uri`, `scope` (a text or an array of them),
+-- `entries_uri`. `ssl_verify`: whether the token server's certificate is checked.
+function _M.new(config, ssl_verify)
+    local scope = config.scope or config.scopes
+    return setmetatable({
+        client_email = config.client_email,
+        private_key = config.private_key,
+        project_id = config.project_id,
+        token_uri = config.token_uri or "https://oauth2.googleapis.com/token",
+        auth_uri = config.auth_uri,
+        entries_uri = config.entries_uri,
+        scope = type(scope) == "table" and concat(scope, " ") or scope or "https://www.googleapis.com/auth/cloud-platform",
+        ssl_verify = ssl_verify,
+        access_token = nil,
+        access_token_type = nil,
+        access_token_ttl = nil,
+        access_token_expire_time = 0,
+    }, mt)
+end
+
+local function assertion(self)
+    local now = time()
+    return jwt:sign(self.private_key, {
+        header = { alg = "RS256", typ = "JWT" },
+        payload = {
+            iss = self.client_email, aud = self.token_uri, scope = self.scope, iat = now, exp = now + ASSERTION_TTL,
+        },
+    })
+end
+
+--- Fetches a token whether the last one still holds or not. Returns nothing; what went wrong is in error.log.
+function _M.refresh_access_token(self)
+    local signed, token = pcall(assertion, self)
+    if not signed then
+        return core.log.error("failed to sign the assertion for google oauth token: ",
+            type(token) == "table" and token.reason or token)
+    end
+    local client = http.new()
+    client:set_timeout(TIMEOUT_MS)
+    local response, err = client:request_uri(self.token_uri, {
+        ssl_verify = self.ssl_verify,
+        method = "POST",
+        body = ngx.encode_args({ grant_type = GRANT_TYPE, assertion = token }),
+        headers = { ["Content-Type"] = "application/x-www-form-urlencoded" },
+    })
+    if not response then
+        return core.log.error("failed to refresh google oauth access token, ", err)
+    end
+    if response.status ~= 200 then
+        return core.log.error("failed to refresh google oauth access token: ", response.body)
+    end
+    local answer
+    answer, err = core.json.decode(response.body)
+    if type(answer) ~= "table" or not answer.access_token then
+        return core.log.error("failed to parse google oauth response data: ", err or response.body)
+    end
+    self.access_token = answer.access_token
+    self.access_token_type = answer.token_type
+    self.access_token_ttl = tonumber(answer.expires_in) or 0
+    self.access_token_expire_time = time() + self.access_token_ttl
+end
+
+--- A token that still holds, fetched where there is none: a text, or nil when it cannot be had.
+function _M.generate_access_token(self)
+    if not self.access_token or time() > self.access_token_expire_time - MARGIN then
+        self.access_token = nil
+        self:refresh_access_token()
+    end
+    return self.access_token
+end
+
+return _M
