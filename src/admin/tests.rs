@@ -334,6 +334,11 @@ fn an_address_that_is_not_allowed_is_refused() {
     for (address, allowed) in [("127.0.0.9", true), ("127.0.1.1", false), ("::1", true), ("::ffff:127.0.0.1", true)] {
         assert_eq!(settings.allows(address.parse().expect("an address")), allowed, "{address}");
     }
+    for (list, allowed) in [(json!([]), true), (json!(["unix:"]), false)] {
+        let config = json!({"deployment": {"admin": {"allow_admin": list}}});
+        let settings = Settings::from_config(&config, "x").expect("settings");
+        assert_eq!(settings.allows("192.0.2.1".parse().expect("an address")), allowed, "{config}");
+    }
 }
 
 #[test]
