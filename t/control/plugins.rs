@@ -48,7 +48,7 @@ fn control(gw: &Gateway, method: &str, path: &str, body: &str) -> Reply {
 }
 
 fn not_found() -> serde_json::Value {
-    json!({"error_msg": "404 Route Not Found"})
+    json!({"error_msg": "404 Not Found"})
 }
 
 #[test]
