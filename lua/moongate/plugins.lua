@@ -13,12 +13,13 @@ _M.phases = { "rewrite", "access", "before_proxy", "header_filter", "body_filter
 -- What every plugin's schema allows beside its own properties.
 local meta_schema = {
     type = "object",
+    additionalProperties = false,
     properties = {
         disable = { type = "boolean" },
         error_response = { oneOf = { { type = "string" }, { type = "object" } } },
-        priority = { type = "integer" },
-        filter = { type = "array" },
-        pre_function = { type = "string" },
+        priority = { type = "integer", description = "runs the plugin as if it had this priority" },
+        filter = { type = "array", description = "an expression over variables: the plugin runs for requests that fulfil it" },
+        pre_function = { type = "string", description = "Lua that returns a function(conf, ctx), called before the plugin in each phase" },
     },
 }
 
@@ -41,6 +42,15 @@ local function complete(name, plugin)
         end
     end
     return plugin
+end
+
+-- `plugin_attr` of config.yaml, when the plugin says what it may be.
+local function check_attr(plugin)
+    if type(plugin.attr_schema) ~= "table" then return true end
+    local attr = require("apisix.plugin").plugin_attr(plugin.name) or {}
+    local ok, err = require("apisix.core.schema").check(plugin.attr_schema, attr)
+    if ok then return true end
+    return nil, "failed to check the plugin_attr[" .. plugin.name .. "]: " .. tostring(err)
 end
 
 local function describe(plugin)
@@ -68,6 +78,13 @@ local function insert(plugin)
     table.insert(ordered, at, plugin)
 end
 
+--- `apisix.lua_module_hook`: a module of the user's own that runs before plugins are loaded, and may replace what it likes. Nil, or
+--- why it could not.
+function _M.run_user_hook(name)
+    local ok, err = xpcall(require, debug_traceback, name)
+    if not ok then return tostring(err) end
+end
+
 --- Loads one plugin; its description, or nil and why not. `missing` as third result: there is no such module.
 function _M.load(name)
     local module = "apisix.plugins." .. name
@@ -79,16 +96,21 @@ function _M.load(name)
     local err
     plugin, err = complete(name, plugin)
     if not plugin then return nil, err end
+    ok, err = check_attr(plugin)
+    if not ok then return nil, err end
     insert(plugin)
     return describe(plugin)
 end
 
---- Every plugin's `init`, when its VM starts to serve; what failed, by name.
+--- Every plugin's `workflow_handler` and `init`, when its VM starts to serve; what failed, by name.
 function _M.init()
     local errors = {}
     for _, plugin in ipairs(ordered) do
-        if type(plugin.init) == "function" then
-            local ok, err = xpcall(plugin.init, debug_traceback)
+        -- What the workflow plugin may call comes before `init`, which may wait.
+        for _, hook in ipairs({ "workflow_handler", "init" }) do
+            local f = plugin[hook]
+            local ok, err = true, nil
+            if type(f) == "function" then ok, err = xpcall(f, debug_traceback) end
             if not ok then errors[plugin.name] = tostring(err) end
         end
     end

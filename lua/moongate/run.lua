@@ -100,13 +100,32 @@ local function wants(pass, owner, member)
     return pass.route
 end
 
+-- The same function, with its calls noted: requests that are watched have plans of their own.
+local function noted(f, name, phase, owner)
+    local owner_name, global = owner.name, owner.global
+    return function(conf, ctx)
+        native.watch_start(name, phase, owner_name)
+        local code, body = f(conf, ctx)
+        native.watch_end(name, phase, global, type(code) == "number" and code or body == nil and code and 200 or nil)
+        return code, body
+    end
+end
+
+-- What stands in a plan for a plugin's phase.
+local function function_of(pass, owner, member)
+    local f, phase = member.plugin[pass[2]], pass[2]
+    if not owner.noted then return f end
+    if pass.consumer then phase = "rewrite_in_consumer" end
+    return noted(f, member.item.name, phase, owner)
+end
+
 local function fill(plan, owner, members)
     for _, pass in ipairs(passes) do
         local section
         for _, member in ipairs(members) do
             if wants(pass, owner, member) then
                 section = section or section_of(owner)
-                add(section, member.plugin[pass[2]], member.conf, member.entry)
+                add(section, function_of(pass, owner, member), member.conf, member.entry)
             end
         end
         if section then
@@ -114,6 +133,36 @@ local function fill(plan, owner, members)
             plan[pass[1]] = list
             list[#list + 1] = section
         end
+    end
+end
+
+-- The functions of `apisix` that nginx.conf would call, and where they have their place. The first decides, in APISIX, whether the
+-- request is one that hooks tell of.
+local nginx_phases = {
+    { "rewrite", "http_access_phase" }, { "header_filter", "http_header_filter_phase" },
+    { "body_filter", "http_body_filter_phase" }, { "log", "http_log_phase" },
+}
+
+-- In APISIX this decides which plugins run: hooks on it tell of the route's.
+local function filter(_, ctx)
+    local plugin, route = require("apisix.plugin"), ctx.matched_route
+    if route then plugin.filter(ctx, route, nil, nil, "access") end
+end
+
+local function add_first(plan, phase, owner, f)
+    local section = section_of(owner)
+    add(section, f, {}, { name = "apisix", plain = true })
+    plan[phase] = plan[phase] or {}
+    table.insert(plan[phase], 1, section)
+end
+
+-- For hooks: has the plan call them first in their phases.
+local function call_nginx_phases(plan, owner, dynamic)
+    local apisix = require("apisix")
+    add_first(plan, "rewrite", owner, filter)
+    for i = dynamic and 2 or 1, #nginx_phases do
+        local phase, name = nginx_phases[i][1], nginx_phases[i][2]
+        add_first(plan, phase, owner, function() apisix[name]() end)
     end
 end
 
@@ -127,11 +176,13 @@ local function flat(members)
     return out
 end
 
---- Makes a plan of its owners (`{ global, conf_type, conf_id, conf_version, items }`), items by falling priority.
-function _M.build(owners)
+--- Makes a plan of its owners (`{ name, global, conf_type, conf_id, conf_version, items }`), items by falling priority. `noting`: their
+--- calls are noted; `hooked`: hooks may be on what nginx.conf would call, `dynamic` by a header.
+function _M.build(owners, noting, hooked, dynamic)
     local plan = { scope = owners[#owners], switches = #owners > 1 }
     for _, owner in ipairs(owners) do
         local members = {}
+        owner.noted = noting
         for _, item in ipairs(owner.items) do
             local plugin = plugins.get(item.name)
             local conf = plugin and conf_table(item, plugin)
@@ -143,6 +194,7 @@ function _M.build(owners)
         fill(plan, owner, members)
         owner.plugins = flat(members)
     end
+    if hooked then call_nginx_phases(plan, owners[#owners], dynamic) end
     local has = {}
     for _, phase in ipairs({ "rewrite", "consumer", "access", "before_proxy", "header_filter", "body_filter",
         "delayed_body_filter", "log" }) do

@@ -434,8 +434,8 @@ mod tests {
     use super::*;
 
     fn call(role: Option<Role>) -> Call {
-        let (method, path, query) = (Method::PUT, String::new(), Vec::new());
-        Call { method, path, query, headers: Default::default(), body: Default::default(), role }
+        let (method, path, query, args) = (Method::PUT, String::new(), Vec::new(), String::new());
+        Call { method, path, query, args, headers: Default::default(), body: Default::default(), role }
     }
 
     #[test]

@@ -3,7 +3,8 @@
 //! Runs on the control thread; handlers need not be `Send`.
 
 use std::{
-    cell::RefCell, convert::Infallible, future::Future, net::IpAddr, pin::pin, rc::Rc, sync::Arc, time::Duration,
+    borrow::Cow, cell::RefCell, convert::Infallible, future::Future, net::IpAddr, pin::pin, rc::Rc, sync::Arc,
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -55,6 +56,8 @@ pub struct Call {
     pub method: Method,
     /// Without query, as sent.
     pub path: String,
+    /// Behind the question mark, as sent.
+    pub args: String,
     /// Decoded, in order.
     pub query: Vec<(String, String)>,
     pub headers: HeaderMap,
@@ -78,7 +81,7 @@ impl Call {
 pub struct Answer {
     pub status: StatusCode,
     pub body: Bytes,
-    content_type: &'static str,
+    content_type: Cow<'static, str>,
     headers: Vec<(HeaderName, HeaderValue)>,
 }
 
@@ -90,19 +93,24 @@ impl Answer {
     /// JSON that is text already.
     pub fn json_text(status: u16, text: impl Into<Bytes>) -> Answer {
         let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        Answer { status, body: text.into(), content_type: JSON, headers: Vec::new() }
+        Answer { status, body: text.into(), content_type: JSON.into(), headers: Vec::new() }
     }
 
     pub fn text(status: u16, text: impl Into<Bytes>) -> Answer {
-        Answer { content_type: "text/plain", ..Answer::json_text(status, text) }
+        Answer::of_type(status, "text/plain", text)
+    }
+
+    /// Of any type.
+    pub fn of_type(status: u16, content_type: impl Into<Cow<'static, str>>, body: impl Into<Bytes>) -> Answer {
+        Answer { content_type: content_type.into(), ..Answer::json_text(status, body) }
     }
 
     pub fn yaml(status: u16, text: impl Into<Bytes>) -> Answer {
-        Answer { content_type: "application/yaml", ..Answer::json_text(status, text) }
+        Answer::of_type(status, "application/yaml", text)
     }
 
     pub fn html(status: u16, text: impl Into<Bytes>) -> Answer {
-        Answer { content_type: "text/html", ..Answer::json_text(status, text) }
+        Answer::of_type(status, "text/html", text)
     }
 
     /// `{"error_msg": …}`.
@@ -119,14 +127,15 @@ impl Answer {
 
     /// JSON ends with a line feed, as APISIX's answers do.
     fn into_response(self) -> Response<Full<Bytes>> {
-        let body = match self.content_type {
+        let body = match &*self.content_type {
             JSON if !self.body.is_empty() && !self.body.ends_with(b"\n") => [&self.body, &b"\n"[..]].concat().into(),
             _ => self.body,
         };
         let mut response = Response::new(Full::new(body));
         *response.status_mut() = self.status;
         let headers = response.headers_mut();
-        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(self.content_type));
+        let plain = HeaderValue::from_static("text/plain");
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_str(&self.content_type).unwrap_or(plain));
         headers.extend(self.headers);
         response
     }
@@ -156,14 +165,9 @@ impl Incomplete {
             (None, _) => Bytes::new(),
         };
         let Parts { method, uri, headers, .. } = self.head;
-        Ok(Call {
-            method,
-            path: uri.path().to_owned(),
-            query: parse_query(uri.query().unwrap_or("")),
-            headers,
-            body,
-            role: None,
-        })
+        let args = uri.query().unwrap_or("").to_owned();
+        let query = parse_query(&args);
+        Ok(Call { method, path: uri.path().to_owned(), query, args, headers, body, role: None })
     }
 }
 

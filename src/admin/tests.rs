@@ -74,7 +74,7 @@ async fn start_on(between: impl FnOnce(Arc<dyn Store>) -> Arc<dyn Store>) -> Api
         published: started.published.clone(),
         plugins: plugins.clone(),
         fields: None,
-        pipeline: Some(started.handle.clone()),
+        pipeline: Some(started.handle),
         trials: None,
     };
     let listen = || async { TcpListener::bind("127.0.0.1:0").await.expect("a port") };
@@ -82,10 +82,12 @@ async fn start_on(between: impl FnOnce(Arc<dyn Store>) -> Arc<dyn Store>) -> Api
     let places = (admin.local_addr().expect("bound"), control.local_addr().expect("bound"));
     tokio::task::spawn_local(serve(admin, None, Rc::new(state), std::future::pending()));
     let control_state = control::State {
+        reload: None,
+        plugin_apis: None,
+        trace: None,
         published: started.published,
         source: started.source,
         plugins,
-        pipeline: Some(started.handle),
         collect: None,
         health: None,
         lua: None,
@@ -492,7 +494,7 @@ fn the_control_api_tells_what_is_wrong() {
         list = api.control("/v1/routes").await;
         assert_eq!(list.json()[0]["value"]["upstream"]["nodes"], json!([{"host": "foo.com", "port": 1, "weight": 1}]));
         assert_eq!(list.json()[0]["has_domain"], true);
-        assert_eq!(api.control("/v1/healthcheck").await.json(), json!([]));
+        assert_eq!(api.control("/v1/healthcheck").await.json(), json!({}));
         assert_eq!(api.control("/v1/healthcheck/route/1").await.error(), "invalid src type route");
         assert_eq!(api.control("/v1/healthcheck/routes/1").await.error(), "routes[1] not found");
         assert_eq!(api.send(api.control, "POST", "/v1/gc", "", "").await.status, 200);

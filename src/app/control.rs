@@ -3,11 +3,12 @@
 
 use std::{fs, io, net::SocketAddr, path::PathBuf, rc::Rc, sync::Arc, time::Duration};
 
+use futures_util::future::join_all;
 use tokio::{
     net::TcpListener,
     runtime::Handle,
     signal::unix::{Signal, SignalKind, signal},
-    sync::{mpsc, watch},
+    sync::{mpsc, oneshot, watch},
     task::{JoinSet, spawn_local},
     time::{sleep, timeout},
 };
@@ -15,6 +16,7 @@ use tokio::{
 use super::{
     asking::Asking,
     banner::{self, Listening},
+    debug::DebugFile,
     ending::Endings,
     functions::Keeper,
     listeners::{self, Sockets},
@@ -26,11 +28,14 @@ use super::{
 use crate::{
     admin,
     conf::{self, Config, admin_key},
-    control,
+    control::{
+        self,
+        status::{Readiness, Status},
+    },
     dns::Resolver,
     error::{Error, Kind, Result},
     observe::{log, metrics},
-    plugin::{Errand, Setup},
+    plugin::{Errand, Setup, Watching},
     store::{self, Published, Started, Store},
 };
 
@@ -44,10 +49,21 @@ const DRAIN_MARGIN: Duration = Duration::from_secs(10);
 pub async fn run(mut config: Config) -> Result<()> {
     let mut signals = Signals::new()?;
     let sockets = listeners::bind(&config)?;
-    let ports = Ports::bind(&config).await?;
+    let mut ports = Ports::bind(&config).await?;
     let at = ports.listening(&sockets)?;
     conf::note_places(&mut config, at.admin, at.control);
+    let readiness = Readiness::new(config.workers);
+    let status = Status::new(readiness.clone());
+    let (gone, ended) = watch::channel(false);
+    if let Some(listener) = ports.status.take() {
+        spawn_local(control::status::serve(listener, status.clone(), over(ended)));
+    }
+    let watching = Watching::new(config.trace.clone());
+    let debug = DebugFile::new(&config.prefix, watching.clone());
+    let debug_changes = debug.changes();
+    spawn_local(debug.follow());
     let setup = Setup::new(config.prefix.clone(), config.json.clone(), config.locations.clone());
+    let setup = setup.watched(watching.clone());
     let plugins = Plugins::new(setup.clone(), config.file.clone())?;
     let store = store::open(&config)?;
     let started = tokio::select! {
@@ -55,6 +71,9 @@ pub async fn run(mut config: Config) -> Result<()> {
         // Nothing is served yet that could be drained.
         _ = signals.end() => return Ok(()),
     };
+    let standalone = store.clone().standalone();
+    let received = Box::new(move || standalone.as_ref().is_none_or(|store| store.is_loaded()));
+    status.configured(started.published.clone(), started.source.clone(), received);
     let metrics = metrics::Metrics::new(metrics::Settings::from_attr(&config.json["plugin_attr"]["prometheus"]));
     metrics.install();
     let resolver = Arc::new(Resolver::new(&settings::dns(&config), Handle::current()));
@@ -66,23 +85,36 @@ pub async fn run(mut config: Config) -> Result<()> {
         resolver,
         setup,
         endings: Endings::new(&config, metrics.clone())?,
+        number: 0,
     };
-    let mut workers = Workers::start(blueprint, sockets)?;
+    let mut workers = Workers::start((blueprint, debug_changes), sockets, readiness)?;
     workers.ready().await?;
-    let mut reload = Reload::new(&config, (at.admin, at.control), plugins.clone(), started.handle.clone());
+    let mut reload =
+        Reload::new(&config, (at.admin, at.control), plugins.clone(), (started.handle.clone(), watching.clone()));
     let (finish, finished) = watch::channel(false);
     let (collect, asking) = (workers.collections.clone(), workers.asking.clone());
     let keeper = Keeper::new(store.clone(), started.published.clone(), workers.errands.take());
     let keeping = spawn_local(keeper.clone().run());
-    let shared = (collect, asking, keeper);
-    let apis = Apis { config: &config, plugins, store: store.clone(), started, metrics, finished, shared };
+    let (reloads, asked) = mpsc::channel(RELOADS);
+    let apis = Apis {
+        config: &config,
+        plugins,
+        store: store.clone(),
+        started,
+        metrics,
+        finished,
+        shared: (collect, asking, keeper),
+        reloads,
+        watching,
+    };
     let mut serving = apis.serve(ports)?;
     announce(&config, &at, &*store)?;
-    let ended = attend(&mut reload, &mut signals, &mut workers).await;
+    let ended = attend((&mut reload, asked), &mut signals, &mut workers).await;
     keeping.abort();
     finish.send_replace(true);
     workers.end(&mut signals).await;
     let _ = timeout(STOP_PATIENCE, async { while serving.join_next().await.is_some() {} }).await;
+    gone.send_replace(true);
     remove_listen_file(&config);
     ended
 }
@@ -100,15 +132,32 @@ async fn open(config: &Config, plugins: &Plugins, store: &Arc<dyn Store>) -> Res
     store::start(store.clone(), setup).await
 }
 
-/// Hears signals and workers until the gateway is to end.
-async fn attend(reload: &mut Reload, signals: &mut Signals, workers: &mut Workers) -> Result<()> {
+/// Reloads of plugins that may wait for the one that is done.
+const RELOADS: usize = 16;
+/// How long whoever asks for a reload waits for the workers. One may be inside a script, and plugins' `init` may wait.
+const RELOAD_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Whoever asked for a reload of plugins, and is told how it went.
+type Asked = oneshot::Sender<Result<(), String>>;
+
+/// Hears signals, workers and the control API until the gateway is to end.
+async fn attend(
+    (reload, mut asked): (&mut Reload, mpsc::Receiver<Asked>),
+    signals: &mut Signals,
+    workers: &mut Workers,
+) -> Result<()> {
     loop {
         let heard = tokio::select! {
             heard = signals.next() => heard,
+            Some(who) = asked.recv() => {
+                let number = reload.reload(&workers.blueprints, true).await;
+                workers.tell_when_taken(number, who);
+                continue;
+            }
             report = workers.reports.recv() => {
                 let ended = match report {
                     Some(Report::Ended(ended)) => ended,
-                    Some(Report::Ready) => continue,
+                    Some(Report::Ready(_)) => continue,
                     None => Ok(()),
                 };
                 workers.left = workers.left.saturating_sub(1);
@@ -127,7 +176,7 @@ async fn attend(reload: &mut Reload, signals: &mut Signals, workers: &mut Worker
                 workers.tell(Order::Stop);
                 return Ok(());
             }
-            Heard::Reload => reload.reload(&workers.blueprints).await,
+            Heard::Reload => drop(reload.reload(&workers.blueprints, false).await),
             Heard::Reopen => log::reopen_all(),
         }
     }
@@ -142,6 +191,9 @@ struct Workers {
     asking: Asking,
     /// To the worker that runs functions which no client asks for.
     errands: Option<mpsc::Sender<Errand>>,
+    /// What each has taken over of the blueprints.
+    taken: Vec<watch::Receiver<u64>>,
+    readiness: Arc<Readiness>,
     reports: mpsc::UnboundedReceiver<Report>,
     /// Those that have not ended.
     left: usize,
@@ -149,15 +201,30 @@ struct Workers {
 }
 
 impl Workers {
-    fn start(blueprint: Blueprint, sockets: Sockets) -> Result<Workers> {
+    fn start(
+        (blueprint, debug): (Blueprint, watch::Sender<u64>),
+        sockets: Sockets,
+        readiness: Arc<Readiness>,
+    ) -> Result<Workers> {
         let (orders, _) = watch::channel(Order::Serve);
         let (sender, reports) = mpsc::unbounded_channel();
         let drain_limit = blueprint.config.shutdown_timeout + DRAIN_MARGIN;
         let (collections, _) = watch::channel(0);
         let asking = Asking::default();
         let (blueprints, _) = watch::channel(blueprint.clone());
-        let errands = None;
-        let mut workers = Workers { orders, blueprints, collections, asking, errands, reports, left: 0, drain_limit };
+        let (errands, taken) = (None, Vec::new());
+        let mut workers = Workers {
+            orders,
+            blueprints,
+            collections,
+            asking,
+            errands,
+            taken,
+            readiness,
+            reports,
+            left: 0,
+            drain_limit,
+        };
         for (id, sockets) in sockets.workers.into_iter().enumerate() {
             let (orders, collections) = (workers.orders.subscribe(), workers.collections.subscribe());
             let questions = workers.asking.worker();
@@ -165,7 +232,11 @@ impl Workers {
             let (errand, errands) = mpsc::channel(ERRANDS);
             // The first one runs them all: what must happen once happens in one place.
             workers.errands.get_or_insert(errand);
-            let line = Line { orders, blueprints, collections, reports: sender.clone(), questions, errands };
+            let (sender_taken, taken) = watch::channel(0);
+            workers.taken.push(taken);
+            let (reports, debug) = (sender.clone(), debug.subscribe());
+            let taken = sender_taken;
+            let line = Line { orders, blueprints, collections, debug, reports, taken, questions, errands };
             worker::spawn(id, blueprint.clone(), sockets, line)?;
             workers.left += 1;
         }
@@ -176,7 +247,7 @@ impl Workers {
     async fn ready(&mut self) -> Result<()> {
         for _ in 0..self.left {
             match self.reports.recv().await {
-                Some(Report::Ready) => {}
+                Some(Report::Ready(worker)) => self.readiness.set(worker, true),
                 Some(Report::Ended(Err(e))) => return Err(e),
                 _ => return Err(Error::internal(Kind::Other).context("a worker ended while the gateway started")),
             }
@@ -184,9 +255,28 @@ impl Workers {
         Ok(())
     }
 
+    /// Tells who asked for a reload that every worker has taken it over.
+    fn tell_when_taken(&self, number: Option<u64>, who: Asked) {
+        let Some(number) = number else {
+            let _ = who
+                .send(Err("the configuration file has mistakes, which error.log names: nothing was reloaded".into()));
+            return;
+        };
+        let mut taken = self.taken.clone();
+        spawn_local(async move {
+            let all = join_all(taken.iter_mut().map(|one| one.wait_for(|taken| *taken >= number)));
+            let told = match timeout(RELOAD_PATIENCE, all).await {
+                Ok(_) => Ok(()),
+                Err(_) => Err(format!("not every worker has loaded the plugins within {RELOAD_PATIENCE:?}")),
+            };
+            let _ = who.send(told);
+        });
+    }
+
     fn tell(&self, order: Order) {
         if order != Order::Serve {
             crate::lua::ngx::worker::set_exiting();
+            self.readiness.end();
         }
         self.orders.send_replace(order);
     }
@@ -210,7 +300,7 @@ impl Workers {
     async fn ended(&mut self) {
         while self.left > 0 {
             match self.reports.recv().await {
-                Some(Report::Ready) => {}
+                Some(Report::Ready(_)) => {}
                 Some(Report::Ended(ended)) => {
                     self.left -= 1;
                     if let Err(e) = ended {
@@ -324,6 +414,8 @@ struct Apis<'a> {
     /// True: accept no more.
     finished: watch::Receiver<bool>,
     shared: (watch::Sender<u64>, Asking, Keeper),
+    reloads: mpsc::Sender<Asked>,
+    watching: Arc<Watching>,
 }
 
 impl Apis<'_> {
@@ -350,23 +442,18 @@ impl Apis<'_> {
                 self.config.admin.as_ref().and_then(|admin| admin.tls.as_ref()).map(admin::Tls::open).transpose()?;
             serving.spawn_local(admin::serve(listener, tls, state, over(self.finished.clone())));
         }
-        if let Some(listener) = ports.status {
-            let (source, standalone) = (self.started.source.clone(), self.store.clone().standalone());
-            let ready = move || match &standalone {
-                Some(store) => store.is_loaded(),
-                None => source.load().received,
-            };
-            serving.spawn_local(control::status::serve(listener, Box::new(ready), over(self.finished.clone())));
-        }
         if let Some(listener) = ports.control {
+            let (endpoints, watching) = (asking.clone(), self.watching.clone());
             let state = Rc::new(control::State {
                 published: self.started.published.clone(),
                 source: self.started.source.clone(),
                 plugins,
-                pipeline: Some(self.started.handle.clone()),
                 collect: Some(Box::new(move || collections.send_modify(|n| *n += 1))),
                 health: None,
                 lua: Some(Box::new(move || Box::pin(asking.clone().ask()))),
+                reload: Some(Box::new(move || Box::pin(reload(self.reloads.clone())))),
+                plugin_apis: Some(Box::new(move |call| Box::pin(endpoints.clone().endpoint(call)))),
+                trace: Some(Box::new(move |id| watching.trace(id))),
             });
             serving.spawn_local(control::serve(listener, state, over(self.finished.clone())));
         }
@@ -383,6 +470,14 @@ impl Apis<'_> {
         spawn_local(follow_labels(self.started.published.clone(), self.metrics));
         Ok(serving)
     }
+}
+
+/// Has the plugins loaded anew.
+async fn reload(reloads: mpsc::Sender<Asked>) -> Result<(), String> {
+    let (who, told) = oneshot::channel();
+    let ends = |_| "the gateway is ending".to_owned();
+    reloads.send(who).await.map_err(|_| ends(()))?;
+    told.await.map_err(|_| ends(()))?
 }
 
 async fn over(mut finished: watch::Receiver<bool>) {

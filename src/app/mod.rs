@@ -8,6 +8,7 @@
 mod asking;
 pub mod banner;
 mod control;
+mod debug;
 mod ending;
 mod functions;
 mod listeners;

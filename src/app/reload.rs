@@ -11,7 +11,7 @@ use super::{plugins::Plugins, worker::Blueprint};
 use crate::{
     conf::{self, Config, Warning, admin_key},
     observe::log::{self, Level},
-    plugin::Setup,
+    plugin::{Setup, Watching},
     shdict,
     store::Handle,
 };
@@ -34,6 +34,7 @@ const AT_START: &[&str] = &[
     "apisix.ssl",
     "apisix.status",
     "apisix.stream_proxy",
+    "apisix.trace",
     "deployment",
     "lua.preload",
     "lua_listen",
@@ -61,6 +62,7 @@ const AT_START: &[&str] = &[
 const OF_PLUGINS: &[&str] = &[
     "apisix.extra_lua_path",
     "apisix.extra_lua_cpath",
+    "apisix.lua_module_hook",
     "lua_package_path",
     "lua_package_cpath",
     "plugins",
@@ -78,6 +80,7 @@ pub struct Reload {
     last: Arc<Value>,
     plugins: Plugins,
     pipeline: Handle,
+    watching: Arc<Watching>,
 }
 
 impl Reload {
@@ -85,16 +88,17 @@ impl Reload {
         config: &Config,
         places: (Option<SocketAddr>, Option<SocketAddr>),
         plugins: Plugins,
-        pipeline: Handle,
+        (pipeline, watching): (Handle, Arc<Watching>),
     ) -> Reload {
-        Reload { first: config.clone(), places, last: config.json.clone(), plugins, pipeline }
+        Reload { first: config.clone(), places, last: config.json.clone(), plugins, pipeline, watching }
     }
 
-    /// Takes over what can change. A file with mistakes changes nothing: each of them is logged.
-    pub async fn reload(&mut self, blueprints: &watch::Sender<Blueprint>) {
+    /// Takes over what can change. A file with mistakes changes nothing: each of them is logged. `plugins`: those are loaded anew for
+    /// the control thread even if nothing says that they have changed. The number of the new blueprint; `None`: there is none.
+    pub async fn reload(&mut self, blueprints: &watch::Sender<Blueprint>, plugins: bool) -> Option<u64> {
         let Some(next) = self.read() else {
             tracing::error!("the configuration was not reloaded, the old one goes on");
-            return;
+            return None;
         };
         if let Some(level) = Level::from_name(&next.error_log_level) {
             log::set_level(level);
@@ -103,10 +107,11 @@ impl Reload {
             shdict::store().declare(name, *size);
         }
         let setup = Setup::new(next.prefix.clone(), next.json.clone(), next.locations.clone());
+        let setup = setup.watched(self.watching.clone());
         let changed = differences_of(&self.last, &next.json);
         // Also where nothing changes for plugins now: what a reload of plugins reads is for the workers, too.
         self.plugins.set_up(setup.clone());
-        if changed.iter().any(|path| is_under(path, OF_PLUGINS))
+        if (plugins || changed.iter().any(|path| is_under(path, OF_PLUGINS)))
             && let Err(e) = self.pipeline.reload_plugins_here().await
         {
             tracing::error!("the plugins that check what is stored are the old ones: {e}");
@@ -116,7 +121,9 @@ impl Reload {
         blueprints.send_modify(|blueprint| {
             blueprint.setup = setup;
             blueprint.config = Arc::new(next);
+            blueprint.number += 1;
         });
+        Some(blueprints.borrow().number)
     }
 
     fn read(&self) -> Option<Config> {

@@ -2,7 +2,7 @@
 
 use std::{
     cell::RefCell,
-    net::UdpSocket,
+    net::{SocketAddr, UdpSocket},
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     rc::Rc,
     sync::Arc,
@@ -24,10 +24,12 @@ use super::{
     settings,
 };
 use crate::{
+    admin,
     conf::Config,
+    control::{PluginCall, PluginReply},
     dns::Resolver,
     error::{Error, Kind, Result},
-    exchange::Exchange,
+    exchange::{Connection, Exchange, RequestBody},
     net::{
         Drain, ExchangePool, Handler, Server,
         listener::{self, HandshakeScripts},
@@ -65,8 +67,8 @@ pub enum Order {
 
 /// What a worker tells.
 pub enum Report {
-    /// It accepts connections.
-    Ready,
+    /// The worker of that number accepts connections.
+    Ready(usize),
     Ended(Result<()>),
 }
 
@@ -78,16 +80,22 @@ pub struct Blueprint {
     pub resolver: Arc<Resolver>,
     pub setup: Setup,
     pub endings: Endings,
+    /// Counts the reloads.
+    pub number: u64,
 }
 
-/// The two ends of the talk with the control thread. At most two reports per worker, so they need no bound.
+/// The worker's end of the talk with the control thread. At most two reports per worker, so they need no bound.
 pub struct Line {
     pub orders: watch::Receiver<Order>,
     /// Changes with each reload of the configuration file.
     pub blueprints: watch::Receiver<Blueprint>,
     pub reports: mpsc::UnboundedSender<Report>,
+    /// The number of the last blueprint that the worker has taken over, or failed to.
+    pub taken: watch::Sender<u64>,
     /// Changes when the VMs are to collect their garbage.
     pub collections: watch::Receiver<u64>,
+    /// Changes with what conf/debug.yaml says.
+    pub debug: watch::Receiver<u64>,
     /// Of what the VMs hold.
     pub questions: Questions,
     /// Functions to run that no client asks for.
@@ -133,7 +141,7 @@ fn run(worker: usize, blueprint: Blueprint, sockets: Bound, line: Line) -> Resul
 }
 
 async fn serve(worker: usize, blueprint: Blueprint, sockets: Bound, line: Line) -> Result<()> {
-    let Line { mut orders, blueprints, reports, collections, questions, errands } = line;
+    let Line { mut orders, blueprints, reports, taken, collections, debug, questions, errands } = line;
     let config = blueprint.config.clone();
     let ending = Rc::new(blueprint.endings.of_worker(&config));
     let serving = tokio::select! {
@@ -152,10 +160,10 @@ async fn serve(worker: usize, blueprint: Blueprint, sockets: Bound, line: Line) 
     if blueprint.config.stream.enabled {
         stream(&blueprint, &drain, sockets.tcp, sockets.udp, &mut listeners);
     }
-    let mut chores = chores(&serving, &ending, collections, questions);
-    chores.spawn_local(follow(worker, serving.clone(), ending.clone(), blueprints));
+    let mut chores = chores(&serving, &ending, (collections, debug), questions);
+    chores.spawn_local(follow(worker, serving.clone(), ending.clone(), (blueprints, taken)));
     chores.spawn_local(run_errands(serving.clone(), errands));
-    let _ = reports.send(Report::Ready);
+    let _ = reports.send(Report::Ready(worker));
     let ended = tokio::select! {
         () = ordered(&mut orders, |order| order != Order::Serve) => Ok(()),
         // A control plane has none.
@@ -216,17 +224,27 @@ impl Serving {
 }
 
 /// Makes a new proxy, with new VMs, for each new blueprint. Where that fails, the old one goes on.
-async fn follow(worker: usize, serving: Rc<Serving>, ending: Rc<Ending>, mut blueprints: watch::Receiver<Blueprint>) {
+async fn follow(
+    worker: usize,
+    serving: Rc<Serving>,
+    ending: Rc<Ending>,
+    (mut blueprints, taken): (watch::Receiver<Blueprint>, watch::Sender<u64>),
+) {
     while blueprints.changed().await.is_ok() {
         let blueprint = blueprints.borrow_and_update().clone();
+        // In APISIX's words, which people look for.
+        tracing::info!("start to hot reload plugins");
         match new_proxy(worker, &blueprint, ending.clone()).await {
             Ok(proxy) => {
                 let old = serving.replace(proxy, &blueprint);
                 // Its requests go on without its timers, as those of an nginx worker that is shutting down.
                 spawn_local(async move { close(&old.runner, TIMERS_PATIENCE).await });
+                // The first load counts, too.
+                tracing::info!("load plugin times: {}", blueprint.number + 1);
             }
             Err(e) => tracing::error!("{e}; what was loaded before goes on"),
         }
+        taken.send_replace(blueprint.number);
     }
 }
 
@@ -354,14 +372,18 @@ impl Drop for Running<'_> {
 fn chores(
     serving: &Rc<Serving>,
     ending: &Rc<Ending>,
-    collections: watch::Receiver<u64>,
+    (collections, debug): (watch::Receiver<u64>, watch::Receiver<u64>),
     questions: Questions,
 ) -> JoinSet<()> {
     let mut chores = JoinSet::new();
     chores.spawn_local(sweep(serving.clone()));
     chores.spawn_local(collect(serving.clone(), collections));
+    chores.spawn_local(follow_debug(serving.clone(), debug));
     let asked = serving.clone();
-    chores.spawn_local(questions.answer(move || asked.proxy().runner.states()));
+    let endpoints = serving.clone();
+    chores.spawn_local(
+        questions.answer(move || asked.proxy().runner.states(), move |call| endpoint(endpoints.proxy(), call)),
+    );
     let ending = ending.clone();
     chores.spawn_local(async move { ending.flush_in_time().await });
     chores
@@ -380,10 +402,44 @@ async fn run_errands(serving: Rc<Serving>, mut errands: mpsc::Receiver<Errand>) 
     }
 }
 
+/// Answers by a plugin's own endpoint of the control API.
+async fn endpoint(proxy: Rc<Proxy>, call: PluginCall) -> Option<PluginReply> {
+    let nowhere = SocketAddr::from(([127, 0, 0, 1], 0));
+    let mut x = Exchange::new(Rc::new(Connection::new(0, nowhere, nowhere)), proxy.snapshot());
+    x.begin();
+    x.request.method.extend_from_slice(call.method.as_bytes());
+    x.request.path.extend_from_slice(admin::http::decode(&call.path).as_bytes());
+    x.request.args.extend_from_slice(call.args.as_bytes());
+    x.request.target.extend_from_slice(call.path.as_bytes());
+    if !call.args.is_empty() {
+        x.request.target.push(b'?');
+        x.request.target.extend_from_slice(call.args.as_bytes());
+    }
+    for (name, value) in &call.headers {
+        x.request.headers.append(name, value);
+    }
+    if !call.body.is_empty() {
+        x.body = RequestBody::Memory(call.body);
+    }
+    if !proxy.runner.control(&mut x).await {
+        return None;
+    }
+    let content_type = x.response.headers.get("content-type").unwrap_or(b"text/plain");
+    let content_type = String::from_utf8_lossy(content_type).into_owned();
+    Some(PluginReply { status: x.response.status, content_type, body: std::mem::take(&mut x.printed) })
+}
+
 /// Collects the garbage of scripts whenever it is asked for.
 async fn collect(serving: Rc<Serving>, mut collections: watch::Receiver<u64>) {
     while collections.changed().await.is_ok() {
         serving.proxy().runner.collect();
+    }
+}
+
+/// Keeps the hooks of the debug mode where conf/debug.yaml has them.
+async fn follow_debug(serving: Rc<Serving>, mut changes: watch::Receiver<u64>) {
+    while changes.changed().await.is_ok() {
+        serving.proxy().runner.follow_debug();
     }
 }
 

@@ -74,8 +74,10 @@ pub struct Config {
     pub access_log: Option<AccessLog>,
     pub admin: Option<Admin>,
     pub control: Option<SocketAddr>,
-    /// `apisix.status`: where probes ask whether requests are served. `None`: nowhere.
+    /// The status API, where `apisix.status` is written.
     pub status: Option<SocketAddr>,
+    /// `apisix.trace`: requests that may be traced. `None`: none.
+    pub trace: Option<Trace>,
     pub prometheus: Prometheus,
     pub keyring: Vec<String>,
     pub encrypt_fields: bool,
@@ -212,6 +214,16 @@ pub struct AdminKey {
     pub key: String,
     /// `admin` or `viewer`
     pub role: String,
+}
+
+/// Who may have a request of theirs traced.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Trace {
+    /// The field of the request that holds the key; that of the response which names the trace has `-Id` behind it.
+    pub header: String,
+    pub key: String,
+    /// Traces that are kept.
+    pub keep: usize,
 }
 
 #[derive(Clone, Debug)]

@@ -15,7 +15,7 @@ use serde_json::Value;
 
 use super::{
     AccessLog, Admin, AdminKey, AdminTls, Client, Config, Keepalive, Listen, ListenUnix, LuaLimits, Prometheus, RealIp,
-    Resolver, Router, Tls, Warning, keys::at, locations, locations::Options,
+    Resolver, Router, Tls, Trace, Warning, keys::at, locations, locations::Options,
 };
 
 /// Worker threads that `auto` never exceeds: each costs a VM.
@@ -23,6 +23,19 @@ const MAX_WORKERS: usize = 512;
 
 /// Sizes past this are typos: no dictionary or body bound needs a tebibyte.
 const MAX_SIZE: u64 = 1 << 40;
+
+/// Where the status API listens when `apisix.status` does not say it.
+const STATUS_IP: &str = "127.0.0.1";
+const STATUS_PORT: u16 = 7085;
+
+/// The field that asks for a trace.
+const TRACE_HEADER: &str = "X-Moongate-Trace";
+/// A shorter key can be found by trying.
+const MIN_TRACE_KEY: usize = 16;
+/// Traces that are kept: more than an operator looks at in a sitting; at 10 KB each, which is a lot for one, a megabyte.
+const TRACES: usize = 100;
+/// Each may take some hundred kilobytes.
+const MAX_TRACES: u64 = 10_000;
 
 /// `lua_capture_error_log` must be larger than a line of nginx's.
 const MIN_CAPTURED_LOG: u64 = 4096;
@@ -61,6 +74,7 @@ pub(super) fn read(
     let admin = r.admin(&prefix, warnings);
     let control = r.control();
     let status = r.status();
+    let trace = r.trace();
     let prometheus = r.prometheus();
     let plugins = r.texts("plugins");
     let shared_dicts = r.shared_dicts();
@@ -108,6 +122,7 @@ pub(super) fn read(
         admin,
         control,
         status,
+        trace,
         prometheus,
         keyring,
         encrypt_fields,
@@ -561,10 +576,48 @@ impl<'a> Reader<'a> {
         self.address("apisix.control")
     }
 
-    /// Off unless it is written.
+    /// Off unless the file has it, as in APISIX.
     fn status(&mut self) -> Option<SocketAddr> {
-        self.get("apisix.status")?.as_object()?;
-        self.address("apisix.status")
+        let path = "apisix.status";
+        let written = self.get(path)?;
+        if !written.is_object() {
+            self.wrong(path, format!("{written} is not a map of ip and port"));
+            return None;
+        }
+        let ip = self.get("apisix.status.ip").map_or_else(|| STATUS_IP.to_owned(), |_| self.text("apisix.status.ip"));
+        let port = match self.get("apisix.status.port") {
+            Some(_) => self.number("apisix.status.port", 0, 65535) as u16,
+            None => STATUS_PORT,
+        };
+        match ip.trim_matches(['[', ']']).parse::<IpAddr>() {
+            Ok(ip) => Some(SocketAddr::new(ip, port)),
+            Err(_) => {
+                self.wrong("apisix.status.ip", format!("{ip:?} is not an address"));
+                None
+            }
+        }
+    }
+
+    /// A key that can be guessed would show strangers what the gateway does.
+    fn trace(&mut self) -> Option<Trace> {
+        self.get("apisix.trace")?;
+        let mut header = self.text("apisix.trace.header");
+        if header.is_empty() {
+            TRACE_HEADER.clone_into(&mut header);
+        }
+        if http::HeaderName::from_bytes(header.as_bytes()).is_err() {
+            self.wrong("apisix.trace.header", format!("{header:?} is not the name of a field"));
+        }
+        let key = self.text("apisix.trace.key");
+        if key.len() < MIN_TRACE_KEY || !key.bytes().all(|b| b.is_ascii_graphic()) {
+            let what = format!("write at least {MIN_TRACE_KEY} visible characters of ASCII that nobody can guess");
+            self.wrong("apisix.trace.key", what);
+        }
+        let keep = match self.get("apisix.trace.keep") {
+            Some(_) => self.number("apisix.trace.keep", 1, MAX_TRACES) as usize,
+            None => TRACES,
+        };
+        Some(Trace { header, key, keep })
     }
 
     fn prometheus(&mut self) -> Prometheus {

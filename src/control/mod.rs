@@ -1,13 +1,15 @@
 //! The control API (control-api.md): what this gateway serves now, for people and tools on its own machine.
 //!
-//! Reads the published snapshot, asks the workers, and changes nothing but that it has plugins loaded anew.
+//! Reads the published snapshot and asks the workers, one of which also answers for plugins' own endpoints (`control_api`).
 
+mod health;
 pub mod status;
 
 mod sources;
 
 use std::{future::Future, pin::Pin, rc::Rc, sync::Arc};
 
+use bytes::Bytes;
 use http::Method;
 use serde_json::{Value, json};
 use tokio::{net::TcpListener, runtime};
@@ -19,27 +21,59 @@ use crate::{
     },
     model::{self, Id, Kind, Object},
     schema,
-    store::{Handle, Published, Snapshot, SourceState, snapshot::Table},
+    store::{Published, Snapshot, SourceState, snapshot::Table},
 };
 
 /// Requests have no body worth reading.
 pub(crate) const MAX_BODY_BYTES: usize = 64 * 1024;
 
 /// What is known a while later.
-pub type Later = Pin<Box<dyn Future<Output = Value>>>;
+pub type Later<T = Value> = Pin<Box<dyn Future<Output = T>>>;
+
+/// A request for an endpoint of a plugin. Goes to a worker.
+#[derive(Debug)]
+pub struct PluginCall {
+    pub method: String,
+    /// As sent.
+    pub path: String,
+    pub args: String,
+    pub headers: Vec<(String, Vec<u8>)>,
+    pub body: Bytes,
+}
+
+/// What a plugin's endpoint answers.
+#[derive(Debug)]
+pub struct PluginReply {
+    pub status: u16,
+    pub content_type: String,
+    pub body: Vec<u8>,
+}
+
+/// Asks a worker for an endpoint of a plugin: `None` where there is none; an error is why nobody answered.
+pub type AskPlugins = Box<dyn Fn(PluginCall) -> Later<Result<Option<PluginReply>, String>>>;
+
+/// Has the plugins loaded anew; an error is why they were not.
+pub type AskReload = Box<dyn Fn() -> Later<Result<(), String>>>;
+
+/// Finds a trace by its id.
+pub type FindTrace = Box<dyn Fn(&str) -> Option<String>>;
 
 pub struct State {
     pub published: Arc<Published>,
     pub source: Arc<SourceState>,
     pub plugins: Rc<dyn PluginHost>,
-    /// `None`: plugins cannot be reloaded.
-    pub pipeline: Option<Handle>,
     /// Collects garbage in every VM; called for `POST /v1/gc`.
     pub collect: Option<Box<dyn Fn()>>,
     /// The health of upstreams' nodes, as `GET /v1/healthcheck` lists it.
     pub health: Option<Box<dyn Fn() -> Vec<Value>>>,
     /// What every VM of every worker holds, for `GET /v1/lua`.
     pub lua: Option<Box<dyn Fn() -> Later>>,
+    /// Loads the plugins anew in every VM, from a configuration that is read again: `PUT /v1/plugins/reload`. Why it cannot, else.
+    pub reload: Option<AskReload>,
+    /// Endpoints of plugins, asked where no other is.
+    pub plugin_apis: Option<AskPlugins>,
+    /// The trace of that id as JSON: `GET /v1/trace/{id}`.
+    pub trace: Option<FindTrace>,
 }
 
 /// Serves the control API on `listener` until `shutdown`. Must run inside a `LocalSet`.
@@ -67,13 +101,6 @@ async fn answer(state: &State, call: &Call) -> Answer {
             }
             Answer::text(200, "")
         }
-        (&Method::PUT, ["v1", "plugins", "reload"]) => match &state.pipeline {
-            Some(pipeline) => match pipeline.reload_plugins().await {
-                Ok(_) => Answer::text(200, "done"),
-                Err(e) => Answer::refuse(503, e.to_string()),
-            },
-            None => Answer::refuse(503, "plugins cannot be reloaded"),
-        },
         (&Method::GET | &Method::HEAD, ["v1", "lua"]) => match &state.lua {
             Some(held) => {
                 let mut held = held().await;
@@ -82,13 +109,44 @@ async fn answer(state: &State, call: &Call) -> Answer {
             }
             None => not_found(),
         },
-        (&Method::GET | &Method::HEAD, ["v1", rest @ ..]) => get(state, &snapshot, rest),
-        _ => not_found(),
+        (&Method::PUT, ["v1", "plugins", "reload"]) => reload(state).await,
+        (&Method::GET | &Method::HEAD, ["v1", rest @ ..]) => match get(state, &snapshot, rest, call) {
+            Some(answer) => answer,
+            None => plugin_api(state, call).await,
+        },
+        _ => plugin_api(state, call).await,
     }
 }
 
-fn get(state: &State, snapshot: &Snapshot, place: &[&str]) -> Answer {
-    match place {
+async fn reload(state: &State) -> Answer {
+    let Some(reload) = &state.reload else { return not_found() };
+    match reload().await {
+        Ok(()) => Answer::text(200, "done"),
+        Err(why) => Answer::refuse(500, why),
+    }
+}
+
+/// Answers by what a plugin has for this path and method.
+async fn plugin_api(state: &State, call: &Call) -> Answer {
+    let Some(ask) = &state.plugin_apis else { return not_found() };
+    let headers = call.headers.iter().map(|(name, value)| (name.as_str().to_owned(), value.as_bytes().to_vec()));
+    let plugin_call = PluginCall {
+        method: call.method.as_str().to_owned(),
+        path: call.path.clone(),
+        args: call.args.clone(),
+        headers: headers.collect(),
+        body: call.body.clone(),
+    };
+    match ask(plugin_call).await {
+        Ok(Some(reply)) => Answer::of_type(reply.status, reply.content_type, reply.body),
+        Ok(None) => not_found(),
+        Err(why) => Answer::refuse(504, why),
+    }
+}
+
+/// `None`: the gateway itself has nothing there.
+fn get(state: &State, snapshot: &Snapshot, place: &[&str], call: &Call) -> Option<Answer> {
+    Some(match place {
         ["schema"] => schemas(state),
         ["plugins"] => {
             let names = state.plugins.list().into_iter().map(|plugin| Value::String(plugin.name));
@@ -96,8 +154,12 @@ fn get(state: &State, snapshot: &Snapshot, place: &[&str]) -> Answer {
         }
         ["config", "errors"] => errors(state, snapshot),
         ["plugin_sources"] => sources::list(state, snapshot),
-        ["healthcheck"] => Answer::json(200, &Value::Array(health(state))),
-        ["healthcheck", kind, id] => health_of(state, kind, id),
+        ["healthcheck"] => health::all(state, call),
+        ["healthcheck", kind, id] => health::one(state, call, kind, id),
+        ["trace", id] => match state.trace.as_ref().and_then(|trace| trace(id)) {
+            Some(trace) => Answer::json_text(200, trace),
+            None => Answer::refuse(404, format!("trace[{id}] not found")),
+        },
         ["routes"] => all(&snapshot.routes, Kind::Route),
         ["route", id] => one(&snapshot.routes, Kind::Route, id),
         ["services"] => all(&snapshot.services, Kind::Service),
@@ -109,8 +171,8 @@ fn get(state: &State, snapshot: &Snapshot, place: &[&str]) -> Answer {
             Some(object) => Answer::json_text(200, object.json.to_string()),
             None => Answer::refuse(404, format!("plugin metadata[{name}] not found")),
         },
-        _ => not_found(),
-    }
+        _ => return None,
+    })
 }
 
 fn not_found() -> Answer {
@@ -151,24 +213,6 @@ fn errors(state: &State, snapshot: &Snapshot) -> Answer {
             },
         }),
     )
-}
-
-fn health(state: &State) -> Vec<Value> {
-    state.health.as_ref().map_or_else(Vec::new, |health| health())
-}
-
-fn health_of(state: &State, kind: &str, id: &str) -> Answer {
-    if !matches!(kind, "routes" | "services" | "upstreams") {
-        return Answer::refuse(400, format!("invalid src type {kind}"));
-    }
-    let name = format!("/{kind}/{id}");
-    let found = health(state)
-        .into_iter()
-        .find(|checker| checker.get("name").and_then(Value::as_str).is_some_and(|own| own.ends_with(&name)));
-    match found {
-        Some(checker) => Answer::json(200, &checker),
-        None => Answer::refuse(404, format!("{kind}[{id}] not found")),
-    }
 }
 
 fn all<T>(table: &Table<T>, kind: Kind) -> Answer {

@@ -19,6 +19,7 @@ mod random;
 mod ssl;
 pub mod status;
 pub mod vars;
+pub mod watch;
 
 use std::{
     any::Any,
@@ -103,6 +104,8 @@ pub struct Exchange {
     /// Nobody wants more of the answer than its head.
     pub header_only: bool,
     pub lua: LuaState,
+    /// What is noted of a request that is traced or debugged.
+    pub watch: Option<Box<watch::Watch>>,
     /// Bytes sent to the client, head included (`$bytes_sent`), and of the body (`$body_bytes_sent`).
     pub bytes_sent: u64,
     pub body_bytes_sent: u64,
@@ -697,6 +700,7 @@ impl Exchange {
             depth: 0,
             header_only: false,
             lua: LuaState::default(),
+            watch: None,
             bytes_sent: 0,
             body_bytes_sent: 0,
         }
@@ -739,6 +743,7 @@ impl Exchange {
         self.depth = 0;
         self.header_only = false;
         self.lua = LuaState::default();
+        self.watch = None;
         self.bytes_sent = 0;
         self.body_bytes_sent = 0;
     }

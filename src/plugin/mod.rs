@@ -6,12 +6,14 @@ pub mod output;
 pub mod plan;
 pub mod registry;
 pub mod run;
+pub mod watch;
 
 pub use registry::{Checker, PluginInfo, Setup};
 pub use run::{
     Errand, Flow, Mock, Runner, Trial, Tried, VmState,
     trial::{MockRequest, MockResponse, PluginTrial},
 };
+pub use watch::Watching;
 
 use crate::exchange::Phase;
 

@@ -2,7 +2,7 @@
 
 use std::{ffi::c_int, sync::Arc};
 
-use super::run::Run;
+use super::{run::Run, watch};
 use crate::{
     error::Result,
     exchange::Exchange,
@@ -68,6 +68,7 @@ pub(super) fn register(api: &mut Api) -> Result<()> {
             Ok(0)
         },
     )?;
+    watches(api)?;
     api.func("native.plugin.log_error", any, "log_error(text).", |s| {
         let text = s.arg_str(1)?;
         match fast::exchange() {
@@ -84,6 +85,42 @@ pub(super) fn register(api: &mut Api) -> Result<()> {
         }
         Ok(0)
     })
+}
+
+/// What plans of watched requests have beside their plugins.
+fn watches(api: &mut Api) -> Result<()> {
+    api.func(
+        "native.plugin.watch_start",
+        Phases::REQUEST,
+        "watch_start(plugin, phase, owner): that function of a plugin is about to run, in a request that is watched.",
+        |s| {
+            let (plugin, phase, owner) = (s.arg_str(1)?, s.arg_str(2)?, s.arg_str(3)?);
+            request()?.watch_start(&plugin, &phase, &owner);
+            Ok(0)
+        },
+    )?;
+    api.func(
+        "native.plugin.watch_end",
+        Phases::REQUEST,
+        "watch_end(plugin, phase, global, code): it has come back with this first result.",
+        |s| {
+            let code = s.number(4).map(|code| code as u16);
+            let x = request()?;
+            if x.watch_end(code) {
+                watch::tell_late(x, &s.arg_str(1)?, &s.arg_str(2)?, s.boolean(3));
+            }
+            Ok(0)
+        },
+    )?;
+    api.func(
+        "native.plugin.hooked",
+        Phases::ANY,
+        "hooked() -> boolean: whether the hooks of conf/debug.yaml tell of the request that runs.",
+        |s| {
+            let hooked = fast::exchange().and_then(|x| x.watch.as_ref()).is_some_and(|watch| watch.hooked);
+            Ok(s.push_bool(hooked))
+        },
+    )
 }
 
 /// A resource that the request matched.

@@ -143,6 +143,9 @@ async fn filter_head_of(x: &mut Exchange, runner: &Runner, length: Option<u64>) 
     if of_location {
         late::head(x, length);
     }
+    if x.watch.is_some() {
+        runner.watching().head(x);
+    }
     Ok(())
 }
 

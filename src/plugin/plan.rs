@@ -2,13 +2,13 @@
 //!
 //! Pure but for nothing: a `Key` names the versions, `owners` says what they come to. `run` turns that into Lua lists.
 
-use std::{cmp::Reverse, collections::HashSet, sync::Arc};
+use std::{cmp::Reverse, collections::HashSet, rc::Rc, sync::Arc};
 
 use smallvec::SmallVec;
 
 use super::registry;
 use crate::{
-    exchange::Exchange,
+    exchange::{Exchange, watch::Planned},
     model::{self, Object, PluginConf, Plugins},
 };
 
@@ -22,6 +22,26 @@ pub struct Key {
     pub consumer: u64,
     pub credential: u64,
     pub group: u64,
+    /// What of the request is noted: see `Watched`.
+    pub watched: Watched,
+}
+
+/// What a plan does beside its plugins. Requests that nobody watches have plans that do not know of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Watched {
+    /// The calls of plugins are noted.
+    pub noted: bool,
+    /// The functions of `require("apisix")` are called that stand for the phases, so that hooks on them tell; `dynamic`: but for
+    /// that which in APISIX decides on it.
+    pub hooked: bool,
+    pub dynamic: bool,
+}
+
+impl Watched {
+    fn of(x: &Exchange) -> Watched {
+        let Some(watch) = &x.watch else { return Watched::default() };
+        Watched { noted: watch.traced || watch.named, hooked: watch.hooked, dynamic: watch.dynamic }
+    }
 }
 
 /// What the plugins come from, found once per request.
@@ -62,6 +82,7 @@ impl<'a> Sources<'a> {
             consumer: uid(self.consumer),
             credential: uid(self.credential),
             group: uid(self.group),
+            watched: Watched::of(self.x),
         }
     }
 
@@ -76,7 +97,8 @@ impl<'a> Sources<'a> {
 
     /// Whether nothing has any plugin.
     pub fn is_empty(&self) -> bool {
-        self.x.snapshot.global_rules.is_empty()
+        self.x.watch.as_ref().is_none_or(|watch| !watch.hooked)
+            && self.x.snapshot.global_rules.is_empty()
             && self.route.is_none_or(|o| o.value.plugins.is_empty())
             && self.service.is_none_or(|o| o.value.plugins.is_empty())
             && self.plugin_config.is_none()
@@ -183,6 +205,11 @@ pub struct Owner {
 }
 
 impl Owner {
+    /// `global_rule/1`, `route`: as those are told who watch.
+    pub fn name(&self) -> Box<str> {
+        if self.global { format!("global_rule/{}", self.conf_id).into() } else { "route".into() }
+    }
+
     fn join(&mut self, kind: &str, id: &str, version: i64) {
         let joint = if self.conf_type.is_empty() { "" } else { "&" };
         self.conf_type.push_str(&format!("{joint}{kind}"));
@@ -241,6 +268,29 @@ fn sorted(mut items: Vec<Item>, plugins: &registry::Plugins) -> Vec<Item> {
         (Reverse(i.conf.meta.priority.unwrap_or(own)), i.conf.name.clone())
     });
     items
+}
+
+/// What is to run, for those who watch.
+pub fn planned(owners: &[Owner], plugins: &registry::Plugins) -> Rc<[Planned]> {
+    let of_owner = |owner: &'_ Owner| {
+        let (name, is_global) = (owner.name(), owner.global);
+        let of_item = move |item: &Item| {
+            let info = plugins.get(&*item.conf.name);
+            Planned {
+                name: (&*item.conf.name).into(),
+                priority: item.conf.meta.priority.unwrap_or(info.map_or(0, |info| info.priority)),
+                owner: name.clone(),
+                is_global,
+                from: item.key.as_str().into(),
+                phases: registry::PHASES
+                    .into_iter()
+                    .filter(|phase| info.is_some_and(|i| i.phases.has(*phase)))
+                    .collect(),
+            }
+        };
+        owner.items.iter().map(of_item).collect::<Vec<_>>()
+    };
+    owners.iter().flat_map(of_owner).collect()
 }
 
 /// Names of the plugins that stand in any owner, disabled ones left out.

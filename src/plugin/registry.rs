@@ -12,7 +12,7 @@ use arc_swap::ArcSwap;
 use serde_json::Value;
 
 use super::{
-    PhaseMask, natives,
+    PhaseMask, Watching, natives,
     run::trial::{self, PluginTrial},
 };
 use crate::{
@@ -49,7 +49,7 @@ pub struct PluginInfo {
 }
 
 /// Phases in the order of `moongate.plugins`' `phases`.
-const PHASES: [Phase; 7] = [
+pub(super) const PHASES: [Phase; 7] = [
     Phase::Rewrite,
     Phase::Access,
     Phase::BeforeProxy,
@@ -91,6 +91,7 @@ pub struct Setup {
     /// Shared: what `reread` takes over, all clones see.
     config: Arc<ArcSwap<Value>>,
     pub locations: Arc<Locations>,
+    pub watching: Arc<Watching>,
 }
 
 /// The keys that a reload of plugins reads again.
@@ -99,7 +100,12 @@ const REREAD: [&str; 3] = ["plugins", "stream_plugins", "plugin_attr"];
 impl Setup {
     /// `config`: config.yaml with its defaults.
     pub fn new(prefix: PathBuf, config: Arc<Value>, locations: Arc<Locations>) -> Setup {
-        Setup { prefix, config: Arc::new(ArcSwap::new(config)), locations }
+        Setup { prefix, config: Arc::new(ArcSwap::new(config)), locations, watching: Arc::default() }
+    }
+
+    /// The same, with who is watched.
+    pub fn watched(self, watching: Arc<Watching>) -> Setup {
+        Setup { watching, ..self }
     }
 
     /// Takes over which plugins there are and what they are told (`plugins`, `plugin_attr`) from a newer configuration.
@@ -184,6 +190,7 @@ pub fn load(vm: &Rc<Vm>, names: &[Box<str>]) -> Plugins {
 
 /// The same; `broken` is told what does not load, and why.
 fn load_each(vm: &Rc<Vm>, names: &[Box<str>], broken: &mut dyn FnMut(&str, &str)) -> Plugins {
+    run_user_hook(vm);
     let mut plugins = Plugins::new();
     for name in names {
         match load_one(vm, name) {
@@ -199,6 +206,29 @@ fn load_each(vm: &Rc<Vm>, names: &[Box<str>], broken: &mut dyn FnMut(&str, &str)
         }
     }
     plugins
+}
+
+/// Lists them in error.log, as APISIX does in its debug mode.
+pub fn tell(plugins: &Plugins) {
+    let mut all: Vec<_> = plugins.values().collect();
+    all.sort_by(|a, b| b.priority.cmp(&a.priority).then_with(|| a.name.cmp(&b.name)));
+    for plugin in all {
+        tracing::info!(target: "lua", "loaded plugin and sort by priority: {} name: {}", plugin.priority, plugin.name);
+    }
+}
+
+/// `apisix.lua_module_hook`. One that fails is told, and plugins are loaded as they are.
+fn run_user_hook(vm: &Rc<Vm>) {
+    let hook =
+        vm.config.config.pointer("/apisix/lua_module_hook").and_then(Value::as_str).filter(|name| !name.is_empty());
+    let Some(name) = hook else { return };
+    let failed = match call::<Option<String>>(vm, "moongate.plugins", "run_user_hook", name) {
+        Ok(failed) => failed,
+        Err(e) => Some(e.to_string()),
+    };
+    if let Some(why) = failed {
+        tracing::error!(target: "lua", "apisix.lua_module_hook: failed to load module [{name}]: {why}");
+    }
 }
 
 enum Refused {

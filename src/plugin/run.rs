@@ -17,10 +17,12 @@ use std::{
 
 use mlua::ffi;
 
+mod control;
 mod counters;
 mod end;
 mod errand;
 mod function;
+mod hooks;
 mod script;
 mod start;
 #[cfg(test)]
@@ -34,14 +36,14 @@ pub use errand::{Errand, Mock, Trial, Tried};
 use function::{Call, Functions};
 
 use super::{
-    PhaseMask,
-    plan::{self, Key, Owner, Sources},
+    PhaseMask, Watching,
+    plan::{self, Key, Owner, Sources, Watched},
     registry::{self, Plugins, Setup},
 };
 use crate::{
     balancer::group::Groups,
     error::Result,
-    exchange::{Exchange, Phase, Source},
+    exchange::{Exchange, Phase, Source, watch::Planned},
     lua::{
         Stack, Vm, VmConfig, limits, log_error,
         sched::{self, Outcome},
@@ -138,6 +140,8 @@ struct Plan {
     filters: Vec<Arc<PluginConf>>,
     /// `prefer_name` of the prometheus plugin, when it is in the plan.
     prometheus: Option<bool>,
+    /// What is to run; empty where nobody watches.
+    planned: Rc<[Planned]>,
     used: Cell<bool>,
 }
 
@@ -146,6 +150,9 @@ impl Plan {
     fn shown_to(&self, x: &mut Exchange) {
         x.lua.phases = self.mask.0;
         x.lua.counted = self.prometheus;
+        if let Some(watch) = &mut x.watch {
+            watch.plan = self.planned.clone();
+        }
     }
 }
 
@@ -253,6 +260,11 @@ impl Runner {
         &self.groups
     }
 
+    /// Who is watched.
+    pub fn watching(&self) -> &Arc<Watching> {
+        &self.setup.watching
+    }
+
     /// The loaded plugins.
     pub fn plugins(&self) -> Vec<Arc<registry::PluginInfo>> {
         self.generation.borrow().plugins.values().cloned().collect()
@@ -264,7 +276,7 @@ impl Runner {
             self.follow(&x.snapshot);
         }
         let plain = x.matched.as_ref().is_some_and(|m| m.found.plain_upstream().is_some());
-        if plain && x.snapshot.global_rules.is_empty() {
+        if plain && x.snapshot.global_rules.is_empty() && x.watch.is_none() {
             return PhaseMask::default();
         }
         let sources = Sources::of(x);
@@ -503,7 +515,7 @@ impl Runner {
             return Some(plan.clone());
         }
         let owners = sources.owners(&generation.plugins);
-        let plan = match generation.build(&owners) {
+        let plan = match generation.build(&owners, key.watched) {
             Ok(plan) => Rc::new(plan),
             Err(e) => {
                 tracing::error!(target: "lua", "failed to prepare plugins: {e}");
@@ -579,6 +591,9 @@ impl Generation {
             start::script(&vm, script, Phase::InitByLua).await.map_err(|e| e.context("init_by_lua error"))?;
         }
         let plugins = registry::load(&vm, &setup.names(snapshot));
+        if setup.watching.debug().basic {
+            registry::tell(&plugins);
+        }
         for (name, text) in start::init_plugins(&vm).await? {
             tracing::error!(target: "lua", "failed to init plugin [{name}]: {text}");
         }
@@ -592,7 +607,12 @@ impl Generation {
         let alive = Some(ends.after(&vm, init.exit_worker.clone()));
         let number = snapshot.plugins_generation;
         let plans = Cell::new(0);
-        Ok(Rc::new(Generation { vm, number, plugins, entry, scripts, alive, plans }))
+        let generation = Generation { vm, number, plugins, entry, scripts, alive, plans };
+        let debug = setup.watching.debug();
+        if debug.hooks.is_some() {
+            generation.hook(&debug);
+        }
+        Ok(Rc::new(generation))
     }
 
     /// A VM without plugins, for scripts that are loaded anew for each request. Its `init_by_lua` cannot wait.
@@ -610,10 +630,13 @@ impl Generation {
     }
 
     /// Makes the Lua lists of `owners`.
-    fn build(self: &Rc<Self>, owners: &[Owner]) -> Result<Plan> {
+    fn build(self: &Rc<Self>, owners: &[Owner], watched: Watched) -> Result<Plan> {
         let mut filters = Vec::new();
         let described = self.describe(owners, &mut filters)?;
-        let (plan, has): (mlua::Table, String) = registry::call(&self.vm, "moongate.run", "build", described)?;
+        let Watched { noted, hooked, dynamic } = watched;
+        let (plan, has): (mlua::Table, String) =
+            registry::call(&self.vm, "moongate.run", "build", (described, noted, hooked, dynamic))?;
+        let planned = if noted { plan::planned(owners, &self.plugins) } else { Rc::default() };
         let names = plan::names(owners);
         let auth = names.iter().any(|n| self.plugins.get(*n).is_some_and(|p| p.auth));
         let mask = mask_of(&has);
@@ -625,7 +648,7 @@ impl Generation {
         // Not before it is found a second time: else all plans would be in use at the first sweep.
         let used = Cell::new(false);
         self.plans.set(self.plans.get() + 1);
-        Ok(Plan { generation: self.clone(), anchor, mask, auth, filters, prometheus, used })
+        Ok(Plan { generation: self.clone(), anchor, mask, auth, filters, prometheus, planned, used })
     }
 
     fn describe(&self, owners: &[Owner], filters: &mut Vec<Arc<PluginConf>>) -> Result<mlua::Table> {
@@ -635,6 +658,7 @@ impl Generation {
             for owner in owners {
                 let t = lua.create_table()?;
                 t.raw_set("global", owner.global)?;
+                t.raw_set("name", owner.name())?;
                 t.raw_set("conf_type", owner.conf_type.as_str())?;
                 t.raw_set("conf_id", owner.conf_id.as_str())?;
                 t.raw_set("conf_version", owner.conf_version.as_str())?;

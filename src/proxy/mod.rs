@@ -19,6 +19,7 @@ pub mod rescue;
 mod servlet;
 pub mod tunnel;
 pub mod upload;
+mod watch;
 
 use std::{
     cell::{Cell, OnceCell, RefCell},

@@ -5,7 +5,7 @@ use std::{borrow::Cow, cell::Cell, net::IpAddr, rc::Rc, sync::Arc};
 use super::{
     Proxy,
     asked::{self, Asked},
-    forward, forwarded, location, real_ip, rescue, servlet,
+    forward, forwarded, location, real_ip, rescue, servlet, watch,
 };
 use crate::{
     error::{Error, Kind, Result},
@@ -24,6 +24,9 @@ pub(super) async fn serve(p: &Rc<Proxy>, x: &mut Exchange) {
     p.pin(x);
     x.snapshot.router.expect_soon(&x.request.host, &x.request.path);
     real_ip::apply(&p.settings.real_ip, x);
+    if p.runner.watching().any() {
+        p.runner.watching().begin(x);
+    }
     if !p.locations.is_empty() && location::serve(p, x).await {
         return;
     }
@@ -70,6 +73,9 @@ pub(super) async fn end(p: &Proxy, x: &mut Exchange, phases: PhaseMask) {
     x.phase = Phase::Log;
     if phases != PhaseMask::default() || x.lua.run.is_some() {
         p.runner.log(x).await;
+    }
+    if x.watch.is_some() {
+        watch::end(p, x);
     }
     p.ending.ended(x, &p.runner);
 }
@@ -236,8 +242,14 @@ fn look_up(p: &Proxy, x: &mut Exchange) -> Asked {
     let tail = p.settings.delete_uri_tail_slash && path.len() > 1 && path.ends_with(b"/");
     let path = path[..path.len() - usize::from(tail)].into();
     let facts = RequestFacts { x, runner: &p.runner, path, asked: Cell::default() };
-    let found = x.snapshot.router.find(&facts);
+    let (found, candidates) = match &x.watch {
+        None => (x.snapshot.router.find(&facts), Vec::new()),
+        Some(_) => watch::find(x, &facts),
+    };
     let asked = facts.asked.get();
+    if let Some(watch) = &mut x.watch {
+        watch.candidates = candidates;
+    }
     if !asked.any()
         && let Some(found) = found
     {
@@ -285,7 +297,7 @@ fn service_of(x: &Exchange, found: &Found) -> Option<Arc<Object<Service>>> {
 }
 
 /// The request as the router asks about it.
-struct RequestFacts<'a> {
+pub(super) struct RequestFacts<'a> {
     x: &'a Exchange,
     runner: &'a Runner,
     path: Cow<'a, [u8]>,

@@ -59,6 +59,33 @@ pub trait Facts {
     }
     /// Runs the route's `filter_func`.
     fn filter(&self, route: &Arc<Object<Route>>) -> bool;
+    /// A route was looked at, whose uri begins as the path does, and what of it the request does not fulfil. For those who explain.
+    fn looked_at(&self, _route: &Arc<Object<Route>>, _uri: &str, _refused: Option<Refused>) {}
+}
+
+/// What of a route a request does not fulfil.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refused {
+    Host,
+    Uri,
+    Methods,
+    RemoteAddrs,
+    Vars,
+    FilterFunc,
+}
+
+impl Refused {
+    /// The field of the route.
+    pub fn name(self) -> &'static str {
+        match self {
+            Refused::Host => "host",
+            Refused::Uri => "uri",
+            Refused::Methods => "methods",
+            Refused::RemoteAddrs => "remote_addrs",
+            Refused::Vars => "vars",
+            Refused::FilterFunc => "filter_func",
+        }
+    }
 }
 
 /// A match. Cheap to make and to keep: a reference count, and the captures when the uri has parameters.
@@ -431,12 +458,22 @@ impl Router {
 /// The rest of a rule's conditions, its place in the index apart.
 fn accept(rule: &Arc<Rule>, path: &Path, facts: &impl Facts) -> Option<Found> {
     rule.prefetch();
+    let accepted = fits(rule, path, facts);
+    facts.looked_at(&rule.route, rule.uri(), accepted.as_ref().err().copied());
+    accepted.ok()
+}
+
+#[inline(always)]
+fn fits(rule: &Arc<Rule>, path: &Path, facts: &impl Facts) -> Result<Found, Refused> {
     let host = match rule.checks_host {
-        true => Some(rule.host_matching(facts.host())?),
+        true => Some(rule.host_matching(facts.host()).ok_or(Refused::Host)?),
         false => rule.host,
     };
-    let captures = rule.captures(path.bytes)?;
-    rule.allows(facts).then(|| Found { rule: rule.clone(), host, captures })
+    let captures = rule.captures(path.bytes).ok_or(Refused::Uri)?;
+    match rule.refusal(facts) {
+        None => Ok(Found { rule: rule.clone(), host, captures }),
+        Some(refused) => Err(refused),
+    }
 }
 
 impl Scope {

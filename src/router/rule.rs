@@ -6,7 +6,7 @@ use imbl::Vector;
 use smallvec::SmallVec;
 
 use super::{
-    Facts, Part, depths,
+    Facts, Part, Refused, depths,
     pattern::{Captures, Shape},
     prefetch,
 };
@@ -63,16 +63,19 @@ impl Rule {
         self.service_hosts.as_deref().unwrap_or(&self.route.value.hosts)
     }
 
-    /// Whether the request is the rule's, apart from its path. Cheap conditions first.
-    pub fn allows(&self, facts: &impl Facts) -> bool {
+    /// Why the request is not the rule's, apart from its path; `None`: it is. Cheap conditions first.
+    pub fn refusal(&self, facts: &impl Facts) -> Option<Refused> {
         if !self.conditional {
-            return true;
+            return None;
         }
         let route = &self.route.value;
-        route.methods.allows(facts.method())
-            && remote_allowed(route, || facts.remote())
-            && route.vars.as_ref().is_none_or(|vars| facts.vars(vars))
-            && (route.filter_func.is_none() || facts.filter(&self.route))
+        match () {
+            () if !route.methods.allows(facts.method()) => Some(Refused::Methods),
+            () if !remote_allowed(route, || facts.remote()) => Some(Refused::RemoteAddrs),
+            () if !route.vars.as_ref().is_none_or(|vars| facts.vars(vars)) => Some(Refused::Vars),
+            () if route.filter_func.is_some() && !facts.filter(&self.route) => Some(Refused::FilterFunc),
+            () => None,
+        }
     }
 
     /// The request is likely the rule's: what the proxy will look at first.

@@ -6,6 +6,7 @@
 //! every worker. Only this module knows where config came from.
 
 pub mod builder;
+mod digest;
 mod disk;
 pub mod embedded;
 pub mod etcd;

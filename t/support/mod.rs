@@ -207,6 +207,7 @@ impl Gateway {
         self.address("control")
     }
 
+    /// Of the status API, which a test's settings turn on.
     pub fn status(&self) -> String {
         self.address("status")
     }

@@ -1,44 +1,41 @@
---- `apisix.control.router`: the endpoints that plugins add to the control API (`_M.control_api()`, control-api.md). All phases.
-local plugin = require("apisix.plugin")
-local core = require("apisix.core")
-local ipairs, next, type = ipairs, next, type
+--- `apisix.control.router`: the endpoints that plugins add to the control API (`_M.control_api()`, control-api.md).
+local api_router = require("apisix.api_router")
+local config_local = require("apisix.core.config_local")
+local json = require("apisix.core.json")
+local tostring, type = tostring, type
 
 local _M = {}
 
--- uri -> array of { methods, handler }, of one load of the plugins.
-local endpoints, built_of
-
-local function collect()
-    local out = {}
-    for _, loaded in ipairs(plugin.plugins()) do
-        for _, api in ipairs(type(loaded.control_api) == "function" and loaded.control_api() or {}) do
-            local methods = {}
-            for _, method in ipairs(api.methods or {}) do
-                methods[method] = true
-            end
-            for _, uri in ipairs(api.uris or { api.uri }) do
-                out[uri] = out[uri] or {}
-                core.table.insert(out[uri], { methods = methods, handler = api.handler })
-            end
-        end
-    end
-    return out
+local function names_parameters()
+    local control = config_local.local_conf().apisix.control
+    return type(control) == "table" and control.router == "radixtree_uri_with_parameter"
 end
 
---- Runs the endpoint of a plugin at `uri`, such as `/v1/plugin/example-plugin/hello`, for the request that runs: true and what
--- it returns (a status and a body), or false when there is none.
+--- Runs the endpoint of a plugin at `uri`, such as `/v1/plugin/example-plugin/hello`, for the request that runs: true and what it
+--- returns (a status and a body), or false when there is none. All phases.
 function _M.match(uri)
-    local generation = plugin.plugins()
-    if built_of ~= generation then
-        endpoints, built_of = collect(), generation
+    local handler, matched = api_router.find("control_api", uri, ngx.req.get_method(), names_parameters())
+    if not handler then return false end
+    local ctx = ngx.ctx.api_ctx
+    if ctx then ctx.curr_req_matched = matched end
+    return true, handler(ctx)
+end
+
+--- Answers the request of the control API that runs, whose tables have the slot `at`: status and body, or nothing where no plugin
+--- has an endpoint for it. A table becomes JSON.
+function _M.serve(at)
+    require("moongate.ctx").begin(at, {})
+    local found, code, body = _M.match(ngx.var.uri)
+    if not found then return nil end
+    if type(code) ~= "number" and body == nil then code, body = nil, code end
+    if type(body) == "table" then
+        body = json.encode(body)
+        ngx.header["Content-Type"] = "application/json"
+    elseif not ngx.header["Content-Type"] then
+        ngx.header["Content-Type"] = "text/plain"
     end
-    local method = core.request.get_method()
-    for _, endpoint in ipairs(endpoints[uri] or {}) do
-        if not next(endpoint.methods) or endpoint.methods[method] then
-            return true, endpoint.handler()
-        end
-    end
-    return false
+    if not code then code = ngx.status ~= 0 and ngx.status or 200 end
+    return code, body ~= nil and tostring(body) or nil
 end
 
 return _M

@@ -1,0 +1,276 @@
+//! What is noted about one request whose operator wants to know what becomes of it: a trace, the `Apisix-Plugins` header of the
+//! debug mode, its hooks. All others have none of it.
+
+use std::{
+    collections::BTreeMap,
+    rc::Rc,
+    time::{Duration, Instant},
+};
+
+use super::{Exchange, Headers, Phase};
+
+/// Entries of each kind that are kept of one request: a hundred plugins with all their phases fit.
+const MAX_ENTRIES: usize = 1000;
+/// Changed fields that are kept of one request.
+const MAX_CHANGES: usize = 500;
+/// Bytes of a field's value that are kept.
+const MAX_VALUE: usize = 256;
+/// Fields whose values are nobody's business.
+const SECRET: [&str; 6] = ["authorization", "proxy-authorization", "cookie", "set-cookie", "apikey", "x-api-key"];
+
+/// What is noted of a request.
+#[derive(Debug, Default)]
+pub struct Watch {
+    /// It is traced: everything is noted.
+    pub traced: bool,
+    /// The response says which plugins ran: `Apisix-Plugins`.
+    pub named: bool,
+    /// The functions that conf/debug.yaml names tell of their calls.
+    pub hooked: bool,
+    /// Only for this request, which asked for it.
+    pub dynamic: bool,
+    /// Routes whose path fits, in the order in which they were looked at.
+    pub candidates: Vec<Candidate>,
+    /// What was to run.
+    pub plan: Rc<[Planned]>,
+    /// What ran, in its order.
+    pub ran: Vec<Ran>,
+    /// The header that names what ran is in the response already.
+    pub told: bool,
+    open: Option<Open>,
+    changes: usize,
+}
+
+/// A route that was looked at.
+#[derive(Debug)]
+pub struct Candidate {
+    pub route: Box<str>,
+    pub uri: Box<str>,
+    /// What of the route the request does not fulfil: `host`, `uri`, `methods`, `remote_addrs`, `vars`, `filter_func`. `None`: it fits.
+    pub refused: Option<&'static str>,
+}
+
+/// A plugin of a plan.
+#[derive(Clone, Debug)]
+pub struct Planned {
+    pub name: Box<str>,
+    pub priority: i64,
+    /// `global_rule/1`, `route`.
+    pub owner: Box<str>,
+    pub is_global: bool,
+    /// The resource that its configuration stands in: `/routes/1`.
+    pub from: Box<str>,
+    /// The phases that it has functions for.
+    pub phases: Vec<Phase>,
+}
+
+/// One plugin's function.
+#[derive(Debug)]
+pub struct Ran {
+    pub plugin: Box<str>,
+    pub phase: Box<str>,
+    pub owner: Box<str>,
+    /// How long after the request's start it was called first.
+    pub at: Duration,
+    /// A body filter is called for each piece.
+    pub calls: u64,
+    /// Of all calls, waits included.
+    pub took: Duration,
+    /// The status with which it has answered.
+    pub answered: Option<u16>,
+    /// Its last call did not come to an end.
+    pub cut_off: bool,
+    pub changes: Vec<Change>,
+}
+
+/// A field of the request's head, or the response's, that a plugin has changed.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Change {
+    pub of_response: bool,
+    pub name: String,
+    /// Several fields of that name are joined. `None`: it is gone.
+    pub value: Option<String>,
+}
+
+/// A call that has not come back.
+#[derive(Debug)]
+struct Open {
+    entry: usize,
+    request: Headers,
+    response: Headers,
+    since: Instant,
+}
+
+impl Exchange {
+    /// A plugin's function is about to be called.
+    pub fn watch_start(&mut self, plugin: &str, phase: &str, owner: &str) {
+        let Some(watch) = self.watch.as_deref_mut() else { return };
+        watch.cut_off();
+        let same = |ran: &Ran| &*ran.plugin == plugin && &*ran.phase == phase && &*ran.owner == owner;
+        // Pieces of a body follow each other: what was called before is near the end.
+        let entry = match watch.ran.iter().rposition(same) {
+            Some(entry) => entry,
+            None if watch.ran.len() >= MAX_ENTRIES => return,
+            None => {
+                watch.ran.push(Ran {
+                    plugin: plugin.into(),
+                    phase: phase.into(),
+                    owner: owner.into(),
+                    at: self.started.elapsed(),
+                    calls: 0,
+                    took: Duration::ZERO,
+                    answered: None,
+                    cut_off: false,
+                    changes: Vec::new(),
+                });
+                watch.ran.len() - 1
+            }
+        };
+        let head = |headers: &Headers| if watch.traced { headers.clone() } else { Headers::default() };
+        let (request, response) = (head(&self.request.headers), head(&self.response.headers));
+        watch.open = Some(Open { entry, request, response, since: Instant::now() });
+    }
+
+    /// The same function has come back, with the status of an answer if it gives one. True: this was its first call.
+    pub fn watch_end(&mut self, answered: Option<u16>) -> bool {
+        let now = Instant::now();
+        let Some(watch) = self.watch.as_deref_mut() else { return false };
+        let Some(open) = watch.open.take() else { return false };
+        let traced = watch.traced;
+        let Some(ran) = watch.ran.get_mut(open.entry) else { return false };
+        ran.calls += 1;
+        ran.took += now - open.since;
+        ran.answered = answered.or(ran.answered);
+        if traced {
+            let heads = [(false, &open.request, &self.request.headers), (true, &open.response, &self.response.headers)];
+            for (of_response, before, after) in heads {
+                let room = MAX_CHANGES.saturating_sub(watch.changes);
+                let from = ran.changes.len();
+                differences(of_response, before, after, room, &mut ran.changes);
+                watch.changes += ran.changes.len() - from;
+            }
+        }
+        ran.calls == 1
+    }
+}
+
+impl Watch {
+    /// A call that never came back: an error, `ngx.exit`, or a client that went away.
+    pub fn cut_off(&mut self) {
+        if let Some(open) = self.open.take()
+            && let Some(ran) = self.ran.get_mut(open.entry)
+        {
+            ran.calls += 1;
+            ran.took += open.since.elapsed();
+            ran.cut_off = true;
+        }
+    }
+}
+
+type Fields<'a> = BTreeMap<Vec<u8>, Vec<&'a [u8]>>;
+
+fn fields(headers: &Headers) -> Fields<'_> {
+    let mut all = Fields::new();
+    for (name, value) in headers.iter() {
+        all.entry(name.to_ascii_lowercase()).or_default().push(value);
+    }
+    all
+}
+
+fn differences(of_response: bool, before: &Headers, after: &Headers, room: usize, out: &mut Vec<Change>) {
+    let (old, new) = (fields(before), fields(after));
+    let set = new.iter().filter(|(name, values)| old.get(*name) != Some(values));
+    let gone = old.keys().filter(|name| !new.contains_key(*name));
+    let changes = set.map(|(name, values)| (name, Some(values))).chain(gone.map(|name| (name, None)));
+    for (name, values) in changes.take(room) {
+        let name = String::from_utf8_lossy(name).into_owned();
+        let value = values.map(|values| shown(&name, values));
+        out.push(Change { of_response, name, value });
+    }
+}
+
+fn shown(name: &str, values: &[&[u8]]) -> String {
+    let joined = values.join(&b", "[..]);
+    if SECRET.contains(&name) {
+        return format!("({} bytes)", joined.len());
+    }
+    match joined.get(..MAX_VALUE) {
+        Some(start) if joined.len() > MAX_VALUE => {
+            format!("{}… ({} bytes)", String::from_utf8_lossy(start), joined.len())
+        }
+        _ => String::from_utf8_lossy(&joined).into_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::exchange::Connection;
+
+    fn watched(traced: bool) -> Exchange {
+        let addr = std::net::SocketAddr::from(([127, 0, 0, 1], 1));
+        let mut x = Exchange::new(Rc::new(Connection::new(1, addr, addr)), Arc::default());
+        x.watch = Some(Box::new(Watch { traced, ..Watch::default() }));
+        x
+    }
+
+    fn ran(x: &Exchange) -> &[Ran] {
+        &x.watch.as_ref().expect("watched").ran
+    }
+
+    #[test]
+    fn a_function_has_its_calls_counted_and_its_changes_told_without_secrets() {
+        let mut x = watched(true);
+        x.request.headers.append("Gone", "1");
+        x.request.headers.append("Same", "1");
+        x.watch_start("a", "access", "route");
+        x.request.headers.remove("gone");
+        x.request.headers.append("New", "1");
+        x.request.headers.append("New", "2");
+        x.request.headers.append("Authorization", "secret");
+        x.response.headers.append("Long", "v".repeat(MAX_VALUE + 1));
+        assert!(x.watch_end(Some(403)));
+        x.watch_start("a", "access", "route");
+        assert!(!x.watch_end(None), "the second call");
+        let one = &ran(&x)[0];
+        assert_eq!((one.calls, one.answered, one.cut_off), (2, Some(403), false));
+        let told: Vec<_> = one.changes.iter().map(|c| (c.of_response, &*c.name, c.value.as_deref())).collect();
+        let long = format!("{}… (257 bytes)", "v".repeat(MAX_VALUE));
+        assert_eq!(
+            told,
+            [
+                (false, "authorization", Some("(6 bytes)")),
+                (false, "new", Some("1, 2")),
+                (false, "gone", None),
+                (true, "long", Some(&*long)),
+            ]
+        );
+    }
+
+    #[test]
+    fn what_does_not_come_back_is_cut_off_by_what_follows() {
+        let mut x = watched(false);
+        x.watch_start("a", "access", "route");
+        x.watch_start("b", "log", "route");
+        x.watch_end(None);
+        assert_eq!(ran(&x).iter().map(|r| (r.calls, r.cut_off)).collect::<Vec<_>>(), [(1, true), (1, false)]);
+    }
+
+    #[test]
+    fn entries_and_changes_have_bounds() {
+        let mut x = watched(true);
+        for n in 0..=MAX_CHANGES {
+            x.watch_start("a", &n.to_string(), "route");
+            x.request.headers.append(format!("H{n}"), "1");
+            x.watch_end(None);
+        }
+        assert_eq!(ran(&x).iter().map(|r| r.changes.len()).sum::<usize>(), MAX_CHANGES);
+        for n in 0..2 * MAX_ENTRIES {
+            x.watch_start("b", &n.to_string(), "route");
+            assert_eq!(x.watch_end(None), n < MAX_ENTRIES - MAX_CHANGES - 1);
+        }
+        assert_eq!(ran(&x).len(), MAX_ENTRIES);
+    }
+}

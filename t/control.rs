@@ -1,0 +1,14 @@
+//! What operators ask a running gateway: plugins' own endpoints, reloads, the status API, the debug mode, traces.
+
+mod support;
+
+#[path = "control/contract.rs"]
+mod contract;
+#[path = "control/debug.rs"]
+mod debug;
+#[path = "control/plugins.rs"]
+mod plugins;
+#[path = "control/status.rs"]
+mod status;
+#[path = "control/trace.rs"]
+mod trace;
