@@ -43,7 +43,8 @@ pub async fn run(mut config: Config) -> Result<()> {
     let sockets = listeners::bind(&config)?;
     let ports = Ports::bind(&config).await?;
     let at = ports.listening(&sockets)?;
-    conf::note_places(&mut config, at.admin, at.control);
+    let written = config.json.clone();
+    conf::note_places(&mut config, &written, at.admin, at.control);
     let setup = Setup::new(config.prefix.clone(), config.json.clone(), config.locations.clone());
     let plugins = Plugins::new(setup.clone(), config.file.clone())?;
     let store = store::open(&config)?;

@@ -24,14 +24,14 @@ use std::{
 };
 
 use ipnet::IpNet;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::error::{Error, Kind, Result};
 
 const DEFAULTS: &str = include_str!("../../conf/config.default.yaml");
 
-/// Where a test node listens that says nothing else: the port that nginx's test suites use.
-const TEST_NODE_PORT: u16 = 1984;
+/// Where a test node listens that says nothing else: the port that nginx's test suites use, for this machine alone.
+const TEST_NODE: (&str, u16) = ("127.0.0.1", 1984);
 
 /// The configuration in use.
 #[derive(Clone, Debug)]
@@ -304,20 +304,27 @@ pub fn parse(prefix: &Path, text: &str) -> Result<(Config, Vec<Warning>), Mistak
             *list = Value::Array(Vec::new());
         }
     }
-    env::fill(&mut written, &mut mistakes);
     let mut effective = defaults().map_err(one)?;
+    // Before variables are filled in: one that is not set leaves a key empty, but was meant to be one.
+    let key_chosen = chooses_key(&written, &effective);
+    env::fill(&mut written, &mut mistakes);
     let mut warnings = keys::look(&written, &effective, &mut mistakes);
     keys::merge(&mut effective, written.clone());
     if keys::at(&written, "test_node").is_some() && keys::at(&written, "apisix.node_listen").is_none() {
-        effective["apisix"]["node_listen"] = TEST_NODE_PORT.into();
+        effective["apisix"]["node_listen"] = json!([{"ip": TEST_NODE.0, "port": TEST_NODE.1}]);
     }
     if keys::at(&written, "test_node").is_some() && keys::at(&written, "nginx_config.worker_processes").is_none() {
         // What those suites count, they count in one worker.
         effective["nginx_config"]["worker_processes"] = 1.into();
     }
     let key_required = keys::at(&written, "deployment.admin.admin_key_required") == Some(&Value::Bool(true));
-    if !key_required && is_open_test_node(&effective) {
+    let on_node = serves_admin(&effective) && has_admin_on_node(&effective);
+    if on_node && !key_chosen && !key_required {
         effective["deployment"]["admin"]["admin_key_required"] = false.into();
+    }
+    if on_node && keys::at(&effective, "deployment.admin.admin_key_required") == Some(&Value::Bool(false)) {
+        let text = "the Admin API is on the node's own port, and open: whoever reaches the node may change all";
+        warnings.push(Warning(format!("test_node.serve_on_node: {text}")));
     }
     let config = typed::read(prefix, effective, &written, &mut warnings, &mut mistakes);
     match config {
@@ -327,8 +334,11 @@ pub fn parse(prefix: &Path, text: &str) -> Result<(Config, Vec<Warning>), Mistak
 }
 
 /// Where the two APIs listen in truth, for a test node that has them on its own port: one of the configured ports may be 0.
-pub fn note_places(config: &mut Config, admin: Option<SocketAddr>, control: Option<SocketAddr>) {
-    if keys::at(&config.json, "test_node.serve_on_node").is_none() {
+/// `started_with`: the file that says which these are, also after it has changed.
+pub fn note_places(config: &mut Config, started_with: &Value, admin: Option<SocketAddr>, control: Option<SocketAddr>) {
+    let on_node = |json| keys::at(json, "test_node.serve_on_node").cloned();
+    let apis = on_node(started_with);
+    if apis.is_none() && on_node(&config.json).is_none() {
         return;
     }
     let json = Arc::make_mut(&mut config.json);
@@ -337,8 +347,12 @@ pub fn note_places(config: &mut Config, admin: Option<SocketAddr>, control: Opti
             *port = addr.port().into();
         }
     }
+    let mut read = json.clone();
+    if let Some(map) = read.as_object_mut() {
+        map.insert("test_node".into(), json!({"serve_on_node": apis}));
+    }
     // What is wrong with them was told when they were read first.
-    config.locations = Arc::new(locations::read(&config.json, &config.prefix, &mut Vec::new()));
+    config.locations = Arc::new(locations::read(&read, &config.prefix, &mut Vec::new()));
 }
 
 /// Whether this node has an Admin API: a control plane is nothing else, a data plane has none.
@@ -350,13 +364,16 @@ fn serves_admin(json: &Value) -> bool {
     }
 }
 
-/// A test node whose configuration chooses no admin key.
-fn is_open_test_node(json: &Value) -> bool {
+/// A test node that has the Admin API on its own port.
+fn has_admin_on_node(json: &Value) -> bool {
     let on_node = keys::at(json, "test_node.serve_on_node").and_then(Value::as_array);
-    let admin = on_node.is_some_and(|apis| apis.iter().any(|api| api == "admin"));
-    let keys = keys::at(json, "deployment.admin.admin_key").and_then(Value::as_array);
-    let chosen = keys.is_some_and(|keys| keys.iter().any(|key| key["key"].as_str().is_some_and(|key| !key.is_empty())));
-    admin && !chosen
+    on_node.is_some_and(|apis| apis.iter().any(|api| api == "admin"))
+}
+
+/// Whether a file says anything of admin keys: `null` and the default list do not.
+fn chooses_key(written: &Value, defaults: &Value) -> bool {
+    let path = "deployment.admin.admin_key";
+    keys::at(written, path).is_some_and(|keys| !keys.is_null() && Some(keys) != keys::at(defaults, path))
 }
 
 /// conf/config.default.yaml
