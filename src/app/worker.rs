@@ -132,7 +132,7 @@ async fn serve(worker: usize, blueprint: Blueprint, sockets: Bound, line: Line) 
     let config = blueprint.config.clone();
     let ending = Rc::new(blueprint.endings.of_worker(&config));
     let serving = tokio::select! {
-        made = new_proxy(worker, &blueprint, ending.clone()) => Serving::new(made?, &blueprint),
+        made = new_proxy(worker, &blueprint, None, ending.clone()) => Serving::new(made?, &blueprint),
         // Plugins' init may wait, and nobody is served yet.
         () = ordered(&mut orders, |order| order != Order::Serve) => return Ok(()),
     };
@@ -213,22 +213,24 @@ impl Serving {
 async fn follow(worker: usize, serving: Rc<Serving>, ending: Rc<Ending>, mut blueprints: watch::Receiver<Blueprint>) {
     while blueprints.changed().await.is_ok() {
         let blueprint = blueprints.borrow_and_update().clone();
-        match new_proxy(worker, &blueprint, ending.clone()).await {
-            Ok(proxy) => {
-                let old = serving.replace(proxy, &blueprint);
-                // Its requests go on without its timers, as those of an nginx worker that is shutting down.
-                spawn_local(async move { close(&old.runner, TIMERS_PATIENCE).await });
-            }
+        let before = serving.proxy();
+        match new_proxy(worker, &blueprint, Some(&before.runner), ending.clone()).await {
+            // Its requests go on without its timers, as those of an nginx worker that is shutting down. What these still do, the
+            // worker's end waits for.
+            Ok(proxy) => serving.replace(proxy, &blueprint).runner.retire(),
             Err(e) => tracing::error!("{e}; what was loaded before goes on"),
         }
     }
 }
 
-async fn new_proxy(worker: usize, blueprint: &Blueprint, ending: Rc<Ending>) -> Result<Proxy> {
-    let snapshot = blueprint.published.load();
-    let runner = Runner::new(blueprint.setup.clone(), worker, &snapshot)
-        .await
-        .map_err(|e| e.context(format!("worker {worker}: load the plugins")))?;
+/// `before`: the runner whose place it is to take.
+async fn new_proxy(worker: usize, blueprint: &Blueprint, before: Option<&Runner>, ending: Rc<Ending>) -> Result<Proxy> {
+    let (snapshot, setup) = (blueprint.published.load(), blueprint.setup.clone());
+    let runner = match before {
+        None => Runner::new(setup, worker, &snapshot).await,
+        Some(before) => before.anew(setup, &snapshot).await,
+    };
+    let runner = runner.map_err(|e| e.context(format!("worker {worker}: load the plugins")))?;
     Ok(Proxy::new(
         settings::proxy(&blueprint.config),
         blueprint.published.clone(),

@@ -82,6 +82,10 @@ impl Functions {
         self.vms.borrow().iter().flatten().for_each(|vm| run(&vm.vm));
     }
 
+    pub fn each_owner(&self, run: impl FnMut(&Rc<FunctionVm>)) {
+        self.vms.borrow().iter().flatten().for_each(run);
+    }
+
     fn drop_vm(&self, at: usize, broken: &Rc<FunctionVm>) {
         let mut vms = self.vms.borrow_mut();
         if vms[at].as_ref().is_some_and(|vm| Rc::ptr_eq(vm, broken)) {
