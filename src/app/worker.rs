@@ -281,7 +281,8 @@ fn stream(
 ) {
     let Blueprint { config, published, resolver, endings, .. } = blueprint;
     let log = endings.of_streams(config);
-    let settings = settings::stream(config);
+    let mut settings = settings::stream(config);
+    settings.udp_listeners = udp.iter().filter_map(|socket| socket.local_addr().ok()).collect();
     let streams = Rc::new(Streams::new(settings, published.clone(), resolver.clone(), drain.clone(), log));
     for Tcp { socket, proxy_protocol, proxy_protocol_to_upstream: to_upstream, tls } in tcp {
         let tls = tls.map(|server| listener::Tls { server, published: published.clone(), scripts: Rc::default() });
