@@ -222,10 +222,6 @@ fn run_of(x: &Exchange) -> Option<&Run> {
 impl Runner {
     /// Loads the plugins. Must be called inside the worker's runtime: `init` may start timers.
     pub async fn new(setup: Setup, worker: usize, snapshot: &Arc<Snapshot>) -> Result<Runner> {
-        if worker == 0 && setup.locations.list.iter().any(|l| !l.directives.lua_code_cache) {
-            let text = b"lua_code_cache is off; this will hurt performance";
-            log::line(Level::Alert, text, None);
-        }
         Self::with(setup, worker, snapshot, Default::default()).await
     }
 
@@ -235,6 +231,10 @@ impl Runner {
         snapshot: &Arc<Snapshot>,
         (others, ends): (Rc<Others>, Rc<Ends>),
     ) -> Result<Runner> {
+        if worker == 0 && setup.locations.list.iter().any(|l| !l.directives.lua_code_cache) {
+            let text = b"lua_code_cache is off; this will hurt performance";
+            log::line(Level::Alert, text, None);
+        }
         let groups = Rc::new(Groups::new(&setup.locations));
         let generation =
             Generation::started(setup.clone(), worker, snapshot.clone(), (groups.clone(), ends.clone())).await?;
@@ -437,10 +437,11 @@ impl Runner {
         Some(if called == Flow::Next { Flow::Answer } else { called })
     }
 
-    /// Ends timers early: the worker stops.
+    /// Ends timers early: the worker stops, or another runner takes over.
     pub fn close(&self) {
         self.generation.borrow().vm.close();
         self.functions.each(|vm| vm.close());
+        self.others.each(|vm| vm.close());
     }
 
     /// Collects garbage in every VM of the worker.

@@ -114,6 +114,13 @@ pub(super) struct FunctionVm {
     compiled: RefCell<HashMap<u64, c_int>>,
 }
 
+impl Drop for FunctionVm {
+    fn drop(&mut self) {
+        // One that a request has made after its runner was replaced: nobody else does.
+        self.vm.close();
+    }
+}
+
 impl FunctionVm {
     fn new(config: VmConfig) -> Result<FunctionVm> {
         let vm = Vm::with(config, &[natives::register])?;
