@@ -1,7 +1,7 @@
 //! UDP clients: their sessions, their answers, and the bounds of both.
 
 use std::{
-    net::UdpSocket,
+    net::{SocketAddr, UdpSocket},
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -11,6 +11,7 @@ use std::{
 };
 
 use serde_json::{Value, json};
+use socket2::{Domain, Socket, Type};
 
 use crate::{
     listening,
@@ -192,6 +193,21 @@ fn a_dead_node_is_told_once_for_many_sessions() {
     };
     eventually("all have ended", || (lines("") == 5).then_some(()));
     assert_eq!((lines("[error]"), lines("[info]")), (1, 4));
+}
+
+#[test]
+fn a_datagram_from_another_listener_begins_no_session() {
+    let up = Node::start("a");
+    let mut settings = listening(json!([]), json!(["127.0.0.1:0", "127.0.0.1:0"]));
+    settings["nginx_config"] = json!({"worker_processes": 1});
+    let gw = Gateway::with(settings);
+    gw.put("/stream_routes/1", json!({"upstream": to(&*up.addr)}));
+    let [one, other] = gw.addresses("udp").try_into().expect("two addresses");
+    let forged = Socket::new(Domain::IPV4, Type::DGRAM, None).expect("a socket");
+    forged.set_reuse_port(true).expect("an option");
+    forged.bind(&one.parse::<SocketAddr>().expect("an address").into()).expect("binds");
+    UdpSocket::from(forged).send_to(b"echo me", &other).expect("sent");
+    assert_eq!((ask(&client(&other), "x").0.as_str(), up.seen()), ("a", 1));
 }
 
 #[test]

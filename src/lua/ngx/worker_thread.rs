@@ -538,7 +538,9 @@ mod tests {
 
     #[test]
     fn a_vm_is_kept_for_the_same_sources_only() {
+        let config: Arc<serde_json::Value> = Arc::default();
         let with = |sources: &[(&Arc<str>, &Arc<str>)]| VmConfig {
+            config: config.clone(),
             plugin_sources: sources.iter().map(|(a, b)| ((*a).clone(), (*b).clone())).collect(),
             ..VmConfig::default()
         };
