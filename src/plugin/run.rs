@@ -587,23 +587,26 @@ impl Runner {
 }
 
 /// A VM until it can serve. When its start fails, or is given up, the timers that it has begun end.
-struct Starting(Rc<Vm>, Cell<bool>);
+struct Starting {
+    vm: Rc<Vm>,
+    done: bool,
+}
 
 impl Starting {
     fn new(vm: Rc<Vm>) -> Starting {
-        Starting(vm, Cell::new(false))
+        Starting { vm, done: false }
     }
 
-    fn done(self) -> Rc<Vm> {
-        self.1.set(true);
-        self.0.clone()
+    fn done(mut self) -> Rc<Vm> {
+        self.done = true;
+        self.vm.clone()
     }
 }
 
 impl Drop for Starting {
     fn drop(&mut self) {
-        if !self.1.get() {
-            self.0.close();
+        if !self.done {
+            self.vm.close();
         }
     }
 }
@@ -617,7 +620,7 @@ impl Generation {
     ) -> Result<Rc<Generation>> {
         let config = VmConfig { groups: groups.clone(), ..setup.vm_config(Purpose::Plugins, worker, snapshot) };
         let starting = Starting::new(registry::vm(config)?);
-        let vm = &starting.0;
+        let vm = &starting.vm;
         vm.set_snapshot(snapshot);
         let init = &setup.locations.init;
         if let Some(script) = &init.init {
@@ -645,7 +648,7 @@ impl Generation {
     fn bare(setup: &Setup, worker: usize, snapshot: &Arc<Snapshot>, groups: &Rc<Groups>) -> Result<Rc<Generation>> {
         let config = VmConfig { groups: groups.clone(), ..setup.vm_config(Purpose::Plugins, worker, snapshot) };
         let (starting, plugins) = (Starting::new(registry::vm(config)?), Plugins::new());
-        let vm = &starting.0;
+        let vm = &starting.vm;
         vm.set_snapshot(snapshot);
         if let Some(script) = &setup.locations.init.init {
             vm.run_init(script).map_err(|e| e.context("init_by_lua error"))?;
