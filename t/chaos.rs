@@ -211,13 +211,15 @@ fn copy(mut from: TcpStream, mut to: TcpStream, open: &AtomicBool, delay: &Atomi
 /// Requests for `/steady`, one after the other, until it is dropped.
 struct Traffic {
     stop: Arc<AtomicBool>,
-    thread: Option<thread::JoinHandle<(u64, Duration)>>,
+    answered: Arc<AtomicU64>,
+    thread: Option<thread::JoinHandle<Duration>>,
 }
 
 impl Traffic {
     fn start(gw: &Gateway) -> Self {
         let (stop, address) = (Arc::new(AtomicBool::new(false)), gw.proxy());
-        let stopped = stop.clone();
+        let (stopped, answers) = (stop.clone(), Arc::new(AtomicU64::new(0)));
+        let counted = answers.clone();
         let ask = move || {
             let mut client = Client::connect(&address);
             let (mut answered, mut longest) = (0, Duration::ZERO);
@@ -232,17 +234,22 @@ impl Traffic {
                 assert_eq!(reply.status, 200, "traffic stopped: {}", reply.text());
                 longest = longest.max(started.elapsed());
                 answered += 1;
+                counted.store(answered, Ordering::Relaxed);
             }
-            (answered, longest)
+            longest
         };
-        Traffic { stop, thread: Some(thread::spawn(ask)) }
+        Traffic { stop, answered: answers, thread: Some(thread::spawn(ask)) }
     }
 
     /// None of them was lost, and none waited for the cluster.
     fn went_on(mut self) {
+        let thread = self.thread.take().expect("once");
+        // A busy machine may have let few through until now: more come, or the thread has failed.
+        eventually("twenty requests", || {
+            (thread.is_finished() || self.answered.load(Ordering::Relaxed) > 20).then_some(())
+        });
         self.stop.store(true, Ordering::Relaxed);
-        let (answered, longest) = self.thread.take().expect("once").join().expect("every answer was good");
-        assert!(answered > 20, "{answered} requests");
+        let longest = thread.join().expect("every answer was good");
         assert!(longest < Duration::from_secs(2), "a request took {longest:?}");
     }
 }

@@ -51,7 +51,8 @@ pub async fn run(mut config: Config) -> Result<()> {
     let sockets = listeners::bind(&config)?;
     let mut ports = Ports::bind(&config).await?;
     let at = ports.listening(&sockets)?;
-    conf::note_places(&mut config, at.admin, at.control);
+    let written = config.json.clone();
+    conf::note_places(&mut config, &written, at.admin, at.control);
     let readiness = Readiness::new(config.workers);
     let status = Status::new(readiness.clone());
     let (gone, ended) = watch::channel(false);

@@ -40,6 +40,7 @@ const AT_START: &[&str] = &[
     "lua_listen",
     "lua_options.lua_capture_error_log",
     "nginx_config.enable_cpu_affinity",
+    "nginx_config.envs",
     "nginx_config.error_log",
     "nginx_config.event",
     "nginx_config.http.access_log",
@@ -53,6 +54,7 @@ const AT_START: &[&str] = &[
     "nginx_config.http.keepalive_timeout",
     "nginx_config.http.send_timeout",
     "nginx_config.http.underscores_in_headers",
+    "nginx_config.stream",
     "nginx_config.worker_processes",
     "nginx_config.worker_shutdown_timeout",
     "plugin_attr.prometheus",
@@ -138,7 +140,7 @@ impl Reload {
             tracing::error!("{e}");
             return None;
         }
-        conf::note_places(&mut next, self.places.0, self.places.1);
+        conf::note_places(&mut next, &self.first.json, self.places.0, self.places.1);
         warnings.iter().for_each(|Warning(text)| tracing::warn!("{text}"));
         Some(next)
     }
@@ -203,6 +205,16 @@ mod tests {
         found.clear();
         differences(&old, &old, "", &mut found);
         assert!(found.is_empty());
+    }
+
+    #[test]
+    fn what_is_read_once_is_told_with_what_is_below_it() {
+        for path in ["nginx_config.stream.real_ip_from", "nginx_config.envs", "test_node.serve_on_node"] {
+            assert!(is_under(path, AT_START), "{path}");
+        }
+        for path in ["nginx_config.streams", "lua_locations", "nginx_config"] {
+            assert!(!is_under(path, AT_START), "{path}");
+        }
     }
 
     #[test]

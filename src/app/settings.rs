@@ -73,6 +73,8 @@ pub fn stream(config: &Config) -> stream::Settings {
         max_connections: config.worker_connections,
         real_ip_from: config.stream.real_ip_from.clone(),
         fallback_sni: config.tls.fallback_sni.as_deref().map(Box::from),
+        // Known once they are bound.
+        udp_listeners: Vec::new(),
     }
 }
 

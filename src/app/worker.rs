@@ -145,7 +145,7 @@ async fn serve(worker: usize, blueprint: Blueprint, sockets: Bound, line: Line) 
     let config = blueprint.config.clone();
     let ending = Rc::new(blueprint.endings.of_worker(&config));
     let serving = tokio::select! {
-        made = new_proxy(worker, &blueprint, ending.clone()) => Serving::new(made?, &blueprint),
+        made = new_proxy(worker, &blueprint, None, ending.clone()) => Serving::new(made?, &blueprint),
         // Plugins' init may wait, and nobody is served yet.
         () = ordered(&mut orders, |order| order != Order::Serve) => return Ok(()),
     };
@@ -234,11 +234,12 @@ async fn follow(
         let blueprint = blueprints.borrow_and_update().clone();
         // In APISIX's words, which people look for.
         tracing::info!("start to hot reload plugins");
-        match new_proxy(worker, &blueprint, ending.clone()).await {
+        let before = serving.proxy();
+        match new_proxy(worker, &blueprint, Some(&before.runner), ending.clone()).await {
+            // Its requests go on without its timers, as those of an nginx worker that is shutting down. What these still do, the
+            // worker's end waits for.
             Ok(proxy) => {
-                let old = serving.replace(proxy, &blueprint);
-                // Its requests go on without its timers, as those of an nginx worker that is shutting down.
-                spawn_local(async move { close(&old.runner, TIMERS_PATIENCE).await });
+                serving.replace(proxy, &blueprint).runner.retire();
                 // The first load counts, too.
                 tracing::info!("load plugin times: {}", blueprint.number + 1);
             }
@@ -248,11 +249,14 @@ async fn follow(
     }
 }
 
-async fn new_proxy(worker: usize, blueprint: &Blueprint, ending: Rc<Ending>) -> Result<Proxy> {
-    let snapshot = blueprint.published.load();
-    let runner = Runner::new(blueprint.setup.clone(), worker, &snapshot)
-        .await
-        .map_err(|e| e.context(format!("worker {worker}: load the plugins")))?;
+/// `before`: the runner whose place it is to take.
+async fn new_proxy(worker: usize, blueprint: &Blueprint, before: Option<&Runner>, ending: Rc<Ending>) -> Result<Proxy> {
+    let (snapshot, setup) = (blueprint.published.load(), blueprint.setup.clone());
+    let runner = match before {
+        None => Runner::new(setup, worker, &snapshot).await,
+        Some(before) => before.anew(setup, &snapshot).await,
+    };
+    let runner = runner.map_err(|e| e.context(format!("worker {worker}: load the plugins")))?;
     Ok(Proxy::new(
         settings::proxy(&blueprint.config),
         blueprint.published.clone(),
@@ -303,7 +307,8 @@ fn stream(
 ) {
     let Blueprint { config, published, resolver, endings, .. } = blueprint;
     let log = endings.of_streams(config);
-    let settings = settings::stream(config);
+    let mut settings = settings::stream(config);
+    settings.udp_listeners = udp.iter().filter_map(|socket| socket.local_addr().ok()).collect();
     let streams = Rc::new(Streams::new(settings, published.clone(), resolver.clone(), drain.clone(), log));
     for Tcp { socket, proxy_protocol, proxy_protocol_to_upstream: to_upstream, tls } in tcp {
         let tls = tls.map(|server| listener::Tls { server, published: published.clone(), scripts: Rc::default() });

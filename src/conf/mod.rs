@@ -24,14 +24,14 @@ use std::{
 };
 
 use ipnet::IpNet;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::error::{Error, Kind, Result};
 
 const DEFAULTS: &str = include_str!("../../conf/config.default.yaml");
 
-/// Where a test node listens that says nothing else: the port that nginx's test suites use.
-const TEST_NODE_PORT: u16 = 1984;
+/// Where a test node listens that says nothing else: the port that nginx's test suites use, for this machine alone.
+const TEST_NODE: (&str, u16) = ("127.0.0.1", 1984);
 
 /// The configuration in use.
 #[derive(Clone, Debug)]
@@ -303,8 +303,8 @@ pub fn load(prefix: &Path, file: Option<&Path>) -> Result<(Config, Vec<Warning>)
 pub fn parse(prefix: &Path, text: &str) -> Result<(Config, Vec<Warning>), Mistakes> {
     let one = |e: String| Mistakes(vec![e]);
     let mut mistakes = Vec::new();
-    let written = written(text, &mut mistakes).map_err(one)?;
-    let (_, warnings, config) = take(prefix, &written, &mut mistakes).map_err(one)?;
+    let (written, key_chosen) = written(text, &mut mistakes).map_err(one)?;
+    let (_, warnings, config) = take(prefix, (&written, key_chosen), &mut mistakes).map_err(one)?;
     match config {
         Some(config) if mistakes.is_empty() => Ok((config, warnings)),
         _ => Err(Mistakes(mistakes)),
@@ -329,18 +329,18 @@ pub struct Survey {
 /// Reads a configuration as if all that is unsupported were allowed. Fails on what is no YAML map.
 pub fn survey(prefix: &Path, text: &str) -> Result<Survey, String> {
     let mut mistakes = Vec::new();
-    let written = written(text, &mut mistakes)?;
+    let (written, key_chosen) = written(text, &mut mistakes)?;
     let unsupported: Vec<_> = keys::unsupported(&written).collect();
     let paths: Vec<_> = unsupported.iter().map(|(path, _)| *path).collect();
     let mut allowing = written.clone();
     keys::merge(&mut allowing, serde_json::json!({"apisix": {"allow_unsupported": paths}}));
-    let (effective, mut warnings, config) = take(prefix, &allowing, &mut mistakes)?;
+    let (effective, mut warnings, config) = take(prefix, (&allowing, key_chosen), &mut mistakes)?;
     warnings.retain(|Warning(text)| !paths.iter().any(|path| text.starts_with(&format!("{path}: has no effect: "))));
     Ok(Survey { written, effective, config, unsupported, mistakes, warnings })
 }
 
-/// The file's own map.
-fn written(text: &str, mistakes: &mut Vec<String>) -> Result<Value, String> {
+/// The file's own map, and whether it says something of admin keys.
+fn written(text: &str, mistakes: &mut Vec<String>) -> Result<(Value, bool), String> {
     let mut written = yaml::read(text).map_err(|e| format!("not YAML: {e}"))?;
     if written.is_null() {
         written = Value::Object(Default::default());
@@ -354,37 +354,47 @@ fn written(text: &str, mistakes: &mut Vec<String>) -> Result<Value, String> {
             *list = Value::Array(Vec::new());
         }
     }
+    // Before variables are filled in: one that is not set leaves a key empty, but was meant to be one.
+    let key_chosen = chooses_key(&written, &defaults()?);
     env::fill(&mut written, mistakes);
-    Ok(written)
+    Ok((written, key_chosen))
 }
 
-/// What was written over the defaults: as JSON, and as typed values.
+/// What was written over the defaults: as JSON, and as typed values. `key_chosen`: the file says something of admin keys.
 fn take(
     prefix: &Path,
-    written: &Value,
+    (written, key_chosen): (&Value, bool),
     mistakes: &mut Vec<String>,
 ) -> Result<(Value, Vec<Warning>, Option<Config>), String> {
     let mut effective = defaults()?;
     let mut warnings = keys::look(written, &effective, mistakes);
     keys::merge(&mut effective, written.clone());
     if keys::at(written, "test_node").is_some() && keys::at(written, "apisix.node_listen").is_none() {
-        effective["apisix"]["node_listen"] = TEST_NODE_PORT.into();
+        effective["apisix"]["node_listen"] = json!([{"ip": TEST_NODE.0, "port": TEST_NODE.1}]);
     }
     if keys::at(written, "test_node").is_some() && keys::at(written, "nginx_config.worker_processes").is_none() {
         // What those suites count, they count in one worker.
         effective["nginx_config"]["worker_processes"] = 1.into();
     }
     let key_required = keys::at(written, "deployment.admin.admin_key_required") == Some(&Value::Bool(true));
-    if !key_required && is_open_test_node(&effective) {
+    let on_node = serves_admin(&effective) && has_admin_on_node(&effective);
+    if on_node && !key_chosen && !key_required {
         effective["deployment"]["admin"]["admin_key_required"] = false.into();
+    }
+    if on_node && keys::at(&effective, "deployment.admin.admin_key_required") == Some(&Value::Bool(false)) {
+        let text = "the Admin API is on the node's own port, and open: whoever reaches the node may change all";
+        warnings.push(Warning(format!("test_node.serve_on_node: {text}")));
     }
     let config = typed::read(prefix, effective.clone(), written, &mut warnings, mistakes);
     Ok((effective, warnings, config))
 }
 
 /// Where the two APIs listen in truth, for a test node that has them on its own port: one of the configured ports may be 0.
-pub fn note_places(config: &mut Config, admin: Option<SocketAddr>, control: Option<SocketAddr>) {
-    if keys::at(&config.json, "test_node.serve_on_node").is_none() {
+/// `started_with`: the file that says which these are, also after it has changed.
+pub fn note_places(config: &mut Config, started_with: &Value, admin: Option<SocketAddr>, control: Option<SocketAddr>) {
+    let on_node = |json| keys::at(json, "test_node.serve_on_node").cloned();
+    let apis = on_node(started_with);
+    if apis.is_none() && on_node(&config.json).is_none() {
         return;
     }
     let json = Arc::make_mut(&mut config.json);
@@ -393,8 +403,12 @@ pub fn note_places(config: &mut Config, admin: Option<SocketAddr>, control: Opti
             *port = addr.port().into();
         }
     }
+    let mut read = json.clone();
+    if let Some(map) = read.as_object_mut() {
+        map.insert("test_node".into(), json!({"serve_on_node": apis}));
+    }
     // What is wrong with them was told when they were read first.
-    config.locations = Arc::new(locations::read(&config.json, &config.prefix, &mut Vec::new()));
+    config.locations = Arc::new(locations::read(&read, &config.prefix, &mut Vec::new()));
 }
 
 /// Whether this node has an Admin API: a control plane is nothing else, a data plane has none.
@@ -406,13 +420,16 @@ fn serves_admin(json: &Value) -> bool {
     }
 }
 
-/// A test node whose configuration chooses no admin key.
-fn is_open_test_node(json: &Value) -> bool {
+/// A test node that has the Admin API on its own port.
+fn has_admin_on_node(json: &Value) -> bool {
     let on_node = keys::at(json, "test_node.serve_on_node").and_then(Value::as_array);
-    let admin = on_node.is_some_and(|apis| apis.iter().any(|api| api == "admin"));
-    let keys = keys::at(json, "deployment.admin.admin_key").and_then(Value::as_array);
-    let chosen = keys.is_some_and(|keys| keys.iter().any(|key| key["key"].as_str().is_some_and(|key| !key.is_empty())));
-    admin && !chosen
+    on_node.is_some_and(|apis| apis.iter().any(|api| api == "admin"))
+}
+
+/// Whether a file says anything of admin keys: `null` and the default list do not.
+fn chooses_key(written: &Value, defaults: &Value) -> bool {
+    let path = "deployment.admin.admin_key";
+    keys::at(written, path).is_some_and(|keys| !keys.is_null() && Some(keys) != keys::at(defaults, path))
 }
 
 /// conf/config.default.yaml

@@ -130,6 +130,35 @@ fn an_admin_api_without_a_key_is_warned_about() {
     assert!(warnings.iter().any(|w| w.0.contains("Admin key is bypassed!")), "{warnings:?}");
 }
 
+/// Whether requests need an admin key, and the warnings that name the node's port.
+fn test_node(admin: &str) -> (bool, usize) {
+    let text = format!("test_node: {{serve_on_node: [admin]}}\ndeployment: {{admin: {{{admin}}}}}");
+    let (config, warnings) = ok(&text);
+    let told = warnings.iter().filter(|w| w.0.starts_with("test_node.serve_on_node: the Admin API is on")).count();
+    (config.admin.expect("an Admin API").key_required, told)
+}
+
+#[test]
+fn a_test_node_without_a_word_of_keys_is_open_to_its_own_machine() {
+    let default = "admin_key: [{name: admin, key: '', role: admin}]";
+    for open in ["", "admin_key: ", default, "admin_key_required: false", "admin_key_required: false, admin_key: []"] {
+        assert_eq!(test_node(open), (false, 1), "{open}");
+    }
+    let unset = "admin_key: [{name: admin, key: '${{NO_SUCH_ADMIN_KEY:=}}', role: admin}]";
+    let chosen = "admin_key: [{name: admin, key: chosen, role: admin}]";
+    for closed in [unset, chosen, "admin_key: []", "admin_key_required: true", "admin_key_required: true, admin_key: "]
+    {
+        assert_eq!(test_node(closed), (true, 0), "{closed}");
+    }
+    let (config, _) = ok("test_node: {}");
+    let listen: Vec<_> = config.listen.iter().map(|listen| listen.addr.to_string()).collect();
+    assert_eq!(listen, ["127.0.0.1:1984"]);
+    let (config, _) = ok("{test_node: {}, apisix: {node_listen: 1984}}");
+    assert_eq!(config.listen[0].addr.to_string(), "0.0.0.0:1984", "as it is written");
+    let (_, warnings) = ok("{test_node: {serve_on_node: [admin]}, apisix: {enable_admin: false}}");
+    assert!(warnings.iter().all(|w| !w.0.contains("serve_on_node")), "{warnings:?}");
+}
+
 #[test]
 fn the_admin_api_over_tls_needs_a_certificate_and_its_key() {
     let found = mistakes("deployment: {admin: {https_admin: true, admin_api_mtls: {admin_ssl_ca_cert: ca.pem}}}");

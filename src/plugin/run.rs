@@ -93,9 +93,9 @@ pub struct Runner {
     /// The VM that is to serve next, while it starts.
     renewal: RefCell<Option<start::Renewal>>,
     functions: Functions,
-    /// VMs that still end, and those of one request.
+    /// VMs that still end, and those of one request. With those of the worker's runners before this one.
     others: Rc<Others>,
-    /// Those whose end has not run.
+    /// Those whose end has not run, likewise.
     ends: Rc<Ends>,
     filters: RefCell<HashMap<u64, Option<c_int>>>,
     until_memory_check: Cell<u32>,
@@ -216,8 +216,11 @@ impl Drop for Run {
 
 impl Drop for Generation {
     fn drop(&mut self) {
-        if self.alive.is_none() {
-            log::line(Level::Debug, b"lua close the global Lua VM", None);
+        match self.alive {
+            // Also where it has never served: its timers would keep it for ever.
+            Some(_) => self.vm.close(),
+            // What its request has left behind runs at its time.
+            None => log::line(Level::Debug, b"lua close the global Lua VM", None),
         }
     }
 }
@@ -229,15 +232,22 @@ fn run_of(x: &Exchange) -> Option<&Run> {
 impl Runner {
     /// Loads the plugins. Must be called inside the worker's runtime: `init` may start timers.
     pub async fn new(setup: Setup, worker: usize, snapshot: &Arc<Snapshot>) -> Result<Runner> {
+        Self::with(setup, worker, snapshot, Default::default()).await
+    }
+
+    async fn with(
+        setup: Setup,
+        worker: usize,
+        snapshot: &Arc<Snapshot>,
+        (others, ends): (Rc<Others>, Rc<Ends>),
+    ) -> Result<Runner> {
         if worker == 0 && setup.locations.list.iter().any(|l| !l.directives.lua_code_cache) {
             let text = b"lua_code_cache is off; this will hurt performance";
             log::line(Level::Alert, text, None);
         }
         let groups = Rc::new(Groups::new(&setup.locations));
-        let ends = Rc::new(Ends::default());
         let generation =
             Generation::started(setup.clone(), worker, snapshot.clone(), (groups.clone(), ends.clone())).await?;
-        let others = Rc::new(Others::default());
         Ok(Runner {
             groups,
             setup,
@@ -268,6 +278,18 @@ impl Runner {
     /// The loaded plugins.
     pub fn plugins(&self) -> Vec<Arc<registry::PluginInfo>> {
         self.generation.borrow().plugins.values().cloned().collect()
+    }
+
+    /// Another of the same worker, which is to take its place.
+    pub async fn anew(&self, setup: Setup, snapshot: &Arc<Snapshot>) -> Result<Runner> {
+        Self::with(setup, self.worker, snapshot, (self.others.clone(), self.ends.clone())).await
+    }
+
+    /// It takes no requests any more. Its VMs are among those of the one in its place from now on.
+    pub fn retire(&self) {
+        self.close();
+        self.others.plugins(&self.generation.borrow());
+        self.functions.each_owner(|vm| self.others.functions(vm));
     }
 
     /// Finds what runs for the request, whose `snapshot` and `matched` are set. An empty mask: nothing does.
@@ -430,22 +452,25 @@ impl Runner {
         VmConfig { groups: self.groups.clone(), ..self.setup.vm_config(purpose, self.worker, snapshot) }
     }
 
-    /// Ends timers early: the worker stops.
+    /// Ends timers early: the worker stops, or another runner takes over.
     pub fn close(&self) {
         self.generation.borrow().vm.close();
         self.functions.each(|vm| vm.close());
+        self.others.each(|vm| vm.close());
     }
 
     /// Collects garbage in every VM of the worker.
     pub fn collect(&self) {
         self.generation.borrow().vm.collect();
         self.functions.each(|vm| vm.collect());
+        self.others.each(|vm| vm.collect());
     }
 
-    /// Timers of scripts that have not ended.
+    /// Timers of scripts that have not ended, in VMs that take no requests any more as well.
     pub fn timers(&self) -> usize {
         let mut open = self.generation.borrow().vm.open_timers();
         self.functions.each(|vm| open += vm.open_timers());
+        self.others.each(|vm| open += vm.open_timers());
         open
     }
 
@@ -576,6 +601,31 @@ impl Runner {
     }
 }
 
+/// A VM until it can serve. When its start fails, or is given up, the timers that it has begun end.
+struct Starting {
+    vm: Rc<Vm>,
+    done: bool,
+}
+
+impl Starting {
+    fn new(vm: Rc<Vm>) -> Starting {
+        Starting { vm, done: false }
+    }
+
+    fn done(mut self) -> Rc<Vm> {
+        self.done = true;
+        self.vm.clone()
+    }
+}
+
+impl Drop for Starting {
+    fn drop(&mut self) {
+        if !self.done {
+            self.vm.close();
+        }
+    }
+}
+
 impl Generation {
     async fn load(
         setup: &Setup,
@@ -584,29 +634,31 @@ impl Generation {
         (groups, ends): (&Rc<Groups>, &Ends),
     ) -> Result<Rc<Generation>> {
         let config = VmConfig { groups: groups.clone(), ..setup.vm_config(Purpose::Plugins, worker, snapshot) };
-        let vm = registry::vm(config)?;
+        let starting = Starting::new(registry::vm(config)?);
+        let vm = &starting.vm;
         vm.set_snapshot(snapshot);
         let init = &setup.locations.init;
         if let Some(script) = &init.init {
-            start::script(&vm, script, Phase::InitByLua).await.map_err(|e| e.context("init_by_lua error"))?;
+            start::script(vm, script, Phase::InitByLua).await.map_err(|e| e.context("init_by_lua error"))?;
         }
-        let plugins = registry::load(&vm, &setup.names(snapshot));
+        let plugins = registry::load(vm, &setup.names(snapshot));
         if setup.watching.debug().basic {
             registry::tell(&plugins);
         }
-        for (name, text) in start::init_plugins(&vm).await? {
+        for (name, text) in start::init_plugins(vm).await? {
             tracing::error!(target: "lua", "failed to init plugin [{name}]: {text}");
         }
         if let Some(script) = &init.init_worker
-            && let Err(e) = start::script(&vm, script, Phase::Init).await
+            && let Err(e) = start::script(vm, script, Phase::Init).await
         {
             tracing::error!("init_worker_by_lua error: {e}");
         }
-        let entry = Entry::of(&vm)?;
+        let entry = Entry::of(vm)?;
         let scripts = script::Compiled::default();
-        let alive = Some(ends.after(&vm, init.exit_worker.clone()));
+        let alive = Some(ends.after(vm, init.exit_worker.clone()));
         let number = snapshot.plugins_generation;
         let plans = Cell::new(0);
+        let vm = starting.done();
         let generation = Generation { vm, number, plugins, entry, scripts, alive, plans };
         let debug = setup.watching.debug();
         if debug.hooks.is_some() {
@@ -618,14 +670,16 @@ impl Generation {
     /// A VM without plugins, for scripts that are loaded anew for each request. Its `init_by_lua` cannot wait.
     fn bare(setup: &Setup, worker: usize, snapshot: &Arc<Snapshot>, groups: &Rc<Groups>) -> Result<Rc<Generation>> {
         let config = VmConfig { groups: groups.clone(), ..setup.vm_config(Purpose::Plugins, worker, snapshot) };
-        let (vm, plugins) = (registry::vm(config)?, Plugins::new());
+        let (starting, plugins) = (Starting::new(registry::vm(config)?), Plugins::new());
+        let vm = &starting.vm;
         vm.set_snapshot(snapshot);
         if let Some(script) = &setup.locations.init.init {
             vm.run_init(script).map_err(|e| e.context("init_by_lua error"))?;
         }
-        let entry = Entry::of(&vm)?;
+        let entry = Entry::of(vm)?;
         let (scripts, number) = (script::Compiled::default(), snapshot.plugins_generation);
         let plans = Cell::new(0);
+        let vm = starting.done();
         Ok(Rc::new(Generation { vm, number, plugins, entry, scripts, alive: None, plans }))
     }
 

@@ -46,6 +46,12 @@ const UDP_IDLE: Duration = Duration::from_secs(60);
 /// Tries of one session, whatever `retries` says: one node that refuses at once would be asked without end.
 const MAX_TRIES: usize = 256;
 
+/// What goes wrong with UDP sessions is told this often, not once each: whoever forges sender addresses begins one with each datagram.
+const REPORT_EVERY: Duration = Duration::from_secs(10);
+/// No further node is tried after so long, where `retry_timeout` says nothing: a client that has gone meanwhile is not noticed. Two
+/// tries with nginx's time to connect.
+const LONGEST_SEARCH: Duration = Duration::from_secs(120);
+
 /// What config.yaml says.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -55,6 +61,8 @@ pub struct Settings {
     pub real_ip_from: Vec<IpNet>,
     /// The name of TLS clients that send none.
     pub fallback_sni: Option<Box<str>>,
+    /// Where UDP is taken, with the ports that were found: no client is there.
+    pub udp_listeners: Vec<SocketAddr>,
 }
 
 /// What the sessions of one worker share.
@@ -69,6 +77,27 @@ pub struct Streams {
     turn: Cell<usize>,
     /// UDP sessions of all listeners.
     udp_sessions: Cell<usize>,
+    /// Lines about UDP sessions.
+    udp_lines: Cell<Seldom>,
+}
+
+/// Counts what is told only now and then.
+#[derive(Clone, Copy, Default)]
+struct Seldom {
+    since_report: u64,
+    reported: Option<Instant>,
+}
+
+impl Seldom {
+    /// One more; how many there were since the last report, when it is time for the next.
+    fn count(cell: &Cell<Seldom>, now: Instant) -> Option<u64> {
+        let Seldom { since_report, reported } = cell.get();
+        let n = since_report + 1;
+        let due = reported.is_none_or(|at| now.saturating_duration_since(at) >= REPORT_EVERY);
+        let (since_report, reported) = if due { (0, Some(now)) } else { (n, reported) };
+        cell.set(Seldom { since_report, reported });
+        due.then_some(n)
+    }
 }
 
 /// Where a session goes.
@@ -100,8 +129,8 @@ impl Streams {
         drain: Drain,
         log: Option<Log>,
     ) -> Self {
-        let (pickers, turn, udp_sessions) = Default::default();
-        Streams { settings, published, resolver, drain, log, pickers, turn, udp_sessions }
+        let (pickers, turn, udp_sessions, udp_lines) = Default::default();
+        Streams { settings, published, resolver, drain, log, pickers, turn, udp_sessions, udp_lines }
     }
 
     /// The route's upstream, else its service's.
@@ -162,11 +191,11 @@ impl Streams {
             };
             drop(lease);
             tried.push(at);
-            let late = upstream.retry_timeout.is_some_and(|limit| started.elapsed() >= limit);
+            let late = is_late(started.elapsed(), upstream.retry_timeout);
             if tried.len() >= tries || late || e.retry_advice() != Retry::Safe {
                 return Err(e);
             }
-            session.log(Level::Warn, &format!("{e}; trying the next upstream node"));
+            self.tell(session, Level::Warn, &format!("{e}; trying the next upstream node"));
         }
     }
 
@@ -205,18 +234,35 @@ impl Streams {
         }
     }
 
+    /// Writes a line of error.log. Of those about UDP sessions that are worse than `info` one now and then is, with the number of all.
+    fn tell(&self, session: &Session, level: Level, text: &str) {
+        if session.protocol != "UDP" || level >= Level::Info {
+            return session.log(level, text);
+        }
+        match Seldom::count(&self.udp_lines, Instant::now()) {
+            Some(1) => session.log(level, text),
+            Some(n) => session.log(level, &format!("{text} (one of {n} such lines, the others are of severity info)")),
+            None => session.log(Level::Info, text),
+        }
+    }
+
     /// Logs how a session has ended.
     fn ended(&self, session: &mut Session, outcome: Result<()>) {
         if let Err(e) = &outcome {
             // What clients do is not the operator's concern, as in nginx and APISIX; access_stream.log has it.
             let of_client = e.origin() == Origin::Client || session.established;
-            session.log(if of_client { Level::Info } else { Level::Error }, &e.to_string());
+            self.tell(session, if of_client { Level::Info } else { Level::Error }, &e.to_string());
         }
         session.status = status(session, &outcome);
         if let Some(log) = &self.log {
             log.write(session);
         }
     }
+}
+
+/// Whether a search that has lasted so long goes to no further node.
+fn is_late(lasted: Duration, retry_timeout: Option<Duration>) -> bool {
+    lasted >= retry_timeout.unwrap_or(LONGEST_SEARCH)
 }
 
 /// nginx's `$status` of a session.
@@ -254,4 +300,27 @@ fn hash_key(session: &Session, upstream: &Upstream) -> Vec<u8> {
 fn timeouts(upstream: &Upstream, idle: Duration) -> Timeouts {
     let own = upstream.timeout.as_deref().copied();
     own.unwrap_or(Timeouts { connect: CONNECT_TIMEOUT, send: idle, read: idle })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_happens_often_is_told_seldom_with_its_number() {
+        let (cell, begun) = (Cell::default(), Instant::now());
+        assert_eq!(Seldom::count(&cell, begun), Some(1));
+        let just_before = begun + REPORT_EVERY - Duration::from_nanos(1);
+        assert_eq!([Seldom::count(&cell, begun), Seldom::count(&cell, just_before)], [None; 2]);
+        assert_eq!(Seldom::count(&cell, begun + REPORT_EVERY), Some(3));
+        assert_eq!(Seldom::count(&cell, begun + REPORT_EVERY), None);
+    }
+
+    #[test]
+    fn a_search_for_a_node_has_an_end() {
+        let second = Duration::from_secs(1);
+        assert!(!is_late(LONGEST_SEARCH - second, None) && is_late(LONGEST_SEARCH, None));
+        assert!(!is_late(second, Some(2 * second)) && is_late(2 * second, Some(2 * second)));
+        assert!(!is_late(LONGEST_SEARCH, Some(2 * LONGEST_SEARCH)), "whoever says more gets more");
+    }
 }

@@ -25,7 +25,7 @@ use tokio::{
     task::spawn_local,
 };
 
-use super::{Lease, Streams, Target, UDP_IDLE, packets, packets::Received, session::Session, timeouts};
+use super::{Lease, Seldom, Streams, Target, UDP_IDLE, packets, packets::Received, session::Session, timeouts};
 use crate::{
     error::{Error, Kind, Result, Retry},
     exchange::deadline::Deadline,
@@ -33,8 +33,8 @@ use crate::{
     net::{drain::Open, listener},
 };
 
-/// Sessions of one worker. Each holds a descriptor until it is idle, and whoever forges sender addresses opens as many as there may be:
-/// with the default of `worker_connections` more than half remains for TCP and HTTP.
+/// Sessions of one worker, and no more than half of `worker_connections`: each holds a descriptor until it is idle, and whoever forges
+/// sender addresses opens as many as there may be. The rest remains for TCP and HTTP.
 const SESSIONS_MAX: usize = 4096;
 /// Datagrams that wait while their session finds its node: a client that hears nothing repeats itself a few times.
 const WAITING_MAX: usize = 8;
@@ -46,9 +46,6 @@ const DATAGRAM_MAX: usize = 1 << 16;
 const BATCH: usize = 64;
 /// A worker that drains gives a session this long without a datagram: an answer that is under way still arrives.
 const DRAIN_QUIET: Duration = Duration::from_secs(1);
-/// Datagrams that are refused are told to the log this often, not once each.
-const REPORT_EVERY: Duration = Duration::from_secs(10);
-
 /// Refuses an address that another process listens on, as `listener::ensure_free` does for TCP.
 pub fn ensure_free(addr: SocketAddr) -> Result<()> {
     let probe = || -> io::Result<()> {
@@ -124,7 +121,7 @@ struct Desk {
     waiting: Cell<usize>,
     /// The one that is passed on right now.
     datagram: RefCell<Box<[u8]>>,
-    refused: Cell<Refused>,
+    refused: Cell<Seldom>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -150,13 +147,6 @@ struct Flow {
     moved: Cell<bool>,
     /// Why the node could not be sent to, and who is to know.
     failed: RefCell<(Option<io::Error>, Option<Waker>)>,
-}
-
-/// Datagrams of clients for whom there is no room.
-#[derive(Clone, Copy, Default)]
-struct Refused {
-    since_report: u64,
-    reported: Option<Instant>,
 }
 
 impl Desk {
@@ -190,6 +180,9 @@ impl Desk {
                 State::Opening(waiting) => keep(waiting, &self.waiting, data),
             },
             Entry::Vacant(new) => {
+                if is_own(&self.streams.settings.udp_listeners, key) {
+                    return tracing::debug!("a datagram from {}, where this gateway listens, is dropped", key.client);
+                }
                 let Some(open) = self.enter() else { return };
                 let mut waiting = Vec::new();
                 keep(&mut waiting, &self.waiting, data);
@@ -215,14 +208,9 @@ impl Desk {
     }
 
     fn refuse(&self, open: usize) {
-        let mut refused = self.refused.get();
-        refused.since_report += 1;
-        if refused.reported.is_none_or(|at| at.elapsed() >= REPORT_EVERY) {
-            let n = refused.since_report;
+        if let Some(n) = Seldom::count(&self.refused, Instant::now()) {
             tracing::warn!("{n} datagrams to {} refused: {open} UDP sessions are open", self.local);
-            refused = Refused { since_report: 0, reported: Some(Instant::now()) };
         }
-        self.refused.set(refused);
     }
 
     /// From the address that the client has sent to. What cannot be sent now is lost.
@@ -245,9 +233,19 @@ impl Desk {
     }
 }
 
+/// Whether what was sent comes from a listener, so that its answer would be a client's datagram again, without end. One on all addresses
+/// has the one that was sent to, and this machine's own; the kernel takes none of them from outside as a sender.
+fn is_own(listeners: &[SocketAddr], Key { client, server }: Key) -> bool {
+    let is_here = |ip: IpAddr| ip == server || ip.is_loopback();
+    listeners
+        .iter()
+        .filter(|own| own.port() == client.port() && own.is_ipv4() == client.is_ipv4())
+        .any(|own| own.ip() == client.ip() || own.ip().is_unspecified() && is_here(client.ip()))
+}
+
 /// `sessions` of UDP, and all that is `open` in the worker, of which there may be `max`.
 fn has_room(sessions: usize, open: usize, max: usize) -> bool {
-    sessions < SESSIONS_MAX && open < max
+    sessions < SESSIONS_MAX.min(max.div_ceil(2)) && open < max
 }
 
 /// Puts a datagram behind those that wait, if there is room; `bytes`: of all that wait at the listener.
@@ -293,9 +291,14 @@ async fn serve(desk: &Desk, key: Key, session: &mut Session) -> Result<()> {
     // No read is woken by it: a node that nobody listens at, as ICMP tells.
     let mut broken = pin!(flow.socket.ready(Interest::ERROR));
     let outcome = poll_fn(|cx| {
-        if broken.as_mut().poll(cx).is_ready() {
-            let told = flow.socket.take_error().and_then(|e| e.map_or(Ok(()), Err));
-            return Poll::Ready(told.and_then(|()| Err(ErrorKind::ConnectionRefused.into())));
+        while broken.as_mut().poll(cx).is_ready() {
+            match flow.socket.take_error() {
+                Ok(Some(e)) | Err(e) if !is_too_long(&e) => return Poll::Ready(Err(e)),
+                // A send or a read has met it already, and said so.
+                Ok(_) | Err(_) => {}
+            }
+            let _ = flow.socket.try_io(Interest::ERROR, || Err::<(), _>(ErrorKind::WouldBlock.into()));
+            broken.set(flow.socket.ready(Interest::ERROR));
         }
         if let Err(e) = flow.poll_answers(cx, desk, key) {
             return Poll::Ready(Err(e));
@@ -341,13 +344,18 @@ async fn connect(addr: SocketAddr) -> Result<UdpSocket> {
     connected.await.map_err(|e| failed(e).context(format!("connect() to {addr} failed")))
 }
 
+/// One datagram does not fit the way to the node, as it or ICMP says; shorter ones go on.
+fn is_too_long(e: &io::Error) -> bool {
+    e.raw_os_error() == Some(libc::EMSGSIZE)
+}
+
 impl Flow {
     /// What the node cannot take now is lost.
     fn send(&self, data: &[u8]) {
         self.moved.set(true);
         match self.socket.try_send(data) {
             Ok(n) => self.up.set(self.up.get() + n as u64),
-            Err(e) if e.kind() == ErrorKind::WouldBlock => {}
+            Err(e) if e.kind() == ErrorKind::WouldBlock || is_too_long(&e) => {}
             Err(e) => {
                 let mut failed = self.failed.borrow_mut();
                 failed.0 = Some(e);
@@ -375,6 +383,7 @@ impl Flow {
             let mut buf = ReadBuf::new(&mut datagram);
             match self.socket.poll_recv(cx, &mut buf) {
                 Poll::Pending => return Ok(()),
+                Poll::Ready(Err(e)) if is_too_long(&e) => continue,
                 Poll::Ready(received) => received?,
             }
             self.moved.set(true);
@@ -406,9 +415,43 @@ mod tests {
 
     #[test]
     fn sessions_are_bounded_by_their_number_and_by_the_workers_connections() {
-        assert!(has_room(SESSIONS_MAX - 1, SESSIONS_MAX, SESSIONS_MAX + 1));
-        assert!(!has_room(SESSIONS_MAX, SESSIONS_MAX, SESSIONS_MAX + 1));
-        assert!(!has_room(1, 2, 2));
+        let plenty = 3 * SESSIONS_MAX;
+        assert!(has_room(SESSIONS_MAX - 1, SESSIONS_MAX, plenty));
+        assert!(!has_room(SESSIONS_MAX, SESSIONS_MAX, plenty));
+        assert!(has_room(49, 99, 100) && !has_room(49, 100, 100));
+        assert!(!has_room(50, 50, 100), "half of them are for others");
+        assert!(has_room(0, 0, 1));
+    }
+
+    #[test]
+    fn a_listener_is_nobodys_client() {
+        let address = |text: &str| text.parse::<SocketAddr>().expect("an address");
+        let listeners = ["10.0.0.1:53", "0.0.0.0:54", "[::]:55"].map(address);
+        for (client, server, own) in [
+            ("10.0.0.1:53", "10.0.0.9", true),
+            ("10.0.0.1:52", "10.0.0.9", false),
+            ("10.0.0.2:53", "10.0.0.9", false),
+            ("10.0.0.9:54", "10.0.0.9", true),
+            ("127.0.0.5:54", "10.0.0.9", true),
+            ("10.0.0.8:54", "10.0.0.9", false),
+            ("[::1]:55", "::2", true),
+            ("[::1]:54", "::1", false),
+        ] {
+            let key = Key { client: address(client), server: server.parse().expect("an address") };
+            assert_eq!(is_own(&listeners, key), own, "{client} to {server}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_datagram_that_is_too_long_for_the_way_is_lost_alone() {
+        let node = StdSocket::bind("127.0.0.1:0").expect("a socket");
+        let socket = connect(node.local_addr().expect("an address")).await.expect("a socket");
+        let (up, down, moved, failed) = Default::default();
+        let flow = Flow { socket, up, down, moved, failed };
+        flow.send(&vec![0; DATAGRAM_MAX - 1]);
+        assert!(flow.failed.borrow().0.is_none() && flow.up.get() == 0);
+        flow.send(b"short");
+        assert_eq!((flow.up.get(), node.recv(&mut [0; 16]).expect("a datagram")), (5, 5));
     }
 
     #[test]

@@ -43,11 +43,18 @@ struct Key {
     /// PEM of certificate and key.
     pair: Option<(Box<str>, Box<str>)>,
     alpn: Box<[&'static [u8]]>,
-    /// A location's `lua_ssl_…`, by address: it lives as long as the process.
+    /// A location's `lua_ssl_…`, by address: `Known` keeps it from being another's.
     own: usize,
 }
 
-static CONFIGS: LazyLock<Cache<Key, Arc<ClientConfig>>> = LazyLock::new(|| Cache::new(CONFIGS_KEPT));
+/// A configuration, and what its key has the address of: a reload frees the locations, and an address may be taken again.
+#[derive(Clone)]
+struct Known {
+    config: Arc<ClientConfig>,
+    _own: Option<Arc<SocketTls>>,
+}
+
+static CONFIGS: LazyLock<Cache<Key, Known>> = LazyLock::new(|| Cache::new(CONFIGS_KEPT));
 static TRUSTED: OnceLock<Arc<RootCertStore>> = OnceLock::new();
 
 /// Whom upstreams' certificates must chain to: `ssl_trusted_certificate`, a path or `system`; several with
@@ -114,19 +121,19 @@ pub fn client_config_trusting(
     let address = own.map_or(0, |own| Arc::as_ptr(own) as usize);
     let key = Key { verify: true, roots: Some(roots.into()), pair: pair_key, alpn: [].into(), own: address };
     let pair = pair.or(own.and_then(|own| own.pair.as_ref()).map(|(c, k)| (&**c, &**k)));
-    cached(key, pair, own.map(|own| &**own))
+    cached(key, pair, own)
 }
 
-fn cached(key: Key, pair: Option<(&str, &str)>, own: Option<&SocketTls>) -> Result<Arc<ClientConfig>> {
-    if let Some(config) = CONFIGS.get(&key) {
-        return Ok(config);
+fn cached(key: Key, pair: Option<(&str, &str)>, own: Option<&Arc<SocketTls>>) -> Result<Arc<ClientConfig>> {
+    if let Some(known) = CONFIGS.get(&key) {
+        return Ok(known.config);
     }
     let roots = key.roots.as_deref().or(own.and_then(|own| own.trusted.as_deref()));
     let roots = roots.map(store_of).transpose()?.unwrap_or_else(trusted);
     // Its list is one of the authorities that the location trusts.
     let crl = own.and_then(|own| own.crl.as_deref()).filter(|_| key.roots.is_none());
-    let config = Arc::new(build(key.verify.then_some(roots), crl, pair, &key.alpn, own)?);
-    CONFIGS.insert(key, config.clone());
+    let config = Arc::new(build(key.verify.then_some(roots), crl, pair, &key.alpn, own.map(|own| &**own))?);
+    CONFIGS.insert(key, Known { config: config.clone(), _own: own.cloned() });
     Ok(config)
 }
 
@@ -355,6 +362,17 @@ mod tests {
     }
 
     #[test]
+    fn an_address_in_a_key_stays_that_of_its_location() {
+        let (trusted, crl, pair, protocols, ciphers) = Default::default();
+        let own = Arc::new(SocketTls { trusted, crl, pair, protocols, ciphers, depth: 1 });
+        let first = Arc::downgrade(&own);
+        let config = client_config_of(&own, true, None).expect("a configuration");
+        drop(own);
+        let kept = first.upgrade().expect("nobody else gets its address");
+        assert!(Arc::ptr_eq(&config, &client_config_of(&kept, true, None).expect("the same")));
+    }
+
+    #[test]
     fn configurations_are_kept_up_to_a_number() {
         let config = client_config(false, None, &[]).expect("a configuration");
         assert!(Arc::ptr_eq(&config, &client_config(false, None, &[]).expect("the same")));
@@ -366,7 +384,7 @@ mod tests {
                 alpn: [].into(),
                 own: 0,
             };
-            CONFIGS.insert(key, config.clone());
+            CONFIGS.insert(key, Known { config: config.clone(), _own: None });
         }
         CONFIGS.run_pending_tasks();
         let kept = CONFIGS.entry_count();

@@ -241,5 +241,6 @@ fn a_worker_that_a_script_keeps_busy_is_named() {
     client.send("GET", "/busy", &[], b"");
     gw.expect_log("busy now");
     let told = get(&gw.control(), "/v1/lua").json();
-    assert_eq!(told, json!({"workers": [{"id": 0, "error": "no answer within 2s: a script keeps it busy"}]}));
+    // Beside them stands what the control thread does, which is another matter.
+    assert_eq!(told["workers"], json!([{"id": 0, "error": "no answer within 2s: a script keeps it busy"}]));
 }

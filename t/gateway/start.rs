@@ -280,18 +280,50 @@ fn hang_up_brings_locations_plugins_and_dictionaries_while_requests_run() {
     assert!(seen.ends_with(" true\n") && seen != "new 1 true\n", "the dictionary was kept, and one is new: {seen}");
     gw.put("/routes/1", json!({"uri": "/echo", "plugins": {"mine": {}}, "upstream": {"type": "roundrobin", "nodes": {upstream.addr(): 1}}}));
     assert_eq!(gw.get("/echo").text(), "mine");
+    assert!(matches!(serving(&gw)[..], [true, false, ..]), "the old VM is there as long as its request");
     assert_eq!(gw.get("/go").text(), "ok\n");
     assert_eq!(slow.chunk().unwrap(), b"last\n", "what ran before the reload ends as it began");
     // Its VM goes with it.
-    eventually("one VM of plugins", || {
-        let state = http::get(&gw.control(), "/v1/lua").json();
-        let vms = state["workers"][0]["vms"].as_array()?.len();
-        (vms == 1).then_some(())
-    });
-    gw.dir.configure(json!({"lua_init": {"init_by_lua": "error('broken')"}, "lua_locations": location("broken")}));
+    eventually("one VM of plugins", || (serving(&gw) == [true]).then_some(()));
+    let broken = "ngx.timer.every(3600, function(early) ngx.log(ngx.WARN, 'left behind: ', early) end) error('broken')";
+    gw.dir.configure(json!({"lua_init": {"init_by_lua": broken}, "lua_locations": location("broken")}));
     gw.signal(libc::SIGHUP);
     gw.expect_log("what was loaded before goes on");
     assert!(gw.get("/t").text().starts_with("new"));
+    // The timers of a VM that never served end with it.
+    gw.expect_log("left behind: true");
+}
+
+/// Of each VM of the only worker, whether it takes new requests.
+fn serving(gw: &Gateway) -> Vec<bool> {
+    let state = http::get(&gw.control(), "/v1/lua").json();
+    let vms = state["workers"][0]["vms"].as_array().expect("a list");
+    vms.iter().map(|vm| vm["serving"] == true).collect()
+}
+
+#[test]
+fn what_a_reload_has_replaced_ends_before_the_worker_does() {
+    let flush = "assert(ngx.timer.at(3600, function(early) ngx.log(ngx.WARN, 'flush begins') ngx.sleep(0.5) \
+        ngx.log(ngx.WARN, 'flushed: ', early) end)) ngx.say('set')";
+    let settings = |text: &str| {
+        json!({
+            "nginx_config": {"worker_processes": 1},
+            "lua_init": {"exit_worker_by_lua": format!("ngx.log(ngx.WARN, 'bye of the {text}')")},
+            "lua_locations": [{"location": "= /set", "content_by_lua": flush},
+                {"location": "= /t", "content_by_lua": format!("ngx.say('{text}')")}],
+        })
+    };
+    let mut gw = Gateway::with(settings("old"));
+    assert_eq!(gw.get("/set").text(), "set\n");
+    gw.dir.configure(settings("new"));
+    gw.signal(libc::SIGHUP);
+    eventually("the new location", || (gw.get("/t").text() == "new\n").then_some(()));
+    gw.expect_log("flush begins");
+    gw.signal(libc::SIGQUIT);
+    assert!(gw.wait().success());
+    for told in ["flushed: true", "bye of the old", "bye of the new"] {
+        assert!(gw.log().contains(told), "{told}");
+    }
 }
 
 #[test]
@@ -316,9 +348,44 @@ fn a_test_node_has_the_apis_on_its_own_port() {
     assert_eq!(gw.get("/x").text(), "hi");
     assert_eq!(gw.get("/v1/schema").status, 200);
     assert_eq!(gw.get("/else").json()["error_msg"], "404 Route Not Found");
+    gw.expect_log("test_node.serve_on_node: the Admin API is on the node's own port, and open");
     let closed = Gateway::with(json!({"test_node": {"serve_on_node": []}}));
     assert_eq!(closed.get("/apisix/admin/routes").status, 404);
     assert_eq!(closed.get("/v1/schema").status, 404);
+}
+
+#[test]
+fn a_test_node_with_a_key_asks_for_it_on_its_own_port() {
+    let key = json!([{"name": "admin", "key": "chosen", "role": "admin"}]);
+    for admin in [json!({"admin_key": key}), json!({"admin_key": null, "admin_key_required": true})] {
+        let gw = Gateway::with(json!({"deployment": {"admin": admin}, "test_node": {"serve_on_node": ["admin"]}}));
+        assert_eq!(gw.get("/apisix/admin/routes").status, 401);
+        assert_eq!(gw.send("GET", "/apisix/admin/routes", &[("X-API-KEY", "wrong")], b"").status, 401);
+        let key = if admin["admin_key"].is_null() { gw.key() } else { "chosen".into() };
+        assert_eq!(gw.send("GET", "/apisix/admin/routes", &[("X-API-KEY", &key)], b"").status, 200);
+    }
+}
+
+#[test]
+fn which_apis_a_test_node_has_on_its_port_is_decided_at_the_start() {
+    let settings = |apis: serde_json::Value, text: &str| {
+        json!({
+            "test_node": {"serve_on_node": apis},
+            "nginx_config": {"worker_processes": 1},
+            "lua_locations": [{"location": "= /t", "content_by_lua": format!("ngx.say('{text}')")}],
+        })
+    };
+    let gw = Gateway::with(settings(json!(["control"]), "old"));
+    let reload = |apis, text: &str| {
+        gw.dir.configure(settings(apis, text));
+        gw.signal(libc::SIGHUP);
+        eventually("the new location", || (gw.get("/t").text() == format!("{text}\n")).then_some(()));
+    };
+    reload(json!(["admin"]), "new");
+    assert_eq!((gw.get("/apisix/admin/routes").status, gw.get("/v1/schema").status), (404, 200));
+    gw.expect_log("need a restart: ");
+    reload(json!([]), "newer");
+    assert_eq!((gw.get("/apisix/admin/routes").status, gw.get("/v1/schema").status), (404, 200));
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! UDP clients: their sessions, their answers, and the bounds of both.
 
 use std::{
-    net::UdpSocket,
+    net::{SocketAddr, UdpSocket},
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -11,6 +11,7 @@ use std::{
 };
 
 use serde_json::{Value, json};
+use socket2::{Domain, Socket, Type};
 
 use crate::{
     listening,
@@ -139,7 +140,7 @@ fn a_session_ends_when_it_is_idle_and_keeps_its_node_until_then() {
 #[test]
 fn more_sessions_than_there_may_be_are_refused() {
     let up = Node::start("a");
-    let gw = gateway(json!({"worker_processes": 1, "event": {"worker_connections": 2}}));
+    let gw = gateway(json!({"worker_processes": 1, "event": {"worker_connections": 4}}));
     gw.put("/stream_routes/1", json!({"upstream": to(&*up.addr)}));
     let sockets: Vec<UdpSocket> = (0..3).map(|_| client(&gw.udp())).collect();
     ask(&sockets[0], "x");
@@ -147,6 +148,7 @@ fn more_sessions_than_there_may_be_are_refused() {
     sockets[2].send(b"x").expect("sent");
     gw.expect_log("datagrams to ");
     assert!(silent(&sockets[2]));
+    assert_eq!(gw.get("/").status, 404, "the other half of the connections is for requests");
     assert_eq!((ask(&sockets[0], "y").2.as_str(), up.seen()), ("y", 3));
 }
 
@@ -171,6 +173,41 @@ fn a_node_that_nobody_listens_at_ends_the_session() {
     gw.expect_log("upstream scheme tls is not spoken over UDP");
     gw.put("/stream_routes/1", json!({"upstream": to(&*up.addr)}));
     assert_eq!(ask(&socket, "x").0, "a");
+}
+
+#[test]
+fn a_dead_node_is_told_once_for_many_sessions() {
+    let gw = gateway(json!({"worker_processes": 1, "error_log_level": "info"}));
+    let dead = {
+        let socket = UdpSocket::bind("127.0.0.1:0").expect("a socket");
+        socket.local_addr().expect("an address").to_string()
+    };
+    gw.put("/stream_routes/1", json!({"upstream": to(dead)}));
+    let sockets: Vec<UdpSocket> = (0..5).map(|_| client(&gw.udp())).collect();
+    for socket in &sockets {
+        socket.send(b"x").expect("sent");
+    }
+    let lines = |of: &str| {
+        let log = gw.log();
+        log.lines().filter(|line| line.contains("no datagram reaches the upstream") && line.contains(of)).count()
+    };
+    eventually("all have ended", || (lines("") == 5).then_some(()));
+    assert_eq!((lines("[error]"), lines("[info]")), (1, 4));
+}
+
+#[test]
+fn a_datagram_from_another_listener_begins_no_session() {
+    let up = Node::start("a");
+    let mut settings = listening(json!([]), json!(["127.0.0.1:0", "127.0.0.1:0"]));
+    settings["nginx_config"] = json!({"worker_processes": 1});
+    let gw = Gateway::with(settings);
+    gw.put("/stream_routes/1", json!({"upstream": to(&*up.addr)}));
+    let [one, other] = gw.addresses("udp").try_into().expect("two addresses");
+    let forged = Socket::new(Domain::IPV4, Type::DGRAM, None).expect("a socket");
+    forged.set_reuse_port(true).expect("an option");
+    forged.bind(&one.parse::<SocketAddr>().expect("an address").into()).expect("binds");
+    UdpSocket::from(forged).send_to(b"echo me", &other).expect("sent");
+    assert_eq!((ask(&client(&other), "x").0.as_str(), up.seen()), ("a", 1));
 }
 
 #[test]

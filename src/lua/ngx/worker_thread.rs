@@ -232,10 +232,18 @@ impl Sources {
         }
     }
 
-    /// Whether the modules that a script finds are those of a VM: the rest does not change while the process lives.
+    /// Whether the modules that a script finds, and what they find configured, are those of a VM. A reload changes both.
     fn are_of(&self, config: &VmConfig) -> bool {
         let (a, b) = (&self.plugins, &config.plugin_sources);
-        a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.0 == b.0 && Arc::ptr_eq(&a.1, &b.1))
+        let places = self.prefix == config.prefix
+            && self.lua_path == config.lua_path
+            && self.lua_cpath == config.lua_cpath
+            && self.package_path == config.package_path
+            && self.package_cpath == config.package_cpath;
+        places
+            && Arc::ptr_eq(&self.config, &config.config)
+            && a.len() == b.len()
+            && a.iter().zip(b).all(|(a, b)| a.0 == b.0 && Arc::ptr_eq(&a.1, &b.1))
     }
 }
 
@@ -440,6 +448,29 @@ mod tests {
     }
 
     #[test]
+    fn a_vm_is_kept_for_the_same_paths_configuration_and_plugins_only() {
+        let plugin: (Arc<str>, Arc<str>) = ("p".into(), "return {}".into());
+        let config = || VmConfig { plugin_sources: vec![plugin.clone()], ..VmConfig::default() };
+        let first = config();
+        let sources = Sources::of(&first);
+        let same = || VmConfig { config: first.config.clone(), ..config() };
+        assert!(sources.are_of(&same()));
+        let other = || "/other/?.lua".to_owned();
+        let changed = [
+            ("prefix", VmConfig { prefix: "/other".into(), ..same() }),
+            ("lua_path", VmConfig { lua_path: other(), ..same() }),
+            ("lua_cpath", VmConfig { lua_cpath: other(), ..same() }),
+            ("package_path", VmConfig { package_path: other(), ..same() }),
+            ("package_cpath", VmConfig { package_cpath: other(), ..same() }),
+            ("config", VmConfig { config: Arc::default(), ..same() }),
+            ("plugins", VmConfig { plugin_sources: Vec::new(), ..same() }),
+        ];
+        for (what, config) in changed {
+            assert!(!sources.are_of(&config), "{what}");
+        }
+    }
+
+    #[test]
     fn what_waits_is_bounded_in_bytes() {
         let most = Waiting::take(MAX_WAITING_BYTES).expect("room");
         assert!(Waiting::take(1).is_none() && Waiting::take(usize::MAX).is_none());
@@ -507,7 +538,9 @@ mod tests {
 
     #[test]
     fn a_vm_is_kept_for_the_same_sources_only() {
+        let config: Arc<serde_json::Value> = Arc::default();
         let with = |sources: &[(&Arc<str>, &Arc<str>)]| VmConfig {
+            config: config.clone(),
             plugin_sources: sources.iter().map(|(a, b)| ((*a).clone(), (*b).clone())).collect(),
             ..VmConfig::default()
         };

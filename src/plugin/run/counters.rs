@@ -86,6 +86,11 @@ impl Others {
         list.push(Other { vm: Rc::downgrade(vm), owner });
     }
 
+    pub fn each(&self, mut run: impl FnMut(&Vm)) {
+        let live: Vec<_> = self.0.borrow().iter().filter_map(|other| other.vm.upgrade()).collect();
+        live.iter().for_each(|vm| run(vm));
+    }
+
     fn states(&self) -> Vec<VmState> {
         self.0.borrow().iter().filter_map(Other::state).collect()
     }

@@ -35,7 +35,7 @@ impl Ends {
         let vm = vm.clone();
         spawn_local(async move {
             let bounded = tokio::select! {
-                // An error: the whole runner was replaced, and nobody counts the time.
+                // An error: no runner is left to end it, and nobody counts the time.
                 ends = worker_ends.wait_for(|ends| *ends) => ends.is_err(),
                 _ = gone => true,
             };

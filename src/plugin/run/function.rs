@@ -181,6 +181,12 @@ impl Functions {
         }
     }
 
+    pub fn each_owner(&self, mut run: impl FnMut(&Rc<FunctionVm>)) {
+        for pool in [&self.sandboxed, &self.trusted] {
+            pool.vms.borrow().iter().flatten().for_each(&mut run);
+        }
+    }
+
     fn drop_vm(&self, pool: &Pool, at: usize, broken: &Rc<FunctionVm>) {
         let mut vms = pool.vms.borrow_mut();
         if vms[at].as_ref().is_some_and(|vm| Rc::ptr_eq(vm, broken)) {
@@ -211,6 +217,13 @@ pub(super) struct FunctionVm {
     call: c_int,
     /// uid of a function's text -> registry reference of what to call.
     compiled: RefCell<HashMap<u64, c_int>>,
+}
+
+impl Drop for FunctionVm {
+    fn drop(&mut self) {
+        // One that a request has made after its runner was replaced: nobody else does.
+        self.vm.close();
+    }
 }
 
 impl FunctionVm {
