@@ -22,14 +22,15 @@ use ::http::Method;
 use serde_json::{Value, json};
 use tokio::{net::TcpListener, time::timeout};
 
-use self::{
-    http::{Answer, Call, Incomplete},
-    resource::Target,
-};
 pub use self::{
+    configs::Documents,
     plugins::{Listed, PackedPlugins, PluginHost, PluginInfo},
     settings::{AdminKey, ApiVersion, Role, Settings, keyring},
     tls::Tls,
+};
+use self::{
+    http::{Answer, Call, Incomplete},
+    resource::Target,
 };
 use crate::{
     error::{self, Error, Kind as ErrorKind},
@@ -61,6 +62,7 @@ pub struct State {
     pub fields: Option<Arc<dyn EncryptFields + Send + Sync>>,
     /// `None`: plugins cannot be reloaded.
     pub pipeline: Option<Handle>,
+    pub documents: Documents,
 }
 
 impl State {
@@ -159,7 +161,8 @@ async fn answer(state: &State, request: Incomplete) -> Answer {
     if request.head.method == Method::OPTIONS {
         return Answer::text(200, "");
     }
-    let is_document = request.head.uri.path().strip_prefix(ROOT).is_some_and(|rest| rest.starts_with("/configs"));
+    let is_document = configs::brings_document(state, &request.head);
+    let _room = if is_document { state.documents.room().await } else { None };
     let bound = if is_document { configs::MAX_BODY_BYTES } else { MAX_BODY_BYTES };
     let call = match request.complete(bound).await {
         Ok(call) => call,

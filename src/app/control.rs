@@ -331,6 +331,7 @@ impl Apis<'_> {
                 plugins: plugins.clone(),
                 fields: Some(self.plugins.fields.clone()),
                 pipeline: Some(self.started.handle.clone()),
+                documents: admin::Documents::default(),
             });
             let tls =
                 self.config.admin.as_ref().and_then(|admin| admin.tls.as_ref()).map(admin::Tls::open).transpose()?;
