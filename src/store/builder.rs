@@ -883,9 +883,10 @@ mod tests {
             ("/secrets/vault/1", json!({"uri": "http://127.0.0.1:1", "prefix": "p", "token": "t"})),
             ("/protos/1", json!({"content": "syntax = \"proto3\"; message A {}"})),
         ] {
-            assert_eq!(put(&mut b, key, 1, value), None, "{key}");
+            put(&mut b, key, 1, value);
         }
         let s = b.take().unwrap();
+        assert!(s.errors.is_empty(), "{:?}", s.errors);
         for (dir, expected) in [
             ("/services", "/services/s /services/s/graphql_cost_decorations/d"),
             ("/consumers", "/consumers/jack /consumers/jack/credentials/c /consumers/jacky/credentials/c"),
