@@ -6,12 +6,15 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use http::Method;
+use http::{Method, request::Parts};
 use serde_json::{Map, Value, json};
-use tokio::task::yield_now;
+use tokio::{
+    sync::{Mutex, Semaphore, SemaphorePermit},
+    task::yield_now,
+};
 
 use super::{
-    State, functions,
+    ROOT, State, functions,
     http::{Answer, Call},
     resource, store_error,
 };
@@ -19,7 +22,7 @@ use crate::{
     model::Kind,
     store::{
         Standalone,
-        file::{id_of, json_of_yaml},
+        file::{id_in, id_of, json_of_yaml},
         standalone::{self, MODIFIED_INDEX},
     },
 };
@@ -35,6 +38,39 @@ const DIGEST: &str = "x-digest";
 const MODIFIED: &str = "x-last-modified";
 
 type Outcome<T = Answer> = Result<T, Answer>;
+
+/// Bodies of documents that are held at once: more than one, so that a client that stalls holds up nobody.
+const BODIES: usize = 4;
+
+/// What documents share.
+pub struct Documents {
+    /// Taken before a body is read, kept until it is answered.
+    bodies: Semaphore,
+    /// One document at a time is taken apart, checked, stored and served: checking yields, and another would come between.
+    turn: Mutex<()>,
+}
+
+impl Default for Documents {
+    fn default() -> Self {
+        Documents { bodies: Semaphore::new(BODIES), turn: Mutex::new(()) }
+    }
+}
+
+impl Documents {
+    /// Waits for room for a body. `None`: the semaphore is closed, which it never is.
+    pub(super) async fn room(&self) -> Option<SemaphorePermit<'_>> {
+        self.bodies.acquire().await.ok()
+    }
+}
+
+/// Whether a request brings a document that may be larger than a resource.
+pub(super) fn brings_document(state: &State, head: &Parts) -> bool {
+    match (&head.method, head.uri.path().strip_prefix(ROOT)) {
+        (&Method::PUT, Some("/configs")) => state.store.clone().standalone().is_some(),
+        (&Method::POST, Some("/configs/validate")) => true,
+        _ => false,
+    }
+}
 
 /// What is wrong with one item.
 struct Fault {
@@ -94,6 +130,7 @@ fn described(answer: Answer, digest: Option<&str>, modified_secs: Option<u64>) -
 
 async fn put(state: &State, store: &Standalone, call: &Call) -> Outcome {
     let digest = call.header(DIGEST).ok_or_else(|| Answer::refuse(400, "missing digest header"))?;
+    let _turn = state.documents.turn.lock().await;
     if store.digest().as_deref() == Some(digest) {
         return Ok(Answer::text(204, ""));
     }
@@ -112,6 +149,7 @@ async fn put(state: &State, store: &Standalone, call: &Call) -> Outcome {
 
 /// `POST /configs/validate`: all that is wrong, and nothing is stored.
 pub(super) async fn validate(state: &State, call: &Call) -> Outcome {
+    let _turn = state.documents.turn.lock().await;
     let document = document(state, call)?;
     let store = state.store.clone().standalone();
     let faults = faults(state, store.as_deref(), &document, MAX_FAULTS).await;
@@ -175,30 +213,27 @@ async fn faults(state: &State, store: Option<&Standalone>, document: &Map<String
 }
 
 fn fault_of(state: &State, kind: Kind, index: usize, item: &Value, seen: &mut HashSet<String>) -> Option<Fault> {
-    let id = id_of(kind, item);
-    let fault = |text: String| Some(Fault { kind, index: Some(index), id: id.clone(), text });
-    let mut item = item.clone();
-    if let Value::Object(map) = &mut item {
-        map.remove(MODIFIED_INDEX);
-    }
-    let own = id.as_deref().map_or(kind, |id| kind.within(id));
-    if let (Some(id), Value::Object(map)) = (&id, &mut item)
-        && own != kind
-    {
-        // The object's own id is the last part.
-        map.insert("id".into(), id.rsplit('/').next().unwrap_or(id).into());
-    }
-    if let Err(text) = resource::check_alone(state, own, id.as_deref().unwrap_or_default(), &item) {
+    let fault = |text: String| Some(Fault { kind, index: Some(index), id: id_of(kind, item), text });
+    if let Err(text) = standalone::index_of(item) {
         return fault(text);
     }
-    let id_text = id.clone()?;
-    if seen.insert(id_text.clone()) {
+    let mut stored = item.clone();
+    if let Value::Object(map) = &mut stored {
+        map.remove(MODIFIED_INDEX);
+    }
+    // What will be stored is what is checked.
+    let id = id_in(kind, &mut stored, index);
+    let own = kind.within(&id);
+    if let Err(text) = resource::check_alone(state, own, &id, &stored) {
+        return fault(text);
+    }
+    if seen.insert(id.clone()) {
         return None;
     }
     let plural = kind.plural();
     fault(match own {
-        Kind::Consumer => format!("found duplicate username {id_text} in {plural}"),
-        Kind::Credential => format!("found duplicate credential id {id_text} in {plural}"),
-        _ => format!("found duplicate id {id_text} in {plural}"),
+        Kind::Consumer => format!("found duplicate username {id} in {plural}"),
+        Kind::Credential => format!("found duplicate credential id {id} in {plural}"),
+        _ => format!("found duplicate id {id} in {plural}"),
     })
 }

@@ -299,12 +299,18 @@ async fn over_tls<H, F>(
     H: Fn(Incomplete) -> F + 'static,
     F: Future<Output = Answer> + 'static,
 {
+    let refuse =
+        |why: &'static str| Rc::new(move |_: Incomplete| std::future::ready(Answer::html(400, tls::page(why))));
+    match timeout(limits.head_patience, tls::begins(&stream)).await {
+        Ok(Ok(true)) => {}
+        Ok(Ok(false)) => return connection(limits, stream, peer, refuse(tls::PLAIN), ended).await,
+        _ => return,
+    }
     let Ok(Ok(stream)) = timeout(limits.head_patience, tls.accept(stream)).await else { return };
     if tls.lets_in(&stream) {
         return connection(limits, stream, peer, handler, ended).await;
     }
-    let refuse = |_: Incomplete| std::future::ready(Answer::html(400, tls::NO_CERTIFICATE));
-    connection(limits, stream, peer, Rc::new(refuse), ended).await;
+    connection(limits, stream, peer, refuse(tls::NO_CERTIFICATE), ended).await;
 }
 
 async fn connection<S, H, F>(limits: Limits, stream: S, peer: IpAddr, handler: Rc<H>, mut ended: watch::Receiver<bool>)

@@ -28,6 +28,7 @@ use serde_json::{Value, json};
 use tokio::{net::TcpListener, time::timeout};
 
 pub use self::{
+    configs::Documents,
     functions::{MAX_REVISIONS, TrialError, Trials},
     plugins::{Listed, PackedPlugins, PluginHost, PluginInfo},
     settings::{AdminKey, ApiVersion, Role, Settings, keyring},
@@ -71,6 +72,7 @@ pub struct State {
     pub pipeline: Option<Handle>,
     /// `None`: functions cannot be tried out.
     pub trials: Option<Trials>,
+    pub documents: Rc<Documents>,
 }
 
 impl State {
@@ -168,7 +170,8 @@ async fn answer(state: &State, request: Incomplete, role: Option<Role>) -> Answe
     if request.head.method == Method::OPTIONS {
         return Answer::text(200, "");
     }
-    let is_document = request.head.uri.path().strip_prefix(ROOT).is_some_and(|rest| rest.starts_with("/configs"));
+    let is_document = configs::brings_document(state, &request.head);
+    let _room = if is_document { state.documents.room().await } else { None };
     let bound = if is_document { configs::MAX_BODY_BYTES } else { MAX_BODY_BYTES };
     let call = match request.complete(bound).await {
         Ok(call) => Call { role, ..call },

@@ -76,6 +76,7 @@ async fn start_on(between: impl FnOnce(Arc<dyn Store>) -> Arc<dyn Store>) -> Api
         fields: None,
         pipeline: Some(started.handle),
         trials: None,
+        documents: Rc::default(),
     };
     let listen = || async { TcpListener::bind("127.0.0.1:0").await.expect("a port") };
     let (admin, control) = (listen().await, listen().await);
@@ -613,6 +614,14 @@ fn a_document_is_bounded_and_so_is_what_is_told_of_it() {
         let of_size = |size: usize| format!("{{}}{}", " ".repeat(size - 2));
         let fits = api.send(api.admin, "POST", path, &key, &of_size(configs::MAX_BODY_BYTES)).await;
         assert_eq!(fits.status, 200, "{}", fits.text);
+        for path in ["/apisix/admin/configs", "/apisix/admin/configs/other", "/apisix/admin/configsx"] {
+            let refused = api.send(api.admin, "PUT", path, &key, &of_size(MAX_BODY_BYTES + 1)).await;
+            assert!(
+                refused.error().ends_with("than the maximum size 1572864 allowed"),
+                "no document: {}",
+                refused.text
+            );
+        }
         let refused = api.send(api.admin, "POST", path, &key, &of_size(configs::MAX_BODY_BYTES + 1)).await;
         assert!(refused.error().ends_with("is greater than the maximum size 67108864 allowed"), "{}", refused.text);
         for (wrong, told) in

@@ -12,9 +12,24 @@ use crate::{
     tls::{certificates, private_key},
 };
 
-/// What a client without a certificate reads, as nginx says it.
-pub(super) const NO_CERTIFICATE: &str = "<html>\r\n<head><title>400 No required SSL certificate was sent</title></head>\r\n<body>\r\n\
-    <center><h1>400 Bad Request</h1></center>\r\n<center>No required SSL certificate was sent</center>\r\n</body>\r\n</html>\r\n";
+/// What a client without a certificate reads, as nginx says it, and one that speaks no TLS.
+pub(super) const NO_CERTIFICATE: &str = "No required SSL certificate was sent";
+pub(super) const PLAIN: &str = "The plain HTTP request was sent to HTTPS port";
+/// The first byte of a TLS connection: a record of the handshake (RFC 8446, section 5.1).
+const HANDSHAKE: u8 = 22;
+
+pub(super) fn page(why: &str) -> String {
+    format!(
+        "<html>\r\n<head><title>400 {why}</title></head>\r\n<body>\r\n<center><h1>400 Bad Request</h1></center>\r\n\
+         <center>{why}</center>\r\n</body>\r\n</html>\r\n"
+    )
+}
+
+/// Whether a client begins as TLS does; waits for its first byte. The caller limits the time.
+pub(super) async fn begins(stream: &TcpStream) -> std::io::Result<bool> {
+    let mut first = [0];
+    Ok(stream.peek(&mut first).await? == 1 && first[0] == HANDSHAKE)
+}
 
 /// Answers handshakes.
 #[derive(Clone)]

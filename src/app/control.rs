@@ -438,6 +438,7 @@ impl Apis<'_> {
                 fields: Some(self.plugins.fields.clone()),
                 pipeline: Some(self.started.handle.clone()),
                 trials: Some(Rc::new(move |trial| Box::pin(keeper.clone().try_out(trial)))),
+                documents: Rc::default(),
             });
             let tls =
                 self.config.admin.as_ref().and_then(|admin| admin.tls.as_ref()).map(admin::Tls::open).transpose()?;

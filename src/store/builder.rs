@@ -157,6 +157,8 @@ pub struct Builder {
     pub shown_prefix: String,
     /// Of the values in `next.extra`.
     extra_bytes: usize,
+    /// It has been logged that not all fits.
+    extra_told: bool,
     /// Keys that differ from the snapshot taken before.
     touched: Vec<Arc<str>>,
 }
@@ -194,6 +196,7 @@ impl Builder {
             reload_seen: None,
             shown_prefix: String::new(),
             extra_bytes: 0,
+            extra_told: false,
             touched: Vec::new(),
         }
     }
@@ -403,10 +406,13 @@ impl Builder {
         let old = self.next.extra.get(&e.key).map(|old| old.value.len());
         let bytes = self.extra_bytes - old.unwrap_or(0) + e.value.len();
         if bytes > MAX_EXTRA_BYTES || (old.is_none() && self.next.extra.len() >= MAX_EXTRA) {
-            tracing::warn!(
-                "{}: not shown to scripts: at most {MAX_EXTRA} keys and {MAX_EXTRA_BYTES} bytes of no kind of resource are",
-                e.key
-            );
+            if !std::mem::replace(&mut self.extra_told, true) {
+                tracing::warn!(
+                    "{} and what comes after it are not shown to scripts: at most {MAX_EXTRA} keys and {MAX_EXTRA_BYTES} bytes \
+                     of no kind of resource are",
+                    e.key
+                );
+            }
             return self.drop_extra(&e.key);
         }
         self.extra_bytes = bytes;
@@ -876,6 +882,35 @@ mod tests {
         assert_eq!((s.keys_in("/box").len(), b.extra_bytes), (1, 1));
         put(&mut b, "/moongate/function_revisions/f/0000000001", 12, json!("source"));
         assert_eq!((b.next.extra.len(), b.extra_bytes), (1, 1), "the gateway's own keys are not shown");
+    }
+
+    #[test]
+    fn a_directory_holds_what_lives_under_its_objects_too() {
+        let (mut b, _) = builder();
+        let credential = json!({"plugins": {"key-auth": {"key": "k"}}});
+        for (key, value) in [
+            ("/services/s", json!({})),
+            ("/services/s/graphql_cost_decorations/d", json!({"field_path": "A.b"})),
+            ("/consumers/jack", json!({"username": "jack"})),
+            ("/consumers/jack/credentials/c", credential.clone()),
+            ("/consumers/jacky/credentials/c", credential),
+            ("/secrets/vault/1", json!({"uri": "http://127.0.0.1:1", "prefix": "p", "token": "t"})),
+            ("/protos/1", json!({"content": "syntax = \"proto3\"; message A {}"})),
+        ] {
+            put(&mut b, key, 1, value);
+        }
+        let s = b.take().unwrap();
+        assert!(s.errors.is_empty(), "{:?}", s.errors);
+        for (dir, expected) in [
+            ("/services", "/services/s /services/s/graphql_cost_decorations/d"),
+            ("/consumers", "/consumers/jack /consumers/jack/credentials/c /consumers/jacky/credentials/c"),
+            ("/consumers/jack/credentials", "/consumers/jack/credentials/c"),
+            ("/secrets/vault", "/secrets/vault/1"),
+            ("/protos/1", "/protos/1"),
+            ("/credentials", ""),
+        ] {
+            assert_eq!(s.keys_in(dir).join(" "), expected, "{dir}");
+        }
     }
 
     struct Asked<'a>(&'a str, &'a str);

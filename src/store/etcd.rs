@@ -632,7 +632,8 @@ impl Watcher {
         if let Some(at) = &mut self.at {
             at.revision = at.revision.max(revision);
         }
-        if changes.is_empty() && !progress {
+        // A key that is passed over (a directory's) has its revision, which a writer of it waits for.
+        if message.events().is_empty() && !progress {
             return Ok(());
         }
         self.send(Change::Some { changes, revision }).await

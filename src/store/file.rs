@@ -328,14 +328,15 @@ fn add_section(kind: model::Kind, section: Value, entries: &mut BTreeMap<Arc<str
 }
 
 /// The id of the item that stands at `i` of its list, written into it.
-pub(super) fn id_in(kind: model::Kind, item: &mut Value, i: usize) -> String {
+pub fn id_in(kind: model::Kind, item: &mut Value, i: usize) -> String {
     let id = id_of(kind, item).unwrap_or_else(|| format!("arr_{}", i + 1));
     if let Value::Object(map) = item {
         if kind != model::Kind::Consumer {
             map.entry("id").or_insert_with(|| id.clone().into());
         }
-        // A credential's place is in its key.
-        if let Some((_, own)) = id.split_once("/credentials/") {
+        // The place of a credential, of a cost decoration is in its key.
+        if kind.within(&id) != kind {
+            let own = id.splitn(3, '/').nth(2).unwrap_or_default();
             map.insert("id".to_owned(), own.into());
         }
         // `key-auth:` with nothing after it is a plugin without settings.
@@ -346,9 +347,11 @@ pub(super) fn id_in(kind: model::Kind, item: &mut Value, i: usize) -> String {
     id
 }
 
+/// A consumer is called by its `username`, whatever its `id` says; a credential stands among them by its `id`.
 pub fn id_of(kind: model::Kind, item: &Value) -> Option<String> {
+    let is_owned = |id: &Value| id.as_str().is_some_and(|id| kind.within(id) != kind);
     let named = match &item["id"] {
-        Value::Null if kind == model::Kind::Consumer => &item["username"],
+        id if kind == model::Kind::Consumer && !is_owned(id) && !item["username"].is_null() => &item["username"],
         Value::Null if kind == model::Kind::PluginSource => &item["name"],
         id => id,
     };
@@ -438,8 +441,8 @@ mod tests {
     #[test]
     fn makes_entries_of_every_section() {
         let entries = yaml(
-            "routes:\n  - uri: /a\n    plugins:\n      key-auth:\n  - id: 7\n    uri: /b\nconsumers:\n  - username: jack\n  \
-             - id: rose/credentials/c1\nplugin_metadata:\n  - id: http-logger\nplugins:\n  - name: key-auth\nunknown: 1\n#END\n",
+            "routes:\n  - uri: /a\n    plugins:\n      key-auth:\n  - id: 7\n    uri: /b\nconsumers:\n  - {id: x, username: jack}\n  \
+             - id: rose/credentials/c1\nservices:\n  - id: s/graphql_cost_decorations/d\nplugin_metadata:\n  - id: http-logger\nplugins:\n  - name: key-auth\nunknown: 1\n#END\n",
         )
         .unwrap();
         let keys: Vec<_> = entries.keys().map(|k| &**k).collect();
@@ -450,12 +453,14 @@ mod tests {
             "/plugins",
             "/routes/7",
             "/routes/arr_1",
+            "/services/s/graphql_cost_decorations/d",
         ];
         assert_eq!(keys, expected);
         assert_eq!(&*entries["/routes/arr_1"], r#"{"id":"arr_1","plugins":{"key-auth":{}},"uri":"/a"}"#);
         assert_eq!(&*entries["/routes/7"], r#"{"id":7,"uri":"/b"}"#);
-        assert_eq!(&*entries["/consumers/jack"], r#"{"username":"jack"}"#);
+        assert_eq!(&*entries["/consumers/jack"], r#"{"id":"x","username":"jack"}"#);
         assert_eq!(&*entries["/consumers/rose/credentials/c1"], r#"{"id":"c1"}"#);
+        assert_eq!(&*entries["/services/s/graphql_cost_decorations/d"], r#"{"id":"d"}"#);
     }
 
     #[test]

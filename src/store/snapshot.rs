@@ -134,12 +134,14 @@ impl Snapshot {
     /// The keys in a directory (`/routes`), in order; a directory that is a key itself has this one.
     pub fn keys_in(&self, dir: &str) -> Vec<Arc<str>> {
         let mut keys: Vec<Arc<str>> = Vec::new();
-        let inside = format!("{dir}/");
-        for kind in Kind::ALL {
-            let plural = if kind == Kind::Credential { Kind::Consumer.plural() } else { kind.plural() };
-            if dir.strip_prefix('/') == Some(plural) {
-                self.ids(kind, &mut |id| keys.push(format!("{inside}{id}").into()));
-            }
+        let first = dir.strip_prefix('/').and_then(|rest| rest.split('/').next());
+        for kind in Kind::ALL.into_iter().filter(|kind| first == Some(kind.owner().unwrap_or(*kind).plural())) {
+            self.ids(kind, &mut |id| {
+                let key = kind.key(id);
+                if is_in(&key, dir) {
+                    keys.push(key.into());
+                }
+            });
         }
         let from: Arc<str> = dir.into();
         let extra = self.extra.range(from..).take_while(|(key, _)| key.starts_with(dir));

@@ -20,8 +20,11 @@ use crate::{
 
 /// Stands behind a kind's plural in the document.
 const VERSION: &str = "_conf_version";
-/// The revision of an item that says which it is.
+/// Which version of an item its sender says this is. Not the item's revision here: after a deletion it may come again
+/// with something else, and caches hold what they made by key and revision.
 pub const MODIFIED_INDEX: &str = "modifiedIndex";
+/// Numbers that JSON holds exactly everywhere: versions and indexes are whole numbers up to this one.
+const MAX_EXACT: i64 = 1 << 53;
 
 /// One per process.
 #[derive(Default)]
@@ -45,7 +48,15 @@ struct Section {
     version: i64,
     /// As sent.
     items: Option<Value>,
-    entries: BTreeMap<Arc<str>, Entry>,
+    entries: BTreeMap<Arc<str>, Indexed>,
+}
+
+#[derive(Clone)]
+struct Indexed {
+    /// Its revision is the update that brought it, which is never another's.
+    entry: Entry,
+    /// As sent; the kind's version when there was none.
+    index: i64,
 }
 
 /// What `GET /configs` tells.
@@ -142,7 +153,7 @@ impl Standalone {
 
     fn everything(&self) -> Change {
         let held = self.held();
-        let entries = held.sections.values().flat_map(|section| section.entries.values().cloned()).collect();
+        let entries = held.sections.values().flat_map(Section::all).cloned().collect();
         Change::All { entries, revision: held.revision }
     }
 
@@ -153,26 +164,30 @@ impl Standalone {
 }
 
 impl Section {
+    fn all(&self) -> impl Iterator<Item = &Entry> {
+        self.entries.values().map(|indexed| &indexed.entry)
+    }
+
     /// Makes entries of `items`.
     fn take_over(&mut self, kind: Kind, revision: i64) {
         let old = std::mem::take(&mut self.entries);
         let items = self.items.as_ref().and_then(Value::as_array);
         for (i, item) in items.into_iter().flatten().enumerate() {
             let mut item = item.clone();
-            let index = item.as_object_mut().and_then(|map| map.remove(MODIFIED_INDEX)).as_ref().and_then(whole);
+            let index = index_of(&item).unwrap_or_default();
+            item.as_object_mut().and_then(|map| map.remove(MODIFIED_INDEX));
             let id = file::id_in(kind, &mut item, i);
             let key: Arc<str> = format!("/{}/{id}", kind.plural()).into();
             let value: Arc<str> = item.to_string().into();
-            let entry = match old.get(&key) {
-                Some(old) if index.map_or(old.value == value, |index| index == old.mod_revision) => old.clone(),
-                old => Entry {
-                    key: key.clone(),
-                    value,
-                    create_revision: old.map_or(revision, |old| old.create_revision),
-                    mod_revision: index.unwrap_or(self.version),
-                },
+            let indexed = match old.get(&key) {
+                Some(old) if index.map_or(old.entry.value == value, |index| index == old.index) => old.clone(),
+                old => {
+                    let create_revision = old.map_or(revision, |old| old.entry.create_revision);
+                    let entry = Entry { key: key.clone(), value, create_revision, mod_revision: revision };
+                    Indexed { entry, index: index.unwrap_or(self.version) }
+                }
             };
-            self.entries.insert(key, entry);
+            self.entries.insert(key, indexed);
         }
     }
 }
@@ -180,14 +195,21 @@ impl Section {
 /// The version that a document gives for a kind.
 fn version(document: &Map<String, Value>, kind: Kind) -> std::result::Result<Option<i64>, String> {
     let name = format!("{}{VERSION}", kind.plural());
-    match document.get(&name) {
-        None => Ok(None),
-        Some(given) => whole(given).map(Some).ok_or_else(|| format!("{name} must be a number")),
-    }
+    document.get(&name).map(|given| whole(&name, given)).transpose()
 }
 
-fn whole(value: &Value) -> Option<i64> {
-    value.as_i64().or_else(|| value.as_f64().map(|n| n as i64))
+/// The `modifiedIndex` of an item, if it has one.
+pub fn index_of(item: &Value) -> std::result::Result<Option<i64>, String> {
+    item.get(MODIFIED_INDEX).map(|given| whole(MODIFIED_INDEX, given)).transpose()
+}
+
+fn whole(name: &str, value: &Value) -> std::result::Result<i64, String> {
+    let number = value.as_f64().ok_or_else(|| format!("{name} must be a number"))?;
+    let whole = value.as_i64().unwrap_or(number as i64);
+    if number.fract() != 0.0 || whole.saturating_abs() > MAX_EXACT {
+        return Err(format!("{name} must be a whole number up to {MAX_EXACT}"));
+    }
+    Ok(whole)
 }
 
 impl Store for Standalone {
@@ -196,13 +218,15 @@ impl Store for Standalone {
     }
 
     fn get<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<Entry>>> {
-        Box::pin(async move { Ok(self.held().sections.values().find_map(|section| section.entries.get(key).cloned())) })
+        Box::pin(async move {
+            Ok(self.held().sections.values().find_map(|section| Some(section.entries.get(key)?.entry.clone())))
+        })
     }
 
     fn list<'a>(&'a self, prefix: &'a str) -> BoxFuture<'a, Result<(Vec<Entry>, i64)>> {
         Box::pin(async move {
             let held = self.held();
-            let all = held.sections.values().flat_map(|section| section.entries.values());
+            let all = held.sections.values().flat_map(Section::all);
             let mut entries: Vec<Entry> = all.filter(|entry| entry.key.starts_with(prefix)).cloned().collect();
             entries.sort_by(|a, b| a.key.cmp(&b.key));
             Ok((entries, held.revision))
@@ -268,23 +292,38 @@ mod tests {
             (json!(14), "must be greater than or equal to (15)"),
             (json!("x"), "must be a number"),
             (json!(null), "must be a number"),
+            (json!(15.5), "must be a whole number up to 9007199254740992"),
+            (json!(1e300), "must be a whole number up to 9007199254740992"),
+            (json!(u64::MAX), "must be a whole number up to 9007199254740992"),
         ] {
             let refused = put(&store, json!({"routes_conf_version": given, "ssls": [{"id": "s"}]})).unwrap_err();
             assert_eq!(refused.to_string(), format!("routes_conf_version {told}"));
         }
         assert!(store.get("/ssls/s").await.unwrap().is_none(), "nothing of a refused document is taken");
+        put(&store, json!({ "routes_conf_version": MAX_EXACT })).unwrap();
+        put(&store, json!({})).unwrap();
+        assert_eq!(
+            store.current().document["routes_conf_version"],
+            json!(MAX_EXACT + 1),
+            "it counts on from the largest"
+        );
     }
 
     #[tokio::test]
     async fn an_item_with_the_same_index_stays() {
         let store = Standalone::new();
         let route = |uri: &str, index: i64| json!({"routes": [{"id": "r1", "uri": uri, "modifiedIndex": index}]});
-        for (uri, index, served, revision) in [("/a", 1, "/a", 1), ("/b", 1, "/a", 1), ("/b", 2, "/b", 2)] {
+        for (uri, index, served, revision) in [("/a", 1, "/a", 1), ("/b", 1, "/a", 1), ("/b", 2, "/b", 3)] {
             put(&store, route(uri, index)).unwrap();
             let expected = json!({"id": "r1", "uri": served}).to_string();
             assert_eq!(stored(&store, "/routes/r1").await, (expected, revision));
             assert_eq!(store.current().document["routes"][0]["uri"], uri, "it is shown as sent");
         }
+        put(&store, json!({"routes": []})).unwrap();
+        put(&store, route("/c", 2)).unwrap();
+        let again = stored(&store, "/routes/r1").await;
+        assert_eq!(again.1, 5, "what comes again is another version, whatever its index says");
+        assert!(again.0.contains("/c"), "{}", again.0);
         put(&store, json!({"consumers": [{"username": "a"}, {"id": "a/credentials/c"}]})).unwrap();
         assert!(store.get("/consumers/a/credentials/c").await.unwrap().is_some());
     }

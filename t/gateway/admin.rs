@@ -90,6 +90,15 @@ fn a_document_that_is_wrong_changes_nothing() {
             "invalid configuration: property \"uri\" validation failed: wrong type: expected string, got number",
         ),
         (json!({"routes": 1}), "routes must be a list"),
+        (json!({"routes_conf_version": 1e300}), "routes_conf_version must be a whole number up to 9007199254740992"),
+        (
+            json!({"routes": [{"id": "r1", "modifiedIndex": 1.5}]}),
+            "modifiedIndex must be a whole number up to 9007199254740992",
+        ),
+        (
+            json!({"consumers": [{"id": "a", "username": "jo"}, {"id": "b", "username": "jo"}]}),
+            "found duplicate username jo in consumers",
+        ),
     ] {
         let refused = replace(&gw, "d2", document);
         assert_eq!((refused.status, error(&refused).as_str()), (400, told));
@@ -108,6 +117,64 @@ fn a_document_that_is_wrong_changes_nothing() {
     assert_eq!(single.status, 400);
     assert!(error(&single).contains("PUT /apisix/admin/configs"), "{}", single.text());
     assert_eq!(Gateway::start().admin("GET", "/configs", ()).status, 404, "where each object is stored by itself");
+}
+
+#[test]
+fn a_document_that_is_taken_is_served_whole() {
+    let up = Upstream::echo();
+    let gw = standalone(json!({}));
+    let refused = replace(&gw, "d1", json!({"consumers": [{"id": "a/credentials/b/c", "plugins": {}}]}));
+    assert_eq!(refused.status, 400, "{}", refused.text());
+    let mut plain = route("r1", "/one", &up);
+    plain["plugins"] = json!({"key-auth": null});
+    let document = json!({
+        "routes": [plain],
+        "services": [{"id": "s"}, {"id": "s/graphql_cost_decorations/d", "field_path": "A.b"}],
+        "consumers": [{"id": "x", "username": "jo"}, {"id": "jo/credentials/c", "plugins": {"key-auth": {"key": "k"}}}],
+    });
+    let taken = replace(&gw, "d1", document);
+    assert_eq!(taken.status, 202, "{}", taken.text());
+    assert_eq!(get(&gw.control(), "/v1/config/errors").json(), json!([]));
+    assert_eq!((gw.get("/one").status, gw.send("GET", "/one", &[("apikey", "k")], b"").status), (401, 200));
+    assert_eq!(gw.admin("GET", "/services/s/graphql_cost_decorations/d", ()).status, 200);
+}
+
+#[test]
+fn documents_come_one_after_the_other() {
+    let gw = standalone(json!({}));
+    // Checking so many routes gives way to the others in between.
+    let document = |uri: &str| {
+        let item = |n: u32| json!({"id": n, "uri": uri, "plugins": {"echo": {"body": uri}}});
+        json!({"routes": (0..500).map(item).collect::<Vec<_>>()})
+    };
+    let put = |digest: &str| replace(&gw, digest, document("/same")).status;
+    let mut statuses = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..4).map(|_| scope.spawn(|| put("same"))).collect();
+        threads.into_iter().map(|thread| thread.join().expect("is answered")).collect::<Vec<_>>()
+    });
+    statuses.sort_unstable();
+    assert_eq!(statuses, [202, 204, 204, 204], "the others see the digest of the first");
+    assert_eq!(gw.admin("GET", "/configs", ()).json()["routes_conf_version"], 1);
+}
+
+#[test]
+fn a_viewer_reads_the_document_and_does_not_write_it() {
+    let keys =
+        json!([{"name": "a", "key": "k-admin", "role": "admin"}, {"name": "v", "key": "k-viewer", "role": "viewer"}]);
+    let gw = standalone(json!({"deployment": {
+        "role": "traditional", "role_traditional": {"config_provider": "yaml"}, "admin": {"admin_key": keys},
+    }}));
+    let headers = [("X-API-KEY", "k-viewer"), ("X-Digest", "d")];
+    let ask = |method: &str, path: &str, body: &str| {
+        request(&gw.admin_address(), method, &format!("/apisix/admin{path}"), &headers, body.as_bytes())
+    };
+    assert_eq!((ask("GET", "/configs", "").status, ask("HEAD", "/configs", "").status), (200, 200));
+    for (method, path) in [("PUT", "/configs"), ("POST", "/configs/validate")] {
+        let refused = ask(method, path, "{}");
+        assert_eq!((refused.status, &refused.json()["description"]), (401, &json!("invalid method for role viewer")));
+    }
+    let told = ask("HEAD", "/configs", "");
+    assert_eq!(told.header("x-digest"), None, "nothing was stored");
 }
 
 #[test]
@@ -363,7 +430,10 @@ fn the_admin_api_speaks_tls() {
     let gw = pki.gateway(false);
     assert!(pki.ask(&gw, false).starts_with("HTTP/1.1 200"));
     let plain = crate::support::http::raw(&gw.admin_address(), b"GET /apisix/admin/routes HTTP/1.0\r\n\r\n");
-    assert!(!plain.contains("200"), "{plain}");
+    assert!(
+        plain.starts_with("HTTP/1.0 400") && plain.contains("The plain HTTP request was sent to HTTPS port"),
+        "{plain}"
+    );
 }
 
 #[test]

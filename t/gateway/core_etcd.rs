@@ -210,10 +210,15 @@ fn an_object_follows_a_directory(gw: &Gateway) {
         return o.conf_version, a and a.value.n or 0, b and b.value.n or 0, table.concat(seen.filtered, ', ')";
     eventually_runs(gw, state, json!([3, 3, 2, "a, b, a again"]));
 
-    run(gw, "etcd.set('/box/a', { n = 'text' }) etcd.set('/box/b', { n = 13 }) etcd.set('/box/c', 'no object')");
+    run(
+        gw,
+        "etcd.set('/box/a', { n = 'text' }) etcd.set('/box/b', { n = 13, password = 'hush' })
+         etcd.set('/box/c', 'no object')",
+    );
     gw.expect_log("failed to check item data of [/apisix/box] err:property \"n\" validation failed");
-    gw.expect_log("failed to check item data of [/apisix/box] err:unlucky");
+    gw.expect_log("failed to check item data of [/apisix/box] err:unlucky ,key: /apisix/box/b");
     gw.expect_log("invalid item data of [/apisix/box/c], val: no object, it should be an object");
+    assert!(!gw.log().contains("hush"), "what a refused object holds is not logged");
     eventually_runs(gw, state, json!([3, 3, 2, "a, b, a again"]));
 
     run(
@@ -268,6 +273,9 @@ fn objects_follow_a_directory_of_etcd() {
     let etcd = Etcd::start();
     etcd.put("/apisix/box/", "init_dir");
     let gw = scripted(on_etcd(&etcd));
+    let directory = run(&gw, "return etcd.set('/crate/', 1).body.node.key, etcd.get('/crate/a').status");
+    assert_eq!(directory, json!(["/apisix/crate/", 404]));
+    assert!(!gw.log().contains("is stored but not served"), "the revision of a directory's own key is served, too");
     an_object_follows_a_directory(&gw);
     etcd.put("/apisix/box/other", r#"{"n":9}"#);
     eventually_runs(&gw, "local item = other:get('other') return item and item.value.n or 0", json!([9]));

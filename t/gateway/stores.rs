@@ -157,11 +157,26 @@ fn a_file_is_served_and_its_changes_are_picked_up() {
     assert_eq!(gw.get("/second").status, 200);
 }
 
+#[test]
+fn a_long_section_is_loaded_without_waiting_for_a_change() {
+    let items: String = (0..1001).map(|n| format!("  - {{id: i{n}, n: {n}}}\n")).collect();
+    // Something is followed already when the object for the long section is made.
+    let gw = from_file(&format!(
+        "own_section:\n  - {{id: a, n: 1}}\n  - {{n: 2}}\nown_table: {{n: 3}}\nlong:\n{items}#END\n"
+    ));
+    eventually("the configuration is served", || (gw.get("/own").status == 200).then_some(()));
+    eventually("the long section is loaded", || (gw.get("/long").text() == "1001\n").then_some(()));
+}
+
 fn from_file(text: &str) -> Gateway {
     let dir = Dir::new();
     dir.configure(json!({"deployment": {"role": "data_plane", "role_data_plane": {"config_provider": "yaml"}},
         "nginx_config": {"worker_processes": 1},
-        "lua_locations": [{"location": "= /own", "content_by_lua":
+        "lua_locations": [{"location": "= /long", "content_by_lua":
+            "local core = require('apisix.core')
+             long = long or core.config.new('/long', { automatic = true })
+             ngx.say(#long.values)"
+        }, {"location": "= /own", "content_by_lua":
             "local core = require('apisix.core')
              own = own or core.config.new('/own_section', { automatic = true })
              local single = core.config.new('/own_table', { automatic = true, single_item = true })

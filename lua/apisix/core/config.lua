@@ -28,8 +28,10 @@ local _M = {
 
 -- Objects that a VM follows; each is looked at with every change of the configuration.
 local MAX_OBJECTS = 256
--- Items of a directory that are loaded when its object is made; more of them by the timer, which lets others run.
+-- Items of a directory that are loaded when its object is made; more of them by a timer, which lets others run.
 local MAX_AT_ONCE = 1000
+-- Characters of a refused value that are logged. Of an object none: it may hold keys and passwords.
+local MAX_SHOWN = 200
 -- Items that the timer loads between two pauses: a few milliseconds.
 local STRIDE = 100
 -- Places of items that have gone before the array is made anew.
@@ -61,7 +63,8 @@ Object.__tostring = function(self) return " apisix.core.config:" .. tostring(sel
 
 local function valid(self, full, value)
     if not self.single_item and type(value) ~= "table" then
-        log.error("invalid item data of [", full, "], val: ", tostring(value), ", it should be an object")
+        local shown = tostring(value):sub(1, MAX_SHOWN)
+        log.error("invalid item data of [", full, "], val: ", shown, ", it should be an object")
         return false
     end
     local ok, err = true, nil
@@ -72,7 +75,7 @@ local function valid(self, full, value)
         ok, err = call("checker", self.checker, value, full)
     end
     if not ok then
-        log.error("failed to check item data of [", self.key, "] err:", tostring(err), " ,val: ", cjson.encode(value))
+        log.error("failed to check item data of [", self.key, "] err:", tostring(err), " ,key: ", full)
     end
     return ok
 end
@@ -221,6 +224,12 @@ local function catch_up(self)
     self.version = version
 end
 
+local function load_later(premature, object)
+    if not premature and object.running then
+        call("update", catch_up, object)
+    end
+end
+
 local following = false
 
 local function follow(premature)
@@ -288,6 +297,9 @@ function _M.new(key, opts)
     local keys, version = native.keys(key)
     if #keys <= MAX_AT_ONCE then
         load_all(object, keys, version)
+    else
+        -- One of its own: the one that follows may wait for a change already.
+        ngx.timer.at(0, load_later, object)
     end
     created[key] = object
     start_to_follow(object)

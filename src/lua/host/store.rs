@@ -36,14 +36,15 @@ struct Access {
     published: Arc<Published>,
     /// Of the store's thread.
     runtime: Handle,
-    running: Semaphore,
+    running: Arc<Semaphore>,
 }
 
 static ACCESS: OnceLock<Arc<Access>> = OnceLock::new();
 
 /// Scripts reach `store` from now on; before, their calls fail. Called on the store's thread; the first one stays.
 pub fn open_to_scripts(store: Arc<dyn Store>, published: Arc<Published>) {
-    let access = Access { store, published, runtime: Handle::current(), running: Semaphore::new(MAX_RUNNING) };
+    let access =
+        Access { store, published, runtime: Handle::current(), running: Arc::new(Semaphore::new(MAX_RUNNING)) };
     let _ = ACCESS.set(Arc::new(access));
 }
 
@@ -173,11 +174,24 @@ where
     let work = work(access.clone());
     let access = access.clone();
     Ok(Wait::Park(Op::future(async move {
-        let Ok(_permit) = access.running.acquire().await else { return failed("the store is closed") };
-        let gone = |_| Err(Error::internal(Kind::Unavailable).context("the store's thread has ended"));
-        let done = access.runtime.spawn(work).await.unwrap_or_else(gone);
+        let done = in_turn(&access.running, &access.runtime, work).await;
         done.map_or_else(|e| failed(e.to_string()), answer)
     })))
+}
+
+/// Runs `work` on the store's thread when there is a place, which it has to its end, though nobody waits for that any more.
+async fn in_turn<T: Send + 'static>(
+    running: &Arc<Semaphore>,
+    runtime: &Handle,
+    work: impl Future<Output = Result<T>> + Send + 'static,
+) -> Result<T> {
+    let gone = |why: &str| Error::internal(Kind::Unavailable).context(why.to_owned());
+    let place = running.clone().acquire_owned().await.map_err(|_| gone("the store is closed"))?;
+    let placed = async move {
+        let _place = place;
+        work.await
+    };
+    runtime.spawn(placed).await.unwrap_or_else(|_| Err(gone("the store's thread has ended")))
 }
 
 fn ready(values: Values) -> Wait {
@@ -205,7 +219,37 @@ fn push_entry(s: &Stack, entry: &Entry) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::check;
+    use std::{future::pending, sync::Arc, time::Duration};
+
+    use tokio::{
+        runtime::Handle,
+        sync::{Semaphore, oneshot},
+        time::timeout,
+    };
+
+    use super::{super::tests::check, in_turn};
+
+    #[tokio::test]
+    async fn work_keeps_its_place_though_its_script_has_gone() {
+        let running = Arc::new(Semaphore::new(1));
+        let (begun, begins) = oneshot::channel();
+        let (end, ended) = oneshot::channel::<()>();
+        let work = async move {
+            let _ = begun.send(());
+            let _ = ended.await;
+            Ok(())
+        };
+        let here = Handle::current();
+        tokio::select! {
+            _ = in_turn(&running, &here, work) => panic!("nothing has ended it"),
+            _ = begins => {}
+        }
+        assert_eq!(running.available_permits(), 0, "the script has gone, its work goes on");
+        let second = in_turn(&running, &here, pending::<crate::error::Result<()>>());
+        assert!(timeout(Duration::ZERO, second).await.is_err(), "it waits for the place");
+        let _ = end.send(());
+        assert_eq!(in_turn(&running, &here, async { Ok(7) }).await.ok(), Some(7), "who only waited has no place");
+    }
 
     #[test]
     fn answers_of_etcd_become_results() {
