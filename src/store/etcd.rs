@@ -453,7 +453,7 @@ impl Store for Etcd {
     }
 
     fn watch(self: Arc<Self>, changes: ChangeSink) -> BoxFuture<'static, ()> {
-        let mut watcher = Watcher { etcd: self, sink: changes, at: None, lost: false, failures: 0 };
+        let mut watcher = Watcher { etcd: self, sink: changes, at: None, lost: None, failures: 0 };
         Box::pin(async move { watcher.run().await })
     }
 }
@@ -502,7 +502,7 @@ struct Watcher {
     etcd: Arc<Etcd>,
     sink: ChangeSink,
     at: Option<Position>,
-    lost: bool,
+    lost: Option<String>,
     /// In a row.
     failures: u32,
 }
@@ -518,10 +518,12 @@ impl Watcher {
                     self.at = None;
                 }
                 End::Failed(failure) => {
-                    if !std::mem::replace(&mut self.lost, true)
-                        && self.sink.send(Change::Lost { reason: failure.message }).await.is_err()
-                    {
-                        return;
+                    // Told again when it is something else: an etcd that is back and shuts us out is no etcd that is gone.
+                    if self.lost.as_ref() != Some(&failure.message) {
+                        self.lost = Some(failure.message.clone());
+                        if self.sink.send(Change::Lost { reason: failure.message }).await.is_err() {
+                            return;
+                        }
                     }
                 }
             }
@@ -575,7 +577,7 @@ impl Watcher {
     }
 
     async fn found(&mut self) -> std::result::Result<(), End> {
-        match std::mem::take(&mut self.lost) {
+        match self.lost.take().is_some() {
             true => self.send(Change::Found).await,
             false => Ok(()),
         }

@@ -197,9 +197,13 @@ impl Pipeline {
                 self.source.up_to_date(revision);
             }
             Change::Lost { reason } => {
+                let again = !self.source.load().connected;
                 self.source.lost(&reason);
                 if self.first.is_some() {
                     self.serve_last_good(&reason);
+                } else if again {
+                    // Members in turn have a reason each: one line is enough for all of them.
+                    tracing::info!("{} still cannot be reached: {reason}", self.store.name());
                 } else {
                     tracing::warn!(
                         "{} cannot be reached, the last good configuration goes on: {reason}",
