@@ -269,6 +269,10 @@ fn secrets_that_the_store_has_in_clear_are_not_shown_by_revisions() {
     }
     let diff = ok(call(&gw, "GET", &format!("/revisions/{}/diff", numbers(&gw, "")[1]), Value::Null));
     assert!(diff["diff"][0]["changed"]["/plugins/key-auth/key"].is_object(), "that it changed is seen: {diff}");
+    ok(call(&gw, "PUT", "/functions/f", json!({"source": "return 200", "env": {"TOKEN": "open-env"}})));
+    for n in numbers(&gw, "") {
+        assert!(!call(&gw, "GET", &format!("/revisions/{n}"), Value::Null).text().contains("open-"));
+    }
 }
 
 #[test]
@@ -399,7 +403,7 @@ fn only_so_many_revisions_are_kept() {
         if let Some(etcd) = etcd {
             let keys = etcd.keys("/apisix-revisions/");
             assert_eq!(keys.len(), numbers(gw, "").len());
-            assert!(etcd.keys("/apisix/").iter().all(|key| !key.contains("revisions")));
+            assert!(etcd.keys("/apisix/").iter().all(|key| !key.contains("/revisions")));
         }
     });
     let none = Gateway::with(settings(json!({"revisions": {"max": 0}})));

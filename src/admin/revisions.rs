@@ -172,6 +172,9 @@ fn as_stored(state: &State, key: &str, text: Option<&str>) -> Option<Value> {
     if kind == Kind::Secret {
         hide_manager(&mut value);
     }
+    if kind == Kind::Function {
+        hide_env(&mut value, &|text| in_clear("", text));
+    }
     resource::for_each_key_owner(&mut value, &mut |map| {
         crypt::with_private_keys(map, &mut |stored| stored.starts_with("---").then(|| hidden(stored)));
     });
@@ -185,6 +188,15 @@ fn hide_manager(value: &mut Value) {
             && !is_reference(text)
         {
             *text = hidden(text);
+        }
+    }
+}
+
+/// What a function finds in `env` and stands there in clear.
+fn hide_env(value: &mut Value, in_clear: &dyn Fn(&str) -> Option<String>) {
+    for value in value.get_mut("env").and_then(Value::as_object_mut).into_iter().flat_map(|env| env.values_mut()) {
+        if let Some(hidden) = value.as_str().and_then(in_clear) {
+            *value = hidden.into();
         }
     }
 }
