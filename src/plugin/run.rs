@@ -799,6 +799,12 @@ fn settle(x: &mut Exchange, outcome: Outcome<Option<(u16, Vec<u8>)>>) -> Flow {
             log_error(x, &format!("{} answered with status {status}", crate::lua::api::context_name(x.phase)));
             failed(x)
         }
+        // nginx's own page, as for `ngx.exit(503)`: the proxy makes it where there is no type.
+        Outcome::Done(Some((status, body))) if status >= 400 && body.is_empty() && x.printed.is_empty() => {
+            x.response.status = status;
+            x.response.source = Source::Gateway;
+            Flow::Answer
+        }
         Outcome::Done(Some((status, body))) => {
             answer(x, status);
             x.printed.extend_from_slice(&body);

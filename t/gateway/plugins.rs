@@ -523,3 +523,26 @@ fn the_address_of_the_client_comes_from_whom_the_directives_name() {
     };
     assert_eq!((status(&options("127.0.0.1")), status(&options("10.0.0.0/8"))), (200, 403));
 }
+
+#[test]
+fn a_refusal_without_a_text_is_a_page() {
+    let (gw, up) = (Gateway::start(), Upstream::echo());
+    let limit = |msg: Option<&str>| {
+        let mut conf = json!({"count": 1, "time_window": 60, "rejected_code": 503});
+        if let Some(msg) = msg {
+            conf["rejected_msg"] = json!(msg);
+        }
+        json!({"limit-count": conf})
+    };
+    gw.route("1", "/page", &up, limit(None));
+    gw.route("2", "/text", &up, limit(Some("too many")));
+    let refused = |path: &str| {
+        assert_eq!(gw.get(path).status, 200);
+        gw.get(path)
+    };
+    let page = refused("/page");
+    assert_eq!((page.status, page.header("content-type")), (503, Some("text/html; charset=utf-8")));
+    assert!(page.text().contains("<h1>503 Service Temporarily Unavailable</h1>"), "{}", page.text());
+    let text = refused("/text");
+    assert_eq!((text.status, text.json()), (503, json!({"error_msg": "too many"})));
+}
