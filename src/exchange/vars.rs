@@ -4,20 +4,22 @@
 //! allocates nothing: the value lies in the exchange, or is written into the caller's scratch buffer. `None` is
 //! nginx's "not found": `-` in a log, `nil` in Lua.
 
+mod find;
+mod text;
+
 use std::{
     borrow::Cow,
-    cell::RefCell,
-    fmt::Write as _,
-    net::{IpAddr, SocketAddr},
+    net::IpAddr,
     sync::OnceLock,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use base64::{
-    Engine, alphabet,
-    engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig},
-};
 use hashbrown::HashMap;
+
+pub use find::{arg, cookie};
+use find::{field, proxy_protocol_tlv, remote_user, set_cookie};
+pub use text::{address, hex, ip, number};
+use text::{date, hostname, seconds, with_clock};
 
 use super::{Exchange, Headers, RequestBody, TcpInfo, Try, Version, graphql, headers::append_all};
 use crate::{
@@ -711,246 +713,6 @@ pub fn version(version: Version) -> &'static [u8] {
         Version::Http11 => b"HTTP/1.1",
         Version::Http2 => b"HTTP/2.0",
     }
-}
-
-/// The values of a field whose name matches `name`, where dashes read as underscores. Several are joined.
-fn field<'a>(headers: &'a Headers, name: &str, scratch: &'a mut Vec<u8>) -> Option<&'a [u8]> {
-    if !headers.may_have_length(name.len()) {
-        return None;
-    }
-    let same = |(a, b): (&u8, u8)| a.to_ascii_lowercase() == b || (*a == b'-' && b == b'_');
-    let mut values =
-        headers.of_length(name.len()).filter(|(n, _)| n.iter().zip(name.bytes()).all(same)).map(|(_, v)| v);
-    let first = values.next()?;
-    let Some(second) = values.next() else { return Some(first) };
-    let comma: &[u8] = if name == "cookie" { b"; " } else { b", " };
-    scratch.clear();
-    scratch.extend_from_slice(first);
-    for value in std::iter::once(second).chain(values) {
-        scratch.extend_from_slice(comma);
-        scratch.extend_from_slice(value);
-    }
-    Some(scratch)
-}
-
-/// The first argument of that name, undecoded; case does not matter, as in nginx.
-pub fn arg<'a>(args: &'a [u8], name: &str) -> Option<&'a [u8]> {
-    args.split(|b| *b == b'&').find_map(|pair| {
-        let at = memchr::memchr(b'=', pair)?;
-        pair[..at].eq_ignore_ascii_case(name.as_bytes()).then_some(&pair[at + 1..])
-    })
-}
-
-/// The first cookie of that name. As nginx: a name may follow a comma, too; a value ends at a semicolon only.
-pub fn cookie<'a>(headers: &'a Headers, name: &str) -> Option<&'a [u8]> {
-    headers.get_all(b"cookie").find_map(|line| {
-        let mut starts = std::iter::once(0).chain(memchr::memchr2_iter(b';', b',', line).map(|at| at + 1));
-        starts.find_map(|start| cookie_value(&line[start..], name))
-    })
-}
-
-/// The value, if `text` begins with the name and `=`.
-fn cookie_value<'a>(text: &'a [u8], name: &str) -> Option<&'a [u8]> {
-    let (found, rest) = text.trim_ascii_start().split_at_checked(name.len())?;
-    if !found.eq_ignore_ascii_case(name.as_bytes()) {
-        return None;
-    }
-    let value = rest.trim_ascii_start().strip_prefix(b"=")?;
-    Some(value[..memchr::memchr(b';', value).unwrap_or(value.len())].trim_ascii_start())
-}
-
-/// The value of the cookie of that name that a response sets.
-fn set_cookie<'a>(headers: &'a Headers, name: &str) -> Option<&'a [u8]> {
-    headers.get_all(b"set-cookie").find_map(|line| {
-        let pair = line.split(|b| *b == b';').next()?;
-        let at = memchr::memchr(b'=', pair)?;
-        pair[..at].trim_ascii().eq_ignore_ascii_case(name.as_bytes()).then(|| pair[at + 1..].trim_ascii())
-    })
-}
-
-/// A value that a PROXY protocol header of version 2 carries, by nginx's name for its type or by the number as `0x1f`; what
-/// stands within the one about TLS begins with `ssl_`.
-fn proxy_protocol_tlv<'a>(tlvs: &'a [u8], name: &str, scratch: &'a mut Vec<u8>) -> Option<&'a [u8]> {
-    const SSL: u8 = 0x20;
-    let Some(within) = name.strip_prefix("ssl_") else { return tlv(tlvs, tlv_type(name)?) };
-    // The client's flags, and whether its certificate was verified (the PROXY protocol, 2.2.6).
-    let (head, within_ssl) = tlv(tlvs, SSL)?.split_at_checked(5)?;
-    if within == "verify" {
-        scratch.clear();
-        number(u32::from_be_bytes([head[1], head[2], head[3], head[4]]).into(), scratch);
-        return Some(scratch);
-    }
-    tlv(within_ssl, tlv_type(name)?)
-}
-
-fn tlv_type(name: &str) -> Option<u8> {
-    let named = match name {
-        "alpn" => 0x01,
-        "authority" => 0x02,
-        "unique_id" => 0x05,
-        "ssl" => 0x20,
-        "ssl_version" => 0x21,
-        "ssl_cn" => 0x22,
-        "ssl_cipher" => 0x23,
-        "ssl_sig_alg" => 0x24,
-        "ssl_key_alg" => 0x25,
-        "netns" => 0x30,
-        _ => return u8::from_str_radix(name.strip_prefix("ssl_").unwrap_or(name).strip_prefix("0x")?, 16).ok(),
-    };
-    Some(named)
-}
-
-/// The first value of that type; `None` also when lengths before it do not agree.
-fn tlv(mut tlvs: &[u8], wanted: u8) -> Option<&[u8]> {
-    while let [kind, high, low, rest @ ..] = tlvs {
-        let (value, after) = rest.split_at_checked(usize::from(u16::from_be_bytes([*high, *low])))?;
-        if *kind == wanted {
-            return Some(value);
-        }
-        tlvs = after;
-    }
-    None
-}
-
-/// `Thursday, 26-Nov-2026 02:53:09 GMT`: what server-side includes show when nothing else is configured.
-fn date(local: bool, out: &mut Vec<u8>) -> Option<()> {
-    let now = super::status::coarse_seconds() as libc::time_t;
-    let mut text = [0u8; 128];
-    // SAFETY: plain old data, for which zeros are valid; the buffers are as long as said and outlive the calls.
-    let len = unsafe {
-        let mut parts: libc::tm = std::mem::zeroed();
-        let broken = if local { libc::localtime_r(&now, &mut parts) } else { libc::gmtime_r(&now, &mut parts) };
-        if broken.is_null() {
-            return None;
-        }
-        let format = if local { c"%A, %d-%b-%Y %H:%M:%S %Z" } else { c"%A, %d-%b-%Y %H:%M:%S GMT" };
-        libc::strftime(text.as_mut_ptr().cast(), text.len(), format.as_ptr(), &parts)
-    };
-    out.extend_from_slice(text.get(..len)?);
-    Some(())
-}
-
-/// As nginx decodes: padding may be missing, and bits beyond the last byte do not matter.
-const LENIENT: GeneralPurpose = GeneralPurpose::new(
-    &alphabet::STANDARD,
-    GeneralPurposeConfig::new()
-        .with_decode_padding_mode(DecodePaddingMode::Indifferent)
-        .with_decode_allow_trailing_bits(true),
-);
-
-fn remote_user(headers: &Headers, out: &mut Vec<u8>) -> Option<()> {
-    let value = headers.get("authorization")?;
-    let (scheme, credentials) = value.split_at_checked(6)?;
-    if !scheme.eq_ignore_ascii_case(b"basic ") {
-        return None;
-    }
-    let credentials = credentials.trim_ascii();
-    let padding = memchr::memchr(b'=', credentials).unwrap_or(credentials.len());
-    LENIENT.decode_vec(&credentials[..padding], out).ok()?;
-    let end = memchr::memchr(b':', out)?;
-    out.truncate(end);
-    (!out.is_empty()).then_some(())
-}
-
-/// Appends decimal digits.
-pub fn number(n: u64, out: &mut Vec<u8>) {
-    out.extend_from_slice(itoa::Buffer::new().format(n).as_bytes());
-}
-
-/// Appends `1.234`.
-fn seconds(d: Duration, out: &mut Vec<u8>) {
-    number(d.as_secs(), out);
-    let ms = d.subsec_millis();
-    let digit = |n: u32| b'0' + (n % 10) as u8;
-    out.extend_from_slice(&[b'.', digit(ms / 100), digit(ms / 10), digit(ms)]);
-}
-
-/// Appends an address; IPv6 in its short form, without brackets.
-pub fn ip(addr: IpAddr, out: &mut Vec<u8>) {
-    match addr {
-        IpAddr::V4(a) => {
-            let (mut text, mut at) = ([0; 16], 0);
-            let mut put = |b| {
-                text[at & 15] = b;
-                at += 1;
-            };
-            for octet in a.octets() {
-                if octet >= 100 {
-                    put(b'0' + octet / 100);
-                }
-                if octet >= 10 {
-                    put(b'0' + octet / 10 % 10);
-                }
-                put(b'0' + octet % 10);
-                put(b'.');
-            }
-            // Without the last dot.
-            out.extend_from_slice(&text[..(at - 1).min(15)]);
-        }
-        IpAddr::V6(a) => {
-            let _ = std::io::Write::write_fmt(out, format_args!("{a}"));
-        }
-    }
-}
-
-/// Appends `1.2.3.4:80` or `[::1]:80`.
-pub fn address(addr: SocketAddr, out: &mut Vec<u8>) {
-    match addr.ip() {
-        v4 @ IpAddr::V4(_) => ip(v4, out),
-        v6 => {
-            out.push(b'[');
-            ip(v6, out);
-            out.push(b']');
-        }
-    }
-    out.push(b':');
-    number(addr.port().into(), out);
-}
-
-/// Appends lower-case hexadecimal.
-pub(super) fn hex(bytes: &[u8], out: &mut Vec<u8>) {
-    for b in bytes {
-        out.push(b"0123456789abcdef"[usize::from(b >> 4)]);
-        out.push(b"0123456789abcdef"[usize::from(b & 15)]);
-    }
-}
-
-fn hostname() -> &'static str {
-    static NAME: OnceLock<String> = OnceLock::new();
-    NAME.get_or_init(|| {
-        let mut name = [0u8; 256];
-        // SAFETY: the buffer is as long as said.
-        let failed = unsafe { libc::gethostname(name.as_mut_ptr().cast(), name.len()) } != 0;
-        let end = if failed { 0 } else { name.iter().position(|b| *b == 0).unwrap_or(name.len()) };
-        String::from_utf8_lossy(&name[..end]).to_lowercase()
-    })
-}
-
-/// The second and its texts, written once a second.
-#[derive(Default)]
-struct Clock {
-    second: u64,
-    local: String,
-    iso: String,
-}
-
-fn with_clock<R>(read: impl FnOnce(&Clock) -> R) -> R {
-    thread_local! {
-        static CLOCK: RefCell<Clock> = RefCell::default();
-    }
-    let now = super::status::coarse_seconds();
-    CLOCK.with_borrow_mut(|clock| {
-        if clock.second != now {
-            let time = chrono::DateTime::from_timestamp(now as i64, 0).unwrap_or_default();
-            let time = time.with_timezone(&chrono::Local);
-            clock.second = now;
-            clock.local.clear();
-            clock.iso.clear();
-            let _ = write!(clock.local, "{}", time.format("%d/%b/%Y:%H:%M:%S %z"));
-            let _ = write!(clock.iso, "{}", time.format("%Y-%m-%dT%H:%M:%S%:z"));
-        }
-        read(clock)
-    })
 }
 
 #[cfg(test)]
