@@ -9,8 +9,9 @@ local log = require("apisix.core.log")
 local core_table = require("apisix.core.table")
 local expr = require("resty.expr.v1")
 local deepcopy, nkeys = core_table.deepcopy, core_table.nkeys
-local getmetatable, ipairs, loadstring, pairs, pcall, setmetatable, sort, tostring, type =
-    getmetatable, ipairs, loadstring, pairs, pcall, setmetatable, table.sort, tostring, type
+local load_text = require("moongate.chunk").load
+local getmetatable, ipairs, pairs, pcall, setmetatable, sort, tostring, type =
+    getmetatable, ipairs, pairs, pcall, setmetatable, table.sort, tostring, type
 
 local _M = { init_plugins_syncer = function() end }
 
@@ -124,7 +125,7 @@ function _M.check_meta(name, conf)
         end
     end
     if meta.pre_function then
-        local chunk, err = loadstring(meta.pre_function, "meta pre_function")
+        local chunk, err = load_text(meta.pre_function, "meta pre_function")
         if not chunk then
             return false, "failed to load _meta.pre_function in plugin " .. name .. ": " .. err
         end
@@ -341,7 +342,7 @@ local function passes_filter(meta, ctx)
 end
 
 local function run_hook(name, meta, conf, ctx)
-    local chunk = loadstring(meta.pre_function, "meta pre_function")
+    local chunk = load_text(meta.pre_function, "meta pre_function")
     local made, hook = pcall(chunk or function() end)
     local ok, err = false, "_meta.pre_function is no function"
     if made and type(hook) == "function" then

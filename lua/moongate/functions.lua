@@ -5,16 +5,23 @@ local native = require("moongate.native")
 local assert, error, ipairs, next, pairs, pcall, setfenv, setmetatable, type =
     assert, error, ipairs, next, pairs, pcall, setfenv, setmetatable, type
 local real_require, real_loadstring = require, loadstring
+-- Functions share the libraries' tables: what guards them calls nothing by way of one.
+local byte, find, getmetatable, rawget = string.byte, string.find, getmetatable, rawget
 
 local _M = {}
 
 local trusted = native.purpose == "trusted"
 
--- Takes APISIX's modules out of a table of modules, and gives them.
-local function taken(modules)
+-- Lua's own libraries, as `require` would give them.
+local own_libraries = { _G = true, string = true, table = true, math = true, bit = true, coroutine = true, os = true, io = true,
+    debug = true, package = true, jit = true, ffi = true }
+
+-- Takes modules out of a table of modules, and gives them: APISIX's, or all that a function may have changed.
+local function taken(modules, all)
     local out = {}
     for name, module in pairs(modules) do
-        if name:find("^apisix") then out[name], modules[name] = module, nil end
+        local kept = own_libraries[name] or find(name, "^moongate") or find(name, "^jit%.")
+        if find(name, "^apisix") or all and not kept then out[name], modules[name] = module, nil end
     end
     return out
 end
@@ -22,9 +29,9 @@ end
 -- A module for this file alone, on top of the real ones of APISIX: what reads the process's environment is gone again before a
 -- function can require it.
 local function load_alone(name)
-    local loaded, preload = taken(package.loaded), taken(package.preload)
+    local loaded, preload = taken(package.loaded, true), taken(package.preload)
     local ok, module = pcall(real_require, name)
-    taken(package.loaded)
+    taken(package.loaded, true)
     for known, other in pairs(loaded) do package.loaded[known] = other end
     for known, other in pairs(preload) do package.preload[known] = other end
     if not ok then return nil, module end
@@ -42,12 +49,25 @@ local forbidden = { ffi = true, jit = true, io = true, os = true, debug = true, 
     ["resty.shell"] = true, ["resty.signal"] = true, ["ngx.pipe"] = true, ["pl.path"] = true, ["pl.file"] = true,
     ["pl.dir"] = true }
 
+-- Of APISIX's modules, those that need nothing but what a function has anyway. The others run the gateway's own work: plugins, what is
+-- stored, what is written.
+local open_utils = { ["apisix.utils.content-decode"] = true, ["apisix.utils.redis"] = true,
+    ["apisix.utils.rediscluster"] = true, ["apisix.utils.redis-schema"] = true, ["apisix.utils.rfc5424"] = true,
+    ["apisix.utils.router"] = true }
+
+local function is_closed(name)
+    if forbidden[name] or find(name, "^moongate") then return true end
+    return find(name, "^apisix") and name ~= "apisix.core" and not find(name, "^apisix%.core%.") and not open_utils[name]
+end
+
 local env
 
 local function sandboxed_require(name)
-    if type(name) ~= "string" or forbidden[name] or name:find("^moongate") or name:find("^apisix%.secret") then
+    if type(name) ~= "string" or is_closed(name) then
         error("module '" .. tostring(name) .. "' is not open to functions", 2)
     end
+    -- The sandbox's own, and not those that everybody's methods are in.
+    if own_libraries[name] then return env[name] end
     return real_require(name)
 end
 
@@ -61,7 +81,8 @@ local function sandboxed_load(chunk, name)
         end
         chunk = table.concat(parts)
     end
-    if chunk:byte(1) == 27 then return nil, "bytecode is refused" end
+    if type(chunk) ~= "string" then error("a chunk is a string or a function that gives its parts", 2) end
+    if byte(chunk, 1) == 27 then return nil, "bytecode is refused" end
     local f, err = real_loadstring(chunk, name)
     return f and setfenv(f, env), err
 end
@@ -84,7 +105,13 @@ local function make_env()
     function open.getmetatable(value)
         -- A string's metatable is everybody's.
         if type(value) ~= "table" then return nil end
-        return getmetatable(value)
+        local mt = getmetatable(value)
+        -- Nor are Lua's own libraries, which some modules stand on.
+        local behind = type(mt) == "table" and rawget(mt, "__index")
+        for name in pairs(own_libraries) do
+            if behind and behind == _G[name] then return nil end
+        end
+        return mt
     end
     for _, name in ipairs({ "string", "table", "math", "bit", "coroutine" }) do open[name] = copy(_G[name]) end
     open._G = open
@@ -142,7 +169,7 @@ local function env_of(values)
         if text == nil or not secret.is_reference(text) then return text end
         local found, err = secret.fetch_known(text)
         if found == nil then
-            ngx.log(ngx.ERR, "failed to fetch secret value of env.", name, ": ", err or "not found")
+            ngx.log(ngx.ERR, "failed to fetch secret value of env.", name, ": ", secret.reason(err))
         end
         return found
     end

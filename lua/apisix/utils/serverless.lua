@@ -2,7 +2,8 @@
 --
 -- A function's source evaluates to a function, or is the body of one itself. Sources compile once per conf.
 local core = require("apisix.core")
-local ipairs, loadstring, pcall, setmetatable, tostring, type = ipairs, loadstring, pcall, setmetatable, tostring, type
+local load_text = require("moongate.chunk").load
+local ipairs, pcall, setmetatable, tostring, type = ipairs, pcall, setmetatable, tostring, type
 
 
 -- conf -> its functions; goes with the conf.
@@ -11,7 +12,7 @@ local compiled = setmetatable({}, { __mode = "k" })
 -- The function that `source` returns. A chunk that returns none is refused: APISIX runs such a chunk once at load, which
 -- would hide a mistake.
 local function compile(source, chunk_name)
-    local chunk, err = loadstring(source, chunk_name)
+    local chunk, err = load_text(source, chunk_name)
     if not chunk then
         return nil, "failed to loadstring: " .. err
     end

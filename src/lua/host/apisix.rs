@@ -23,7 +23,7 @@ use crate::{
         fast,
         ngx::{header::in_value, socket},
         sched::{self, Op, failed},
-        vm,
+        vm::{self, Purpose},
     },
     model::{self, Id, Keyring, Object, ParseContext, Parsed, PluginConf, consumer::AuthKey, parse},
     observe::{append, metrics},
@@ -111,6 +111,9 @@ fn hostname(s: &Stack) -> Answer {
 }
 
 fn write_log_line(s: &Stack) -> Answer {
+    if is_function() {
+        return s.fail("files are not open to functions");
+    }
     let path = s.arg_str(1)?;
     match append::line(&path, s.arg_bytes(2)?) {
         Ok(()) => Ok(s.push_bool(true)),
@@ -612,8 +615,16 @@ fn parse_upstream(text: &str) -> Result<Arc<model::Upstream>> {
     }
 }
 
+/// What is stored is not for uploaded functions, by whichever module they come.
 fn snapshot() -> Option<Arc<Snapshot>> {
+    if is_function() {
+        return None;
+    }
     fast::exchange().map(|x| x.snapshot.clone())
+}
+
+fn is_function() -> bool {
+    vm::current().is_some_and(|vm| vm.config.purpose == Purpose::Functions)
 }
 
 /// What references to secrets are resolved by: the newest of the request's configuration, the one that the worker has seen

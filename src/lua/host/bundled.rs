@@ -778,6 +778,16 @@ fn libraries_open_nothing_to_functions() {
         assert!(got.starts_with("false ") && got.ends_with("is not open to functions"), "{module}: {got}");
     }
     for (source, expected) in [
+        ("return require('_G').io", "true nil"),
+        ("return require('_G').require == require and require('_G').loadstring == loadstring", "true true"),
+        ("require('string').find = function() end return (pcall(require, 'moongate.native'))", "true false"),
+        ("string.find, string.byte = nil, nil return (pcall(require, 'moongate.native'))", "true false"),
+        ("return getmetatable(require('apisix.core.string'))", "true nil"),
+        ("return load('\\27LJ')", "true nil"),
+        ("return (pcall(require, 'apisix.plugin'))", "true false"),
+        ("return (pcall(require, 'apisix.http.items'))", "true false"),
+        ("return (pcall(require, 'apisix.plugins.file-logger'))", "true false"),
+        ("return (pcall(require, 'apisix.utils.serverless'))", "true false"),
         ("return require('pl.utils').readfile", "true nil"),
         ("return require('pl.utils').executeex", "true nil"),
         ("return require('pl.compat').execute", "true nil"),
