@@ -30,6 +30,12 @@ local function shape(consumer, username, revision, auth_conf, credential_id)
     return consumer
 end
 
+-- Seconds after which references are looked at anew: a key that its manager has replaced is refused from then on.
+local REFRESH_SECS = 60
+
+-- plugin -> field -> value -> the reference that stands for it, of one version of the consumers, and until when.
+local meant, meant_version, meant_until = {}, nil, nil
+
 local function build(plugin_name, field, value)
     local consumer, username, revision, auth_conf, credential_id = native.consumer(plugin_name, field, value)
     if not consumer then
@@ -40,15 +46,16 @@ local function build(plugin_name, field, value)
         -- Fills the defaults of the consumer's conf.
         loaded.check_schema(auth_conf, require("apisix.core.schema").TYPE_CONSUMER)
     end
-    secret.fetch_in_place(auth_conf)
+    if secret.has_secret_ref(auth_conf) then
+        meant_until = meant_until or now() + REFRESH_SECS
+        secret.fetch_in_place(auth_conf)
+        if secret.has_secret_ref(auth_conf) then
+            -- The text of a reference is known to all who may read confs: it must not pass for the password that it names.
+            return nil
+        end
+    end
     return shape(consumer, username, revision, auth_conf, credential_id)
 end
-
--- Seconds after which references are looked at anew: a key that its manager has replaced is refused from then on.
-local REFRESH_SECS = 60
-
--- plugin -> field -> value -> the reference that stands for it, of one version of the consumers, and until when.
-local meant, meant_version, meant_until = {}, nil, nil
 
 -- plugin -> field -> value -> consumer, of one version of the consumers: what a request costs is three table reads.
 local found, found_count, found_version = {}, 0, nil

@@ -6,7 +6,7 @@ local log = require("apisix.core.log")
 local lrucache = require("apisix.core.lrucache")
 local config_local = require("apisix.core.config_local")
 local deepcopy = require("apisix.core.table").deepcopy
-local byte, find, sub, upper = string.byte, string.find, string.sub, string.upper
+local byte, find, gsub, sub, upper = string.byte, string.find, string.gsub, string.sub, string.upper
 local pairs, pcall, require, tostring, type = pairs, pcall, require, tostring, type
 
 local PREFIX = "$secret://"
@@ -140,6 +140,11 @@ function _M.fetch_known(uri)
     return fetch(uri, true)
 end
 
+--- An error of `fetch_by_uri` as a log may have it: those of APISIX end in the value that could not be read.
+function _M.reason(err)
+    return (gsub(err or "there is no such value", ", %l+: .*$", "", 1))
+end
+
 local function resolve(refs, use_cache)
     for key, value in pairs(refs) do
         if type(value) == "table" then
@@ -150,7 +155,7 @@ local function resolve(refs, use_cache)
                 refs[key] = found
             else
                 log.error("failed to resolve secret reference: ", value, ", field: ", tostring(key),
-                    ", err: ", err or "there is no such value")
+                    ", err: ", _M.reason(err))
             end
         end
     end

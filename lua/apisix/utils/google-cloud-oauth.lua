@@ -65,12 +65,12 @@ function _M.refresh_access_token(self)
         return core.log.error("failed to refresh google oauth access token, ", err)
     end
     if response.status ~= 200 then
-        return core.log.error("failed to refresh google oauth access token: ", response.body)
+        return core.log.error("failed to refresh google oauth access token, status: ", response.status)
     end
     local answer
     answer, err = core.json.decode(response.body)
     if type(answer) ~= "table" or not answer.access_token then
-        return core.log.error("failed to parse google oauth response data: ", err or response.body)
+        return core.log.error("failed to parse google oauth response data: ", err or "there is no access_token")
     end
     self.access_token = answer.access_token
     self.access_token_type = answer.token_type
