@@ -228,6 +228,25 @@ fn a_consumer_goes_and_comes_back_with_its_credentials_and_secrets_are_never_sho
 }
 
 #[test]
+fn a_refused_write_of_a_function_leaves_its_revisions() {
+    on_both(json!({}), |gw, _| {
+        let source = |n: u32| json!({"source": format!("return function() return 200, '{n}' end")});
+        ok(call(gw, "PUT", "/functions/f", source(0)));
+        ok(call(gw, "PUT", "/functions/f", source(1)));
+        let revisions = || ok(call(gw, "GET", "/functions/f/revisions", Value::Null));
+        let before = revisions();
+        for n in 2..25 {
+            let stale = call_as(gw, JANE, "PUT", "/functions/f", &[("If-Match", "\"1000000\"")], source(n));
+            refused(stale, 412, "modifiedIndex");
+        }
+        assert_eq!(revisions(), before);
+        let tag = format!("\"{}\"", index(gw, "/functions/f"));
+        ok(call_as(gw, JANE, "PUT", "/functions/f", &[("If-Match", &tag)], source(2)));
+        assert_ne!(revisions(), before);
+    });
+}
+
+#[test]
 fn an_owner_of_more_than_one_revision_takes_goes_in_several() {
     on_both(json!({}), |gw, _| {
         ok(call(gw, "PUT", "/consumers", json!({"username": "jack"})));
@@ -236,6 +255,10 @@ fn an_owner_of_more_than_one_revision_takes_goes_in_several() {
             ok(call(gw, "PUT", &format!("/consumers/jack/credentials/c{n}"), json!({"plugins": plugins})));
         }
         let before = numbers(gw, "?page_size=500").len();
+        // Nothing of it goes where the owner would stay.
+        let stale = call_as(gw, JANE, "DELETE", "/consumers/jack", &[("If-Match", "\"1000000\"")], Value::Null);
+        refused(stale, 412, "modifiedIndex");
+        assert_eq!(ok(call(gw, "GET", "/consumers/jack/credentials?page_size=500", Value::Null))["total"], 64);
         ok(call(gw, "DELETE", "/consumers/jack", Value::Null));
         let list = ok(call(gw, "GET", "/revisions?page_size=2", Value::Null));
         let keys = |n: usize| list["list"][n]["keys"].as_array().map_or(1, Vec::len);

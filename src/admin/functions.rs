@@ -40,6 +40,8 @@ pub const MAX_REVISIONS: usize = 20;
 
 /// Lines that `logs` shows when nobody says how many: a screen.
 const LINES: usize = 100;
+/// Where the sources of functions lie, by id and number.
+pub(super) const FUNCTION_REVISIONS: &str = "/moongate/function_revisions/";
 
 /// What a dry run shows of an answer's body.
 const MAX_SHOWN_BODY: usize = 1 << 20;
@@ -157,7 +159,7 @@ pub(super) async fn forget(state: &State, id: &str) -> Outcome<()> {
 }
 
 fn prefix(id: &str) -> String {
-    format!("/moongate/function_revisions/{id}/")
+    format!("{FUNCTION_REVISIONS}{id}/")
 }
 
 fn key(id: &str, number: u64) -> String {

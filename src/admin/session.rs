@@ -12,7 +12,9 @@ use ::http::Method;
 use serde_json::{Value, json};
 
 use super::{
-    ROOT, State, given_key,
+    ROOT, State,
+    functions::FUNCTION_REVISIONS,
+    given_key,
     http::{self, Answer, Call},
     resource::Target,
     revisions,
@@ -296,6 +298,18 @@ impl View {
         Ok(())
     }
 
+    /// A function's sources are written before the function: not where the headers' condition on it does not hold.
+    async fn require_owner(&self, key: &str) -> Result<()> {
+        let id = key.strip_prefix(FUNCTION_REVISIONS).and_then(|rest| rest.split('/').next());
+        match id {
+            Some(id) => {
+                let owner = Kind::Function.key(id);
+                self.require(&mut deletion(&owner, Condition::Always), true).await
+            }
+            None => Ok(()),
+        }
+    }
+
     /// What a commit would do, but for its number.
     async fn pretend(&self, batch: &Batch) -> Result<Committed> {
         let mut done = Vec::with_capacity(batch.writes.len());
@@ -350,6 +364,11 @@ impl View {
         if known.is_none() {
             return Ok(None);
         }
+        // Nothing of what the owner has goes where the owner itself would stay.
+        if matches!(on, Condition::Unmodified(n) if n != index(known.as_ref())) {
+            return Err(conflict(key));
+        }
+        self.require(&mut deletion(key, on), true).await?;
         for some in first.chunks(MAX_CHANGES) {
             self.commit_batch(Batch { writes: some.to_vec(), note: self.note() }).await?;
         }
@@ -385,6 +404,7 @@ impl Store for View {
     ) -> BoxFuture<'a, Result<Written>> {
         Box::pin(async move {
             if !is_object(key) && !self.dry_run {
+                self.require_owner(key).await?;
                 return self.inner.put(key, value, on, ttl_secs).await;
             }
             let write = Write { key: key.into(), value: Some(value.into()), on, ttl_secs, seen: None };
@@ -406,7 +426,10 @@ impl Store for View {
             match (is_object(key), self.dry_run) {
                 (true, _) => self.delete_with_owned(key, on).await,
                 (false, true) => Ok(self.read(key).await?.map(|entry| (entry, 0))),
-                (false, false) => self.inner.delete(key, on).await,
+                (false, false) => {
+                    self.require_owner(key).await?;
+                    self.inner.delete(key, on).await
+                }
             }
         })
     }

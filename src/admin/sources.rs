@@ -144,15 +144,16 @@ async fn test(state: &State, call: &Call, name: &str) -> Outcome {
         (false, Some(entry)) => source_of(&serde_json::from_str(&entry.value).unwrap_or_default())?,
         (false, None) => return Err(resource::not_found()),
     };
+    let Ok(place) = PLACES.try_acquire() else {
+        return Err(Answer::refuse(503, format!("{TRIALS} plugins are on trial already: try again later")));
+    };
     let trial = PluginTrial {
+        place: Some(place),
         name: name.to_owned(),
         source,
         conf: asked.get("conf").cloned().unwrap_or_else(|| json!({})),
         request: mock_request(&asked)?,
         upstream: mock_response(asked.get("upstream").unwrap_or(&Value::Null))?,
-    };
-    let Ok(_place) = PLACES.try_acquire() else {
-        return Err(Answer::refuse(503, format!("{TRIALS} plugins are on trial already: try again later")));
     };
     match state.plugins.try_plugin(state.published.load(), trial).await {
         Ok(shown) => Ok(Answer::json(200, &shown)),

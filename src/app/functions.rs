@@ -268,7 +268,12 @@ impl Timetable {
         let mut due = Vec::new();
         let functions = &self.functions;
         self.next.retain(|id, (_, at)| {
+            let next_now = || functions.get(id)?.value.schedule.as_ref()?.next(now);
             if *at > now {
+                // A clock that was set back: what was far ahead is nearer now.
+                if let Some(next) = next_now().filter(|next| next < at) {
+                    *at = next;
+                }
                 return true;
             }
             if now - *at <= LATE_SECS {

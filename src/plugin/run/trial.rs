@@ -9,7 +9,7 @@ use bytes::Bytes;
 use mlua::ffi;
 use serde_json::{Value, json};
 use tokio::{
-    sync::oneshot,
+    sync::{SemaphorePermit, oneshot},
     task::LocalSet,
     time::{Instant, timeout},
 };
@@ -45,6 +45,8 @@ pub struct PluginTrial {
     pub conf: Value,
     pub request: MockRequest,
     pub upstream: MockResponse,
+    /// Given back when the trial is over, which may be after whoever asked has gone.
+    pub place: Option<SemaphorePermit<'static>>,
 }
 
 #[derive(Clone, Debug, Default)]
