@@ -34,13 +34,18 @@ local function deliver(source, event, data)
     end
 end
 
+-- False when there is nothing at that place.
 local function take(dict, at)
     local text = dict:get("event:" .. at)
     local item = text and json.decode(text)
     if item and item.worker ~= ngx.worker.id() then
         deliver(item.source, item.event, item.data)
     end
+    return text ~= nil
 end
+
+-- The place whose event was not there yet: a number is taken a moment before its event is written.
+local awaited
 
 local function look(premature)
     local dict = ngx.shared[DICT]
@@ -53,7 +58,11 @@ local function look(premature)
         seen = last - MAX_BATCH
     end
     for at = seen + 1, last do
-        take(dict, at)
+        if not take(dict, at) and at == last and awaited ~= at then
+            -- Asked for once more in the next turn.
+            awaited, seen = at, at - 1
+            return
+        end
     end
     seen = last
 end

@@ -9,6 +9,7 @@ local lrucache = require("resty.lrucache")
 local bit = require("bit")
 
 local band, bxor, lshift = bit.band, bit.bxor, bit.lshift
+local max, min = math.max, math.min
 local byte, find, lower, match, sub = string.byte, string.find, string.lower, string.match, string.sub
 local error, ipairs, rawget, select, setmetatable, tonumber, tostring, type =
     error, ipairs, rawget, select, setmetatable, tonumber, tostring, type
@@ -79,7 +80,8 @@ local function read_slots(reply, asked)
         local ip = type(node) == "table" and node[1]
         -- An empty name stands for the node that was asked.
         local owner = ip and { ip = ip ~= "" and ip or asked.ip, port = node[2] }
-        for slot = first, last do slots[slot] = owner end
+        -- What a node says has the bounds that slots have.
+        for slot = max(tonumber(first) or 0, 0), min(tonumber(last) or -1, SLOTS - 1) do slots[slot] = owner end
     end
     return slots
 end
@@ -150,7 +152,7 @@ local function call(self, command, key, ...)
         if elsewhere then
             if elsewhere.ip == "" then elsewhere.ip = node.ip end
             node, asking = elsewhere, ask
-            if not ask then slots[slot] = elsewhere end
+            if slot and not ask then slots[slot] = elsewhere end
         elseif broken then
             slots, why = refresh(self)
             if not slots then return nil, why end

@@ -75,6 +75,8 @@ impl Average {
     fn added(self, latency: Duration, now: Instant) -> Average {
         // The first news is all there is to know.
         let weight = if self.at.is_some() { self.weight(now) } else { 0.0 };
-        Average { secs: self.secs * weight + latency.as_secs_f64() * (1.0 - weight), at: Some(now) }
+        // What is told late, at the end of a long answer, does not set the clock back.
+        let at = self.at.map_or(now, |at| at.max(now));
+        Average { secs: self.secs * weight + latency.as_secs_f64() * (1.0 - weight), at: Some(at) }
     }
 }

@@ -83,7 +83,13 @@ pub fn multipart(content_type: &str, body: &[u8]) -> Posted {
     };
     let delimiter = format!("--{boundary}");
     let finder = memchr::memmem::Finder::new(delimiter.as_bytes());
-    let mut starts = finder.find_iter(body).map(|at| at + delimiter.len()).take(MAX_FIELDS + 1).peekable();
+    // A delimiter is a line of its own: what only looks like one within a value is the value's.
+    let is_line = |at: &usize| {
+        let begins = *at == 0 || body[at - 1] == b'\n';
+        begins && matches!(body.get(at + delimiter.len()), None | Some(b'\r' | b'\n' | b'-' | b' ' | b'\t'))
+    };
+    let starts = finder.find_iter(body).filter(is_line).map(|at| at + delimiter.len());
+    let mut starts = starts.take(MAX_FIELDS + 1).peekable();
     let mut fields = Vec::new();
     while let (Some(from), Some(next)) = (starts.next(), starts.peek()) {
         fields.extend(part(&body[from..next - delimiter.len()]));
@@ -150,6 +156,11 @@ mod tests {
         for kind in ["multipart/form-data", "multipart/form-data; boundary="] {
             assert!(matches!(multipart(kind, body("\n").as_bytes()), Posted::Nothing));
         }
+        // Nothing within a value begins a part, whatever it looks like.
+        let sly = "--B\r\nContent-Disposition: form-data; name=\"a\"\r\n\r\nx--B\r\nContent-Disposition: form-data; \
+                   name=\"role\"\r\n\r\nadmin\r\n--Bfoo\r\n--B--\r\n";
+        let posted = multipart("m; boundary=B", sly.as_bytes());
+        assert!(posted.at("a").is_some_and(|a| a.starts_with(b"x--B")) && posted.at("role").is_none());
         assert!(matches!(multipart("m; boundary=B", b"--B"), Posted::Multipart(fields) if fields.is_empty()));
     }
 

@@ -13,6 +13,11 @@ use crate::{
     observe::log::Level,
 };
 
+/// Bytes of a JSON body that routes look into: read whole it takes some ten times as much, before anybody has said who asks.
+const MAX_JSON: usize = 4 << 20;
+/// Characters of a document that cannot be read that its line of error.log shows.
+const MAX_SHOWN: usize = 256;
+
 /// What the conditions that were met have asked for and nobody knows yet.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Asked {
@@ -60,7 +65,9 @@ fn parse(x: &Exchange, text: &str) -> Option<Operation> {
             Some(operation)
         }
         Err(e) => {
-            let line = format!("failed to parse graphql: Syntax error near line {} body: {text}", e.line);
+            let start: String = text.chars().take(MAX_SHOWN).collect();
+            let line =
+                format!("failed to parse graphql: Syntax error near line {} body: {}", e.line, start.escape_debug());
             x.log(Level::Error, line.as_bytes());
             None
         }
@@ -112,6 +119,14 @@ async fn posted(p: &Proxy, x: &mut Exchange) -> Result<Posted> {
     }
     if is_multipart {
         return Ok(posted::multipart(&kind, &body));
+    }
+    if body.len() > MAX_JSON {
+        let line = format!(
+            "failed to parse JSON body: {} bytes are more than the {MAX_JSON} that routes look into",
+            body.len()
+        );
+        x.log(Level::Error, line.as_bytes());
+        return Ok(Posted::Nothing);
     }
     Ok(match serde_json::from_slice(&body) {
         Ok(json) => Posted::Json(json),

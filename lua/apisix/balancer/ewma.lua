@@ -1,7 +1,8 @@
 --- `apisix.balancer.ewma`: of two servers at random the one with the lower moving average of its response times, for plugins
 -- that pick by themselves. Averages are this worker's. Never waits.
+local tried_of = require("apisix.balancer.tried")
 local exp, max, random = math.exp, math.max, math.random
-local pairs, setmetatable, sort, tonumber, tostring = pairs, setmetatable, table.sort, tonumber, tostring
+local setmetatable, tonumber, tostring = setmetatable, tonumber, tostring
 
 local _M = {}
 
@@ -39,25 +40,13 @@ local function score(averages, server)
     return entry and decayed(entry, ngx.now()) or 0
 end
 
-local function names_of(nodes)
-    local names = {}
-    for server, weight in pairs(nodes) do
-        if weight > 0 then
-            names[#names + 1] = server
-        end
-    end
-    sort(names)
-    return names
-end
-
 local function last_of(text)
     return tonumber((tostring(text or ""):match("([%d.]+)%s*$")))
 end
 
 --- A picker over `nodes`. As `apisix.balancer.roundrobin`'s; `after_balance` reads `$upstream_response_time`.
 function _M.new(nodes, upstream)
-    local averages, names = {}, names_of(nodes)
-    local tried_of = require("apisix.balancer.tried")
+    local averages, names = {}, tried_of.servers(nodes)
     return setmetatable({
         upstream = upstream,
         get = function(ctx)

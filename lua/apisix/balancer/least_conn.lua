@@ -1,7 +1,8 @@
 --- `apisix.balancer.least_conn`: the server with the least (requests in flight + 1) / weight, for plugins that pick by
 -- themselves. Counts are this worker's. Never waits.
 local lrucache = require("resty.lrucache")
-local pairs, setmetatable, sort = pairs, setmetatable, table.sort
+local tried_of = require("apisix.balancer.tried")
+local pairs, setmetatable = pairs, setmetatable
 
 local _M = {}
 
@@ -25,21 +26,9 @@ local function counts_of(upstream, priority)
     return counts
 end
 
-local function names_of(nodes)
-    local names = {}
-    for server, weight in pairs(nodes) do
-        if weight > 0 then
-            names[#names + 1] = server
-        end
-    end
-    sort(names)
-    return names
-end
-
 --- A picker over `nodes`. As `apisix.balancer.roundrobin`'s; `after_balance` gives a request's place free.
 function _M.new(nodes, upstream, priority)
-    local counts, names = counts_of(upstream, priority), names_of(nodes)
-    local tried_of = require("apisix.balancer.tried")
+    local counts, names = counts_of(upstream, priority), tried_of.servers(nodes)
     -- A server that has gone and comes back begins anew.
     for server in pairs(counts) do
         if not nodes[server] then

@@ -1,12 +1,28 @@
 //! Endpoints that plugins offer in the control API (`control_api`), run in a worker's own VM: they see what its plugins keep.
 
+use std::{ffi::c_int, rc::Rc};
+
 use mlua::ffi;
 
 use super::{Flow, Runner, read_answer, settle};
 use crate::{
     exchange::{Exchange, Phase},
-    lua::{Stack, log_error, sched},
+    lua::{Stack, Vm, log_error, sched},
 };
+
+/// What a call has of its VM.
+struct Lent {
+    vm: Rc<Vm>,
+    slot: u32,
+    entry: c_int,
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        self.vm.clear_slot(self.slot);
+        self.vm.release(self.entry);
+    }
+}
 
 impl Runner {
     /// Answers the request, whose status, headers and `printed` it fills. False: no plugin has an endpoint there.
@@ -24,7 +40,9 @@ impl Runner {
             }
         };
         x.phase = Phase::Content;
-        let slot = vm.take_slot();
+        // Given back also where whoever asked has gone, and this is dropped half way.
+        let lent = Lent { vm: vm.clone(), slot: vm.take_slot(), entry };
+        let slot = lent.slot;
         x.lua.slot = Some(slot);
         let push = |s: &Stack| {
             s.get_index(ffi::LUA_REGISTRYINDEX, entry as usize);
@@ -33,8 +51,7 @@ impl Runner {
         };
         let outcome = sched::call(vm, x, push, read_answer).await;
         x.lua.slot = None;
-        vm.clear_slot(slot);
-        vm.release(entry);
+        drop(lent);
         settle(x, outcome) != Flow::Next
     }
 }

@@ -303,6 +303,8 @@ impl Call<'_> {
                     x.chunk.data.extend_from_slice(&data);
                     x.chunk.eof = false;
                     output::chunk(x, &p.runner).await?;
+                    // What a slow client took of the time is not the node's.
+                    late.as_mut().reset(tokio::time::Instant::now() + self.way.times.read);
                 }
                 Err(frame) => {
                     if let (Ok(fields), Some(client)) = (frame.into_trailers(), &mut x.client) {
