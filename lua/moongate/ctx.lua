@@ -6,8 +6,8 @@ local request = require("moongate.request")
 local new_tab, clear_tab = require("table.new"), require("table.clear")
 local ngx = ngx
 local byte, find = string.byte, string.find
-local pcall, rawget, rawset, require, setmetatable, tonumber, tostring, type =
-    pcall, rawget, rawset, require, setmetatable, tonumber, tostring, type
+local pcall, rawget, rawset, require, setmetatable, tostring, type =
+    pcall, rawget, rawset, require, setmetatable, tostring, type
 
 local _M = {}
 
