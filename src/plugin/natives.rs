@@ -150,12 +150,15 @@ fn watches(api: &mut Api) -> Result<()> {
         },
     )?;
     api.func(
-        "native.plugin.hooked",
+        "native.plugin.debugged",
         Phases::ANY,
-        "hooked() -> boolean: whether the hooks of conf/debug.yaml tell of the request that runs.",
+        "debugged() -> boolean, boolean: whether the hooks of conf/debug.yaml tell of the request that runs, and whether its answer \
+         names the plugins.",
         |s| {
-            let hooked = fast::exchange().and_then(|x| x.watch.as_ref()).is_some_and(|watch| watch.hooked);
-            Ok(s.push_bool(hooked))
+            let watch = fast::exchange().and_then(|x| x.watch.as_ref());
+            s.push_bool(watch.is_some_and(|watch| watch.hooked));
+            s.push_bool(watch.is_some_and(|watch| watch.named));
+            Ok(2)
         },
     )
 }
