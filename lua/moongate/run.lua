@@ -12,6 +12,7 @@ local ctxs = request.ctxs
 local begin = ctx_of.begin
 local ipairs, loadstring, pcall, rawget, setmetatable, tostring, type =
     ipairs, loadstring, pcall, rawget, setmetatable, tostring, type
+local unpack = unpack
 
 local _M = {}
 
@@ -222,6 +223,23 @@ end
 
 _M.answer = answer
 
+-- The filter's verdict. What it asks for in vain is fetched, and it is asked again: the body once each, a registered variable each.
+local function evaluate(number, ctx)
+    local given, n, _ = {}, 0, nil
+    local passed, graphql, posted, name = native.filter(number)
+    -- In phases that cannot wait a body may stay unknown.
+    if graphql then ctx_of.learn("graphql_name") end
+    if posted then ctx_of.learn("post_arg_") end
+    if graphql or posted then passed, _, _, name = native.filter(number) end
+    while name do
+        local value = ctx.var[name]
+        given[n + 1], given[n + 2] = name, value ~= nil and tostring(value) or false
+        n = n + 2
+        passed, _, _, name = native.filter(number, unpack(given, 1, n))
+    end
+    return passed
+end
+
 -- Whether the filter of an entry lets the plugin run in this request: asked once per request.
 local function passes_filter(entry, conf, ctx)
     local known = rawget(ctx, "_meta_filter")
@@ -231,11 +249,7 @@ local function passes_filter(entry, conf, ctx)
     end
     local passed = known[conf]
     if passed == nil then
-        local graphql, posted
-        passed, graphql, posted = native.filter(entry.filter)
-        if graphql then ctx_of.learn("graphql_name") end
-        if posted then ctx_of.learn("post_arg_") end
-        if graphql or posted then passed = native.filter(entry.filter) end
+        passed = evaluate(entry.filter, ctx)
         known[conf] = passed
     end
     return passed
@@ -365,10 +379,21 @@ function _M.compile_filter(source)
     return chunk()
 end
 
-local filter_vars = ctx_of.var()
+-- The variables of a request that has no route yet. Those that modules give are asked with a context of their own, which ends here.
+local function variables()
+    local ctx = {}
+    ctx.var = ctx_of.var(ctx)
+    return ctx.var
+end
 
 function _M.call_filter(f)
-    return f(filter_vars) and true or false
+    return f(variables()) and true or false
+end
+
+--- A variable that a module has registered, as text; nil when it has none.
+function _M.registered_var(name)
+    local value = variables()[name]
+    return value ~= nil and tostring(value) or nil
 end
 
 return _M
