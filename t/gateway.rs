@@ -14,6 +14,8 @@ mod counters;
 mod functions;
 #[path = "gateway/plugins.rs"]
 mod plugins;
+#[path = "gateway/pubsub.rs"]
+mod pubsub;
 #[path = "gateway/routes.rs"]
 mod routes;
 #[path = "gateway/secrets.rs"]
