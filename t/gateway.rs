@@ -20,6 +20,8 @@ mod pubsub;
 mod routes;
 #[path = "gateway/secrets.rs"]
 mod secrets;
+#[path = "gateway/span.rs"]
+mod span;
 #[path = "gateway/start.rs"]
 mod start;
 #[path = "gateway/stores.rs"]
