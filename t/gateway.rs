@@ -12,6 +12,8 @@ mod core_etcd;
 mod counters;
 #[path = "gateway/functions.rs"]
 mod functions;
+#[path = "gateway/gcp.rs"]
+mod gcp;
 #[path = "gateway/plugins.rs"]
 mod plugins;
 #[path = "gateway/pubsub.rs"]
