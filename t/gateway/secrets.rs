@@ -206,6 +206,7 @@ fn the_last_value_outlives_an_outage_of_its_manager_but_not_a_refusal() {
         (gw.log().matches(&failed).count() == 2).then_some(())
     });
     assert!(gw.log().contains("seconds ago goes on: failed to decode result"));
+    assert!(gw.log().contains("vault answered with status 503 for key: gateway, client: "));
 
     mood.store(2, Ordering::SeqCst);
     expect_token(&gw, &up, "second-of-it");

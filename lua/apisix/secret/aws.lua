@@ -107,7 +107,7 @@ local function read(conf, name)
             kind, is_final(response.status, kind)
     end
     if type(answer) ~= "table" or type(answer.SecretString) ~= "string" then
-        return nil, "the secret " .. name .. " is no text"
+        return nil, "the secret " .. name .. " is no text", nil, type(answer) == "table"
     end
     return answer.SecretString
 end
@@ -118,7 +118,7 @@ local function field_of(text, field)
     end
     local fields, err = core.json.decode(text)
     if type(fields) ~= "table" then
-        return nil, "failed to decode result, err: " .. (err or "it is no object")
+        return nil, "failed to decode result, err: " .. (err or "it is no object"), true
     end
     return fields[field]
 end

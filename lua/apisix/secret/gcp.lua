@@ -152,7 +152,7 @@ function _M.get(conf, key)
     local fields
     fields, err = core.json.decode(text)
     if type(fields) ~= "table" then
-        return nil, "failed to decode result, err: " .. (err or "it is no object")
+        return nil, "failed to decode result, err: " .. (err or "it is no object"), true
     end
     return fields[field]
 end

@@ -49,6 +49,9 @@ local function read(conf, name)
     if not response then
         return nil, err
     end
+    if response.status ~= 200 then
+        core.log.warn("vault answered with status ", response.status, " for key: ", name)
+    end
     return response.body, nil, is_final(response.status)
 end
 
