@@ -479,5 +479,5 @@ fn a_function_serves_websockets_on_the_gateways_own_port() {
 fn what_is_no_handshake_is_answered_as_a_request() {
     let gw = shouting();
     let refused = gw.get("/shout");
-    assert_eq!((refused.status, refused.text().as_str()), (400, "bad \"upgrade\" request header"));
+    assert_eq!((refused.status, refused.text().as_str()), (400, "bad \"upgrade\" request header: nil"));
 }
