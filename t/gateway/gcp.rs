@@ -125,7 +125,7 @@ fn grant(seen: &Seen, known: &mut Vec<Value>, expires_in: u64) -> String {
 /// `versions.access` of a secret.
 fn secret(seen: &Seen, valid_from: usize) -> String {
     let token = seen.header("authorization").and_then(|value| value.strip_prefix("Bearer token-"));
-    if !token.and_then(|n| n.parse().ok()).is_some_and(|n: usize| n >= valid_from) {
+    if token.and_then(|n| n.parse().ok()).is_none_or(|n: usize| n < valid_from) {
         return http(401, &json!({"error": {"code": 401, "status": "UNAUTHENTICATED"}}));
     }
     let data = match seen.target.as_str() {
