@@ -136,9 +136,8 @@ local function ask_manager(uri)
     return value, err, is_final
 end
 
---- The value that `$secret://manager/id/key` or `$env://NAME` stands for: nil when there is none; nil and the reason, and
--- true when the manager itself says that there is none for us.
-function _M.fetch_by_uri(uri)
+-- As `fetch_by_uri`; true as third value when asking again is of no use.
+local function fetch_now(uri)
     if type(uri) ~= "string" then
         return nil, "error secret_uri type: " .. type(uri), true
     end
@@ -150,6 +149,12 @@ function _M.fetch_by_uri(uri)
         return nil, "error secret_uri prefix: " .. uri, true
     end
     return ask_manager(uri)
+end
+
+--- The value that `$secret://manager/id/key` or `$env://NAME` stands for: nil when there is none; nil and the reason.
+function _M.fetch_by_uri(uri)
+    local value, err = fetch_now(uri)
+    return value, err
 end
 
 local cache
@@ -192,7 +197,7 @@ end
 
 -- Asks the manager, and remembers the last time that it told a value.
 local function refresh(uri, version)
-    local value, err, is_final = _M.fetch_by_uri(uri)
+    local value, err, is_final = fetch_now(uri)
     if value ~= nil then
         last_good:set(uri, { value = value, version = version, since = now() }, stale_secs)
     elseif is_final or not err then
