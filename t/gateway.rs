@@ -12,12 +12,18 @@ mod core_etcd;
 mod counters;
 #[path = "gateway/functions.rs"]
 mod functions;
+#[path = "gateway/gcp.rs"]
+mod gcp;
 #[path = "gateway/plugins.rs"]
 mod plugins;
+#[path = "gateway/pubsub.rs"]
+mod pubsub;
 #[path = "gateway/routes.rs"]
 mod routes;
 #[path = "gateway/secrets.rs"]
 mod secrets;
+#[path = "gateway/span.rs"]
+mod span;
 #[path = "gateway/start.rs"]
 mod start;
 #[path = "gateway/stores.rs"]
