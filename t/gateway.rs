@@ -24,3 +24,5 @@ mod start;
 mod stores;
 #[path = "gateway/uploads.rs"]
 mod uploads;
+#[path = "gateway/workflow.rs"]
+mod workflow;

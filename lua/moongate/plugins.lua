@@ -102,17 +102,28 @@ function _M.load(name)
     return describe(plugin)
 end
 
+-- Plugins that were asked for a `workflow_handler`: name -> { ok, what it returned or why it failed }.
+local offers = {}
+
+--- What a loaded plugin's `workflow_handler()` returns, which is called once per VM: nil without one; nil and why it failed.
+function _M.offer_to_workflow(name)
+    local plugin = by_name[name]
+    if not plugin or type(plugin.workflow_handler) ~= "function" then return nil end
+    if not offers[name] then offers[name] = { xpcall(plugin.workflow_handler, debug_traceback) } end
+    local ok, result = offers[name][1], offers[name][2]
+    if ok then return result end
+    return nil, tostring(result)
+end
+
 --- Every plugin's `workflow_handler` and `init`, when its VM starts to serve; what failed, by name.
 function _M.init()
     local errors = {}
     for _, plugin in ipairs(ordered) do
         -- What the workflow plugin may call comes before `init`, which may wait.
-        for _, hook in ipairs({ "workflow_handler", "init" }) do
-            local f = plugin[hook]
-            local ok, err = true, nil
-            if type(f) == "function" then ok, err = xpcall(f, debug_traceback) end
-            if not ok then errors[plugin.name] = tostring(err) end
-        end
+        local _, failed = _M.offer_to_workflow(plugin.name)
+        local ok, err = true, nil
+        if type(plugin.init) == "function" then ok, err = xpcall(plugin.init, debug_traceback) end
+        errors[plugin.name] = not ok and tostring(err) or failed
     end
     return errors
 end

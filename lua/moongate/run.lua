@@ -48,7 +48,8 @@ local function conf_table(item, plugin)
     return conf
 end
 
-local function entry_of(item, conf)
+-- `beside_workflow`: the plan has a workflow, which may run this plugin, too.
+local function entry_of(item, conf, beside_workflow)
     local meta = conf._meta
     local entry = { name = item.name, filter = item.filter, error_response = meta.error_response }
     if meta.pre_function then
@@ -57,7 +58,8 @@ local function entry_of(item, conf)
         entry.pre_function = f
     end
     entry.resolved = require("apisix.secret").bind(conf)
-    entry.plain = not entry.filter and not entry.pre_function and not entry.resolved
+    entry.beside_workflow = beside_workflow
+    entry.plain = not entry.filter and not entry.pre_function and not entry.resolved and not beside_workflow
     return entry
 end
 
@@ -176,10 +178,20 @@ local function flat(members)
     return out
 end
 
+local function has_workflow(owners)
+    for _, owner in ipairs(owners) do
+        for _, item in ipairs(owner.items) do
+            if item.name == "workflow" then return true end
+        end
+    end
+    return false
+end
+
 --- Makes a plan of its owners (`{ name, global, conf_type, conf_id, conf_version, items }`), items by falling priority. `noting`: their
 --- calls are noted; `hooked`: hooks may be on what nginx.conf would call, `dynamic` by a header.
 function _M.build(owners, noting, hooked, dynamic)
     local plan = { scope = owners[#owners], switches = #owners > 1 }
+    local workflow = has_workflow(owners)
     for _, owner in ipairs(owners) do
         local members = {}
         owner.noted = noting
@@ -187,7 +199,8 @@ function _M.build(owners, noting, hooked, dynamic)
             local plugin = plugins.get(item.name)
             local conf = plugin and conf_table(item, plugin)
             if conf then
-                members[#members + 1] = { plugin = plugin, conf = conf, item = item, entry = entry_of(item, conf) }
+                local entry = entry_of(item, conf, workflow and plugin.workflow_handler ~= nil)
+                members[#members + 1] = { plugin = plugin, conf = conf, item = item, entry = entry }
             end
         end
         -- Rewrite and access of one global rule run before the next one's.
@@ -237,7 +250,18 @@ local function passes_filter(entry, conf, ctx)
     return passed
 end
 
-local function prepare(entry, conf, ctx)
+-- Whether a workflow ran this plugin for the request before it came to this conf, which then has no say in any phase. One that
+-- was run before that goes on.
+local function stands_back(entry, conf, ctx, answering)
+    local taken = rawget(ctx, "_workflow_taken")
+    if not taken or not taken[entry.name] then return false end
+    if answering then taken[conf] = true end
+    return taken[conf] == true
+end
+
+-- `answering`: in a phase whose plugins may answer.
+local function prepare(entry, conf, ctx, answering)
+    if entry.beside_workflow and stands_back(entry, conf, ctx, answering) then return false end
     if entry.filter and not passes_filter(entry, conf, ctx) then return false end
     local f = entry.pre_function
     if f then
@@ -259,7 +283,7 @@ local function run_until_answer(sections, plan, ctx)
         local plain = section.plain
         for i = 1, section.n, 3 do
             local conf, entry = section[i + 1], section[i + 2]
-            if plain or prepare(entry, conf, ctx) then
+            if plain or prepare(entry, conf, ctx, true) then
                 if not plain and entry.resolved then conf = entry.resolved() end
                 ctx._plugin_name = entry.name
                 local code, body = section[i](conf, ctx)

@@ -111,6 +111,10 @@ local function prefix_of(conf)
         -- By what the conf says: a change elsewhere in the object leaves the counters.
         local text = core.json.stably_encode(comparable(conf))
         prefix = parent.resource_key .. ":" .. ngx.crc32_long(text) .. ":"
+        if conf._meta.workflow_rule then
+            -- Rules of a workflow may have the same conf.
+            prefix = prefix .. conf._meta.workflow_rule .. ":"
+        end
     end
     prefixes[conf] = prefix
     return prefix
