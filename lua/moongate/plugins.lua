@@ -1,6 +1,6 @@
 --- The plugins that are loaded in this VM.
 
-local ipairs, pcall, require, tostring, type = ipairs, pcall, require, tostring, type
+local error, ipairs, pcall, require, tostring, type = error, ipairs, pcall, require, tostring, type
 local debug_traceback, xpcall = debug.traceback, xpcall
 
 local _M = {}
@@ -135,12 +135,27 @@ function _M.destroy()
     end
 end
 
---- Whether `conf` passes the plugin's own check. `kind`: nil, 1 (a consumer's) or 2 (metadata).
-function _M.check(name, conf, kind)
+local stored_now = false
+
+--- Whether the check that runs now is of a conf that the configuration has. Any other must leave nothing behind.
+function _M.checks_stored() return stored_now end
+
+--- A plugin's own check of a conf that the configuration has, or (not `stored`) may get: what it returns, or raises.
+function _M.run_check(plugin, conf, kind, stored)
+    local before = stored_now
+    stored_now = stored
+    local ran, ok, err = pcall(plugin.check_schema, conf, kind)
+    stored_now = before
+    if not ran then error(ok, 0) end
+    return ok, err
+end
+
+--- Whether `conf` passes the plugin's own check. `kind`: nil, 1 (a consumer's) or 2 (metadata). `stored`: the configuration has it.
+function _M.check(name, conf, kind, stored)
     local plugin = by_name[name]
     if not plugin then return nil, "unknown plugin [" .. name .. "]" end
     if kind == 2 and not plugin.metadata_schema then return true end
-    local ok, err = plugin.check_schema(conf, kind)
+    local ok, err = _M.run_check(plugin, conf, kind, stored)
     if not ok then return false, tostring(err) end
     return require("apisix.plugin").check_meta(name, conf)
 end

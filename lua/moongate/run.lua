@@ -6,12 +6,13 @@
 local native = require("moongate.native").plugin
 local ctx_of = require("moongate.ctx")
 local plugins = require("moongate.plugins")
+local load_text = require("moongate.chunk").load
+local pre_function = require("moongate.pre_function")
 local request = require("moongate.request")
 local encode = require("cjson").encode
 local ctxs = request.ctxs
 local begin = ctx_of.begin
-local ipairs, loadstring, pcall, rawget, setmetatable, tostring, type =
-    ipairs, loadstring, pcall, rawget, setmetatable, tostring, type
+local ipairs, pcall, rawget, setmetatable, tostring, type = ipairs, pcall, rawget, setmetatable, tostring, type
 
 local _M = {}
 
@@ -20,19 +21,11 @@ local confs = setmetatable({}, { __mode = "v" })
 
 local TYPE_CONSUMER = 1
 
-local function hook(source)
-    local chunk, err = loadstring(source, "meta pre_function")
-    if not chunk then return nil, err end
-    local ok, f = pcall(chunk)
-    if ok and type(f) == "function" then return f end
-    return nil, ok and "_meta.pre_function is no function" or tostring(f)
-end
-
 local function conf_table(item, plugin)
     local conf = confs[item.uid]
     if conf then return conf end
     conf = native.decode(item.json)
-    local ok, passed, err = pcall(plugin.check_schema, conf, item.consumer and TYPE_CONSUMER or nil)
+    local ok, passed, err = pcall(plugins.run_check, plugin, conf, item.consumer and TYPE_CONSUMER or nil, true)
     if not ok or not passed then
         -- The store let it in, this VM does not: a request must not go on without it.
         error("failed to check the configuration of plugin " .. item.name .. " err: "
@@ -53,7 +46,7 @@ local function entry_of(item, conf, beside_workflow)
     local meta = conf._meta
     local entry = { name = item.name, filter = item.filter, error_response = meta.error_response }
     if meta.pre_function then
-        local f, err = hook(meta.pre_function)
+        local f, err = pre_function.compile(meta.pre_function)
         if not f then native.log_error(item.name .. ": " .. err) end
         entry.pre_function = f
     end
@@ -265,8 +258,8 @@ local function prepare(entry, conf, ctx, answering)
     if entry.filter and not passes_filter(entry, conf, ctx) then return false end
     local f = entry.pre_function
     if f then
-        local ok, err = pcall(f, conf, ctx)
-        if not ok then native.log_error("pre_function execution for plugin " .. entry.name .. " failed: " .. tostring(err)) end
+        local err = pre_function.call(f, entry.name, conf, ctx)
+        if err then native.log_error(err) end
     end
     return true
 end
@@ -380,7 +373,7 @@ end
 
 --- A route's `filter_func`, compiled.
 function _M.compile_filter(source)
-    local chunk, err = loadstring("return " .. source, "=filter_func")
+    local chunk, err = load_text("return " .. source, "=filter_func")
     if not chunk then return nil, err end
     return chunk()
 end

@@ -222,3 +222,23 @@ fn events_reach_every_worker() {
     gw.expect_log("worker 0 was told moon");
     gw.expect_log("worker 1 was told moon");
 }
+
+#[test]
+fn an_upstream_by_its_id_is_the_same_table_until_it_changes() {
+    let up = Upstream::echo();
+    let gw = Gateway::with(json!({"nginx_config": {"worker_processes": 1}}));
+    let source = "return function(_, ctx) \
+        local upstream = require('apisix.upstream') \
+        local got, same = upstream.get_by_id('u'), upstream.get_by_id('u') \
+        local seen = rawget(_G, 'seen_upstream') rawset(_G, 'seen_upstream', got) \
+        return 200, { desc = got.desc, id = got.id, same = got == same, as_before = got == seen, none = upstream.get_by_id('v') == nil } \
+        end";
+    gw.put("/upstreams/u", json!({"nodes": {up.addr(): 1}, "desc": "one"}));
+    gw.route("1", "/x", &up, json!({"serverless-pre-function": {"functions": [source]}}));
+    let answer = |desc: &str, as_before: bool| json!({"desc": desc, "id": "u", "same": true, "as_before": as_before, "none": true});
+    assert_eq!((gw.get("/x").json(), gw.get("/x").json()), (answer("one", false), answer("one", true)));
+    gw.put("/upstreams/other", json!({"nodes": {up.addr(): 1}}));
+    assert_eq!(gw.get("/x").json(), answer("one", true), "another's change is none of this one");
+    gw.put("/upstreams/u", json!({"nodes": {up.addr(): 1}, "desc": "two"}));
+    assert_eq!((gw.get("/x").json(), gw.get("/x").json()), (answer("two", false), answer("two", true)));
+}

@@ -58,7 +58,7 @@ fn node(api: &mut Api) -> Result<()> {
     api.func(
         "native.apisix.inflate",
         Phases::ANY,
-        "inflate(\"gzip\" | \"deflate\", bytes, max) -> string | nil, err: at most max bytes of the decoded text.",
+        "inflate(\"gzip\" | \"deflate\", bytes, max) -> string | nil, err, part: at most max bytes of the decoded text, or those before the error.",
         inflate,
     )?;
     api.wait(
@@ -131,7 +131,11 @@ fn inflate(s: &Stack) -> Answer {
     };
     match read {
         Ok(_) => Ok(s.push_bytes(out)),
-        Err(e) => s.fail(e.to_string()),
+        Err(e) => {
+            s.fail(e.to_string())?;
+            s.push_bytes(out);
+            Ok(3)
+        }
     }
 }
 
@@ -429,6 +433,15 @@ fn metadata(api: &mut Api) -> Result<()> {
             s.push_number(found.revision as f64);
             s.push_number(found.uid as f64);
             Ok(3)
+        },
+    )?;
+    api.func(
+        "native.apisix.object_uid",
+        Phases::ANY,
+        "object_uid(kind, id) -> number: changes with the object as the request's configuration has it; 0 when there is none.",
+        |s| {
+            let found = snapshot().and_then(|c| named(s, &c).transpose()).transpose()?;
+            Ok(s.push_number(found.map_or(0, |found| found.uid) as f64))
         },
     )?;
     api.func(
