@@ -12,8 +12,12 @@ mod core_etcd;
 mod counters;
 #[path = "gateway/functions.rs"]
 mod functions;
+#[path = "gateway/loggers.rs"]
+mod loggers;
 #[path = "gateway/plugins.rs"]
 mod plugins;
+#[path = "gateway/restrictions.rs"]
+mod restrictions;
 #[path = "gateway/routes.rs"]
 mod routes;
 #[path = "gateway/secrets.rs"]
