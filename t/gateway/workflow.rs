@@ -9,8 +9,11 @@ fn workflow(rules: Value) -> Value {
 }
 
 fn refusal(gw: &Gateway, rules: Value) -> String {
-    let reply =
-        gw.admin("PUT", "/routes/1", json!({"uri": "/x", "plugins": workflow(rules), "upstream": {"nodes": {"127.0.0.1:80": 1}}}));
+    let reply = gw.admin(
+        "PUT",
+        "/routes/1",
+        json!({"uri": "/x", "plugins": workflow(rules), "upstream": {"nodes": {"127.0.0.1:80": 1}}}),
+    );
     assert_eq!(reply.status, 400, "{}", reply.text());
     let text = reply.json()["error_msg"].as_str().expect("a text").to_owned();
     text.strip_prefix("failed to check the configuration of plugin workflow err: ").expect("of the plugin").to_owned()
@@ -46,7 +49,10 @@ fn a_rule_that_cannot_work_is_refused() {
     let with = |action: Value| json!([{"case": case, "actions": [action]}]);
     let limit = json!({"count": 2, "time_window": 60});
     let cases = [
-        (json!([{"case": case}]), "property \"rules\" validation failed: failed to validate item 1: property \"actions\" is required"),
+        (
+            json!([{"case": case}]),
+            "property \"rules\" validation failed: failed to validate item 1: property \"actions\" is required",
+        ),
         (with(json!(["fake", {}])), "unsupported action: fake"),
         (with(json!(["key-auth", {}])), "unsupported action: key-auth"),
         (with(json!(["return", {}])), "failed to validate the 'return' action: property \"code\" is required"),
@@ -68,7 +74,10 @@ fn a_rule_that_cannot_work_is_refused() {
             with(json!(["limit-count", {"count": 2, "time_window": 60, "group": "g"}])),
             "failed to validate the 'limit-count' action: group is not supported",
         ),
-        (json!([{"case": ["no", "such"], "actions": [["limit-count", limit]]}]), "failed to validate the 'case' expression: "),
+        (
+            json!([{"case": ["no", "such"], "actions": [["limit-count", limit]]}]),
+            "failed to validate the 'case' expression: ",
+        ),
     ];
     for (rules, expected) in cases {
         let text = refusal(&gw, rules.clone());
@@ -150,7 +159,10 @@ fn plays_its_part(dir: Dir) {
     let other = gw.get("/x");
     assert_eq!((other.header("x-chain"), up.last().header("x-chain")), (Some("chain"), Some("none")));
     let refused = refusal(&gw, json!([{"actions": [["mine", {"word": 1}]]}]));
-    assert!(refused.starts_with("failed to validate the 'mine' action: property \"word\" validation failed"), "{refused}");
+    assert!(
+        refused.starts_with("failed to validate the 'mine' action: property \"word\" validation failed"),
+        "{refused}"
+    );
     let unknown = refusal(&gw, json!([{"actions": [["limit-count", {"count": 1, "time_window": 1}]]}]));
     assert_eq!(unknown, "unsupported action: limit-count", "it is not on the list of plugins");
 }
