@@ -170,9 +170,8 @@ fn compiles_text(line: &str, own_load: bool) -> bool {
     };
     let is_load = |word: &String| matches!(word.as_str(), "load" | "_G.load");
     let called = code.match_indices('(').any(|(at, _)| names(&code[..at]).last().is_some_and(is_load));
-    let renamed = code
-        .split_once('=')
-        .is_some_and(|(before, after)| before.contains("local") && names(after).iter().any(is_load));
+    let given = |after: &str| after.split(',').any(|value| is_load(&value.trim().to_owned()));
+    let renamed = code.split_once('=').is_some_and(|(before, after)| before.contains("local") && given(after));
     let others = ["loadstring", "loadfile", "dofile", "_G.loadstring", "_G.loadfile", "_G.dofile"];
     names(code).iter().any(|word| others.contains(&word.as_str()))
         || (called || renamed) && !own_load && !code.contains("function load(")

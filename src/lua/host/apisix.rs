@@ -383,7 +383,7 @@ fn keep_consumer(s: &Stack) -> Answer {
 
 crate::export! {
     fn config_version() -> f64, 0.0 => {
-        with_snapshot(|c| c.version).unwrap_or(0) as f64
+        with_snapshot(|c| c.version).or_else(|| in_force().map(|c| c.version)).unwrap_or(0) as f64
     }
 
     fn consumers_version() -> f64, 0.0 => {
@@ -403,7 +403,7 @@ fn metadata(api: &mut Api) -> Result<()> {
         "metadata_uid(plugin) -> number: changes with the plugin's metadata; 0 when there is none.",
         |s| {
             let name = s.arg_str(1)?;
-            let uid = with_snapshot(|c| c.plugin_metadata.get(&*name).map_or(0, |o| o.uid));
+            let uid = in_force().and_then(|c| c.plugin_metadata.get(&*name).map(|o| o.uid));
             Ok(s.push_number(uid.unwrap_or(0) as f64))
         },
     )?;
@@ -413,7 +413,7 @@ fn metadata(api: &mut Api) -> Result<()> {
         "metadata(plugin) -> table, revision | nil: `/plugin_metadata/{plugin}`.",
         |s| {
             let name = s.arg_str(1)?;
-            let Some(object) = snapshot().and_then(|c| c.plugin_metadata.get(&*name).cloned()) else {
+            let Some(object) = in_force().and_then(|c| c.plugin_metadata.get(&*name).cloned()) else {
                 return Ok(s.push_nil());
             };
             push_object(s, &object.json)?;
@@ -426,7 +426,7 @@ fn metadata(api: &mut Api) -> Result<()> {
         Phases::ANY,
         "object(kind, id) -> table, revision, uid | nil: an object of the configuration, kind as in the Admin API: \"upstreams\".",
         |s| {
-            let Some(found) = snapshot().and_then(|c| named(s, &c).transpose()).transpose()? else {
+            let Some(found) = in_force().and_then(|c| named(s, &c).transpose()).transpose()? else {
                 return Ok(s.push_nil());
             };
             push_object(s, &found.json)?;
@@ -438,9 +438,9 @@ fn metadata(api: &mut Api) -> Result<()> {
     api.func(
         "native.apisix.object_uid",
         Phases::ANY,
-        "object_uid(kind, id) -> number: changes with the object as the request's configuration has it; 0 when there is none.",
+        "object_uid(kind, id) -> number: changes with the object; 0 when there is none.",
         |s| {
-            let found = snapshot().and_then(|c| named(s, &c).transpose()).transpose()?;
+            let found = in_force().and_then(|c| named(s, &c).transpose()).transpose()?;
             Ok(s.push_number(found.map_or(0, |found| found.uid) as f64))
         },
     )?;
@@ -634,6 +634,11 @@ fn snapshot() -> Option<Arc<Snapshot>> {
         return None;
     }
     fast::exchange().map(|x| x.snapshot.clone())
+}
+
+/// The request's configuration; in timers, at the start and in checks the newest.
+fn in_force() -> Option<Arc<Snapshot>> {
+    snapshot().or_else(|| (!is_function()).then(newest))
 }
 
 fn is_function() -> bool {
