@@ -38,7 +38,7 @@ end
 
 core.ctx.register_var("rate_limiting_info", function(ctx)
     local info = limiter.info(ctx)
-    return info and core.json.encode(info)
+    return info and core.json.stably_encode(info)
 end, { no_cacheable = true })
 
 return _M
