@@ -109,6 +109,22 @@ fn a_plugin_that_a_workflow_runs_is_passed_over_in_its_own_place() {
 }
 
 #[test]
+fn a_consumers_workflow_takes_the_place_of_the_routes_plugin() {
+    let up = Upstream::echo();
+    let gw = Gateway::start();
+    let limit = |count: u32, code: u32| json!({"count": count, "time_window": 60, "rejected_code": code});
+    gw.route("1", "/x", &up, json!({"key-auth": {}, "limit-count": limit(2, 503)}));
+    gw.put("/consumers/rose", json!({"username": "rose", "plugins": {"key-auth": {"key": "rose"}}}));
+    let mut plugins =
+        workflow(json!([{"case": [["route_id", "==", "1"]], "actions": [["limit-count", limit(4, 429)]]}]));
+    plugins["key-auth"] = json!({"key": "jack"});
+    gw.put("/consumers/jack", json!({"username": "jack", "plugins": plugins}));
+    let statuses = |who: &str| (0..5).map(|_| gw.send("GET", "/x", &[("apikey", who)], b"").status).collect::<Vec<_>>();
+    assert_eq!(statuses("rose"), [200, 200, 503, 503, 503]);
+    assert_eq!(statuses("jack"), [200, 200, 200, 200, 429]);
+}
+
+#[test]
 fn limit_conn_is_left_when_its_request_ends() {
     let up = Upstream::echo();
     let gw = Gateway::start();
