@@ -14,10 +14,14 @@ mod counters;
 mod functions;
 #[path = "gateway/gcp.rs"]
 mod gcp;
+#[path = "gateway/loggers.rs"]
+mod loggers;
 #[path = "gateway/plugins.rs"]
 mod plugins;
 #[path = "gateway/pubsub.rs"]
 mod pubsub;
+#[path = "gateway/restrictions.rs"]
+mod restrictions;
 #[path = "gateway/routes.rs"]
 mod routes;
 #[path = "gateway/secrets.rs"]
@@ -30,3 +34,5 @@ mod start;
 mod stores;
 #[path = "gateway/uploads.rs"]
 mod uploads;
+#[path = "gateway/workflow.rs"]
+mod workflow;
