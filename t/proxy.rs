@@ -4,6 +4,8 @@
 mod choice;
 #[path = "proxy/grpc.rs"]
 mod grpc;
+#[path = "proxy/health.rs"]
+mod health;
 mod support;
 
 use std::{

@@ -18,6 +18,7 @@ const LAYERS: &[&[&str]] = &[
     &["exchange"],
     &["tls"],
     &["net", "upstream"],
+    &["health"],
     &["lua"],
     &["plugin"],
     &["proxy", "stream"],
