@@ -1,5 +1,7 @@
 //! What the gateway does between a client and its upstreams: tries, time limits, framing, streams, tunnels.
 
+#[path = "proxy/bodies.rs"]
+mod bodies;
 #[path = "proxy/choice.rs"]
 mod choice;
 #[path = "proxy/grpc.rs"]

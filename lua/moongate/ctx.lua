@@ -2,6 +2,7 @@
 
 local native = require("moongate.native").plugin
 local slot = require("moongate.native").fast.slot
+local read_within = require("moongate.native").req.read_body
 local request = require("moongate.request")
 local new_tab, clear_tab = require("table.new"), require("table.clear")
 local ngx = ngx
@@ -41,12 +42,13 @@ end
 -- Where nothing can wait, the body that was read by then counts.
 local function read_body(name)
     local length, limit = tonumber(ngx.var.content_length), max_body_bytes(name)
-    if length and length > limit then
-        native.log_error("failed to read request body: request size " .. length .. " is greater than the maximum size "
-            .. limit .. " allowed")
-        return
+    if not (length and length > limit) then
+        local ok, came = pcall(read_within, limit)
+        if not ok or not came then return end
+        length = came
     end
-    pcall(ngx.req.read_body)
+    native.log_error("failed to read request body: request size " .. length .. " is greater than the maximum size "
+        .. limit .. " allowed")
 end
 
 -- A variable that is a list (`graphql_root_fields`, a path with `[*]`) has commas between its items.

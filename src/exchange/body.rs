@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 
+use crate::error::{Error, Kind};
+
 /// Where the request body is.
 #[derive(Debug, Default)]
 pub enum RequestBody {
@@ -20,6 +22,8 @@ pub enum RequestBody {
     Consumed,
     /// Given to an upstream that failed, and too long to have been kept for another one.
     Lost,
+    /// Longer than who has read it takes; what came of it, so many bytes, was dropped, so that it can be sent to nobody.
+    TooLong { came: u64 },
     /// Lost, and what is asked for since is an error page under a path of its own, by GET: a request that goes without.
     Forgone,
 }
@@ -67,6 +71,18 @@ pub struct Chunk {
     pub data: Vec<u8>,
     /// `ngx.arg[2]`: the last chunk.
     pub eof: bool,
+}
+
+impl RequestBody {
+    /// Why one that is `Lost` or `TooLong` cannot be sent.
+    pub fn unsendable(&self) -> Error {
+        if let RequestBody::TooLong { came } = self {
+            let what = format!("client sent too large body: {came} bytes came, more than who has read it takes");
+            return Error::client(Kind::TooLarge).context(what);
+        }
+        let what = "the request body went to an upstream that failed, and is too long to be sent once more";
+        Error::upstream(Kind::Other).context(what)
+    }
 }
 
 #[cfg(test)]

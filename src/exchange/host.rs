@@ -78,6 +78,7 @@ impl RequestBody {
             }
             // To be refused, not to be left out.
             RequestBody::Lost | RequestBody::Forgone => RequestBody::Lost,
+            RequestBody::TooLong { came } => RequestBody::TooLong { came: *came },
             RequestBody::None | RequestBody::Streaming { .. } | RequestBody::Consumed => RequestBody::None,
         }
     }

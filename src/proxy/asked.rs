@@ -141,7 +141,8 @@ fn media_type(x: &Exchange) -> String {
     x.request.headers.get("content-type").map(String::from_utf8_lossy).unwrap_or_default().into_owned()
 }
 
-/// The whole body, or why it is not for us. `most`: bytes. An error is one of the client's connection.
+/// The whole body, or why it is not for us. `most`: bytes; one that is longer without having said so is refused, since what was
+/// read of it is no request any more. An error is the client's.
 async fn body(p: &Proxy, x: &mut Exchange, most: u64) -> Result<Result<Vec<u8>, String>> {
     let too_long = |n: u64| format!("request size {n} is greater than the maximum size {most} allowed");
     if let RequestBody::Streaming { length: Some(n) } = x.body
@@ -149,7 +150,7 @@ async fn body(p: &Proxy, x: &mut Exchange, most: u64) -> Result<Result<Vec<u8>, 
     {
         return Ok(Err(too_long(n)));
     }
-    p.runner.read_body(x).await?;
+    p.runner.read_body_within(x, most).await?;
     Ok(match &x.body {
         RequestBody::Memory(bytes) if bytes.len() as u64 > most => Err(too_long(bytes.len() as u64)),
         RequestBody::Memory(bytes) => Ok(bytes.to_vec()),

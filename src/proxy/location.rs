@@ -230,7 +230,7 @@ async fn error_page(p: &Proxy, x: &mut Exchange, status: u16) -> Result<Option<F
             if x.request.method != b"HEAD" {
                 x.request.set_method(b"GET");
             }
-            if matches!(x.body, RequestBody::Lost) {
+            if matches!(x.body, RequestBody::Lost | RequestBody::TooLong { .. }) {
                 x.body = RequestBody::Forgone;
             }
             let mut parts = target.splitn(2, |b| *b == b'?').map(<[u8]>::to_vec);

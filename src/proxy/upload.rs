@@ -75,14 +75,11 @@ impl Upload {
     pub fn new(body: &RequestBody, may_wait: bool) -> Result<(Upload, BodyFraming)> {
         let (source, framing) = match body {
             RequestBody::None | RequestBody::Consumed | RequestBody::Forgone => (Source::Done, BodyFraming::None),
+            RequestBody::Lost | RequestBody::TooLong { .. } => return Err(body.unsendable()),
             RequestBody::Streaming { length: Some(n) } => (Source::Client, BodyFraming::Length(*n)),
             RequestBody::Streaming { length: None } => (Source::Client, BodyFraming::Chunked),
             RequestBody::Memory(bytes) => {
                 (Source::Memory { body: bytes.clone(), at: 0 }, BodyFraming::Length(bytes.len() as u64))
-            }
-            RequestBody::Lost => {
-                let what = "the request body went to an upstream that failed, and is too long to be sent once more";
-                return Err(Error::upstream(Kind::Other).context(what));
             }
             RequestBody::File { path, length } => {
                 let file = File::open(&**path).map_err(|e| {

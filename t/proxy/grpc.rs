@@ -79,7 +79,7 @@ fn answer(request: Request<Incoming>) -> Result<Response<Echo>, std::convert::In
 }
 
 /// A body that a test writes to.
-struct Pieces(tokio::sync::mpsc::Receiver<Bytes>);
+pub(super) struct Pieces(pub tokio::sync::mpsc::Receiver<Bytes>);
 
 impl Body for Pieces {
     type Data = Bytes;
@@ -94,7 +94,7 @@ impl Body for Pieces {
 }
 
 /// What is left of a response: its bytes and its trailers.
-async fn rest(body: &mut Incoming) -> (Vec<u8>, HeaderMap) {
+pub(super) async fn rest(body: &mut Incoming) -> (Vec<u8>, HeaderMap) {
     let (mut bytes, mut trailers) = (Vec::new(), HeaderMap::new());
     while let Some(frame) = piece(body).await {
         match frame.into_data() {
@@ -109,7 +109,7 @@ async fn piece(body: &mut Incoming) -> Option<Frame<Bytes>> {
     std::future::poll_fn(|cx| Pin::new(&mut *body).poll_frame(cx)).await.map(|frame| frame.expect("a frame"))
 }
 
-async fn client(gw: &Gateway) -> SendRequest<Pieces> {
+pub(super) async fn client(gw: &Gateway) -> SendRequest<Pieces> {
     let stream = TcpStream::connect(gw.proxy()).await.expect("a connection");
     let (sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await.expect("HTTP/2");
     tokio::spawn(connection);

@@ -178,17 +178,28 @@ function _M.get_post_args(ctx)
     return args
 end
 
---- The whole body, or nil; nil and the reason when it is longer than `max_size` bytes. Waits for the body.
+local function too_long(size, max_size)
+    return "request size " .. size .. " is greater than the maximum size " .. max_size .. " allowed"
+end
+
+--- The whole body, or nil; nil and the reason when it is longer than `max_size` bytes. Waits for the body. Of one that does not
+--- say its length no more is read than tells that: it cannot be forwarded then, which is answered with 413.
 function _M.get_body(max_size, _)
+    local ok, result
     if max_size then
         local declared = tonumber(header_value("content-length"))
         if declared and declared > max_size then
-            return nil, "request size " .. declared .. " is greater than the " .. "maximum size " .. max_size .. " allowed"
+            return nil, too_long(declared, max_size)
         end
+        ok, result = pcall(native.read_body, max_size)
+    else
+        ok, result = pcall(req.read_body)
     end
-    local ok, err = pcall(req.read_body)
     if not ok then
-        return nil, reason(err)
+        return nil, reason(result)
+    end
+    if result then
+        return nil, too_long(result, max_size)
     end
     local body = req.get_body_data()
     if not body then
@@ -204,7 +215,7 @@ function _M.get_body(max_size, _)
         file:close()
     end
     if max_size and body and #body > max_size then
-        return nil, "request size " .. #body .. " is greater than the " .. "maximum size " .. max_size .. " allowed"
+        return nil, too_long(#body, max_size)
     end
     return body
 end

@@ -30,6 +30,10 @@ use crate::{
 /// plugins that read bodies meet files too often there).
 const MEMORY_BODY: usize = 1 << 20;
 
+/// What a file takes of a body where `client_max_body_size` is 0, which is no bound: beyond any upload that a script has to see as a
+/// whole, and little enough that one client does not fill a disk.
+const SPOOL_MAX: u64 = 4 << 30;
+
 /// Bytes asked of the client at once.
 const READ_CHUNK: usize = 64 << 10;
 
@@ -73,8 +77,21 @@ pub fn register(api: &mut Api) -> Result<()> {
     api.func("ngx.req.is_internal", READ, "is_internal(): whether it is a subrequest or came by ngx.exec", |s| {
         Ok(s.push_bool(request()?.internal))
     })?;
-    api.wait("ngx.req.read_body", BODY, "read_body(): waits for the whole body", |_| read_body(true))?;
-    api.wait("ngx.req.discard_body", BODY, "discard_body(): reads the body and drops it", |_| read_body(false))?;
+    api.wait("ngx.req.read_body", BODY, "read_body(): waits for the whole body", |_| {
+        read_body(Reading::default(), refuse)
+    })?;
+    api.wait(
+        "native.req.read_body",
+        BODY,
+        "read_body(max): the same; the bytes that came when there are more than max, and none of them is kept",
+        |s| {
+            let max = s.arg_number(1)?.max(0.0) as u64;
+            read_body(Reading::new(true, max.min(SPOOL_MAX)), give_up)
+        },
+    )?;
+    api.wait("ngx.req.discard_body", BODY, "discard_body(): reads the body and drops it", |_| {
+        read_body(Reading::new(false, SPOOL_MAX), refuse)
+    })?;
     api.func(
         "ngx.req.get_body_data",
         READ,
@@ -231,7 +248,9 @@ fn unreadable(x: &Exchange) -> Option<&'static str> {
         RequestBody::Streaming { .. } => Some("request body not read yet"),
         // A subrequest has read what there is; plugins may make a body where none was.
         RequestBody::None if of_location && x.depth == 0 && !x.body_read => Some("request body not read yet"),
-        RequestBody::Consumed | RequestBody::Lost | RequestBody::Forgone if of_location => {
+        RequestBody::Consumed | RequestBody::Lost | RequestBody::TooLong { .. } | RequestBody::Forgone
+            if of_location =>
+        {
             Some("request body already discarded")
         }
         _ => None,
@@ -271,16 +290,34 @@ fn replace_body(x: &mut Exchange, body: RequestBody, length: u64) {
 }
 
 /// What `read_body` has so far.
-#[derive(Default)]
 struct Reading {
     memory: Vec<u8>,
     file: Option<(std::path::PathBuf, std::fs::File)>,
     length: u64,
+    /// What is read is for someone: else it is dropped.
+    keep: bool,
+    /// Bytes that are kept at most.
+    max: u64,
     /// `client_body_timeout` of the location, since the last bytes.
     patience: Option<Pin<Box<Sleep>>>,
 }
 
+impl Default for Reading {
+    fn default() -> Self {
+        Reading::new(true, SPOOL_MAX)
+    }
+}
+
 impl Reading {
+    fn new(keep: bool, max: u64) -> Self {
+        Reading { memory: Vec::new(), file: None, length: 0, keep, max, patience: None }
+    }
+
+    /// There is more than may be kept.
+    fn is_over(&self) -> bool {
+        self.keep && self.length > self.max
+    }
+
     /// Moves what is in memory to the file when it has grown too long.
     fn spill(&mut self, location: Option<&Location>) -> std::io::Result<()> {
         if self.file.is_none() {
@@ -340,17 +377,42 @@ fn temp_file(location: Option<&Location>) -> std::io::Result<(std::path::PathBuf
     Ok((path, file))
 }
 
-fn read_body(keep: bool) -> std::result::Result<Wait, Raise> {
+/// `over`: what becomes of a body that is longer than it may be.
+fn read_body(mut reading: Reading, over: fn(&mut Exchange, &Reading) -> Values) -> Result<Wait, Raise> {
     let x = request()?;
     x.body_read = true;
-    if !matches!(x.body, RequestBody::Streaming { .. }) {
+    if !matches!(x.body, RequestBody::Streaming { .. } | RequestBody::TooLong { .. }) {
         return Ok(Wait::Ready(0));
     }
-    let mut reading = Reading::default();
-    Ok(Wait::Park(Op::Exchange(Box::new(move |cx, x| poll_body(cx, x, &mut reading, keep)))))
+    Ok(Wait::Park(Op::Exchange(Box::new(move |cx, x| poll_body(cx, x, &mut reading, over)))))
 }
 
-fn poll_body(cx: &mut Context<'_>, x: &mut Exchange, reading: &mut Reading, keep: bool) -> Poll<Values> {
+/// As in nginx the script does not go on: its client has broken the bound of bodies.
+fn refuse(x: &mut Exchange, _: &Reading) -> Values {
+    x.log(Level::Error, TOO_LARGE.as_bytes());
+    x.response.status = 413;
+    smallvec::smallvec![crate::lua::Value::Exit(413)]
+}
+
+/// The script goes on without the body, which can be sent to nobody any more.
+fn give_up(x: &mut Exchange, reading: &Reading) -> Values {
+    x.body = RequestBody::TooLong { came: reading.length };
+    smallvec::smallvec![crate::lua::Value::Number(reading.length as f64)]
+}
+
+/// nginx's word on a body that has not said its length.
+const TOO_LARGE: &str = "client sent too large chunked body";
+
+fn poll_body(
+    cx: &mut Context<'_>,
+    x: &mut Exchange,
+    reading: &mut Reading,
+    over: fn(&mut Exchange, &Reading) -> Values,
+) -> Poll<Values> {
+    if let RequestBody::TooLong { came } = x.body {
+        reading.length = came;
+        return Poll::Ready(over(x, reading));
+    }
     loop {
         let Some(client) = x.client.as_mut() else { return Poll::Ready(failed("no client")) };
         let read = client.poll_read_body(cx, &mut reading.memory, READ_CHUNK);
@@ -369,25 +431,25 @@ fn poll_body(cx: &mut Context<'_>, x: &mut Exchange, reading: &mut Reading, keep
         match read {
             Ok(0) => break,
             Ok(n) => reading.length += n as u64,
-            // As in nginx the script does not go on: its client has broken the bound of bodies.
-            Err(e) if e.kind() == Kind::TooLarge => {
-                x.log(Level::Error, e.to_string().as_bytes());
-                x.response.status = 413;
-                return Poll::Ready(smallvec::smallvec![crate::lua::Value::Exit(413)]);
-            }
+            Err(e) if e.kind() == Kind::TooLarge => return Poll::Ready(refuse(x, reading)),
             Err(e) => return Poll::Ready(failed(e.to_string())),
         }
-        if !keep {
+        if reading.is_over() {
+            return Poll::Ready(over(x, reading));
+        }
+        if !reading.keep {
             reading.memory.clear();
         } else if let Err(e) = reading.spill(x.location.as_deref()) {
             return Poll::Ready(failed(e.to_string()));
         }
     }
     let length = x.request.headers.get("content-length").and_then(parse_decimal);
-    if keep && let Err(e) = reading.cut(length) {
+    if reading.keep
+        && let Err(e) = reading.cut(length)
+    {
         return Poll::Ready(failed(e.to_string()));
     }
-    x.body = match (keep, reading.file.take()) {
+    x.body = match (reading.keep, reading.file.take()) {
         (false, _) => RequestBody::Consumed,
         (true, Some((path, _))) => {
             note_file(x, &path);
@@ -400,11 +462,16 @@ fn poll_body(cx: &mut Context<'_>, x: &mut Exchange, reading: &mut Reading, keep
 
 /// Reads the whole body, as `ngx.req.read_body` does.
 pub async fn read_all(x: &mut Exchange) -> Result<()> {
+    read_within(x, SPOOL_MAX).await
+}
+
+/// The same for a body of `max` bytes at most; a longer one is an error of the client's as soon as that is seen.
+pub async fn read_within(x: &mut Exchange, max: u64) -> Result<()> {
     x.body_read = true;
     if !matches!(x.body, RequestBody::Streaming { .. }) {
         return Ok(());
     }
-    read_rest(x, Vec::new()).await
+    read(x, Reading::new(true, max.min(SPOOL_MAX))).await
 }
 
 /// Reads what follows `begun`, which was taken from the client before.
@@ -412,14 +479,16 @@ pub async fn read_rest(x: &mut Exchange, begun: Vec<u8>) -> Result<()> {
     let mut reading = Reading::default();
     reading.length = begun.len() as u64;
     reading.memory = begun;
-    let values = std::future::poll_fn(|cx| poll_body(cx, x, &mut reading, true)).await;
+    read(x, reading).await
+}
+
+async fn read(x: &mut Exchange, mut reading: Reading) -> Result<()> {
+    let values = std::future::poll_fn(|cx| poll_body(cx, x, &mut reading, refuse)).await;
     match values.last() {
         Some(crate::lua::Value::Bytes(text)) => {
             Err(Error::client(Kind::Io).context(String::from_utf8_lossy(text).into_owned()))
         }
-        Some(crate::lua::Value::Exit(_)) => {
-            Err(Error::client(Kind::TooLarge).context("client sent too large chunked body"))
-        }
+        Some(crate::lua::Value::Exit(_)) => Err(Error::client(Kind::TooLarge).context(TOO_LARGE)),
         _ => Ok(()),
     }
 }
@@ -428,7 +497,7 @@ pub async fn read_rest(x: &mut Exchange, begun: Vec<u8>) -> Result<()> {
 mod tests {
     use bytes::Bytes;
 
-    use super::{MEMORY_BODY, Reading};
+    use super::{MEMORY_BODY, Reading, SPOOL_MAX};
     use crate::{
         exchange::{Exchange, RequestBody},
         lua::host::tests::serve,
@@ -490,5 +559,16 @@ mod tests {
         assert!(written.len() == MEMORY_BODY + 2 && written.ends_with(b"xyz"));
         drop(reading);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn what_is_kept_of_a_body_is_bounded_where_nothing_else_bounds_it() {
+        let mut reading = Reading::default();
+        for (length, over) in [(SPOOL_MAX, false), (SPOOL_MAX + 1, true)] {
+            reading.length = length;
+            assert_eq!(reading.is_over(), over);
+        }
+        reading.keep = false;
+        assert!(!reading.is_over(), "what is dropped needs no room");
     }
 }

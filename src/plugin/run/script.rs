@@ -279,6 +279,11 @@ impl Runner {
         crate::lua::ngx::req::read_all(x).await
     }
 
+    /// The same for a body of `max` bytes at most; a longer one is the client's error as soon as that is seen.
+    pub async fn read_body_within(&self, x: &mut Exchange, max: u64) -> Result<()> {
+        crate::lua::ngx::req::read_within(x, max).await
+    }
+
     /// Reads the rest of a body that starts with `begun`: what an upstream was given before it failed.
     pub async fn read_rest(&self, x: &mut Exchange, begun: Vec<u8>) -> Result<()> {
         crate::lua::ngx::req::read_rest(x, begun).await

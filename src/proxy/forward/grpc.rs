@@ -88,10 +88,7 @@ impl Given {
                 })?;
                 Given::File(file)
             }
-            RequestBody::Lost => {
-                let what = "the request body went to an upstream that failed, and is too long to be sent once more";
-                return Err(Error::upstream(Kind::Other).context(what));
-            }
+            RequestBody::Lost | RequestBody::TooLong { .. } => return Err(body.unsendable()),
         })
     }
 }
