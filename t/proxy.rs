@@ -6,6 +6,8 @@ mod bodies;
 mod choice;
 #[path = "proxy/grpc.rs"]
 mod grpc;
+#[path = "proxy/streams.rs"]
+mod streams;
 mod support;
 
 use std::{

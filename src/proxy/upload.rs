@@ -23,7 +23,7 @@ use crate::{
 /// Body bytes taken from the client in one piece.
 const PIECE: usize = 16 * 1024;
 /// Body bytes kept, so that the request can go to another node: most API calls fit, and it bounds what a request costs.
-const REPLAY_MAX: usize = 64 * 1024;
+pub(super) const REPLAY_MAX: usize = 64 * 1024;
 /// Room in front of a piece for its chunk size.
 const CHUNK_HEAD: usize = 20;
 

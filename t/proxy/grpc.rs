@@ -110,13 +110,20 @@ async fn piece(body: &mut Incoming) -> Option<Frame<Bytes>> {
 }
 
 pub(super) async fn client(gw: &Gateway) -> SendRequest<Pieces> {
+    client_with_window(gw, 1 << 20).await
+}
+
+/// One that takes so many bytes of a response before it reads them.
+pub(super) async fn client_with_window(gw: &Gateway, window: u32) -> SendRequest<Pieces> {
     let stream = TcpStream::connect(gw.proxy()).await.expect("a connection");
-    let (sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await.expect("HTTP/2");
+    let mut builder = http2::Builder::new(TokioExecutor::new());
+    builder.initial_stream_window_size(window);
+    let (sender, connection) = builder.handshake(TokioIo::new(stream)).await.expect("HTTP/2");
     tokio::spawn(connection);
     sender
 }
 
-fn call(gw: &Gateway, path: &str) -> (Request<Pieces>, tokio::sync::mpsc::Sender<Bytes>) {
+pub(super) fn call(gw: &Gateway, path: &str) -> (Request<Pieces>, tokio::sync::mpsc::Sender<Bytes>) {
     let (give, pieces) = tokio::sync::mpsc::channel(4);
     let request = Request::post(format!("http://{}{path}", gw.proxy()))
         .header("te", "trailers")
