@@ -6,6 +6,8 @@ mod bodies;
 mod choice;
 #[path = "proxy/grpc.rs"]
 mod grpc;
+#[path = "proxy/grpcio.rs"]
+mod grpcio;
 #[path = "proxy/streams.rs"]
 mod streams;
 mod support;
