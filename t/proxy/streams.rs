@@ -147,7 +147,10 @@ fn post(gw: &Gateway, body: &[u8]) -> (u16, String) {
 
 /// The calls that a node has, and how to answer one.
 #[derive(Clone, Default)]
-struct Held(Arc<Mutex<Vec<(Arc<Mutex<TcpStream>>, u32)>>>);
+struct Held(Arc<Mutex<Vec<HeldCall>>>);
+
+/// A connection, and the stream on it.
+type HeldCall = (Arc<Mutex<TcpStream>>, u32);
 
 impl Held {
     fn count(&self) -> usize {

@@ -223,8 +223,9 @@ impl Node {
 
     fn close_idle(&self, now: Instant, after: Duration) {
         self.open.borrow_mut().retain(|one| {
-            let idle = now.saturating_duration_since(one.connection.used.get()) >= after;
-            !one.connection.is_over() && !(idle && one.connection.streams.get() == 0)
+            let unused = one.connection.streams.get() == 0;
+            let long = now.saturating_duration_since(one.connection.used.get()) >= after;
+            !(one.connection.is_over() || (unused && long))
         });
     }
 
@@ -346,7 +347,7 @@ mod tests {
 
     /// What waits, by its number, until it is called.
     fn wait(node: &Rc<Node>, called: &Rc<RefCell<Vec<u64>>>) -> tokio::task::JoinHandle<bool> {
-        let (mut ticket, called) = (Ticket::draw(node).ok().expect("a ticket"), called.clone());
+        let (mut ticket, called) = (Ticket::draw(node).expect("a ticket"), called.clone());
         tokio::task::spawn_local(async move {
             let mut late = pin!(sleep(Duration::from_secs(60)));
             let in_time = ticket.wait(late.as_mut()).await;
@@ -368,7 +369,7 @@ mod tests {
             let (node, called) = (full(), Rc::default());
             let waiting: Vec<_> = (0..WAITING_MAX).map(|_| wait(&node, &called)).collect();
             settle().await;
-            let refused = Ticket::draw(&node).err().expect("refused");
+            let Err(refused) = Ticket::draw(&node) else { panic!("it is refused") };
             assert!(refused.retry_advice() == Retry::Safe && refused.to_string().contains("too many requests wait"));
             waiting[0].abort();
             settle().await;
@@ -404,7 +405,8 @@ mod tests {
             let node = connections.node(key);
             node.opening.set(true);
             let open = async || panic!("nobody opens one");
-            let late = connections.lease(key, Duration::from_millis(20), None, open).await.err().expect("too late");
+            let leased = connections.lease(key, Duration::from_millis(20), None, open).await;
+            let Err(late) = leased else { panic!("there is no room") };
             assert_eq!((late.kind(), late.retry_advice()), (Kind::ConnectTimeout, Retry::Safe));
             assert!(node.waiting.borrow().is_empty());
         });
