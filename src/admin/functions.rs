@@ -1,12 +1,14 @@
 //! `/functions/{id}/…`: revisions of the source, rollback, logs, dry runs; and what a write of a function does beside it.
 //!
 //! Revisions stand beside the function under keys of their own (`/moongate/function_revisions/{id}/{number}`), which no node serves
-//! from: a function that has a canary carries the canary's source itself.
+//! from: a function that has a canary carries the canary's source itself. They go with the function in one revision of the Admin API,
+//! and come back with it.
 
 use std::{
     future::Future,
     pin::Pin,
     rc::Rc,
+    sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -30,7 +32,10 @@ use crate::{
     observe::functions::{self, Line, MAX_LINES},
     plugin::{Mock, Trial, Tried},
     schema,
-    store::{Condition, Entry},
+    store::{
+        Condition, Entry,
+        revisions::{Write, time_left},
+    },
 };
 
 type Outcome<T = Answer> = Result<T, Answer>;
@@ -149,21 +154,61 @@ pub(super) async fn revise(state: &State, id: &str, value: &mut Value, previous:
     prune(state, id, &[now, live, canary]).await
 }
 
-/// A deleted function has no revisions.
-pub(super) async fn forget(state: &State, id: &str) -> Outcome<()> {
-    let (entries, _) = state.store.list(&prefix(id)).await.map_err(|e| store_error(&e))?;
-    for entry in entries {
-        state.store.delete(&entry.key, Condition::Always).await.map_err(|e| store_error(&e))?;
+/// What is to be written beside a function that is set back to what it was: the sources that it runs, where they are kept no more, or
+/// the end of all that are kept, when the function itself goes. `given`: what is set back with it.
+pub(super) async fn restoring(state: &State, id: &str, write: &mut Write, given: &[Arc<str>]) -> Outcome<Vec<Write>> {
+    let (kept, _) = state.store.list(&history(id)).await.map_err(|e| store_error(&e))?;
+    let Some(text) = &write.value else {
+        let gone = kept.into_iter().filter(|entry| !given.contains(&entry.key));
+        return Ok(gone.map(Write::deletion_of).collect());
+    };
+    let mut value: Value = serde_json::from_str(text).unwrap_or_default();
+    let known: Vec<Revision> = kept.iter().filter_map(|entry| serde_json::from_str(&entry.value).ok()).collect();
+    let mut newest = known.last().map_or(0, |revision| revision.revision);
+    let (mut writes, mut renumbered) = (Vec::new(), false);
+    for place in ["", "/canary"] {
+        let Some(Value::Object(run)) = value.pointer_mut(place) else { continue };
+        let Some(number) = run.get("revision").and_then(Value::as_u64).filter(|n| *n > 0) else { continue };
+        let source = run.get("source").and_then(Value::as_str).unwrap_or_default().to_owned();
+        let same = known.iter().find(|revision| revision.revision == number).map(|known| known.source == source);
+        if same == Some(true) || given.iter().any(|given| **given == *key(id, number)) {
+            continue;
+        }
+        newest = newest.max(number);
+        // Another function of this name has taken the number since.
+        let number = if same.is_some() { newest + 1 } else { number };
+        newest = newest.max(number);
+        if same.is_some() {
+            run.insert("revision".into(), number.into());
+            renumbered = true;
+        }
+        writes.push(Write {
+            key: key(id, number).into(),
+            value: Some(kept_text(number, &source).into()),
+            on: Condition::Unmodified(0),
+            ttl_secs: None,
+            seen: Some(None),
+        });
     }
-    Ok(())
+    if renumbered {
+        write.value = Some(value.to_string().into());
+    }
+    Ok(writes)
 }
 
-fn prefix(id: &str) -> String {
+/// Below this the revisions of a function stand.
+pub(super) fn history(id: &str) -> String {
     format!("{FUNCTION_REVISIONS}{id}/")
 }
 
+/// How a source is kept.
+fn kept_text(revision: u64, source: &str) -> String {
+    let create_time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    json!({"revision": revision, "source": source, "create_time": create_time}).to_string()
+}
+
 fn key(id: &str, number: u64) -> String {
-    format!("{}{number:010}", prefix(id))
+    format!("{}{number:010}", history(id))
 }
 
 fn text(value: &Value, key: &str) -> String {
@@ -176,7 +221,7 @@ fn number(value: &Value, key: &str) -> u64 {
 
 /// Oldest first.
 async fn revisions(state: &State, id: &str) -> Outcome<Vec<Revision>> {
-    let (entries, _) = state.store.list(&prefix(id)).await.map_err(|e| store_error(&e))?;
+    let (entries, _) = state.store.list(&history(id)).await.map_err(|e| store_error(&e))?;
     Ok(entries.iter().filter_map(|entry| serde_json::from_str(&entry.value).ok()).collect())
 }
 
@@ -188,8 +233,7 @@ async fn keep_source(state: &State, id: &str, source: &str, live: u64) -> Outcom
             return Ok(same.revision);
         }
         let revision = known.last().map_or(0, |last| last.revision).max(live) + 1;
-        let create_time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-        let kept = json!({"revision": revision, "source": source, "create_time": create_time}).to_string();
+        let kept = kept_text(revision, source);
         match state.store.put(&key(id, revision), kept, Condition::Unmodified(0), None).await {
             Ok(_) => return Ok(revision),
             Err(e) if e.kind() == error::Kind::Conflict => {}
@@ -320,7 +364,8 @@ async fn make_live(state: &State, id: &str, pick: impl Fn(&Value, &[Revision]) -
         }
         resource::stamp(&mut value, Some(&entry), None);
         let on = Condition::Unmodified(entry.mod_revision);
-        match state.store.put(&entry.key, value.to_string(), on, None).await {
+        let left = time_left(&*state.store, &entry.key, entry.mod_revision).await.map_err(|e| store_error(&e))?;
+        match state.store.put(&entry.key, value.to_string(), on, left.of_what_is_there()).await {
             Ok(written) => return Ok(resource::done(state, 200, Action::Set, &written).await),
             Err(e) if e.kind() == error::Kind::Conflict => {}
             Err(e) => return Err(store_error(&e)),

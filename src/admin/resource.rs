@@ -290,29 +290,24 @@ async fn delete(state: &State, target: Target, call: &Call) -> Outcome {
         return Err(Answer::refuse(400, reason));
     }
     let key = target.kind.key(id);
+    // What it owns goes with it (`session`).
     let Some((_, revision)) = state.store.delete(&key, Condition::Always).await.map_err(|e| store_error(&e))? else {
         return Err(not_found());
     };
-    let revision = delete_owned(state, target.kind, &key).await?.unwrap_or(revision);
-    if target.kind == Kind::Function {
-        functions::forget(state, id).await?;
-    }
     served(state, revision).await;
     Ok(shape::deleted(state, &key))
 }
 
-/// Deletes what lives under the object at `key`; answers the revision after, when there was something.
-async fn delete_owned(state: &State, owner: Kind, key: &str) -> Outcome<Option<i64>> {
-    let mut revision = None;
+/// Deletes what lives under the object at `key`.
+async fn delete_owned(state: &State, owner: Kind, key: &str) -> Outcome<()> {
     for kind in Kind::ALL.into_iter().filter(|kind| kind.owner() == Some(owner)) {
         let prefix = format!("{key}/{}/", kind.plural());
         let (owned, _) = state.store.list(&prefix).await.map_err(|e| store_error(&e))?;
         for entry in owned {
-            let deleted = state.store.delete(&entry.key, Condition::Always).await.map_err(|e| store_error(&e))?;
-            revision = deleted.map(|(_, at)| at).or(revision);
+            state.store.delete(&entry.key, Condition::Always).await.map_err(|e| store_error(&e))?;
         }
     }
-    Ok(revision)
+    Ok(())
 }
 
 /// A cost decoration belongs to the service of its path.

@@ -99,7 +99,8 @@ async fn rollback(state: &State, call: &Call, name: &str) -> Outcome {
     };
     let now = stored(state, name).await?;
     let on = Condition::Unmodified(now.as_ref().map_or(0, |entry| entry.mod_revision));
-    let write = Write { key: key.into(), value: Some(text.into()), on, ttl_secs: None, seen: Some(now) };
+    let ttl_secs = revisions::ttl_of(state, &key, number).await?;
+    let write = Write { key: key.into(), value: Some(text.into()), on, ttl_secs, seen: Some(now) };
     revisions::restore(state, vec![write], number).await
 }
 

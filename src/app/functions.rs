@@ -26,7 +26,11 @@ use crate::{
     model::{self, Id},
     observe::functions::{self, BackOut},
     plugin::{Errand, Trial, Tried},
-    store::{Condition, Published, Store, snapshot::Table},
+    store::{
+        Batch, Condition, Published, Store,
+        revisions::{Note, Write, time_left},
+        snapshot::Table,
+    },
 };
 
 /// The clock may be set, so the longest sleep is bounded.
@@ -40,6 +44,9 @@ const TURN_MARGIN_SECS: u64 = 30;
 
 /// How long it is remembered that a run was done: longer than the clocks of nodes ever differ.
 const TURN_MEMORY_SECS: u64 = 3600;
+
+/// Who takes canaries back, where revisions say it.
+const BACK_OUT_AUTHOR: &str = "canary back-out";
 
 /// Between two tries to take a canary back.
 const BACK_OUT_PAUSE: Duration = Duration::from_secs(5);
@@ -185,10 +192,17 @@ impl Keeper {
     async fn take_back(&self, of: &BackOut) -> Result<()> {
         let key = format!("/functions/{}", of.id);
         let Some(entry) = self.store.get(&key).await? else { return Ok(()) };
-        match without_canary(&entry.value, of, now()) {
-            Some(text) => self.store.put(&key, text, Condition::Unmodified(entry.mod_revision), None).await.map(drop),
-            None => Ok(()),
-        }
+        let Some(text) = without_canary(&entry.value, of, now()) else { return Ok(()) };
+        let write = Write {
+            key: key.into(),
+            value: Some(text.into()),
+            on: Condition::Unmodified(entry.mod_revision),
+            ttl_secs: time_left(&*self.store, &entry.key, entry.mod_revision).await?.of_what_is_there(),
+            seen: Some(Some(entry)),
+        };
+        // As a revision, which tells who it was and can be taken back.
+        let note = Note { who: BACK_OUT_AUTHOR.into(), refers_to: None };
+        self.store.commit(Batch { writes: vec![write], note }).await.map(drop)
     }
 
     /// A dry run on the worker.

@@ -400,13 +400,12 @@ impl Tx<'_, '_> {
                 self.revision += 1;
             }
             *now = self.apply(write, previous.as_ref())?;
-            let text = |e: &Option<Entry>| e.as_ref().map(|e| e.value.to_string());
-            changes.push(Changed { key: write.key.to_string(), before: text(previous), after: text(now) });
+            changes.push(Changed::of(write, previous.as_ref()));
         }
         if !changes.is_empty() && self.bounds.keeps_any() {
             let tag = revisions::tag(&changes);
             match Revision::of(&batch.note, changes).encode(self.bounds.room()) {
-                Ok(bytes) => self.draft.keep(self.revision, tag, &bytes, self.bounds)?,
+                Ok(packed) => self.draft.keep(self.revision, tag, &packed, self.bounds)?,
                 // The write itself is sound.
                 Err(e) => tracing::error!("the revision {} is not kept: {e}", self.revision),
             }
