@@ -14,7 +14,7 @@ use tokio::{
 };
 
 use super::{
-    ROOT, State, functions,
+    ROOT, State,
     http::{Answer, Call},
     resource, store_error,
 };
@@ -135,8 +135,6 @@ async fn put(state: &State, store: &Standalone, call: &Call) -> Outcome {
         return Ok(Answer::text(204, ""));
     }
     let document = document(state, call)?;
-    let given = document.get("functions").and_then(Value::as_array);
-    given.into_iter().flatten().try_for_each(|function| functions::may_trust(call, function))?;
     let faults = faults(state, Some(store), &document, 1).await;
     if let Some(fault) = faults.first() {
         return Err(Answer::refuse(400, &fault.text));

@@ -8,6 +8,7 @@ mod difference;
 mod functions;
 pub mod http;
 mod list;
+mod mock;
 mod patch;
 pub mod plugins;
 mod references;
@@ -29,7 +30,7 @@ use tokio::{net::TcpListener, time::timeout};
 
 pub use self::{
     configs::Documents,
-    functions::{MAX_REVISIONS, TrialError, Trials},
+    functions::MAX_REVISIONS,
     plugins::{Listed, PackedPlugins, PluginHost, PluginInfo},
     settings::{AdminKey, ApiVersion, Role, Settings, keyring},
     tls::Tls,
@@ -70,8 +71,6 @@ pub struct State {
     pub fields: Option<Arc<dyn EncryptFields + Send + Sync>>,
     /// `None`: plugins cannot be reloaded.
     pub pipeline: Option<Handle>,
-    /// `None`: functions cannot be tried out.
-    pub trials: Option<Trials>,
     pub documents: Rc<Documents>,
 }
 
@@ -189,7 +188,7 @@ async fn route(state: &State, call: &Call) -> Result<Answer, Answer> {
     let Some(rest) = call.path.strip_prefix(ROOT) else {
         return Err(Answer::refuse(404, "not found"));
     };
-    let decoded: Vec<String> = rest.split('/').filter(|s| !s.is_empty()).map(http::decode).collect();
+    let decoded: Vec<String> = rest.split('/').filter(|s| !s.is_empty()).map(http::decode_path).collect();
     // A decoded slash would reach another object than the path names.
     if decoded.iter().any(|segment| segment.contains(['/', '\0'])) {
         return Err(Answer::refuse(400, "invalid path"));

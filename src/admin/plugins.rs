@@ -7,13 +7,13 @@ use serde_json::{Map, Value};
 use super::http::{Answer, Call};
 use crate::{
     model::PluginSource,
-    plugin::PluginTrial,
+    plugin::{PluginTrial, Trial, Tried},
     schema,
     store::{PluginSchema, Refusal, Snapshot},
 };
 
 /// A trial under way.
-pub type Trying = Pin<Box<dyn Future<Output = Result<Value, String>>>>;
+pub type Trying<T = Value> = Pin<Box<dyn Future<Output = Result<T, String>>>>;
 
 /// The control thread's VM, seen from the Admin API.
 pub trait PluginHost {
@@ -34,6 +34,9 @@ pub trait PluginHost {
 
     /// Runs a mock request through a plugin, beside everything that serves: what came of it, or why there is nothing to run.
     fn try_plugin(&self, snapshot: Arc<Snapshot>, trial: PluginTrial) -> Trying;
+
+    /// Runs a mock request through a function, in the same way.
+    fn try_function(&self, snapshot: Arc<Snapshot>, trial: Trial) -> Trying<Tried>;
 
     /// The plugins that do not load here, and why.
     fn broken(&self) -> Vec<(String, String)>;
@@ -93,6 +96,10 @@ impl PluginHost for PackedPlugins {
     }
 
     fn try_plugin(&self, _: Arc<Snapshot>, _: PluginTrial) -> Trying {
+        Box::pin(async { Err("there is no VM to try it in".to_owned()) })
+    }
+
+    fn try_function(&self, _: Arc<Snapshot>, _: Trial) -> Trying<Tried> {
         Box::pin(async { Err("there is no VM to try it in".to_owned()) })
     }
 

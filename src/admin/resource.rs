@@ -162,7 +162,7 @@ async fn put(state: &State, mut target: Target, call: &Call) -> Outcome {
     let ttl = ttl(call)?;
     let id = identify(&mut target, &mut value)?;
     forbid_times(&value)?;
-    prepare(state, target.kind, &id, call, &mut value).await?;
+    prepare(state, target.kind, &id, &mut value).await?;
     take_owner(&target, &mut value)?;
     check(state, target.kind, &id, &value).await?;
     let key = target.kind.key(&id);
@@ -189,11 +189,10 @@ async fn put(state: &State, mut target: Target, call: &Call) -> Outcome {
 }
 
 /// What a write brings along before it is checked.
-async fn prepare(state: &State, kind: Kind, id: &str, call: &Call, value: &mut Value) -> Outcome<()> {
+async fn prepare(state: &State, kind: Kind, id: &str, value: &mut Value) -> Outcome<()> {
     if kind != Kind::Function {
         return Ok(());
     }
-    functions::may_trust(call, value)?;
     functions::resolve_canary(state, id, value).await
 }
 
@@ -219,7 +218,7 @@ async fn post(state: &State, target: Target, call: &Call) -> Outcome {
         let short = next_id(state).await?;
         let id = target.full_id(&short);
         set_id(&mut value, &short);
-        prepare(state, target.kind, &id, call, &mut value).await?;
+        prepare(state, target.kind, &id, &mut value).await?;
         check(state, target.kind, &id, &value).await?;
         if target.kind == Kind::Function {
             functions::revise(state, &id, &mut value, None).await?;
@@ -266,7 +265,7 @@ async fn patch(state: &State, target: Target, call: &Call) -> Outcome {
         if value.get("id").is_some() {
             set_id(&mut value, target.short_id().unwrap_or(id));
         }
-        prepare(state, target.kind, id, call, &mut value).await?;
+        prepare(state, target.kind, id, &mut value).await?;
         check(state, target.kind, id, &value).await?;
         if target.kind == Kind::Function {
             functions::revise(state, id, &mut value, Some(&entry)).await?;
@@ -522,6 +521,9 @@ pub(super) fn check_alone(state: &State, kind: Kind, id: &str, value: &Value) ->
     let mut filled = value.clone();
     model::check(kind, id, &mut filled).map_err(|e| e.to_string())?;
     check_plugins(state, kind, &mut filled)?;
+    if kind == Kind::Function {
+        functions::may_trust(state, value)?;
+    }
     let context = ParseContext { keyring: &state.settings.keyring, fields: state.encrypted() };
     model::parse(kind, id, &value.to_string(), &context).map_err(|e| e.to_string())?;
     check_sources(state, kind, id, value)

@@ -116,7 +116,7 @@ fn writes_objects(path: &str) -> bool {
 /// The key of the one object that a path names.
 fn key_of_path(path: &str) -> Option<String> {
     let decoded: Vec<String> =
-        path.strip_prefix(ROOT)?.split('/').filter(|s| !s.is_empty()).map(http::decode).collect();
+        path.strip_prefix(ROOT)?.split('/').filter(|s| !s.is_empty()).map(http::decode_path).collect();
     let target = Target::of(&decoded.iter().map(String::as_str).collect::<Vec<_>>())?;
     let id = target.id.filter(|_| target.sub_path.is_none())?;
     Some(target.kind.key(&id))

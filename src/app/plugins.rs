@@ -14,7 +14,7 @@ use crate::{
     conf,
     error::Result,
     model::{PluginSource, SchemaKind, crypt::EncryptFields},
-    plugin::{Checker, PluginTrial, Setup},
+    plugin::{Checker, PluginTrial, Setup, Trial, Tried},
     store::{PluginChecker, PluginSchema, Refusal, Snapshot},
 };
 
@@ -110,6 +110,10 @@ impl PluginHost for Plugins {
 
     fn try_plugin(&self, snapshot: Arc<Snapshot>, trial: PluginTrial) -> Trying {
         Box::pin(self.checker.try_plugin(snapshot, trial))
+    }
+
+    fn try_function(&self, snapshot: Arc<Snapshot>, trial: Trial) -> Trying<Tried> {
+        Box::pin(self.checker.try_function(snapshot, trial))
     }
 
     fn broken(&self) -> Vec<(String, String)> {

@@ -49,7 +49,7 @@ const SWEEP_EVERY: Duration = Duration::from_secs(5);
 const TIMERS_PATIENCE: Duration = Duration::from_secs(5);
 /// The same when the gateway is told to end at once, and what scripts of the end get at least.
 const HASTE: Duration = Duration::from_millis(300);
-/// Schedules' calls and dry runs at once: requests of the worker come first, and a hundred functions at the same minute wait for
+/// Schedules' calls at once: requests of the worker come first, and a hundred functions at the same minute wait for
 /// each other.
 const ERRANDS_AT_ONCE: usize = 32;
 /// Between two looks at those timers.
@@ -413,7 +413,7 @@ async fn endpoint(proxy: Rc<Proxy>, call: PluginCall) -> Option<PluginReply> {
     let mut x = Exchange::new(Rc::new(Connection::new(0, nowhere, nowhere)), proxy.snapshot());
     x.begin();
     x.request.method.extend_from_slice(call.method.as_bytes());
-    x.request.path.extend_from_slice(admin::http::decode(&call.path).as_bytes());
+    x.request.path.extend_from_slice(admin::http::decode_path(&call.path).as_bytes());
     x.request.args.extend_from_slice(call.args.as_bytes());
     x.request.target.extend_from_slice(call.path.as_bytes());
     if !call.args.is_empty() {

@@ -22,7 +22,9 @@ mod counters;
 mod end;
 mod errand;
 mod function;
+pub mod function_trial;
 mod hooks;
+mod mock;
 mod script;
 mod start;
 #[cfg(test)]
@@ -32,8 +34,9 @@ pub mod trial;
 use counters::Others;
 pub use counters::VmState;
 use end::{Alive, Ends};
-pub use errand::{Errand, Mock, Trial, Tried};
+pub use errand::Errand;
 use function::{Call, Functions};
+pub use mock::MockRequest;
 
 use super::{
     PhaseMask, Watching,
@@ -248,6 +251,7 @@ impl Runner {
         let groups = Rc::new(Groups::new(&setup.locations));
         let generation =
             Generation::started(setup.clone(), worker, snapshot.clone(), (groups.clone(), ends.clone())).await?;
+        let trusts = setup.trusts_functions();
         Ok(Runner {
             groups,
             setup,
@@ -257,7 +261,7 @@ impl Runner {
             snapshot: Cell::new(snapshot.version),
             newest: Cell::new(snapshot.version),
             renewal: RefCell::default(),
-            functions: Functions::new(others.clone()),
+            functions: Functions::new(others.clone(), trusts),
             others,
             ends,
             filters: RefCell::default(),
