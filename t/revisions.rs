@@ -4,7 +4,7 @@
 mod support;
 
 use serde_json::{Value, json};
-use support::{Dir, Gateway, Reply, Upstream, eventually, peers::Etcd, request};
+use support::{Gateway, Reply, Upstream, eventually, peers::Etcd, request};
 
 /// Two administrators by name, so that it is seen who has written.
 const JANE: &str = "jane-0123456789abcdef";
@@ -628,15 +628,66 @@ fn two_nodes_on_one_etcd_share_their_revisions() {
 }
 
 #[test]
-fn a_store_without_revisions_says_so() {
-    let dir = Dir::new();
-    let mut on_file = settings(json!({}));
-    on_file["deployment"]["role"] = "traditional".into();
-    on_file["deployment"]["role_traditional"] = json!({"config_provider": "yaml"});
-    dir.configure(on_file);
-    dir.write("conf/apisix.yaml", "routes: []\n#END\n");
-    let gw = Gateway::in_dir(dir);
-    refused(call(&gw, "GET", "/revisions", Value::Null), 404, "keeps no revisions");
+fn documents_are_revisions_too() {
+    let mut of_one_document = settings(json!({}));
+    of_one_document["deployment"]["role"] = "traditional".into();
+    of_one_document["deployment"]["role_traditional"] = json!({"config_provider": "yaml"});
+    let gw = Gateway::with(of_one_document);
+    let with_id = |id: &str, uri: &str| {
+        let mut route = route(uri);
+        route["id"] = id.into();
+        route
+    };
+    let put = |digest: &str, routes: Value| {
+        ok_text(call_as(&gw, JANE, "PUT", "/configs", &[("X-Digest", digest)], json!({ "routes": routes })));
+    };
+    put("one", json!([with_id("a", "/a"), with_id("b", "/b")]));
+    put("two", json!([with_id("a", "/other")]));
+    let list = ok(call(&gw, "GET", "/revisions", Value::Null));
+    let newest = &list["list"][0];
+    assert_eq!((&list["total"], &newest["who"], &newest["revision"]), (&json!(2), &json!("jane"), &json!(2)));
+    assert_eq!(newest["keys"], json!(["/apisix/routes/b", "/apisix/routes/a"]));
+    let diff = ok(call(&gw, "GET", "/revisions/2/diff", Value::Null));
+    assert_eq!(diff["diff"][1]["changed"], json!({"/uri": {"from": "/a", "to": "/other"}}));
+    let dry = ok(call(&gw, "POST", "/revisions/2/rollback?dry_run=true", Value::Null));
+    assert_eq!((&dry["dry_run"], numbers(&gw, "").len()), (&json!(true), 2));
+    ok(call(&gw, "POST", "/revisions/2/rollback", Value::Null));
+    assert_eq!(ok(call(&gw, "GET", "/configs", Value::Null))["routes"].as_array().map(Vec::len), Some(2));
+    assert_eq!(numbers(&gw, "?key=/routes/b"), [3, 2, 1]);
+    // The tool that has sent it does so again.
+    put("two", json!([with_id("a", "/other")]));
+    assert_eq!(ok(call(&gw, "GET", "/configs", Value::Null))["routes"].as_array().map(Vec::len), Some(1));
+    assert!(!call(&gw, "PUT", "/routes/1", route("/x")).text().is_empty());
+    assert_eq!(numbers(&gw, "").len(), 4, "a single write is none");
+}
+
+#[track_caller]
+fn ok_text(reply: Reply) {
+    assert!((200..300).contains(&reply.status), "{} {}", reply.status, reply.text());
+}
+
+#[test]
+fn what_plugins_write_is_a_revision() {
+    on_both(json!({}), |gw, _| {
+        let access = "local core = require('apisix.core')
+            local route = {uri = '/by-plugin', upstream = {nodes = {['127.0.0.1:1'] = 1}}}
+            local res = ngx.var.arg_gone and core.etcd.delete('/routes/7') or core.etcd.set('/routes/7', route, ngx.var.arg_ttl)
+            core.etcd.set('/mine/own', {a = 1})
+            return res.status";
+        ok(call(gw, "PUT", "/plugin_sources/mine", json!({"source": plugin("mine", access)})));
+        gw_with_plugins(gw, &Upstream::echo(), json!({"mine": {}}));
+        let before = numbers(gw, "").len();
+        gw.get("/mine");
+        let list = ok(call(gw, "GET", "/revisions", Value::Null));
+        let told = ["action", "key", "who"].map(|name| list["list"][0][name].clone());
+        assert_eq!(told, ["create", "/apisix/routes/7", "core.etcd"].map(Value::from));
+        assert_eq!(list["total"], before + 1, "keys of its own are not the gateway's objects");
+        gw.get("/mine?gone=1");
+        assert_eq!(ok(call(gw, "GET", "/revisions", Value::Null))["list"][0]["action"], "delete");
+        let gone = numbers(gw, "")[0];
+        ok(call(gw, "POST", &format!("/revisions/{gone}/rollback"), Value::Null));
+        assert_eq!(ok(call(gw, "GET", "/routes/7", Value::Null))["value"]["uri"], "/by-plugin");
+    });
 }
 
 fn plugin(name: &str, access: &str) -> String {

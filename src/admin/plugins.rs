@@ -1,6 +1,6 @@
 //! What the Admin API asks of plugins and uploaded Lua, and the answers under `/plugins` and `/schema`.
 
-use std::{future::Future, pin::Pin, sync::Arc};
+use std::{future::Future, pin::Pin, rc::Rc, sync::Arc};
 
 use serde_json::{Map, Value};
 
@@ -28,6 +28,9 @@ pub trait PluginHost {
 
     /// What cjson says is wrong with a text; `None` when it says nothing or there is no VM to ask.
     fn explain_json(&self, text: &[u8]) -> Option<String>;
+
+    /// The same with other uploaded plugins, in a VM of its own; `None`: there is none to be had.
+    fn with_sources(&self, sources: Vec<(String, PluginSource)>) -> Option<Rc<dyn PluginHost>>;
 
     /// Loads a plugin's source in a scratch VM and checks its contract.
     fn inspect_plugin(&self, name: &str, source: &PluginSource) -> Result<(), String>;
@@ -89,6 +92,10 @@ impl PluginHost for PackedPlugins {
 
     fn compile_chunk(&self, _: &str) -> Result<(), String> {
         Ok(())
+    }
+
+    fn with_sources(&self, _: Vec<(String, PluginSource)>) -> Option<Rc<dyn PluginHost>> {
+        None
     }
 
     fn inspect_plugin(&self, _: &str, _: &PluginSource) -> Result<(), String> {

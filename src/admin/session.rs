@@ -102,7 +102,7 @@ fn etag(entry: &Entry) -> String {
 }
 
 /// The name of the key that came with the request, else its role.
-fn who(state: &State, call: &Call) -> String {
+pub(super) fn who(state: &State, call: &Call) -> String {
     let given = given_key(&call.query, &call.headers);
     given.and_then(|key| state.settings.name_of(&key)).unwrap_or_else(|| "anonymous".to_owned())
 }
@@ -337,7 +337,7 @@ impl View {
                 seen.changes.push(Changed::of(write, before.as_ref()));
             }
         }
-        Ok(Committed { done, revision: 0 })
+        Ok(Committed { done, revision: 0, lease: None })
     }
 
     fn note(&self) -> Note {

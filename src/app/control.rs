@@ -427,6 +427,7 @@ impl Apis<'_> {
 
     fn serve(self, ports: Ports) -> Result<JoinSet<()>> {
         let (collections, asking) = self.shared.clone();
+        let workers = asking.clone();
         let mut serving = JoinSet::new();
         let plugins: Rc<dyn admin::PluginHost> = Rc::new(self.plugins.clone());
         if let Some(listener) = ports.admin {
@@ -438,6 +439,7 @@ impl Apis<'_> {
                 fields: Some(self.plugins.fields.clone()),
                 pipeline: Some(self.started.handle.clone()),
                 documents: Rc::default(),
+                workers: Some(Rc::new(move |revision| Box::pin(workers.clone().serving(revision)))),
             });
             let tls =
                 self.config.admin.as_ref().and_then(|admin| admin.tls.as_ref()).map(admin::Tls::open).transpose()?;

@@ -13,7 +13,7 @@ use crate::{
     admin::{Listed, PluginHost, PluginInfo, plugins::Trying},
     conf,
     error::Result,
-    model::{PluginSource, SchemaKind, crypt::EncryptFields},
+    model::{Id, Object, PluginSource, SchemaKind, crypt::EncryptFields, next_uid},
     plugin::{Checker, PluginTrial, Setup, Trial, Tried},
     store::{PluginChecker, PluginSchema, Refusal, Snapshot},
 };
@@ -102,6 +102,18 @@ impl PluginHost for Plugins {
 
     fn explain_json(&self, text: &[u8]) -> Option<String> {
         self.checker.explain_json(text)
+    }
+
+    fn with_sources(&self, sources: Vec<(String, PluginSource)>) -> Option<Rc<dyn PluginHost>> {
+        let object = |(id, value): (String, PluginSource)| {
+            let (id, json): (Id, _) = (id.into(), "{}".into());
+            let (create_revision, mod_revision) = (0, 0);
+            (id.clone(), Arc::new(Object { id, uid: next_uid(), create_revision, mod_revision, json, value }))
+        };
+        let snapshot = Snapshot { plugin_sources: sources.into_iter().map(object).collect(), ..Snapshot::default() };
+        let checker = Checker::new(self.checker.setup(), &snapshot);
+        let checker = checker.inspect_err(|e| tracing::error!("uploaded plugins are not checked: {e}")).ok()?;
+        Some(Rc::new(Plugins { checker: Rc::new(checker), rereads: false, ..self.clone() }))
     }
 
     fn inspect_plugin(&self, name: &str, source: &PluginSource) -> Result<(), String> {

@@ -385,10 +385,12 @@ fn chores(
     chores.spawn_local(collect(serving.clone(), collections));
     chores.spawn_local(follow_debug(serving.clone(), debug));
     let asked = serving.clone();
-    let endpoints = serving.clone();
-    chores.spawn_local(
-        questions.answer(move || asked.proxy().runner.states(), move |call| endpoint(endpoints.proxy(), call)),
-    );
+    let (endpoints, followers) = (serving.clone(), serving.clone());
+    chores.spawn_local(questions.answer(
+        move || asked.proxy().runner.states(),
+        move |revision| followers.proxy().serves(revision),
+        move |call| endpoint(endpoints.proxy(), call),
+    ));
     let ending = ending.clone();
     chores.spawn_local(async move { ending.flush_in_time().await });
     chores

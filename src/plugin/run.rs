@@ -523,6 +523,12 @@ impl Runner {
         self.generation.borrow().vm.set_snapshot(snapshot);
     }
 
+    /// Takes a snapshot over, as a request would, and says whether its plugins are those that run.
+    pub fn keeps_up(&self, snapshot: &Arc<Snapshot>) -> bool {
+        self.follow(snapshot);
+        self.snapshot.get() == snapshot.version
+    }
+
     /// Has another VM serve; requests under way keep theirs.
     fn install(&self, next: Rc<Generation>) {
         self.plans.borrow_mut().clear();

@@ -410,7 +410,12 @@ impl Tx<'_, '_> {
                 Err(e) => tracing::error!("the revision {} is not kept: {e}", self.revision),
             }
         }
-        Ok(Ok(Done::Batch(Committed { done, revision: self.revision })))
+        let last = batch.writes.last().filter(|write| write.value.is_some());
+        let lease = last.and_then(|write| {
+            let (ttl_secs, key) = (write.ttl_secs?, write.key.clone());
+            Some(Lease { ttl_secs, revision: self.revision, key }.to_string())
+        });
+        Ok(Ok(Done::Batch(Committed { done, revision: self.revision, lease })))
     }
 
     /// One write of a batch, under the revision of all.

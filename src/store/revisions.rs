@@ -112,6 +112,8 @@ pub struct Committed {
     pub done: Vec<(Option<Entry>, Option<Entry>)>,
     /// The store's revision after it: the number under which it is kept.
     pub revision: i64,
+    /// What `Store::keep_alive` takes for the last of the writes, when that was given a time.
+    pub lease: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -340,12 +342,12 @@ impl Revision {
 
 /// For a store without revisions.
 pub(super) async fn one_by_one<S: Store + ?Sized>(store: &S, batch: Batch) -> Result<Committed> {
-    let mut committed = Committed { done: Vec::new(), revision: 0 };
+    let mut committed = Committed { done: Vec::new(), revision: 0, lease: None };
     for Write { key, value, on, ttl_secs, .. } in batch.writes {
         let done = match value {
             Some(value) => {
                 let written = store.put(&key, value.to_string(), on, ttl_secs).await?;
-                committed.revision = written.revision;
+                (committed.revision, committed.lease) = (written.revision, written.lease);
                 (written.previous, Some(written.entry))
             }
             None => match store.delete(&key, on).await? {

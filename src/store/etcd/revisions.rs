@@ -104,7 +104,11 @@ impl Etcd {
                 return Err(conflict(&write.key));
             }
             if batch.writes.iter().zip(&found).all(|(write, found)| write.value.is_none() && found.is_none()) {
-                return Ok(Committed { done: found.into_iter().map(|f| (f, None)).collect(), revision: 0 });
+                return Ok(Committed {
+                    done: found.into_iter().map(|f| (f, None)).collect(),
+                    revision: 0,
+                    lease: None,
+                });
             }
             match self.try_commit(&batch, &found, record).await {
                 Ok(Ok(committed)) => return Ok(committed),
@@ -153,7 +157,8 @@ impl Etcd {
         if let Some(record) = record {
             self.note(record, revision).await;
         }
-        Ok(Ok(committed(batch, found, revision)))
+        let lease = leases.last().copied().flatten().map(|id| id.to_string());
+        Ok(Ok(Committed { lease, ..committed(batch, found, revision) }))
     }
 
     fn transaction(
@@ -344,5 +349,5 @@ fn committed(batch: &Batch, found: &[Option<Entry>], revision: i64) -> Committed
         })
     };
     let done = batch.writes.iter().zip(found).map(|(write, found)| (found.clone(), entry(write, found.as_ref())));
-    Committed { done: done.collect(), revision }
+    Committed { done: done.collect(), revision, lease: None }
 }
