@@ -230,7 +230,8 @@ impl Trial {
         };
         let kept = |tally: u64| {
             let (calls, errors) = counted(tally);
-            Some(if calls >= most { (calls / 2) << 32 | errors / 2 } else { calls << 32 | errors })
+            let (calls, errors) = if calls >= most { (calls / 2, errors / 2) } else { (calls, errors) };
+            Some((calls << 32) | errors)
         };
         let (Ok(before) | Err(before)) = self.tally.fetch_update(Ordering::Relaxed, Ordering::Relaxed, kept);
         let (calls, errors) = counted(before);
