@@ -75,8 +75,8 @@ async fn start_on(between: impl FnOnce(Arc<dyn Store>) -> Arc<dyn Store>) -> Api
         plugins: plugins.clone(),
         fields: None,
         pipeline: Some(started.handle),
-        trials: None,
         documents: Rc::default(),
+        workers: None,
     };
     let listen = || async { TcpListener::bind("127.0.0.1:0").await.expect("a port") };
     let (admin, control) = (listen().await, listen().await);

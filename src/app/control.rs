@@ -98,7 +98,7 @@ pub async fn run(mut config: Config) -> Result<()> {
     let (finish, finished) = watch::channel(false);
     let (collect, asking) = (workers.collections.clone(), workers.asking.clone());
     let keeper = Keeper::new(store.clone(), started.published.clone(), workers.errands.take());
-    let keeping = spawn_local(keeper.clone().run());
+    let keeping = spawn_local(keeper.run());
     let probing = health.clone().map(|health| spawn_local(health.run(started.published.clone())));
     let (reloads, asked) = mpsc::channel(RELOADS);
     let apis = Apis {
@@ -108,7 +108,7 @@ pub async fn run(mut config: Config) -> Result<()> {
         started,
         metrics,
         finished,
-        shared: (collect, asking, keeper),
+        shared: (collect, asking),
         reloads,
         watching,
         health,
@@ -422,7 +422,7 @@ struct Apis<'a> {
     metrics: Arc<metrics::Metrics>,
     /// True: accept no more.
     finished: watch::Receiver<bool>,
-    shared: (watch::Sender<u64>, Asking, Keeper),
+    shared: (watch::Sender<u64>, Asking),
     reloads: mpsc::Sender<Asked>,
     watching: Arc<Watching>,
     health: Option<Arc<Health>>,
@@ -435,7 +435,8 @@ impl Apis<'_> {
     }
 
     fn serve(self, ports: Ports) -> Result<JoinSet<()>> {
-        let (collections, asking, keeper) = self.shared.clone();
+        let (collections, asking) = self.shared.clone();
+        let workers = asking.clone();
         let mut serving = JoinSet::new();
         let plugins: Rc<dyn admin::PluginHost> = Rc::new(self.plugins.clone());
         if let Some(listener) = ports.admin {
@@ -446,8 +447,8 @@ impl Apis<'_> {
                 plugins: plugins.clone(),
                 fields: Some(self.plugins.fields.clone()),
                 pipeline: Some(self.started.handle.clone()),
-                trials: Some(Rc::new(move |trial| Box::pin(keeper.clone().try_out(trial)))),
                 documents: Rc::default(),
+                workers: Some(Rc::new(move |revision| Box::pin(workers.clone().serving(revision)))),
             });
             let tls =
                 self.config.admin.as_ref().and_then(|admin| admin.tls.as_ref()).map(admin::Tls::open).transpose()?;

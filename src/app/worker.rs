@@ -50,7 +50,7 @@ const SWEEP_EVERY: Duration = Duration::from_secs(5);
 const TIMERS_PATIENCE: Duration = Duration::from_secs(5);
 /// The same when the gateway is told to end at once, and what scripts of the end get at least.
 const HASTE: Duration = Duration::from_millis(300);
-/// Schedules' calls and dry runs at once: requests of the worker come first, and a hundred functions at the same minute wait for
+/// Schedules' calls at once: requests of the worker come first, and a hundred functions at the same minute wait for
 /// each other.
 const ERRANDS_AT_ONCE: usize = 32;
 /// Between two looks at those timers.
@@ -394,10 +394,12 @@ fn chores(
     chores.spawn_local(collect(serving.clone(), collections));
     chores.spawn_local(follow_debug(serving.clone(), debug));
     let asked = serving.clone();
-    let endpoints = serving.clone();
-    chores.spawn_local(
-        questions.answer(move || asked.proxy().runner.states(), move |call| endpoint(endpoints.proxy(), call)),
-    );
+    let (endpoints, followers) = (serving.clone(), serving.clone());
+    chores.spawn_local(questions.answer(
+        move || asked.proxy().runner.states(),
+        move |revision| followers.proxy().serves(revision),
+        move |call| endpoint(endpoints.proxy(), call),
+    ));
     let ending = ending.clone();
     chores.spawn_local(async move { ending.flush_in_time().await });
     chores
@@ -422,7 +424,7 @@ async fn endpoint(proxy: Rc<Proxy>, call: PluginCall) -> Option<PluginReply> {
     let mut x = Exchange::new(Rc::new(Connection::new(0, nowhere, nowhere)), proxy.snapshot());
     x.begin();
     x.request.method.extend_from_slice(call.method.as_bytes());
-    x.request.path.extend_from_slice(admin::http::decode(&call.path).as_bytes());
+    x.request.path.extend_from_slice(admin::http::decode_path(&call.path).as_bytes());
     x.request.args.extend_from_slice(call.args.as_bytes());
     x.request.target.extend_from_slice(call.path.as_bytes());
     if !call.args.is_empty() {

@@ -85,6 +85,8 @@ pub(super) fn read(
     let (keyring, encrypt_fields) = r.keyring();
     let captured_log = r.captured_log();
     let preload = r.texts("lua.preload");
+    // Read from the JSON by those that it is for.
+    r.flag("lua.trusted_functions");
     let (serves_http, mut stream) = r.stream(&prefix, warnings);
     // A control plane serves the Admin API alone.
     let is_control_plane = r.text("deployment.role") == "control_plane";

@@ -11,8 +11,9 @@ pub mod watch;
 
 pub use registry::{Checker, PluginInfo, Setup};
 pub use run::{
-    Errand, Flow, Mock, Runner, Trial, Tried, VmState,
-    trial::{MockRequest, MockResponse, PluginTrial},
+    Errand, Flow, MockRequest, Runner, VmState,
+    function_trial::{Trial, Tried},
+    trial::{MockResponse, PluginTrial},
 };
 pub use watch::Watching;
 

@@ -22,7 +22,9 @@ mod counters;
 mod end;
 mod errand;
 mod function;
+pub mod function_trial;
 mod hooks;
+mod mock;
 mod script;
 mod start;
 #[cfg(test)]
@@ -32,8 +34,9 @@ pub mod trial;
 use counters::Others;
 pub use counters::VmState;
 use end::{Alive, Ends};
-pub use errand::{Errand, Mock, Trial, Tried};
+pub use errand::Errand;
 use function::{Call, Functions};
+pub use mock::MockRequest;
 
 use super::{
     PhaseMask, Watching,
@@ -266,6 +269,7 @@ impl Runner {
         let groups = Rc::new(Groups::new(&setup.locations));
         let generation =
             Generation::started(setup.clone(), worker, snapshot.clone(), (groups.clone(), ends.clone())).await?;
+        let trusts = setup.trusts_functions();
         Ok(Runner {
             groups,
             setup,
@@ -275,7 +279,7 @@ impl Runner {
             snapshot: Cell::new(snapshot.version),
             newest: Cell::new(snapshot.version),
             renewal: RefCell::default(),
-            functions: Functions::new(others.clone()),
+            functions: Functions::new(others.clone(), trusts),
             others,
             ends,
             filters: RefCell::default(),
@@ -556,6 +560,12 @@ impl Runner {
         // Else the next request asks again.
         self.snapshot.set(if followed { snapshot.version } else { NO_SNAPSHOT });
         self.generation.borrow().vm.set_snapshot(snapshot);
+    }
+
+    /// Takes a snapshot over, as a request would, and says whether its plugins are those that run.
+    pub fn keeps_up(&self, snapshot: &Arc<Snapshot>) -> bool {
+        self.follow(snapshot);
+        self.snapshot.get() == snapshot.version
     }
 
     /// Has another VM serve; requests under way keep theirs.
