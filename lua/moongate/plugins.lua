@@ -102,9 +102,11 @@ function _M.load(name)
     return describe(plugin)
 end
 
---- Every plugin's `workflow_handler` and `init`, when its VM starts to serve; what failed, by name.
+--- Registries' `init_worker`, then every plugin's `workflow_handler` and `init`, when their VM starts to serve; what failed of
+-- plugins, by name.
 function _M.init()
     local errors = {}
+    if require("apisix.core.config_local").local_conf().discovery then require("apisix.discovery.init").init_worker() end
     for _, plugin in ipairs(ordered) do
         -- What the workflow plugin may call comes before `init`, which may wait.
         for _, hook in ipairs({ "workflow_handler", "init" }) do

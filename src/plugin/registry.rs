@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     conf::locations::Locations,
-    error::{Error, Result},
+    error::{Error, Kind, Result},
     exchange::Phase,
     lua::{
         Stack, Vm, VmConfig,
@@ -382,6 +382,18 @@ impl Checker {
         trial: PluginTrial,
     ) -> impl Future<Output = Result<Value, String>> + use<> {
         trial::run(self.setup.borrow().clone(), snapshot, trial)
+    }
+
+    /// Why registries below `discovery` in config.yaml cannot serve: with the key, and what to do.
+    pub fn check_registries(&self) -> Result<()> {
+        let Some(Loaded { vm, .. }) = self.loaded() else { return Ok(()) };
+        if !vm.config.config.get("discovery").is_some_and(Value::is_object) {
+            return Ok(());
+        }
+        match call::<Option<String>>(&vm, "apisix.discovery.init", "mistakes", ())? {
+            Some(why) => Err(Error::config(Kind::Invalid).context(why)),
+            None => Ok(()),
+        }
     }
 
     /// Where the checking VM has a module from: `packed`, `built in` or a file; nothing when it finds none.

@@ -19,6 +19,7 @@ use mlua::ffi;
 
 mod control;
 mod counters;
+mod discover;
 mod end;
 mod errand;
 mod function;
@@ -111,6 +112,8 @@ struct Generation {
     plugins: Plugins,
     entry: Entry,
     scripts: script::Compiled,
+    /// Registry reference of `moongate.discovery`'s function, once a registry was asked.
+    discover: Cell<Option<c_int>>,
     /// Its end runs when this is dropped. `None`: made for one request (`lua_code_cache off`), it has none.
     alive: Option<Alive>,
     /// Those that are alive, kept or in use by a request.
@@ -659,7 +662,7 @@ impl Generation {
         let number = snapshot.plugins_generation;
         let plans = Cell::new(0);
         let vm = starting.done();
-        let generation = Generation { vm, number, plugins, entry, scripts, alive, plans };
+        let generation = Generation { vm, number, plugins, entry, scripts, discover: Cell::default(), alive, plans };
         let debug = setup.watching.debug();
         if debug.hooks.is_some() {
             generation.hook(&debug);
@@ -680,7 +683,7 @@ impl Generation {
         let (scripts, number) = (script::Compiled::default(), snapshot.plugins_generation);
         let plans = Cell::new(0);
         let vm = starting.done();
-        Ok(Rc::new(Generation { vm, number, plugins, entry, scripts, alive: None, plans }))
+        Ok(Rc::new(Generation { vm, number, plugins, entry, scripts, discover: Cell::default(), alive: None, plans }))
     }
 
     /// Makes the Lua lists of `owners`.
