@@ -132,7 +132,15 @@ local function renew(entry, nodes)
     remember(entry, nodes, count, flat, print)
 end
 
---- Finds nodes for the request's upstream, which has this uid: nothing, or why there are none. May wait.
+--- What was found for each upstream, by uid: for the VM that takes this one's place.
+function _M.handles()
+    local handles = {}
+    for uid, entry in pairs(known) do handles[uid] = entry.handle end
+    return handles
+end
+
+--- Finds nodes for the request's upstream, which has this uid: nothing, or why there are none and whether the registry does not know.
+-- May wait.
 function _M.choose(uid)
     local time = now()
     local entry = known[uid] or described(uid, time)
@@ -140,7 +148,7 @@ function _M.choose(uid)
     local registry = registries[entry.kind]
     if not registry then return "discovery " .. entry.kind .. " is uninitialized" end
     local nodes, err = registry.nodes(entry.service, entry.args)
-    if not nodes then return "no valid upstream node: " .. tostring(err) end
+    if not nodes then return "no valid upstream node: " .. tostring(err), true end
     if type(nodes) ~= "table" then return "invalid nodes format: wrong type: expected array, got " .. type(nodes) end
     if nodes ~= entry.nodes or #nodes ~= entry.count then
         if #nodes == 0 then return "no valid upstream node" end

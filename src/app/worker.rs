@@ -4,6 +4,7 @@ use std::{
     cell::RefCell,
     net::{SocketAddr, UdpSocket},
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
+    pin::Pin,
     rc::Rc,
     sync::Arc,
     thread,
@@ -30,6 +31,7 @@ use crate::{
     dns::Resolver,
     error::{Error, Kind, Result},
     exchange::{Connection, Exchange, RequestBody},
+    model::Upstream,
     net::{
         Drain, ExchangePool, Handler, Server,
         listener::{self, HandshakeScripts},
@@ -158,7 +160,7 @@ async fn serve(worker: usize, blueprint: Blueprint, sockets: Bound, line: Line) 
     let mut listeners = JoinSet::new();
     listen(&blueprint, &handler, &drain, (sockets.http, sockets.unix), &mut listeners);
     if blueprint.config.stream.enabled {
-        stream(&blueprint, &drain, sockets.tcp, sockets.udp, &mut listeners);
+        stream(&blueprint, &drain, serving.clone(), (sockets.tcp, sockets.udp), &mut listeners);
     }
     let mut chores = chores(&serving, &ending, (collections, debug), questions);
     chores.spawn_local(follow(worker, serving.clone(), ending.clone(), (blueprints, taken)));
@@ -220,6 +222,13 @@ impl Serving {
 
     fn script(&self, blueprint: &Blueprint) {
         *self.scripts.borrow_mut() = handshake::scripts(&self.proxy(), &blueprint.config.locations.handshakes);
+    }
+}
+
+impl stream::Registries for Serving {
+    fn nodes(&self, upstream: Arc<Upstream>) -> Pin<Box<dyn Future<Output = Result<Arc<Upstream>>> + '_>> {
+        let proxy = self.proxy();
+        Box::pin(async move { proxy.runner.nodes_of(upstream).await })
     }
 }
 
@@ -301,15 +310,15 @@ fn listen(
 fn stream(
     blueprint: &Blueprint,
     drain: &Drain,
-    tcp: Vec<Tcp>,
-    udp: Vec<UdpSocket>,
+    serving: Rc<Serving>,
+    (tcp, udp): (Vec<Tcp>, Vec<UdpSocket>),
     listeners: &mut JoinSet<Result<()>>,
 ) {
     let Blueprint { config, published, resolver, endings, .. } = blueprint;
     let log = endings.of_streams(config);
     let mut settings = settings::stream(config);
     settings.udp_listeners = udp.iter().filter_map(|socket| socket.local_addr().ok()).collect();
-    let streams = Rc::new(Streams::new(settings, published.clone(), resolver.clone(), drain.clone(), log));
+    let streams = Rc::new(Streams::new(settings, published.clone(), resolver.clone(), drain.clone(), (log, serving)));
     for Tcp { socket, proxy_protocol, proxy_protocol_to_upstream: to_upstream, tls } in tcp {
         let tls = tls.map(|server| listener::Tls { server, published: published.clone(), scripts: Rc::default() });
         let listener = stream::tcp::Listener { socket, proxy_protocol, tls, to_upstream };

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     conf::locations::Locations,
-    error::{Error, Kind, Result},
+    error::{Error, Result},
     exchange::Phase,
     lua::{
         Stack, Vm, VmConfig,
@@ -384,15 +384,11 @@ impl Checker {
         trial::run(self.setup.borrow().clone(), snapshot, trial)
     }
 
-    /// Why registries below `discovery` in config.yaml cannot serve: with the key, and what to do.
-    pub fn check_registries(&self) -> Result<()> {
-        let Some(Loaded { vm, .. }) = self.loaded() else { return Ok(()) };
-        if !vm.config.config.get("discovery").is_some_and(Value::is_object) {
-            return Ok(());
-        }
-        match call::<Option<String>>(&vm, "apisix.discovery.init", "mistakes", ())? {
-            Some(why) => Err(Error::config(Kind::Invalid).context(why)),
-            None => Ok(()),
+    /// Why registries below `discovery` in config.yaml cannot serve: the key of each, and what to do.
+    pub fn registry_mistakes(&self) -> Result<Vec<String>> {
+        match self.loaded().filter(|l| l.vm.config.config.get("discovery").is_some_and(Value::is_object)) {
+            Some(Loaded { vm, .. }) => call(&vm, "apisix.discovery.init", "mistakes", ()),
+            None => Ok(Vec::new()),
         }
     }
 

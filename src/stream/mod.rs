@@ -2,7 +2,8 @@
 //!
 //! A connection, or the datagrams of one UDP client, is a session (`session`): its route is found by where it comes from and goes
 //! to, a node of the route's upstream is picked as for requests, and bytes are passed on (`tcp`, `copy`, `udp`) until one side ends
-//! or nothing moves for too long. No plugin and no script has a part in it. A session keeps the route that it has begun with.
+//! or nothing moves for too long. No plugin and no script has a part in it, but
+//! for registries that know an upstream's nodes. A session keeps the route that it has begun with.
 
 mod copy;
 mod packets;
@@ -12,7 +13,9 @@ pub mod udp;
 
 use std::{
     cell::Cell,
+    future::Future,
     net::SocketAddr,
+    pin::Pin,
     rc::Rc,
     sync::Arc,
     time::{Duration, Instant},
@@ -65,6 +68,12 @@ pub struct Settings {
     pub udp_listeners: Vec<SocketAddr>,
 }
 
+/// Who asks registries for the nodes of upstreams that name one: the worker's plugins.
+pub trait Registries {
+    /// The upstream with the nodes that its registry knows now.
+    fn nodes(&self, upstream: Arc<Upstream>) -> Pin<Box<dyn Future<Output = Result<Arc<Upstream>>> + '_>>;
+}
+
 /// What the sessions of one worker share.
 pub struct Streams {
     settings: Settings,
@@ -72,6 +81,7 @@ pub struct Streams {
     resolver: Arc<Resolver>,
     drain: Drain,
     log: Option<Log>,
+    registries: Rc<dyn Registries>,
     pickers: Pickers,
     /// Spreads sessions over the addresses of a name.
     turn: Cell<usize>,
@@ -127,10 +137,20 @@ impl Streams {
         published: Arc<Published>,
         resolver: Arc<Resolver>,
         drain: Drain,
-        log: Option<Log>,
+        (log, registries): (Option<Log>, Rc<dyn Registries>),
     ) -> Self {
         let (pickers, turn, udp_sessions, udp_lines) = Default::default();
-        Streams { settings, published, resolver, drain, log, pickers, turn, udp_sessions, udp_lines }
+        Streams { settings, published, resolver, drain, log, registries, pickers, turn, udp_sessions, udp_lines }
+    }
+
+    /// Where the session goes. Waits only for a registry.
+    async fn target(&self, session: &mut Session) -> Result<Target> {
+        let target = self.choose(session)?;
+        if !target.upstream.nodes.is_empty() || target.upstream.discovery.is_none() {
+            return Ok(target);
+        }
+        let upstream = self.registries.nodes(target.upstream).await?;
+        Ok(Target { upstream, ..target })
     }
 
     /// The route's upstream, else its service's.

@@ -4,7 +4,7 @@ use std::fs;
 
 use serde_json::{Value, json};
 
-use crate::support::{Dir, Gateway, Reply, Upstream, eventually, get, run};
+use crate::support::{Dir, Gateway, Reply, Upstream, eventually, get, request, run};
 
 /// Knows what the shared dictionary says of a service, and takes note of what it is asked.
 const MINE: &str = r#"
@@ -16,6 +16,9 @@ local _M, texts, known = {}, {}, {}
 function _M.nodes(service, args)
     if service == "boom" then error("out of order") end
     if service == "slow" then ngx.sleep(0.01) end
+    if service == "new" then
+        return dict:incr("asked", 1, 0) <= 40 and json.decode(dict:get("new")) or nil, "not known yet"
+    end
     if service == "odd" then return "127.0.0.1" end
     if service == "huge" then return { { host = ("h"):rep(4 * 1024 * 1024), weight = 1 } } end
     local key = args and service .. "/" .. args.group_name or service
@@ -145,6 +148,20 @@ fn what_a_timer_has_found_is_served_and_shown_by_the_control_api() {
     for path in ["/v1/discovery/mine/other", "/v1/discovery/dns/dump"] {
         assert_eq!(control(&gw, path).status, 404, "{path}");
     }
+}
+
+#[test]
+fn a_new_vm_goes_on_with_what_the_one_before_has_found() {
+    let up = Upstream::echo();
+    let gw = gateway(&up);
+    gw.put("/routes/1", json!({"uri": "/x", "upstream": of("new")}));
+    tell(&gw, "new", &json!([node(&up)]));
+    for _ in 0..40 {
+        assert_eq!(gw.get("/x").status, 200);
+    }
+    assert_eq!(statuses(&gw, "/x"), [503], "the registry says that it does not know");
+    assert_eq!(request(&gw.control(), "PUT", "/v1/plugins/reload", &[], b"").status, 200);
+    assert_eq!(statuses(&gw, "/x"), [200], "a new one may not know yet");
 }
 
 #[test]

@@ -16,7 +16,7 @@ local config_local = require("apisix.core.config_local")
 local log = require("apisix.core.log")
 local schema = require("apisix.core.schema")
 local ipairs, pairs, pcall, require, tostring, type, xpcall = ipairs, pairs, pcall, require, tostring, type, xpcall
-local concat, sort, traceback = table.concat, table.sort, debug.traceback
+local sort, traceback = table.sort, debug.traceback
 
 local _M = {
     --- The registries; a script may add its own.
@@ -93,9 +93,9 @@ for _, name in ipairs(configured()) do
     end
 end
 
---- Why registries of config.yaml cannot serve, in one text; nil when all can. The gateway does not start with one that cannot.
+--- Why registries of config.yaml cannot serve: an array of texts, the key first. The gateway does not start with one that cannot.
 function _M.mistakes()
-    return refused[1] and concat(refused, "; ") or nil
+    return refused
 end
 
 --- Calls each registry's `init_worker`. The gateway does so when a VM starts to serve.

@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// An upstream with the nodes that were found for it.
-struct Found(Arc<Upstream>);
+pub struct Found(pub Arc<Upstream>);
 
 impl mlua::UserData for Found {}
 
@@ -84,4 +84,82 @@ fn shown(upstream: &Upstream) -> Value {
         false => format!("{host}:{port}"),
     };
     upstream.nodes.iter().map(|n| (place(&n.host, n.port), Value::from(n.weight))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::check;
+
+    /// `choose(uid)` over a registry that answers `nodes`; `reads` counts what the gateway had to read.
+    const HEAD: &str = "
+        local native = require('moongate.native').discovery
+        time, nodes, reads = 1000, nil, 0
+        ngx.now = function() return time end
+        native.described = function() return 'mine', 's', nil end
+        native.found = function() reads = reads + 1 return { reads } end
+        native.choose = function(handle) chosen = handle end
+        require('apisix.discovery.init').discovery.mine = { nodes = function() return nodes, 'none' end }
+        local discovery = require('moongate.discovery')
+        local function kept() return table.nkeys(discovery.handles()) end
+        local function node(port, more)
+            local node = { host = 'a', port = port, weight = 1 }
+            for key, value in pairs(more or {}) do node[key] = value end
+            return node
+        end\n";
+
+    #[test]
+    fn only_what_has_changed_is_read_anew() {
+        for (steps, reads) in [
+            ("nodes[1].weight = 2", 1),
+            ("nodes[3] = node(3)", 2),
+            ("nodes = { node(1), node(2) }", 1),
+            ("nodes = { node(2), node(1) }", 1),
+            ("nodes = { node(1), node(2, { priority = 0 }) }", 1),
+            ("nodes = { node(1), node(2, { priority = 1 }) }", 2),
+            ("nodes = { node(1), node(2, { metadata = { a = 1 } }) }", 2),
+            ("nodes = { node(1), node(3) }", 2),
+            ("nodes = { node(1) }", 2),
+            ("nodes = nil; discovery.choose(1); nodes = { node(1), node(2) }", 1),
+        ] {
+            let chunk = format!(
+                "{HEAD} nodes = {{ node(1), node(2) }}
+                 assert(discovery.choose(1) == nil)
+                 {steps}
+                 assert(discovery.choose(1) == nil and chosen)
+                 assert(discovery.choose(1) == nil)
+                 return tostring(reads)"
+            );
+            check(&chunk, &reads.to_string());
+        }
+        let equal = "nodes = { node(1, { metadata = { a = 1 } }) } discovery.choose(1)
+            nodes = { node(1, { metadata = { a = 1 } }) } discovery.choose(1) return tostring(reads)";
+        check(&format!("{HEAD} {equal}"), "1");
+    }
+
+    #[test]
+    fn upstreams_past_the_bound_are_read_each_time_until_others_are_idle() {
+        let chunk = "nodes = { node(1) }
+            for uid = 1, 4097 do discovery.choose(uid) end
+            local full = kept()
+            discovery.choose(4097)
+            local again = reads
+            time = time + 59
+            discovery.choose(1)
+            time = time + 1
+            discovery.choose(4097)
+            return table.concat({ full, again, kept() }, ' ')";
+        check(&format!("{HEAD} {chunk}"), "4096 4098 2");
+    }
+
+    #[test]
+    fn nodes_of_all_upstreams_are_bounded_too() {
+        let chunk = "nodes = {}
+            for port = 1, 10000 do nodes[port] = node(port) end
+            for uid = 1, 21 do discovery.choose(uid) end
+            local full = kept()
+            nodes[10001] = node(10001)
+            return full .. ' ' .. discovery.choose(1)";
+        let expected = "20 invalid nodes format: 10001 nodes, more than 10000";
+        check(&format!("{HEAD} {chunk}"), expected);
+    }
 }

@@ -7,7 +7,7 @@ pub mod bn;
 pub mod cjson;
 pub mod config;
 pub mod crypto;
-mod discovery;
+pub mod discovery;
 pub mod ip;
 pub mod jsonschema;
 pub mod jwt;

@@ -106,7 +106,7 @@ mod tests {
     #[test]
     fn what_is_no_node_is_told() {
         for (list, why) in [
-            (json!({"a": 1}), "invalid nodes format: wrong type: expected array, got object"),
+            (json!({"a": 1}), "invalid nodes format: wrong type: expected array, got table"),
             (
                 json!([{"host": "127.0.0.1", "port": 80, "weight": "0"}]),
                 "invalid nodes format: failed to validate item 1: property \"weight\" validation failed: wrong type: \

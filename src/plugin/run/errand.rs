@@ -128,7 +128,7 @@ impl Runner {
 }
 
 /// An exchange without a client.
-fn nobodys(snapshot: Arc<Snapshot>) -> Exchange {
+pub(super) fn nobodys(snapshot: Arc<Snapshot>) -> Exchange {
     let nowhere = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
     let mut x = Exchange::new(Rc::new(Connection::new(0, nowhere, nowhere)), snapshot);
     x.begin();
