@@ -19,26 +19,31 @@ local MAX_NODES, MAX_BYTES = 10000, 4 * 1024 * 1024
 -- in use, what is found lasts for one request.
 local MAX_UPSTREAMS, MAX_ALL_NODES = 4096, 200000
 local IDLE = 60
+-- What a registry says may depend on the request: so many answers for one upstream are remembered, each with its balancer's state.
+local MAX_ANSWERS = 16
 -- Seconds between two looks for idle ones.
 local SWEEP_EVERY = 1
 
--- By the uid of the upstream that is written down: { kind, service, args, used, nodes, count, flat, print, handle }.
+-- By the uid of the upstream that is written down: { uid, kind, service, args, used, kept }; of the last answer { nodes, count, flat,
+-- handle }; and all handles that are remembered by their answers' print, how many, and the nodes in them { answers, n, held }.
 local known, upstreams, all_nodes, swept = {}, 0, 0, 0
+
+local function forget(entry)
+    known[entry.uid], entry.kept = nil, nil
+    upstreams, all_nodes = upstreams - 1, all_nodes - entry.held
+end
 
 local function forget_idle(time)
     if time - swept < SWEEP_EVERY then return end
     swept = time
-    for uid, entry in pairs(known) do
-        if time - entry.used >= IDLE then
-            known[uid], entry.kept = nil, nil
-            upstreams, all_nodes = upstreams - 1, all_nodes - entry.count
-        end
+    for _, entry in pairs(known) do
+        if time - entry.used >= IDLE then forget(entry) end
     end
 end
 
 local function described(uid, time)
     local kind, service, args = native.described()
-    local entry = { kind = kind, service = service, args = args, used = time, count = 0 }
+    local entry = { uid = uid, kind = kind, service = service, args = args, used = time, count = 0, answers = {}, n = 0, held = 0 }
     if upstreams >= MAX_UPSTREAMS or all_nodes >= MAX_ALL_NODES then forget_idle(time) end
     if upstreams < MAX_UPSTREAMS and all_nodes < MAX_ALL_NODES then
         entry.kept = true
@@ -107,9 +112,19 @@ local function text_of(nodes)
     return text
 end
 
-local function remember(entry, nodes, count, flat, print)
-    if entry.kept then all_nodes = all_nodes + count - entry.count end
-    entry.nodes, entry.count, entry.flat, entry.print = nodes, count, flat, print
+local function hold(entry, nodes)
+    entry.held = entry.held + nodes
+    if entry.kept then all_nodes = all_nodes + nodes end
+end
+
+local function remember(entry, print, count, handle)
+    if entry.n >= MAX_ANSWERS or all_nodes + count > MAX_ALL_NODES then
+        entry.answers, entry.n = {}, 0
+        hold(entry, -entry.held)
+    end
+    entry.answers[print], entry.n = handle, entry.n + 1
+    hold(entry, count)
+    if entry.kept and all_nodes > MAX_ALL_NODES then forget(entry) end
 end
 
 -- Reads what has changed. Nothing, or why it is of no use: then it is read again for the next request.
@@ -122,14 +137,15 @@ local function renew(entry, nodes)
     end
     local flat = flat_of(nodes, count)
     local print = flat and print_of(flat)
-    if flat and print == entry.print then return remember(entry, nodes, count, flat, print) end
-    local text, err = text_of(nodes)
-    if not text then return err end
-    local handle
-    handle, err = native.found(text)
-    if not handle then return err end
-    entry.handle = handle
-    remember(entry, nodes, count, flat, print)
+    local handle = print and entry.answers[print]
+    if not handle then
+        local text, err = text_of(nodes)
+        if not text then return err end
+        handle, err = native.found(text)
+        if not handle then return err end
+        remember(entry, print, count, handle)
+    end
+    entry.nodes, entry.count, entry.flat, entry.handle = nodes, count, flat, handle
 end
 
 --- What was found for each upstream, by uid: for the VM that takes this one's place.

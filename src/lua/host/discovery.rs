@@ -131,6 +131,9 @@ mod tests {
             );
             check(&chunk, &reads.to_string());
         }
+        let in_turn = "for i = 1, 40 do nodes = { node(i % 16) } discovery.choose(1) end return tostring(reads)";
+        check(&format!("{HEAD} {in_turn}"), "16");
+        check(&format!("{HEAD} {}", in_turn.replace("% 16", "% 17")), "40");
         let equal = "nodes = { node(1, { metadata = { a = 1 } }) } discovery.choose(1)
             nodes = { node(1, { metadata = { a = 1 } }) } discovery.choose(1) return tostring(reads)";
         check(&format!("{HEAD} {equal}"), "1");
@@ -157,9 +160,19 @@ mod tests {
             for port = 1, 10000 do nodes[port] = node(port) end
             for uid = 1, 21 do discovery.choose(uid) end
             local full = kept()
+            for uid = 1, 20 do
+                nodes = { node(uid) }
+                discovery.choose(uid)
+            end
+            for uid = 21, 41 do discovery.choose(uid) end
+            local grown = kept()
+            nodes = {}
+            for port = 1, 10000 do nodes[port] = node(port) end
+            for uid = 1, 41 do discovery.choose(uid) end
+            full = full .. ' ' .. grown .. ' ' .. kept()
             nodes[10001] = node(10001)
             return full .. ' ' .. discovery.choose(1)";
-        let expected = "20 invalid nodes format: 10001 nodes, more than 10000";
+        let expected = "20 41 19 invalid nodes format: 10001 nodes, more than 10000";
         check(&format!("{HEAD} {chunk}"), expected);
     }
 }

@@ -1,6 +1,6 @@
 //! Upstreams whose nodes a registry knows.
 
-use std::sync::LazyLock;
+use std::{net::Ipv6Addr, sync::LazyLock};
 
 use serde_json::{Map, Value, json};
 
@@ -57,8 +57,17 @@ impl Upstream {
     pub fn discovered(&self, mut list: Value) -> Result<Upstream> {
         let schema = NODES.as_ref().map_err(invalid)?;
         schema.check_only(&mut list).map_err(|e| invalid(format!("invalid nodes format: {e}")))?;
+        list.as_array_mut().into_iter().flatten().for_each(enclose);
         let nodes = nodes(Some(&list), self.scheme)?;
         Ok(Upstream { uid: next_uid(), nodes, ..self.clone() })
+    }
+}
+
+/// Registries give IPv6 addresses as they have them, in brackets or without; upstreams have them in brackets.
+fn enclose(node: &mut Value) {
+    let Some(Value::String(host)) = node.get_mut("host") else { return };
+    if host.parse::<Ipv6Addr>().is_ok() {
+        *host = format!("[{host}]");
     }
 }
 
@@ -94,10 +103,10 @@ mod tests {
     #[test]
     fn what_is_found_is_the_same_upstream_with_nodes() {
         let upstream = of_registry();
-        let list = json!([{"host": "[::1]", "port": 81, "weight": 2, "priority": -1}, {"host": "a.test", "weight": 0}]);
+        let list = json!([{"host": "[::1]", "port": 81, "weight": 2, "priority": -1}, {"host": "a.test", "weight": 0}, {"host": "::2", "weight": 1}]);
         let found = upstream.discovered(list).expect("nodes");
         let nodes: Vec<_> = found.nodes.iter().map(|n| (&*n.host, n.port, n.weight, n.priority)).collect();
-        assert_eq!(nodes, [("::1", 81, 2, -1), ("a.test", 443, 0, 0)]);
+        assert_eq!(nodes, [("::1", 81, 2, -1), ("a.test", 443, 0, 0), ("::2", 443, 1, 0)]);
         assert_eq!((found.retries, &found.balance), (Some(3), &upstream.balance));
         assert_ne!(found.uid, upstream.uid);
         assert_eq!(found.discovery, upstream.discovery);
@@ -113,7 +122,7 @@ mod tests {
                  expected integer, got string",
             ),
             (json!([{"host": "127.0.0.1", "weight": 1}, {"weight": 1}]), "failed to validate item 2"),
-            (json!([{"host": "::1", "weight": 1}]), "IPv6 address must be enclosed"),
+            (json!([{"host": "::1:80:", "weight": 1}]), "IPv6 address must be enclosed"),
             (json!([{"host": "a", "weight": 1, "port": 0}]), "property \"port\""),
         ] {
             let e = of_registry().discovered(list).expect_err("no nodes").to_string();
