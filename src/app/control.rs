@@ -67,6 +67,10 @@ pub async fn run(mut config: Config) -> Result<()> {
     let setup = Setup::new(config.prefix.clone(), config.json.clone(), config.locations.clone());
     let setup = setup.watched(watching.clone());
     let plugins = Plugins::new(setup.clone(), config.file.clone())?;
+    let mistakes = plugins.checker().registry_mistakes()?;
+    if !mistakes.is_empty() {
+        return Err(Error::config(Kind::Invalid).context(mistakes.join("\n")));
+    }
     let store = store::open(&config)?;
     let started = tokio::select! {
         started = open(&config, &plugins, &store) => started?,

@@ -4,6 +4,7 @@ use std::{
     cell::RefCell,
     net::{SocketAddr, UdpSocket},
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
+    pin::Pin,
     rc::Rc,
     sync::Arc,
     thread,
@@ -31,6 +32,7 @@ use crate::{
     error::{Error, Kind, Result},
     exchange::{Connection, Exchange, RequestBody},
     health::{Health, Watched},
+    model::Upstream,
     net::{
         Drain, ExchangePool, Handler, Server,
         listener::{self, HandshakeScripts},
@@ -161,7 +163,7 @@ async fn serve(worker: usize, blueprint: Blueprint, sockets: Bound, line: Line) 
     let mut listeners = JoinSet::new();
     listen(&blueprint, &handler, &drain, (sockets.http, sockets.unix), &mut listeners);
     if blueprint.config.stream.enabled {
-        stream(&blueprint, &drain, sockets.tcp, sockets.udp, &mut listeners);
+        stream(&blueprint, &drain, serving.clone(), (sockets.tcp, sockets.udp), &mut listeners);
     }
     let mut chores = chores(&serving, &ending, (collections, debug), questions);
     chores.spawn_local(follow(worker, serving.clone(), ending.clone(), (blueprints, taken)));
@@ -223,6 +225,13 @@ impl Serving {
 
     fn script(&self, blueprint: &Blueprint) {
         *self.scripts.borrow_mut() = handshake::scripts(&self.proxy(), &blueprint.config.locations.handshakes);
+    }
+}
+
+impl stream::Registries for Serving {
+    fn nodes(&self, upstream: Arc<Upstream>) -> Pin<Box<dyn Future<Output = Result<Arc<Upstream>>> + '_>> {
+        let proxy = self.proxy();
+        Box::pin(async move { proxy.runner.nodes_of(upstream).await })
     }
 }
 
@@ -305,8 +314,8 @@ fn listen(
 fn stream(
     blueprint: &Blueprint,
     drain: &Drain,
-    tcp: Vec<Tcp>,
-    udp: Vec<UdpSocket>,
+    serving: Rc<Serving>,
+    (tcp, udp): (Vec<Tcp>, Vec<UdpSocket>),
     listeners: &mut JoinSet<Result<()>>,
 ) {
     let Blueprint { config, published, resolver, health, endings, .. } = blueprint;
@@ -317,7 +326,7 @@ fn stream(
         settings,
         (published.clone(), resolver.clone(), Watched::new(health.clone())),
         drain.clone(),
-        log,
+        (log, serving),
     ));
     for Tcp { socket, proxy_protocol, proxy_protocol_to_upstream: to_upstream, tls } in tcp {
         let tls = tls.map(|server| listener::Tls { server, published: published.clone(), scripts: Rc::default() });

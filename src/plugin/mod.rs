@@ -4,8 +4,8 @@ mod late;
 mod natives;
 pub mod output;
 pub mod plan;
-pub mod registered;
-mod registry;
+mod registered;
+pub mod registry;
 pub mod run;
 pub mod watch;
 

@@ -413,6 +413,14 @@ impl Checker {
         function_trial::run(self.setup.borrow().clone(), snapshot, trial)
     }
 
+    /// Why registries below `discovery` in config.yaml cannot serve: the key of each, and what to do.
+    pub fn registry_mistakes(&self) -> Result<Vec<String>> {
+        match self.loaded().filter(|l| l.vm.config.config.get("discovery").is_some_and(Value::is_object)) {
+            Some(Loaded { vm, .. }) => call(&vm, "apisix.discovery.init", "mistakes", ()),
+            None => Ok(Vec::new()),
+        }
+    }
+
     /// Where the checking VM has a module from: `packed`, `built in` or a file; nothing when it finds none.
     pub fn find_module(&self, module: &str) -> Option<String> {
         call(&self.loaded()?.vm, "moongate.survey", "find", module).ok()?

@@ -19,6 +19,7 @@ use mlua::ffi;
 
 mod control;
 mod counters;
+mod discover;
 mod end;
 mod errand;
 mod function;
@@ -115,6 +116,9 @@ struct Generation {
     plugins: Plugins,
     entry: Entry,
     scripts: script::Compiled,
+    /// Registry reference of `moongate.discovery`'s function, once a registry was asked.
+    discover: Cell<Option<c_int>>,
+    inherited: RefCell<discover::Inherited>,
     /// Its end runs when this is dropped. `None`: made for one request (`lua_code_cache off`), it has none.
     alive: Option<Alive>,
     /// Those that are alive, kept or in use by a request.
@@ -304,7 +308,9 @@ impl Runner {
 
     /// Another of the same worker, which is to take its place.
     pub async fn anew(&self, setup: Setup, snapshot: &Arc<Snapshot>) -> Result<Runner> {
-        Self::with(setup, self.worker, snapshot, (self.others.clone(), self.ends.clone())).await
+        let next = Self::with(setup, self.worker, snapshot, (self.others.clone(), self.ends.clone())).await?;
+        next.generation.borrow().inherit(&self.generation.borrow());
+        Ok(next)
     }
 
     /// It takes no requests any more. Its VMs are among those of the one in its place from now on.
@@ -572,6 +578,7 @@ impl Runner {
     fn install(&self, next: Rc<Generation>) {
         self.plans.borrow_mut().clear();
         self.filters.borrow_mut().clear();
+        next.inherit(&self.generation.borrow());
         let old = self.generation.replace(next);
         old.vm.close();
         self.others.plugins(&old);
@@ -708,7 +715,17 @@ impl Generation {
         let number = snapshot.plugins_generation;
         let plans = Cell::new(0);
         let vm = starting.done();
-        let generation = Generation { vm, number, plugins, entry, scripts, alive, plans };
+        let generation = Generation {
+            vm,
+            number,
+            plugins,
+            entry,
+            scripts,
+            discover: Cell::default(),
+            inherited: RefCell::default(),
+            alive,
+            plans,
+        };
         let debug = setup.watching.debug();
         if debug.hooks.is_some() {
             generation.hook(&debug);
@@ -729,7 +746,17 @@ impl Generation {
         let (scripts, number) = (script::Compiled::default(), snapshot.plugins_generation);
         let plans = Cell::new(0);
         let vm = starting.done();
-        Ok(Rc::new(Generation { vm, number, plugins, entry, scripts, alive: None, plans }))
+        Ok(Rc::new(Generation {
+            vm,
+            number,
+            plugins,
+            entry,
+            scripts,
+            discover: Cell::default(),
+            inherited: RefCell::default(),
+            alive: None,
+            plans,
+        }))
     }
 
     /// Makes the Lua lists of `owners`.

@@ -2,7 +2,8 @@
 //!
 //! A connection, or the datagrams of one UDP client, is a session (`session`): its route is found by where it comes from and goes
 //! to, a node of the route's upstream is picked as for requests, and bytes are passed on (`tcp`, `copy`, `udp`) until one side ends
-//! or nothing moves for too long. No plugin and no script has a part in it. A session keeps the route that it has begun with.
+//! or nothing moves for too long. No plugin and no script has a part in it, but
+//! for registries that know an upstream's nodes. A session keeps the route that it has begun with.
 
 mod copy;
 mod packets;
@@ -12,7 +13,9 @@ pub mod udp;
 
 use std::{
     cell::Cell,
+    future::Future,
     net::SocketAddr,
+    pin::Pin,
     rc::Rc,
     sync::Arc,
     time::{Duration, Instant},
@@ -66,6 +69,12 @@ pub struct Settings {
     pub udp_listeners: Vec<SocketAddr>,
 }
 
+/// Who asks registries for the nodes of upstreams that name one: the worker's plugins.
+pub trait Registries {
+    /// The upstream with the nodes that its registry knows now.
+    fn nodes(&self, upstream: Arc<Upstream>) -> Pin<Box<dyn Future<Output = Result<Arc<Upstream>>> + '_>>;
+}
+
 /// What the sessions of one worker share.
 pub struct Streams {
     settings: Settings,
@@ -73,6 +82,7 @@ pub struct Streams {
     resolver: Arc<Resolver>,
     drain: Drain,
     log: Option<Log>,
+    registries: Rc<dyn Registries>,
     pickers: Pickers,
     /// Whose nodes' health is known.
     watched: Watched,
@@ -131,14 +141,36 @@ impl Streams {
         settings: Settings,
         (published, resolver, watched): (Arc<Published>, Arc<Resolver>, Watched),
         drain: Drain,
-        log: Option<Log>,
+        (log, registries): (Option<Log>, Rc<dyn Registries>),
     ) -> Self {
         let (pickers, turn, udp_sessions, udp_lines) = Default::default();
-        Streams { settings, published, resolver, drain, log, pickers, watched, turn, udp_sessions, udp_lines }
+        Streams {
+            settings,
+            published,
+            resolver,
+            drain,
+            log,
+            registries,
+            pickers,
+            watched,
+            turn,
+            udp_sessions,
+            udp_lines,
+        }
     }
 
-    /// The route's upstream, else its service's.
-    fn choose(&self, session: &mut Session) -> Result<Target> {
+    /// Where the session goes. Waits only for a registry.
+    async fn target(&self, session: &mut Session) -> Result<Target> {
+        let (mut target, owner) = self.choose(session)?;
+        if target.upstream.nodes.is_empty() && target.upstream.discovery.is_some() {
+            target.upstream = self.registries.nodes(target.upstream).await?;
+        }
+        target.health = target.upstream.checks.as_ref().and_then(|_| self.watched.of(&target.upstream, owner));
+        Ok(target)
+    }
+
+    /// The route's upstream, else its service's, and whose it is.
+    fn choose(&self, session: &mut Session) -> Result<(Target, Option<Owner>)> {
         let snapshot = self.published.load();
         let sni = session.sni().or(self.settings.fallback_sni.as_deref().filter(|_| session.tls.is_some()));
         let place = Place { client: session.client.ip(), server: session.server, sni };
@@ -171,8 +203,7 @@ impl Streams {
             None => service.and_then(of_service),
             Some(_) => Some(Owner::StreamRoute(route.id.clone())),
         };
-        let health = upstream.checks.as_ref().and_then(|_| self.watched.of(&upstream, owner));
-        Ok(Target { snapshot, upstream, health })
+        Ok((Target { snapshot, upstream, health: None }, owner))
     }
 
     /// Tries nodes until `open` has reached one.

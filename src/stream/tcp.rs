@@ -70,7 +70,7 @@ async fn connection(
 
 async fn proxy(streams: &Streams, session: &mut Session, client: &mut Io, to_upstream: bool) -> Result<()> {
     check_certificate(session)?;
-    let Target { snapshot, upstream, health } = streams.choose(session)?;
+    let Target { snapshot, upstream, health } = streams.target(session).await?;
     let times = timeouts(&upstream, TCP_IDLE);
     let tls = tls_to(&upstream, &snapshot, session.sni())?;
     let first = if to_upstream { proxy_header(session.client, session.server) } else { String::new() };

@@ -321,7 +321,7 @@ async fn serve(desk: &Desk, key: Key, session: &mut Session) -> Result<()> {
 
 /// A way to a node, how long it may be idle, and the node's place with its balancer.
 async fn open(desk: &Desk, session: &mut Session) -> Result<(Rc<Flow>, Duration, Lease)> {
-    let Target { upstream, health, .. } = desk.streams.choose(session)?;
+    let Target { upstream, health, .. } = desk.streams.target(session).await?;
     if upstream.scheme == Scheme::Tls {
         return Err(Error::config(Kind::Invalid).context("upstream scheme tls is not spoken over UDP"));
     }
