@@ -48,7 +48,7 @@ local function key_of(conf, ctx)
             key = nil
         end
     else
-        key = ctx.var[conf.key]
+        key = core.utils.var_text(ctx.var[conf.key])
     end
     if key == nil then
         core.log.info("The value of the configured key is empty, use client IP instead")

@@ -1,13 +1,14 @@
 --- The plugins' `ctx`: one table per request, filled on demand, used again after the request.
 
 local native = require("moongate.native").plugin
-local slot = require("moongate.native").fast.slot
+local fast = require("moongate.native").fast
+local slot, var_set = fast.slot, fast.var_set
 local request = require("moongate.request")
 local new_tab, clear_tab = require("table.new"), require("table.clear")
 local ngx = ngx
 local byte, find = string.byte, string.find
-local pcall, rawget, rawset, require, setmetatable, tostring, type =
-    pcall, rawget, rawset, require, setmetatable, tostring, type
+local error, pcall, rawget, rawset, require, setmetatable, tostring, type =
+    error, pcall, rawget, rawset, require, setmetatable, tostring, type
 
 local _M = {}
 
@@ -53,6 +54,8 @@ end
 
 local function body_var(name)
     _M.learn(name)
+    local is_json, posted = native.posted(name)
+    if is_json then return posted end
     local value = ngx.var[name]
     if value and (name == "graphql_root_fields" or find(name, "[*]", 1, true)) then return as_list(value) end
     return value
@@ -61,6 +64,7 @@ end
 local var_mt = {}
 
 function var_mt.__index(var, name)
+    if type(name) ~= "string" then error("invalid argument, expect string value", 2) end
     local getter = getters[name]
     if getter then
         local value = getter(rawget(var, "_ctx") or request.ctx())
@@ -72,16 +76,21 @@ function var_mt.__index(var, name)
     return value
 end
 
+local texts = { string = true, number = true, boolean = true, ["nil"] = true }
+
+-- 1: it is set; 0, -2, -3: the server does not let it be.
+local function set_var(name, value)
+    if value == nil then return var_set(name, #name, nil, 0) end
+    local text = tostring(value)
+    return var_set(name, #name, text, #text)
+end
+
+-- What no variable can hold (tables, and whatever the server does not let be written) stays with the face, for the request.
 function var_mt.__newindex(var, name, value)
-    local kind = type(value)
-    if kind == "string" or kind == "number" or kind == "boolean" then
-        ngx.var[name] = tostring(value)
-    elseif value == nil then
-        ngx.var[name] = nil
-    else
-        -- No variable holds a table: it stays with the face.
-        rawset(var, name, value)
-    end
+    if type(name) ~= "string" then error("invalid argument, expect string value", 2) end
+    local set = texts[type(value)] and set_var(name, value) or 0
+    if set == -1 then error("API disabled in the current context", 2) end
+    if set ~= 1 then rawset(var, name, value) end
 end
 
 --- A new face over the variables of whatever request runs. Registered variables are asked for `owner`, or its `ctx`.
@@ -162,7 +171,8 @@ end
 function lazy.req_post_args()
     local kind = ngx.var.content_type
     if not kind or not find(kind, "application/x-www-form-urlencoded", 1, true) then return nil end
-    local read, args = pcall(ngx.req.get_post_args, 0)
+    local read, args, err = pcall(ngx.req.get_post_args, 0)
+    if read and not args then native.log_error("the post form is too large: " .. err) end
     return read and args or nil
 end
 

@@ -124,7 +124,7 @@ end
 local function key_of(conf, ctx)
     local key_type = conf.key_type
     if key_type == "var" then
-        return ctx.var[conf.key]
+        return core.utils.var_text(ctx.var[conf.key])
     end
     if key_type == "constant" then
         return conf.key

@@ -546,7 +546,11 @@ impl Exchange {
             Known::ServerAddr => ip(self.conn.local.ip(), out),
             Known::ServerPort => number(self.conn.local.port().into(), out),
             Known::RemoteAddr => self.append_remote(out),
-            Known::RemotePort => number(self.remote().port().into(), out),
+            // nginx: a port that nobody told is an empty text.
+            Known::RemotePort => match self.remote().port() {
+                0 => {}
+                port => number(port.into(), out),
+            },
             Known::BinaryRemoteAddr => match self.remote().ip() {
                 IpAddr::V4(a) => out.extend_from_slice(&a.octets()),
                 IpAddr::V6(a) => out.extend_from_slice(&a.octets()),

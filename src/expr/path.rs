@@ -37,12 +37,26 @@ impl<'a> Path<'a> {
         (!steps.is_empty()).then_some(Path(steps))
     }
 
-    /// What is there, as text: the items of several joined by commas. `None`: nothing is there.
-    pub fn text(&self, json: &Value) -> Option<Vec<u8>> {
+    /// What is there. `None`: nothing.
+    pub fn found<'v>(&self, json: &'v Value) -> Option<Found<'v>> {
+        let found = self.values(json);
+        match self.0.contains(&Step::All) {
+            true => (!found.is_empty()).then_some(Found::Several(found)),
+            false => found.first().map(|value| Found::One(value)),
+        }
+    }
+
+    fn values<'v>(&self, json: &'v Value) -> Vec<&'v Value> {
         let mut found = vec![json];
         for step in &self.0 {
             found = found.into_iter().flat_map(|value| step.of(value)).take(MAX_FOUND).collect();
         }
+        found
+    }
+
+    /// What is there, as text: the items of several joined by commas. `None`: nothing is there.
+    pub fn text(&self, json: &Value) -> Option<Vec<u8>> {
+        let found = self.values(json);
         let mut texts: Vec<String> = Vec::new();
         for value in found {
             match value {
@@ -52,6 +66,14 @@ impl<'a> Path<'a> {
         }
         (!texts.is_empty()).then(|| texts.join(",").into_bytes())
     }
+}
+
+/// What a path leads to.
+#[derive(Debug, PartialEq)]
+pub enum Found<'v> {
+    One(&'v Value),
+    /// By stars.
+    Several(Vec<&'v Value>),
 }
 
 impl Step<'_> {

@@ -74,6 +74,20 @@ impl Plugins {
     pub fn get(&self, name: &str) -> Option<&Arc<PluginConf>> {
         self.0.iter().find(|conf| &*conf.name == name)
     }
+
+    /// Their owner's stored JSON as plugins read it: with these confs, which are decrypted, in the place of the stored ones. A text that
+    /// is no JSON reads as null.
+    pub fn in_clear(&self, owner: &str) -> Value {
+        let mut value: Value = serde_json::from_str(owner).unwrap_or_default();
+        if let Some(Value::Object(stored)) = value.get_mut("plugins") {
+            for conf in self.0.iter() {
+                if let (Some(stored), Ok(clear)) = (stored.get_mut(&*conf.name), serde_json::from_str(&conf.json)) {
+                    *stored = clear;
+                }
+            }
+        }
+        value
+    }
 }
 
 impl PluginConf {

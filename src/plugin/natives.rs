@@ -3,6 +3,7 @@
 use std::{ffi::c_int, sync::Arc};
 
 use bytes::Bytes;
+use serde_json::Value;
 
 use super::{registered, run::Run, watch};
 use crate::{
@@ -10,9 +11,17 @@ use crate::{
     exchange::{
         Exchange, RequestBody,
         asked::{self, About, BodyText},
+        posted::Posted,
     },
-    lua::{Api, Phases, Raise, Stack, api::request, convert::push_json, fast},
-    model::Object,
+    expr::path::{Found, Path},
+    lua::{
+        Api, Phases, Raise, Stack,
+        api::request,
+        convert::{mark_array, push_json},
+        fast,
+        vm::{self, Purpose},
+    },
+    model::{Consumer, Object, Plugins},
     observe::log::Level,
 };
 
@@ -37,17 +46,18 @@ pub(super) fn register(api: &mut Api) -> Result<()> {
     api.func(
         "native.plugin.matched",
         any,
-        "matched(kind) -> value, id, modified, created: the matched route, service or upstream.",
+        "matched(kind) -> value, id, modified, created: the matched route, service or upstream, its plugins' confs decrypted.",
         |s| {
             let x = request()?;
             let Some(m) = matched(x, s.arg_bytes(1)?) else { return Ok(s.push_nil()) };
-            push_json(s, &serde_json::from_str(&m.json).unwrap_or_default())?;
+            push_json(s, &m.shown())?;
             s.push_bytes(m.id.as_bytes());
             s.push_number(m.modified as f64);
             s.push_number(m.created as f64);
             Ok(4)
         },
     )?;
+    consumer(api)?;
     api.func("native.plugin.register_var", any, "register_var(name): this VM gives the variable.", |s| {
         registered::add(&s.arg_str(1)?);
         Ok(0)
@@ -58,6 +68,13 @@ pub(super) fn register(api: &mut Api) -> Result<()> {
         "learn(variable, max_bytes) -> boolean: looks into the body that was read for what the variable is about; false: nobody \
          has read it yet.",
         learn,
+    )?;
+    api.func(
+        "native.plugin.posted",
+        any,
+        "posted(variable) -> boolean, value: whether the body that was looked into is JSON, and what it has where `post_arg.x` leads, as \
+         its own type; an array where the path has a star.",
+        posted,
     )?;
     api.func("native.plugin.captures", any, "captures() -> table: what of the request the route matched.", captures)?;
     api.func(
@@ -135,6 +152,30 @@ fn learn(s: &Stack) -> Answer {
     Ok(s.push_bool(true))
 }
 
+fn posted(s: &Stack) -> Answer {
+    let (x, name) = (request()?, s.arg_str(1)?);
+    let found = match (x.posted.as_deref(), name.strip_prefix("post_arg.")) {
+        (Some(Posted::Json(json)), Some(path)) => Path::parse(path).and_then(|path| path.found(json)),
+        _ => return Ok(s.push_bool(false)),
+    };
+    s.push_bool(true);
+    match found {
+        None | Some(Found::One(Value::Null)) => {
+            s.push_nil();
+        }
+        Some(Found::One(value)) => push_json(s, value)?,
+        Some(Found::Several(values)) => {
+            s.push_table(values.len(), 0);
+            for (i, value) in values.into_iter().enumerate() {
+                push_json(s, value)?;
+                s.set_index(-2, i + 1);
+            }
+            mark_array(s);
+        }
+    }
+    Ok(2)
+}
+
 /// What plans of watched requests have beside their plugins.
 fn watches(api: &mut Api) -> Result<()> {
     api.func(
@@ -174,20 +215,77 @@ fn watches(api: &mut Api) -> Result<()> {
     )
 }
 
+/// The request's consumer, for functions: whoever asks for it in a plugin has been given it by the auth plugin.
+fn consumer(api: &mut Api) -> Result<()> {
+    let any = Phases::ANY;
+    api.func(
+        "native.plugin.consumer_uid",
+        any,
+        "consumer_uid() -> number: the version of the request's consumer; 0: it has none.",
+        |s| {
+            let consumer = fast::exchange().and_then(|x| x.consumer.as_ref());
+            Ok(s.push_number(consumer.map_or(0, |o| o.uid) as f64))
+        },
+    )?;
+    api.func(
+        "native.plugin.consumer",
+        any,
+        "consumer() -> table | nil: what the Admin API has of the request's consumer, without its plugins, whose confs are its keys.",
+        |s| {
+            let Some(consumer) = fast::exchange().and_then(|x| x.consumer.clone()) else { return Ok(s.push_nil()) };
+            push_json(s, &without_keys(&consumer)).map(|()| 1)
+        },
+    )?;
+    api.func(
+        "native.plugin.credential_id",
+        any,
+        "credential_id() -> string | nil: the credential by which the request's consumer was known.",
+        |s| {
+            let id = fast::exchange().and_then(|x| x.credential.as_ref()).and_then(|c| c.id.rsplit('/').next());
+            Ok(id.map_or_else(|| s.push_nil(), |id| s.push_bytes(id)))
+        },
+    )
+}
+
+fn without_keys(consumer: &Object<Consumer>) -> Value {
+    let mut value: Value = serde_json::from_str(&consumer.json).unwrap_or_default();
+    if let Value::Object(map) = &mut value {
+        map.remove("plugins");
+        let custom_id = map.get("labels").and_then(|labels| labels.get("custom_id")).cloned();
+        map.extend(custom_id.map(|id| ("custom_id".into(), id)));
+        map.insert("consumer_name".into(), (*consumer.value.username).into());
+    }
+    value
+}
+
+fn is_function() -> bool {
+    vm::current().is_some_and(|vm| vm.config.purpose == Purpose::Functions)
+}
+
 /// A resource that the request matched.
 struct Matched {
     uid: u64,
     json: Arc<str>,
+    plugins: Option<Plugins>,
     id: Arc<str>,
     modified: i64,
     created: i64,
 }
 
-impl<T> From<&Arc<Object<T>>> for Matched {
-    fn from(o: &Arc<Object<T>>) -> Self {
+impl Matched {
+    /// Its JSON, plugins' confs decrypted: not for functions without trust, which keys are not for.
+    fn shown(&self) -> Value {
+        match &self.plugins {
+            Some(plugins) if !is_function() => plugins.in_clear(&self.json),
+            _ => serde_json::from_str(&self.json).unwrap_or_default(),
+        }
+    }
+
+    fn of<T>(o: &Object<T>, plugins: Option<&Plugins>) -> Self {
         Matched {
             uid: o.uid,
             json: o.json.clone(),
+            plugins: plugins.cloned(),
             id: o.id.clone(),
             modified: o.mod_revision,
             created: o.create_revision,
@@ -198,12 +296,12 @@ impl<T> From<&Arc<Object<T>>> for Matched {
 fn matched(x: &Exchange, kind: &[u8]) -> Option<Matched> {
     let m = x.matched.as_ref()?;
     match kind {
-        b"route" => Some(m.route().into()),
-        b"service" => m.service.as_ref().map(Into::into),
+        b"route" => Some(Matched::of(m.route(), Some(&m.route().value.plugins))),
+        b"service" => m.service.as_ref().map(|s| Matched::of(s, Some(&s.value.plugins))),
         b"upstream" => {
             let of_service = || m.service.as_ref().and_then(|s| s.value.upstream_id.as_ref());
             let id = m.route().value.upstream_id.as_ref().or_else(of_service)?;
-            x.snapshot.upstreams.get(id).map(Into::into)
+            x.snapshot.upstreams.get(id).map(|u| Matched::of(u, None))
         }
         _ => None,
     }

@@ -22,7 +22,7 @@ local function raw_key(ctx, upstream)
     if hash_on == "cookie" then
         return ctx.var["cookie_" .. key]
     end
-    return ctx.var[key]
+    return core.utils.var_text(ctx.var[key])
 end
 
 local function key_of(ctx, upstream)

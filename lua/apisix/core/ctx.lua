@@ -1,4 +1,8 @@
 --- `core.ctx`: the plugins' context. The gateway makes it; `ctx.var` reads and writes variables.
+--
+-- What `ngx.var` does not let be written (`ctx.var.remote_addr = "…"`) stays with `ctx.var`, for the rest of the request; nil takes it
+-- away again. A name that is no string raises "invalid argument, expect string value". `ctx.var["post_arg.x"]` of a JSON body is a
+-- boolean, number, string or table, as the body has it: an array where the path has a star.
 local error, type = error, type
 
 local _M = {}

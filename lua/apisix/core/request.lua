@@ -1,6 +1,7 @@
 --- `core.request`: the request's head and body.
 --
 -- Every function takes the plugin context first and works without it, too. Those that read the body wait for it.
+local log = require("apisix.core.log")
 local ngx = ngx
 local req = ngx.req
 local pcall = pcall
@@ -101,7 +102,7 @@ function _M.get_remote_client_ip(ctx)
     return context(ctx).var.remote_addr or ""
 end
 
---- The port of that address as a number, or nil.
+--- The port of that address as a number; nil when it is not known: where the real address was told without one.
 function _M.get_remote_client_port(ctx)
     local port = tonumber(context(ctx).var.remote_port)
     return port
@@ -161,7 +162,8 @@ function _M.set_uri_args(ctx, args)
     req.set_uri_args(args)
 end
 
---- The arguments of a form body. Waits for the body.
+--- The arguments of a form body; of one that is too long for memory and lies in a file none, the reason and a line of error.log.
+-- Waits for the body.
 function _M.get_post_args(ctx)
     ctx = context(ctx)
     if ctx and ctx.req_post_args then
@@ -170,6 +172,7 @@ function _M.get_post_args(ctx)
     req.read_body()
     local args, err = req.get_post_args(0)
     if not args then
+        log.error("the post form is too large: ", err)
         return {}, err
     end
     if ctx then

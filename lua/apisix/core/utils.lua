@@ -145,6 +145,16 @@ function _M.equal_in_constant_time(a, b)
     return difference == 0
 end
 
+--- The text that stands for a variable's value, for a key or a template: of a table its JSON, the same for equal ones; nil for
+-- nil. Not in APISIX.
+function _M.var_text(value)
+    local kind = type(value)
+    if kind == "string" or kind == "nil" then
+        return value
+    end
+    return kind == "table" and require("apisix.core.json").stably_encode(value) or tostring(value)
+end
+
 --- Replaces `$name`, `${name}` and `${name ?? default}` by variables: the text, nil, and how many were found.
 -- `\$` stays as it is. `escape(value)` is applied to each value.
 function _M.resolve_var(text, vars, escape)
@@ -161,7 +171,7 @@ function _M.resolve_var(text, vars, escape)
         else
             resolved = resolved + 1
         end
-        value = tostring(value)
+        value = _M.var_text(value)
         out[n + 1] = part.literal
         out[n + 2] = escape and escape(value) or value
         n = n + 2

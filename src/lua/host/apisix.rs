@@ -25,7 +25,7 @@ use crate::{
         sched::{self, Op, failed},
         vm::{self, Purpose},
     },
-    model::{self, Id, Keyring, Object, ParseContext, Parsed, PluginConf, consumer::AuthKey, parse},
+    model::{self, Id, Keyring, Object, ParseContext, Parsed, PluginConf, Plugins, consumer::AuthKey, parse},
     observe::{append, metrics},
     schema,
     store::Snapshot,
@@ -216,7 +216,7 @@ fn find_consumer(s: &Stack) -> Answer {
     let credential = credential_id.as_ref().and_then(|id| config.credentials.get(id));
     let plugins = credential.map_or(&consumer.value.plugins, |c| &c.value.plugins);
     let Some(conf) = plugins.get(&key.plugin) else { return Ok(s.push_nil()) };
-    push_object(s, &consumer.json)?;
+    push_json(s, &consumer.value.plugins.in_clear(&consumer.json))?;
     s.push_bytes(consumer.value.username.as_bytes());
     s.push_number(consumer.mod_revision as f64);
     push_object(s, &conf.json)?;
@@ -228,7 +228,7 @@ fn consumer_by_name(s: &Stack) -> Answer {
     let name = s.arg_str(1)?;
     let Some(config) = snapshot() else { return Ok(s.push_nil()) };
     let Some(consumer) = config.consumers.get(&*name) else { return Ok(s.push_nil()) };
-    push_object(s, &consumer.json)?;
+    push_json(s, &consumer.value.plugins.in_clear(&consumer.json))?;
     s.push_number(consumer.mod_revision as f64);
     Ok(2)
 }
@@ -276,7 +276,7 @@ fn push_entry(
     credential: Option<&Id>,
 ) -> Result<(), Raise> {
     s.push_table(0, 5);
-    push_object(s, &consumer.json)?;
+    push_json(s, &consumer.value.plugins.in_clear(&consumer.json))?;
     s.set(-2, "consumer");
     s.push_bytes(consumer.value.username.as_bytes());
     s.set(-2, "username");
@@ -416,7 +416,7 @@ fn metadata(api: &mut Api) -> Result<()> {
             let Some(object) = in_force().and_then(|c| c.plugin_metadata.get(&*name).cloned()) else {
                 return Ok(s.push_nil());
             };
-            push_object(s, &object.json)?;
+            push_object(s, &object.value.json)?;
             s.push_number(object.mod_revision as f64);
             Ok(2)
         },
@@ -424,12 +424,13 @@ fn metadata(api: &mut Api) -> Result<()> {
     api.func(
         "native.apisix.object",
         Phases::ANY,
-        "object(kind, id) -> table, revision, uid | nil: an object of the configuration, kind as in the Admin API: \"upstreams\".",
+        "object(kind, id) -> table, revision, uid | nil: an object of the configuration with its plugins' confs decrypted, kind as in \
+         the Admin API: \"upstreams\".",
         |s| {
             let Some(found) = in_force().and_then(|c| named(s, &c).transpose()).transpose()? else {
                 return Ok(s.push_nil());
             };
-            push_object(s, &found.json)?;
+            push_json(s, &found.plugins.unwrap_or_default().in_clear(&found.json))?;
             s.push_number(found.revision as f64);
             s.push_number(found.uid as f64);
             Ok(3)
@@ -467,25 +468,27 @@ fn named(s: &Stack, config: &Snapshot) -> Result<Option<Stored>, Raise> {
 /// What scripts read of an object.
 struct Stored {
     json: Arc<str>,
+    plugins: Option<Plugins>,
     revision: i64,
     uid: u64,
 }
 
 fn stored(config: &Snapshot, kind: model::Kind, id: &str) -> Option<Stored> {
     fn of<T>(object: &Arc<Object<T>>) -> Stored {
-        Stored { json: object.json.clone(), revision: object.mod_revision, uid: object.uid }
+        Stored { json: object.json.clone(), plugins: None, revision: object.mod_revision, uid: object.uid }
     }
+    let with = |found: Stored, plugins: &Plugins| Stored { plugins: Some(plugins.clone()), ..found };
     use model::Kind;
     match kind {
-        Kind::Route => config.routes.get(id).map(of),
-        Kind::Service => config.services.get(id).map(of),
+        Kind::Route => config.routes.get(id).map(|o| with(of(o), &o.value.plugins)),
+        Kind::Service => config.services.get(id).map(|o| with(of(o), &o.value.plugins)),
         Kind::Upstream => config.upstreams.get(id).map(of),
-        Kind::Consumer => config.consumers.get(id).map(of),
-        Kind::Credential => config.credentials.get(id).map(of),
-        Kind::ConsumerGroup => config.consumer_groups.get(id).map(of),
-        Kind::PluginConfig => config.plugin_configs.get(id).map(of),
-        Kind::GlobalRule => config.global_rules.iter().find(|o| *o.id == *id).map(of),
-        Kind::PluginMetadata => config.plugin_metadata.get(id).map(of),
+        Kind::Consumer => config.consumers.get(id).map(|o| with(of(o), &o.value.plugins)),
+        Kind::Credential => config.credentials.get(id).map(|o| with(of(o), &o.value.plugins)),
+        Kind::ConsumerGroup => config.consumer_groups.get(id).map(|o| with(of(o), &o.value.plugins)),
+        Kind::PluginConfig => config.plugin_configs.get(id).map(|o| with(of(o), &o.value.plugins)),
+        Kind::GlobalRule => config.global_rules.iter().find(|o| *o.id == *id).map(|o| with(of(o), &o.value.plugins)),
+        Kind::PluginMetadata => config.plugin_metadata.get(id).map(|o| Stored { json: o.value.json.clone(), ..of(o) }),
         // Keys, sources of code and secrets are not for every plugin to read.
         Kind::Ssl | Kind::Secret | Kind::Function | Kind::PluginSource => None,
         Kind::StreamRoute => config.stream_routes.get(id).map(of),

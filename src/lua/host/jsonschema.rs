@@ -102,7 +102,8 @@ fn check(s: &Stack) -> Answer {
     let mut value = given.clone();
     if let Err(why) = schema.check(&mut value) {
         s.push_bool(false);
-        s.push_bytes(why);
+        // JSON's null stands for nil, too, and is userdata elsewhere.
+        s.push_bytes(if s.is_nil(2) { why.replace("got userdata", "got nil") } else { why });
         return Ok(2);
     }
     s.set_top(2);
