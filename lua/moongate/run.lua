@@ -9,11 +9,11 @@ local plugins = require("moongate.plugins")
 local load_text = require("moongate.chunk").load
 local pre_function = require("moongate.pre_function")
 local request = require("moongate.request")
-local encode = require("cjson").encode
+local function_json = require("cjson").new()
 local ctxs = request.ctxs
 local begin = ctx_of.begin
-local ipairs, pcall, rawget, setmetatable, tostring, type, unpack =
-    ipairs, pcall, rawget, setmetatable, tostring, type, unpack
+local error, ipairs, pcall, rawget, require, setmetatable, tostring, type, unpack =
+    error, ipairs, pcall, rawget, require, setmetatable, tostring, type, unpack
 
 local _M = {}
 
@@ -211,7 +211,20 @@ function _M.build(owners, noting, hooked, dynamic)
     return plan, table.concat(has)
 end
 
--- `return code, body` of a plugin as status and text.
+-- As `core.json` writes them, which functions have only when they ask for it.
+function_json.encode_escape_forward_slash(false)
+
+local function_entry = { name = "function" }
+
+-- What is no JSON is no answer of a function; of a plugin it is shown by its name, as `core.response.exit` does.
+local function encode(value, entry)
+    if entry == function_entry then return function_json.encode(value) .. "\n" end
+    local text, err = require("apisix.core.json").encode(value, true)
+    if not text then error("failed to encode data: " .. tostring(err), 0) end
+    return text .. "\n"
+end
+
+-- `return code, body` of a plugin or a function as status and text, and whether the text is JSON.
 local function answer(code, body, entry)
     if type(code) ~= "number" then
         if body == nil then code, body = nil, code end
@@ -219,12 +232,13 @@ local function answer(code, body, entry)
         native.log_exit(entry.name, code)
         if entry.error_response ~= nil then body = entry.error_response end
     end
-    if type(body) == "table" then
-        body = encode(body) .. "\n"
+    local is_json = type(body) == "table"
+    if is_json then
+        body = encode(body, entry)
     elseif body ~= nil then
         body = tostring(body)
     end
-    return type(code) == "number" and code or 200, body
+    return type(code) == "number" and code or 200, body, is_json
 end
 
 _M.answer = answer
@@ -378,12 +392,29 @@ for _, phase in ipairs({ "header_filter", "body_filter", "delayed_body_filter", 
     end
 end
 
-local function_entry = { name = "function" }
 local function_scope = { conf_type = "function" }
 
---- Calls an uploaded function: its status and text. `scheduled_at`: the second since the epoch that a schedule named.
-function _M.call_function(f, at, scheduled_at)
+-- What functions know of a consumer, by uid: shared, as what `ctx` leads to is; gone with the last request that has it.
+local consumers = setmetatable({}, { __mode = "v" })
+
+local function know_consumer(ctx)
+    local uid = native.consumer_uid()
+    if uid == 0 then return end
+    local consumer = consumers[uid]
+    if not consumer then
+        consumer = native.consumer()
+        consumers[uid] = consumer
+    end
+    ctx.consumer, ctx.consumer_name = consumer, consumer.consumer_name
+    ctx.consumer_group_id, ctx.credential_id = consumer.group_id, native.credential_id()
+end
+
+--- Calls an uploaded function: its status, its text and whether that is JSON. `id`, `revision`: which function, and which text
+-- of it. `scheduled_at`: the second since the epoch that a schedule named.
+function _M.call_function(f, at, id, revision, scheduled_at)
     local ctx = ctxs[at] or begin(at, function_scope)
+    ctx.conf_id, ctx.conf_version = id, revision
+    know_consumer(ctx)
     if scheduled_at then ctx.scheduled_at = scheduled_at end
     local code, body = f(ctx)
     if code or body then return answer(code, body, function_entry) end

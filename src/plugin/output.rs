@@ -11,6 +11,16 @@ use crate::{
     exchange::{BodyLength, Client, Exchange, Phase, framing::parse_decimal},
 };
 
+/// What an answer of Lua's is that does not say it: nginx's type and APISIX's charset.
+pub const LUA_TYPE: &str = "text/plain; charset=utf-8";
+
+/// Gives a plugin's or a function's answer a type, unless it has one or was relieved of it. Locations have one of their own.
+pub fn default_type(x: &mut Exchange, kind: &str) {
+    if x.location.is_none() && !x.untyped && !x.response.headers.contains("content-type") {
+        x.response.headers.append("Content-Type", kind);
+    }
+}
+
 /// Sends the response whose body is `x.printed`, through the filters, to its end.
 pub async fn answer(x: &mut Exchange, runner: &Runner) -> Result<()> {
     answer_with(x, runner, |_| true).await.map(drop)

@@ -11,6 +11,7 @@ use std::{
     cell::{Cell, RefCell},
     collections::HashMap,
     ffi::c_int,
+    ops::RangeInclusive,
     rc::Rc,
     sync::Arc,
 };
@@ -40,7 +41,7 @@ use function::{Call, Functions};
 pub use mock::MockRequest;
 
 use super::{
-    PhaseMask, Watching,
+    PhaseMask, Watching, output,
     plan::{self, Key, Owner, Sources, Watched},
     registered,
     registry::{self, Plugins, Setup},
@@ -860,30 +861,49 @@ fn push_call(s: &Stack, entry: c_int, plan: c_int, slot: u32, flag: bool) -> c_i
     3
 }
 
-/// `status, body` of a phase that may answer.
-fn read_answer(s: &Stack) -> Option<(u16, Vec<u8>)> {
-    let status = s.number(1)? as u16;
-    Some((status, s.bytes(2).unwrap_or_default().to_vec()))
+/// What a function has returned to answer with.
+struct Said {
+    status: u16,
+    body: Vec<u8>,
+    /// It is JSON, and says so where nothing else is said.
+    json: bool,
 }
 
+/// `status, body, is JSON` of a phase that may answer.
+fn read_answer(s: &Stack) -> Option<Said> {
+    let status = s.number(1)? as u16;
+    Some(Said { status, body: s.bytes(2).unwrap_or_default().to_vec(), json: s.boolean(3) })
+}
+
+/// nginx closes the connection without a word.
+const CLOSE: u16 = 444;
+
 /// What a call's end means for the request.
-fn settle(x: &mut Exchange, outcome: Outcome<Option<(u16, Vec<u8>)>>) -> Flow {
+fn settle(x: &mut Exchange, outcome: Outcome<Option<Said>>) -> Flow {
+    let json = matches!(&outcome, Outcome::Done(Some(said)) if said.json);
+    let flow = decide(x, outcome);
+    if flow == Flow::Answer && !x.response.head_sent && !x.printed.is_empty() {
+        output::default_type(x, if json { "application/json" } else { output::LUA_TYPE });
+    }
+    flow
+}
+
+fn decide(x: &mut Exchange, outcome: Outcome<Option<Said>>) -> Flow {
     match outcome {
         Outcome::Done(None) if x.response.ended => Flow::Sent,
         Outcome::Done(None) if x.response.head_sent || !x.printed.is_empty() => Flow::Answer,
         Outcome::Done(None) => Flow::Next,
-        Outcome::Done(Some((status, _))) if !(100..=999).contains(&status) => {
-            log_error(x, &format!("{} answered with status {status}", crate::lua::api::context_name(x.phase)));
-            failed(x)
-        }
+        Outcome::Done(Some(Said { status: CLOSE, .. })) => exit(x, CLOSE.into()),
+        Outcome::Done(Some(Said { status, .. })) if !FINAL.contains(&status) => no_answer(x, status.into()),
         // nginx's own page, as for `ngx.exit(503)`: the proxy makes it where there is no type.
-        Outcome::Done(Some((status, body))) if status >= 400 && body.is_empty() && x.printed.is_empty() => {
+        Outcome::Done(Some(Said { status, body, .. })) if status >= 400 && body.is_empty() && x.printed.is_empty() => {
             x.response.status = status;
             x.response.source = Source::Gateway;
             Flow::Answer
         }
-        Outcome::Done(Some((status, body))) => {
-            answer(x, status);
+        Outcome::Done(Some(Said { status, body, .. })) => {
+            x.response.status = status;
+            x.response.source = Source::Gateway;
             x.printed.extend_from_slice(&body);
             Flow::Answer
         }
@@ -895,23 +915,20 @@ fn settle(x: &mut Exchange, outcome: Outcome<Option<(u16, Vec<u8>)>>) -> Flow {
     }
 }
 
-/// A plugin has answered with this status.
-fn answer(x: &mut Exchange, status: u16) {
-    x.response.status = status;
-    x.response.source = Source::Gateway;
-    if status >= 400 && !x.response.headers.contains("content-type") {
-        x.response.headers.append("Content-Type", "text/html; charset=utf-8");
-    }
+/// Statuses that end a request: behind a 1xx the client waits for another one.
+const FINAL: RangeInclusive<u16> = 200..=999;
+
+fn no_answer(x: &mut Exchange, status: i64) -> Flow {
+    log_error(x, &format!("{} answered with status {status}", crate::lua::api::context_name(x.phase)));
+    failed(x)
 }
 
 /// `ngx.exit(status)`
 fn exit(x: &mut Exchange, status: i64) -> Flow {
-    /// nginx closes the connection without a word.
-    const CLOSE: i64 = 444;
     let begun = x.response.head_sent || !x.printed.is_empty();
     match status {
         _ if x.response.ended => Flow::Sent,
-        CLOSE => Flow::Close,
+        _ if status == i64::from(CLOSE) => Flow::Close,
         // ngx.OK ends the phase only, unless something was printed.
         0 if !begun => Flow::Next,
         _ if begun => {
@@ -920,11 +937,12 @@ fn exit(x: &mut Exchange, status: i64) -> Flow {
             }
             Flow::Answer
         }
-        100..=999 => {
+        200..=999 => {
             x.response.status = status as u16;
             x.response.source = Source::Gateway;
             Flow::Answer
         }
+        100..=199 => no_answer(x, status),
         _ => failed(x),
     }
 }

@@ -791,7 +791,7 @@ fn buffers(x: &Exchange) -> bool {
 
 /// `default_type`, for answers of Lua's.
 fn default_type(x: &mut Exchange) {
-    let Some(location) = &x.location else { return };
+    let Some(location) = &x.location else { return output::default_type(x, output::LUA_TYPE) };
     if x.untyped || !location.directives.lua_use_default_type || x.response.headers.contains("content-type") {
         return;
     }

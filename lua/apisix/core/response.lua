@@ -50,7 +50,7 @@ local function prepare(first, ...)
         end
     end
     if n > 0 and not native.content_type_set() then
-        ngx_header.content_type = "text/plain; charset=utf-8"
+        ngx_header["Content-Type"] = "text/plain; charset=utf-8"
     end
     return code, n > 0 and concat(parts, "", 1, n) or nil
 end

@@ -270,9 +270,12 @@ crate::export! {
             return -1;
         }
         let (name, value) = unsafe { (fast::bytes(name, len), fast::bytes(value, value_len)) };
-        if how & !SOUND == 2 && name.eq_ignore_ascii_case(b"content-type") {
+        let is_type = name.eq_ignore_ascii_case(b"content-type");
+        if how & !SOUND == 2 && is_type {
             x.untyped = true;
         }
+        // As nginx spells it, `ngx.header.content_type` or not.
+        let name = if is_type { b"Content-Type" } else { name };
         change(&mut x.response.headers, name, value, how);
         1
     }

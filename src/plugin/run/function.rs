@@ -265,7 +265,7 @@ impl FunctionVm {
             bounds.held_kb.set(limits::memory_kb(&self.vm));
         }
         let (begun, longest) = (Instant::now(), call.function.limits.timeout);
-        let called = timeout(longest, self.call(x, callable, call.scheduled_at)).await;
+        let called = timeout(longest, self.call(x, callable, call)).await;
         let condemned = limits::last_run_condemned();
         let greedy = bounds.is_some_and(|bounds| bounds.left_kb.get() == 0);
         let late = called.is_err() || condemned && begun.elapsed() >= longest;
@@ -287,19 +287,20 @@ impl FunctionVm {
         (flow, condemned || greedy || limits::memory_mb(&self.vm) > self.vm.limits().memory_mb)
     }
 
-    async fn call(&self, x: &mut Exchange, callable: c_int, scheduled_at: Option<i64>) -> Flow {
+    async fn call(&self, x: &mut Exchange, callable: c_int, call: &Call<'_>) -> Flow {
         let lent = Lent::new(x, &self.vm);
         let slot = lent.slot;
-        let call = self.call;
         let push = |s: &Stack| {
-            s.get_index(ffi::LUA_REGISTRYINDEX, call as usize);
+            s.get_index(ffi::LUA_REGISTRYINDEX, self.call as usize);
             s.get_index(ffi::LUA_REGISTRYINDEX, callable as usize);
             s.push_number(f64::from(slot));
-            match scheduled_at {
+            s.push_bytes(call.id);
+            s.push_number(call.variant.revision as f64);
+            match call.scheduled_at {
                 Some(at) => s.push_number(at as f64),
                 None => s.push_nil(),
             };
-            3
+            5
         };
         let outcome = sched::call(&self.vm, lent.x, push, read_answer).await;
         let flow = settle(lent.x, outcome);
