@@ -121,6 +121,9 @@ mod env {
         let many = |n: usize| Value::Object((0..n).map(|i| (format!("N{i}"), "x".into())).collect());
         assert_eq!(put(many(64)).status, 201);
         refused(&put(many(65)), 400, "property \\\"env\\\" validation failed");
+        let name = |n: usize| json!({"A".repeat(n): "x"});
+        assert_eq!(put(name(64)).status, 200);
+        refused(&put(name(65)), 400, "property \\\"env\\\" validation failed");
         let long = |n: usize| json!({"A": "x".repeat(n)});
         assert_eq!(put(long(8192)).status, 200);
         refused(&put(long(8193)), 400, "too long");
@@ -626,6 +629,10 @@ mod schedules {
         eventually("it ran four times", || (all().len() >= 4).then_some(()));
         let all = all();
         assert_eq!(all.iter().collect::<HashSet<_>>().len(), all.len(), "{all:?}");
+        let turns = || etcd.keys("/apisix/moongate/function_runs/");
+        assert_eq!(turns().len(), 1, "{:?}", turns());
+        assert_eq!(nodes[1].admin("DELETE", "/functions/tick", ()).status, 200);
+        eventually("nothing of it is left", || turns().is_empty().then_some(()));
     }
 
     #[test]

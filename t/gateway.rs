@@ -36,5 +36,7 @@ mod start;
 mod stores;
 #[path = "gateway/uploads.rs"]
 mod uploads;
+#[path = "gateway/values.rs"]
+mod values;
 #[path = "gateway/workflow.rs"]
 mod workflow;

@@ -197,6 +197,7 @@ local function new_env()
 
     function own.rawset(t, key, value)
         if frozen[t] then error("this table is everybody's: it cannot be changed", 2) end
+        if t == own.env then error("env is read-only", 2) end
         return rawset(t, key, value)
     end
 

@@ -382,6 +382,11 @@ pub(super) fn body(state: &State, kind: Kind, call: &Call) -> Outcome<Value> {
     let value = match json_body(state, call) {
         Ok(value) if !is_lua || says_json || value.get("source").is_some() => value,
         Err(refusal) if !is_lua || says_json || call.body.is_empty() => return Err(refusal),
+        Ok(Value::Object(_)) => {
+            let text =
+                "invalid request body: either the Lua text itself, or a JSON object with the Lua text as \"source\"";
+            return Err(Answer::refuse(400, text));
+        }
         _ => match std::str::from_utf8(&call.body) {
             Ok(source) => json!({ "source": source }),
             Err(_) => return Err(Answer::refuse(400, "invalid request body: not UTF-8")),

@@ -85,8 +85,9 @@ impl Keeper {
         loop {
             let snapshot = self.published.load();
             let now = now();
-            if timetable.follow(&snapshot.functions, now) {
+            if let Some(gone) = timetable.follow(&snapshot.functions, now) {
                 functions::keep(|id| snapshot.functions.contains_key(id));
+                self.clone().forget(gone);
             }
             for (id, at) in timetable.due(now) {
                 if let Some(function) = snapshot.functions.get(&id) {
@@ -101,6 +102,20 @@ impl Keeper {
         }
     }
 
+    /// Functions that are gone leave no key: the next one of that name has its own turns. Every node does it, whoever comes first.
+    fn forget(self, gone: Vec<Id>) {
+        if gone.is_empty() || self.store.name() != "etcd" {
+            return;
+        }
+        spawn_local(async move {
+            for id in gone {
+                if let Err(e) = self.store.delete(&turn_key(&id), Condition::Always).await {
+                    tracing::warn!("function {id} is gone, but not yet who ran it last: {e}");
+                }
+            }
+        });
+    }
+
     fn start(self, id: Id, uid: u64, at: i64, longest: Duration) {
         if !self.running.borrow_mut().insert(id.clone()) {
             return tracing::warn!("function {id}: its last scheduled call has not ended: this one is left out");
@@ -110,6 +125,10 @@ impl Keeper {
                 tracing::error!("function {id}: its scheduled call is left out: {e}");
             }
             self.running.borrow_mut().remove(&id);
+            // What it has noted may have come after the function's end.
+            if !self.published.load().functions.contains_key(&id) {
+                self.forget(vec![id]);
+            }
         });
     }
 
@@ -119,7 +138,7 @@ impl Keeper {
             self.call(id, uid, at).await;
             return Ok(());
         }
-        let key = format!("/moongate/function_runs/{id}");
+        let key = turn_key(id);
         let last = self.store.get(&key).await?;
         let turn: Option<Turn> = last.as_ref().and_then(|entry| serde_json::from_str(&entry.value).ok());
         if turn.is_some_and(|turn| turn.at >= at || turn.running) {
@@ -202,6 +221,10 @@ impl Keeper {
     }
 }
 
+fn turn_key(id: &str) -> String {
+    format!("/moongate/function_runs/{id}")
+}
+
 fn text(at: i64, running: bool) -> String {
     // Two plain fields.
     serde_json::to_string(&Turn { at, running }).unwrap_or_default()
@@ -242,11 +265,14 @@ struct Timetable {
 }
 
 impl Timetable {
-    /// Takes over which functions there are; says whether that has changed. One whose version is the same keeps its time.
-    fn follow(&mut self, functions: &Table<model::Function>, now: i64) -> bool {
+    /// Takes over which functions there are. One whose version is the same keeps its time. Those with a schedule that are gone;
+    /// `None`: nothing has changed.
+    fn follow(&mut self, functions: &Table<model::Function>, now: i64) -> Option<Vec<Id>> {
         if self.functions.ptr_eq(functions) {
-            return false;
+            return None;
         }
+        let scheduled = self.functions.iter().filter(|(_, function)| function.value.schedule.is_some());
+        let gone = scheduled.filter(|(id, _)| !functions.contains_key(*id)).map(|(id, _)| id.clone()).collect();
         self.functions = functions.clone();
         let mut next = HashMap::new();
         for (id, function) in functions {
@@ -257,7 +283,7 @@ impl Timetable {
             }
         }
         self.next = next;
-        true
+        Some(gone)
     }
 
     /// Those whose time has come, with the time that they were to run at; missed ones are left out.
@@ -376,7 +402,7 @@ mod tests {
     fn each_runs_when_its_minute_begins_and_missed_runs_are_left_out() {
         let mut timetable = Timetable::default();
         let functions = table(&[("a", 1, "* * * * *"), ("b", 2, "*/5 * * * *")]);
-        assert!(timetable.follow(&functions, 0) && !timetable.follow(&functions, 1));
+        assert_eq!((timetable.follow(&functions, 0), timetable.follow(&functions, 1)), (Some(vec![]), None));
         assert_eq!((timetable.next(), timetable.due(59)), (Some(60), vec![]));
         assert_eq!((timetable.due(60), timetable.due(61)), (vec![("a".into(), 60)], vec![]));
         // The process slept: at the bound it is late, past it the run is missed.
@@ -393,7 +419,7 @@ mod tests {
         timetable.follow(&table(&[("a", 1, "* * * * *"), ("b", 2, "* * * * *")]), 0);
         timetable.follow(&table(&[("a", 1, "* * * * *"), ("b", 3, "30 * * * *")]), 70);
         assert_eq!(timetable.due(70), [("a".into(), 60)], "its version is the same");
-        timetable.follow(&table(&[("b", 3, "30 * * * *")]), 71);
+        assert_eq!(timetable.follow(&table(&[("b", 3, "30 * * * *")]), 71), Some(vec!["a".into()]));
         assert_eq!(timetable.next(), Some(1800));
     }
 

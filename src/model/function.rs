@@ -212,6 +212,7 @@ mod tests {
     fn a_refusal_says_what_is_wrong() {
         for (more, text) in [
             (json!({"env": {"a-b": "x"}}), "a-b"),
+            (json!({"env": {"A".repeat(65): "x"}}), "AAA"),
             (json!({"env": {"A": 1}}), "wrong type: expected string, got number"),
             (json!({"schedule": "61 * * * *"}), "property \"schedule\" validation failed: minute \"61\""),
             (json!({"canary": {"weight": 101, "source": "x"}}), "weight"),

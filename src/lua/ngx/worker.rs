@@ -43,14 +43,16 @@ pub fn register(api: &mut Api) -> Result<()> {
         let closes = vm::current().is_some_and(|vm| vm.timers.is_closing());
         Ok(s.push_bool(closes || EXITING.load(Ordering::Relaxed)))
     })?;
-    let doc = "graceful_exit(): true | nil, err; the whole gateway drains, as after SIGQUIT. Not in functions";
+    let doc = "graceful_exit(): true | nil, err; the whole gateway drains, as after SIGQUIT. Raises in functions without trust";
     api.func("native.process.graceful_exit", any, doc, graceful_exit)
 }
 
 /// A worker is a thread that is not started again, so that the process drains where nginx ends one of its workers.
 fn graceful_exit(s: &Stack) -> Answer {
-    if vm::current().is_some_and(|vm| vm.config.purpose != Purpose::Plugins) {
-        return s.fail("not open to functions");
+    match vm::current().map(|vm| vm.config.purpose) {
+        Some(Purpose::Functions) => return Err("signal_graceful_exit is not open to functions".into()),
+        Some(Purpose::Check) => return s.fail("nothing is served here"),
+        _ => {}
     }
     // SAFETY: plain numbers go in; the process hears the signal (app::control).
     match unsafe { libc::kill(libc::getpid(), libc::SIGQUIT) } {
