@@ -157,7 +157,7 @@ fn answers_of_lua_have_a_type() {
     assert_eq!((&told("table")["url"], &told("exit")["url"]), (&json!("a/b"), &json!("a/b")));
     for what in ["table", "exit"] {
         let text = gw.get(&format!("/r?what={what}")).text();
-        assert!(text.starts_with("{\"url\":\"a/b\",\"f\":\"function: ") && text.ends_with("\"}\n"), "{text}");
+        assert!(text.contains("\"a/b\"") && text.contains("function: ") && text.ends_with("}\n"), "{text}");
     }
     let source = "return function(ctx)
         local what = ctx.var.arg_what
