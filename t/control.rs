@@ -8,6 +8,8 @@ mod contract;
 mod debug;
 #[path = "control/plugins.rs"]
 mod plugins;
+#[path = "control/prometheus.rs"]
+mod prometheus;
 #[path = "control/status.rs"]
 mod status;
 #[path = "control/trace.rs"]

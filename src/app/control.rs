@@ -19,6 +19,7 @@ use super::{
     debug::DebugFile,
     ending::Endings,
     functions::Keeper,
+    gauges,
     listeners::{self, Sockets},
     plugins::Plugins,
     reload::Reload,
@@ -77,6 +78,7 @@ pub async fn run(mut config: Config) -> Result<()> {
     status.configured(started.published.clone(), started.source.clone(), received);
     let metrics = metrics::Metrics::new(metrics::Settings::from_attr(&config.json["plugin_attr"]["prometheus"]));
     metrics.install();
+    gauges::add(&metrics, started.published.clone(), started.source.clone());
     let resolver = Arc::new(Resolver::new(&settings::dns(&config), Handle::current()));
     crate::lua::ngx::socket_tcp::set_resolver(resolver.clone());
     crate::lua::host::store::open_to_scripts(store.clone(), started.published.clone());

@@ -158,7 +158,7 @@ async fn serve(worker: usize, blueprint: Blueprint, sockets: Bound, line: Line) 
     let mut listeners = JoinSet::new();
     listen(&blueprint, &handler, &drain, (sockets.http, sockets.unix), &mut listeners);
     if blueprint.config.stream.enabled {
-        stream(&blueprint, &drain, sockets.tcp, sockets.udp, &mut listeners);
+        stream(&blueprint, &drain, sockets.tcp, sockets.udp, &mut listeners)?;
     }
     let mut chores = chores(&serving, &ending, (collections, debug), questions);
     chores.spawn_local(follow(worker, serving.clone(), ending.clone(), (blueprints, taken)));
@@ -304,12 +304,13 @@ fn stream(
     tcp: Vec<Tcp>,
     udp: Vec<UdpSocket>,
     listeners: &mut JoinSet<Result<()>>,
-) {
+) -> Result<()> {
     let Blueprint { config, published, resolver, endings, .. } = blueprint;
     let log = endings.of_streams(config);
     let mut settings = settings::stream(config);
     settings.udp_listeners = udp.iter().filter_map(|socket| socket.local_addr().ok()).collect();
-    let streams = Rc::new(Streams::new(settings, published.clone(), resolver.clone(), drain.clone(), log));
+    let (published, resolver, metrics) = (published.clone(), resolver.clone(), endings.metrics.clone());
+    let streams = Rc::new(Streams::new(settings, published.clone(), resolver, drain.clone(), log, metrics)?);
     for Tcp { socket, proxy_protocol, proxy_protocol_to_upstream: to_upstream, tls } in tcp {
         let tls = tls.map(|server| listener::Tls { server, published: published.clone(), scripts: Rc::default() });
         let listener = stream::tcp::Listener { socket, proxy_protocol, tls, to_upstream };
@@ -318,6 +319,7 @@ fn stream(
     for socket in udp {
         listeners.spawn_local(stream::udp::run(streams.clone(), socket));
     }
+    Ok(())
 }
 
 /// Waits until the order is one that `meant` says yes to. An absent control thread means stop.

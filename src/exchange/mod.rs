@@ -37,7 +37,7 @@ pub use body::{Chunk, RequestBody, Spooled};
 pub use headers::Headers;
 use headers::append_all;
 pub use last_host::LastHost;
-pub use vars::{Known, Var};
+pub use vars::{Known, Var, hostname};
 
 use crate::{
     conf::locations::Location,

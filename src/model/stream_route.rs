@@ -23,12 +23,21 @@ pub struct StreamRoute {
     pub upstream: Option<Arc<Upstream>>,
     pub upstream_id: Option<Id>,
     pub service_id: Option<Id>,
+    /// It has the prometheus plugin, the only one of streams. `Some(true)`: counted by name.
+    pub prometheus: Option<bool>,
 }
 
 impl StreamRoute {
+    /// What the route is in metrics; `None`: it is not counted.
+    pub fn counted_as(&self, id: &str) -> Option<Box<str>> {
+        let name = self.name.as_deref().filter(|_| self.prometheus == Some(true));
+        self.prometheus.map(|_| name.unwrap_or(id).into())
+    }
+
     pub(super) fn from_json(map: &mut Map<String, Value>, context: &ParseContext<'_>) -> Result<StreamRoute> {
         // A route without what its plugins do would let in whom they keep out.
-        if let Some(name) = map.get("plugins").and_then(Value::as_object).and_then(|plugins| plugins.keys().next()) {
+        let plugins = map.get("plugins").and_then(Value::as_object).cloned();
+        if let Some(name) = plugins.as_ref().and_then(|plugins| plugins.keys().find(|name| *name != PROMETHEUS)) {
             return Err(invalid(format!("unknown plugin [{name}]")));
         }
         if let Some(protocol) = map.get("protocol").and_then(Value::as_object) {
@@ -43,8 +52,30 @@ impl StreamRoute {
             upstream: Upstream::inline(map, context)?,
             upstream_id: id(map, "upstream_id"),
             service_id: id(map, "service_id"),
+            prometheus: plugins
+                .as_ref()
+                .and_then(|plugins| plugins.get(PROMETHEUS))
+                .map(counting)
+                .transpose()?
+                .flatten(),
         })
     }
+}
+
+const PROMETHEUS: &str = "prometheus";
+
+/// Whether a session is counted by the route's name; `None`: the plugin is disabled.
+fn counting(conf: &Value) -> Result<Option<bool>> {
+    let refused =
+        |what: &str| invalid(format!("failed to check the configuration of stream plugin [{PROMETHEUS}]: {what}"));
+    let Some(conf) = conf.as_object() else { return Err(refused("wrong type: expected object")) };
+    let prefers_name = match conf.get("prefer_name") {
+        None => false,
+        Some(Value::Bool(prefers_name)) => *prefers_name,
+        Some(_) => return Err(refused("property \"prefer_name\" validation failed: wrong type: expected boolean")),
+    };
+    let disabled = conf.get("_meta").is_some_and(|meta| meta["disable"] == true);
+    Ok((!disabled).then_some(prefers_name))
 }
 
 fn network(map: &Map<String, Value>, key: &str) -> Result<Option<IpNet>> {

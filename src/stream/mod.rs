@@ -32,7 +32,10 @@ use crate::{
         upstream::{Balance, HashOn, Node},
     },
     net::Drain,
-    observe::log::Level,
+    observe::{
+        log::Level,
+        metrics::{Ends, Metrics},
+    },
     router::streams::Place,
     store::{Published, Snapshot},
 };
@@ -72,6 +75,8 @@ pub struct Streams {
     resolver: Arc<Resolver>,
     drain: Drain,
     log: Option<Log>,
+    metrics: Arc<Metrics>,
+    ends: Ends,
     pickers: Pickers,
     /// Spreads sessions over the addresses of a name.
     turn: Cell<usize>,
@@ -128,9 +133,11 @@ impl Streams {
         resolver: Arc<Resolver>,
         drain: Drain,
         log: Option<Log>,
-    ) -> Self {
+        metrics: Arc<Metrics>,
+    ) -> Result<Self> {
         let (pickers, turn, udp_sessions, udp_lines) = Default::default();
-        Streams { settings, published, resolver, drain, log, pickers, turn, udp_sessions, udp_lines }
+        let ends = Ends::of(&metrics)?;
+        Ok(Streams { settings, published, resolver, drain, log, metrics, ends, pickers, turn, udp_sessions, udp_lines })
     }
 
     /// The route's upstream, else its service's.
@@ -142,6 +149,7 @@ impl Streams {
             return Err(Error::client(Kind::NotFound).context("not hit any route"));
         };
         session.route = Some(route.id.clone());
+        session.counted = route.value.counted_as(&route.id);
         let missing = |what: &str, id: &str| {
             Error::config(Kind::NotFound).context(format!("stream route {}: there is no {what} {id}", route.id))
         };
@@ -246,14 +254,18 @@ impl Streams {
         }
     }
 
-    /// Logs how a session has ended.
-    fn ended(&self, session: &mut Session, outcome: Result<()>) {
+    /// Logs and counts how a session at that listener has ended.
+    fn ended(&self, session: &mut Session, listening: SocketAddr, outcome: Result<()>) {
         if let Err(e) = &outcome {
             // What clients do is not the operator's concern, as in nginx and APISIX; access_stream.log has it.
             let of_client = e.origin() == Origin::Client || session.established;
             self.tell(session, if of_client { Level::Info } else { Level::Error }, &e.to_string());
         }
         session.status = status(session, &outcome);
+        if let Some(route) = &session.counted {
+            let node = session.tries.last().map(|last| last.addr);
+            self.ends.ended(route, ending(session.status, &outcome), listening, node);
+        }
         if let Some(log) = &self.log {
             log.write(session);
         }
@@ -274,6 +286,15 @@ fn status(session: &Session, outcome: &Result<()>) -> u16 {
         Err(e) if e.origin() == Origin::Upstream => 502,
         Err(e) if e.kind() == Kind::Tls => 403,
         Err(_) => 500,
+    }
+}
+
+/// How a session has ended, in the words of `stream_status`: nginx's status, which is 200 of whatever had a node, made narrower.
+fn ending(status: u16, outcome: &Result<()>) -> u16 {
+    match outcome {
+        Err(e) if status == 200 && e.origin() == Origin::Client && e.kind() != Kind::ReadTimeout => 400,
+        Err(_) if status == 200 => 502,
+        _ => status,
     }
 }
 

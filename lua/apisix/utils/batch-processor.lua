@@ -4,11 +4,12 @@
 -- `inactive_timeout`; a batch that fails is tried `max_retry_count` times more, `retry_delay` apart, then dropped with
 -- a log line.
 local core = require("apisix.core")
+local native = require("moongate.native").apisix
 local ngx = ngx
 local now = ngx.now
 local exiting = ngx.worker.exiting
 local timer_at = ngx.timer.at
-local pcall, setmetatable, type = pcall, setmetatable, type
+local pcall, setmetatable, tostring, type = pcall, setmetatable, tostring, type
 
 local _M = {}
 local mt = { __index = _M }
@@ -32,9 +33,17 @@ local function new_batch()
     return { entries = {}, retries = 0 }
 end
 
+-- So many more entries wait, or fewer: `batch_process_entries` of the metrics.
+local function waits(self, count)
+    self.pending = self.pending + count
+    if self.slot then
+        native.add_waiting(self.slot, count)
+    end
+end
+
 -- Entries that wait no more.
 local function done(self, count)
-    self.pending = self.pending - count
+    waits(self, -count)
     if self.on_done then
         self.on_done(count)
     end
@@ -138,6 +147,13 @@ function arm_flush(self)
     self.armed = true
 end
 
+-- Processors without a route or an address are counted nowhere, as in APISIX.
+local function slot_of(config)
+    if config.name and config.route_id and config.server_addr then
+        return native.waiting_slot(config.name, tostring(config.route_id), config.server_addr)
+    end
+end
+
 --- A processor that calls `func(entries, batch_max_size)`: true, or false, the reason, and the first entry that failed.
 -- `config`: what the schema says, and `on_done(count)`, called for entries that were sent or dropped. nil and the reason.
 function _M.new(_, func, config)
@@ -153,6 +169,7 @@ function _M.new(_, func, config)
     end
     config.func, config.on_done = func, on_done
     config.batch = new_batch()
+    config.slot = slot_of(config)
     config.pending = 0
     config.first_at, config.last_at = 0, 0
     return setmetatable(config, mt)
@@ -171,7 +188,7 @@ function _M.push(self, entry)
     end
     self.last_at = t
     entries[#entries + 1] = entry
-    self.pending = self.pending + 1
+    waits(self, 1)
     if #entries >= self.batch_max_size then
         core.log.debug("Batch Processor[", self.name, "] batch max size has exceeded")
         return hand_on(self)
