@@ -16,6 +16,7 @@ mod log;
 pub mod openssl;
 pub mod posted;
 mod random;
+pub mod secrets;
 mod ssl;
 pub mod status;
 pub mod vars;

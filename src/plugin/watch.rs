@@ -80,6 +80,9 @@ impl Watching {
         if let Some(trace) = &self.trace {
             watch.traced = x.request.headers.get(&trace.header).is_some_and(|given| is_key(trace, given));
             x.request.headers.remove(&trace.header);
+            if watch.traced {
+                watch.secrets = trace.secrets.iter().cloned().collect();
+            }
         }
         let debug = self.debug.load();
         watch.named = debug.basic;
@@ -197,7 +200,12 @@ mod tests {
     }
 
     fn tracing(keep: usize) -> Arc<Watching> {
-        Watching::new(Some(conf::Trace { header: "X-T".into(), key: "0123456789abcdef".into(), keep }))
+        Watching::new(Some(conf::Trace {
+            header: "X-T".into(),
+            key: "0123456789abcdef".into(),
+            keep,
+            secrets: [].into(),
+        }))
     }
 
     #[test]
