@@ -6,6 +6,8 @@ mod support;
 mod contract;
 #[path = "control/debug.rs"]
 mod debug;
+#[path = "control/objects.rs"]
+mod objects;
 #[path = "control/plugins.rs"]
 mod plugins;
 #[path = "control/prometheus.rs"]

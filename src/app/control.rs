@@ -37,7 +37,7 @@ use crate::{
     error::{Error, Kind, Result},
     observe::{log, metrics},
     plugin::{Errand, Setup, Watching},
-    store::{self, Published, Started, Store},
+    store::{self, Published, SourceState, Started, Store},
 };
 
 /// Workers that were told to end at once get this long: one may be inside a script.
@@ -449,6 +449,7 @@ impl Apis<'_> {
         if let Some(listener) = ports.control {
             let (endpoints, watching) = (asking.clone(), self.watching.clone());
             let state = Rc::new(control::State {
+                prefix: shown_prefix(self.config, &self.started.source),
                 published: self.started.published.clone(),
                 source: self.started.source.clone(),
                 plugins,
@@ -473,6 +474,14 @@ impl Apis<'_> {
         }
         spawn_local(follow_labels(self.started.published.clone(), self.metrics));
         Ok(serving)
+    }
+}
+
+/// What stands before keys in the control API.
+fn shown_prefix(config: &Config, source: &SourceState) -> String {
+    match source.load().name {
+        "etcd" | "embedded" => store::shown_prefix(&config.json),
+        _ => String::new(),
     }
 }
 

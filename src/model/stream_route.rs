@@ -9,7 +9,7 @@ use super::{
     Id, Upstream,
     parse::{ParseContext, boxed, id, invalid, number, text},
 };
-use crate::{error::Result, expr};
+use crate::{error::Result, expr, schema};
 
 #[derive(Debug, Default)]
 pub struct StreamRoute {
@@ -66,16 +66,13 @@ const PROMETHEUS: &str = "prometheus";
 
 /// Whether a session is counted by the route's name; `None`: the plugin is disabled.
 fn counting(conf: &Value) -> Result<Option<bool>> {
-    let refused =
-        |what: &str| invalid(format!("failed to check the configuration of stream plugin [{PROMETHEUS}]: {what}"));
-    let Some(conf) = conf.as_object() else { return Err(refused("wrong type: expected object")) };
-    let prefers_name = match conf.get("prefer_name") {
-        None => false,
-        Some(Value::Bool(prefers_name)) => *prefers_name,
-        Some(_) => return Err(refused("property \"prefer_name\" validation failed: wrong type: expected boolean")),
-    };
-    let disabled = conf.get("_meta").is_some_and(|meta| meta["disable"] == true);
-    Ok((!disabled).then_some(prefers_name))
+    let mut conf = conf.clone();
+    if let Some(schemas) = schema::stream_plugin(PROMETHEUS) {
+        let refused = |e| invalid(format!("failed to check the configuration of stream plugin [{PROMETHEUS}]: {e}"));
+        schemas.schema.check(&mut conf).map_err(refused)?;
+    }
+    let disabled = conf["_meta"]["disable"] == true;
+    Ok((!disabled).then_some(conf["prefer_name"] == true))
 }
 
 fn network(map: &Map<String, Value>, key: &str) -> Result<Option<IpNet>> {

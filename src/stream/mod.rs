@@ -338,6 +338,21 @@ mod tests {
     }
 
     #[test]
+    fn what_nginx_calls_200_is_told_apart() {
+        for (status, outcome, code) in [
+            (200, Ok(()), 200),
+            (200, Err(Error::client(Kind::Closed)), 400),
+            (200, Err(Error::upstream(Kind::Closed)), 502),
+            (200, Err(Error::client(Kind::ReadTimeout)), 502),
+            (502, Err(Error::upstream(Kind::ConnectRefused)), 502),
+            (403, Err(Error::client(Kind::Tls)), 403),
+            (500, Err(Error::config(Kind::NoNode)), 500),
+        ] {
+            assert_eq!(ending(status, &outcome), code, "{status} {outcome:?}");
+        }
+    }
+
+    #[test]
     fn a_search_for_a_node_has_an_end() {
         let second = Duration::from_secs(1);
         assert!(!is_late(LONGEST_SEARCH - second, None) && is_late(LONGEST_SEARCH, None));

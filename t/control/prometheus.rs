@@ -272,3 +272,47 @@ fn stream_routes_have_this_plugin_and_no_other() {
         assert!(refused.status == 400 && refused.text().contains(why), "{}: {}", refused.status, refused.text());
     }
 }
+
+#[test]
+fn options_of_the_plugin_are_honoured() {
+    let up = Upstream::echo();
+    let gw = Gateway::with(json!({"plugin_attr": {"prometheus": {
+        "export_uri": "/own",
+        "metric_prefix": "my_",
+        "default_buckets": [15, 55],
+        "metrics": {
+            "http_status": {"extra_labels": [{"addr": "$upstream_addr"}, {"who": "$route_name"}, {"dummy": "$nothing"}]},
+            "bandwidth": {"extra_labels": [{"code": "$status"}]},
+        },
+    }}}));
+    let upstream = json!({"type": "roundrobin", "nodes": {up.addr(): 1}});
+    gw.put("/services/s", json!({"name": "shop", "upstream": upstream}));
+    let route =
+        json!({"uri": "/x", "name": "till", "service_id": "s", "plugins": {"prometheus": {"prefer_name": true}}});
+    gw.put("/routes/1", route);
+    assert_eq!(gw.get("/x").status, 200);
+    let page =
+        |part: &str| eventually(part, || Some(get(&gw.prometheus(), "/own").text()).filter(|page| page.contains(part)));
+    let labels = "route=\"till\",matched_uri=\"/x\",matched_host=\"\",service=\"shop\",consumer=\"\"";
+    let rest = "request_type=\"traditional_http\",request_llm_model=\"\",llm_model=\"\"";
+    let addr = up.addr();
+    let extra = format!("response_source=\"upstream\",addr=\"{addr}\",who=\"till\",dummy=\"\"");
+    let all = page(&format!("my_http_status{{code=\"200\",{labels},node=\"127.0.0.1\",{rest},{extra}}} 1"));
+    assert!(all.contains(&format!("{rest},code=\"200\"}}")), "bandwidth has its own: {all}");
+    let bounds = |all: &str| {
+        let buckets = all.lines().filter(|line| line.starts_with("my_http_latency_bucket{type=\"request\""));
+        let bound = |line: &str| line.split("le=\"").nth(1).and_then(|rest| rest.split('"').next().map(str::to_owned));
+        buckets.filter_map(bound).collect::<Vec<_>>()
+    };
+    assert_eq!(bounds(&all), ["15", "55", "+Inf"]);
+    assert!(!all.contains("apisix_"), "{all}");
+    assert_eq!(get(&gw.prometheus(), "/apisix/prometheus/metrics").status, 404);
+    gw.put("/plugin_metadata/prometheus", json!({"disabled_labels": {"http_status": ["node", "service"]}}));
+    let all = page(&format!("service=\"\",consumer=\"\",node=\"\",{rest},{extra}}} 1"));
+    assert!(
+        all.contains("my_bandwidth{type=\"egress\",route=\"till\",service=\"shop\",consumer=\"\",node=\"127.0.0.1\""),
+        "{all}"
+    );
+    let refused = gw.admin("PUT", "/plugin_metadata/prometheus", json!({"disabled_labels": {"http_status": ["code"]}}));
+    assert_eq!(refused.status, 400, "{}", refused.text());
+}
