@@ -6,8 +6,8 @@ local request = require("moongate.request")
 local new_tab, clear_tab = require("table.new"), require("table.clear")
 local ngx = ngx
 local byte, find = string.byte, string.find
-local pcall, rawget, rawset, require, setmetatable, tonumber, tostring, type =
-    pcall, rawget, rawset, require, setmetatable, tonumber, tostring, type
+local pcall, rawget, rawset, require, setmetatable, tostring, type =
+    pcall, rawget, rawset, require, setmetatable, tostring, type
 
 local _M = {}
 
@@ -38,15 +38,10 @@ local function max_body_bytes(name)
     return mib > 0 and mib * 1024 * 1024 or math.huge
 end
 
--- Where nothing can wait, the body that was read by then counts.
-local function read_body(name)
-    local length, limit = tonumber(ngx.var.content_length), max_body_bytes(name)
-    if length and length > limit then
-        native.log_error("failed to read request body: request size " .. length .. " is greater than the maximum size "
-            .. limit .. " allowed")
-        return
-    end
-    pcall(ngx.req.read_body)
+--- Learns what a variable about the body says. Where nothing can wait, the body that was read by then counts.
+function _M.learn(name)
+    local most = max_body_bytes(name)
+    if not native.learn(name, most) and pcall(ngx.req.read_body) then native.learn(name, most) end
 end
 
 -- A variable that is a list (`graphql_root_fields`, a path with `[*]`) has commas between its items.
@@ -57,7 +52,7 @@ local function as_list(text)
 end
 
 local function body_var(name)
-    read_body(name)
+    _M.learn(name)
     local value = ngx.var[name]
     if value and (name == "graphql_root_fields" or find(name, "[*]", 1, true)) then return as_list(value) end
     return value

@@ -32,7 +32,7 @@ local function hook_of(module, name, original, conf)
     local what = 'call require("' .. module .. '").' .. name .. "()"
     local level = ngx[conf.level:upper() == "ERROR" and "ERR" or conf.level:upper()] or ngx.WARN
     return function(...)
-        if conf.dynamic and not native.hooked() then return original(...) end
+        if conf.dynamic and not native.debugged() then return original(...) end
         if conf.arguments then ngx.log(level, what, " args:", shown(...)) end
         if not conf.results then return original(...) end
         local list = pack(original(...))

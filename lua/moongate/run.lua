@@ -231,7 +231,11 @@ local function passes_filter(entry, conf, ctx)
     end
     local passed = known[conf]
     if passed == nil then
-        passed = native.filter(entry.filter)
+        local graphql, posted
+        passed, graphql, posted = native.filter(entry.filter)
+        if graphql then ctx_of.learn("graphql_name") end
+        if posted then ctx_of.learn("post_arg_") end
+        if graphql or posted then passed = native.filter(entry.filter) end
         known[conf] = passed
     end
     return passed

@@ -189,13 +189,16 @@ impl<'a> Parser<'a> {
         self.deeper(|p| {
             let mut fields = Vec::new();
             p.expect(b'{')?;
-            while !p.take(b'}')? {
+            // One at least: an empty set of selections is no document (GraphQL, section 2.4).
+            loop {
                 match p.token {
                     Token::Spread => p.spread()?,
                     _ => fields.push(p.field()?),
                 }
+                if p.take(b'}')? {
+                    return Ok(fields);
+                }
             }
-            if fields.is_empty() && p.depth == 0 { Err(Broken) } else { Ok(fields) }
         })
     }
 
@@ -362,6 +365,8 @@ mod tests {
             ("", 1),
             ("AA", 1),
             ("query {\n  a\n", 3),
+            ("{}", 1),
+            ("{a\n{}}", 2),
             ("query {}}", 1),
             ("{a(x:)}", 1),
             ("{a(x: \"\n\")}", 1),

@@ -4,6 +4,7 @@
 //! It owns the client's side of the connection while the request runs, so nothing here is shared or locked.
 //! It knows no Lua: a VM keeps the request's `ctx` table under `lua.slot`.
 
+pub mod asked;
 pub mod body;
 pub mod deadline;
 pub mod framing;

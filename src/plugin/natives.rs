@@ -2,10 +2,15 @@
 
 use std::{ffi::c_int, sync::Arc};
 
+use bytes::Bytes;
+
 use super::{run::Run, watch};
 use crate::{
     error::Result,
-    exchange::Exchange,
+    exchange::{
+        Exchange, RequestBody,
+        asked::{self, About, BodyText},
+    },
     lua::{Api, Phases, Raise, Stack, api::request, convert::push_json, fast},
     model::Object,
     observe::log::Level,
@@ -43,15 +48,26 @@ pub(super) fn register(api: &mut Api) -> Result<()> {
             Ok(4)
         },
     )?;
+    api.func(
+        "native.plugin.learn",
+        any,
+        "learn(variable, max_bytes) -> boolean: looks into the body that was read for what the variable is about; false: nobody \
+         has read it yet.",
+        learn,
+    )?;
     api.func("native.plugin.captures", any, "captures() -> table: what of the request the route matched.", captures)?;
     api.func(
         "native.plugin.filter",
         Phases::REQUEST,
-        "filter(n) -> boolean: whether the plan's nth filter passes.",
+        "filter(n) -> boolean, graphql, posted: whether the plan's nth filter passes, and what it has asked of a body in vain.",
         |s| {
             let n = s.arg_int(1)?;
-            let passed = request().map(|x| Run::filter(x, n))?;
-            Ok(s.push_bool(passed))
+            let (passed, asked) = Run::filter(request()?, n);
+            s.push_bool(passed);
+            for about in [About::Graphql, About::Posted] {
+                s.push_bool(asked.each().any(|a| a == about));
+            }
+            Ok(3)
         },
     )?;
     api.func(
@@ -87,6 +103,27 @@ pub(super) fn register(api: &mut Api) -> Result<()> {
     })
 }
 
+fn learn(s: &Stack) -> Answer {
+    let (name, most) = (s.arg_str(1)?, s.number(2).unwrap_or(f64::INFINITY));
+    let x = request()?;
+    let Some(about) = About::of(&name).filter(|about| !about.is_known(x)) else { return Ok(s.push_bool(true)) };
+    let body = if about.is_in_body(x) {
+        asked::read_body(&x.body, most as u64)
+    } else {
+        Some(Ok(BodyText::Here(Bytes::new())))
+    };
+    let body = match body {
+        None => return Ok(s.push_bool(!matches!(x.body, RequestBody::Streaming { .. }))),
+        Some(Err(why)) => Err(why),
+        Some(Ok(BodyText::Here(bytes))) => Ok(bytes),
+        Some(Ok(BodyText::At(path))) => {
+            std::fs::read(path).map(Bytes::from).map_err(|e| format!("read {}: {e}", path.display()))
+        }
+    };
+    about.learn(x, body);
+    Ok(s.push_bool(true))
+}
+
 /// What plans of watched requests have beside their plugins.
 fn watches(api: &mut Api) -> Result<()> {
     api.func(
@@ -113,12 +150,15 @@ fn watches(api: &mut Api) -> Result<()> {
         },
     )?;
     api.func(
-        "native.plugin.hooked",
+        "native.plugin.debugged",
         Phases::ANY,
-        "hooked() -> boolean: whether the hooks of conf/debug.yaml tell of the request that runs.",
+        "debugged() -> boolean, boolean: whether the hooks of conf/debug.yaml tell of the request that runs, and whether its answer \
+         names the plugins.",
         |s| {
-            let hooked = fast::exchange().and_then(|x| x.watch.as_ref()).is_some_and(|watch| watch.hooked);
-            Ok(s.push_bool(hooked))
+            let watch = fast::exchange().and_then(|x| x.watch.as_ref());
+            s.push_bool(watch.is_some_and(|watch| watch.hooked));
+            s.push_bool(watch.is_some_and(|watch| watch.named));
+            Ok(2)
         },
     )
 }

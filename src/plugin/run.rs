@@ -43,7 +43,7 @@ use super::{
 use crate::{
     balancer::group::Groups,
     error::Result,
-    exchange::{Exchange, Phase, Source, watch::Planned},
+    exchange::{Exchange, Phase, Source, asked::Asked, watch::Planned},
     lua::{
         Stack, Vm, VmConfig, limits, log_error,
         sched::{self, Outcome},
@@ -191,16 +191,20 @@ impl Run {
         }
     }
 
-    /// Whether the nth filter of the request's plan lets the plugin run.
-    pub(super) fn filter(x: &Exchange, n: i64) -> bool {
-        let Some(plan) = run_of(x).and_then(Run::plan) else { return true };
+    /// Whether the nth filter of the request's plan lets the plugin run, and what it has asked of a body that nobody has looked
+    /// into.
+    pub(super) fn filter(x: &Exchange, n: i64) -> (bool, Asked) {
+        let mut asked = Asked::default();
+        let Some(plan) = run_of(x).and_then(Run::plan) else { return (true, asked) };
         let conf = usize::try_from(n - 1).ok().and_then(|n| plan.filters.get(n));
         let filter = conf.and_then(|c| c.meta.filter.as_ref());
         let variable = &mut |name: &str| {
+            asked.note(x, name);
             let mut scratch = Vec::new();
             x.var_by_name(name, &mut scratch).map(|value| Cow::Owned(value.to_vec()))
         };
-        filter.is_none_or(|f| f.eval(variable))
+        let passed = filter.is_none_or(|f| f.eval(variable));
+        (passed, asked)
     }
 }
 

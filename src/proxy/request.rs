@@ -2,14 +2,10 @@
 
 use std::{borrow::Cow, cell::Cell, net::IpAddr, rc::Rc, sync::Arc};
 
-use super::{
-    Proxy,
-    asked::{self, Asked},
-    forward, forwarded, location, real_ip, rescue, servlet, watch,
-};
+use super::{Proxy, asked, forward, forwarded, location, real_ip, rescue, servlet, watch};
 use crate::{
     error::{Error, Kind, Result},
-    exchange::{Exchange, Matched, Phase, Var},
+    exchange::{Exchange, Matched, Phase, Var, asked::Asked},
     model::{Id, Object, Route, Service},
     observe::log::Level,
     plugin::{

@@ -9,8 +9,8 @@ const MAX_STEPS: u32 = 4096;
 /// The name under which a `*` without a name captures.
 const UNNAMED: &str = ":ext";
 
-/// What stands in the path for a piece of a pattern, by the piece's number. Nothing of it is allocated when it is short.
-pub(super) type Captures = SmallVec<[(u32, SmallVec<[u8; 32]>); 2]>;
+/// What stands in the path for a piece of a pattern, by the piece's number. Empty it is not allocated, and a match is small to move.
+pub(super) type Captures = Vec<(u32, SmallVec<[u8; 32]>)>;
 
 pub(super) enum Shape {
     Exact,

@@ -100,7 +100,7 @@ impl Rule {
     /// Whether `path`, whose fixed part is known to match, matches as a whole.
     pub fn captures(&self, path: &[u8]) -> Option<Captures> {
         match &self.shape {
-            Shape::Exact | Shape::Prefix => Some(SmallVec::new()),
+            Shape::Exact | Shape::Prefix => Some(Captures::new()),
             Shape::Pattern(pattern) => pattern.captures(path.get(self.fixed.len()..)?),
         }
     }

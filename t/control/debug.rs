@@ -110,3 +110,19 @@ fn hooks_can_be_asked_for_by_a_header() {
     assert!(!told.is_empty() && told.iter().all(|line| line.contains("GET /asks?told")), "{told:#?}");
     assert!(log.contains("has_prefix() args") && !log.contains("http_access_phase() args"), "{log}");
 }
+
+#[test]
+fn scripts_see_what_is_debugged() {
+    let asks = "return function(_, ctx)
+        local debug = require('apisix.debug')
+        return 200, tostring(debug.enable_debug()) .. ' ' .. tostring(debug.dynamic_debug(ctx))
+    end";
+    let answers = |gw: &Gateway| {
+        gw.route("1", "/", &Upstream::echo(), json!({"serverless-pre-function": {"functions": [asks]}}));
+        (gw.get("/").text(), gw.send("GET", "/", &[("X-APISIX-Dynamic-Debug", "")], b"").text())
+    };
+    assert_eq!(answers(&Gateway::start()), ("false false".into(), "false false".into()));
+    assert_eq!(answers(&debugged(BASIC)), ("true false".into(), "true false".into()));
+    assert_eq!(answers(&debugged(&hooks(true))), ("false false".into(), "false true".into()));
+    assert_eq!(answers(&debugged(&hooks(false))), ("false true".into(), "false true".into()));
+}

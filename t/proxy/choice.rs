@@ -152,6 +152,36 @@ fn routes_ask_about_forms_json_and_multipart() {
 }
 
 #[test]
+fn plugins_ask_about_a_body_that_no_route_has_asked_about() {
+    let gw = Gateway::with(json!({"apisix": {"max_post_args_readable_size": 1}, "graphql": {"max_size": 64}}));
+    let up = Upstream::echo();
+    let print = "return function(_, ctx)
+        local v = ctx.var
+        require('apisix.core').response.exit(200, table.concat({
+            tostring(v.post_arg_a), tostring(v['post_arg.a']), tostring(v['post_arg.b.c']), tostring(v.graphql_name),
+        }, ' '))
+    end";
+    gw.route("print", "/print", &up, json!({"serverless-pre-function": {"functions": [print]}}));
+    let filtered = |vars: Value| json!({"mocking": {"_meta": {"filter": vars}, "response_example": "mocked"}});
+    gw.route("form", "/form", &up, filtered(json!([["post_arg_a", "==", "1"]])));
+    gw.route("name", "/name", &up, filtered(json!([["graphql_name", "==", "repo"]])));
+    let post =
+        |path: &str, kind: &str, body: &str| gw.send("POST", path, &[("Content-Type", kind)], body.as_bytes()).text();
+    let (form, json) = ("application/x-www-form-urlencoded", "application/json");
+    assert_eq!(post("/print", form, "a=1&b=2"), "1 1 nil nil");
+    assert_eq!(post("/print", json, r#"{"a": "x", "b": {"c": 3}}"#), "nil x 3 nil");
+    assert_eq!(post("/print", "application/graphql", "query repo { owner }"), "nil nil nil repo");
+    assert_eq!(gw.get("/print?query=query%20repo%7Bowner%7D").text(), "nil nil nil repo");
+    assert_eq!(post("/print", form, &format!("a={}", "x".repeat(1 << 20))), "nil nil nil nil");
+    gw.expect_log("is greater than the maximum size 1048576 allowed");
+    assert_eq!(post("/form", form, "a=1"), "mocked");
+    assert_ne!(post("/form", form, "a=2"), "mocked");
+    assert_eq!(up.last().body, b"a=2", "what was read is sent on");
+    assert_eq!(post("/name", "text/plain", "query repo { owner }"), "mocked");
+    assert_ne!(post("/name", "text/plain", "query other { owner }"), "mocked");
+}
+
+#[test]
 fn an_encoded_slash_stays_in_a_parameter_where_that_is_asked_for() {
     let router = json!({"http": "radixtree_uri_with_parameter"});
     let gw = Gateway::with(json!({"apisix": {"match_uri_encoded_slash": true, "router": router}}));
