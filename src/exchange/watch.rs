@@ -20,7 +20,7 @@ const MAX_CHANGES: usize = 500;
 const MAX_VALUE: usize = 256;
 /// Subrequests of one request that are told of, those within others included.
 const MAX_CHILDREN: usize = 100;
-/// Locations that one look for one tells of.
+/// Locations that were asked and are told of, in all looks for one of a request and its subrequests.
 const MAX_TRIED: usize = 1000;
 
 /// What is noted of a request.
@@ -58,6 +58,8 @@ pub struct Children {
     ended: Rc<RefCell<Vec<Value>>>,
     /// Of all requests within the traced one.
     counted: Rc<Cell<usize>>,
+    /// Locations that were asked for all of them.
+    tried: Rc<Cell<usize>>,
 }
 
 impl Children {
@@ -65,7 +67,14 @@ impl Children {
     pub fn one_more(&self) -> Option<Children> {
         let n = self.counted.get();
         self.counted.set(n + 1);
-        (n < MAX_CHILDREN).then(|| Children { ended: Rc::default(), counted: self.counted.clone() })
+        (n < MAX_CHILDREN).then(|| Children { ended: Rc::default(), ..self.clone() })
+    }
+
+    /// Whether one more location that was asked is to be told of.
+    pub fn tells_location(&self) -> bool {
+        let n = self.tried.get();
+        self.tried.set(n + 1);
+        n < MAX_TRIED
     }
 
     pub fn keep(&self, trace: Value) {
@@ -103,9 +112,7 @@ impl Choice {
     }
 
     pub fn tried(&mut self, location: String, fits: bool) {
-        if self.tried.len() < MAX_TRIED {
-            self.tried.push(Tried { location, fits });
-        }
+        self.tried.push(Tried { location, fits });
     }
 }
 
@@ -330,6 +337,20 @@ mod tests {
         x.watch_start("b", "log", "route");
         x.watch_end(None);
         assert_eq!(ran(&x).iter().map(|r| (r.calls, r.cut_off)).collect::<Vec<_>>(), [(1, true), (1, false)]);
+    }
+
+    #[test]
+    fn subrequests_and_locations_are_told_up_to_bounds_of_the_whole_tree() {
+        let request = Children::default();
+        let child = request.one_more().expect("the first one");
+        let told =
+            (0..MAX_TRIED).filter(|n| if n % 2 == 0 { child.tells_location() } else { request.tells_location() });
+        assert_eq!((told.count(), request.tells_location(), child.tells_location()), (MAX_TRIED, false, false));
+        assert!((1..MAX_CHILDREN).all(|_| child.one_more().is_some()));
+        assert!(request.one_more().is_none() && child.one_more().is_none());
+        assert_eq!(request.untold(), 2);
+        child.keep(Value::Null);
+        assert_eq!((request.take().len(), child.take().len()), (0, 1));
     }
 
     #[test]

@@ -89,15 +89,29 @@ pub(super) fn end(p: &Proxy, x: &mut Exchange) {
     trace["id"] = json!(id);
     trace["config_revision"] = json!(x.snapshot.revision);
     trace["children_untold"] = json!(watch.children.untold());
-    p.runner.watching().keep(&id, trace.to_string());
+    let mut text = trace.to_string();
+    if text.len() > MAX_TRACE {
+        let children = trace["children"].as_array().map_or(0, Vec::len);
+        trace["children_untold"] = json!(watch.children.untold() + children);
+        trace["children"] = json!([]);
+        text = trace.to_string();
+    }
+    p.runner.watching().keep(&id, text);
 }
+
+/// Bytes of a trace with what it tells of subrequests; without them it is as bounded as its parts.
+const MAX_TRACE: usize = 1 << 20;
 
 /// Looks for a location, and notes which ones were asked.
 #[inline(never)]
 pub(super) fn choose(p: &Proxy, x: &mut Exchange) -> Option<Chosen> {
     let mut choice = Choice::of(&x.request.path);
-    let found =
-        p.locations.choose_telling(&x.request.path, |location, fits| choice.tried(location.pattern.to_string(), fits));
+    let told = x.watch.as_ref().map(|watch| watch.children.clone()).unwrap_or_default();
+    let found = p.locations.choose_telling(&x.request.path, |location, fits| {
+        if told.tells_location() {
+            choice.tried(location.pattern.to_string(), fits);
+        }
+    });
     choice.chosen = found.as_ref().map(|found| found.location.pattern.to_string());
     // One look, and one for each of the few jumps that there may be.
     if let Some(watch) = &mut x.watch {

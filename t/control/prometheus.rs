@@ -265,7 +265,7 @@ fn stream_routes_have_this_plugin_and_no_other() {
     gw.put("/stream_routes/1", route(json!({"prometheus": {"prefer_name": true}})));
     for (plugins, why) in [
         (json!({"prometheus": {}, "limit-conn": {}}), "unknown plugin [limit-conn]"),
-        (json!({"prometheus": []}), "[prometheus]: wrong type: expected object"),
+        (json!({"prometheus": "x"}), "wrong type: expected object"),
         (json!({"prometheus": {"prefer_name": 1}}), "wrong type: expected boolean"),
     ] {
         let refused = gw.admin("PUT", "/stream_routes/1", route(plugins));

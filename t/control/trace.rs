@@ -188,6 +188,8 @@ fn locations_are_told_in_the_order_of_the_look_and_subrequests_as_children() {
             {"location": "/child", "content_by_lua": "ngx.location.capture('/leaf') ngx.exit(204)"},
             {"location": "= /leaf", "content_by_lua": "ngx.say('leaf')"},
             {"location": "= /jump", "rewrite_by_lua": "ngx.exec('/leaf')"},
+            {"location": "= /fields", "content_by_lua": "for n = 1, 60 do ngx.header['X-' .. n] = ('v'):rep(250) end ngx.say('f')"},
+            {"location": "= /wide", "content_by_lua": "for _ = 1, 90 do ngx.location.capture('/fields') end ngx.say('wide')"},
             {"location": "= /many", "content_by_lua": "local all = {} for n = 1, 101 do all[n] = {'/leaf'} end \
                 ngx.location.capture_multi(all) ngx.say('many')"},
         ],
@@ -213,6 +215,11 @@ fn locations_are_told_in_the_order_of_the_look_and_subrequests_as_children() {
     assert_eq!(ways, [json!("= /jump"), json!("= /leaf")]);
     let many = trace_of(&gw, &traced(&gw, "/many", &[]));
     assert_eq!((many["children"].as_array().map(Vec::len), &many["children_untold"]), (Some(100), &json!(1)));
+    let wide = trace_of(&gw, &traced(&gw, "/wide", &[]));
+    assert_eq!(
+        (&wide["children"], &wide["children_untold"], &wide["response"]["status"]),
+        (&json!([]), &json!(90), &json!(200))
+    );
     let none = trace_of(&gw, &traced(&gw, "/other", &[]));
     assert_eq!((&none["locations"][0]["chosen"], &none["route"]), (&Value::Null, &Value::Null));
 }
