@@ -81,7 +81,7 @@ local function limiter_for(conf, ctx, limit)
     if not conn or conn <= 0 or not burst or burst < 0 then
         return nil, "conn and burst must resolve to numbers"
     end
-    local id = conn .. ":" .. burst
+    local id = conn .. ":" .. burst .. ":" .. conf.default_conn_delay
     return core.lrucache.plugin_ctx(cache, ctx, id, create, conn, burst, conf.default_conn_delay)
 end
 
@@ -99,9 +99,11 @@ end
 
 -- Parent and version keep the counters of different confs apart.
 local function counter_key(conf, ctx, value)
-    local parent = conf._meta and conf._meta.parent
+    local meta = conf._meta
+    local parent = meta and meta.parent
     if parent then
-        return parent.resource_key .. ":" .. parent.resource_version .. ":" .. value
+        local key = parent.resource_key .. ":" .. parent.resource_version .. ":" .. value
+        return meta.workflow_rule and key .. ":" .. meta.workflow_rule or key
     end
     return ctx.conf_type .. ctx.conf_version .. ":" .. value
 end
@@ -164,7 +166,7 @@ end
 
 --- For the workflow plugin: runs this plugin as an action.
 function _M.workflow_handler()
-    return { check_schema = _M.check_schema, handler = _M.access }
+    return { check_schema = _M.check_schema, handler = _M.access, log = _M.log }
 end
 
 return _M

@@ -2,9 +2,12 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use serde_json::Value;
+
 use crate::{
     admin::APISIX_VERSION,
     exchange::hostname,
+    health::Health,
     model::{Kind, Object},
     observe::metrics::{Metrics, Page},
     shdict,
@@ -25,6 +28,26 @@ pub fn add(metrics: &Metrics, published: Arc<Published>, source: Arc<SourceState
             indexes.write(page, &published.load(), source.revision);
         }
     }));
+}
+
+/// Has `metrics` tell which nodes are up, of upstreams with checks that have served requests.
+pub fn add_health(metrics: &Metrics, health: Arc<Health>) {
+    metrics.add_source(Box::new(move |page| {
+        for checker in health.list() {
+            for node in checker["nodes"].as_array().into_iter().flatten() {
+                upstream_status(page, &checker["name"], node);
+            }
+        }
+    }));
+}
+
+fn upstream_status(page: &mut Page, name: &Value, node: &Value) {
+    let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+    let (name, ip, port) = (text(name), text(&node["ip"]), text(&node["port"]));
+    // `mostly_healthy` has failed lately, and still gets requests.
+    let up = matches!(node["status"].as_str(), Some("healthy" | "mostly_healthy"));
+    let labels = [("name", &*name), ("ip", &*ip), ("port", &*port)];
+    page.gauge("upstream_status", "upstream status from health check", &labels, if up { 1.0 } else { 0.0 });
 }
 
 fn node(page: &mut Page) {

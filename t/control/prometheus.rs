@@ -316,3 +316,21 @@ fn options_of_the_plugin_are_honoured() {
     let refused = gw.admin("PUT", "/plugin_metadata/prometheus", json!({"disabled_labels": {"http_status": ["code"]}}));
     assert_eq!(refused.status, 400, "{}", refused.text());
 }
+
+#[test]
+fn nodes_that_are_checked_are_told() {
+    let (up, gw) = (Upstream::echo(), Gateway::start());
+    let checks = json!({"active": {"http_path": "/", "healthy": {"interval": 1, "successes": 1},
+        "unhealthy": {"interval": 1, "tcp_failures": 1}}});
+    let dead = Upstream::dead();
+    let upstream = json!({"type": "roundrobin", "nodes": {up.addr(): 1, dead.clone(): 1}, "checks": checks});
+    gw.put("/routes/1", json!({"uri": "/x", "upstream": upstream}));
+    gw.get("/x");
+    let port = |address: &str| address.rsplit(':').next().unwrap_or_default().to_owned();
+    for (address, is_up) in [(up.addr(), 1), (dead, 0)] {
+        let name = "name=\"/apisix/routes/1\"";
+        let line = format!("apisix_upstream_status{{{name},ip=\"127.0.0.1\",port=\"{}\"}} {is_up}", port(&address));
+        let page = || get(&gw.prometheus(), "/apisix/prometheus/metrics").text();
+        eventually(&line, || page().contains(&line).then_some(()));
+    }
+}
