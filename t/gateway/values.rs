@@ -162,7 +162,7 @@ fn answers_of_lua_have_a_type() {
     let source = "return function(ctx)
         local what = ctx.var.arg_what
         if what == 'table' then return 200, { url = 'a/b' } end
-        if what == 'say' then return ngx.say('x') end
+        if what == 'say' then ngx.say('x') return end
         if what == 'own' then ngx.header['Content-Type'] = 'a/b' return 200, {} end
         return 200, 'x'
     end";

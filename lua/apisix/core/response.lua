@@ -68,7 +68,8 @@ local function made_here()
 end
 
 --- Answers with `code` and a body of the arguments (tables as JSON), and ends the request. Without a number first: adds
--- to the body only.
+-- to the body only. A body without a `Content-Type` is `text/plain; charset=utf-8`. 444 closes the connection; a status below 200 is
+-- none: 500, and a line of error.log. What a plugin's phase returns as `code, body` is answered likewise.
 function _M.exit(code, ...)
     local status, body = prepare(code, ...)
     if status then

@@ -51,8 +51,8 @@ pub fn register(api: &mut Api) -> Result<()> {
 fn graceful_exit(s: &Stack) -> Answer {
     match vm::current().map(|vm| vm.config.purpose) {
         Some(Purpose::Functions) => return Err("signal_graceful_exit is not open to functions".into()),
-        Some(Purpose::Check) => return s.fail("nothing is served here"),
-        _ => {}
+        Some(Purpose::Check | Purpose::Thread) | None => return s.fail("nothing is served here"),
+        Some(Purpose::Plugins | Purpose::Trusted) => {}
     }
     // SAFETY: plain numbers go in; the process hears the signal (app::control).
     match unsafe { libc::kill(libc::getpid(), libc::SIGQUIT) } {
