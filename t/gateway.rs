@@ -12,6 +12,8 @@ mod core_etcd;
 mod counters;
 #[path = "gateway/functions.rs"]
 mod functions;
+#[path = "gateway/limits_redis.rs"]
+mod limits_redis;
 #[path = "gateway/plugins.rs"]
 mod plugins;
 #[path = "gateway/routes.rs"]

@@ -4,7 +4,7 @@ local core = require("apisix.core")
 local redis_script = require("apisix.utils.redis-script")
 local windows = require("apisix.plugins.limit-count.redis-windows")
 local delayed_syncer = require("apisix.plugins.limit-count.delayed-syncer")
-local ipairs, setmetatable, type = ipairs, setmetatable, type
+local ipairs, type = ipairs, type
 
 local _M = {}
 
@@ -13,9 +13,6 @@ local MIN_SYNC_INTERVAL = 0.1
 
 -- Syncers of the confs and limits that are in use; one that is made anew goes on with what lies in the dictionary.
 local syncers = core.lrucache.new({ type = "plugin", count = 512 })
-
--- conf -> a digest of what it says, the same in all workers; goes with the conf.
-local digests = setmetatable({}, { __mode = "k" })
 
 local function is_delayed(conf)
     return conf.sync_interval and conf.sync_interval ~= -1
@@ -45,15 +42,6 @@ function _M.check(conf)
     return check_window(conf, conf.time_window)
 end
 
-local function digest_of(conf)
-    if not digests[conf] then
-        local own = core.table.clone(conf)
-        own._meta = nil
-        digests[conf] = ngx.md5(core.json.stably_encode(own))
-    end
-    return digests[conf]
-end
-
 local function new_syncer(name, limit, window, conf)
     local limiter = windows.new(conf.policy, "plugin-" .. name, limit, window, conf)
     return delayed_syncer.new("plugin-limit-count", limit, window, conf, limiter)
@@ -61,7 +49,8 @@ end
 
 local function count_delayed(key, cost, limit, window, conf, name)
     -- Workers share a queue, and confs that say the same.
-    local queue = name .. ":" .. digest_of(conf) .. ":" .. limit .. ":" .. window
+    local _, digest = redis_script.identity(conf)
+    local queue = name .. ":" .. digest .. ":" .. limit .. ":" .. window
     local syncer = syncers(queue, nil, new_syncer, name, limit, window, conf)
     local remaining, reset, err = syncer:delayed_sync(key, cost, queue)
     if not remaining then
