@@ -19,8 +19,9 @@ local MAX_QUEUE = 10000
 -- A timer has its say before a request asks by itself: so many intervals is a quota good for.
 local STALE_AFTER = 2
 
--- Seconds after which a worker that died in the middle of a sync does not keep others from it any more.
-local LOCK_TTL = 10
+-- Seconds after which a worker that died in the middle of a sync does not keep others from it any more. Longer than any sensible
+-- timeouts of a Redis together: two at it would count twice.
+local LOCK_TTL = 60
 
 --- For a dictionary, a limit per `window` seconds, a conf with `sync_interval`, and a limiter with `incoming` and `commit`
 -- (`limit-count-redis`).

@@ -318,6 +318,26 @@ fn the_queue_of_delayed_sync_is_bounded_and_requests_count_without_a_place_in_it
 }
 
 #[test]
+fn places_that_wait_to_be_given_back_are_bounded() {
+    let (up, gw) = (Upstream::echo(), Gateway::start());
+    let told = script(
+        &gw,
+        &up,
+        "local conf = { policy = 'redis', redis_host = '127.0.0.1', redis_port = 1 }
+        local limiter = require('apisix.plugins.limit-conn.limit-conn-redis').new(1, 0, 0.1)
+        local ends = ngx.now() + 2
+        for i = 1, 10001 do
+            limiter:leaving('k', nil, { conf = conf, key = 'place' .. i, id = 'x', ends = ends })
+        end
+        return 200, {}",
+    );
+    assert_eq!(told, json!({}));
+    gw.expect_log("too many places of limit-conn wait to be given back, one is left to expire: place10001");
+    gw.expect_log("failed to record the connection leaving request: connection refused");
+    assert!(!gw.log().contains("left to expire: place10000"));
+}
+
+#[test]
 fn plugins_of_ones_own_count_by_the_same_modules() {
     let (up, redis, gw) = (Upstream::echo(), peers::redis(), Gateway::start());
     let nodes = peers::redis_cluster();
