@@ -37,18 +37,25 @@ function _M.rewrite(conf)
     say("rewrite", conf)
 end
 
+-- conf -> the upstream that it stands for; goes with the conf.
+local upstreams = setmetatable({}, { __mode = "k" })
+
+local function upstream_of(conf)
+    local made = upstreams[conf]
+    if not made then
+        made = { type = "roundrobin", nodes = { { host = conf.ip, port = conf.port, weight = 1 } } }
+        upstreams[conf] = made
+    end
+    return made
+end
+
 function _M.access(conf, ctx)
     say("access", conf)
     if not conf.ip then
         return
     end
-    local made = { type = "roundrobin", nodes = { { host = conf.ip, port = conf.port, weight = 1 } } }
-    local ok, err = upstream.check_schema(made)
-    if not ok then
-        return 500, err
-    end
-    made.parent = ctx.matched_route
-    ok, err = upstream.set(ctx, made.type .. "#route_" .. ctx.route_id, ctx.conf_version, made)
+    local made = upstream_of(conf)
+    local ok, err = upstream.set(ctx, made.type .. "#route_" .. ctx.route_id, ctx.conf_version, made)
     if not ok then
         return 500, err
     end

@@ -2,11 +2,13 @@
 local core = require("apisix.core")
 local log_util = require("apisix.utils.log-util")
 local plugin = require("apisix.plugin")
+local plugins = require("moongate.plugins")
 local expr = require("resty.expr.v1")
 local native = require("moongate.native").apisix
 local setmetatable, tostring = setmetatable, tostring
 
 local name = "file-logger"
+local NO_PATH = "property \"path\" is not set in either the plugin conf or the metadata"
 local schemas = core.schema.of_plugin(name)
 
 local _M = {
@@ -17,6 +19,14 @@ local _M = {
     metadata_schema = schemas.metadata_schema,
 }
 
+local function path_of(conf)
+    if conf.path then
+        return conf.path
+    end
+    local metadata = plugin.plugin_metadata(name)
+    return metadata and metadata.value and metadata.value.path
+end
+
 function _M.check_schema(conf, schema_type)
     if schema_type == core.schema.TYPE_METADATA then
         return core.schema.check(_M.metadata_schema, conf)
@@ -24,6 +34,10 @@ function _M.check_schema(conf, schema_type)
     local ok, err = core.schema.check(_M.schema, conf)
     if not ok then
         return false, err
+    end
+    -- One that is stored stays when the metadata goes: what is missing is said for each request then.
+    if not plugins.checks_stored() and not path_of(conf) then
+        return false, NO_PATH
     end
     if conf.match then
         local made
@@ -49,14 +63,6 @@ local function matches(conf, ctx)
     return made:eval(ctx.var)
 end
 
-local function path_of(conf)
-    if conf.path then
-        return conf.path
-    end
-    local metadata = plugin.plugin_metadata(name)
-    return metadata and metadata.value and metadata.value.path
-end
-
 _M.idle_in = log_util.idle_in
 
 function _M.access(conf, ctx)
@@ -73,7 +79,7 @@ function _M.log(conf, ctx)
     end
     local path = path_of(conf)
     if not path then
-        core.log.error("property \"path\" is required")
+        core.log.error(NO_PATH)
         return
     end
     local entry = log_util.get_log_entry(name, conf, ctx)

@@ -79,7 +79,7 @@ local function limiter_for(conf, ctx, limit)
     if not conn or conn <= 0 or not burst or burst < 0 then
         return nil, "conn and burst must resolve to numbers"
     end
-    local id = conn .. ":" .. burst
+    local id = conn .. ":" .. burst .. ":" .. conf.default_conn_delay .. ":" .. (conf.policy or "local")
     return core.lrucache.plugin_ctx(cache, ctx, id, create, conf, conn, burst)
 end
 
@@ -98,10 +98,12 @@ end
 -- Parent and version keep the counters of different confs apart. Gateways that share a Redis need not share the versions of their
 -- objects.
 local function counter_key(conf, ctx, value)
-    local parent = conf._meta and conf._meta.parent
+    local meta = conf._meta
+    local parent = meta and meta.parent
     if parent then
         local version = redis_script.is_remote(conf.policy) and redis_script.identity(conf) or parent.resource_version
-        return parent.resource_key .. ":" .. version .. ":" .. value
+        local key = parent.resource_key .. ":" .. version .. ":" .. value
+        return meta.workflow_rule and key .. ":" .. meta.workflow_rule or key
     end
     return ctx.conf_type .. ctx.conf_version .. ":" .. value
 end
@@ -164,7 +166,7 @@ end
 
 --- For the workflow plugin: runs this plugin as an action.
 function _M.workflow_handler()
-    return { check_schema = _M.check_schema, handler = _M.access }
+    return { check_schema = _M.check_schema, handler = _M.access, log = _M.log }
 end
 
 return _M

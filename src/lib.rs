@@ -10,6 +10,7 @@ pub mod dns;
 pub mod error;
 pub mod exchange;
 pub mod expr;
+pub mod health;
 pub mod location;
 pub mod lua;
 pub mod migrate;

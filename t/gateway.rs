@@ -12,17 +12,29 @@ mod core_etcd;
 mod counters;
 #[path = "gateway/functions.rs"]
 mod functions;
+#[path = "gateway/gcp.rs"]
+mod gcp;
 #[path = "gateway/limits_redis.rs"]
 mod limits_redis;
+#[path = "gateway/loggers.rs"]
+mod loggers;
 #[path = "gateway/plugins.rs"]
 mod plugins;
+#[path = "gateway/pubsub.rs"]
+mod pubsub;
+#[path = "gateway/restrictions.rs"]
+mod restrictions;
 #[path = "gateway/routes.rs"]
 mod routes;
 #[path = "gateway/secrets.rs"]
 mod secrets;
+#[path = "gateway/span.rs"]
+mod span;
 #[path = "gateway/start.rs"]
 mod start;
 #[path = "gateway/stores.rs"]
 mod stores;
 #[path = "gateway/uploads.rs"]
 mod uploads;
+#[path = "gateway/workflow.rs"]
+mod workflow;

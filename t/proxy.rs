@@ -4,6 +4,8 @@
 mod choice;
 #[path = "proxy/grpc.rs"]
 mod grpc;
+#[path = "proxy/health.rs"]
+mod health;
 mod support;
 
 use std::{
@@ -18,7 +20,7 @@ use std::{
 };
 
 use serde_json::{Value, json};
-use support::{Client, Gateway, Reply, Upstream, eventually, get, http::raw, rss_kib, upstream::read_request};
+use support::{Client, Dir, Gateway, Reply, Upstream, eventually, get, http::raw, rss_kib, upstream::read_request};
 
 /// Settings of a gateway that logs requests as the tests ask about them.
 fn gateway(format: &str) -> Gateway {

@@ -18,6 +18,7 @@ const LAYERS: &[&[&str]] = &[
     &["exchange"],
     &["tls"],
     &["net", "upstream"],
+    &["health"],
     &["lua"],
     &["plugin"],
     &["proxy", "stream"],
@@ -139,6 +140,56 @@ fn lua_requires_go_downwards() {
         }
     }
     report(found);
+}
+
+/// Files that compile text themselves: each refuses bytecode and says which globals the text has.
+const COMPILE_TEXT: [&str; 3] = ["lua/moongate/boot.lua", "lua/moongate/chunk.lua", "lua/moongate/functions.lua"];
+
+#[test]
+fn lua_compiles_text_in_one_place() {
+    let mut found = Vec::new();
+    for file in sources(&["lua", "plugins"], "lua") {
+        if COMPILE_TEXT.contains(&file.path.as_str()) {
+            continue;
+        }
+        let own_load = file.text.contains("local function load(");
+        for (number, line) in file.text.lines().enumerate() {
+            if compiles_text(line, own_load) {
+                found.push(format!("{}:{}: use load of moongate.chunk", file.path, number + 1));
+            }
+        }
+    }
+    report(found);
+}
+
+/// Whether a line of Lua calls a global that compiles text, or gives it another name. `own_load`: the file has a function `load`.
+fn compiles_text(line: &str, own_load: bool) -> bool {
+    let code: String = line.split(['"', '\'']).step_by(2).collect::<Vec<_>>().join(" ");
+    let code = code.split("--").next().unwrap_or_default();
+    let names = |code: &str| -> Vec<String> {
+        code.split(|c: char| !(c.is_alphanumeric() || "_.:".contains(c))).map(str::to_owned).collect()
+    };
+    let is_load = |word: &String| matches!(word.as_str(), "load" | "_G.load");
+    let called = code.match_indices('(').any(|(at, _)| names(&code[..at]).last().is_some_and(is_load));
+    let given = |after: &str| after.split(',').any(|value| is_load(&value.trim().to_owned()));
+    let renamed = code.split_once('=').is_some_and(|(before, after)| before.contains("local") && given(after));
+    let others = ["loadstring", "loadfile", "dofile", "_G.loadstring", "_G.loadfile", "_G.dofile"];
+    names(code).iter().any(|word| others.contains(&word.as_str()))
+        || (called || renamed) && !own_load && !code.contains("function load(")
+}
+
+#[test]
+fn what_compiles_text_is_seen() {
+    for line in ["local f = loadstring(text)", "return load(text, name)", "local a, make = 1, load", "_G.load(x)"] {
+        assert!(compiles_text(line, false), "{line}");
+    }
+    assert!(compiles_text("return dofile(path)", true));
+    for line in
+        ["-- loadstring", "return nil, \"failed to loadstring: \" .. err", "chunk.load(text)", "function _M.load(text)"]
+    {
+        assert!(!compiles_text(line, false), "{line}");
+    }
+    assert!(!compiles_text("return load(key)", true));
 }
 
 #[test]

@@ -10,8 +10,9 @@ local core_table = require("apisix.core.table")
 local expr = require("resty.expr.v1")
 local deepcopy, nkeys = core_table.deepcopy, core_table.nkeys
 local load_text = require("moongate.chunk").load
-local getmetatable, ipairs, pairs, pcall, setmetatable, sort, tostring, type =
-    getmetatable, ipairs, pairs, pcall, setmetatable, table.sort, tostring, type
+local pre_function = require("moongate.pre_function")
+local getmetatable, ipairs, pairs, rawget, setmetatable, sort, tostring, type =
+    getmetatable, ipairs, pairs, rawget, setmetatable, table.sort, tostring, type
 
 local _M = { init_plugins_syncer = function() end }
 
@@ -341,19 +342,28 @@ local function passes_filter(meta, ctx)
     return ok or err ~= nil
 end
 
+-- _meta tables -> what their pre_function is, or false; they go with their conf.
+local hooks = setmetatable({}, { __mode = "k" })
+
 local function run_hook(name, meta, conf, ctx)
-    local chunk = load_text(meta.pre_function, "meta pre_function")
-    local made, hook = pcall(chunk or function() end)
-    local ok, err = false, "_meta.pre_function is no function"
-    if made and type(hook) == "function" then
-        ok, err = pcall(hook, conf, ctx)
+    local hook, err = hooks[meta], nil
+    if hook == nil then
+        hook, err = pre_function.compile(meta.pre_function)
+        hooks[meta] = hook or false
     end
-    if not ok then
-        log.error("pre_function execution for plugin ", name, " failed: ", err)
+    if hook then
+        err = pre_function.call(hook, name, conf, ctx)
+    end
+    if err then
+        log.error(name, ": ", err)
     end
 end
 
 local function may_run(plugin, conf, ctx)
+    local taken = rawget(ctx, "_workflow_taken")
+    if taken and taken[plugin.name] then
+        return false
+    end
     local meta = type(conf._meta) == "table" and conf._meta
     if not meta then
         return true

@@ -1,7 +1,8 @@
 --- `apisix.upstream`: which upstream the request goes to.
 local native = require("moongate.native").apisix
 local core = require("apisix.core")
-local setmetatable, tostring, type = setmetatable, tostring, type
+local items = require("apisix.http.items")
+local setmetatable, type = setmetatable, type
 
 local _M = {}
 
@@ -92,9 +93,10 @@ function _M.set_by_route(route, ctx)
     return code, body and body.error_msg
 end
 
---- The upstream resource of that id as a table, or nil.
+--- The upstream resource of that id as a table, or nil. The same table until the resource changes: it is for reading.
 function _M.get_by_id(id)
-    return (native.object("upstreams", tostring(id)))
+    local item = items("upstreams", id)
+    return item and item.value
 end
 
 _M.schema = core.schema.upstream

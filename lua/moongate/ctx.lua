@@ -92,6 +92,7 @@ end
 --- Adds a variable: `getter(ctx)` gives its value.
 function _M.register_var(name, getter, opts)
     getters[name] = getter
+    native.register_var(name)
     uncached[name] = opts and opts.no_cacheable or nil
 end
 

@@ -1,6 +1,6 @@
 --- The plugins that are loaded in this VM.
 
-local ipairs, pcall, require, tostring, type = ipairs, pcall, require, tostring, type
+local error, ipairs, pcall, require, tostring, type = error, ipairs, pcall, require, tostring, type
 local debug_traceback, xpcall = debug.traceback, xpcall
 
 local _M = {}
@@ -102,17 +102,28 @@ function _M.load(name)
     return describe(plugin)
 end
 
+-- Plugins that were asked for a `workflow_handler`: name -> { ok, what it returned or why it failed }.
+local offers = {}
+
+--- What a loaded plugin's `workflow_handler()` returns, which is called once per VM: nil without one; nil and why it failed.
+function _M.offer_to_workflow(name)
+    local plugin = by_name[name]
+    if not plugin or type(plugin.workflow_handler) ~= "function" then return nil end
+    if not offers[name] then offers[name] = { xpcall(plugin.workflow_handler, debug_traceback) } end
+    local ok, result = offers[name][1], offers[name][2]
+    if ok then return result end
+    return nil, tostring(result)
+end
+
 --- Every plugin's `workflow_handler` and `init`, when its VM starts to serve; what failed, by name.
 function _M.init()
     local errors = {}
     for _, plugin in ipairs(ordered) do
         -- What the workflow plugin may call comes before `init`, which may wait.
-        for _, hook in ipairs({ "workflow_handler", "init" }) do
-            local f = plugin[hook]
-            local ok, err = true, nil
-            if type(f) == "function" then ok, err = xpcall(f, debug_traceback) end
-            if not ok then errors[plugin.name] = tostring(err) end
-        end
+        local _, failed = _M.offer_to_workflow(plugin.name)
+        local ok, err = true, nil
+        if type(plugin.init) == "function" then ok, err = xpcall(plugin.init, debug_traceback) end
+        errors[plugin.name] = not ok and tostring(err) or failed
     end
     return errors
 end
@@ -124,12 +135,27 @@ function _M.destroy()
     end
 end
 
---- Whether `conf` passes the plugin's own check. `kind`: nil, 1 (a consumer's) or 2 (metadata).
-function _M.check(name, conf, kind)
+local stored_now = false
+
+--- Whether the check that runs now is of a conf that the configuration has. Any other must leave nothing behind.
+function _M.checks_stored() return stored_now end
+
+--- A plugin's own check of a conf that the configuration has, or (not `stored`) may get: what it returns, or raises.
+function _M.run_check(plugin, conf, kind, stored)
+    local before = stored_now
+    stored_now = stored
+    local ran, ok, err = pcall(plugin.check_schema, conf, kind)
+    stored_now = before
+    if not ran then error(ok, 0) end
+    return ok, err
+end
+
+--- Whether `conf` passes the plugin's own check. `kind`: nil, 1 (a consumer's) or 2 (metadata). `stored`: the configuration has it.
+function _M.check(name, conf, kind, stored)
     local plugin = by_name[name]
     if not plugin then return nil, "unknown plugin [" .. name .. "]" end
     if kind == 2 and not plugin.metadata_schema then return true end
-    local ok, err = plugin.check_schema(conf, kind)
+    local ok, err = _M.run_check(plugin, conf, kind, stored)
     if not ok then return false, tostring(err) end
     return require("apisix.plugin").check_meta(name, conf)
 end

@@ -6,12 +6,14 @@
 local native = require("moongate.native").plugin
 local ctx_of = require("moongate.ctx")
 local plugins = require("moongate.plugins")
+local load_text = require("moongate.chunk").load
+local pre_function = require("moongate.pre_function")
 local request = require("moongate.request")
 local encode = require("cjson").encode
 local ctxs = request.ctxs
 local begin = ctx_of.begin
-local ipairs, loadstring, pcall, rawget, setmetatable, tostring, type =
-    ipairs, loadstring, pcall, rawget, setmetatable, tostring, type
+local ipairs, pcall, rawget, setmetatable, tostring, type, unpack =
+    ipairs, pcall, rawget, setmetatable, tostring, type, unpack
 
 local _M = {}
 
@@ -20,19 +22,11 @@ local confs = setmetatable({}, { __mode = "v" })
 
 local TYPE_CONSUMER = 1
 
-local function hook(source)
-    local chunk, err = loadstring(source, "meta pre_function")
-    if not chunk then return nil, err end
-    local ok, f = pcall(chunk)
-    if ok and type(f) == "function" then return f end
-    return nil, ok and "_meta.pre_function is no function" or tostring(f)
-end
-
 local function conf_table(item, plugin)
     local conf = confs[item.uid]
     if conf then return conf end
     conf = native.decode(item.json)
-    local ok, passed, err = pcall(plugin.check_schema, conf, item.consumer and TYPE_CONSUMER or nil)
+    local ok, passed, err = pcall(plugins.run_check, plugin, conf, item.consumer and TYPE_CONSUMER or nil, true)
     if not ok or not passed then
         -- The store let it in, this VM does not: a request must not go on without it.
         error("failed to check the configuration of plugin " .. item.name .. " err: "
@@ -48,16 +42,18 @@ local function conf_table(item, plugin)
     return conf
 end
 
-local function entry_of(item, conf)
+-- `beside_workflow`: the plan has a workflow, which may run this plugin, too.
+local function entry_of(item, conf, beside_workflow)
     local meta = conf._meta
     local entry = { name = item.name, filter = item.filter, error_response = meta.error_response }
     if meta.pre_function then
-        local f, err = hook(meta.pre_function)
+        local f, err = pre_function.compile(meta.pre_function)
         if not f then native.log_error(item.name .. ": " .. err) end
         entry.pre_function = f
     end
     entry.resolved = require("apisix.secret").bind(conf)
-    entry.plain = not entry.filter and not entry.pre_function and not entry.resolved
+    entry.beside_workflow = beside_workflow
+    entry.plain = not entry.filter and not entry.pre_function and not entry.resolved and not beside_workflow
     return entry
 end
 
@@ -176,10 +172,20 @@ local function flat(members)
     return out
 end
 
+local function has_workflow(owners)
+    for _, owner in ipairs(owners) do
+        for _, item in ipairs(owner.items) do
+            if item.name == "workflow" then return true end
+        end
+    end
+    return false
+end
+
 --- Makes a plan of its owners (`{ name, global, conf_type, conf_id, conf_version, items }`), items by falling priority. `noting`: their
 --- calls are noted; `hooked`: hooks may be on what nginx.conf would call, `dynamic` by a header.
 function _M.build(owners, noting, hooked, dynamic)
     local plan = { scope = owners[#owners], switches = #owners > 1 }
+    local workflow = has_workflow(owners)
     for _, owner in ipairs(owners) do
         local members = {}
         owner.noted = noting
@@ -187,7 +193,8 @@ function _M.build(owners, noting, hooked, dynamic)
             local plugin = plugins.get(item.name)
             local conf = plugin and conf_table(item, plugin)
             if conf then
-                members[#members + 1] = { plugin = plugin, conf = conf, item = item, entry = entry_of(item, conf) }
+                local entry = entry_of(item, conf, workflow and plugin.workflow_handler ~= nil)
+                members[#members + 1] = { plugin = plugin, conf = conf, item = item, entry = entry }
             end
         end
         -- Rewrite and access of one global rule run before the next one's.
@@ -222,6 +229,23 @@ end
 
 _M.answer = answer
 
+-- The filter's verdict. What it asks for in vain is fetched, and it is asked again: the body once each, a registered variable each.
+local function evaluate(number, ctx)
+    local given, n, _ = {}, 0, nil
+    local passed, graphql, posted, name = native.filter(number)
+    -- In phases that cannot wait a body may stay unknown.
+    if graphql then ctx_of.learn("graphql_name") end
+    if posted then ctx_of.learn("post_arg_") end
+    if graphql or posted then passed, _, _, name = native.filter(number) end
+    while name do
+        local value = ctx.var[name]
+        given[n + 1], given[n + 2] = name, value ~= nil and tostring(value) or false
+        n = n + 2
+        passed, _, _, name = native.filter(number, unpack(given, 1, n))
+    end
+    return passed
+end
+
 -- Whether the filter of an entry lets the plugin run in this request: asked once per request.
 local function passes_filter(entry, conf, ctx)
     local known = rawget(ctx, "_meta_filter")
@@ -231,22 +255,29 @@ local function passes_filter(entry, conf, ctx)
     end
     local passed = known[conf]
     if passed == nil then
-        local graphql, posted
-        passed, graphql, posted = native.filter(entry.filter)
-        if graphql then ctx_of.learn("graphql_name") end
-        if posted then ctx_of.learn("post_arg_") end
-        if graphql or posted then passed = native.filter(entry.filter) end
+        passed = evaluate(entry.filter, ctx)
         known[conf] = passed
     end
     return passed
 end
 
-local function prepare(entry, conf, ctx)
+-- Whether a workflow ran this plugin for the request before it came to this conf, which then has no say in any phase. One that
+-- was run before that goes on.
+local function stands_back(entry, conf, ctx, answering)
+    local taken = rawget(ctx, "_workflow_taken")
+    if not taken or not taken[entry.name] then return false end
+    if answering then taken[conf] = true end
+    return taken[conf] == true
+end
+
+-- `answering`: in a phase whose plugins may answer.
+local function prepare(entry, conf, ctx, answering)
+    if entry.beside_workflow and stands_back(entry, conf, ctx, answering) then return false end
     if entry.filter and not passes_filter(entry, conf, ctx) then return false end
     local f = entry.pre_function
     if f then
-        local ok, err = pcall(f, conf, ctx)
-        if not ok then native.log_error("pre_function execution for plugin " .. entry.name .. " failed: " .. tostring(err)) end
+        local err = pre_function.call(f, entry.name, conf, ctx)
+        if err then native.log_error(err) end
     end
     return true
 end
@@ -263,7 +294,7 @@ local function run_until_answer(sections, plan, ctx)
         local plain = section.plain
         for i = 1, section.n, 3 do
             local conf, entry = section[i + 1], section[i + 2]
-            if plain or prepare(entry, conf, ctx) then
+            if plain or prepare(entry, conf, ctx, true) then
                 if not plain and entry.resolved then conf = entry.resolved() end
                 ctx._plugin_name = entry.name
                 local code, body = section[i](conf, ctx)
@@ -360,15 +391,26 @@ end
 
 --- A route's `filter_func`, compiled.
 function _M.compile_filter(source)
-    local chunk, err = loadstring("return " .. source, "=filter_func")
+    local chunk, err = load_text("return " .. source, "=filter_func")
     if not chunk then return nil, err end
     return chunk()
 end
 
-local filter_vars = ctx_of.var()
+-- The variables of a request that has no route yet. Those that modules give are asked with a context of their own, which ends here.
+local function variables()
+    local ctx = {}
+    ctx.var = ctx_of.var(ctx)
+    return ctx.var
+end
 
 function _M.call_filter(f)
-    return f(filter_vars) and true or false
+    return f(variables()) and true or false
+end
+
+--- A variable that a module has registered, as text; nil when it has none.
+function _M.registered_var(name)
+    local value = variables()[name]
+    return value ~= nil and tostring(value) or nil
 end
 
 return _M

@@ -4,6 +4,7 @@
 -- keys that are active, and the dict's own bound holds against more.
 local core = require("apisix.core")
 local plugin = require("apisix.plugin")
+local plugins = require("moongate.plugins")
 local schema_def = require("apisix.schema_def")
 local ngx = ngx
 local ngx_now = ngx.now
@@ -44,6 +45,44 @@ local function comparable(conf)
     return out
 end
 
+local function nothing() end
+
+local function itself(conf)
+    return conf
+end
+
+-- The conf that the others of the group must be like. Only one that is stored becomes it.
+local function first_of(group, conf)
+    return group_conf(group, "", plugins.checks_stored() and itself or nothing, conf) or conf
+end
+
+-- The names of the fields in which two confs differ: their values may be secrets.
+local function differing(a, b)
+    local names = {}
+    for name, value in pairs(a) do
+        if not core.table.deep_eq(value, b[name]) then
+            names[#names + 1] = name
+        end
+    end
+    for name in pairs(b) do
+        if a[name] == nil then
+            names[#names + 1] = name
+        end
+    end
+    core.table.sort(names)
+    return core.table.concat(names, ", ")
+end
+
+local function check_group(conf)
+    local mine = comparable(conf)
+    local first = first_of(conf.group, mine)
+    if core.table.deep_eq(first, mine) then
+        return true
+    end
+    core.log.error("limit-count group ", conf.group, " is in use with another conf: ", differing(first, mine))
+    return false, "group conf mismatched"
+end
+
 function _M.check_schema(conf, schema_type)
     if schema_type == core.schema.TYPE_METADATA then
         return core.schema.check(_M.metadata_schema, conf)
@@ -60,11 +99,9 @@ function _M.check_schema(conf, schema_type)
         return false, err
     end
     if conf.group then
-        local first = group_conf(conf.group, "", comparable, conf)
-        if not core.table.deep_eq(first, comparable(conf)) then
-            core.log.error("previous limit-count group ", conf.group, " conf: ", core.json.encode(first),
-                ", current conf: ", core.json.encode(comparable(conf)))
-            return false, "group conf mismatched"
+        ok, err = check_group(conf)
+        if not ok then
+            return false, err
         end
     end
     return check_rules(conf)
@@ -113,6 +150,10 @@ local function prefix_of(conf)
         -- By what the conf says: a change elsewhere in the object leaves the counters.
         local text = core.json.stably_encode(comparable(conf))
         prefix = parent.resource_key .. ":" .. ngx.crc32_long(text) .. ":"
+        if conf._meta.workflow_rule then
+            -- Rules of a workflow may have the same conf.
+            prefix = prefix .. conf._meta.workflow_rule .. ":"
+        end
     end
     prefixes[conf] = prefix
     return prefix

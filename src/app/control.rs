@@ -34,6 +34,7 @@ use crate::{
     },
     dns::Resolver,
     error::{Error, Kind, Result},
+    health::Health,
     observe::{log, metrics},
     plugin::{Errand, Setup, Watching},
     store::{self, Published, Started, Store},
@@ -80,10 +81,12 @@ pub async fn run(mut config: Config) -> Result<()> {
     let resolver = Arc::new(Resolver::new(&settings::dns(&config), Handle::current()));
     crate::lua::ngx::socket_tcp::set_resolver(resolver.clone());
     crate::lua::host::store::open_to_scripts(store.clone(), started.published.clone());
+    let health = settings::health(&config, &*store).map(|prefix| Health::new(resolver.clone(), prefix));
     let blueprint = Blueprint {
         config: Arc::new(config.clone()),
         published: started.published.clone(),
         resolver,
+        health: health.clone(),
         setup,
         endings: Endings::new(&config, metrics.clone())?,
         number: 0,
@@ -96,6 +99,7 @@ pub async fn run(mut config: Config) -> Result<()> {
     let (collect, asking) = (workers.collections.clone(), workers.asking.clone());
     let keeper = Keeper::new(store.clone(), started.published.clone(), workers.errands.take());
     let keeping = spawn_local(keeper.clone().run());
+    let probing = health.clone().map(|health| spawn_local(health.run(started.published.clone())));
     let (reloads, asked) = mpsc::channel(RELOADS);
     let apis = Apis {
         config: &config,
@@ -107,11 +111,15 @@ pub async fn run(mut config: Config) -> Result<()> {
         shared: (collect, asking, keeper),
         reloads,
         watching,
+        health,
     };
     let mut serving = apis.serve(ports)?;
     announce(&config, &at, &*store)?;
     let ended = attend((&mut reload, asked), &mut signals, &mut workers).await;
     keeping.abort();
+    if let Some(probing) = probing {
+        probing.abort();
+    }
     finish.send_replace(true);
     workers.end(&mut signals).await;
     let _ = timeout(STOP_PATIENCE, async { while serving.join_next().await.is_some() {} }).await;
@@ -417,6 +425,7 @@ struct Apis<'a> {
     shared: (watch::Sender<u64>, Asking, Keeper),
     reloads: mpsc::Sender<Asked>,
     watching: Arc<Watching>,
+    health: Option<Arc<Health>>,
 }
 
 impl Apis<'_> {
@@ -451,7 +460,7 @@ impl Apis<'_> {
                 source: self.started.source.clone(),
                 plugins,
                 collect: Some(Box::new(move || collections.send_modify(|n| *n += 1))),
-                health: None,
+                health: self.health.map(|health| -> Box<dyn Fn() -> Vec<_>> { Box::new(move || health.list()) }),
                 lua: Some(Box::new(move || Box::pin(asking.clone().ask()))),
                 reload: Some(Box::new(move || Box::pin(reload(self.reloads.clone())))),
                 plugin_apis: Some(Box::new(move |call| Box::pin(endpoints.clone().endpoint(call)))),

@@ -10,6 +10,7 @@ use crate::{
     error::Result,
     model, net, proxy,
     router::RouterKind,
+    store::{self, Store},
     stream, tls,
 };
 
@@ -81,6 +82,16 @@ pub fn stream(config: &Config) -> stream::Settings {
 pub fn keepalive(config: &Config) -> model::upstream::Keepalive {
     let keepalive = &config.upstream_keepalive;
     model::upstream::Keepalive { size: keepalive.size, idle_timeout: keepalive.timeout, requests: keepalive.requests }
+}
+
+/// What stands before the names of checked upstreams; `None`: `apisix.disable_upstream_healthcheck`. Files have no prefix, as in APISIX.
+pub fn health(config: &Config, store: &dyn Store) -> Option<String> {
+    if config.json.pointer("/apisix/disable_upstream_healthcheck").and_then(Value::as_bool) == Some(true) {
+        tracing::info!("disabled upstream healthcheck");
+        return None;
+    }
+    let is_file = matches!(store.name(), "file" | "standalone");
+    Some(if is_file { String::new() } else { store::shown_prefix(&config.json) })
 }
 
 pub fn dns(config: &Config) -> dns::Config {

@@ -30,6 +30,7 @@ use crate::{
     dns::Resolver,
     error::{Error, Kind, Result},
     exchange::{Connection, Exchange, RequestBody},
+    health::{Health, Watched},
     net::{
         Drain, ExchangePool, Handler, Server,
         listener::{self, HandshakeScripts},
@@ -78,6 +79,8 @@ pub struct Blueprint {
     pub config: Arc<Config>,
     pub published: Arc<Published>,
     pub resolver: Arc<Resolver>,
+    /// `None`: no upstream's nodes are checked.
+    pub health: Option<Arc<Health>>,
     pub setup: Setup,
     pub endings: Endings,
     /// Counts the reloads.
@@ -263,6 +266,7 @@ async fn new_proxy(worker: usize, blueprint: &Blueprint, before: Option<&Runner>
         runner,
         &blueprint.config.locations,
         blueprint.resolver.clone(),
+        Watched::new(blueprint.health.clone()),
         Box::new(ending),
     ))
 }
@@ -305,11 +309,16 @@ fn stream(
     udp: Vec<UdpSocket>,
     listeners: &mut JoinSet<Result<()>>,
 ) {
-    let Blueprint { config, published, resolver, endings, .. } = blueprint;
+    let Blueprint { config, published, resolver, health, endings, .. } = blueprint;
     let log = endings.of_streams(config);
     let mut settings = settings::stream(config);
     settings.udp_listeners = udp.iter().filter_map(|socket| socket.local_addr().ok()).collect();
-    let streams = Rc::new(Streams::new(settings, published.clone(), resolver.clone(), drain.clone(), log));
+    let streams = Rc::new(Streams::new(
+        settings,
+        (published.clone(), resolver.clone(), Watched::new(health.clone())),
+        drain.clone(),
+        log,
+    ));
     for Tcp { socket, proxy_protocol, proxy_protocol_to_upstream: to_upstream, tls } in tcp {
         let tls = tls.map(|server| listener::Tls { server, published: published.clone(), scripts: Rc::default() });
         let listener = stream::tcp::Listener { socket, proxy_protocol, tls, to_upstream };

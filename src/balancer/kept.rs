@@ -32,6 +32,7 @@ pub enum Owner {
     /// It stands inside.
     Route(Id),
     Service(Id),
+    StreamRoute(Id),
 }
 
 impl Pickers {

@@ -104,7 +104,6 @@ struct Seen {
     variables: BTreeMap<String, Places>,
     discovery: BTreeMap<String, Places>,
     schemes: BTreeMap<String, Places>,
-    checks: Places,
     managers: BTreeMap<String, Places>,
     undecryptable: Places,
     protos: Places,
@@ -242,9 +241,6 @@ impl Looker<'_, '_> {
         if scheme == "kafka" {
             self.seen.schemes.entry(scheme.to_owned()).or_default().add(self.key);
         }
-        if upstream.get("checks").is_some_and(Value::is_object) {
-            self.seen.checks.add(self.key);
-        }
         let hash_on = upstream.get("hash_on").and_then(Value::as_str);
         if let (true, Some(key)) = (hash_on == Some("vars"), upstream.get("key").and_then(Value::as_str)) {
             self.variable(key);
@@ -356,12 +352,6 @@ fn tell(seen: &Seen, by: &Checked<'_>, report: &mut Report) {
             report.add(verdict, "object", places.to_string(), what, advice);
         }
     };
-    one(
-        &seen.checks,
-        Change,
-        "health checks of upstreams are not made yet",
-        "set retries: a node that does not answer is passed over for the next one, request by request",
-    );
     one(
         &seen.undecryptable,
         Change,

@@ -1,5 +1,6 @@
 //! Upstreams: the nodes, how one is picked, and how it is spoken to.
 
+pub mod checks;
 mod shared;
 
 use std::{net::IpAddr, sync::Arc, time::Duration};
@@ -41,8 +42,8 @@ pub struct Upstream {
     pub name: Option<Box<str>>,
     /// `(discovery_type, service_name)` when the nodes come from a registry.
     pub discovery: Option<Box<(Box<str>, Box<str>)>>,
-    /// `checks` as JSON text.
-    pub checks: Option<Box<str>>,
+    /// How the health of its nodes is found out; `None`: it is not.
+    pub checks: Option<Box<checks::Checks>>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -171,7 +172,10 @@ impl Upstream {
             timeout: timeouts(map).map(Box::new),
             keepalive: keepalive(map).map(Box::new),
             discovery: boxed(map, "discovery_type").zip(service).map(Box::new),
-            checks: map.get("checks").map(|checks| checks.to_string().into()),
+            checks: map
+                .get("checks")
+                .and_then(Value::as_object)
+                .map(|checks| Box::new(checks::Checks::from_json(checks))),
             tls: tls(map, context)?,
         })
     }

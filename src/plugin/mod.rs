@@ -4,7 +4,8 @@ mod late;
 mod natives;
 pub mod output;
 pub mod plan;
-pub mod registry;
+pub mod registered;
+mod registry;
 pub mod run;
 pub mod watch;
 

@@ -4,7 +4,7 @@ use std::{ffi::c_int, sync::Arc};
 
 use bytes::Bytes;
 
-use super::{run::Run, watch};
+use super::{registered, run::Run, watch};
 use crate::{
     error::Result,
     exchange::{
@@ -48,6 +48,10 @@ pub(super) fn register(api: &mut Api) -> Result<()> {
             Ok(4)
         },
     )?;
+    api.func("native.plugin.register_var", any, "register_var(name): this VM gives the variable.", |s| {
+        registered::add(&s.arg_str(1)?);
+        Ok(0)
+    })?;
     api.func(
         "native.plugin.learn",
         any,
@@ -59,15 +63,22 @@ pub(super) fn register(api: &mut Api) -> Result<()> {
     api.func(
         "native.plugin.filter",
         Phases::REQUEST,
-        "filter(n) -> boolean, graphql, posted: whether the plan's nth filter passes, and what it has asked of a body in vain.",
+        "filter(n, name?, value?, …) -> boolean, graphql, posted, name: whether the plan's nth filter passes, where the registered \
+         variables are these; what it has asked of a body in vain, and a registered variable that it has asked for in vain.",
         |s| {
             let n = s.arg_int(1)?;
-            let (passed, asked) = Run::filter(request()?, n);
+            let given = |name: &str| (2..s.top()).step_by(2).find(|at| s.bytes(*at) == Some(name.as_bytes()));
+            let given = |name: &str| given(name).map(|at| s.bytes(at + 1).map(<[u8]>::to_vec));
+            let (passed, asked, wanted) = Run::filter(request()?, n, given);
             s.push_bool(passed);
             for about in [About::Graphql, About::Posted] {
                 s.push_bool(asked.each().any(|a| a == about));
             }
-            Ok(3)
+            match wanted {
+                Some(name) => s.push_bytes(name.as_bytes()),
+                None => s.push_nil(),
+            };
+            Ok(4)
         },
     )?;
     api.func(

@@ -338,8 +338,12 @@ impl Checker {
         self.loaded()?.plugins.get(name).cloned()
     }
 
-    /// Runs the plugin's `check_schema` on `conf`.
+    /// Runs the plugin's `check_schema` on a `conf` that nothing has stored: it leaves nothing behind.
     pub fn check_conf(&self, plugin: &str, conf: &Value, schema: PluginSchema) -> Result<(), Refusal> {
+        self.run_check(plugin, conf, schema, false)
+    }
+
+    fn run_check(&self, plugin: &str, conf: &Value, schema: PluginSchema, stored: bool) -> Result<(), Refusal> {
         let invalid = |e: Error| Refusal::Invalid(e.to_string());
         let Some(Loaded { vm, plugins, .. }) = self.loaded() else { return Err(Refusal::Unknown) };
         if !plugins.contains_key(plugin) {
@@ -352,7 +356,7 @@ impl Checker {
         };
         let conf = lua_of(&vm, conf).map_err(invalid)?;
         let (ok, reason): (Option<bool>, Option<String>) =
-            call(&vm, "moongate.plugins", "check", (plugin, conf, kind)).map_err(invalid)?;
+            call(&vm, "moongate.plugins", "check", (plugin, conf, kind, stored)).map_err(invalid)?;
         if ok == Some(true) { Ok(()) } else { Err(Refusal::Invalid(reason.unwrap_or_default())) }
     }
 
@@ -428,7 +432,7 @@ fn plain(e: mlua::Error) -> String {
 impl PluginChecker for Checker {
     fn check(&self, plugin: &str, conf: &str, schema: PluginSchema) -> Result<(), Refusal> {
         let conf = serde_json::from_str(conf).map_err(|e| Refusal::Invalid(e.to_string()))?;
-        self.check_conf(plugin, &conf, schema)
+        self.run_check(plugin, &conf, schema, true)
     }
 
     fn reload(&self, snapshot: &Snapshot) {

@@ -38,6 +38,7 @@ use function::{Call, Functions};
 use super::{
     PhaseMask, Watching,
     plan::{self, Key, Owner, Sources, Watched},
+    registered,
     registry::{self, Plugins, Setup},
 };
 use crate::{
@@ -127,6 +128,8 @@ struct Entry {
     delayed_body_filter: c_int,
     log: c_int,
     call_filter: c_int,
+    /// Gives a variable of a Lua module.
+    registered_var: c_int,
 }
 
 /// What runs for one combination of versions.
@@ -191,20 +194,31 @@ impl Run {
         }
     }
 
-    /// Whether the nth filter of the request's plan lets the plugin run, and what it has asked of a body that nobody has looked
-    /// into.
-    pub(super) fn filter(x: &Exchange, n: i64) -> (bool, Asked) {
-        let mut asked = Asked::default();
-        let Some(plan) = run_of(x).and_then(Run::plan) else { return (true, asked) };
+    /// Whether the nth filter of the request's plan lets the plugin run, what it has asked of a body that nobody has looked into, and
+    /// a registered variable that `given` does not know: name to value, or to none.
+    pub(super) fn filter(
+        x: &Exchange,
+        n: i64,
+        given: impl Fn(&str) -> Option<Option<Vec<u8>>>,
+    ) -> (bool, Asked, Option<String>) {
+        let (mut asked, mut wanted) = (Asked::default(), None);
+        let Some(plan) = run_of(x).and_then(Run::plan) else { return (true, asked, wanted) };
         let conf = usize::try_from(n - 1).ok().and_then(|n| plan.filters.get(n));
         let filter = conf.and_then(|c| c.meta.filter.as_ref());
         let variable = &mut |name: &str| {
             asked.note(x, name);
+            if let Some(value) = given(name) {
+                return value.map(Cow::Owned);
+            }
             let mut scratch = Vec::new();
-            x.var_by_name(name, &mut scratch).map(|value| Cow::Owned(value.to_vec()))
+            let value = x.var_by_name(name, &mut scratch).map(|value| Cow::Owned(value.to_vec()));
+            if value.is_none() && registered::knows(name) {
+                wanted.get_or_insert_with(|| name.to_owned());
+            }
+            value
         };
         let passed = filter.is_none_or(|f| f.eval(variable));
-        (passed, asked)
+        (passed, asked, wanted)
     }
 }
 
@@ -428,7 +442,10 @@ impl Runner {
         let Some(function) = self.compiled_filter(&generation, route.uid, source, x) else { return false };
         // The router only lends the request; the function gets a copy of what it can ask about.
         let mut copy = copy_of(x);
-        let passed = crate::lua::fast::enter(&mut copy, || call_filter(&generation, function));
+        let entry = generation.entry.call_filter;
+        let push = |s: &Stack| s.get_index(ffi::LUA_REGISTRYINDEX, function as usize);
+        let call = || call_once(&generation, entry, push, |s| s.boolean(-1));
+        let passed = crate::lua::fast::enter(&mut copy, call);
         match passed {
             Ok(passed) => passed,
             Err(text) => {
@@ -436,6 +453,24 @@ impl Runner {
                 false
             }
         }
+    }
+
+    /// A variable that a Lua module gives, for a condition of a route.
+    pub fn registered(&self, x: &Exchange, name: &str) -> Option<Vec<u8>> {
+        if !registered::knows(name) {
+            return None;
+        }
+        let generation = self.generation.borrow().clone();
+        let mut copy = copy_of(x);
+        let entry = generation.entry.registered_var;
+        let call = || {
+            let push = |s: &Stack| s.push_bytes(name);
+            call_once(&generation, entry, push, |s| s.bytes(-1).map(<[u8]>::to_vec))
+        };
+        crate::lua::fast::enter(&mut copy, call).unwrap_or_else(|text| {
+            log_error(x, &format!("failed to get the variable {name}: {text}"));
+            None
+        })
     }
 
     /// Answers by an uploaded function. `None`: there is no such function.
@@ -757,6 +792,7 @@ impl Entry {
             delayed_body_filter: f("delayed_body_filter")?,
             log: f("log")?,
             call_filter: f("call_filter")?,
+            registered_var: f("registered_var")?,
         })
     }
 }
@@ -863,18 +899,24 @@ fn failed(x: &mut Exchange) -> Flow {
     if x.response.head_sent { Flow::Close } else { Flow::Answer }
 }
 
-fn call_filter(generation: &Generation, function: c_int) -> Result<bool, String> {
+/// Calls a function that is kept in the registry with what `push` pushes, one value, outside a request's coroutine.
+fn call_once<T>(
+    generation: &Generation,
+    entry: c_int,
+    push: impl FnOnce(&Stack) -> c_int,
+    take: impl FnOnce(&Stack) -> T,
+) -> Result<T, String> {
     let vm = &generation.vm;
     let main = vm.main();
     vm.entered(|| {
-        // SAFETY: two functions kept in the registry are called under lua_pcall; the results are popped.
+        // SAFETY: a function kept in the registry is called under lua_pcall; the result is popped.
         limits::bounded(main, vm.limits(), || unsafe {
             let s = Stack::new(main);
-            s.get_index(ffi::LUA_REGISTRYINDEX, generation.entry.call_filter as usize);
-            s.get_index(ffi::LUA_REGISTRYINDEX, function as usize);
+            s.get_index(ffi::LUA_REGISTRYINDEX, entry as usize);
+            push(&s);
             let rc = ffi::lua_pcall(main, 1, 1, 0);
             let result = match rc {
-                ffi::LUA_OK => Ok(s.boolean(-1)),
+                ffi::LUA_OK => Ok(take(&s)),
                 _ => Err(String::from_utf8_lossy(s.bytes(-1).unwrap_or(b"error")).into_owned()),
             };
             s.pop(1);

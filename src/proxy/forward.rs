@@ -8,6 +8,7 @@ use std::{
     future::poll_fn,
     net::SocketAddr,
     rc::Rc,
+    sync::Arc,
     task::{Context, Poll, ready},
     time::{Duration, Instant},
 };
@@ -19,6 +20,7 @@ use crate::{
     balancer::{NoNode, Owner, Picked, Tried, has_memory},
     error::{Error, Kind, Origin, Result, Retry},
     exchange::{Client, Exchange, RequestBody, Response, Source, Try, Var, headers::same_name},
+    health::Checker,
     model::{
         route::Timeouts,
         upstream::{Balance, HashOn, Keepalive, Node, Scheme, Upstream},
@@ -128,6 +130,8 @@ struct Tries {
     picked: Option<Rc<Picked>>,
     hash_key: Vec<u8>,
     tried: Tried,
+    /// What health checks say of the nodes.
+    health: Option<Arc<Checker>>,
     /// Further tries after the first.
     retries: usize,
     started: Instant,
@@ -158,6 +162,7 @@ impl Tries {
         Tries {
             picked: (conf.nodes.len() != 1 || has_memory(&conf.balance))
                 .then(|| p.pickers.of_owner(conf, owner(x, conf), started)),
+            health: conf.checks.as_ref().and_then(|_| p.watched.of(conf, owner(x, conf))),
             hash_key: hash_key(x, conf),
             tried: Tried::default(),
             retries: retries.map_or(conf.nodes.len().saturating_sub(1), |n| n as usize),
@@ -171,7 +176,7 @@ impl Tries {
     fn next(&self, x: &Exchange, conf: &Upstream) -> Result<usize> {
         let Some(picked) = &self.picked else { return Ok(0) };
         picked.used.set(self.begun);
-        match picked.picker.pick(&self.hash_key, self.begun, &self.tried, &|_| true) {
+        match picked.picker.pick(&self.hash_key, self.begun, &self.tried, &|at| self.is_up(at)) {
             Ok(at) => {
                 tell_skipped(x, conf, at);
                 Ok(at)
@@ -181,10 +186,18 @@ impl Tries {
         }
     }
 
-    /// The node has answered with a head.
+    fn is_up(&self, at: usize) -> bool {
+        self.health.as_ref().is_none_or(|health| health.is_up(at))
+    }
+
+    /// The node has answered with a head of that status.
     #[inline(always)]
-    fn reached(self, x: &Exchange, at: usize) -> Option<UnderWay> {
-        let latency = x.upstream.tries.last().and_then(|t| t.header_time);
+    fn reached(self, x: &Exchange, at: usize, status: u16) -> Option<UnderWay> {
+        let last = x.upstream.tries.last();
+        if let (Some(health), Some(last)) = (&self.health, last) {
+            health.answered(at, last.addr.ip(), status);
+        }
+        let latency = last.and_then(|t| t.header_time);
         self.picked.map(|picked| UnderWay { picked, at, latency, begun: self.begun })
     }
 
@@ -198,6 +211,9 @@ impl Tries {
         self.begun = Instant::now();
         if let Some(picked) = &self.picked {
             picked.picker.done(at, None, self.begun);
+        }
+        if let Some(health) = self.health.as_ref().filter(|_| e.origin() == Origin::Upstream) {
+            health.failed(at, x.upstream.tries.last().map(|t| t.addr.ip()), &e);
         }
         self.tried.push(at);
         if !may_repeat {
@@ -260,7 +276,10 @@ impl<'a> Way<'a> {
         loop {
             let at = tries.next(x, conf)?;
             match self.attempt::<false>(x, &conf.nodes[at], at, tries.begun).await {
-                Ok(reached) => return Ok((reached, tries.reached(x, at))),
+                Ok(reached) => {
+                    let status = reached.head.status;
+                    return Ok((reached, tries.reached(x, at, status)));
+                }
                 Err(e) => {
                     let again =
                         |way: &mut Self, x: &Exchange, e: &Error| way.may_repeat(x, e) && way.upload.rewind(&x.body);
@@ -568,9 +587,8 @@ fn poll_client<T>(cx: &mut Context<'_>, client: &mut Option<Box<dyn Client>>) ->
 
 /// Whose upstream it is that stands inside a route or a service.
 fn owner(x: &Exchange, conf: &Upstream) -> Option<Owner> {
-    let is_it =
-        |upstream: &Option<std::sync::Arc<Upstream>>| upstream.as_ref().is_some_and(|u| std::ptr::eq(&**u, conf));
-    let matched = x.matched.as_ref().filter(|_| has_memory(&conf.balance))?;
+    let is_it = |upstream: &Option<Arc<Upstream>>| upstream.as_ref().is_some_and(|u| std::ptr::eq(&**u, conf));
+    let matched = x.matched.as_ref().filter(|_| has_memory(&conf.balance) || conf.checks.is_some())?;
     let route = matched.route();
     if is_it(&route.value.upstream) {
         return Some(Owner::Route(route.id.clone()));

@@ -38,6 +38,7 @@ use crate::{
     conf::locations::{Locations, Rewrite, Script},
     dns::Resolver,
     exchange::{Exchange, host::Host},
+    health::Watched,
     location::Chooser,
     model,
     net::Handler,
@@ -100,6 +101,8 @@ pub struct Proxy {
     current: RefCell<Arc<Snapshot>>,
     version: Cell<u64>,
     pickers: Pickers,
+    /// Whose nodes' health is known.
+    watched: Watched,
     /// Spreads requests over the addresses of a name: the state of a linear congruential generator.
     turn: Cell<u64>,
     tls_numbers: TlsNumbers,
@@ -113,6 +116,7 @@ impl Proxy {
         runner: Runner,
         locations: &Locations,
         resolver: Arc<Resolver>,
+        watched: Watched,
         ending: Box<dyn Ending>,
     ) -> Self {
         let current = published.load();
@@ -134,6 +138,7 @@ impl Proxy {
             current: RefCell::new(current),
             published,
             pickers: Pickers::default(),
+            watched,
             turn: Cell::new(0),
         }
     }

@@ -323,7 +323,8 @@ impl Facts for RequestFacts<'_> {
         asked.note(self.x, name);
         self.asked.set(asked);
         let mut scratch = Vec::new();
-        self.x.var(&Var::parse(name), &mut scratch).map(|value| Cow::Owned(value.to_vec()))
+        let value = self.x.var(&Var::parse(name), &mut scratch).map(<[u8]>::to_vec);
+        value.or_else(|| self.runner.registered(self.x, name)).map(Cow::Owned)
     }
 
     fn filter(&self, route: &Arc<Object<Route>>) -> bool {

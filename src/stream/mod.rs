@@ -23,9 +23,10 @@ use ipnet::IpNet;
 pub use self::session::Log;
 use self::session::{Session, Try};
 use crate::{
-    balancer::{NoNode, Picked, Pickers, Tried},
+    balancer::{NoNode, Owner, Picked, Pickers, Tried},
     dns::Resolver,
     error::{Error, Kind, Origin, Result, Retry},
+    health::{Checker, Watched},
     model::{
         Upstream,
         route::Timeouts,
@@ -73,6 +74,8 @@ pub struct Streams {
     drain: Drain,
     log: Option<Log>,
     pickers: Pickers,
+    /// Whose nodes' health is known.
+    watched: Watched,
     /// Spreads sessions over the addresses of a name.
     turn: Cell<usize>,
     /// UDP sessions of all listeners.
@@ -104,6 +107,8 @@ impl Seldom {
 struct Target {
     snapshot: Arc<Snapshot>,
     upstream: Arc<Upstream>,
+    /// What health checks say of its nodes.
+    health: Option<Arc<Checker>>,
 }
 
 /// A node that serves a session: its balancer counts it until this is dropped.
@@ -124,13 +129,12 @@ impl Streams {
     /// `drain` counts the worker's connections; sessions are among them.
     pub fn new(
         settings: Settings,
-        published: Arc<Published>,
-        resolver: Arc<Resolver>,
+        (published, resolver, watched): (Arc<Published>, Arc<Resolver>, Watched),
         drain: Drain,
         log: Option<Log>,
     ) -> Self {
         let (pickers, turn, udp_sessions, udp_lines) = Default::default();
-        Streams { settings, published, resolver, drain, log, pickers, turn, udp_sessions, udp_lines }
+        Streams { settings, published, resolver, drain, log, pickers, watched, turn, udp_sessions, udp_lines }
     }
 
     /// The route's upstream, else its service's.
@@ -162,25 +166,32 @@ impl Streams {
                 return Err(Error::config(Kind::NoNode).context(text));
             }
         };
-        Ok(Target { snapshot, upstream })
+        let of_service = |_| route.value.service_id.clone().map(Owner::Service);
+        let owner = match &route.value.upstream {
+            None => service.and_then(of_service),
+            Some(_) => Some(Owner::StreamRoute(route.id.clone())),
+        };
+        let health = upstream.checks.as_ref().and_then(|_| self.watched.of(&upstream, owner));
+        Ok(Target { snapshot, upstream, health })
     }
 
     /// Tries nodes until `open` has reached one.
     async fn reach<T>(
         &self,
         session: &mut Session,
-        upstream: &Upstream,
+        (upstream, health): (&Upstream, Option<&Checker>),
         open: impl AsyncFn(SocketAddr) -> Result<T>,
     ) -> Result<(T, Lease)> {
         let started = Instant::now();
         let picked = self.pickers.of(upstream, started);
+        let is_up = |at: usize| health.is_none_or(|health| health.is_up(at));
         let key = hash_key(session, upstream);
         let tries = upstream.retries.map_or(upstream.nodes.len(), |n| n as usize + 1).min(MAX_TRIES);
         let mut tried = Tried::default();
         loop {
             let begun = Instant::now();
             picked.used.set(begun);
-            let at = picked.picker.pick(&key, begun, &tried, &|_| true).map_err(no_node)?;
+            let at = picked.picker.pick(&key, begun, &tried, &is_up).map_err(no_node)?;
             let mut lease = Lease { picked: picked.clone(), at, connect_time: None };
             let e = match self.attempt(session, &upstream.nodes[at], &open).await {
                 Ok(opened) => {
@@ -190,6 +201,9 @@ impl Streams {
                 Err(e) => e,
             };
             drop(lease);
+            if let Some(health) = health {
+                health.failed(at, session.tries.last().map(|t| t.addr.ip()), &e);
+            }
             tried.push(at);
             let late = is_late(started.elapsed(), upstream.retry_timeout);
             if tried.len() >= tries || late || e.retry_advice() != Retry::Safe {

@@ -70,12 +70,12 @@ async fn connection(
 
 async fn proxy(streams: &Streams, session: &mut Session, client: &mut Io, to_upstream: bool) -> Result<()> {
     check_certificate(session)?;
-    let Target { snapshot, upstream } = streams.choose(session)?;
+    let Target { snapshot, upstream, health } = streams.choose(session)?;
     let times = timeouts(&upstream, TCP_IDLE);
     let tls = tls_to(&upstream, &snapshot, session.sni())?;
     let first = if to_upstream { proxy_header(session.client, session.server) } else { String::new() };
     let open = async |addr| upstream::open(addr, None, first.as_bytes(), tls.as_ref(), times.connect).await;
-    let (mut node, _lease) = streams.reach(session, &upstream, open).await?;
+    let (mut node, _lease) = streams.reach(session, (&upstream, health.as_deref()), open).await?;
     // The configuration that has been replaced meanwhile is not held for as long as the session lasts.
     drop((snapshot, upstream));
     session.established = true;

@@ -321,11 +321,11 @@ async fn serve(desk: &Desk, key: Key, session: &mut Session) -> Result<()> {
 
 /// A way to a node, how long it may be idle, and the node's place with its balancer.
 async fn open(desk: &Desk, session: &mut Session) -> Result<(Rc<Flow>, Duration, Lease)> {
-    let Target { upstream, .. } = desk.streams.choose(session)?;
+    let Target { upstream, health, .. } = desk.streams.choose(session)?;
     if upstream.scheme == Scheme::Tls {
         return Err(Error::config(Kind::Invalid).context("upstream scheme tls is not spoken over UDP"));
     }
-    let (socket, lease) = desk.streams.reach(session, &upstream, connect).await?;
+    let (socket, lease) = desk.streams.reach(session, (&upstream, health.as_deref()), connect).await?;
     let (up, down, moved, failed) = Default::default();
     Ok((Rc::new(Flow { socket, up, down, moved, failed }), timeouts(&upstream, UDP_IDLE).read, lease))
 }

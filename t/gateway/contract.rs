@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::support::{Dir, Gateway, Upstream};
+use crate::support::{Dir, Gateway, Upstream, eventually};
 
 /// A gateway with plugins of these names and sources.
 fn with_plugins(plugins: &[(&str, &str)]) -> Gateway {
@@ -221,4 +221,50 @@ fn events_reach_every_worker() {
     assert_eq!(gw.get("/get").status, 204);
     gw.expect_log("worker 0 was told moon");
     gw.expect_log("worker 1 was told moon");
+}
+
+#[test]
+fn an_upstream_by_its_id_is_the_same_table_until_it_changes() {
+    let up = Upstream::echo();
+    let gw = Gateway::with(json!({"nginx_config": {"worker_processes": 1}}));
+    let source = "return function(_, ctx) \
+        local upstream = require('apisix.upstream') \
+        local got, same = upstream.get_by_id('u'), upstream.get_by_id('u') \
+        local seen = rawget(_G, 'seen_upstream') rawset(_G, 'seen_upstream', got) \
+        return 200, { desc = got.desc, id = got.id, same = got == same, as_before = got == seen, none = upstream.get_by_id('v') == nil } \
+        end";
+    gw.put("/upstreams/u", json!({"nodes": {up.addr(): 1}, "desc": "one"}));
+    gw.route("1", "/x", &up, json!({"serverless-pre-function": {"functions": [source]}}));
+    let answer = |desc: &str, as_before: bool| json!({"desc": desc, "id": "u", "same": true, "as_before": as_before, "none": true});
+    assert_eq!((gw.get("/x").json(), gw.get("/x").json()), (answer("one", false), answer("one", true)));
+    gw.put("/upstreams/other", json!({"nodes": {up.addr(): 1}}));
+    assert_eq!(gw.get("/x").json(), answer("one", true), "another's change is none of this one");
+    gw.put("/upstreams/u", json!({"nodes": {up.addr(): 1}, "desc": "two"}));
+    assert_eq!((gw.get("/x").json(), gw.get("/x").json()), (answer("two", false), answer("two", true)));
+}
+
+#[test]
+fn timers_read_metadata_and_objects_too() {
+    let up = Upstream::echo();
+    let source = "local seen = 'nothing'\n\
+        local _M = { version = 1, priority = 10, name = 'teller', schema = { type = 'object' }, metadata_schema = { type = 'object' } }\n\
+        local function look()\n\
+            local metadata = require('apisix.plugin').plugin_metadata('teller')\n\
+            local found = require('apisix.upstream').get_by_id('u')\n\
+            seen = (metadata and metadata.value.word or 'no metadata') .. ', ' .. (found and found.desc or 'no upstream')\n\
+        end\n\
+        function _M.access(_, ctx)\n\
+            if ctx.var.arg_look then ngx.timer.at(0, look) end\n\
+            return 200, seen\n\
+        end\n\
+        return _M\n";
+    let gw = with_plugins(&[("teller", source)]);
+    gw.route("1", "/x", &up, json!({"teller": {}}));
+    for (word, desc) in [("one", "red"), ("two", "blue")] {
+        gw.put("/plugin_metadata/teller", json!({"word": word}));
+        gw.put("/upstreams/u", json!({"nodes": {up.addr(): 1}, "desc": desc}));
+        gw.get("/x?look=1");
+        let expected = format!("{word}, {desc}");
+        eventually("what the timer saw", || (gw.get("/x").text() == expected).then_some(()));
+    }
 }

@@ -546,3 +546,22 @@ fn a_refusal_without_a_text_is_a_page() {
     let text = refused("/text");
     assert_eq!((text.status, text.json()), (503, json!({"error_msg": "too many"})));
 }
+
+#[test]
+fn a_group_of_limit_count_is_bound_by_what_is_stored_not_by_what_is_asked() {
+    let up = Upstream::echo();
+    let gw = Gateway::start();
+    let limit = |count: u32, code: u32| json!({"count": count, "time_window": 60, "rejected_code": code, "group": "g"});
+    let route = |conf: serde_json::Value| json!({"uri": "/x", "plugins": {"limit-count": conf}, "upstream": {"nodes": {up.addr(): 1}}});
+    assert_eq!(gw.admin("POST", "/schema/validate/routes", route(limit(7, 503))).status, 200);
+    let mut broken = route(limit(8, 503));
+    broken["plugins"]["no-such-plugin"] = json!({});
+    assert_eq!(gw.admin("PUT", "/routes/1", broken).status, 400);
+    assert_eq!(gw.admin("PUT", "/routes/1?dry_run=true", route(limit(9, 503))).status, 201);
+    gw.put("/routes/1", route(limit(2, 503)));
+    let refused = gw.admin("PUT", "/routes/2", route(limit(3, 429)));
+    assert_eq!(refused.status, 400);
+    assert!(refused.text().contains("group conf mismatched"), "{}", refused.text());
+    gw.expect_log("limit-count group g is in use with another conf: count, rejected_code");
+    gw.put("/routes/2", route(limit(2, 503)));
+}

@@ -97,6 +97,10 @@ fn the_list_of_plugins_names_what_is_loaded() {
         "fault-injection",
         "mocking",
         "traffic-split",
+        "workflow",
+        "uri-blocker",
+        "referer-restriction",
+        "consumer-restriction",
         "public-api",
     ] {
         assert!(names.contains(&name), "{name} in {names:?}");

@@ -15,21 +15,14 @@ use serde_json::{Value, json};
 
 use crate::{
     lua, lua_with, port,
-    support::{Gateway, Upstream, eventually},
+    support::{
+        Gateway, Upstream, eventually,
+        websocket::{Frame, HANDSHAKE, KEY, frame, read_frame},
+    },
 };
-
-const KEY: &str = "dGhlIHNhbXBsZSBub25jZQ==";
 
 /// The answer to `KEY` in RFC 6455, 1.3.
 const ACCEPT: &str = "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=";
-
-const HANDSHAKE: [(&str, &str); 5] = [
-    ("Upgrade", "websocket"),
-    ("Connection", "keep-alive, Upgrade"),
-    ("Sec-WebSocket-Key", KEY),
-    ("Sec-WebSocket-Version", "13"),
-    ("Sec-WebSocket-Protocol", "chat, more"),
-];
 
 /// A server whose answer is what the script says, not 101.
 const SERVER: &str = "
@@ -62,51 +55,6 @@ fn serve(gw: &Gateway, peer: &Upstream, script: &str) -> Value {
 fn connect(gw: &Gateway, peer: &Upstream, script: &str) -> Value {
     let addr = peer.addr();
     lua(gw, &[("port", &port(&addr))], &format!("{CLIENT}{script}"))
-}
-
-/// A frame as it goes over the wire.
-#[derive(Debug, PartialEq)]
-struct Frame {
-    first: u8,
-    masked: bool,
-    payload: Vec<u8>,
-}
-
-fn read_frame(stream: &mut impl Read) -> std::io::Result<Frame> {
-    let mut bytes = |n: usize| {
-        let mut data = vec![0; n];
-        stream.read_exact(&mut data).map(|()| data)
-    };
-    let head = bytes(2)?;
-    let number = |data: Vec<u8>| data.iter().fold(0, |n, byte| n * 256 + usize::from(*byte));
-    let length = match head[1] & 0x7f {
-        126 => number(bytes(2)?),
-        127 => number(bytes(8)?),
-        short => usize::from(short),
-    };
-    let masked = head[1] >= 0x80;
-    let mask = if masked { bytes(4)? } else { vec![0; 4] };
-    let payload = bytes(length)?.iter().zip(mask.iter().cycle()).map(|(a, b)| a ^ b).collect();
-    Ok(Frame { first: head[0], masked, payload })
-}
-
-/// The bytes of a frame. `masked`: with a mask that shows.
-fn frame(first: u8, masked: bool, payload: &[u8]) -> Vec<u8> {
-    let mark = if masked { 0x80 } else { 0 };
-    let mut out = vec![first];
-    match payload.len() {
-        short @ 0..126 => out.push(mark | short as u8),
-        long => {
-            out.push(mark | 126);
-            out.extend((long as u16).to_be_bytes());
-        }
-    }
-    let mask: &[u8] = if masked { &[0xa5, 0x5a, 1, 2] } else { &[0] };
-    if masked {
-        out.extend(mask);
-    }
-    out.extend(payload.iter().zip(mask.iter().cycle()).map(|(a, b)| a ^ b));
-    out
 }
 
 /// A peer that sends these bytes first, then keeps every frame that comes.
@@ -227,7 +175,7 @@ fn a_handshake_that_is_none_is_refused() {
     let (peer, _) = frames(Vec::new());
     let addr = peer.addr();
     let cases = [
-        ("Upgrade", "h2c", "bad \"upgrade\" request header"),
+        ("Upgrade", "h2c", "bad \"upgrade\" request header: h2c"),
         ("Connection", "close", "bad \"connection\" request header"),
         ("Sec-WebSocket-Key", "c2hvcnQ=", "bad \"sec-websocket-key\" request header"),
         ("Sec-WebSocket-Key", "?", "bad \"sec-websocket-key\" request header"),
@@ -531,5 +479,5 @@ fn a_function_serves_websockets_on_the_gateways_own_port() {
 fn what_is_no_handshake_is_answered_as_a_request() {
     let gw = shouting();
     let refused = gw.get("/shout");
-    assert_eq!((refused.status, refused.text().as_str()), (400, "bad \"upgrade\" request header"));
+    assert_eq!((refused.status, refused.text().as_str()), (400, "bad \"upgrade\" request header: nil"));
 }

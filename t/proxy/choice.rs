@@ -4,7 +4,7 @@ use std::io::{BufReader, Read, Write};
 
 use serde_json::{Value, json};
 
-use super::{Client, Gateway, OK, Upstream, always, eventually, read_request, route};
+use super::{Client, Dir, Gateway, OK, Upstream, always, eventually, read_request, route};
 
 fn with_info() -> Gateway {
     Gateway::with(json!({"nginx_config": {"error_log_level": "info"}}))
@@ -180,6 +180,32 @@ fn plugins_ask_about_a_body_that_no_route_has_asked_about() {
     assert_eq!(post("/name", "text/plain", "query repo { owner }"), "mocked");
     assert_ne!(post("/name", "text/plain", "query other { owner }"), "mocked");
 }
+
+#[test]
+fn conditions_ask_modules_for_the_variables_that_they_give() {
+    let dir = Dir::new();
+    dir.write("plugins/giver.lua", GIVER);
+    let gw = Gateway::in_dir(dir);
+    let up = Upstream::echo();
+    let filter = |op: &str| json!({"key-auth": {"_meta": {"filter": [["given_seven", op, "7"], ["given_none", "!", "==", "1"]]}}});
+    gw.route("is", "/is", &up, filter("=="));
+    gw.route("not", "/not", &up, filter("~="));
+    assert_eq!((gw.get("/is").status, gw.get("/not").status), (401, 200));
+    conditional(&gw, "vars", &up, json!([["given_arg", "==", "x"]]));
+    assert_eq!((gw.get("/?a=x").status, gw.get("/?a=y").status, gw.get("/").status), (200, 404, 404));
+    conditional(&gw, "vars", &up, json!([["given_broken", "==", "x"]]));
+    assert_eq!(gw.get("/").status, 404);
+    gw.expect_log("failed to get the variable given_broken: ");
+    gw.expect_log("giver.lua:5: no such luck");
+}
+
+const GIVER: &str = "local core = require('apisix.core')
+core.ctx.register_var('given_seven', function() return 7 end)
+core.ctx.register_var('given_none', function() end)
+core.ctx.register_var('given_arg', function(ctx) return ctx and ngx.var.arg_a end)
+core.ctx.register_var('given_broken', function() error('no such luck') end)
+return {version = 0.1, priority = 1, name = 'giver', schema = {type = 'object'}, check_schema = function() return true end}
+";
 
 #[test]
 fn an_encoded_slash_stays_in_a_parameter_where_that_is_asked_for() {

@@ -330,3 +330,22 @@ fn without_http_only_streams_are_served() {
     assert_eq!(ask(&gw.tcp(), "x"), "a x");
     assert_eq!((gw.addresses("proxy").len(), gw.addresses("proxy_tls").len()), (0, 0));
 }
+
+#[test]
+fn a_node_that_is_found_unwell_is_not_tried() {
+    let (gw, up, dead) = (gateway(), node("a"), Upstream::dead());
+    let often = json!({"interval": 1, "successes": 1, "tcp_failures": 1});
+    let checks = json!({"active": {"type": "tcp", "healthy": often, "unhealthy": often}});
+    let mut upstream = to(up.addr());
+    upstream["nodes"][&dead] = json!(1);
+    upstream["checks"] = checks;
+    gw.put("/stream_routes/1", json!({"upstream": upstream}));
+    assert_eq!(ask(&gw.tcp(), "x"), "a x");
+    gw.expect_log(&format!("(upstream#/apisix/stream_routes/1) unhealthy TCP increment (1/1) for '127.0.0.1({dead})'"));
+    let tried = || gw.log().matches("trying the next upstream node").count();
+    let before = tried();
+    for _ in 0..10 {
+        assert_eq!(ask(&gw.tcp(), "x"), "a x");
+    }
+    assert_eq!(tried(), before);
+}

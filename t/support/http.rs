@@ -163,3 +163,10 @@ impl Client {
         line.trim_end_matches(['\r', '\n']).to_owned()
     }
 }
+
+/// What comes behind the head of a 101.
+impl Read for Client {
+    fn read(&mut self, into: &mut [u8]) -> std::io::Result<usize> {
+        self.stream.read(into)
+    }
+}

@@ -10,6 +10,7 @@ pub mod http;
 pub mod http2;
 pub mod peers;
 pub mod upstream;
+pub mod websocket;
 
 use std::{
     fs,

@@ -14,7 +14,7 @@ local GLOBAL_TTL, GLOBAL_COUNT = 60 * 60, 1024
 local PLUGIN_TTL, PLUGIN_COUNT = 5 * 60, 8
 local NEG_TTL, NEG_COUNT = 60, 64
 
--- Seconds that a request waits for another to make a value.
+-- Seconds that a request waits for another to make a value; for the next turn as long again, and no more.
 local MAX_WAIT = 5
 
 local _M = {}
@@ -75,33 +75,57 @@ local function make(self, old, key, version, create, ...)
     return value, err
 end
 
-local function finish(self, key, turn, ok, ...)
-    if self.turns[key] == turn then
-        self.turns[key] = nil
-    end
+local function wake(turn)
     if turn.waiting > 0 then
         turn.semaphore:post(turn.waiting)
     end
+end
+
+-- One that took so long that another got the next turn has something for those who wait for that, too.
+local function finish(self, key, turn, ok, ...)
+    local current = self.turns[key]
+    if current == turn then
+        self.turns[key] = nil
+    elseif current then
+        wake(current)
+    end
+    wake(turn)
     if not ok then
         error((...), 0)
     end
     return ...
 end
 
--- One at a time makes the value of a key; the others wait for it, and look again. Where nothing can wait, or it takes too
--- long, or came to nothing, each makes its own.
-local function make_in_turn(self, old, key, version, ...)
+-- The turn of another that is under way. One that has not ended by then was given up along with its request.
+local function turn_of_another(self, key)
     local turn = self.turns[key]
-    -- One that has not ended by then was given up along with its request.
-    if turn and now() - turn.since < MAX_WAIT then
-        turn.waiting = turn.waiting + 1
-        pcall(turn.semaphore.wait, turn.semaphore, MAX_WAIT)
-        turn.waiting = turn.waiting - 1
+    return turn and now() - turn.since < MAX_WAIT and turn or nil
+end
+
+-- Waits for the turn's end: whether that is possible here.
+local function await(turn)
+    turn.waiting = turn.waiting + 1
+    local possible = pcall(turn.semaphore.wait, turn.semaphore, turn.since + MAX_WAIT - now())
+    turn.waiting = turn.waiting - 1
+    return possible
+end
+
+-- One at a time makes the value of a key; the others wait for it and look again. When it came to nothing, or was given up, one of
+-- them has the next turn. Where nothing can wait each makes its own.
+local function make_in_turn(self, old, key, version, ...)
+    local until_then = now() + 2 * MAX_WAIT
+    local turn = turn_of_another(self, key)
+    while turn do
+        if now() >= until_then then
+            return nil, "timeout"
+        elseif not await(turn) then
+            return make(self, old, key, version, ...)
+        end
         local known, value, err = recall(self, key, version)
         if known then
             return value, err
         end
-        return make(self, value, key, version, ...)
+        old, turn = value, turn_of_another(self, key)
     end
     turn = { semaphore = semaphore.new(0), waiting = 0, since = now() }
     self.turns[key] = turn
@@ -110,7 +134,8 @@ end
 
 --- A cache. `opts`: `ttl` seconds, `count` entries, `type` = "plugin" for smaller defaults, `invalid_stale` makes a
 -- value anew when its age is over (else its age starts again), `neg_ttl` seconds and `neg_count` entries cache that
--- `create` failed, `serial_creating` has one request make a value and the others wait for it, `release(value)` is called
+-- `create` failed, `serial_creating` has one request make a value and the others wait for it, up to 10 seconds
+-- (nil, "timeout"), `release(value)` is called
 -- for a value that is replaced.
 function _M.new(opts)
     local self = settings(opts)

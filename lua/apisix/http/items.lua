@@ -2,14 +2,14 @@
 local native = require("moongate.native").apisix
 local setmetatable, tostring = setmetatable, tostring
 
--- kind -> id -> { uid, item }: those in use.
+-- kind -> uid -> item: those in use.
 local known = {}
 
 --- The item of an object as the request's configuration has it; nil when there is none. `kind`: "services" and so on.
 return function(kind, id)
     id = tostring(id)
-    local value, revision, uid = native.object(kind, id)
-    if not value then
+    local uid = native.object_uid(kind, id)
+    if uid == 0 then
         return nil
     end
     local items = known[kind]
@@ -19,6 +19,7 @@ return function(kind, id)
     end
     local item = items[uid]
     if not item then
+        local value, revision = native.object(kind, id)
         if value.id == nil then
             value.id = id
         end

@@ -74,7 +74,13 @@ local function endpoint_of(conf)
     return conf.endpoint_url or "https://" .. SERVICE .. "." .. (conf.region or DEFAULT_REGION) .. ".amazonaws.com"
 end
 
--- What the secret of that name holds; nil, why not, and AWS' name for the error.
+-- Whether an error is about the request rather than about now (AWS' API reference, "Common Error Types").
+local function is_final(status, kind)
+    return status >= 400 and status < 500 and status ~= 408 and status ~= 429
+        and not (kind and (kind:find("Throttl", 1, true) or kind:find("LimitExceeded", 1, true)))
+end
+
+-- What the secret of that name holds; nil, why not, AWS' name for the error, and whether asking again is of no use.
 local function read(conf, name)
     local client = http.new()
     client:set_timeout(TIMEOUT_MS)
@@ -96,11 +102,12 @@ local function read(conf, name)
     end
     local answer = core.json.decode(response.body)
     if response.status ~= 200 then
-        local kind = type(answer) == "table" and answer.__type
-        return nil, "SecretsManager:getSecretValue() was answered " .. response.status .. ": " .. response.body, kind
+        local kind = type(answer) == "table" and type(answer.__type) == "string" and answer.__type or nil
+        return nil, "SecretsManager:getSecretValue() was answered " .. response.status .. ": " .. (kind or "no error of AWS' API"),
+            kind, is_final(response.status, kind)
     end
     if type(answer) ~= "table" or type(answer.SecretString) ~= "string" then
-        return nil, "the secret " .. name .. " is no text"
+        return nil, "the secret " .. name .. " is no text", nil, type(answer) == "table"
     end
     return answer.SecretString
 end
@@ -111,23 +118,24 @@ local function field_of(text, field)
     end
     local fields, err = core.json.decode(text)
     if type(fields) ~= "table" then
-        return nil, "failed to decode result, err: " .. (err or "it is no object")
+        return nil, "failed to decode result, err: " .. (err or "it is no object"), true
     end
     return fields[field]
 end
 
 local function is_unknown(kind)
-    return type(kind) == "string" and kind:find("ResourceNotFoundException", 1, true) ~= nil
+    return kind and kind:find("ResourceNotFoundException", 1, true)
 end
 
--- The longest name that there is, and what of the key is left for a field.
+-- What the longest name that there is holds, and what of the key is left for a field; nil, nil, why not, and whether asking again is
+-- of no use.
 local function read_longest(conf, key)
     local name, field = key, nil
     local last
     for _ = 1, MAX_SEGMENTS do
-        local text, err, kind = read(conf, name)
+        local text, err, kind, final = read(conf, name)
         if text or not is_unknown(kind) then
-            return text, field, err
+            return text, field, err, final
         end
         last = err
         local slash = core.string.rfind_char(name, "/")
@@ -137,19 +145,19 @@ local function read_longest(conf, key)
         field = sub(key, slash + 1)
         name = sub(key, 1, slash - 1)
     end
-    return nil, nil, last
+    return nil, nil, last, true
 end
 
 --- The value of `key`: a secret's name, or its name and a field of its JSON after a slash; the longest name that exists is
--- taken. nil when the secret has no such field; nil and the reason.
+-- taken. nil when the secret has no such field; nil and the reason, and true when that is AWS' last word.
 function _M.get(conf, key)
     core.log.info("fetching data from aws for key: ", key)
     if sub(key, 1, 1) == "/" or key == "" then
-        return nil, "can't find main key, key: " .. key
+        return nil, "can't find main key, key: " .. key, true
     end
-    local text, field, err = read_longest(conf, key)
+    local text, field, err, final = read_longest(conf, key)
     if not text then
-        return nil, "failed to retrieve data from aws secret manager: " .. err
+        return nil, "failed to retrieve data from aws secret manager: " .. err, final
     end
     return field_of(text, field)
 end

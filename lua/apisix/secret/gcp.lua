@@ -36,6 +36,8 @@ _M.schema = {
 
 -- For connecting, sending and each read. Requests wait for it.
 local TIMEOUT_MS = 5000
+-- Bytes of an error's name that are told.
+local MAX_REASON = 64
 
 -- Service accounts whose tokens a worker keeps, by what they are configured as; they go with that.
 local oauths = core.lrucache.new({ ttl = 3600, count = 32 })
@@ -77,14 +79,27 @@ local function oauth_of(conf)
     return oauths(key, nil, google_oauth.new, account, conf.ssl_verify ~= false)
 end
 
+-- Whether the status says that asking again is of no use. 401 is about the token, which is renewed.
+local function is_final(status)
+    return status >= 400 and status < 500 and status ~= 401 and status ~= 408 and status ~= 429
+end
+
+-- Google's name for an error (its "Errors" in "Cloud APIs"), in brackets.
+local function reason_of(body)
+    local answer = core.json.decode(body)
+    local told = type(answer) == "table" and type(answer.error) == "table" and answer.error.status
+    return type(told) == "string" and " (" .. sub(told, 1, MAX_REASON) .. ")" or ""
+end
+
+-- What the secret of that name holds; nil, why not, and whether asking again is of no use.
 local function read(conf, name)
     local oauth, err = oauth_of(conf)
     if not oauth then
         return nil, err
     end
-    local token = oauth:generate_access_token()
+    local token, _, refused = oauth:generate_access_token()
     if not token then
-        return nil, "failed to get google oauth token"
+        return nil, "failed to get google oauth token", refused
     end
     local client = http.new()
     client:set_timeout(TIMEOUT_MS)
@@ -100,20 +115,23 @@ local function read(conf, name)
         return nil, err
     end
     if response.status ~= 200 then
-        return nil, "invalid response status, status: " .. response.status .. ", body: " .. response.body
+        if response.status == 401 then
+            oauth:forget_access_token()
+        end
+        return nil, "invalid response status " .. response.status .. reason_of(response.body), is_final(response.status)
     end
     local answer
     answer, err = core.json.decode(response.body)
     local payload = type(answer) == "table" and answer.payload
     local data = type(payload) == "table" and type(payload.data) == "string" and decode_base64(payload.data)
     if not data then
-        return nil, "failed to parse response data, body: " .. response.body .. (err and ", err: " .. err or "")
+        return nil, "failed to parse response data, err: " .. (err or "there is no payload")
     end
     return data
 end
 
 --- The value of `key`: a secret's name, or its name and a field of its JSON after a slash. nil when the secret has no such
--- field; nil and the reason.
+-- field; nil and the reason, and true when that is the manager's last word.
 function _M.get(conf, key)
     core.log.info("fetching data from gcp for key: ", key)
     local slash = core.string.find(key, "/")
@@ -122,11 +140,11 @@ function _M.get(conf, key)
         name, field = sub(key, 1, slash - 1), sub(key, slash + 1)
     end
     if name == "" then
-        return nil, "can't find main key, key: " .. key
+        return nil, "can't find main key, key: " .. key, true
     end
-    local text, err = read(conf, name)
+    local text, err, final = read(conf, name)
     if not text then
-        return nil, "failed to retrtive data from gcp secret manager: " .. err
+        return nil, "failed to retrtive data from gcp secret manager: " .. err, final
     end
     if not field then
         return text
@@ -134,7 +152,7 @@ function _M.get(conf, key)
     local fields
     fields, err = core.json.decode(text)
     if type(fields) ~= "table" then
-        return nil, "failed to decode result, res: " .. text .. (err and ", err: " .. err or "")
+        return nil, "failed to decode result, err: " .. (err or "it is no object"), true
     end
     return fields[field]
 end

@@ -2,16 +2,28 @@
 --
 -- Bounds: a batch is sent when it has `batch_max_size` entries, is `buffer_duration` old, or nothing came for
 -- `inactive_timeout`; a batch that fails is tried `max_retry_count` times more, `retry_delay` apart, then dropped with
--- a log line.
+-- a log line. What is gathered, sent and tried again together takes `MAX_PENDING_BYTES` at most.
 local core = require("apisix.core")
 local ngx = ngx
 local now = ngx.now
 local exiting = ngx.worker.exiting
 local timer_at = ngx.timer.at
-local pcall, setmetatable, type = pcall, setmetatable, type
+local pairs, pcall, setmetatable, type = pairs, pcall, setmetatable, type
 
 local _M = {}
 local mt = { __index = _M }
+
+-- Entries of a request without bodies take 1 to 2 KB, 8192 of them (`max_pending_entries`) a quarter of this. With bodies they take up
+-- to a megabyte each: then this is the bound that holds. A batch that is being sent is there a second time, as text.
+local MAX_PENDING_BYTES = 64 * 1024 * 1024
+_M.MAX_PENDING_BYTES = MAX_PENDING_BYTES
+-- Seconds between two lines about what is dropped.
+local REPORT_INTERVAL = 1
+_M.REPORT_INTERVAL = REPORT_INTERVAL
+-- What a table or a field of one takes beside its texts, about.
+local TABLE_BYTES, FIELD_BYTES = 64, 40
+-- As deep as log entries go; what lies deeper counts as nothing.
+local MAX_DEPTH = 8
 
 local schema = {
     type = "object",
@@ -29,14 +41,38 @@ _M.schema = schema
 local send_batch, arm_flush
 
 local function new_batch()
-    return { entries = {}, retries = 0 }
+    return { entries = {}, sizes = {}, retries = 0 }
 end
 
--- Entries that wait no more.
-local function done(self, count)
+local function size_of(value, depth)
+    local kind = type(value)
+    if kind == "string" then
+        return #value
+    elseif kind ~= "table" or depth > MAX_DEPTH then
+        return 0
+    end
+    local bytes = TABLE_BYTES
+    for k, v in pairs(value) do
+        bytes = bytes + FIELD_BYTES + size_of(k, depth + 1) + size_of(v, depth + 1)
+    end
+    return bytes
+end
+
+--- What an entry takes in memory, about, in bytes.
+function _M.size_of(entry)
+    return FIELD_BYTES + size_of(entry, 1)
+end
+
+-- The first `count` entries of a batch wait no more.
+local function done(self, batch, count)
+    local bytes = 0
+    for i = 1, count do
+        bytes = bytes + batch.sizes[i]
+    end
     self.pending = self.pending - count
+    self.pending_bytes = self.pending_bytes - bytes
     if self.on_done then
-        self.on_done(count)
+        self.on_done(count, bytes)
     end
 end
 
@@ -44,12 +80,13 @@ end
 local function cut(self, batch, first_fail)
     local count = #batch.entries
     if type(first_fail) == "number" and first_fail > 1 and first_fail <= count then
-        local rest = {}
+        done(self, batch, first_fail - 1)
+        local entries, sizes = {}, {}
         for i = first_fail, count do
-            rest[#rest + 1] = batch.entries[i]
+            entries[#entries + 1] = batch.entries[i]
+            sizes[#sizes + 1] = batch.sizes[i]
         end
-        batch.entries = rest
-        done(self, first_fail - 1)
+        batch.entries, batch.sizes = entries, sizes
     end
     return count
 end
@@ -71,7 +108,7 @@ local function retry_or_drop(self, batch, err, first_fail)
     end
     core.log.error("Batch Processor[", self.name, "] exceeded the max_retry_count[", batch.retries,
         "] dropping the entries")
-    done(self, #batch.entries)
+    done(self, batch, #batch.entries)
 end
 
 function send_batch(_, self, batch)
@@ -81,7 +118,7 @@ function send_batch(_, self, batch)
     end
     if ok then
         core.log.debug("Batch Processor[", self.name, "] successfully processed the entries")
-        return done(self, #batch.entries)
+        return done(self, batch, #batch.entries)
     end
     retry_or_drop(self, batch, err, first_fail)
 end
@@ -96,7 +133,7 @@ local function hand_on(self)
     local ok, err = timer_at(0, send_batch, self, batch)
     if not ok then
         core.log.error("failed to create a timer: ", err)
-        done(self, #batch.entries)
+        done(self, batch, #batch.entries)
     end
 end
 
@@ -139,11 +176,12 @@ function arm_flush(self)
 end
 
 --- A processor that calls `func(entries, batch_max_size)`: true, or false, the reason, and the first entry that failed.
--- `config`: what the schema says, and `on_done(count)`, called for entries that were sent or dropped. nil and the reason.
+-- `config`: what the schema says, `on_done(count, bytes)`, called for entries that were sent or dropped, and `max_pending_bytes`,
+-- for whoever sees to a bound over several processors. nil and the reason.
 function _M.new(_, func, config)
     config = core.table.clone(config or {})
-    local on_done = config.on_done
-    config.on_done = nil
+    local on_done, max_pending_bytes = config.on_done, config.max_pending_bytes or MAX_PENDING_BYTES
+    config.on_done, config.max_pending_bytes = nil, nil
     local ok, err = core.schema.check(schema, config)
     if not ok then
         return nil, err
@@ -151,27 +189,45 @@ function _M.new(_, func, config)
     if type(func) ~= "function" then
         return nil, "Invalid argument, arg #1 must be a function"
     end
-    config.func, config.on_done = func, on_done
+    config.func, config.on_done, config.max_pending_bytes = func, on_done, max_pending_bytes
     config.batch = new_batch()
-    config.pending = 0
+    config.pending, config.pending_bytes = 0, 0
+    config.discarded, config.reported_at = 0, 0
     config.first_at, config.last_at = 0, 0
     return setmetatable(config, mt)
 end
 
---- Adds an entry; it is sent with its batch.
-function _M.push(self, entry)
+local function discard(self)
+    self.discarded = self.discarded + 1
+    local t = now()
+    if t - self.reported_at >= REPORT_INTERVAL then
+        core.log.error("Batch Processor[", self.name, "] max pending bytes limit exceeded. discarding entry. pending_bytes: ",
+            self.pending_bytes, " max_pending_bytes: ", self.max_pending_bytes, " discarded_entries: ", self.discarded)
+        self.reported_at, self.discarded = t, 0
+    end
+end
+
+--- Adds an entry; it is sent with its batch. One for which there is no room is dropped, with one line of error.log a second.
+-- `bytes`: what it takes, if that is known.
+function _M.push(self, entry, bytes)
     if entry == nil then
         core.log.warn("Batch Processor[", self.name, "] trying to push a nil entry")
         return
     end
-    local entries = self.batch.entries
-    local t = now()
+    bytes = bytes or _M.size_of(entry)
+    if self.pending_bytes + bytes > self.max_pending_bytes then
+        return discard(self)
+    end
+    local batch, t = self.batch, now()
+    local entries = batch.entries
     if #entries == 0 then
         self.first_at = t
     end
     self.last_at = t
     entries[#entries + 1] = entry
+    batch.sizes[#entries] = bytes
     self.pending = self.pending + 1
+    self.pending_bytes = self.pending_bytes + bytes
     if #entries >= self.batch_max_size then
         core.log.debug("Batch Processor[", self.name, "] batch max size has exceeded")
         return hand_on(self)

@@ -15,7 +15,8 @@ local decoders = {
     end,
 }
 
---- The function that decodes that encoding (body -> text, or nil and the reason); nil for an encoding that is not known.
+--- The function that decodes that encoding (body -> text, or nil, the reason, and the text before the error); nil for an encoding
+-- that is not known.
 function _M.dispatch_decoder(encoding)
     return decoders[encoding]
 end

@@ -1,5 +1,6 @@
 --- `apisix.utils.log-util`: what a logger plugin's entry holds.
 local core = require("apisix.core")
+local content_decode = require("apisix.utils.content-decode")
 local plugin = require("apisix.plugin")
 local expr = require("resty.expr.v1")
 local ngx = ngx
@@ -9,7 +10,7 @@ local sub, byte = string.sub, string.byte
 
 local _M = {}
 
--- log_format's nested objects are followed so deep; what lies deeper is left out.
+-- Objects in a log_format are followed so deep, the format itself being the first; what lies deeper is left out.
 local MAX_FORMAT_DEPTH = 5
 local DEFAULT_MAX_BODY_BYTES = 512 * 1024
 local DEFAULT_MAX_PENDING = 8192
@@ -51,11 +52,25 @@ function _M.max_pending_entries(name)
     return metadata and metadata.value and metadata.value.max_pending_entries or DEFAULT_MAX_PENDING
 end
 
+-- Objects that were told of as too deep; they go with their format.
+local told = setmetatable({}, { __mode = "k" })
+
+local function too_deep(object)
+    if not told[object] then
+        told[object] = true
+        core.log.warn("log_format nesting exceeds max depth ", MAX_FORMAT_DEPTH, ", truncating")
+    end
+    return {}
+end
+
 local function fill(format, ctx, depth)
     local out = {}
     for key, value in pairs(format) do
         if type(value) == "table" then
-            out[key] = depth < MAX_FORMAT_DEPTH and fill(value, ctx, depth + 1) or nil
+            out[key] = depth < MAX_FORMAT_DEPTH and fill(value, ctx, depth + 1) or too_deep(value)
+        elseif value == "$status" then
+            -- A number in every logger's documentation.
+            out[key] = tonumber(ctx.var.status)
         elseif type(value) == "string" and byte(value) == DOLLAR and not value:find("[^%w_$]") then
             out[key] = ctx.var[sub(value, 2)]
         elseif type(value) == "string" then
@@ -97,7 +112,7 @@ local function full_entry(conf, ctx)
         },
         server = { hostname = core.utils.gethostname(), version = core.version.VERSION },
         upstream = var.upstream_addr,
-        service_id = ctx.service_id,
+        service_id = ctx.service_id or "",
         route_id = ctx.route_id,
         consumer = consumer,
         client_ip = core.request.get_remote_client_ip(ctx),
@@ -157,7 +172,24 @@ function _M.check_and_read_req_body(conf, ctx)
     return _M.collect_request_body(conf, ctx)
 end
 
---- body_filter phase: gathers the response's body, up to the conf's bound, when it is to be logged.
+-- A body in an encoding that is known, as the client reads it, or what of it came before it was cut; as it is, where nothing decodes.
+local function decoded(body)
+    local encoding = ngx.header["Content-Encoding"]
+    local decode = type(encoding) == "string" and content_decode.dispatch_decoder(encoding)
+    if not decode then
+        return body
+    end
+    local text, err, part = decode(body)
+    if text then
+        return text
+    elseif part ~= "" then
+        return part
+    end
+    core.log.warn("failed to decode a response's body for the log: ", err)
+    return body
+end
+
+--- body_filter phase: gathers the response's body, up to the conf's bound, when it is to be logged; gzip and deflate are undone.
 function _M.collect_body(conf, ctx)
     if not conf.include_resp_body then
         return
@@ -168,26 +200,18 @@ function _M.collect_body(conf, ctx)
     local limit = conf.max_resp_body_bytes or DEFAULT_MAX_BODY_BYTES
     local body = core.response.hold_body_chunk(ctx, true, limit, conf)
     if body then
-        ctx._logged_response_body = body
+        ctx._logged_response_body = sub(decoded(body), 1, limit)
     end
 end
 
-local function format_of(name, conf)
-    if conf.log_format and next(conf.log_format) then
-        return conf.log_format
+-- A format of the conf, or else of the plugin's metadata; nil when it is empty or there is none.
+local function format_of(name, conf, field)
+    if conf[field] and next(conf[field]) then
+        return conf[field]
     end
     local metadata = plugin.plugin_metadata(name)
-    local format = metadata and metadata.value and metadata.value.log_format
+    local format = metadata and metadata.value and metadata.value[field]
     return format and next(format) and format or nil
-end
-
-local function extra_of(name, conf)
-    if conf.log_format_extra and next(conf.log_format_extra) then
-        return conf.log_format_extra
-    end
-    local metadata = plugin.plugin_metadata(name)
-    local extra = metadata and metadata.value and metadata.value.log_format_extra
-    return extra and next(extra) and extra or nil
 end
 
 --- `format` with its variables filled in (`"$remote_addr"`, tables inside included), as a new table. Phases: those of the variables.
@@ -216,26 +240,24 @@ function _M.get_req_original(ctx, conf)
     return table.concat(lines, "\r\n") .. "\r\n\r\n" .. (_M.request_body(conf, ctx) or "")
 end
 
-local function formatted(format, conf, ctx)
+local function formatted(format, ctx)
     local entry = _M.get_custom_format_log(ctx, format)
     entry.route_id = ctx.route_id
     entry.service_id = ctx.service_id
-    if conf.include_req_body or conf.include_resp_body then
-        entry.request = { body = _M.request_body(conf, ctx) }
-        entry.response = { body = ctx._logged_response_body }
-    end
     return entry
 end
 
---- The entry for this request: after `log_format` when the conf or the plugin's metadata has one, else everything.
+--- The entry for this request. After `log_format` when the conf or the plugin's metadata has one: then it has the format's fields,
+-- `route_id` and `service_id`, and no bodies. Else everything, and over it what `log_format_extra` has.
 function _M.get_log_entry(name, conf, ctx)
-    local format = format_of(name, conf)
-    local entry = format and formatted(format, conf, ctx) or _M.get_full_log(ngx, conf, ctx)
-    local extra = extra_of(name, conf)
-    if extra then
-        for key, value in pairs(fill(extra, ctx, 1)) do
-            entry[key] = value
-        end
+    local format = format_of(name, conf, "log_format")
+    if format then
+        return formatted(format, ctx)
+    end
+    local entry = _M.get_full_log(ngx, conf, ctx)
+    local extra = format_of(name, conf, "log_format_extra")
+    for key, value in pairs(extra and fill(extra, ctx, 1) or {}) do
+        entry[key] = value
     end
     return entry
 end

@@ -5,7 +5,7 @@
 
 local endpoint = require("resty.websocket.endpoint")
 
-local pairs, setmetatable, type = pairs, setmetatable, type
+local pairs, setmetatable, tostring, type = pairs, setmetatable, tostring, type
 local concat = table.concat
 local ngx = ngx
 local req = ngx.req
@@ -38,7 +38,8 @@ local function check_handshake()
     if req.http_version() ~= 1.1 then return nil, "bad http version" end
     if req.get_method() ~= "GET" then return nil, "bad request method" end
     local headers = req.get_headers()
-    if not has(field(headers, "upgrade"), "websocket") then return nil, 'bad "upgrade" request header' end
+    local upgrade = field(headers, "upgrade")
+    if not has(upgrade, "websocket") then return nil, 'bad "upgrade" request header: ' .. tostring(upgrade) end
     if not has(field(headers, "connection"), "upgrade") then return nil, 'bad "connection" request header' end
     local key = field(headers, "sec-websocket-key")
     local nonce = key and ngx.decode_base64(key)

@@ -58,7 +58,7 @@ fn node(api: &mut Api) -> Result<()> {
     api.func(
         "native.apisix.inflate",
         Phases::ANY,
-        "inflate(\"gzip\" | \"deflate\", bytes, max) -> string | nil, err: at most max bytes of the decoded text.",
+        "inflate(\"gzip\" | \"deflate\", bytes, max) -> string | nil, err, part: at most max bytes of the decoded text, or those before the error.",
         inflate,
     )?;
     api.wait(
@@ -131,7 +131,11 @@ fn inflate(s: &Stack) -> Answer {
     };
     match read {
         Ok(_) => Ok(s.push_bytes(out)),
-        Err(e) => s.fail(e.to_string()),
+        Err(e) => {
+            s.fail(e.to_string())?;
+            s.push_bytes(out);
+            Ok(3)
+        }
     }
 }
 
@@ -379,7 +383,7 @@ fn keep_consumer(s: &Stack) -> Answer {
 
 crate::export! {
     fn config_version() -> f64, 0.0 => {
-        with_snapshot(|c| c.version).unwrap_or(0) as f64
+        with_snapshot(|c| c.version).or_else(|| in_force().map(|c| c.version)).unwrap_or(0) as f64
     }
 
     fn consumers_version() -> f64, 0.0 => {
@@ -399,7 +403,7 @@ fn metadata(api: &mut Api) -> Result<()> {
         "metadata_uid(plugin) -> number: changes with the plugin's metadata; 0 when there is none.",
         |s| {
             let name = s.arg_str(1)?;
-            let uid = with_snapshot(|c| c.plugin_metadata.get(&*name).map_or(0, |o| o.uid));
+            let uid = in_force().and_then(|c| c.plugin_metadata.get(&*name).map(|o| o.uid));
             Ok(s.push_number(uid.unwrap_or(0) as f64))
         },
     )?;
@@ -409,7 +413,7 @@ fn metadata(api: &mut Api) -> Result<()> {
         "metadata(plugin) -> table, revision | nil: `/plugin_metadata/{plugin}`.",
         |s| {
             let name = s.arg_str(1)?;
-            let Some(object) = snapshot().and_then(|c| c.plugin_metadata.get(&*name).cloned()) else {
+            let Some(object) = in_force().and_then(|c| c.plugin_metadata.get(&*name).cloned()) else {
                 return Ok(s.push_nil());
             };
             push_object(s, &object.json)?;
@@ -422,13 +426,22 @@ fn metadata(api: &mut Api) -> Result<()> {
         Phases::ANY,
         "object(kind, id) -> table, revision, uid | nil: an object of the configuration, kind as in the Admin API: \"upstreams\".",
         |s| {
-            let Some(found) = snapshot().and_then(|c| named(s, &c).transpose()).transpose()? else {
+            let Some(found) = in_force().and_then(|c| named(s, &c).transpose()).transpose()? else {
                 return Ok(s.push_nil());
             };
             push_object(s, &found.json)?;
             s.push_number(found.revision as f64);
             s.push_number(found.uid as f64);
             Ok(3)
+        },
+    )?;
+    api.func(
+        "native.apisix.object_uid",
+        Phases::ANY,
+        "object_uid(kind, id) -> number: changes with the object; 0 when there is none.",
+        |s| {
+            let found = in_force().and_then(|c| named(s, &c).transpose()).transpose()?;
+            Ok(s.push_number(found.map_or(0, |found| found.uid) as f64))
         },
     )?;
     api.func(
@@ -621,6 +634,11 @@ fn snapshot() -> Option<Arc<Snapshot>> {
         return None;
     }
     fast::exchange().map(|x| x.snapshot.clone())
+}
+
+/// The request's configuration; in timers, at the start and in checks the newest.
+fn in_force() -> Option<Arc<Snapshot>> {
+    snapshot().or_else(|| (!is_function()).then(newest))
 }
 
 fn is_function() -> bool {

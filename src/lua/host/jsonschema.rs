@@ -117,20 +117,10 @@ fn write_back(s: &Stack, old: &Value, new: &Value) -> std::result::Result<(), Ra
     }
     s.reserve(4)?;
     match (old, new) {
-        (Value::Object(old), Value::Object(new)) => {
-            for (key, value) in new {
-                let Some(before) = old.get(key) else {
-                    convert::push_json(s, value)?;
-                    s.set(-2, key);
-                    continue;
-                };
-                if value.is_object() || value.is_array() {
-                    s.get(-1, key);
-                    let done = write_back(s, before, value);
-                    s.pop(1);
-                    done?;
-                }
-            }
+        (Value::Object(old), Value::Object(new)) => fill(s, old, new)?,
+        (Value::Array(old), Value::Object(new)) if old.is_empty() => {
+            be_no_array(s);
+            fill(s, &Map::new(), new)?;
         }
         (Value::Array(old), Value::Array(new)) => {
             for (i, (before, value)) in old.iter().zip(new).enumerate() {
@@ -145,6 +135,32 @@ fn write_back(s: &Stack, old: &Value, new: &Value) -> std::result::Result<(), Ra
         _ => {}
     }
     Ok(())
+}
+
+fn fill(s: &Stack, old: &Map<String, Value>, new: &Map<String, Value>) -> std::result::Result<(), Raise> {
+    for (key, value) in new {
+        let Some(before) = old.get(key) else {
+            convert::push_json(s, value)?;
+            s.set(-2, key);
+            continue;
+        };
+        if value.is_object() || value.is_array() {
+            s.get(-1, key);
+            let done = write_back(s, before, value);
+            s.pop(1);
+            done?;
+        }
+    }
+    Ok(())
+}
+
+/// Takes the mark of an array from the table on top: `[]` where the schema asks for an object is one.
+fn be_no_array(s: &Stack) {
+    // SAFETY: `write_back` reserved the stack and looked that a table is on top.
+    unsafe {
+        ffi::lua_pushnil(s.raw());
+        ffi::lua_setmetatable(s.raw(), -2);
+    }
 }
 
 /// Reads a value as JSON. What JSON has not (functions, userdata: caches that a plugin keeps in its conf) is left out.
@@ -203,6 +219,11 @@ mod tests {
                 "local t = {a = 1, c = {}, l = {{}, {e = 2}}} local ok = v(t)
               return tostring(ok) .. t.b .. tostring(t.c.d) .. t.l[1].e .. t.l[2].e",
                 "truextrue72",
+            ),
+            (
+                "local cjson = require('cjson') local t = cjson.decode('{\"a\": 1, \"c\": []}') local ok = v(t)
+              return tostring(ok) .. tostring(t.c.d) .. cjson.encode(t.c)",
+                "truetrue{\"d\":true}",
             ),
             ("local t = {a = 1, f = print} return tostring(v(t)) .. type(t.f)", "truefunction"),
             ("local ok, e = v({}) return tostring(ok) .. e", "falseproperty \"a\" is required"),

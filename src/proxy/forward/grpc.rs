@@ -43,7 +43,10 @@ pub(super) async fn forward(p: &Proxy, x: &mut Exchange, conf: &Upstream) -> Res
     let (response, begun, _under_way) = loop {
         let (at, begun) = (tries.next(x, conf)?, tries.begun);
         match call.attempt(x, &conf.nodes[at], at, begun).await {
-            Ok(response) => break (response, begun, tries.reached(x, at)),
+            Ok(response) => {
+                let status = response.status().as_u16();
+                break (response, begun, tries.reached(x, at, status));
+            }
             Err(e) => {
                 let may_repeat = tries.may_follow() && call.may_restart(&e);
                 tries.failed(x, conf, at, e, may_repeat)?;
