@@ -191,7 +191,8 @@ function _M.delayed_sync(self, key, cost, id)
         self.dict:incr(key_delta(self, key), -cost)
         return -1, quota.reset
     end
-    if delta == cost then
+    -- One that only looks has nothing to tell.
+    if delta == cost and cost > 0 then
         -- What is left of the time before, when all of it was the Redis', says nothing.
         self.dict:expire(key_delta(self, key), ttl)
         enqueue(self, key, id)

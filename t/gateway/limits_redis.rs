@@ -310,9 +310,12 @@ fn the_queue_of_delayed_sync_is_bounded_and_requests_count_without_a_place_in_it
         syncer:delayed_sync('a', 1, 'q') syncer:delayed_sync('b', 1, 'q')
         local out = { (syncer:delayed_sync('a', 1, 'q')), dict:llen(queue), (syncer:delayed_sync('b', 1, 'q')), dict:llen(queue) }
         out[5] = asked
+        dict:delete(queue)
+        syncer:delayed_sync('c', 0, 'q') syncer:delayed_sync('c', 0, 'q')
+        out[6] = dict:llen(queue)
         return 200, out",
     );
-    assert_eq!(told, json!([7, 10000, 7, 10000, 2]));
+    assert_eq!(told, json!([7, 10000, 7, 10000, 2, 0]), "a look at a key (cost 0) is nothing to tell");
     gw.expect_log("delayed-sync queue saturated, skipping enqueue of b");
     assert!(!gw.log().contains("skipping enqueue of a"));
 }
