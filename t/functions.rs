@@ -241,6 +241,91 @@ mod trust {
         let vms = get(&gw.control(), "/v1/lua").text();
         assert!(vms.contains("\"trusted_functions\"") && vms.contains("\"functions\""), "{vms}");
     }
+
+    #[test]
+    fn the_configuration_may_forbid_trust() {
+        let gw = Gateway::with(json!({"lua": {"trusted_functions": false}}));
+        let trusted = json!({"source": OUT, "trusted": true});
+        let text = "lua.trusted_functions of config.yaml allows no function without a sandbox";
+        refused(&gw.admin("PUT", "/functions/f", trusted.clone()), 400, text);
+        refused(&gw.admin("POST", "/functions", trusted.clone()), 400, text);
+        refused(&gw.admin("POST", "/functions/f/test", trusted.clone()), 400, text);
+        refused(
+            &gw.admin("POST", "/configs/validate", json!({"functions": [{"id": "f", "source": OUT, "trusted": true}]})),
+            400,
+            text,
+        );
+        gw.put("/functions/f", json!({"source": "return 200"}));
+        refused(&gw.admin("PATCH", "/functions/f", json!({"trusted": true})), 400, text);
+        // Who writes past the Admin API does not get by, either.
+        let dir = Dir::new();
+        dir.configure(json!({
+            "deployment": {"role": "data_plane", "role_data_plane": {"config_provider": "yaml"}},
+            "lua": {"trusted_functions": false},
+        }));
+        let routes = json!([{"id": 1, "uri": "/f", "function_id": "f"}]);
+        let config = json!({"functions": [{"id": "f", "source": OUT, "trusted": true}], "routes": routes});
+        dir.write("conf/apisix.yaml", format!("{config}\n#END\n"));
+        let gw = Gateway::in_dir(dir);
+        assert_eq!(gw.get("/f").status, 500);
+        gw.expect_log(text);
+    }
+
+    /// One function does its worst to what libraries show, the other is asked whether it notices.
+    #[test]
+    fn what_a_function_changes_of_a_library_is_its_own() {
+        let worst = "
+            local evil = function() return 'evil' end
+            local function spoil(t) for name, f in pairs(t) do if type(f) == 'function' then t[name] = evil end end end
+            local core, cjson, shared = require('apisix.core'), require('cjson'), ngx.shared.limits
+            local mt = getmetatable(ngx.shared.limits).__index
+            local instance = getmetatable(require('resty.http').new())
+            mt.get = evil
+            shared.get, shared.incr = evil, evil
+            if type(instance.__index) == 'table' then spoil(instance.__index) end
+            _G.tostring = evil
+            pcall(function() cjson.array_mt.__index = evil end)
+            pcall(rawset, cjson.array_mt, '__tostring', evil)
+            pcall(setmetatable, cjson.array_mt, {__index = evil})
+            for _, name in ipairs({'resty.http', 'cjson.safe', 'ngx.re', 'resty.string', 'string', 'table', 'math', 'pl.stringx'}) do
+                spoil(require(name))
+            end
+            for _, t in ipairs({cjson, core, core.json, core.string, core.table, core.request, core.log, core.utils, ngx, ngx.req,
+                ngx.resp, ngx.re, ngx.socket, ngx.timer, ngx.location, string, table, math, coroutine, os, bit}) do
+                spoil(t)
+            end
+            local globals = getmetatable(_G)
+            if globals then globals.__index = evil end
+            return function() return 200, ngx.md5('x') .. string.format('y') .. cjson.encode({}) .. core.json.encode({}) end";
+        let checks = "
+            local core, cjson, http = require('apisix.core'), require('cjson'), require('resty.http')
+            return function()
+                ngx.shared.limits:set('k', 7)
+                ngx.header['X-A'] = 'b'
+                ngx.status = 201
+                ngx.ctx.x = 1
+                ngx.say(table.concat({ngx.md5('x'), string.format('%d', 3), ('%d'):format(4), cjson.encode({1}), core.json.encode({2}),
+                    cjson.encode(setmetatable({}, cjson.array_mt)), core.string.has_prefix('ab', 'a') and 'yes' or 'no',
+                    tostring(ngx.shared.limits:get('k')), tostring(cjson.array_mt.__index), type(http.new().connect), tostring(ngx.ctx.x),
+                    ngx.re.match('abc', 'b')[0], type(require('resty.string').to_hex('a')), ngx.var.uri, math.floor(1.5)}, ' '))
+            end";
+        let gw = Gateway::with(json!({
+            "nginx_config": {"worker_processes": 1, "http": {"custom_lua_shared_dict": {"limits": "1m"}}},
+        }));
+        for (id, text) in [("worst", worst), ("checks", checks)] {
+            gw.put(&format!("/functions/{id}"), source(text));
+            gw.put(&format!("/routes/{id}"), json!({"uri": format!("/{id}"), "function_id": id}));
+        }
+        let expected = "9dd4e461268c8034f5c8564e155c67a6 3 4 [1] [2] [] yes 7 nil function 1 b string /checks 1\n";
+        // In either of the VMs, before and after.
+        for _ in 0..4 {
+            let checked = gw.get("/checks");
+            assert_eq!((checked.status, checked.text().as_str()), (201, expected));
+            assert_eq!(checked.header("x-a"), Some("b"));
+            let spoilt = gw.get("/worst");
+            assert_eq!((spoilt.status, spoilt.text().as_str()), (200, "evilevilevilevil"), "{}", gw.log());
+        }
+    }
 }
 
 mod observed {
@@ -458,6 +543,35 @@ fn a_file_has_functions_with_all_they_have_and_a_canary_that_fails_is_left_alone
     gw.expect_log("it ran");
 }
 
+#[test]
+fn a_canary_is_judged_by_its_own_calls_however_many_functions_there_are() {
+    let dir = Dir::new();
+    dir.configure(json!({
+        "deployment": {"role": "data_plane", "role_data_plane": {"config_provider": "yaml"}},
+        "nginx_config": {"worker_processes": 1},
+    }));
+    let ids: Vec<String> = (0..1000).map(|n| format!("f{n}")).collect();
+    let plain = |id: &String| json!({"id": id, "source": "return function() return 200 end"});
+    let route = |id: &str| json!({"id": id, "uri": format!("/{id}"), "function_id": id});
+    let bad = json!({"revision": 2, "weight": 100, "source": "return function() error('bad') end", "min_calls": 2});
+    let mut functions: Vec<Value> = ids.iter().map(plain).collect();
+    functions.push(json!({"id": "last", "source": "return function() return 200, 'live' end", "canary": bad}));
+    functions.push(json!({"id": "other", "source": "return function() return 200, 'live' end", "canary": bad}));
+    let mut routes: Vec<Value> = ids.iter().map(|id| route(id)).collect();
+    routes.extend([route("last"), route("other")]);
+    dir.write("conf/apisix.yaml", format!("{}\n#END\n", json!({"functions": functions, "routes": routes})));
+    let gw = Gateway::in_dir(dir);
+    let mut client = Client::connect(&gw.proxy());
+    for id in &ids {
+        client.send("GET", &format!("/{id}"), &[], b"");
+        assert_eq!(client.reply("GET").status, 200, "{id}");
+    }
+    // Both are counted where all are that are one too many.
+    let turns: Vec<[u16; 2]> = (0..3).map(|_| [gw.get("/last").status, gw.get("/other").status]).collect();
+    assert_eq!(turns, [[500, 500], [500, 500], [200, 200]]);
+    assert_eq!((gw.get("/last").text(), gw.get("/other").text()), ("live".into(), "live".into()));
+}
+
 mod schedules {
     use super::*;
 
@@ -579,6 +693,45 @@ mod dry_run {
         assert_eq!(binary["body_base64"], "/w==");
         let cut = test(json!({"source": "ngx.print(string.rep('x', 1048577))"})).json();
         assert_eq!((cut["body"].as_str().map(str::len), &cut["body_truncated"]), (Some(1_048_576), &json!(true)));
+    }
+
+    #[test]
+    fn a_plus_sign_in_a_path_is_one_and_in_arguments_a_space() {
+        let gw = Gateway::start();
+        let source = "return function(ctx) return 200, ngx.var.uri .. ' ' .. ngx.var.request_uri .. ' ' .. ngx.req.get_uri_args().x end";
+        let tried = gw.admin("POST", "/functions/new/test", json!({"source": source, "uri": "/a+b%2Bc?x=1+2"})).json();
+        assert_eq!(tried["body"], "/a+b+c /a+b%2Bc?x=1+2 1 2", "{tried}");
+    }
+
+    #[test]
+    fn no_request_and_no_schedule_waits_for_a_dry_run() {
+        let gw = with(source("return function() return 200, 'served' end"));
+        let tick = "return function() ngx.log(ngx.NOTICE, 'ran') end";
+        gw.put("/functions/tick", json!({"source": tick, "schedule": "* * * * * *"}));
+        let spin = json!({"source": "while true do end", "limits": {"cpu_ms": 4000, "timeout_ms": 4000}});
+        let ask = || {
+            eventually("a place", || {
+                let tried = gw.admin("POST", "/functions/hello/test", spin.clone());
+                (tried.status != 503).then_some(tried)
+            })
+        };
+        std::thread::scope(|scope| {
+            let two: Vec<_> = (0..2).map(|_| scope.spawn(ask)).collect();
+            let third = eventually("both places are taken", || {
+                let quick = gw.admin("POST", "/functions/hello/test", json!({"source": "return 200"}));
+                (quick.status == 503).then_some(quick)
+            });
+            refused(&third, 503, "2 functions are on trial already");
+            assert_eq!(third.header("retry-after"), Some("5"));
+            let before = lines(&gw, "tick").len();
+            eventually("its schedule is kept", || (lines(&gw, "tick").len() > before).then_some(()));
+            assert_eq!(gw.get("/hello").text(), "served");
+            assert!(two.iter().all(|one| !one.is_finished()), "the one worker serves meanwhile");
+            for one in two {
+                assert_eq!(one.join().expect("an answer").json()["status"], 504);
+            }
+        });
+        assert_eq!(ask().status, 200);
     }
 
     #[test]

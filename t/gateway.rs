@@ -10,6 +10,8 @@ mod contract;
 mod core_etcd;
 #[path = "gateway/counters.rs"]
 mod counters;
+#[path = "gateway/discovery.rs"]
+mod discovery;
 #[path = "gateway/functions.rs"]
 mod functions;
 #[path = "gateway/gcp.rs"]

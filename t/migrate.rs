@@ -110,6 +110,7 @@ async fn objects_of_an_etcd_are_checked_and_none_is_touched() {
             "functions": ["return function() return ngx.var.one end", "local C = require('ffi').C\nreturn function() C.ngx_crc() end"]}}}),
         ),
         ("/upstreams/1".to_owned(), json!({"type": "roundrobin", "discovery_type": "nacos", "service_name": "x"})),
+        ("/upstreams/4".to_owned(), json!({"type": "roundrobin", "discovery_type": "dns", "service_name": "x"})),
         ("/upstreams/2".to_owned(), json!({"nodes": {"a:1": 1}, "checks": {"active": {"http_path": "/"}}})),
         ("/upstreams/3".to_owned(), json!({"nodes": {"a:1": 1}, "scheme": "kafka"})),
         ("/consumers/jack".to_owned(), json!({"username": "jack", "plugins": {"key-auth": {"key": bare}}})),
@@ -142,7 +143,7 @@ async fn objects_of_an_etcd_are_checked_and_none_is_touched() {
     }
     assert_eq!(
         report["runs"]["objects"],
-        json!(["consumers: 2 of 2", "routes: 6 of 8", "stream_routes: 0 of 1", "upstreams: 3 of 3"])
+        json!(["consumers: 2 of 2", "routes: 6 of 8", "stream_routes: 0 of 1", "upstreams: 4 of 4"])
     );
 
     // The revision is that of the cluster: nothing was written, anywhere.
@@ -193,7 +194,7 @@ apisix:
   nod_listen: 1
 plugins: [key-auth, csrf, nobodys]
 stream_plugins: [mqtt-proxy]
-discovery: {dns: {servers: ["127.0.0.1:53"]}}
+discovery: {dns: {servers: ["127.0.0.1:53"]}, eureka: {host: ["http://127.0.0.1:8761"]}}
 wasm: {plugins: [{name: x, file: y}]}
 nginx_config:
   worker_processes: many
@@ -215,7 +216,8 @@ deployment:
     );
     let (code, report) = report(&dir, &["--conf", "conf/theirs.yaml"]);
     assert_eq!(code, 2);
-    told(&report, "cannot", "discovery", "cannot be honoured");
+    told(&report, "cannot", "discovery.eureka", "there is no module apisix.discovery.eureka");
+    assert!(!report.to_string().contains("discovery.dns"), "{report}");
     told(&report, "cannot", "wasm", "cannot be honoured");
     told(&report, "change", "nginx_config.worker_processes", "many");
     told(&report, "note", "apisix.nod_listen", "did you mean");

@@ -1,11 +1,17 @@
 //! What the gateway does between a client and its upstreams: tries, time limits, framing, streams, tunnels.
 
+#[path = "proxy/bodies.rs"]
+mod bodies;
 #[path = "proxy/choice.rs"]
 mod choice;
 #[path = "proxy/grpc.rs"]
 mod grpc;
+#[path = "proxy/grpcio.rs"]
+mod grpcio;
 #[path = "proxy/health.rs"]
 mod health;
+#[path = "proxy/streams.rs"]
+mod streams;
 mod support;
 
 use std::{

@@ -4,7 +4,7 @@
 mod support;
 
 use serde_json::{Value, json};
-use support::{Dir, Gateway, Reply, Upstream, eventually, peers::Etcd, request};
+use support::{Gateway, Reply, Upstream, eventually, peers::Etcd, request};
 
 /// Two administrators by name, so that it is seen who has written.
 const JANE: &str = "jane-0123456789abcdef";
@@ -246,6 +246,161 @@ fn a_refused_write_of_a_function_leaves_its_revisions() {
     });
 }
 
+/// A function that answers this number.
+fn answers(n: u32) -> Value {
+    json!({"source": format!("return function() return 200, '{n}' end")})
+}
+
+/// The numbers of a function's own revisions, the live one, and the canary's.
+fn known(gw: &Gateway) -> (Vec<u64>, Vec<u64>, Vec<u64>) {
+    let list = ok(call(gw, "GET", "/functions/f/revisions", Value::Null));
+    let that = |is: &dyn Fn(&Value) -> bool| {
+        let list = list["list"].as_array().expect("a list").iter();
+        list.filter(|r| is(r)).map(|r| r["revision"].as_u64().expect("a number")).collect()
+    };
+    (that(&|_| true), that(&|r| r["live"] == true), that(&|r| r["canary"] == true))
+}
+
+#[test]
+fn a_function_goes_and_comes_back_with_its_own_revisions() {
+    on_both(json!({}), |gw, etcd| {
+        ok(call(gw, "PUT", "/functions/f", answers(1)));
+        ok(call(gw, "PUT", "/functions/f", answers(2)));
+        assert_eq!(ok(call(gw, "POST", "/functions/f/revisions", answers(3)))["revision"], 3);
+        ok(call(gw, "PATCH", "/functions/f", json!({"canary": {"revision": 3, "weight": 50}})));
+        ok(call(gw, "PUT", "/routes/f", json!({"uri": "/f", "function_id": "f"})));
+        let before = known(gw);
+        assert_eq!(before, (vec![1, 2, 3], vec![2], vec![3]));
+        ok(call(gw, "DELETE", "/functions/f?force=true", Value::Null));
+        if let Some(etcd) = etcd {
+            assert_eq!(etcd.keys("/apisix/moongate/function_revisions/").len(), 0, "none outlives it");
+        }
+        let gone = ok(call(gw, "GET", "/revisions?page_size=1", Value::Null))["list"][0].clone();
+        assert_eq!((&gone["key"], &gone["action"]), (&json!("/apisix/functions/f"), &json!("delete")));
+        let dry = ok(call(gw, "POST", &format!("/revisions/{}/rollback?dry_run=true", gone["revision"]), Value::Null));
+        assert_eq!(dry["diff"].as_array().map(Vec::len), Some(1), "{dry}");
+        refused(call(gw, "GET", "/functions/f/revisions", Value::Null), 404, "Key not found");
+        let back = ok(call(gw, "POST", &format!("/revisions/{}/rollback", gone["revision"]), Value::Null));
+        assert_eq!(back["objects"].as_array().map(Vec::len), Some(1), "{back}");
+        assert_eq!(known(gw), before);
+        // Which is what promoting and going back need, and both are revisions themselves.
+        ok(call(gw, "POST", "/functions/f/promote", Value::Null));
+        assert_eq!((gw.get("/f").text(), numbers(gw, "")[0]), ("3".to_owned(), index(gw, "/functions/f")));
+        ok(call(gw, "POST", "/functions/f/rollback", json!({"revision": 1})));
+        assert_eq!((gw.get("/f").text(), numbers(gw, "")[0]), ("1".to_owned(), index(gw, "/functions/f")));
+        let diff = ok(call(gw, "GET", &format!("/revisions/{}/diff", numbers(gw, "")[0]), Value::Null));
+        assert_eq!(diff["diff"][0]["changed"]["/revision"], json!({"from": 3, "to": 1}));
+        // A promotion that is taken back leaves a canary that can be promoted again.
+        let promoted = numbers(gw, "")[1];
+        ok(call(gw, "POST", &format!("/revisions/{promoted}/rollback?force=true"), Value::Null));
+        assert_eq!(known(gw), before);
+        ok(call(gw, "POST", "/functions/f/promote", Value::Null));
+        assert_eq!(gw.get("/f").text(), "3");
+        // To take back that it was made is to take all of it away.
+        ok(call(gw, "DELETE", "/routes/f", Value::Null));
+        let list = ok(call(gw, "GET", "/revisions?key=/functions/f&page_size=500", Value::Null));
+        let made = list["list"].as_array().and_then(|list| list.last()).expect("the first")["revision"].clone();
+        ok(call(gw, "POST", &format!("/revisions/{made}/rollback?force=true"), Value::Null));
+        refused(call(gw, "GET", "/functions/f", Value::Null), 404, "Key not found");
+        ok(call(gw, "PUT", "/functions/f", answers(9)));
+        assert_eq!(known(gw).0, [1]);
+    });
+}
+
+#[test]
+fn a_function_is_set_back_to_a_source_that_is_kept_no_more() {
+    let gw = Gateway::with(settings(json!({})));
+    for n in 1..=22 {
+        ok(call(&gw, "PUT", "/functions/f", answers(n)));
+    }
+    assert_eq!(known(&gw).0, (3..=22).collect::<Vec<_>>());
+    let second = numbers(&gw, "?page_size=500")[21];
+    // What the second write has found is the first source.
+    ok(call(&gw, "POST", &format!("/revisions/{}/rollback?force=true", second + 2), Value::Null));
+    let (kept, live, _) = known(&gw);
+    assert_eq!(live.len(), 1);
+    assert!(kept.contains(&live[0]) && live[0] < 3, "{kept:?} {live:?}");
+    // Its number is another function's meanwhile.
+    ok(call(&gw, "DELETE", "/functions/f", Value::Null));
+    ok(call(&gw, "PUT", "/functions/f", answers(100)));
+    let old = numbers(&gw, "?key=/functions/f&page_size=500");
+    let deleted = old[1];
+    let found = ok(call(&gw, "GET", &format!("/revisions/{}", old[2]), Value::Null));
+    assert_eq!(found["action"], "rollback");
+    ok(call(&gw, "POST", &format!("/revisions/{}/rollback?force=true", old[3]), Value::Null));
+    let (kept, live, _) = known(&gw);
+    assert!(kept.contains(&live[0]), "{kept:?} {live:?} {deleted}");
+}
+
+#[test]
+fn a_ttl_goes_on_through_a_rollback() {
+    on_both(json!({}), |gw, _| {
+        ok(call(gw, "PUT", "/functions/f?ttl=4", answers(1)));
+        ok(call(gw, "POST", "/functions/f/revisions", answers(2)));
+        ok(call(gw, "POST", "/functions/f/rollback", json!({"revision": 2})));
+        ok(call(gw, "PUT", "/routes/1?ttl=4", route("/a")));
+        ok(call(gw, "PATCH", "/routes/1", json!({"uri": "/b"})));
+        let patched = numbers(gw, "")[0];
+        ok(call(gw, "POST", &format!("/revisions/{patched}/rollback"), Value::Null));
+        assert_eq!(ok(call(gw, "GET", "/routes/1", Value::Null))["value"]["uri"], "/a");
+        eventually("the end of its time", || {
+            let gone = |path| call(gw, "GET", path, Value::Null).status == 404;
+            (gone("/routes/1") && gone("/functions/f")).then_some(())
+        });
+        // What would be gone is not brought back.
+        let text = format!("/revisions/{patched}/rollback?force=true");
+        refused(call(gw, "POST", &text, Value::Null), 400, "the ttl of /apisix/routes/1 is over");
+    });
+}
+
+#[test]
+fn an_uploaded_plugin_that_was_deleted_comes_back() {
+    on_both(json!({}), |gw, _| {
+        ok(call(gw, "PUT", "/plugin_sources/mine", json!({"source": plugin("mine", "return 200, 'one'")})));
+        let first = index(gw, "/plugin_sources/mine");
+        ok(call(gw, "DELETE", "/plugin_sources/mine", Value::Null));
+        let list = ok(call(gw, "GET", "/plugin_sources/mine/revisions", Value::Null));
+        assert_eq!((&list["total"], &list["list"][0]["action"]), (&json!(2), &json!("delete")));
+        ok(call(gw, "POST", "/plugin_sources/mine/rollback", json!({"revision": first})));
+        gw_with_plugins(gw, &Upstream::echo(), json!({"mine": {}}));
+        assert_eq!(gw.get("/mine").text(), "one");
+        ok(call(gw, "DELETE", "/routes/1", Value::Null));
+        ok(call(gw, "DELETE", "/plugin_sources/mine", Value::Null));
+        let gone = numbers(gw, "")[0];
+        ok(call(gw, "POST", &format!("/revisions/{gone}/rollback"), Value::Null));
+        assert_eq!(numbers(gw, "?key=/plugin_sources/mine").len(), 5);
+        gw_with_plugins(gw, &Upstream::echo(), json!({"mine": {}}));
+        assert_eq!(gw.get("/mine").text(), "one");
+    });
+}
+
+#[test]
+fn a_list_of_large_revisions_takes_no_memory_for_their_texts() {
+    let gw = Gateway::with(settings(json!({})));
+    for n in 0..40 {
+        let text = format!("{}\n-- {}{}", plugin("mine", "return 200"), "x".repeat(1_000_000), n);
+        ok(call(&gw, "PUT", "/plugin_sources/mine", json!({ "source": text })));
+    }
+    let status = format!("/proc/{}/status", gw.pid());
+    let kb = |name: &str| {
+        let text = std::fs::read_to_string(&status).expect("the process is there");
+        let line = text.lines().find(|line| line.starts_with(name)).expect("a line").to_owned();
+        line.split_whitespace().nth(1).and_then(|n| n.parse::<u64>().ok()).expect("a number")
+    };
+    // The peak is counted from here on.
+    std::fs::write(format!("/proc/{}/clear_refs", gw.pid()), "5").expect("may be reset");
+    let before = kb("VmRSS:");
+    for path in ["/revisions?page_size=500", "/revisions?key=/plugin_sources/mine", "/plugin_sources/mine/revisions"] {
+        let list = ok(call(&gw, "GET", path, Value::Null));
+        assert_eq!(list["total"], 40, "{path}");
+    }
+    let peak = kb("VmHWM:");
+    assert!(peak < before + 16 * 1024, "{before} KB before, {peak} KB at most");
+    let newest = ok(call(&gw, "GET", &format!("/revisions/{}", numbers(&gw, "")[0]), Value::Null));
+    let text = newest["objects"][0]["before"]["source"].as_str().expect("the text");
+    assert!(text.len() > 1_000_000);
+}
+
 #[test]
 fn an_owner_of_more_than_one_revision_takes_goes_in_several() {
     on_both(json!({}), |gw, _| {
@@ -424,8 +579,14 @@ fn only_so_many_revisions_are_kept() {
         refused(call(gw, "GET", &format!("/revisions/{n}/diff"), Value::Null), 400, "too large");
         refused(call(gw, "POST", &format!("/revisions/{n}/rollback"), Value::Null), 400, "too large");
         if let Some(etcd) = etcd {
-            let keys = etcd.keys("/apisix-revisions/");
-            assert_eq!(keys.len(), numbers(gw, "").len());
+            let (texts, heads): (Vec<String>, Vec<String>) =
+                etcd.keys("/apisix-revisions/").into_iter().partition(|key| key.contains("/texts/"));
+            assert_eq!(heads.len(), numbers(gw, "").len());
+            assert!(texts.iter().all(|key| heads.contains(&key.replace("texts/", ""))), "{texts:?} {heads:?}");
+            for n in 0..4 {
+                ok(call(gw, "PUT", "/routes/1", route(&format!("/more{n}"))));
+            }
+            assert_eq!(etcd.keys("/apisix-revisions/").len(), 3, "texts go with theirs");
             assert!(etcd.keys("/apisix/").iter().all(|key| !key.contains("/revisions")));
         }
     });
@@ -467,15 +628,66 @@ fn two_nodes_on_one_etcd_share_their_revisions() {
 }
 
 #[test]
-fn a_store_without_revisions_says_so() {
-    let dir = Dir::new();
-    let mut on_file = settings(json!({}));
-    on_file["deployment"]["role"] = "traditional".into();
-    on_file["deployment"]["role_traditional"] = json!({"config_provider": "yaml"});
-    dir.configure(on_file);
-    dir.write("conf/apisix.yaml", "routes: []\n#END\n");
-    let gw = Gateway::in_dir(dir);
-    refused(call(&gw, "GET", "/revisions", Value::Null), 404, "keeps no revisions");
+fn documents_are_revisions_too() {
+    let mut of_one_document = settings(json!({}));
+    of_one_document["deployment"]["role"] = "traditional".into();
+    of_one_document["deployment"]["role_traditional"] = json!({"config_provider": "yaml"});
+    let gw = Gateway::with(of_one_document);
+    let with_id = |id: &str, uri: &str| {
+        let mut route = route(uri);
+        route["id"] = id.into();
+        route
+    };
+    let put = |digest: &str, routes: Value| {
+        ok_text(call_as(&gw, JANE, "PUT", "/configs", &[("X-Digest", digest)], json!({ "routes": routes })));
+    };
+    put("one", json!([with_id("a", "/a"), with_id("b", "/b")]));
+    put("two", json!([with_id("a", "/other")]));
+    let list = ok(call(&gw, "GET", "/revisions", Value::Null));
+    let newest = &list["list"][0];
+    assert_eq!((&list["total"], &newest["who"], &newest["revision"]), (&json!(2), &json!("jane"), &json!(2)));
+    assert_eq!(newest["keys"], json!(["/apisix/routes/b", "/apisix/routes/a"]));
+    let diff = ok(call(&gw, "GET", "/revisions/2/diff", Value::Null));
+    assert_eq!(diff["diff"][1]["changed"], json!({"/uri": {"from": "/a", "to": "/other"}}));
+    let dry = ok(call(&gw, "POST", "/revisions/2/rollback?dry_run=true", Value::Null));
+    assert_eq!((&dry["dry_run"], numbers(&gw, "").len()), (&json!(true), 2));
+    ok(call(&gw, "POST", "/revisions/2/rollback", Value::Null));
+    assert_eq!(ok(call(&gw, "GET", "/configs", Value::Null))["routes"].as_array().map(Vec::len), Some(2));
+    assert_eq!(numbers(&gw, "?key=/routes/b"), [3, 2, 1]);
+    // The tool that has sent it does so again.
+    put("two", json!([with_id("a", "/other")]));
+    assert_eq!(ok(call(&gw, "GET", "/configs", Value::Null))["routes"].as_array().map(Vec::len), Some(1));
+    assert!(!call(&gw, "PUT", "/routes/1", route("/x")).text().is_empty());
+    assert_eq!(numbers(&gw, "").len(), 4, "a single write is none");
+}
+
+#[track_caller]
+fn ok_text(reply: Reply) {
+    assert!((200..300).contains(&reply.status), "{} {}", reply.status, reply.text());
+}
+
+#[test]
+fn what_plugins_write_is_a_revision() {
+    on_both(json!({}), |gw, _| {
+        let access = "local core = require('apisix.core')
+            local route = {uri = '/by-plugin', upstream = {nodes = {['127.0.0.1:1'] = 1}}}
+            local res = ngx.var.arg_gone and core.etcd.delete('/routes/7') or core.etcd.set('/routes/7', route, ngx.var.arg_ttl)
+            core.etcd.set('/mine/own', {a = 1})
+            return res.status";
+        ok(call(gw, "PUT", "/plugin_sources/mine", json!({"source": plugin("mine", access)})));
+        gw_with_plugins(gw, &Upstream::echo(), json!({"mine": {}}));
+        let before = numbers(gw, "").len();
+        gw.get("/mine");
+        let list = ok(call(gw, "GET", "/revisions", Value::Null));
+        let told = ["action", "key", "who"].map(|name| list["list"][0][name].clone());
+        assert_eq!(told, ["create", "/apisix/routes/7", "core.etcd"].map(Value::from));
+        assert_eq!(list["total"], before + 1, "keys of its own are not the gateway's objects");
+        gw.get("/mine?gone=1");
+        assert_eq!(ok(call(gw, "GET", "/revisions", Value::Null))["list"][0]["action"], "delete");
+        let gone = numbers(gw, "")[0];
+        ok(call(gw, "POST", &format!("/revisions/{gone}/rollback"), Value::Null));
+        assert_eq!(ok(call(gw, "GET", "/routes/7", Value::Null))["value"]["uri"], "/by-plugin");
+    });
 }
 
 fn plugin(name: &str, access: &str) -> String {

@@ -58,9 +58,13 @@ function _M.choose(ctx, conf)
     take(ctx, conf, handle)
 end
 
--- A single node needs no balancer: what a plugin makes of each request may be another under the same key.
+-- A single node needs no balancer: what a plugin makes of each request may be another under the same key. What nodes a registry
+-- knows is remembered with the upstream.
 local function is_one(conf)
     local nodes = conf.nodes
+    if conf.discovery_type and conf.service_name then
+        return false
+    end
     return type(nodes) ~= "table" or core.table.nkeys(nodes) <= 1
 end
 

@@ -2,11 +2,10 @@
 -- that an administrator trusts get the globals of plugins.
 
 local native = require("moongate.native")
-local assert, error, ipairs, next, pairs, pcall, setfenv, setmetatable, type =
-    assert, error, ipairs, next, pairs, pcall, setfenv, setmetatable, type
+local assert, error, ipairs, next, pairs, pcall, rawset, setfenv, setmetatable, tostring, type =
+    assert, error, ipairs, next, pairs, pcall, rawset, setfenv, setmetatable, tostring, type
 local real_require, real_loadstring = require, loadstring
--- Functions share the libraries' tables: what guards them calls nothing by way of one.
-local byte, find, getmetatable, rawget = string.byte, string.find, getmetatable, rawget
+local byte, concat, find, getmetatable, rawget = string.byte, table.concat, string.find, getmetatable, rawget
 
 local _M = {}
 
@@ -60,62 +59,156 @@ local function is_closed(name)
     return find(name, "^apisix") and name ~= "apisix.core" and not find(name, "^apisix%.core%.") and not open_utils[name]
 end
 
-local env
+-- Copies: functions of one VM share nothing that they could change for each other. What a library keeps to itself it shares; what
+-- it shows, each function has copies of, made when it first asks.
 
-local function sandboxed_require(name)
-    if type(name) ~= "string" or is_closed(name) then
-        error("module '" .. tostring(name) .. "' is not open to functions", 2)
-    end
-    -- The sandbox's own, and not those that everybody's methods are in.
-    if own_libraries[name] then return env[name] end
-    return real_require(name)
+-- The marks that cjson knows arrays by are everybody's, and cannot be changed.
+local cjson = require("cjson")
+local frozen = { [cjson.array_mt] = true, [cjson.empty_array_mt] = true }
+
+local function freeze(mark)
+    local function refuse() error("this table is everybody's: it cannot be changed", 2) end
+    setmetatable(mark, { __newindex = refuse, __metatable = false })
 end
 
--- Text only, in the same environment.
-local function sandboxed_load(chunk, name)
+-- Tables of `ngx` and `ndk`, whose metatables look at nothing but the name that is asked for: a copy works by the same one.
+local magic = {}
+
+local function note_magic(t)
+    if magic[t] then return end
+    magic[t] = true
+    for _, value in next, t do
+        if type(value) == "table" then note_magic(value) end
+    end
+end
+
+local copy_of
+
+-- What stands behind a library's table, for a copy of it.
+local function behind(t, mt, memo)
+    local own = {}
+    for key, value in next, mt do
+        if key ~= "__newindex" and key ~= "__metatable" then own[key] = value end
+    end
+    local index = mt.__index
+    if type(index) == "table" then
+        own.__index = copy_of(index, memo)
+    elseif index then
+        own.__index = function(self, key)
+            local value = t[key]
+            if type(value) ~= "table" then return value end
+            value = copy_of(value, memo)
+            rawset(self, key, value)
+            return value
+        end
+    end
+    if mt.__call then own.__call = function(_, ...) return t(...) end end
+    return own
+end
+
+-- @param t table: of a library @param memo table: original -> copy, of one function @return table: its copy, with copies of all in it
+function copy_of(t, memo)
+    local known = memo[t]
+    if known then return known end
+    if frozen[t] then return t end
+    local copy = {}
+    -- Both ways: a copy is not copied again.
+    memo[t], memo[copy] = copy, copy
+    for key, value in next, t do
+        copy[key] = type(value) == "table" and copy_of(value, memo) or value
+    end
+    local mt = getmetatable(t)
+    if magic[t] then
+        setmetatable(copy, mt)
+    elseif type(mt) == "table" then
+        setmetatable(copy, behind(t, mt, memo))
+    end
+    return copy
+end
+
+local shared = { os = { time = os.time, date = os.date, clock = os.clock, difftime = os.difftime } }
+
+for _, name in ipairs({ "assert", "error", "ipairs", "next", "pairs", "pcall", "print", "rawequal", "rawget", "rawlen",
+    "select", "tonumber", "tostring", "type", "unpack", "xpcall", "_VERSION", "string", "table", "math", "bit", "coroutine" }) do
+    shared[name] = _G[name]
+end
+
+-- Text only.
+local function text_of(chunk)
     if type(chunk) == "function" then
         local parts = {}
         for part in chunk do
             if part == "" then break end
             parts[#parts + 1] = part
         end
-        chunk = table.concat(parts)
+        chunk = concat(parts)
     end
-    if type(chunk) ~= "string" then error("a chunk is a string or a function that gives its parts", 2) end
-    if byte(chunk, 1) == 27 then return nil, "bytecode is refused" end
-    local f, err = real_loadstring(chunk, name)
-    return f and setfenv(f, env), err
+    if type(chunk) ~= "string" then error("a chunk is a string or a function that gives its parts", 3) end
+    return chunk
 end
 
-local function copy(t)
-    local c = {}
-    for key, value in pairs(t) do c[key] = value end
-    return c
-end
+-- The globals of one function.
+local function new_env()
+    -- A copy lasts as long as the function has it.
+    local own, memo, modules = {}, setmetatable({}, { __mode = "kv" }), {}
+    -- Those that the function has made itself.
+    local metatables = setmetatable({}, { __mode = "k" })
 
-local function make_env()
-    local open = { require = sandboxed_require, loadstring = sandboxed_load, load = sandboxed_load,
-        os = { time = os.time, date = os.date, clock = os.clock, difftime = os.difftime }, ngx = ngx,
-        ndk = copy(ndk) }
-    for _, name in ipairs({ "assert", "error", "ipairs", "next", "pairs", "pcall", "print", "rawequal", "rawget",
-        "rawlen", "rawset", "select", "tonumber", "tostring", "type", "unpack", "xpcall", "_VERSION" }) do
-        open[name] = _G[name]
+    local function load(chunk, name)
+        chunk = text_of(chunk)
+        if byte(chunk, 1) == 27 then return nil, "bytecode is refused" end
+        local f, err = real_loadstring(chunk, name)
+        return f and setfenv(f, own), err
     end
-    open.setmetatable = setmetatable
-    function open.getmetatable(value)
+    own._G, own.load, own.loadstring = own, load, load
+
+    function own.require(name)
+        if type(name) ~= "string" or is_closed(name) then
+            error("module '" .. tostring(name) .. "' is not open to functions", 2)
+        end
+        -- The sandbox's own, and not those that everybody's methods are in.
+        if own_libraries[name] then return own[name] end
+        local module = modules[name]
+        if module == nil then
+            module = real_require(name)
+            if type(module) == "table" then module = copy_of(module, memo) end
+            modules[name] = module
+        end
+        return module
+    end
+
+    function own.setmetatable(t, mt)
+        if mt and not metatables[mt] then metatables[mt] = true end
+        return setmetatable(t, mt)
+    end
+
+    function own.getmetatable(value)
         -- A string's metatable is everybody's.
         if type(value) ~= "table" then return nil end
         local mt = getmetatable(value)
+        if type(mt) ~= "table" or metatables[mt] then return mt end
         -- Nor are Lua's own libraries, which some modules stand on.
-        local behind = type(mt) == "table" and rawget(mt, "__index")
-        for name in pairs(own_libraries) do
-            if behind and behind == _G[name] then return nil end
+        local index = rawget(mt, "__index")
+        for name in next, own_libraries do
+            if index and index == _G[name] then return nil end
         end
-        return mt
+        return copy_of(mt, memo)
     end
-    for _, name in ipairs({ "string", "table", "math", "bit", "coroutine" }) do open[name] = copy(_G[name]) end
-    open._G = open
-    return open
+
+    function own.rawset(t, key, value)
+        if frozen[t] then error("this table is everybody's: it cannot be changed", 2) end
+        return rawset(t, key, value)
+    end
+
+    -- What is asked for stays: the next look finds it in the table itself.
+    local function first(_, name)
+        local value = shared[name]
+        if value == nil then return nil end
+        if type(value) == "table" then value = copy_of(value, memo) end
+        rawset(own, name, value)
+        return value
+    end
+    return setmetatable(own, { __index = first })
 end
 
 local call_memory = native.fast.call_memory
@@ -137,7 +230,10 @@ local function close_sandbox()
     string.rep = bounded_rep
     -- In the library itself: that is where a string finds its methods.
     for name, f in pairs(require("moongate.pattern")) do string[name] = f end
-    env = make_env()
+    shared.ngx, shared.ndk = ngx, ndk
+    note_magic(ngx)
+    note_magic(ndk)
+    for mark in next, frozen do freeze(mark) end
     if package.preload then
         for name in pairs(forbidden) do
             -- The secrets' managers are `use_manager`'s; functions cannot require them.
@@ -148,7 +244,7 @@ local function close_sandbox()
     end
 end
 
-if trusted then env = _G else close_sandbox() end
+if not trusted then close_sandbox() end
 
 -- env: ------------------------------------------------------------------------------------------------------------
 
@@ -184,14 +280,14 @@ local function env_of(values)
     return setmetatable({}, { __index = get, __newindex = refuse, __pairs = each, __metatable = false })
 end
 
---- What functions have for globals: for libraries that compile text.
+--- Globals as functions have them, nobody else's: for libraries that compile text.
 function _M.globals()
-    return env
+    return trusted and _G or new_env()
 end
 
 --- Compiles a function's text under its name; what to call per request, or nil and why not. `values`: names and texts of its `env`.
 function _M.load(name, source, values)
-    local own = setmetatable({}, { __index = env })
+    local own = trusted and setmetatable({}, { __index = _G }) or new_env()
     own._G = own
     own.env = env_of(values or {})
     local chunk, err = real_loadstring(source, "@functions/" .. name .. ".lua")

@@ -115,9 +115,11 @@ function _M.offer_to_workflow(name)
     return nil, tostring(result)
 end
 
---- Every plugin's `workflow_handler` and `init`, when its VM starts to serve; what failed, by name.
+--- Registries' `init_worker`, then every plugin's `workflow_handler` and `init`, when their VM starts to serve; what failed of
+-- plugins, by name.
 function _M.init()
     local errors = {}
+    if require("apisix.core.config_local").local_conf().discovery then require("apisix.discovery.init").init_worker() end
     for _, plugin in ipairs(ordered) do
         -- What the workflow plugin may call comes before `init`, which may wait.
         local _, failed = _M.offer_to_workflow(plugin.name)

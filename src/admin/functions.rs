@@ -1,12 +1,11 @@
 //! `/functions/{id}/…`: revisions of the source, rollback, logs, dry runs; and what a write of a function does beside it.
 //!
 //! Revisions stand beside the function under keys of their own (`/moongate/function_revisions/{id}/{number}`), which no node serves
-//! from: a function that has a canary carries the canary's source itself.
+//! from: a function that has a canary carries the canary's source itself. They go with the function in one revision of the Admin API,
+//! and come back with it.
 
 use std::{
-    future::Future,
-    pin::Pin,
-    rc::Rc,
+    sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -17,10 +16,9 @@ use serde_json::{Map, Value, json};
 
 use super::{
     State,
-    http::{self, Answer, Call},
-    resource,
+    http::{Answer, Call},
+    mock, resource,
     resource::MAX_TRIES,
-    settings::Role,
     shape::Action,
     store_error,
 };
@@ -28,9 +26,12 @@ use crate::{
     error,
     model::{self, Kind, ParseContext, Parsed},
     observe::functions::{self, Line, MAX_LINES},
-    plugin::{Mock, Trial, Tried},
+    plugin::{Trial, Tried, registry::UNTRUSTED},
     schema,
-    store::{Condition, Entry},
+    store::{
+        Condition, Entry,
+        revisions::{Write, time_left},
+    },
 };
 
 type Outcome<T = Answer> = Result<T, Answer>;
@@ -48,18 +49,6 @@ const MAX_SHOWN_BODY: usize = 1 << 20;
 
 /// A dry run is waited for so long, whatever the function may take.
 const LONGEST_TRIAL: Duration = Duration::from_secs(60);
-
-/// Runs a function for nobody.
-pub type Trials = Rc<dyn Fn(Trial) -> Pin<Box<dyn Future<Output = Result<Tried, TrialError>>>>>;
-
-/// Why a dry run came to nothing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum TrialError {
-    /// The worker does not take it.
-    Busy,
-    /// It has not ended when it should have.
-    TooLong,
-}
 
 /// A source that was stored once.
 #[derive(Debug, Deserialize, Serialize)]
@@ -90,14 +79,11 @@ pub(super) async fn handle(state: &State, id: &str, action: &[&str], call: &Call
     }
 }
 
-/// Only an administrator lets a function out of the sandbox.
-pub(super) fn may_trust(call: &Call, value: &Value) -> Outcome<()> {
-    let trusted = value.get("trusted").and_then(Value::as_bool).unwrap_or(false);
-    match call.role {
-        Some(role) if trusted && role != Role::Admin => {
-            Err(Answer::refuse(403, "only a key of the role admin may write a function that is trusted"))
-        }
-        _ => Ok(()),
+/// Whether the configuration lets a function out of the sandbox that wants to be.
+pub(super) fn may_trust(state: &State, value: &Value) -> Result<(), String> {
+    match value.get("trusted").and_then(Value::as_bool) == Some(true) && !state.settings.trusted_functions {
+        true => Err(format!("invalid configuration: property \"trusted\" validation failed: {UNTRUSTED}")),
+        false => Ok(()),
     }
 }
 
@@ -149,21 +135,61 @@ pub(super) async fn revise(state: &State, id: &str, value: &mut Value, previous:
     prune(state, id, &[now, live, canary]).await
 }
 
-/// A deleted function has no revisions.
-pub(super) async fn forget(state: &State, id: &str) -> Outcome<()> {
-    let (entries, _) = state.store.list(&prefix(id)).await.map_err(|e| store_error(&e))?;
-    for entry in entries {
-        state.store.delete(&entry.key, Condition::Always).await.map_err(|e| store_error(&e))?;
+/// What is to be written beside a function that is set back to what it was: the sources that it runs, where they are kept no more, or
+/// the end of all that are kept, when the function itself goes. `given`: what is set back with it.
+pub(super) async fn restoring(state: &State, id: &str, write: &mut Write, given: &[Arc<str>]) -> Outcome<Vec<Write>> {
+    let (kept, _) = state.store.list(&history(id)).await.map_err(|e| store_error(&e))?;
+    let Some(text) = &write.value else {
+        let gone = kept.into_iter().filter(|entry| !given.contains(&entry.key));
+        return Ok(gone.map(Write::deletion_of).collect());
+    };
+    let mut value: Value = serde_json::from_str(text).unwrap_or_default();
+    let known: Vec<Revision> = kept.iter().filter_map(|entry| serde_json::from_str(&entry.value).ok()).collect();
+    let mut newest = known.last().map_or(0, |revision| revision.revision);
+    let (mut writes, mut renumbered) = (Vec::new(), false);
+    for place in ["", "/canary"] {
+        let Some(Value::Object(run)) = value.pointer_mut(place) else { continue };
+        let Some(number) = run.get("revision").and_then(Value::as_u64).filter(|n| *n > 0) else { continue };
+        let source = run.get("source").and_then(Value::as_str).unwrap_or_default().to_owned();
+        let same = known.iter().find(|revision| revision.revision == number).map(|known| known.source == source);
+        if same == Some(true) || given.iter().any(|given| **given == *key(id, number)) {
+            continue;
+        }
+        newest = newest.max(number);
+        // Another function of this name has taken the number since.
+        let number = if same.is_some() { newest + 1 } else { number };
+        newest = newest.max(number);
+        if same.is_some() {
+            run.insert("revision".into(), number.into());
+            renumbered = true;
+        }
+        writes.push(Write {
+            key: key(id, number).into(),
+            value: Some(kept_text(number, &source).into()),
+            on: Condition::Unmodified(0),
+            ttl_secs: None,
+            seen: Some(None),
+        });
     }
-    Ok(())
+    if renumbered {
+        write.value = Some(value.to_string().into());
+    }
+    Ok(writes)
 }
 
-fn prefix(id: &str) -> String {
+/// Below this the revisions of a function stand.
+pub(super) fn history(id: &str) -> String {
     format!("{FUNCTION_REVISIONS}{id}/")
 }
 
+/// How a source is kept.
+fn kept_text(revision: u64, source: &str) -> String {
+    let create_time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    json!({"revision": revision, "source": source, "create_time": create_time}).to_string()
+}
+
 fn key(id: &str, number: u64) -> String {
-    format!("{}{number:010}", prefix(id))
+    format!("{}{number:010}", history(id))
 }
 
 fn text(value: &Value, key: &str) -> String {
@@ -176,7 +202,7 @@ fn number(value: &Value, key: &str) -> u64 {
 
 /// Oldest first.
 async fn revisions(state: &State, id: &str) -> Outcome<Vec<Revision>> {
-    let (entries, _) = state.store.list(&prefix(id)).await.map_err(|e| store_error(&e))?;
+    let (entries, _) = state.store.list(&history(id)).await.map_err(|e| store_error(&e))?;
     Ok(entries.iter().filter_map(|entry| serde_json::from_str(&entry.value).ok()).collect())
 }
 
@@ -188,8 +214,7 @@ async fn keep_source(state: &State, id: &str, source: &str, live: u64) -> Outcom
             return Ok(same.revision);
         }
         let revision = known.last().map_or(0, |last| last.revision).max(live) + 1;
-        let create_time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-        let kept = json!({"revision": revision, "source": source, "create_time": create_time}).to_string();
+        let kept = kept_text(revision, source);
         match state.store.put(&key(id, revision), kept, Condition::Unmodified(0), None).await {
             Ok(_) => return Ok(revision),
             Err(e) if e.kind() == error::Kind::Conflict => {}
@@ -242,8 +267,7 @@ async fn list(state: &State, id: &str) -> Outcome {
 /// How the canary does on this node.
 fn trial(state: &State, id: &str) -> Option<(u64, u64)> {
     let snapshot = state.published.load();
-    let canary = snapshot.functions.get(id)?.value.canary.as_ref()?;
-    functions::known(id)?.trial(canary.rule.uid)
+    snapshot.functions.get(id)?.value.canary.as_ref()?.trial.counts()
 }
 
 async fn show(state: &State, id: &str, number: &str) -> Outcome {
@@ -320,7 +344,8 @@ async fn make_live(state: &State, id: &str, pick: impl Fn(&Value, &[Revision]) -
         }
         resource::stamp(&mut value, Some(&entry), None);
         let on = Condition::Unmodified(entry.mod_revision);
-        match state.store.put(&entry.key, value.to_string(), on, None).await {
+        let left = time_left(&*state.store, &entry.key, entry.mod_revision).await.map_err(|e| store_error(&e))?;
+        match state.store.put(&entry.key, value.to_string(), on, left.of_what_is_there()).await {
             Ok(written) => return Ok(resource::done(state, 200, Action::Set, &written).await),
             Err(e) if e.kind() == error::Kind::Conflict => {}
             Err(e) => return Err(store_error(&e)),
@@ -356,19 +381,18 @@ async fn test(state: &State, id: &str, call: &Call) -> Outcome {
     if let Some(schema) = schema::resource("function_test") {
         schema.check(&mut asked).map_err(|e| Answer::refuse(400, format!("invalid configuration: {e}")))?;
     }
-    let mut function = to_try(state, id, &asked, call).await?;
+    let mut function = to_try(state, id, &asked).await?;
     function.limits.timeout = function.limits.timeout.min(LONGEST_TRIAL);
-    let Some(trials) = &state.trials else { return Err(Answer::refuse(503, "functions cannot be tried out")) };
-    let trial = Trial { id: id.into(), function, request: mock(&asked) };
-    match trials(trial).await {
+    let request = mock::request(&asked)?;
+    let trial = Trial { id: id.into(), function, request, place: Some(mock::FUNCTIONS.take()?) };
+    match state.plugins.try_function(state.published.load(), trial).await {
         Ok(tried) => Ok(Answer::json(200, &shown(tried))),
-        Err(TrialError::Busy) => Err(Answer::refuse(503, "the worker takes no more calls now")),
-        Err(TrialError::TooLong) => Err(Answer::refuse(504, "the worker did not answer in time")),
+        Err(reason) => Err(Answer::refuse(504, reason)),
     }
 }
 
 /// The stored function with what is given in place of it.
-async fn to_try(state: &State, id: &str, asked: &Value, call: &Call) -> Outcome<model::Function> {
+async fn to_try(state: &State, id: &str, asked: &Value) -> Outcome<model::Function> {
     let mut value = match stored(state, id).await {
         Ok((_, value)) => value,
         Err(_) if asked.get("source").is_some() => json!({}),
@@ -382,28 +406,13 @@ async fn to_try(state: &State, id: &str, asked: &Value, call: &Call) -> Outcome<
         }
         map.remove("canary");
     }
-    may_trust(call, &value)?;
+    may_trust(state, &value).map_err(|text| Answer::refuse(400, text))?;
     state.plugins.compile_function(id, &text(&value, "source")).map_err(|e| Answer::refuse(400, e))?;
     let context = ParseContext::new(&state.settings.keyring);
     match model::parse(Kind::Function, id, &value.to_string(), &context) {
         Ok(Parsed::Function(function)) => Ok(function),
         Ok(_) => Err(resource::not_found()),
         Err(e) => Err(Answer::refuse(400, e.to_string())),
-    }
-}
-
-fn mock(asked: &Value) -> Mock {
-    let given = |key: &str, default: &str| asked.get(key).and_then(Value::as_str).unwrap_or(default).to_owned();
-    let uri = given("uri", "/");
-    let (path, args) = uri.split_once('?').unwrap_or((&uri, ""));
-    let headers = asked.get("headers").and_then(Value::as_object).into_iter().flatten();
-    let headers = headers.filter_map(|(name, value)| Some((name.clone(), value.as_str()?.to_owned())));
-    Mock {
-        method: given("method", "GET").into_bytes(),
-        path: http::decode(path).into_bytes(),
-        args: args.as_bytes().to_vec(),
-        headers: headers.collect(),
-        body: given("body", "").into(),
     }
 }
 
@@ -434,22 +443,6 @@ fn shown(tried: Tried) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn call(role: Option<Role>) -> Call {
-        let (method, path, query, args) = (Method::PUT, String::new(), Vec::new(), String::new());
-        Call { method, path, query, args, headers: Default::default(), body: Default::default(), role }
-    }
-
-    #[test]
-    fn only_an_administrator_trusts() {
-        let (trusted, plain) = (json!({"source": "x", "trusted": true}), json!({"source": "x", "trusted": false}));
-        let refused = may_trust(&call(Some(Role::Viewer)), &trusted).expect_err("no administrator");
-        assert_eq!(refused.status, 403);
-        assert!(String::from_utf8_lossy(&refused.body).contains("only a key of the role admin"));
-        assert!(may_trust(&call(Some(Role::Viewer)), &plain).is_ok());
-        assert!(may_trust(&call(Some(Role::Admin)), &trusted).is_ok());
-        assert!(may_trust(&call(None), &trusted).is_ok(), "nobody is asked for a key");
-    }
 
     #[test]
     fn a_dry_run_shows_several_fields_of_a_name_and_bodies_that_are_no_text() {

@@ -125,6 +125,11 @@ impl Answer {
         self
     }
 
+    /// The same headers on another answer.
+    pub fn with_json(self, status: u16, value: &Value) -> Answer {
+        Answer { headers: self.headers, ..Answer::json(status, value) }
+    }
+
     /// JSON ends with a line feed, as APISIX's answers do.
     fn into_response(self) -> Response<Full<Bytes>> {
         let body = match &*self.content_type {
@@ -212,8 +217,17 @@ pub fn parse_query(query: &str) -> Vec<(String, String)> {
         .collect()
 }
 
-/// `%41` and `+`.
+/// `%41` and `+`: of arguments.
 pub fn decode(text: &str) -> String {
+    decoded(text, true)
+}
+
+/// `%41`: of a path, where a plus sign is one.
+pub fn decode_path(text: &str) -> String {
+    decoded(text, false)
+}
+
+fn decoded(text: &str, plus_is_space: bool) -> String {
     let bytes = text.as_bytes();
     let mut out = Vec::with_capacity(bytes.len());
     let mut i = 0;
@@ -224,7 +238,7 @@ pub fn decode(text: &str) -> String {
                 out.push(byte);
                 i += 2;
             }
-            (b'+', _) => out.push(b' '),
+            (b'+', _) if plus_is_space => out.push(b' '),
             (byte, _) => out.push(byte),
         }
         i += 1;
@@ -351,5 +365,6 @@ mod tests {
         let expected = [("a", "b c"), ("filter", "x=1"), ("flag", ""), ("bad", "%zz")];
         let parsed = parse_query("a=b+c&filter=x%3D1&flag&bad=%zz");
         assert_eq!(parsed.iter().map(|(n, v)| (n.as_str(), v.as_str())).collect::<Vec<_>>(), expected);
+        assert_eq!((decode_path("/a+b%2Bc%20d"), decode("a+b")), ("/a+b+c d".into(), "a b".into()));
     }
 }

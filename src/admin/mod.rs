@@ -8,6 +8,7 @@ mod difference;
 mod functions;
 pub mod http;
 mod list;
+mod mock;
 mod patch;
 pub mod plugins;
 mod references;
@@ -21,7 +22,7 @@ mod sources;
 mod tests;
 pub mod tls;
 
-use std::{future::Future, rc::Rc, sync::Arc, time::Duration};
+use std::{future::Future, pin::Pin, rc::Rc, sync::Arc, time::Duration};
 
 use ::http::{HeaderMap, Method};
 use serde_json::{Value, json};
@@ -29,7 +30,7 @@ use tokio::{net::TcpListener, time::timeout};
 
 pub use self::{
     configs::Documents,
-    functions::{MAX_REVISIONS, TrialError, Trials},
+    functions::MAX_REVISIONS,
     plugins::{Listed, PackedPlugins, PluginHost, PluginInfo},
     settings::{AdminKey, ApiVersion, Role, Settings, keyring},
     tls::Tls,
@@ -70,10 +71,13 @@ pub struct State {
     pub fields: Option<Arc<dyn EncryptFields + Send + Sync>>,
     /// `None`: plugins cannot be reloaded.
     pub pipeline: Option<Handle>,
-    /// `None`: functions cannot be tried out.
-    pub trials: Option<Trials>,
     pub documents: Rc<Documents>,
+    /// Resolves when every worker serves a revision; `None`: there are no workers to ask.
+    pub workers: Option<Workers>,
 }
+
+/// Asks the workers.
+pub type Workers = Rc<dyn Fn(i64) -> Pin<Box<dyn Future<Output = ()>>>>;
 
 impl State {
     fn encrypted(&self) -> Option<&dyn EncryptFields> {
@@ -97,6 +101,12 @@ pub async fn serve(listener: TcpListener, tls: Option<Tls>, state: Rc<State>, sh
         Ok(Err(e)) => tracing::error!("the list of plugins in the store may be another node's: {e}"),
         Err(_) => tracing::error!("the list of plugins in the store may be another node's: the store does not answer"),
     }
+    let documents = state.documents.clone();
+    let shutdown = async move {
+        shutdown.await;
+        // Whoever waits is answered before the server ends.
+        documents.end();
+    };
     let handler = move |request: Incomplete| {
         let state = state.clone();
         async move { handle(&state, request).await }
@@ -170,8 +180,15 @@ async fn answer(state: &State, request: Incomplete, role: Option<Role>) -> Answe
     if request.head.method == Method::OPTIONS {
         return Answer::text(200, "");
     }
+    let wait = match state.documents.wait_of(state, &request.head) {
+        Ok(wait) => wait,
+        Err(refusal) => return refusal,
+    };
     let is_document = configs::brings_document(state, &request.head);
-    let _room = if is_document { state.documents.room().await } else { None };
+    if let (Some(wait), false) = (&wait, is_document) {
+        configs::await_change(state, &request.head, wait).await;
+    }
+    let room = if is_document { state.documents.room().await } else { None };
     let bound = if is_document { configs::MAX_BODY_BYTES } else { MAX_BODY_BYTES };
     let call = match request.complete(bound).await {
         Ok(call) => Call { role, ..call },
@@ -182,14 +199,20 @@ async fn answer(state: &State, request: Incomplete, role: Option<Role>) -> Answe
         Err(refusal) => return refusal,
     };
     let answer = route(session.state(), &call).await.unwrap_or_else(|refusal| refusal);
-    session.finish(answer)
+    let answer = session.finish(answer);
+    // Who waits holds no body.
+    drop((call, room));
+    match wait.filter(|_| is_document) {
+        Some(wait) => configs::await_served(state, answer, &wait).await,
+        None => answer,
+    }
 }
 
 async fn route(state: &State, call: &Call) -> Result<Answer, Answer> {
     let Some(rest) = call.path.strip_prefix(ROOT) else {
         return Err(Answer::refuse(404, "not found"));
     };
-    let decoded: Vec<String> = rest.split('/').filter(|s| !s.is_empty()).map(http::decode).collect();
+    let decoded: Vec<String> = rest.split('/').filter(|s| !s.is_empty()).map(http::decode_path).collect();
     // A decoded slash would reach another object than the path names.
     if decoded.iter().any(|segment| segment.contains(['/', '\0'])) {
         return Err(Answer::refuse(400, "invalid path"));

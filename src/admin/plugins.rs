@@ -1,19 +1,19 @@
 //! What the Admin API asks of plugins and uploaded Lua, and the answers under `/plugins` and `/schema`.
 
-use std::{future::Future, pin::Pin, sync::Arc};
+use std::{future::Future, pin::Pin, rc::Rc, sync::Arc};
 
 use serde_json::{Map, Value};
 
 use super::http::{Answer, Call};
 use crate::{
     model::PluginSource,
-    plugin::PluginTrial,
+    plugin::{PluginTrial, Trial, Tried},
     schema,
     store::{PluginSchema, Refusal, Snapshot},
 };
 
 /// A trial under way.
-pub type Trying = Pin<Box<dyn Future<Output = Result<Value, String>>>>;
+pub type Trying<T = Value> = Pin<Box<dyn Future<Output = Result<T, String>>>>;
 
 /// The control thread's VM, seen from the Admin API.
 pub trait PluginHost {
@@ -29,11 +29,17 @@ pub trait PluginHost {
     /// What cjson says is wrong with a text; `None` when it says nothing or there is no VM to ask.
     fn explain_json(&self, text: &[u8]) -> Option<String>;
 
+    /// The same with other uploaded plugins, in a VM of its own; `None`: there is none to be had.
+    fn with_sources(&self, sources: Vec<(String, PluginSource)>) -> Option<Rc<dyn PluginHost>>;
+
     /// Loads a plugin's source in a scratch VM and checks its contract.
     fn inspect_plugin(&self, name: &str, source: &PluginSource) -> Result<(), String>;
 
     /// Runs a mock request through a plugin, beside everything that serves: what came of it, or why there is nothing to run.
     fn try_plugin(&self, snapshot: Arc<Snapshot>, trial: PluginTrial) -> Trying;
+
+    /// Runs a mock request through a function, in the same way.
+    fn try_function(&self, snapshot: Arc<Snapshot>, trial: Trial) -> Trying<Tried>;
 
     /// The plugins that do not load here, and why.
     fn broken(&self) -> Vec<(String, String)>;
@@ -88,11 +94,19 @@ impl PluginHost for PackedPlugins {
         Ok(())
     }
 
+    fn with_sources(&self, _: Vec<(String, PluginSource)>) -> Option<Rc<dyn PluginHost>> {
+        None
+    }
+
     fn inspect_plugin(&self, _: &str, _: &PluginSource) -> Result<(), String> {
         Ok(())
     }
 
     fn try_plugin(&self, _: Arc<Snapshot>, _: PluginTrial) -> Trying {
+        Box::pin(async { Err("there is no VM to try it in".to_owned()) })
+    }
+
+    fn try_function(&self, _: Arc<Snapshot>, _: Trial) -> Trying<Tried> {
         Box::pin(async { Err("there is no VM to try it in".to_owned()) })
     }
 

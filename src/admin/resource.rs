@@ -162,7 +162,7 @@ async fn put(state: &State, mut target: Target, call: &Call) -> Outcome {
     let ttl = ttl(call)?;
     let id = identify(&mut target, &mut value)?;
     forbid_times(&value)?;
-    prepare(state, target.kind, &id, call, &mut value).await?;
+    prepare(state, target.kind, &id, &mut value).await?;
     take_owner(&target, &mut value)?;
     check(state, target.kind, &id, &value).await?;
     let key = target.kind.key(&id);
@@ -189,11 +189,10 @@ async fn put(state: &State, mut target: Target, call: &Call) -> Outcome {
 }
 
 /// What a write brings along before it is checked.
-async fn prepare(state: &State, kind: Kind, id: &str, call: &Call, value: &mut Value) -> Outcome<()> {
+async fn prepare(state: &State, kind: Kind, id: &str, value: &mut Value) -> Outcome<()> {
     if kind != Kind::Function {
         return Ok(());
     }
-    functions::may_trust(call, value)?;
     functions::resolve_canary(state, id, value).await
 }
 
@@ -219,7 +218,7 @@ async fn post(state: &State, target: Target, call: &Call) -> Outcome {
         let short = next_id(state).await?;
         let id = target.full_id(&short);
         set_id(&mut value, &short);
-        prepare(state, target.kind, &id, call, &mut value).await?;
+        prepare(state, target.kind, &id, &mut value).await?;
         check(state, target.kind, &id, &value).await?;
         if target.kind == Kind::Function {
             functions::revise(state, &id, &mut value, None).await?;
@@ -266,7 +265,7 @@ async fn patch(state: &State, target: Target, call: &Call) -> Outcome {
         if value.get("id").is_some() {
             set_id(&mut value, target.short_id().unwrap_or(id));
         }
-        prepare(state, target.kind, id, call, &mut value).await?;
+        prepare(state, target.kind, id, &mut value).await?;
         check(state, target.kind, id, &value).await?;
         if target.kind == Kind::Function {
             functions::revise(state, id, &mut value, Some(&entry)).await?;
@@ -290,29 +289,24 @@ async fn delete(state: &State, target: Target, call: &Call) -> Outcome {
         return Err(Answer::refuse(400, reason));
     }
     let key = target.kind.key(id);
+    // What it owns goes with it (`session`).
     let Some((_, revision)) = state.store.delete(&key, Condition::Always).await.map_err(|e| store_error(&e))? else {
         return Err(not_found());
     };
-    let revision = delete_owned(state, target.kind, &key).await?.unwrap_or(revision);
-    if target.kind == Kind::Function {
-        functions::forget(state, id).await?;
-    }
     served(state, revision).await;
     Ok(shape::deleted(state, &key))
 }
 
-/// Deletes what lives under the object at `key`; answers the revision after, when there was something.
-async fn delete_owned(state: &State, owner: Kind, key: &str) -> Outcome<Option<i64>> {
-    let mut revision = None;
+/// Deletes what lives under the object at `key`.
+async fn delete_owned(state: &State, owner: Kind, key: &str) -> Outcome<()> {
     for kind in Kind::ALL.into_iter().filter(|kind| kind.owner() == Some(owner)) {
         let prefix = format!("{key}/{}/", kind.plural());
         let (owned, _) = state.store.list(&prefix).await.map_err(|e| store_error(&e))?;
         for entry in owned {
-            let deleted = state.store.delete(&entry.key, Condition::Always).await.map_err(|e| store_error(&e))?;
-            revision = deleted.map(|(_, at)| at).or(revision);
+            state.store.delete(&entry.key, Condition::Always).await.map_err(|e| store_error(&e))?;
         }
     }
-    Ok(revision)
+    Ok(())
 }
 
 /// A cost decoration belongs to the service of its path.
@@ -527,6 +521,9 @@ pub(super) fn check_alone(state: &State, kind: Kind, id: &str, value: &Value) ->
     let mut filled = value.clone();
     model::check(kind, id, &mut filled).map_err(|e| e.to_string())?;
     check_plugins(state, kind, &mut filled)?;
+    if kind == Kind::Function {
+        functions::may_trust(state, value)?;
+    }
     let context = ParseContext { keyring: &state.settings.keyring, fields: state.encrypted() };
     model::parse(kind, id, &value.to_string(), &context).map_err(|e| e.to_string())?;
     check_sources(state, kind, id, value)

@@ -12,7 +12,7 @@ use ::http::Method;
 use serde_json::{Value, json};
 
 use super::{
-    State, difference,
+    State, difference, functions,
     http::{Answer, Call},
     references, resource, store_error,
 };
@@ -24,7 +24,7 @@ use crate::{
     },
     store::{
         Batch, BoxFuture, ChangeSink, Condition, Entry, Revision, Store, Written,
-        revisions::{Changed, Note, Query, Write},
+        revisions::{Changed, Note, Query, TimeLeft, Write, time_left},
     },
 };
 
@@ -73,7 +73,9 @@ pub(super) async fn list(state: &State, call: &Call, key: Option<String>) -> Out
         let text = format!("page_size must be between {} and {}", PAGE_SIZES.start(), PAGE_SIZES.end());
         return Err(Answer::refuse(400, text));
     }
-    let found = query(state, Query { key, skip: (page - 1).saturating_mul(size), take: size, number: None }).await?;
+    let found =
+        query(state, Query { key, skip: (page - 1).saturating_mul(size), take: size, heads: true, number: None })
+            .await?;
     let list: Vec<Value> = found.0.iter().map(|revision| head(state, revision)).collect();
     Ok(Answer::json(200, &json!({ "list": list, "total": found.1 })))
 }
@@ -224,10 +226,23 @@ async fn rollback(state: &State, call: &Call, revision: &Revision) -> Outcome {
         if !is_ours && !forced {
             return Err(changed_since(state, revision.number, &key, now.as_ref()));
         }
+        let ttl_secs = if value.is_some() { ttl_of(state, &key, change.found).await? } else { None };
         let on = Condition::Unmodified(now.as_ref().map_or(0, |e| e.mod_revision));
-        writes.push(Write { key: key.into(), value, on, ttl_secs: None, seen: Some(now) });
+        writes.push(Write { key: key.into(), value, on, ttl_secs, seen: Some(now) });
     }
     restore(state, writes, revision.number).await
+}
+
+/// The time that is left to a version of an object which is to be there again; refuses one that would be gone by now.
+pub(super) async fn ttl_of(state: &State, key: &str, mod_revision: i64) -> Outcome<Option<u64>> {
+    match time_left(&*state.store, key, mod_revision).await.map_err(|e| store_error(&e))? {
+        TimeLeft::Forever => Ok(None),
+        TimeLeft::Secs(secs) => Ok(Some(secs)),
+        TimeLeft::Over => {
+            let key = shown_key(state, key);
+            Err(Answer::refuse(400, format!("the ttl of {key} is over: it would be gone by now; write it anew")))
+        }
+    }
 }
 
 fn changed_since(state: &State, number: i64, key: &str, now: Option<&Entry>) -> Answer {
@@ -240,6 +255,7 @@ fn changed_since(state: &State, number: i64, key: &str, now: Option<&Entry>) -> 
 
 /// Writes objects as they were once, when they are valid today. `refers_to`: the revision that this takes back.
 pub(super) async fn restore(state: &State, writes: Vec<Write>, refers_to: i64) -> Outcome {
+    let writes = with_histories(state, writes).await?;
     let planned = Planned {
         inner: state.store.clone(),
         values: writes.iter().map(|write| (write.key.clone(), write.value.clone())).collect(),
@@ -258,12 +274,29 @@ pub(super) async fn restore(state: &State, writes: Vec<Write>, refers_to: i64) -
     };
     resource::served(state, committed.revision).await;
     let object = |write: &Write| json!({ "key": shown_key(state, &write.key), "value": as_stored(state, &write.key, write.value.as_deref()) });
-    let objects: Vec<Value> = writes.iter().map(object).collect();
+    let objects: Vec<Value> = writes.iter().filter(|write| Kind::of_key(&write.key).is_some()).map(object).collect();
     Ok(Answer::json(200, &json!({ "revision": committed.revision, "refers_to": refers_to, "objects": objects })))
+}
+
+/// With what functions need of their own revisions, each before its function.
+async fn with_histories(state: &State, writes: Vec<Write>) -> Outcome<Vec<Write>> {
+    let given: Vec<Arc<str>> = writes.iter().map(|write| write.key.clone()).collect();
+    let mut all = Vec::with_capacity(writes.len());
+    for mut write in writes {
+        if let Some((Kind::Function, id)) = Kind::of_key(&write.key.clone()) {
+            all.extend(functions::restoring(state, id, &mut write, &given).await?);
+        }
+        all.push(write);
+    }
+    Ok(all)
 }
 
 /// As a PUT of the object or its DELETE would be checked.
 async fn check(state: &State, write: &Write) -> Outcome<()> {
+    if write.key.starts_with(functions::FUNCTION_REVISIONS) {
+        // Nothing is served from it before it is made live, and then it is checked.
+        return Ok(());
+    }
     let Some((kind, id)) = Kind::of_key(&write.key) else {
         return Err(Answer::refuse(400, format!("{} is no object of the Admin API", write.key)));
     };

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use super::{
     ROOT, State,
-    functions::FUNCTION_REVISIONS,
+    functions::{self, FUNCTION_REVISIONS},
     given_key,
     http::{self, Answer, Call},
     resource::Target,
@@ -27,6 +27,9 @@ use crate::{
         revisions::{Changed, MAX_CHANGES, Note, Page, Query, Write},
     },
 };
+
+/// Texts that go with their owner in one revision. With the owner's own, Lua compresses to what etcd takes in one request.
+const MAX_OWNED_BYTES: usize = 1 << 20;
 
 /// Tries of a write under a condition of the headers that others' writes get in the way of.
 const MAX_TRIES: usize = 5;
@@ -99,7 +102,7 @@ fn etag(entry: &Entry) -> String {
 }
 
 /// The name of the key that came with the request, else its role.
-fn who(state: &State, call: &Call) -> String {
+pub(super) fn who(state: &State, call: &Call) -> String {
     let given = given_key(&call.query, &call.headers);
     given.and_then(|key| state.settings.name_of(&key)).unwrap_or_else(|| "anonymous".to_owned())
 }
@@ -113,7 +116,7 @@ fn writes_objects(path: &str) -> bool {
 /// The key of the one object that a path names.
 fn key_of_path(path: &str) -> Option<String> {
     let decoded: Vec<String> =
-        path.strip_prefix(ROOT)?.split('/').filter(|s| !s.is_empty()).map(http::decode).collect();
+        path.strip_prefix(ROOT)?.split('/').filter(|s| !s.is_empty()).map(http::decode_path).collect();
     let target = Target::of(&decoded.iter().map(String::as_str).collect::<Vec<_>>())?;
     let id = target.id.filter(|_| target.sub_path.is_none())?;
     Some(target.kind.key(&id))
@@ -331,34 +334,32 @@ impl View {
         for (write, (before, after)) in batch.writes.iter().zip(&done) {
             let is_new = seen.changes.iter().all(|change| change.key != *write.key);
             if is_new && is_object(&write.key) && (before.is_some() || after.is_some()) {
-                let text = |e: &Option<Entry>| e.as_ref().map(|e| e.value.to_string());
-                seen.changes.push(Changed { key: write.key.to_string(), before: text(before), after: text(after) });
+                seen.changes.push(Changed::of(write, before.as_ref()));
             }
         }
-        Ok(Committed { done, revision: 0 })
+        Ok(Committed { done, revision: 0, lease: None })
     }
 
     fn note(&self) -> Note {
         Note { who: self.who.clone(), refers_to: None }
     }
 
-    /// What lives under an object and goes with it: a consumer's credentials, a service's cost decorations.
+    /// What lives under an object and goes with it: a consumer's credentials, a service's cost decorations, a function's revisions.
     async fn owned_by(&self, key: &str) -> Result<Vec<Write>> {
-        let Some((kind, _)) = Kind::of_key(key) else { return Ok(Vec::new()) };
-        if Kind::ALL.into_iter().all(|other| other.owner() != Some(kind)) {
-            return Ok(Vec::new());
-        }
-        let (entries, _) = self.inner.list(&format!("{key}/")).await?;
-        let gone = |entry: Entry| Write { seen: Some(Some(entry.clone())), ..deletion(&entry.key, Condition::Always) };
-        Ok(entries.into_iter().map(gone).collect())
+        let place = match Kind::of_key(key) {
+            Some((Kind::Function, id)) => functions::history(id),
+            Some((kind, _)) if Kind::ALL.into_iter().any(|other| other.owner() == Some(kind)) => format!("{key}/"),
+            _ => return Ok(Vec::new()),
+        };
+        let (entries, _) = self.inner.list(&place).await?;
+        Ok(entries.into_iter().map(Write::deletion_of).collect())
     }
 
     async fn delete_with_owned(&self, key: &str, on: Condition) -> Result<Option<(Entry, i64)>> {
-        let mut writes = self.owned_by(key).await?;
+        let mut batches = batches_of(self.owned_by(key).await?);
+        // The owner last, and with as many others as one revision takes.
+        let mut writes = batches.pop().unwrap_or_default();
         writes.push(deletion(key, on));
-        // The owner last, and with as many others as one transaction takes.
-        let surplus = writes.len().saturating_sub(MAX_CHANGES);
-        let first: Vec<Write> = writes.drain(..surplus).collect();
         self.seen().primary.get_or_insert_with(|| key.into());
         let mut known = self.known(key).await?;
         if known.is_none() {
@@ -369,13 +370,33 @@ impl View {
             return Err(conflict(key));
         }
         self.require(&mut deletion(key, on), true).await?;
-        for some in first.chunks(MAX_CHANGES) {
-            self.commit_batch(Batch { writes: some.to_vec(), note: self.note() }).await?;
+        for writes in batches {
+            self.commit_batch(Batch { writes, note: self.note() }).await?;
         }
         let committed = self.commit_batch(Batch { writes, note: self.note() }).await?;
         known = committed.done.into_iter().next_back().and_then(|(previous, _)| previous);
         Ok(known.map(|previous| (previous, committed.revision)))
     }
+}
+
+/// Puts deletions together as revisions, in their order: the last has room for their owner, in number and in bytes.
+fn batches_of(owned: Vec<Write>) -> Vec<Vec<Write>> {
+    let mut batches = vec![Vec::new()];
+    let mut bytes = 0;
+    for write in owned.into_iter().rev() {
+        let length = write.seen.as_ref().and_then(Option::as_ref).map_or(0, |entry| entry.value.len());
+        let is_full = |batch: &Vec<Write>| batch.len() >= MAX_CHANGES - 1 || bytes + length > MAX_OWNED_BYTES;
+        if batches.last().is_some_and(|batch| !batch.is_empty() && is_full(batch)) {
+            (bytes, _) = (0, batches.push(Vec::new()));
+        }
+        bytes += length;
+        if let Some(batch) = batches.last_mut() {
+            batch.push(write);
+        }
+    }
+    batches.iter_mut().for_each(|batch| batch.reverse());
+    batches.reverse();
+    batches
 }
 
 fn deletion(key: &str, on: Condition) -> Write {
@@ -471,6 +492,28 @@ mod tests {
         assert!(Precondition::Is(vec![3, 4]).holds(4) && !Precondition::Is(vec![3]).holds(0));
         assert!(Precondition::Exists.holds(1) && !Precondition::Exists.holds(0));
         assert!(Precondition::Absent.holds(0) && !Precondition::Absent.holds(1));
+    }
+
+    #[test]
+    fn what_goes_with_its_owner_fits_one_revision_with_it() {
+        let entry = |n: usize, bytes: usize| Entry {
+            key: format!("/{n:03}").into(),
+            value: "x".repeat(bytes).into(),
+            create_revision: 1,
+            mod_revision: 1,
+        };
+        let sizes = |owned: Vec<usize>| {
+            let writes = owned.into_iter().enumerate().map(|(n, bytes)| Write::deletion_of(entry(n, bytes)));
+            let batches = batches_of(writes.collect());
+            assert!(batches.concat().is_sorted_by_key(|write| write.key.clone()), "the order stays");
+            batches.iter().map(Vec::len).collect::<Vec<_>>()
+        };
+        assert_eq!(sizes(vec![]), [0]);
+        assert_eq!(sizes(vec![1; MAX_CHANGES - 1]), [63]);
+        assert_eq!(sizes(vec![1; MAX_CHANGES]), [1, 63]);
+        assert_eq!(sizes(vec![MAX_OWNED_BYTES / 2; 4]), [2, 2]);
+        assert_eq!(sizes(vec![MAX_OWNED_BYTES / 2 + 1; 3]), [1, 1, 1]);
+        assert_eq!(sizes(vec![2 * MAX_OWNED_BYTES, 1]), [1, 1]);
     }
 
     #[test]

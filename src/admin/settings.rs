@@ -6,7 +6,7 @@ use ipnet::IpNet;
 use serde_json::Value;
 use subtle::ConstantTimeEq;
 
-use crate::{error::Result, expr, model::Keyring, store};
+use crate::{error::Result, expr, model::Keyring, plugin::registry, store};
 
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -27,6 +27,8 @@ pub struct Settings {
     pub keyring: Keyring,
     /// Stream routes may be written: something listens for what they match.
     pub stream: bool,
+    /// Functions without a sandbox may be written.
+    pub trusted_functions: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,6 +90,7 @@ impl Settings {
             prefix: store::shown_prefix(config),
             keyring: keyring(config)?,
             stream: false,
+            trusted_functions: registry::trusts_functions(config),
         })
     }
 

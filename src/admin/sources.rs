@@ -1,26 +1,20 @@
 //! `/plugin_sources/{name}/…`: revisions of an uploaded plugin, going back to one, trying it, and who uses it.
 
-use ::http::{HeaderName, HeaderValue, Method};
-use bytes::Bytes;
+use ::http::Method;
 use serde_json::{Map, Value, json};
-use tokio::sync::Semaphore;
 
 use super::{
     State, difference,
-    http::{self, Answer, Call},
-    resource,
+    http::{Answer, Call},
+    mock, resource,
     revisions::{self, Outcome},
     store_error,
 };
 use crate::{
     model::{Kind, Object, PluginSource, Plugins},
-    plugin::{MockRequest, MockResponse, PluginTrial},
+    plugin::PluginTrial,
     store::{Condition, Entry, revisions::Write, snapshot::Table},
 };
-
-/// Trials at once: each may keep a processor busy for as long as scripts may.
-const TRIALS: usize = 2;
-static PLACES: Semaphore = Semaphore::const_new(TRIALS);
 
 /// Paths below a source that are not its own fields.
 pub(super) fn is_action(call: &Call, action: &str) -> bool {
@@ -99,7 +93,8 @@ async fn rollback(state: &State, call: &Call, name: &str) -> Outcome {
     };
     let now = stored(state, name).await?;
     let on = Condition::Unmodified(now.as_ref().map_or(0, |entry| entry.mod_revision));
-    let write = Write { key: key.into(), value: Some(text.into()), on, ttl_secs: None, seen: Some(now) };
+    let ttl_secs = revisions::ttl_of(state, &key, number).await?;
+    let write = Write { key: key.into(), value: Some(text.into()), on, ttl_secs, seen: Some(now) };
     revisions::restore(state, vec![write], number).await
 }
 
@@ -144,90 +139,16 @@ async fn test(state: &State, call: &Call, name: &str) -> Outcome {
         (false, Some(entry)) => source_of(&serde_json::from_str(&entry.value).unwrap_or_default())?,
         (false, None) => return Err(resource::not_found()),
     };
-    let Ok(place) = PLACES.try_acquire() else {
-        return Err(Answer::refuse(503, format!("{TRIALS} plugins are on trial already: try again later")));
-    };
     let trial = PluginTrial {
-        place: Some(place),
+        place: Some(mock::PLUGINS.take()?),
         name: name.to_owned(),
         source,
         conf: asked.get("conf").cloned().unwrap_or_else(|| json!({})),
-        request: mock_request(&asked)?,
-        upstream: mock_response(asked.get("upstream").unwrap_or(&Value::Null))?,
+        request: mock::request(&asked)?,
+        upstream: mock::response(asked.get("upstream").unwrap_or(&Value::Null))?,
     };
     match state.plugins.try_plugin(state.published.load(), trial).await {
         Ok(shown) => Ok(Answer::json(200, &shown)),
         Err(reason) => Err(Answer::refuse(400, reason)),
     }
-}
-
-fn wrong(property: &str, why: &str) -> Answer {
-    Answer::refuse(400, format!("property \"{property}\" validation failed: {why}"))
-}
-
-fn text_of<'v>(value: &'v Value, property: &str, default: &'v str) -> Outcome<&'v str> {
-    match value.get(property) {
-        None | Some(Value::Null) => Ok(default),
-        Some(Value::String(text)) => Ok(text),
-        Some(_) => Err(wrong(property, "expected a string")),
-    }
-}
-
-fn mock_request(asked: &Value) -> Outcome<MockRequest> {
-    let method = text_of(asked, "method", "GET")?;
-    Method::from_bytes(method.as_bytes()).map_err(|_| wrong("method", "no HTTP method"))?;
-    let uri = text_of(asked, "uri", "/")?;
-    if !uri.starts_with('/') || uri.bytes().any(|b| b <= b' ' || b == 0x7f) {
-        return Err(wrong("uri", "expected a path that starts with /, encoded"));
-    }
-    let (path, args) = uri.split_once('?').unwrap_or((uri, ""));
-    // A plus sign is a space in arguments only.
-    let path = http::decode(&path.replace('+', "%2B"));
-    Ok(MockRequest {
-        method: method.into(),
-        target: uri.into(),
-        path: path.into(),
-        args: args.into(),
-        headers: headers_of(asked)?,
-        body: Bytes::from(text_of(asked, "body", "")?.to_owned()),
-    })
-}
-
-fn mock_response(asked: &Value) -> Outcome<MockResponse> {
-    let status = match asked.get("status") {
-        None | Some(Value::Null) => 200,
-        Some(status) => match status.as_u64().and_then(|n| u16::try_from(n).ok()).filter(|n| (200..=599).contains(n)) {
-            Some(status) => status,
-            None => return Err(wrong("upstream.status", "expected a number from 200 to 599")),
-        },
-    };
-    let body = Bytes::from(text_of(asked, "body", "")?.to_owned());
-    Ok(MockResponse { status, headers: headers_of(asked)?, body })
-}
-
-/// `{"X-A": "1", "X-B": ["2", "3"]}`
-fn headers_of(asked: &Value) -> Outcome<Vec<(String, String)>> {
-    let given = match asked.get("headers") {
-        None | Some(Value::Null) => return Ok(Vec::new()),
-        Some(Value::Object(given)) => given,
-        Some(_) => return Err(wrong("headers", "expected an object")),
-    };
-    let mut headers = Vec::new();
-    for (name, value) in given {
-        HeaderName::from_bytes(name.as_bytes()).map_err(|_| wrong("headers", &format!("{name:?} is no name")))?;
-        let values = match value {
-            Value::Array(values) => values.as_slice(),
-            one => std::slice::from_ref(one),
-        };
-        for value in values {
-            let text = match value {
-                Value::String(text) => text.clone(),
-                Value::Number(n) => n.to_string(),
-                _ => return Err(wrong("headers", &format!("{name}: expected a string"))),
-            };
-            HeaderValue::from_str(&text).map_err(|_| wrong("headers", &format!("{name}: no field value")))?;
-            headers.push((name.clone(), text));
-        }
-    }
-    Ok(headers)
 }

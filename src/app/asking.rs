@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
     task::spawn_local,
-    time::timeout,
+    time::{sleep, timeout},
 };
 
 use crate::{
@@ -22,6 +22,9 @@ const QUESTIONS: usize = 16;
 /// A worker may be inside a script, which by default is stopped after one second.
 const PATIENCE: Duration = Duration::from_secs(2);
 
+/// Between two looks at a worker whose plugins are being loaded: what waits for it is a tool.
+const SERVING_PAUSE: Duration = Duration::from_millis(5);
+
 /// An endpoint of a plugin may wait for others, as long as a client of the proxy by default waits for an upstream.
 const ENDPOINT_PATIENCE: Duration = Duration::from_secs(60);
 /// Endpoints of plugins that run at once in a worker: they are for operators, and the worker is for requests.
@@ -30,6 +33,8 @@ const ENDPOINTS: usize = 16;
 /// What is asked, and where the answer goes.
 enum Question {
     States(oneshot::Sender<Vec<VmState>>),
+    /// Whether requests that start now are served by a revision, or a later one, with its plugins.
+    Serving(i64, oneshot::Sender<bool>),
     Endpoint(PluginCall, oneshot::Sender<Result<Option<PluginReply>, String>>),
 }
 
@@ -58,6 +63,16 @@ impl Asking {
         json!({"workers": join_all(workers).await})
     }
 
+    /// Returns when every worker that has not ended serves a revision, or a later one.
+    pub async fn serving(self, revision: i64) {
+        join_all(self.0.iter().map(async |worker| {
+            while ask_serving(worker, revision).await == Some(false) {
+                sleep(SERVING_PAUSE).await;
+            }
+        }))
+        .await;
+    }
+
     /// What the plugins of the first worker answer. `None`: none of them has that endpoint.
     pub async fn endpoint(self, call: PluginCall) -> Result<Option<PluginReply>, String> {
         let Some(worker) = self.0.first() else { return Ok(None) };
@@ -75,6 +90,12 @@ async fn ask(worker: &mpsc::Sender<Question>) -> Option<Vec<VmState>> {
     answer.await.ok()
 }
 
+async fn ask_serving(worker: &mpsc::Sender<Question>, revision: i64) -> Option<bool> {
+    let (sender, answer) = oneshot::channel();
+    worker.send(Question::Serving(revision, sender)).await.ok()?;
+    answer.await.ok()
+}
+
 async fn ask_endpoint(
     worker: &mpsc::Sender<Question>,
     call: PluginCall,
@@ -86,8 +107,12 @@ async fn ask_endpoint(
 
 impl Questions {
     /// Answers as long as there is somebody to ask.
-    pub async fn answer<F>(mut self, states: impl Fn() -> Vec<VmState>, endpoint: impl Fn(PluginCall) -> F)
-    where
+    pub async fn answer<F>(
+        mut self,
+        states: impl Fn() -> Vec<VmState>,
+        serves: impl Fn(i64) -> bool,
+        endpoint: impl Fn(PluginCall) -> F,
+    ) where
         F: Future<Output = Option<PluginReply>> + 'static,
     {
         let places = Arc::new(Semaphore::new(ENDPOINTS));
@@ -95,6 +120,7 @@ impl Questions {
             match question {
                 // Whoever asked may have lost patience.
                 Question::States(sender) => drop(sender.send(states())),
+                Question::Serving(revision, sender) => drop(sender.send(serves(revision))),
                 Question::Endpoint(call, sender) => match places.clone().try_acquire_owned() {
                     Ok(place) => run(place, endpoint(call), sender),
                     Err(_) => drop(sender.send(Err(format!("{ENDPOINTS} endpoints of plugins run already")))),
@@ -161,7 +187,7 @@ mod tests {
         };
         tokio::task::LocalSet::new()
             .run_until(async {
-                spawn_local(questions.answer(Vec::new, endpoint));
+                spawn_local(questions.answer(Vec::new, |_| true, endpoint));
                 let ask = || spawn_local(asking.clone().endpoint(call()));
                 let run = async |n: usize| {
                     while release.receiver_count() != n {

@@ -19,6 +19,7 @@ use super::{
     debug::DebugFile,
     ending::Endings,
     functions::Keeper,
+    gauges,
     listeners::{self, Sockets},
     plugins::Plugins,
     reload::Reload,
@@ -37,7 +38,7 @@ use crate::{
     health::Health,
     observe::{log, metrics},
     plugin::{Errand, Setup, Watching},
-    store::{self, Published, Started, Store},
+    store::{self, Published, SourceState, Started, Store},
 };
 
 /// Workers that were told to end at once get this long: one may be inside a script.
@@ -67,6 +68,10 @@ pub async fn run(mut config: Config) -> Result<()> {
     let setup = Setup::new(config.prefix.clone(), config.json.clone(), config.locations.clone());
     let setup = setup.watched(watching.clone());
     let plugins = Plugins::new(setup.clone(), config.file.clone())?;
+    let mistakes = plugins.checker().registry_mistakes()?;
+    if !mistakes.is_empty() {
+        return Err(Error::config(Kind::Invalid).context(mistakes.join("\n")));
+    }
     let store = store::open(&config)?;
     let started = tokio::select! {
         started = open(&config, &plugins, &store) => started?,
@@ -78,10 +83,14 @@ pub async fn run(mut config: Config) -> Result<()> {
     status.configured(started.published.clone(), started.source.clone(), received);
     let metrics = metrics::Metrics::new(metrics::Settings::from_attr(&config.json["plugin_attr"]["prometheus"]));
     metrics.install();
+    gauges::add(&metrics, started.published.clone(), started.source.clone());
     let resolver = Arc::new(Resolver::new(&settings::dns(&config), Handle::current()));
     crate::lua::ngx::socket_tcp::set_resolver(resolver.clone());
     crate::lua::host::store::open_to_scripts(store.clone(), started.published.clone());
     let health = settings::health(&config, &*store).map(|prefix| Health::new(resolver.clone(), prefix));
+    if let Some(health) = &health {
+        gauges::add_health(&metrics, health.clone());
+    }
     let blueprint = Blueprint {
         config: Arc::new(config.clone()),
         published: started.published.clone(),
@@ -98,7 +107,7 @@ pub async fn run(mut config: Config) -> Result<()> {
     let (finish, finished) = watch::channel(false);
     let (collect, asking) = (workers.collections.clone(), workers.asking.clone());
     let keeper = Keeper::new(store.clone(), started.published.clone(), workers.errands.take());
-    let keeping = spawn_local(keeper.clone().run());
+    let keeping = spawn_local(keeper.run());
     let probing = health.clone().map(|health| spawn_local(health.run(started.published.clone())));
     let (reloads, asked) = mpsc::channel(RELOADS);
     let apis = Apis {
@@ -108,7 +117,7 @@ pub async fn run(mut config: Config) -> Result<()> {
         started,
         metrics,
         finished,
-        shared: (collect, asking, keeper),
+        shared: (collect, asking),
         reloads,
         watching,
         health,
@@ -422,7 +431,7 @@ struct Apis<'a> {
     metrics: Arc<metrics::Metrics>,
     /// True: accept no more.
     finished: watch::Receiver<bool>,
-    shared: (watch::Sender<u64>, Asking, Keeper),
+    shared: (watch::Sender<u64>, Asking),
     reloads: mpsc::Sender<Asked>,
     watching: Arc<Watching>,
     health: Option<Arc<Health>>,
@@ -435,7 +444,8 @@ impl Apis<'_> {
     }
 
     fn serve(self, ports: Ports) -> Result<JoinSet<()>> {
-        let (collections, asking, keeper) = self.shared.clone();
+        let (collections, asking) = self.shared.clone();
+        let workers = asking.clone();
         let mut serving = JoinSet::new();
         let plugins: Rc<dyn admin::PluginHost> = Rc::new(self.plugins.clone());
         if let Some(listener) = ports.admin {
@@ -446,8 +456,8 @@ impl Apis<'_> {
                 plugins: plugins.clone(),
                 fields: Some(self.plugins.fields.clone()),
                 pipeline: Some(self.started.handle.clone()),
-                trials: Some(Rc::new(move |trial| Box::pin(keeper.clone().try_out(trial)))),
                 documents: Rc::default(),
+                workers: Some(Rc::new(move |revision| Box::pin(workers.clone().serving(revision)))),
             });
             let tls =
                 self.config.admin.as_ref().and_then(|admin| admin.tls.as_ref()).map(admin::Tls::open).transpose()?;
@@ -456,6 +466,7 @@ impl Apis<'_> {
         if let Some(listener) = ports.control {
             let (endpoints, watching) = (asking.clone(), self.watching.clone());
             let state = Rc::new(control::State {
+                prefix: shown_prefix(self.config, &self.started.source),
                 published: self.started.published.clone(),
                 source: self.started.source.clone(),
                 plugins,
@@ -480,6 +491,14 @@ impl Apis<'_> {
         }
         spawn_local(follow_labels(self.started.published.clone(), self.metrics));
         Ok(serving)
+    }
+}
+
+/// What stands before keys in the control API.
+fn shown_prefix(config: &Config, source: &SourceState) -> String {
+    match source.load().name {
+        "etcd" | "embedded" => store::shown_prefix(&config.json),
+        _ => String::new(),
     }
 }
 

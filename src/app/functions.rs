@@ -1,4 +1,4 @@
-//! What is done for uploaded functions that no client asks for: their schedules, canaries that failed, dry runs.
+//! What is done for uploaded functions that no client asks for: their schedules, and canaries that failed.
 //!
 //! Runs on the control thread and calls no function itself: the first worker does. With etcd, nodes agree on who runs a
 //! schedule by one key per function, which is written under the condition that nobody else has; with the embedded store, and with a
@@ -17,16 +17,19 @@ use serde_json::Value;
 use tokio::{
     sync::{mpsc, oneshot},
     task::spawn_local,
-    time::{sleep, timeout},
+    time::sleep,
 };
 
 use crate::{
-    admin::TrialError,
     error::{Kind, Result},
     model::{self, Id},
     observe::functions::{self, BackOut},
-    plugin::{Errand, Trial, Tried},
-    store::{Condition, Published, Store, snapshot::Table},
+    plugin::Errand,
+    store::{
+        Batch, Condition, Published, Store,
+        revisions::{Note, Write, time_left},
+        snapshot::Table,
+    },
 };
 
 /// The clock may be set, so the longest sleep is bounded.
@@ -41,13 +44,13 @@ const TURN_MARGIN_SECS: u64 = 30;
 /// How long it is remembered that a run was done: longer than the clocks of nodes ever differ.
 const TURN_MEMORY_SECS: u64 = 3600;
 
+/// Who takes canaries back, where revisions say it.
+const BACK_OUT_AUTHOR: &str = "canary back-out";
+
 /// Between two tries to take a canary back.
 const BACK_OUT_PAUSE: Duration = Duration::from_secs(5);
 
-/// What a dry run may take beside the function's own time: its VM is made first.
-const TRIAL_MARGIN: Duration = Duration::from_secs(5);
-
-/// Keeps schedules, and answers for canaries and dry runs.
+/// Keeps schedules, and answers for canaries.
 #[derive(Clone)]
 pub struct Keeper {
     store: Arc<dyn Store>,
@@ -141,7 +144,7 @@ impl Keeper {
     async fn call(&self, id: &Id, uid: u64, at: i64) {
         let (done, ended) = oneshot::channel();
         let Some(errands) = &self.errands else { return };
-        let errand = Errand::Scheduled { id: id.clone(), uid, at, done };
+        let errand = Errand { id: id.clone(), uid, at, done };
         if errands.try_send(errand).is_err() {
             return tracing::error!("function {id}: its scheduled call is left out: too many wait for the worker");
         }
@@ -185,23 +188,17 @@ impl Keeper {
     async fn take_back(&self, of: &BackOut) -> Result<()> {
         let key = format!("/functions/{}", of.id);
         let Some(entry) = self.store.get(&key).await? else { return Ok(()) };
-        match without_canary(&entry.value, of, now()) {
-            Some(text) => self.store.put(&key, text, Condition::Unmodified(entry.mod_revision), None).await.map(drop),
-            None => Ok(()),
-        }
-    }
-
-    /// A dry run on the worker.
-    pub async fn try_out(self, trial: Trial) -> Result<Tried, TrialError> {
-        let longest = trial.function.limits.timeout + TRIAL_MARGIN;
-        let (answer, tried) = oneshot::channel();
-        let errands = self.errands.ok_or(TrialError::Busy)?;
-        errands.try_send(Errand::Trial(Box::new(trial), answer)).map_err(|_| TrialError::Busy)?;
-        match timeout(longest, tried).await {
-            Ok(Ok(tried)) => Ok(tried),
-            Ok(Err(_)) => Err(TrialError::Busy),
-            Err(_) => Err(TrialError::TooLong),
-        }
+        let Some(text) = without_canary(&entry.value, of, now()) else { return Ok(()) };
+        let write = Write {
+            key: key.into(),
+            value: Some(text.into()),
+            on: Condition::Unmodified(entry.mod_revision),
+            ttl_secs: time_left(&*self.store, &entry.key, entry.mod_revision).await?.of_what_is_there(),
+            seen: Some(Some(entry)),
+        };
+        // As a revision, which tells who it was and can be taken back.
+        let note = Note { who: BACK_OUT_AUTHOR.into(), refers_to: None };
+        self.store.commit(Batch { writes: vec![write], note }).await.map(drop)
     }
 }
 
@@ -314,27 +311,6 @@ mod tests {
         functions.iter().map(object).collect()
     }
 
-    #[tokio::test]
-    async fn a_dry_run_that_finds_no_place_is_refused_and_one_that_nobody_answers_ends() {
-        let dir = tempfile::tempdir().expect("a directory");
-        let store = Embedded::open(&dir.path().join("moongate.redb")).expect("a store");
-        let (errands, mut inbox) = mpsc::channel(1);
-        let keeper = Keeper::new(store, Published::new(Default::default()), Some(errands));
-        let trial = || {
-            let mut function = model::Function::default();
-            function.limits.timeout = Duration::ZERO;
-            Trial { id: "f".into(), function, request: Default::default() }
-        };
-        let first = keeper.clone().try_out(trial());
-        let second = async {
-            assert_eq!(keeper.clone().try_out(trial()).await.expect_err("no place"), TrialError::Busy);
-            // The worker ends without an answer.
-            drop(inbox.recv().await);
-        };
-        let (first, ()) = tokio::join!(first, second);
-        assert_eq!(first.expect_err("no answer"), TrialError::Busy);
-    }
-
     /// An embedded store that several nodes share, as they do an etcd.
     struct Shared(Arc<dyn Store>);
 
@@ -380,7 +356,7 @@ mod tests {
         let ((a, b), id) = ((node(), node()), Id::from("f"));
         let turn = async |node: &Keeper, at| node.take_turn(&id, 1, at, Duration::from_secs(1)).await.expect("decided");
         let runs = async {
-            let Some(Errand::Scheduled { at: 60, done, .. }) = inbox.recv().await else { panic!("the first run") };
+            let Some(Errand { at: 60, done, .. }) = inbox.recv().await else { panic!("the first run") };
             turn(&b, 60).await;
             turn(&b, 120).await;
             done.send(()).expect("is waited for");
@@ -390,7 +366,7 @@ mod tests {
         turn(&b, 60).await;
         assert!(inbox.try_recv().is_err(), "it was done");
         let runs = async {
-            let Some(Errand::Scheduled { at: 180, done, .. }) = inbox.recv().await else { panic!("the next run") };
+            let Some(Errand { at: 180, done, .. }) = inbox.recv().await else { panic!("the next run") };
             done.send(()).expect("is waited for");
         };
         tokio::join!(turn(&b, 180), runs);

@@ -13,8 +13,8 @@ use crate::{
     admin::{Listed, PluginHost, PluginInfo, plugins::Trying},
     conf,
     error::Result,
-    model::{PluginSource, SchemaKind, crypt::EncryptFields},
-    plugin::{Checker, PluginTrial, Setup},
+    model::{Id, Object, PluginSource, SchemaKind, crypt::EncryptFields, next_uid},
+    plugin::{Checker, PluginTrial, Setup, Trial, Tried},
     store::{PluginChecker, PluginSchema, Refusal, Snapshot},
 };
 
@@ -104,12 +104,28 @@ impl PluginHost for Plugins {
         self.checker.explain_json(text)
     }
 
+    fn with_sources(&self, sources: Vec<(String, PluginSource)>) -> Option<Rc<dyn PluginHost>> {
+        let object = |(id, value): (String, PluginSource)| {
+            let (id, json): (Id, _) = (id.into(), "{}".into());
+            let (create_revision, mod_revision) = (0, 0);
+            (id.clone(), Arc::new(Object { id, uid: next_uid(), create_revision, mod_revision, json, value }))
+        };
+        let snapshot = Snapshot { plugin_sources: sources.into_iter().map(object).collect(), ..Snapshot::default() };
+        let checker = Checker::new(self.checker.setup(), &snapshot);
+        let checker = checker.inspect_err(|e| tracing::error!("uploaded plugins are not checked: {e}")).ok()?;
+        Some(Rc::new(Plugins { checker: Rc::new(checker), rereads: false, ..self.clone() }))
+    }
+
     fn inspect_plugin(&self, name: &str, source: &PluginSource) -> Result<(), String> {
         self.checker.inspect_plugin(name, source).map(drop)
     }
 
     fn try_plugin(&self, snapshot: Arc<Snapshot>, trial: PluginTrial) -> Trying {
         Box::pin(self.checker.try_plugin(snapshot, trial))
+    }
+
+    fn try_function(&self, snapshot: Arc<Snapshot>, trial: Trial) -> Trying<Tried> {
+        Box::pin(self.checker.try_function(snapshot, trial))
     }
 
     fn broken(&self) -> Vec<(String, String)> {

@@ -4,6 +4,7 @@ use std::{
     cell::RefCell,
     net::{SocketAddr, UdpSocket},
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
+    pin::Pin,
     rc::Rc,
     sync::Arc,
     thread,
@@ -31,6 +32,7 @@ use crate::{
     error::{Error, Kind, Result},
     exchange::{Connection, Exchange, RequestBody},
     health::{Health, Watched},
+    model::Upstream,
     net::{
         Drain, ExchangePool, Handler, Server,
         listener::{self, HandshakeScripts},
@@ -50,7 +52,7 @@ const SWEEP_EVERY: Duration = Duration::from_secs(5);
 const TIMERS_PATIENCE: Duration = Duration::from_secs(5);
 /// The same when the gateway is told to end at once, and what scripts of the end get at least.
 const HASTE: Duration = Duration::from_millis(300);
-/// Schedules' calls and dry runs at once: requests of the worker come first, and a hundred functions at the same minute wait for
+/// Schedules' calls at once: requests of the worker come first, and a hundred functions at the same minute wait for
 /// each other.
 const ERRANDS_AT_ONCE: usize = 32;
 /// Between two looks at those timers.
@@ -161,7 +163,7 @@ async fn serve(worker: usize, blueprint: Blueprint, sockets: Bound, line: Line) 
     let mut listeners = JoinSet::new();
     listen(&blueprint, &handler, &drain, (sockets.http, sockets.unix), &mut listeners);
     if blueprint.config.stream.enabled {
-        stream(&blueprint, &drain, sockets.tcp, sockets.udp, &mut listeners);
+        stream(&blueprint, &drain, serving.clone(), (sockets.tcp, sockets.udp), &mut listeners)?;
     }
     let mut chores = chores(&serving, &ending, (collections, debug), questions);
     chores.spawn_local(follow(worker, serving.clone(), ending.clone(), (blueprints, taken)));
@@ -223,6 +225,13 @@ impl Serving {
 
     fn script(&self, blueprint: &Blueprint) {
         *self.scripts.borrow_mut() = handshake::scripts(&self.proxy(), &blueprint.config.locations.handshakes);
+    }
+}
+
+impl stream::Registries for Serving {
+    fn nodes(&self, upstream: Arc<Upstream>) -> Pin<Box<dyn Future<Output = Result<Arc<Upstream>>> + '_>> {
+        let proxy = self.proxy();
+        Box::pin(async move { proxy.runner.nodes_of(upstream).await })
     }
 }
 
@@ -305,10 +314,10 @@ fn listen(
 fn stream(
     blueprint: &Blueprint,
     drain: &Drain,
-    tcp: Vec<Tcp>,
-    udp: Vec<UdpSocket>,
+    serving: Rc<Serving>,
+    (tcp, udp): (Vec<Tcp>, Vec<UdpSocket>),
     listeners: &mut JoinSet<Result<()>>,
-) {
+) -> Result<()> {
     let Blueprint { config, published, resolver, health, endings, .. } = blueprint;
     let log = endings.of_streams(config);
     let mut settings = settings::stream(config);
@@ -317,8 +326,9 @@ fn stream(
         settings,
         (published.clone(), resolver.clone(), Watched::new(health.clone())),
         drain.clone(),
-        log,
-    ));
+        (log, serving),
+        endings.metrics.clone(),
+    )?);
     for Tcp { socket, proxy_protocol, proxy_protocol_to_upstream: to_upstream, tls } in tcp {
         let tls = tls.map(|server| listener::Tls { server, published: published.clone(), scripts: Rc::default() });
         let listener = stream::tcp::Listener { socket, proxy_protocol, tls, to_upstream };
@@ -327,6 +337,7 @@ fn stream(
     for socket in udp {
         listeners.spawn_local(stream::udp::run(streams.clone(), socket));
     }
+    Ok(())
 }
 
 /// Waits until the order is one that `meant` says yes to. An absent control thread means stop.
@@ -394,10 +405,12 @@ fn chores(
     chores.spawn_local(collect(serving.clone(), collections));
     chores.spawn_local(follow_debug(serving.clone(), debug));
     let asked = serving.clone();
-    let endpoints = serving.clone();
-    chores.spawn_local(
-        questions.answer(move || asked.proxy().runner.states(), move |call| endpoint(endpoints.proxy(), call)),
-    );
+    let (endpoints, followers) = (serving.clone(), serving.clone());
+    chores.spawn_local(questions.answer(
+        move || asked.proxy().runner.states(),
+        move |revision| followers.proxy().serves(revision),
+        move |call| endpoint(endpoints.proxy(), call),
+    ));
     let ending = ending.clone();
     chores.spawn_local(async move { ending.flush_in_time().await });
     chores
@@ -422,7 +435,7 @@ async fn endpoint(proxy: Rc<Proxy>, call: PluginCall) -> Option<PluginReply> {
     let mut x = Exchange::new(Rc::new(Connection::new(0, nowhere, nowhere)), proxy.snapshot());
     x.begin();
     x.request.method.extend_from_slice(call.method.as_bytes());
-    x.request.path.extend_from_slice(admin::http::decode(&call.path).as_bytes());
+    x.request.path.extend_from_slice(admin::http::decode_path(&call.path).as_bytes());
     x.request.args.extend_from_slice(call.args.as_bytes());
     x.request.target.extend_from_slice(call.path.as_bytes());
     if !call.args.is_empty() {

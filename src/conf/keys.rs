@@ -27,6 +27,7 @@ const OPTIONAL: &[&str] = &[
     "apisix.trace.header",
     "apisix.trace.keep",
     "apisix.trace.key",
+    "apisix.trace.secrets",
     "apisix.trusted_addresses",
     "custom_plugins",
     "deployment.admin.admin_api_mtls.*",
@@ -73,7 +74,6 @@ const UNSUPPORTED: &[(&str, &str)] = &[
     ("wasm", "there is no WebAssembly host; write the plugin in Lua and upload it through the Admin API"),
     ("xrpc", "xRPC protocols are not served; keep those services on APISIX"),
     ("ext-plugin", "external plugin runners are not started; write the plugin in Lua"),
-    ("discovery", "service discovery is not served yet; list the nodes in the upstream"),
 ];
 
 const SNIPPET: &str = "there is no nginx that could read it; express it by routes, plugins or Lua";

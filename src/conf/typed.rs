@@ -85,6 +85,8 @@ pub(super) fn read(
     let (keyring, encrypt_fields) = r.keyring();
     let captured_log = r.captured_log();
     let preload = r.texts("lua.preload");
+    // Read from the JSON by those that it is for.
+    r.flag("lua.trusted_functions");
     let (serves_http, mut stream) = r.stream(&prefix, warnings);
     // A control plane serves the Admin API alone.
     let is_control_plane = r.text("deployment.role") == "control_plane";
@@ -617,7 +619,11 @@ impl<'a> Reader<'a> {
             Some(_) => self.number("apisix.trace.keep", 1, MAX_TRACES) as usize,
             None => TRACES,
         };
-        Some(Trace { header, key, keep })
+        let secrets = match self.get("apisix.trace.secrets") {
+            Some(_) => self.texts("apisix.trace.secrets").into_iter().map(Into::into).collect(),
+            None => Box::default(),
+        };
+        Some(Trace { header, key, keep, secrets })
     }
 
     fn prometheus(&mut self) -> Prometheus {

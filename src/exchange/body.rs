@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 
+use crate::error::{Error, Kind};
+
 /// Where the request body is.
 #[derive(Debug, Default)]
 pub enum RequestBody {
@@ -67,6 +69,14 @@ pub struct Chunk {
     pub data: Vec<u8>,
     /// `ngx.arg[2]`: the last chunk.
     pub eof: bool,
+}
+
+impl RequestBody {
+    /// Why one that is `Lost` cannot be sent.
+    pub fn unsendable() -> Error {
+        let what = "the request body went to an upstream that failed, and is too long to be sent once more";
+        Error::upstream(Kind::Other).context(what)
+    }
 }
 
 #[cfg(test)]

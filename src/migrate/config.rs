@@ -20,6 +20,7 @@ use super::{
 use crate::{
     conf::{self, Config, Survey, Warning},
     error::{Error, Kind, Result},
+    plugin::Checker,
 };
 
 /// A config.yaml is some kilobytes; one with large snippets some more.
@@ -94,14 +95,27 @@ fn tell(survey: &Survey, report: &mut Report) {
     }
     tell_provider(survey, report);
     tell_formats(survey, report);
-    if at(&survey.written, "stream_plugins").and_then(Value::as_array).is_some_and(|names| !names.is_empty()) {
-        let advice = "stream routes that use one are refused: docs/stream.md";
-        report.add(Note, "config", "stream_plugins", "no plugin runs for TCP and UDP", advice);
+    if at(&survey.written, "stream_plugins")
+        .and_then(Value::as_array)
+        .is_some_and(|names| names.iter().any(|name| name != "prometheus"))
+    {
+        let advice = "stream routes that use another one are refused: docs/stream.md";
+        report.add(Note, "config", "stream_plugins", "no plugin but prometheus runs for TCP and UDP", advice);
     }
     let told = report.findings().filter(|finding| finding.area == "config" && finding.verdict != Note).count();
     if told == 0 {
         report.runs.push(("config", "every key that was written is honoured or has no effect".into()));
     }
+}
+
+/// Registries below `discovery` that could not serve.
+pub(super) fn tell_registries(checker: &Checker, report: &mut Report) -> Result<()> {
+    for mistake in checker.registry_mistakes()? {
+        let (place, what) = mistake.split_once(": ").unwrap_or(("discovery", &mistake));
+        let verdict = if what.starts_with("there is no module") { Cannot } else { Change };
+        report.add(verdict, "config", place, what, "the start stops at this: docs/discovery.md");
+    }
+    Ok(())
 }
 
 fn tell_snippet(path: &str, text: &str, report: &mut Report) {

@@ -138,6 +138,7 @@ pub fn check(options: &Options) -> Result<Report> {
     tell_broken_plugins(&plugins, &sources, &roots, &mut report);
     let known = objects::Plugins { checker: plugins.checker(), files: &sources.plugins };
     config::tell_plugins(&ground, &known, &mut report);
+    config::tell_registries(plugins.checker(), &mut report)?;
     let dicts = ground.config.shared_dicts.iter().map(|(name, _)| name.clone()).collect();
     let mut defined = config::defined_variables(&ground.config.json);
     defined.extend(sources.files.iter().flat_map(|(file, _)| lua::defined_in(file)));

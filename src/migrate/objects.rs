@@ -340,8 +340,12 @@ fn tell(seen: &Seen, by: &Checked<'_>, report: &mut Report) {
         report.add(Change, "object", places.to_string(), what, variables::ADVICE);
     }
     for (kind, places) in &seen.discovery {
-        let what = format!("nodes come from discovery ({kind}), which is not served yet");
-        report.add(Cannot, "object", places.to_string(), what, "list the nodes in the upstream, or name them by DNS");
+        if by.plugins.checker().find_module(&format!("apisix.discovery.{kind}")).is_none() {
+            let what = format!("nodes come from discovery ({kind}), and there is no module apisix.discovery.{kind}");
+            let advice =
+                "write one of your own (docs/discovery.md), list the nodes in the upstream, or name them by DNS";
+            report.add(Cannot, "object", places.to_string(), what, advice);
+        }
     }
     for (scheme, places) in &seen.schemes {
         let what = format!("{scheme} is not spoken to upstreams yet");

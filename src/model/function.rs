@@ -9,7 +9,10 @@ use super::{
     crypt, next_uid,
     parse::{ParseContext, flag, invalid, number, required, text},
 };
-use crate::{error::Result, observe::functions::Rule};
+use crate::{
+    error::Result,
+    observe::functions::{Rule, Trial},
+};
 
 /// `/functions/{id}`: `{"source": "…lua…", …}`.
 #[derive(Debug, Default)]
@@ -56,7 +59,8 @@ impl Default for FunctionLimits {
 /// Another revision that gets some of the calls.
 #[derive(Debug)]
 pub struct Canary {
-    pub rule: Rule,
+    /// When it has failed, and how it does in this process.
+    pub trial: Arc<Trial>,
     /// Calls of a hundred.
     pub weight: u32,
     pub source: Arc<str>,
@@ -68,14 +72,14 @@ const MAX_ERROR_RATE: f64 = 0.05;
 const MIN_CALLS: u64 = 20;
 
 /// A text of the function that runs.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub struct Variant {
     /// Unique for each version of each text in this process.
     pub uid: u64,
     pub revision: u64,
     pub source: Arc<str>,
-    /// It is the canary.
-    pub rule: Option<Rule>,
+    /// Of the canary.
+    pub canary: Option<Arc<Trial>>,
 }
 
 impl Function {
@@ -94,18 +98,18 @@ impl Function {
         })
     }
 
-    /// Which text a call runs: `roll` is a random number, `is_over` says whether a canary has failed already.
-    pub fn choose(&self, uid: u64, roll: u32, is_over: impl FnOnce(u64) -> bool) -> Variant {
+    /// Which text a call runs: `roll` is a random number.
+    pub fn choose(&self, uid: u64, roll: u32) -> Variant {
         // Of a hundred, without a remainder that would favour small numbers.
         let roll = (u64::from(roll) * 100) >> 32;
         match &self.canary {
-            Some(canary) if roll < u64::from(canary.weight) && !is_over(canary.rule.uid) => Variant {
-                uid: canary.rule.uid,
-                revision: canary.rule.revision,
+            Some(canary) if roll < u64::from(canary.weight) && !canary.trial.is_over() => Variant {
+                uid: canary.trial.rule.uid,
+                revision: canary.trial.rule.revision,
                 source: canary.source.clone(),
-                rule: Some(canary.rule),
+                canary: Some(canary.trial.clone()),
             },
-            _ => Variant { uid, revision: self.revision, source: self.source.clone(), rule: None },
+            _ => Variant { uid, revision: self.revision, source: self.source.clone(), canary: None },
         }
     }
 }
@@ -136,7 +140,7 @@ impl Canary {
             min_calls: unsigned(map, "min_calls").unwrap_or(MIN_CALLS),
         };
         let weight = unsigned(map, "weight").and_then(|n| u32::try_from(n).ok()).unwrap_or(0);
-        Ok(Canary { rule, weight, source: source.into() })
+        Ok(Canary { trial: Trial::new(rule), weight, source: source.into() })
     }
 }
 
@@ -182,7 +186,7 @@ mod tests {
             FunctionLimits { cpu_ms: Some(50), memory_mb: 8, timeout: Duration::from_millis(250), max_body: 1 };
         assert_eq!((function.limits, function.revision, function.trusted), (limits, 3, true));
         let canary = function.canary.expect("is there");
-        assert_eq!((canary.weight, canary.rule.revision, canary.rule.min_calls), (5, 4, 1));
+        assert_eq!((canary.weight, canary.trial.rule.revision, canary.trial.rule.min_calls), (5, 4, 1));
         let plain = parsed(json!({"source": "return 1"})).expect("valid");
         assert_eq!((plain.limits, plain.trusted), (FunctionLimits::default(), false));
     }
@@ -226,8 +230,12 @@ mod tests {
         let value = |weight| json!({"source": "a", "canary": {"weight": weight, "source": "b"}});
         let share = |weight: u64, over: bool| {
             let function = parsed(value(weight)).expect("valid");
+            if over {
+                let trial = &function.canary.as_ref().expect("is there").trial;
+                (0..MIN_CALLS).for_each(|_| trial.tried("f", true));
+            }
             let rolls = (0..1000_u64).map(|n| (n * u64::from(u32::MAX) / 999) as u32);
-            rolls.filter(|roll| function.choose(1, *roll, |_| over).rule.is_some()).count()
+            rolls.filter(|roll| function.choose(1, *roll).canary.is_some()).count()
         };
         assert_eq!((share(0, false), share(100, false), share(100, true)), (0, 1000, 0));
         assert!((45..=55).contains(&share(5, false)));

@@ -1,10 +1,12 @@
 //! Upstreams: the nodes, how one is picked, and how it is spoken to.
 
 pub mod checks;
+mod discovered;
 mod shared;
 
 use std::{net::IpAddr, sync::Arc, time::Duration};
 
+pub use discovered::Discovery;
 use serde_json::{Map, Value};
 use smallvec::SmallVec;
 
@@ -19,7 +21,7 @@ use crate::{
 };
 
 /// In the order in which a request asks for it, and C's layout keeps it: what comes first shares three cache lines.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 #[repr(C)]
 pub struct Upstream {
     /// One is the rule: it lies in the upstream itself.
@@ -40,8 +42,8 @@ pub struct Upstream {
     /// Set when it is `/upstreams/{id}`.
     pub id: Option<Id>,
     pub name: Option<Box<str>>,
-    /// `(discovery_type, service_name)` when the nodes come from a registry.
-    pub discovery: Option<Box<(Box<str>, Box<str>)>>,
+    /// Set when the nodes come from a registry: there are none, until it is asked.
+    pub discovery: Option<Box<Discovery>>,
     /// How the health of its nodes is found out; `None`: it is not.
     pub checks: Option<Box<checks::Checks>>,
 }
@@ -158,12 +160,15 @@ impl Upstream {
     /// From JSON that its schema has checked and filled.
     pub(super) fn from_json(map: &mut Map<String, Value>, context: &ParseContext<'_>) -> Result<Upstream> {
         let scheme = Scheme::of(text(map, "scheme").unwrap_or("http"));
-        let service = boxed(map, "service_name");
+        let uid = next_uid();
+        let discovery = Discovery::of(map, uid);
+        // Checked in any case, as by the schema.
+        let nodes = nodes(map.get("nodes"), scheme)?;
         Ok(Upstream {
-            uid: next_uid(),
+            uid,
             id: None,
             name: boxed(map, "name"),
-            nodes: nodes(map.get("nodes"), scheme)?,
+            nodes: if discovery.is_some() { SmallVec::new() } else { nodes },
             balance: balance(map)?,
             scheme,
             pass_host: pass_host(map)?,
@@ -171,7 +176,7 @@ impl Upstream {
             retry_timeout: map.get("retry_timeout").and_then(seconds).filter(|d| !d.is_zero()),
             timeout: timeouts(map).map(Box::new),
             keepalive: keepalive(map).map(Box::new),
-            discovery: boxed(map, "discovery_type").zip(service).map(Box::new),
+            discovery: discovery.map(Box::new),
             checks: map
                 .get("checks")
                 .and_then(Value::as_object)

@@ -5,7 +5,10 @@
 
 use std::{
     collections::{HashMap, VecDeque},
-    sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, LazyLock, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -80,33 +83,33 @@ pub struct BackOut {
 pub struct Record {
     /// Empty: of all that are one too many, or of a dry run.
     id: Box<str>,
-    counts: Mutex<[Counts; 2]>,
+    counts: [Counts; 2],
     lines: Mutex<Lines>,
-    trial: Mutex<Trial>,
 }
 
-#[derive(Clone, Debug, Default)]
+/// Each for itself: a page that is read meanwhile may have a call without its time.
+#[derive(Debug, Default)]
 struct Counts {
-    calls: u64,
-    errors: u64,
-    times: [u64; BOUNDS.len() + 1],
-    sum_ms: f64,
+    calls: AtomicU64,
+    errors: AtomicU64,
+    times: [AtomicU64; BOUNDS.len() + 1],
+    sum_us: AtomicU64,
+}
+
+/// How a canary does here. Its own, and not of the function's record: that may be shared by many.
+#[derive(Debug)]
+pub struct Trial {
+    pub rule: Rule,
+    /// Of late: calls in the upper half, failed ones in the lower, so that both change together.
+    tally: AtomicU64,
+    /// It is served no more, whatever the store says.
+    over: AtomicBool,
 }
 
 #[derive(Debug, Default)]
 struct Lines {
     list: VecDeque<Line>,
     bytes: usize,
-}
-
-/// How a canary does here.
-#[derive(Debug, Default)]
-struct Trial {
-    uid: u64,
-    calls: u64,
-    errors: u64,
-    /// It is served no more, whatever the store says.
-    over: bool,
 }
 
 type Records = HashMap<Box<str>, Arc<Record>>;
@@ -151,14 +154,20 @@ pub fn write(page: &mut Page) {
     let mut records: Vec<Arc<Record>> = lock(&RECORDS).values().cloned().collect();
     records.push(REST.clone());
     for record in records {
-        let counts = lock(&record.counts).clone();
-        for ((_, trigger), counts) in TRIGGERS.iter().zip(&counts).filter(|(_, counts)| counts.calls > 0) {
+        for ((_, trigger), counts) in TRIGGERS.iter().zip(&record.counts) {
+            let number = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+            let calls = number(&counts.calls);
+            if calls == 0 {
+                continue;
+            }
+            let times = counts.times.each_ref().map(number);
+            let sum_ms = number(&counts.sum_us) as f64 / 1e3;
             let labels = [("function", &*record.id), ("trigger", *trigger)];
-            page.counter("function_calls_total", "Calls of uploaded functions", &labels, counts.calls);
+            page.counter("function_calls_total", "Calls of uploaded functions", &labels, calls);
             let help = "Calls of uploaded functions that failed or answered with 5xx";
-            page.counter("function_errors_total", help, &labels, counts.errors);
+            page.counter("function_errors_total", help, &labels, number(&counts.errors));
             let help = "Time of calls of uploaded functions in milliseconds";
-            page.histogram_of("function_latency", help, &labels, &BOUNDS, &counts.times, counts.sum_ms);
+            page.histogram_of("function_latency", help, &labels, &BOUNDS, &times, sum_ms);
         }
     }
 }
@@ -168,11 +177,14 @@ impl Record {
     pub fn ended(&self, trigger: Trigger, failed: bool, took: Duration) {
         let ms = took.as_secs_f64() * 1e3;
         let at = BOUNDS.iter().position(|bound| ms <= *bound).unwrap_or(BOUNDS.len());
-        let counts = &mut lock(&self.counts)[trigger as usize];
-        counts.calls += 1;
-        counts.errors += u64::from(failed);
-        counts.times[at] += 1;
-        counts.sum_ms += ms;
+        let counts = &self.counts[trigger as usize];
+        let add = |counter: &AtomicU64, n: u64| {
+            counter.fetch_add(n, Ordering::Relaxed);
+        };
+        add(&counts.calls, 1);
+        add(&counts.errors, u64::from(failed));
+        add(&counts.times[at], 1);
+        add(&counts.sum_us, u64::try_from(took.as_micros()).unwrap_or(u64::MAX));
     }
 
     /// Keeps a line; the oldest go when there are too many.
@@ -198,42 +210,48 @@ impl Record {
         (lines.list.iter().skip(kept.saturating_sub(max)).cloned().collect(), kept)
     }
 
-    /// Counts a call of the canary, and reports it when it fails too often.
-    pub fn tried(&self, rule: &Rule, failed: bool) {
-        let mut trial = lock(&self.trial);
-        if rule.uid < trial.uid {
-            return;
-        }
-        if rule.uid > trial.uid {
-            *trial = Trial { uid: rule.uid, ..Trial::default() };
-        }
-        trial.calls += 1;
-        trial.errors += u64::from(failed);
-        let too_many = trial.errors as f64 > trial.calls as f64 * rule.max_error_rate;
-        if !trial.over && too_many && trial.calls >= rule.min_calls {
-            let (calls, errors) = (trial.calls, trial.errors);
-            trial.over = report(BackOut { id: self.id.clone(), rule: *rule, calls, errors });
-        }
-        if trial.calls >= 2 * rule.min_calls.max(WINDOW / 2) {
-            trial.calls /= 2;
-            trial.errors /= 2;
-        }
-    }
-
-    /// Calls and failed calls of the canary of late; `None`: it was not called here.
-    pub fn trial(&self, uid: u64) -> Option<(u64, u64)> {
-        let trial = lock(&self.trial);
-        (trial.uid == uid).then_some((trial.calls, trial.errors))
-    }
-
-    /// Whether the canary has failed here, and is to be left alone until the store says so, too.
-    pub fn is_over(&self, uid: u64) -> bool {
-        let trial = lock(&self.trial);
-        trial.uid == uid && trial.over
-    }
-
     fn is_rest(&self) -> bool {
         std::ptr::eq(self, &**REST)
+    }
+}
+
+impl Trial {
+    pub fn new(rule: Rule) -> Arc<Trial> {
+        Arc::new(Trial { rule, tally: AtomicU64::new(0), over: AtomicBool::new(false) })
+    }
+
+    /// Counts a call of the canary of function `id`, and reports it when it fails too often.
+    pub fn tried(&self, id: &str, failed: bool) {
+        let rule = &self.rule;
+        let most = 2 * rule.min_calls.clamp(WINDOW / 2, u64::from(u32::MAX) / 4);
+        let counted = |tally: u64| {
+            let (calls, errors) = (tally >> 32, tally & u64::from(u32::MAX));
+            (calls + 1, errors + u64::from(failed))
+        };
+        let kept = |tally: u64| {
+            let (calls, errors) = counted(tally);
+            let (calls, errors) = if calls >= most { (calls / 2, errors / 2) } else { (calls, errors) };
+            Some((calls << 32) | errors)
+        };
+        let (Ok(before) | Err(before)) = self.tally.fetch_update(Ordering::Relaxed, Ordering::Relaxed, kept);
+        let (calls, errors) = counted(before);
+        let too_many = errors as f64 > calls as f64 * rule.max_error_rate;
+        // Of the calls that end at once, one tells.
+        if too_many && calls >= rule.min_calls && !self.over.swap(true, Ordering::Relaxed) {
+            let told = report(BackOut { id: id.into(), rule: *rule, calls, errors });
+            self.over.store(told, Ordering::Relaxed);
+        }
+    }
+
+    /// Calls and failed calls of late; `None`: it was not called here.
+    pub fn counts(&self) -> Option<(u64, u64)> {
+        let tally = self.tally.load(Ordering::Relaxed);
+        (tally > 0).then_some((tally >> 32, tally & u64::from(u32::MAX)))
+    }
+
+    /// Whether it has failed here, and is to be left alone until the store says so, too.
+    pub fn is_over(&self) -> bool {
+        self.over.load(Ordering::Relaxed)
     }
 }
 
@@ -274,34 +292,34 @@ mod tests {
 
     #[test]
     fn a_canary_is_over_when_enough_of_its_calls_have_failed() {
-        let record = Record::default();
+        let first = Trial::new(rule(1));
+        assert_eq!(first.counts(), None);
         // As often as it may.
         for failed in [true, false, false, false] {
-            record.tried(&rule(1), failed);
+            first.tried("f", failed);
         }
-        assert!(!record.is_over(1));
-        record.tried(&rule(1), true);
-        assert!(record.is_over(1) && !record.is_over(2));
+        assert!(!first.is_over());
+        first.tried("f", true);
+        assert!(first.is_over());
         // Another version starts from nothing, and too few calls say nothing.
+        let second = Trial::new(rule(2));
         for _ in 0..3 {
-            record.tried(&rule(2), true);
+            second.tried("f", true);
         }
-        assert!(!record.is_over(2));
-        record.tried(&rule(1), true);
-        assert_eq!(record.trial(2), Some((3, 3)), "an older version's call counts no more");
-        record.tried(&rule(2), true);
-        assert!(record.is_over(2));
+        assert_eq!((second.is_over(), second.counts()), (false, Some((3, 3))));
+        second.tried("f", true);
+        assert!(second.is_over());
     }
 
     #[test]
     fn a_canary_that_begins_to_fail_late_is_found_soon() {
-        let record = Record::default();
+        let trial = Trial::new(rule(1));
         for _ in 0..100 * WINDOW {
-            record.tried(&rule(1), false);
+            trial.tried("f", false);
         }
         let failed = (1..).find(|_| {
-            record.tried(&rule(1), true);
-            record.is_over(1)
+            trial.tried("f", true);
+            trial.is_over()
         });
         assert!(failed.is_some_and(|n| n < WINDOW), "{failed:?}");
     }
@@ -309,16 +327,36 @@ mod tests {
     #[test]
     fn a_canary_that_nobody_can_be_told_of_is_judged_again() {
         let mut back_outs = listen();
-        let fail = |record: &Record| (0..4).for_each(|_| record.tried(&rule(1), true));
-        let told: Vec<Record> = (0..MAX_BACK_OUTS).map(|_| Record::default()).collect();
+        let fail = |trial: &Arc<Trial>| (0..4).for_each(|_| trial.tried("f", true));
+        let told: Vec<Arc<Trial>> = (0..MAX_BACK_OUTS).map(|_| Trial::new(rule(1))).collect();
         told.iter().for_each(fail);
-        assert!(told.iter().all(|record| record.is_over(1)));
-        let one_more = Record::default();
+        assert!(told.iter().all(|trial| trial.is_over()));
+        let one_more = Trial::new(rule(1));
         fail(&one_more);
-        assert!(!one_more.is_over(1), "there is no room for it");
+        assert!(!one_more.is_over(), "there is no room for it");
         assert_eq!(back_outs.try_recv().map(|of| (of.calls, of.errors)), Ok((4, 4)));
-        one_more.tried(&rule(1), true);
-        assert!(one_more.is_over(1));
+        one_more.tried("f", true);
+        assert!(one_more.is_over());
+    }
+
+    #[test]
+    fn calls_that_end_at_once_are_all_counted_and_a_failed_canary_is_told_once() {
+        let record = Arc::new(Record::default());
+        let trial = Trial::new(Rule { min_calls: 2000, ..rule(7) });
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for n in 0..499 {
+                        record.ended(Trigger::Request, n % 2 == 0, Duration::from_micros(10));
+                        trial.tried("f", n % 2 == 0);
+                    }
+                });
+            }
+        });
+        assert_eq!((trial.counts(), trial.is_over()), (Some((1996, 1000)), false));
+        let counts = &record.counts[0];
+        let number = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        assert_eq!((number(&counts.calls), number(&counts.errors), number(&counts.sum_us)), (1996, 1000, 19_960));
     }
 
     #[test]
@@ -327,9 +365,10 @@ mod tests {
         record.ended(Trigger::Request, false, Duration::from_millis(2));
         record.ended(Trigger::Request, true, Duration::from_secs(3600));
         record.ended(Trigger::Schedule, false, Duration::ZERO);
-        let counts = lock(&record.counts).clone();
-        assert_eq!((counts[0].calls, counts[0].errors, counts[1].calls), (2, 1, 1));
-        assert_eq!((counts[0].times[1], counts[0].times[BOUNDS.len()], counts[1].times[0]), (1, 1, 1));
+        let [request, schedule] = &record.counts;
+        let number = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        assert_eq!([&request.calls, &request.errors, &schedule.calls].map(number), [2, 1, 1]);
+        assert_eq!([&request.times[1], &request.times[BOUNDS.len()], &schedule.times[0]].map(number), [1, 1, 1]);
     }
 
     #[test]

@@ -4,15 +4,16 @@ mod late;
 mod natives;
 pub mod output;
 pub mod plan;
-pub mod registered;
-mod registry;
+mod registered;
+pub mod registry;
 pub mod run;
 pub mod watch;
 
 pub use registry::{Checker, PluginInfo, Setup};
 pub use run::{
-    Errand, Flow, Mock, Runner, Trial, Tried, VmState,
-    trial::{MockRequest, MockResponse, PluginTrial},
+    Errand, Flow, MockRequest, Runner, VmState,
+    function_trial::{Trial, Tried},
+    trial::{MockResponse, PluginTrial},
 };
 pub use watch::Watching;
 

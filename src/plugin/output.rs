@@ -81,6 +81,14 @@ pub async fn start(x: &mut Exchange, runner: &Runner) -> Result<()> {
     send_head(x, length)
 }
 
+/// Runs the body filters on `x.chunk`: what they leave of it is the caller's to send.
+pub async fn filter(x: &mut Exchange, runner: &Runner) -> Result<()> {
+    if changes_body(x, runner) {
+        filter_chunk(x, runner).await?;
+    }
+    Ok(())
+}
+
 /// Runs the body filters on `x.chunk` and sends what they left of it.
 pub async fn chunk(x: &mut Exchange, runner: &Runner) -> Result<()> {
     if changes_body(x, runner) {

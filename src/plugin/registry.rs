@@ -13,7 +13,10 @@ use serde_json::Value;
 
 use super::{
     PhaseMask, Watching, natives,
-    run::trial::{self, PluginTrial},
+    run::{
+        function_trial::{self, Trial, Tried},
+        trial::{self, PluginTrial},
+    },
 };
 use crate::{
     conf::locations::Locations,
@@ -94,6 +97,15 @@ pub struct Setup {
     pub watching: Arc<Watching>,
 }
 
+/// Why a function without a sandbox does not run.
+pub const UNTRUSTED: &str = "lua.trusted_functions of config.yaml allows no function without a sandbox";
+
+/// `lua.trusted_functions` of the effective configuration. Whoever may write functions may upload plugins, which can do as much: so
+/// nothing is forbidden unless somebody says so.
+pub fn trusts_functions(config: &Value) -> bool {
+    config.pointer("/lua/trusted_functions").and_then(Value::as_bool).unwrap_or(true)
+}
+
 /// The keys that a reload of plugins reads again.
 const REREAD: [&str; 3] = ["plugins", "stream_plugins", "plugin_attr"];
 
@@ -115,6 +127,10 @@ impl Setup {
             next[key] = config.get(key).cloned().unwrap_or_default();
         }
         self.config.store(Arc::new(next));
+    }
+
+    pub fn trusts_functions(&self) -> bool {
+        trusts_functions(&self.config.load())
     }
 
     fn text(&self, key: &str) -> String {
@@ -386,6 +402,23 @@ impl Checker {
         trial: PluginTrial,
     ) -> impl Future<Output = Result<Value, String>> + use<> {
         trial::run(self.setup.borrow().clone(), snapshot, trial)
+    }
+
+    /// Runs a mock request through a function, in the same way.
+    pub fn try_function(
+        &self,
+        snapshot: Arc<Snapshot>,
+        trial: Trial,
+    ) -> impl Future<Output = Result<Tried, String>> + use<> {
+        function_trial::run(self.setup.borrow().clone(), snapshot, trial)
+    }
+
+    /// Why registries below `discovery` in config.yaml cannot serve: the key of each, and what to do.
+    pub fn registry_mistakes(&self) -> Result<Vec<String>> {
+        match self.loaded().filter(|l| l.vm.config.config.get("discovery").is_some_and(Value::is_object)) {
+            Some(Loaded { vm, .. }) => call(&vm, "apisix.discovery.init", "mistakes", ()),
+            None => Ok(Vec::new()),
+        }
     }
 
     /// Where the checking VM has a module from: `packed`, `built in` or a file; nothing when it finds none.

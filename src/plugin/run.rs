@@ -19,10 +19,13 @@ use mlua::ffi;
 
 mod control;
 mod counters;
+mod discover;
 mod end;
 mod errand;
 mod function;
+pub mod function_trial;
 mod hooks;
+mod mock;
 mod script;
 mod start;
 #[cfg(test)]
@@ -32,8 +35,9 @@ pub mod trial;
 use counters::Others;
 pub use counters::VmState;
 use end::{Alive, Ends};
-pub use errand::{Errand, Mock, Trial, Tried};
+pub use errand::Errand;
 use function::{Call, Functions};
+pub use mock::MockRequest;
 
 use super::{
     PhaseMask, Watching,
@@ -112,6 +116,9 @@ struct Generation {
     plugins: Plugins,
     entry: Entry,
     scripts: script::Compiled,
+    /// Registry reference of `moongate.discovery`'s function, once a registry was asked.
+    discover: Cell<Option<c_int>>,
+    inherited: RefCell<discover::Inherited>,
     /// Its end runs when this is dropped. `None`: made for one request (`lua_code_cache off`), it has none.
     alive: Option<Alive>,
     /// Those that are alive, kept or in use by a request.
@@ -266,6 +273,7 @@ impl Runner {
         let groups = Rc::new(Groups::new(&setup.locations));
         let generation =
             Generation::started(setup.clone(), worker, snapshot.clone(), (groups.clone(), ends.clone())).await?;
+        let trusts = setup.trusts_functions();
         Ok(Runner {
             groups,
             setup,
@@ -275,7 +283,7 @@ impl Runner {
             snapshot: Cell::new(snapshot.version),
             newest: Cell::new(snapshot.version),
             renewal: RefCell::default(),
-            functions: Functions::new(others.clone()),
+            functions: Functions::new(others.clone(), trusts),
             others,
             ends,
             filters: RefCell::default(),
@@ -300,7 +308,9 @@ impl Runner {
 
     /// Another of the same worker, which is to take its place.
     pub async fn anew(&self, setup: Setup, snapshot: &Arc<Snapshot>) -> Result<Runner> {
-        Self::with(setup, self.worker, snapshot, (self.others.clone(), self.ends.clone())).await
+        let next = Self::with(setup, self.worker, snapshot, (self.others.clone(), self.ends.clone())).await?;
+        next.generation.borrow().inherit(&self.generation.borrow());
+        Ok(next)
     }
 
     /// It takes no requests any more. Its VMs are among those of the one in its place from now on.
@@ -558,10 +568,17 @@ impl Runner {
         self.generation.borrow().vm.set_snapshot(snapshot);
     }
 
+    /// Takes a snapshot over, as a request would, and says whether its plugins are those that run.
+    pub fn keeps_up(&self, snapshot: &Arc<Snapshot>) -> bool {
+        self.follow(snapshot);
+        self.snapshot.get() == snapshot.version
+    }
+
     /// Has another VM serve; requests under way keep theirs.
     fn install(&self, next: Rc<Generation>) {
         self.plans.borrow_mut().clear();
         self.filters.borrow_mut().clear();
+        next.inherit(&self.generation.borrow());
         let old = self.generation.replace(next);
         old.vm.close();
         self.others.plugins(&old);
@@ -698,7 +715,17 @@ impl Generation {
         let number = snapshot.plugins_generation;
         let plans = Cell::new(0);
         let vm = starting.done();
-        let generation = Generation { vm, number, plugins, entry, scripts, alive, plans };
+        let generation = Generation {
+            vm,
+            number,
+            plugins,
+            entry,
+            scripts,
+            discover: Cell::default(),
+            inherited: RefCell::default(),
+            alive,
+            plans,
+        };
         let debug = setup.watching.debug();
         if debug.hooks.is_some() {
             generation.hook(&debug);
@@ -719,7 +746,17 @@ impl Generation {
         let (scripts, number) = (script::Compiled::default(), snapshot.plugins_generation);
         let plans = Cell::new(0);
         let vm = starting.done();
-        Ok(Rc::new(Generation { vm, number, plugins, entry, scripts, alive: None, plans }))
+        Ok(Rc::new(Generation {
+            vm,
+            number,
+            plugins,
+            entry,
+            scripts,
+            discover: Cell::default(),
+            inherited: RefCell::default(),
+            alive: None,
+            plans,
+        }))
     }
 
     /// Makes the Lua lists of `owners`.

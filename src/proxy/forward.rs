@@ -587,7 +587,11 @@ fn poll_client<T>(cx: &mut Context<'_>, client: &mut Option<Box<dyn Client>>) ->
 
 /// Whose upstream it is that stands inside a route or a service.
 fn owner(x: &Exchange, conf: &Upstream) -> Option<Owner> {
-    let is_it = |upstream: &Option<Arc<Upstream>>| upstream.as_ref().is_some_and(|u| std::ptr::eq(&**u, conf));
+    // What a registry has found is whose upstream has asked it.
+    let written = conf.discovery.as_ref().map(|discovery| discovery.uid);
+    let is_it = |upstream: &Option<Arc<Upstream>>| {
+        upstream.as_ref().is_some_and(|u| std::ptr::eq(&**u, conf) || Some(u.uid) == written)
+    };
     let matched = x.matched.as_ref().filter(|_| has_memory(&conf.balance) || conf.checks.is_some())?;
     let route = matched.route();
     if is_it(&route.value.upstream) {

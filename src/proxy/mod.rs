@@ -153,6 +153,12 @@ impl Proxy {
         self.current.borrow().clone()
     }
 
+    /// Whether a request that starts now is served by a revision, or a later one, with the plugins that it has.
+    pub fn serves(&self, revision: i64) -> bool {
+        let snapshot = self.snapshot();
+        snapshot.revision >= revision && self.runner.keeps_up(&snapshot)
+    }
+
     fn pin(&self, x: &mut Exchange) {
         if self.published.version() == x.snapshot.version {
             return;

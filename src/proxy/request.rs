@@ -104,7 +104,10 @@ async fn answer(p: &Rc<Proxy>, x: &mut Exchange, phases: PhaseMask) -> Result<()
     {
         return function(p, x, &id).await;
     }
-    choose_upstream(x)?;
+    if choose_upstream(x)? {
+        // In a box: what only registries need is no part of every request.
+        Box::pin(p.runner.discover(x)).await?;
+    }
     if p.runner.mask(x).has(Phase::BeforeProxy) {
         x.phase = Phase::BeforeProxy;
         let flow = p.runner.before_proxy(x).await;
@@ -178,17 +181,27 @@ async fn function(p: &Rc<Proxy>, x: &mut Exchange, id: &str) -> Result<()> {
     }
 }
 
-/// A plugin's choice, else the route's upstream, else its service's.
-fn choose_upstream(x: &mut Exchange) -> Result<()> {
+/// A plugin's choice, else the route's upstream, else its service's. Whether its nodes are still to be found.
+#[inline(always)]
+fn choose_upstream(x: &mut Exchange) -> Result<bool> {
+    if x.upstream.chosen.is_none()
+        && let Some(upstream) = x.matched.as_ref().and_then(|matched| matched.found.plain_upstream())
+    {
+        // No registry has a part in a plain route.
+        x.upstream.conf = Some(upstream.clone());
+        return Ok(false);
+    }
+    look_for_upstream(x)?;
+    // Asked of what lies beside the count that the line before has changed: most that come here have nodes.
+    Ok(x.upstream.conf.as_ref().is_some_and(|upstream| upstream.nodes.is_empty() && upstream.discovery.is_some()))
+}
+
+fn look_for_upstream(x: &mut Exchange) -> Result<()> {
     if let Some(chosen) = &x.upstream.chosen {
         x.upstream.conf = Some(chosen.clone());
         return Ok(());
     }
     let Some(matched) = &x.matched else { return Ok(()) };
-    if let Some(upstream) = matched.found.plain_upstream() {
-        x.upstream.conf = Some(upstream.clone());
-        return Ok(());
-    }
     let route = &matched.route().value;
     let service = matched.service.as_ref().map(|s| &s.value);
     let (inline, id) = if route.upstream.is_some() || route.upstream_id.is_some() {

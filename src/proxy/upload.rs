@@ -23,7 +23,7 @@ use crate::{
 /// Body bytes taken from the client in one piece.
 const PIECE: usize = 16 * 1024;
 /// Body bytes kept, so that the request can go to another node: most API calls fit, and it bounds what a request costs.
-const REPLAY_MAX: usize = 64 * 1024;
+pub(super) const REPLAY_MAX: usize = 64 * 1024;
 /// Room in front of a piece for its chunk size.
 const CHUNK_HEAD: usize = 20;
 
@@ -75,14 +75,11 @@ impl Upload {
     pub fn new(body: &RequestBody, may_wait: bool) -> Result<(Upload, BodyFraming)> {
         let (source, framing) = match body {
             RequestBody::None | RequestBody::Consumed | RequestBody::Forgone => (Source::Done, BodyFraming::None),
+            RequestBody::Lost => return Err(RequestBody::unsendable()),
             RequestBody::Streaming { length: Some(n) } => (Source::Client, BodyFraming::Length(*n)),
             RequestBody::Streaming { length: None } => (Source::Client, BodyFraming::Chunked),
             RequestBody::Memory(bytes) => {
                 (Source::Memory { body: bytes.clone(), at: 0 }, BodyFraming::Length(bytes.len() as u64))
-            }
-            RequestBody::Lost => {
-                let what = "the request body went to an upstream that failed, and is too long to be sent once more";
-                return Err(Error::upstream(Kind::Other).context(what));
             }
             RequestBody::File { path, length } => {
                 let file = File::open(&**path).map_err(|e| {

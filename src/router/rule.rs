@@ -138,7 +138,7 @@ pub(super) fn is_conditional(route: &Route) -> bool {
 /// A route that sends what it matches to its own upstream, with no service, plugin, function or setting of its own: serving it
 /// needs nothing else of it, and with ten thousand routes what is not looked at need not come from memory.
 pub(super) fn is_plain(route: &Route) -> bool {
-    route.upstream.is_some()
+    route.upstream.as_ref().is_some_and(|upstream| upstream.discovery.is_none())
         && route.upstream_id.is_none()
         && route.service_id.is_none()
         && route.plugin_config_id.is_none()

@@ -551,6 +551,7 @@ fn a_route_is_plain_when_it_has_nothing_but_its_upstream() {
         json!({"timeout": {"connect": 1, "send": 1, "read": 1}}),
         json!({"script": "local _M = {} return _M"}),
         json!({"function_id": "f"}),
+        json!({"upstream": {"type": "roundrobin", "discovery_type": "dns", "service_name": "a"}}),
     ] {
         assert!(!plain(more.clone()), "{more}");
     }

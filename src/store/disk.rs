@@ -18,7 +18,7 @@ use redb::{
 
 use super::{
     Entry,
-    revisions::{Bounds, Page, Query, Revision, tag_of},
+    revisions::{Bounds, Packed, Page, Query, Revision, tag_of},
 };
 use crate::error::{Error, Kind, Result};
 
@@ -33,8 +33,10 @@ const EXPIRY: TableDefinition<(u64, &str), ()> = TableDefinition::new("expiry");
 const NUMBERS: TableDefinition<&str, i64> = TableDefinition::new("numbers");
 const NAMES: TableDefinition<&str, &str> = TableDefinition::new("names");
 
-/// Number -> (tag, revision as kept), the oldest first.
+/// Number -> (tag, what a list tells of the revision), the oldest first.
 const REVISIONS: TableDefinition<i64, (u32, &[u8])> = TableDefinition::new("revisions");
+/// Number -> the texts of a revision that are long.
+const REVISION_TEXTS: TableDefinition<i64, &[u8]> = TableDefinition::new("revision_texts");
 
 const REVISION: &str = "revision";
 /// Of all kept revisions together.
@@ -99,7 +101,7 @@ impl Disk {
 
     /// So that a reader always finds them.
     fn create_tables(db: &Database) -> Raw<()> {
-        if db.begin_read()?.open_table(REVISIONS).is_ok() {
+        if db.begin_read()?.open_table(REVISION_TEXTS).is_ok() {
             return Ok(());
         }
         let txn = db.begin_write()?;
@@ -108,6 +110,7 @@ impl Disk {
         txn.open_table(NUMBERS)?;
         txn.open_table(NAMES)?;
         txn.open_table(REVISIONS)?;
+        txn.open_table(REVISION_TEXTS)?;
         txn.commit()?;
         Ok(())
     }
@@ -140,28 +143,41 @@ impl Disk {
 
     /// Kept revisions, the newest first.
     pub fn revisions(&self, query: &Query) -> Result<Page> {
-        let rows = self.read(|txn| {
-            let table = txn.open_table(REVISIONS)?;
-            let mut rows = Vec::new();
+        self.read(|txn| {
+            let (table, texts) = (txn.open_table(REVISIONS)?, txn.open_table(REVISION_TEXTS)?);
             let only = |n: Option<i64>| n.map_or(i64::MIN..=i64::MAX, |n| n..=n);
             let wanted = query.key.as_deref().map(tag_of);
-            let mut total = 0;
+            let mut page = Page::default();
             for row in table.range(only(query.number))?.rev() {
                 let (number, row) = row?;
-                let (tag, bytes) = row.value();
+                let (tag, head) = row.value();
+                let number = number.value();
                 if wanted.is_some_and(|wanted| tag != wanted && tag != 0) {
                     continue;
                 }
-                // Tags may be shared: whether a revision is about a key shows when it is read.
-                let on_page = total >= query.skip && total - query.skip < query.take;
-                if wanted.is_some() || on_page {
-                    rows.push((number.value(), bytes.to_vec()));
+                // Tags may be shared: whether a revision is about a key shows when its head is read.
+                if let Some(key) = &query.key {
+                    match Revision::decode_head(number, head) {
+                        Ok(revision) if !revision.concerns(key) => continue,
+                        Ok(_) => {}
+                        Err(e) => return Ok(Err(e)),
+                    }
                 }
-                total += 1;
+                if page.total >= query.skip && page.list.len() < query.take {
+                    let apart = if query.heads { None } else { texts.get(number)? };
+                    let read = match query.heads {
+                        true => Revision::decode_head(number, head),
+                        false => Revision::decode(number, head, apart.as_ref().map(|texts| texts.value())),
+                    };
+                    match read {
+                        Ok(revision) => page.list.push(revision),
+                        Err(e) => return Ok(Err(e)),
+                    }
+                }
+                page.total += 1;
             }
-            Ok((rows, total))
-        })?;
-        page(rows, query)
+            Ok(Ok(page))
+        })?
     }
 
     fn read<T>(&self, f: impl FnOnce(&ReadTransaction) -> Raw<T>) -> Result<T> {
@@ -229,6 +245,7 @@ pub(super) struct Draft<'t> {
     numbers: Table<'t, &'static str, i64>,
     names: Table<'t, &'static str, &'static str>,
     revisions: Table<'t, i64, (u32, &'static [u8])>,
+    texts: Table<'t, i64, &'static [u8]>,
 }
 
 impl<'t> Draft<'t> {
@@ -239,6 +256,7 @@ impl<'t> Draft<'t> {
             numbers: txn.open_table(NUMBERS)?,
             names: txn.open_table(NAMES)?,
             revisions: txn.open_table(REVISIONS)?,
+            texts: txn.open_table(REVISION_TEXTS)?,
         })
     }
 
@@ -252,14 +270,18 @@ impl<'t> Draft<'t> {
     }
 
     /// Keeps a revision, and drops the oldest ones that are too many or too much with it.
-    pub fn keep(&mut self, number: i64, tag: u32, bytes: &[u8], bounds: Bounds) -> Raw<()> {
+    pub fn keep(&mut self, number: i64, tag: u32, packed: &Packed, bounds: Bounds) -> Raw<()> {
         let held = self.numbers.get(REVISION_BYTES)?.map_or(0, |v| v.value());
-        let mut held = u64::try_from(held).unwrap_or(0) + bytes.len() as u64;
-        self.revisions.insert(number, (tag, bytes))?;
+        let mut held = u64::try_from(held).unwrap_or(0) + packed.bytes() as u64;
+        self.revisions.insert(number, (tag, &*packed.head))?;
+        if let Some(texts) = &packed.texts {
+            self.texts.insert(number, &**texts)?;
+        }
         let mut count = self.revisions.len()?;
         while bounds.exceeded(usize::try_from(count).unwrap_or(usize::MAX), held) {
-            let Some((_, dropped)) = self.revisions.pop_first()? else { break };
-            held = held.saturating_sub(dropped.value().1.len() as u64);
+            let Some((number, dropped)) = self.revisions.pop_first()? else { break };
+            let texts = self.texts.remove(number.value())?.map_or(0, |texts| texts.value().len());
+            held = held.saturating_sub((dropped.value().1.len() + texts) as u64);
             count -= 1;
         }
         self.numbers.insert(REVISION_BYTES, i64::try_from(held).unwrap_or(i64::MAX))?;
@@ -326,16 +348,6 @@ fn scan(entries: &ReadOnlyTable<&'static str, Row<'static>>, prefix: &str) -> Ra
         found.push(entry(key.value(), row.value()));
     }
     Ok(found)
-}
-
-/// The page of a query from what may belong to it.
-fn page((rows, total): (Vec<(i64, Vec<u8>)>, usize), query: &Query) -> Result<Page> {
-    let read = rows.iter().map(|(number, bytes)| Revision::decode(*number, bytes));
-    let Some(key) = &query.key else {
-        return Ok(Page { list: read.collect::<Result<_>>()?, total });
-    };
-    let about = read.filter(|r| r.as_ref().map_or(true, |r| r.concerns(key))).collect::<Result<Vec<_>>>()?;
-    Ok(Page { total: about.len(), list: about.into_iter().skip(query.skip).take(query.take).collect() })
 }
 
 fn entry(key: &str, (create_revision, mod_revision, _, value): Row<'_>) -> Entry {

@@ -400,18 +400,22 @@ impl Tx<'_, '_> {
                 self.revision += 1;
             }
             *now = self.apply(write, previous.as_ref())?;
-            let text = |e: &Option<Entry>| e.as_ref().map(|e| e.value.to_string());
-            changes.push(Changed { key: write.key.to_string(), before: text(previous), after: text(now) });
+            changes.push(Changed::of(write, previous.as_ref()));
         }
         if !changes.is_empty() && self.bounds.keeps_any() {
             let tag = revisions::tag(&changes);
             match Revision::of(&batch.note, changes).encode(self.bounds.room()) {
-                Ok(bytes) => self.draft.keep(self.revision, tag, &bytes, self.bounds)?,
+                Ok(packed) => self.draft.keep(self.revision, tag, &packed, self.bounds)?,
                 // The write itself is sound.
                 Err(e) => tracing::error!("the revision {} is not kept: {e}", self.revision),
             }
         }
-        Ok(Ok(Done::Batch(Committed { done, revision: self.revision })))
+        let last = batch.writes.last().filter(|write| write.value.is_some());
+        let lease = last.and_then(|write| {
+            let (ttl_secs, key) = (write.ttl_secs?, write.key.clone());
+            Some(Lease { ttl_secs, revision: self.revision, key }.to_string())
+        });
+        Ok(Ok(Done::Batch(Committed { done, revision: self.revision, lease })))
     }
 
     /// One write of a batch, under the revision of all.

@@ -94,7 +94,7 @@ pub fn open(config: &Config) -> Result<Arc<dyn Store>> {
             embedded::Embedded::open_with(&config.prefix.join(EMBEDDED_FILE), bounds)?
         }
         "etcd" => etcd::Etcd::new(etcd::EtcdConfig::from_json(&config.json, &config.prefix)?),
-        "yaml" if role == "traditional" => Standalone::new(),
+        "yaml" if role == "traditional" => Standalone::with(revisions::Bounds::from_json(&config.json)),
         "yaml" => file::File::new(&config.prefix, file::Format::Yaml),
         "json" => file::File::new(&config.prefix, file::Format::Json),
         _ => {

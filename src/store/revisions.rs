@@ -25,7 +25,8 @@ pub const DEFAULT_MAX_MB: u64 = 64;
 /// Objects that one revision may have changed: beside the revision itself and what is dropped they fit etcd's 128 operations in a
 /// transaction.
 pub const MAX_CHANGES: usize = 64;
-/// A revision smaller than this is kept as it is: compressing it takes longer than writing it.
+/// Texts shorter than this stand with what a list tells: compressing them takes longer than writing them, and a page of 500 stays
+/// under two megabytes.
 const PLAIN_BYTES: usize = 4096;
 /// A revision whose texts take more than this is kept without them.
 const MAX_TEXT_BYTES: usize = 32 << 20;
@@ -90,6 +91,13 @@ pub struct Write {
     pub seen: Option<Option<Entry>>,
 }
 
+impl Write {
+    /// Takes away what has been read just now.
+    pub fn deletion_of(entry: Entry) -> Write {
+        Write { key: entry.key.clone(), value: None, on: Condition::Always, ttl_secs: None, seen: Some(Some(entry)) }
+    }
+}
+
 /// Writes that happen together or not at all: no two of one key, at most `MAX_CHANGES`.
 #[derive(Clone, Debug)]
 pub struct Batch {
@@ -104,6 +112,8 @@ pub struct Committed {
     pub done: Vec<(Option<Entry>, Option<Entry>)>,
     /// The store's revision after it: the number under which it is kept.
     pub revision: i64,
+    /// What `Store::keep_alive` takes for the last of the writes, when that was given a time.
+    pub lease: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -116,13 +126,83 @@ pub enum Action {
 }
 
 /// What happened to one object: the texts as stored, secrets encrypted.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Changed {
     pub key: String,
     /// `None`: it was not there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub before: Option<String>,
     /// `None`: it is gone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub after: Option<String>,
+    /// The `modifiedIndex` of what was there; 0: nothing, or it is not known.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub found: i64,
+    /// When what was left goes by itself, in ms since the epoch.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expires_ms: Option<u64>,
+}
+
+fn is_zero(n: &i64) -> bool {
+    *n == 0
+}
+
+impl Changed {
+    /// What a write has found and left.
+    pub fn of(write: &Write, before: Option<&Entry>) -> Changed {
+        let lives = write.ttl_secs.filter(|_| write.value.is_some());
+        Changed {
+            key: write.key.to_string(),
+            before: before.map(|e| e.value.to_string()),
+            after: write.value.as_ref().map(|v| v.to_string()),
+            found: before.map_or(0, |e| e.mod_revision),
+            expires_ms: lives.map(|secs| now_ms().saturating_add(secs.saturating_mul(1000))),
+        }
+    }
+}
+
+fn now_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
+}
+
+/// What is left of the time that was given to this version of an object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TimeLeft {
+    /// It stays, or nobody knows that it does not: its write is no revision that is kept.
+    Forever,
+    Secs(u64),
+    /// It would be gone by now.
+    Over,
+}
+
+impl TimeLeft {
+    /// What a write gives to an object that is there now, for it to end when it would have.
+    pub fn of_what_is_there(self) -> Option<u64> {
+        match self {
+            TimeLeft::Forever => None,
+            TimeLeft::Secs(secs) => Some(secs),
+            // Whoever drops it is about to.
+            TimeLeft::Over => Some(1),
+        }
+    }
+}
+
+/// Asks the revision that wrote the version.
+pub async fn time_left(store: &dyn Store, key: &str, mod_revision: i64) -> Result<TimeLeft> {
+    if mod_revision == 0 {
+        return Ok(TimeLeft::Forever);
+    }
+    let query = Query { number: Some(mod_revision), take: 1, heads: true, ..Query::default() };
+    let page = store.revisions(query).await?.unwrap_or_default();
+    let change = page.list.into_iter().next().and_then(|r| r.changes.into_iter().find(|c| c.key == key));
+    Ok(match change.and_then(|change| change.expires_ms) {
+        None => TimeLeft::Forever,
+        // The whole seconds that stores count in: none is an end.
+        Some(at) => match at.saturating_sub(now_ms()).div_ceil(1000) {
+            0 => TimeLeft::Over,
+            secs => TimeLeft::Secs(secs),
+        },
+    })
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -140,7 +220,26 @@ pub struct Revision {
     /// The texts were too large to be kept: `before` and `after` are `None`, whatever they were.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub omitted: bool,
+    /// The texts stand apart, and are not here.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    apart: bool,
 }
+
+/// A revision as a store keeps it. What is long stands apart, so that a list of revisions reads none of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Packed {
+    pub head: Vec<u8>,
+    pub texts: Option<Vec<u8>>,
+}
+
+impl Packed {
+    pub fn bytes(&self) -> usize {
+        self.head.len() + self.texts.as_ref().map_or(0, Vec::len)
+    }
+}
+
+/// `before` and `after` of each change.
+type Texts = Vec<(Option<String>, Option<String>)>;
 
 /// Which revisions are asked for, the newest first.
 #[derive(Clone, Debug, Default)]
@@ -151,6 +250,8 @@ pub struct Query {
     pub key: Option<String>,
     pub skip: usize,
     pub take: usize,
+    /// Without the objects' texts.
+    pub heads: bool,
 }
 
 /// The answer to a query.
@@ -174,28 +275,64 @@ impl Revision {
         };
         let time_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64);
         let who = note.who.to_string();
-        Revision { number: 0, time_ms, who, action, refers_to: note.refers_to, changes, omitted: false }
+        Revision { number: 0, time_ms, who, action, refers_to: note.refers_to, changes, omitted: false, apart: false }
     }
 
     /// As it is stored, in at most `room` bytes if that is possible at all: without the texts when they do not fit.
-    pub fn encode(mut self, room: usize) -> Result<Vec<u8>> {
-        let texts = |c: &Changed| c.before.as_ref().map_or(0, String::len) + c.after.as_ref().map_or(0, String::len);
-        if self.changes.iter().map(texts).sum::<usize>() <= MAX_TEXT_BYTES {
-            let packed = pack(serde_json::to_vec(&self).map_err(unfit)?)?;
-            if packed.len() <= room {
+    pub fn encode(mut self, room: usize) -> Result<Packed> {
+        let length = |c: &Changed| c.before.as_ref().map_or(0, String::len) + c.after.as_ref().map_or(0, String::len);
+        let bytes = self.changes.iter().map(length).sum::<usize>();
+        if bytes < PLAIN_BYTES {
+            let head = serde_json::to_vec(&self).map_err(unfit)?;
+            if head.len() <= room {
+                return Ok(Packed { head, texts: None });
+            }
+        }
+        let texts = self.take_texts();
+        if bytes <= MAX_TEXT_BYTES {
+            self.apart = true;
+            let head = serde_json::to_vec(&self).map_err(unfit)?;
+            let packed = Packed { head, texts: Some(pack(&serde_json::to_vec(&texts).map_err(unfit)?)?) };
+            if packed.bytes() <= room {
                 return Ok(packed);
             }
         }
-        self.omitted = true;
-        for change in &mut self.changes {
-            (change.before, change.after) = (None, None);
-        }
-        pack(serde_json::to_vec(&self).map_err(unfit)?)
+        (self.apart, self.omitted) = (false, true);
+        Ok(Packed { head: serde_json::to_vec(&self).map_err(unfit)?, texts: None })
     }
 
-    pub fn decode(number: i64, bytes: &[u8]) -> Result<Revision> {
-        let read: Revision = serde_json::from_slice(&unpack(bytes)?).map_err(unfit)?;
-        Ok(Revision { number, ..read })
+    fn take_texts(&mut self) -> Texts {
+        self.changes.iter_mut().map(|change| (change.before.take(), change.after.take())).collect()
+    }
+
+    /// Without the texts, which a short one has with it.
+    pub fn decode_head(number: i64, head: &[u8]) -> Result<Revision> {
+        let mut read = Self::read(number, head)?;
+        read.take_texts();
+        Ok(read)
+    }
+
+    /// With the texts. What stands apart must be given.
+    pub fn decode(number: i64, head: &[u8], texts: Option<&[u8]>) -> Result<Revision> {
+        let mut read = Self::read(number, head)?;
+        if !std::mem::take(&mut read.apart) {
+            return Ok(read);
+        }
+        let missing = || Error::config(Kind::Malformed).context(format!("revision {number}: its texts are gone"));
+        let texts: Texts = serde_json::from_slice(&unpack(texts.ok_or_else(missing)?)?).map_err(unfit)?;
+        for (change, (before, after)) in read.changes.iter_mut().zip(texts) {
+            (change.before, change.after) = (before, after);
+        }
+        Ok(read)
+    }
+
+    fn read(number: i64, head: &[u8]) -> Result<Revision> {
+        // One that was kept before texts stood apart is compressed as a whole when it is long.
+        let read = match head.first() {
+            Some(b'{') => serde_json::from_slice(head),
+            _ => serde_json::from_slice(&unpack(head)?),
+        };
+        Ok(Revision { number, ..read.map_err(unfit)? })
     }
 
     pub fn concerns(&self, key: &str) -> bool {
@@ -205,12 +342,12 @@ impl Revision {
 
 /// For a store without revisions.
 pub(super) async fn one_by_one<S: Store + ?Sized>(store: &S, batch: Batch) -> Result<Committed> {
-    let mut committed = Committed { done: Vec::new(), revision: 0 };
+    let mut committed = Committed { done: Vec::new(), revision: 0, lease: None };
     for Write { key, value, on, ttl_secs, .. } in batch.writes {
         let done = match value {
             Some(value) => {
                 let written = store.put(&key, value.to_string(), on, ttl_secs).await?;
-                committed.revision = written.revision;
+                (committed.revision, committed.lease) = (written.revision, written.lease);
                 (written.previous, Some(written.entry))
             }
             None => match store.delete(&key, on).await? {
@@ -243,22 +380,15 @@ fn unfit(e: serde_json::Error) -> Error {
     Error::config(Kind::Malformed).cause(e).context("a revision")
 }
 
-/// JSON starts with a brace, zlib does not.
-fn pack(json: Vec<u8>) -> Result<Vec<u8>> {
-    if json.len() < PLAIN_BYTES {
-        return Ok(json);
-    }
+fn pack(json: &[u8]) -> Result<Vec<u8>> {
     let mut encoder = ZlibEncoder::new(Vec::with_capacity(json.len() / 4), Compression::fast());
-    encoder.write_all(&json)?;
+    encoder.write_all(json)?;
     Ok(encoder.finish()?)
 }
 
 fn unpack(bytes: &[u8]) -> Result<Vec<u8>> {
     /// Texts as JSON strings may take six bytes for one.
     const LONGEST: usize = 6 * MAX_TEXT_BYTES + (1 << 20);
-    if bytes.first() == Some(&b'{') {
-        return Ok(bytes.to_vec());
-    }
     let mut json = Vec::new();
     ZlibDecoder::new(bytes).take(LONGEST as u64 + 1).read_to_end(&mut json)?;
     if json.len() > LONGEST {
@@ -276,7 +406,8 @@ mod tests {
     fn revision(before: Option<&str>, after: Option<&str>) -> Revision {
         let note = Note { who: "jane".into(), refers_to: None };
         let text = |t: Option<&str>| t.map(str::to_owned);
-        Revision::of(&note, vec![Changed { key: "/routes/1".into(), before: text(before), after: text(after) }])
+        let key = "/routes/1".into();
+        Revision::of(&note, vec![Changed { key, before: text(before), after: text(after), ..Changed::default() }])
     }
 
     #[test]
@@ -296,24 +427,42 @@ mod tests {
     fn it_is_read_as_it_was_kept_and_without_texts_where_they_do_not_fit() {
         for size in [1, PLAIN_BYTES, 1 << 20] {
             let kept = revision(Some(&"x".repeat(size)), Some("{}"));
-            let bytes = kept.clone().encode(usize::MAX).unwrap();
-            assert_eq!(Revision::decode(0, &bytes).unwrap(), kept, "{size}");
-            assert!(size < PLAIN_BYTES || bytes.len() < size / 2, "compressed");
-            let short = Revision::decode(7, &kept.clone().encode(bytes.len() - 1).unwrap()).unwrap();
-            assert_eq!((short.number, short.omitted, short.action), (7, true, Action::Update));
-            assert_eq!((&short.changes[0].key, &short.changes[0].before), (&kept.changes[0].key, &None));
+            let packed = kept.clone().encode(usize::MAX).unwrap();
+            let decode = |p: &Packed| Revision::decode(0, &p.head, p.texts.as_deref()).unwrap();
+            assert_eq!(decode(&packed), kept, "{size}");
+            assert_eq!(packed.texts.is_some(), size >= PLAIN_BYTES);
+            assert!(packed.head.len() < PLAIN_BYTES && packed.bytes() < PLAIN_BYTES + size / 2, "compressed");
+            let head = Revision::decode_head(7, &packed.head).unwrap();
+            assert_eq!((head.number, head.omitted, head.action), (7, false, Action::Update));
+            assert_eq!((&head.changes[0].key, &head.changes[0].before), (&kept.changes[0].key, &None));
+            let short = kept.clone().encode(packed.bytes() - 1).unwrap();
+            assert!(short.texts.is_some() || decode(&short).omitted);
+            let none = decode(&kept.clone().encode(0).unwrap());
+            assert!(none.omitted && none.changes[0].before.is_none() && none.changes[0].key == kept.changes[0].key);
         }
         let most = revision(Some(&"x".repeat(MAX_TEXT_BYTES)), None);
-        assert!(!Revision::decode(0, &most.encode(usize::MAX).unwrap()).unwrap().omitted);
+        assert!(most.encode(usize::MAX).unwrap().texts.is_some());
         let more = revision(Some(&"x".repeat(MAX_TEXT_BYTES)), Some("x"));
-        assert!(Revision::decode(0, &more.encode(usize::MAX).unwrap()).unwrap().omitted);
+        let more = more.encode(usize::MAX).unwrap();
+        assert!(more.texts.is_none() && Revision::decode(0, &more.head, None).unwrap().omitted);
+    }
+
+    #[test]
+    fn one_that_was_kept_as_a_whole_is_still_read() {
+        let kept = revision(Some(&"x".repeat(1 << 20)), Some("{}"));
+        let whole = pack(&serde_json::to_vec(&kept).unwrap()).unwrap();
+        assert_eq!(Revision::decode(0, &whole, None).unwrap(), kept);
+        assert_eq!(Revision::decode_head(3, &whole).unwrap().changes[0].before, None);
     }
 
     #[test]
     fn what_is_no_revision_is_an_error() {
         for bytes in [&b""[..], b"{", b"{}", b"x\x9c nonsense"] {
-            assert!(Revision::decode(1, bytes).is_err(), "{bytes:?}");
+            assert!(Revision::decode(1, bytes, None).is_err(), "{bytes:?}");
         }
+        let long = revision(Some(&"x".repeat(PLAIN_BYTES)), None).encode(usize::MAX).unwrap();
+        assert!(Revision::decode(1, &long.head, None).unwrap_err().to_string().contains("its texts are gone"));
+        assert!(Revision::decode(1, &long.head, Some(b"x\x9c nonsense")).is_err());
     }
 
     #[test]

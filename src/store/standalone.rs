@@ -5,14 +5,17 @@
 //! one is refused, none counts one up. An item with the `modifiedIndex` that is served stays as it is, too.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, VecDeque},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use serde_json::{Map, Value};
-use tokio::sync::Notify;
+use tokio::sync::watch;
 
-use super::{BoxFuture, Change, ChangeSink, Condition, Entry, Store, Written, file};
+use super::{
+    Batch, BoxFuture, Change, ChangeSink, Committed, Condition, Entry, Revision, Store, Written, file,
+    revisions::{Bounds, Changed, Note, Packed, Page, Query},
+};
 use crate::{
     error::{Error, Kind as ErrorKind, Result},
     model::Kind,
@@ -25,12 +28,33 @@ const VERSION: &str = "_conf_version";
 pub const MODIFIED_INDEX: &str = "modifiedIndex";
 /// Numbers that JSON holds exactly everywhere: versions and indexes are whole numbers up to this one.
 const MAX_EXACT: i64 = 1 << 53;
+/// Objects that the revision of a document names. One that changes more is kept without texts: nobody reads such a difference, and it
+/// is in the tool that sent it.
+const MAX_CHANGES: usize = 1000;
 
 /// One per process.
-#[derive(Default)]
 pub struct Standalone {
     held: Mutex<Held>,
-    changed: Notify,
+    history: Mutex<History>,
+    bounds: Bounds,
+    /// The number of updates.
+    changed: watch::Sender<i64>,
+}
+
+/// The revisions that are kept, the oldest first: in memory, as the document is.
+#[derive(Default)]
+struct History {
+    kept: VecDeque<(i64, Packed)>,
+    bytes: u64,
+}
+
+/// A done update.
+#[derive(Debug)]
+pub struct Updated {
+    /// The revision that serves it.
+    pub revision: i64,
+    /// What it has changed, for `keep`.
+    pub changes: Vec<Changed>,
 }
 
 #[derive(Default)]
@@ -77,7 +101,111 @@ pub fn kinds() -> impl Iterator<Item = Kind> {
 
 impl Standalone {
     pub fn new() -> Arc<Self> {
-        Arc::default()
+        Self::with(Bounds::default())
+    }
+
+    /// With other bounds on the revisions that it keeps.
+    pub fn with(bounds: Bounds) -> Arc<Self> {
+        Arc::new(Standalone {
+            held: Mutex::default(),
+            history: Mutex::default(),
+            bounds,
+            changed: watch::Sender::new(0),
+        })
+    }
+
+    fn history(&self) -> MutexGuard<'_, History> {
+        self.history.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The number of updates.
+    pub fn revision(&self) -> i64 {
+        self.held().revision
+    }
+
+    /// Notifies of each update.
+    pub fn subscribe(&self) -> watch::Receiver<i64> {
+        self.changed.subscribe()
+    }
+
+    /// Keeps what an update has changed as a revision. Packing takes its time: not for the control thread.
+    pub fn keep(&self, number: i64, note: &Note, mut changes: Vec<Changed>) -> Result<()> {
+        if changes.is_empty() || !self.bounds.keeps_any() {
+            return Ok(());
+        }
+        let is_cut = changes.len() > MAX_CHANGES;
+        changes.truncate(MAX_CHANGES);
+        let revision = Revision::of(note, changes);
+        let packed = revision.encode(if is_cut { 0 } else { self.bounds.room() })?;
+        let mut history = self.history();
+        history.bytes += packed.bytes() as u64;
+        history.kept.push_back((number, packed));
+        while self.bounds.exceeded(history.kept.len(), history.bytes) {
+            let Some((_, dropped)) = history.kept.pop_front() else { break };
+            history.bytes -= dropped.bytes() as u64;
+        }
+        Ok(())
+    }
+
+    fn page(&self, query: &Query) -> Result<Page> {
+        let history = self.history();
+        let mut page = Page::default();
+        let wanted =
+            history.kept.iter().rev().filter(|(number, _)| query.number.is_none_or(|wanted| wanted == *number));
+        for (number, packed) in wanted {
+            if let Some(key) = &query.key
+                && !Revision::decode_head(*number, &packed.head)?.concerns(key)
+            {
+                continue;
+            }
+            if page.total >= query.skip && page.list.len() < query.take {
+                page.list.push(match query.heads {
+                    true => Revision::decode_head(*number, &packed.head)?,
+                    false => Revision::decode(*number, &packed.head, packed.texts.as_deref())?,
+                });
+            }
+            page.total += 1;
+        }
+        Ok(page)
+    }
+
+    /// Sets objects back to what they were. The document is another then than any tool has sent, and has a digest of its own.
+    fn set_back(&self, batch: &Batch) -> Result<(Committed, Vec<Changed>)> {
+        let mut held = self.held();
+        let revision = held.revision + 1;
+        let mut next = held.sections.clone();
+        let (mut done, mut changes) = (Vec::new(), Vec::new());
+        for write in &batch.writes {
+            let kind = Kind::of_key(&write.key).map(|(kind, _)| kind.owner().unwrap_or(kind));
+            let kind = kind.ok_or_else(Self::refused)?;
+            let section = next.entry(kind.plural()).or_default();
+            let before = section.entries.get(&write.key).map(|indexed| indexed.entry.clone());
+            let found = before.as_ref().map_or(0, |entry| entry.mod_revision);
+            if matches!(write.on, Condition::Unmodified(n) if n != found) {
+                return Err(Error::client(ErrorKind::Conflict).context(format!("{} has been modified", write.key)));
+            }
+            changes.push(Changed::of(write, before.as_ref()));
+            let now = write.value.as_ref().map(|value| Entry {
+                key: write.key.clone(),
+                value: value.clone(),
+                create_revision: before.as_ref().map_or(revision, |before| before.create_revision),
+                mod_revision: revision,
+            });
+            section.set(kind, &write.key, now.clone());
+            done.push((before, now));
+        }
+        for (name, section) in &mut next {
+            if section.entries.values().any(|indexed| indexed.entry.mod_revision == revision)
+                || held.sections.get(name).is_none_or(|old| old.entries.len() != section.entries.len())
+            {
+                section.version = section.version.saturating_add(1);
+            }
+        }
+        held.sections = next;
+        held.revision = revision;
+        held.digest = Some(format!("revision-{revision}"));
+        self.changed.send_replace(revision);
+        Ok((Committed { done, revision, lease: None }, changes))
     }
 
     fn held(&self) -> MutexGuard<'_, Held> {
@@ -110,6 +238,12 @@ impl Standalone {
         Current { document: document.into(), digest: held.digest.clone(), modified_secs: held.modified_secs }
     }
 
+    /// Whether a document says of a kind that it is what is served.
+    pub fn serves(&self, document: &Map<String, Value>, kind: Kind) -> bool {
+        let served = self.held().sections.get(kind.plural()).map_or(0, |section| section.version);
+        version(document, kind) == Ok(Some(served))
+    }
+
     /// What is wrong with the versions in a document.
     pub fn stale(&self, document: &Map<String, Value>) -> Vec<(Kind, String)> {
         let held = self.held();
@@ -128,12 +262,13 @@ impl Standalone {
     }
 
     /// Takes over a document that has been checked; answers the revision that serves it.
-    pub fn update(&self, mut document: Map<String, Value>, digest: String, now_secs: u64) -> Result<i64> {
+    pub fn update(&self, mut document: Map<String, Value>, digest: String, now_secs: u64) -> Result<Updated> {
         if let Some((_, text)) = self.stale(&document).into_iter().next() {
             return Err(Error::client(ErrorKind::Invalid).context(text));
         }
         let mut held = self.held();
         let revision = held.revision + 1;
+        let mut changes = Vec::new();
         for kind in kinds() {
             let section = held.sections.entry(kind.plural()).or_default();
             let given = version(&document, kind).unwrap_or_default();
@@ -142,13 +277,13 @@ impl Standalone {
             }
             section.version = given.unwrap_or(section.version + 1);
             section.items = document.remove(kind.plural());
-            section.take_over(kind, revision);
+            changes.extend(section.take_over(kind, revision));
         }
         held.revision = revision;
         held.digest = Some(digest);
         held.modified_secs = Some(now_secs);
-        self.changed.notify_one();
-        Ok(revision)
+        self.changed.send_replace(revision);
+        Ok(Updated { revision, changes })
     }
 
     fn everything(&self) -> Change {
@@ -168,8 +303,46 @@ impl Section {
         self.entries.values().map(|indexed| &indexed.entry)
     }
 
-    /// Makes entries of `items`.
-    fn take_over(&mut self, kind: Kind, revision: i64) {
+    /// Sets or takes away one entry, and its item.
+    fn set(&mut self, kind: Kind, key: &Arc<str>, entry: Option<Entry>) {
+        let prefix = format!("/{}/", kind.plural());
+        let id = key.strip_prefix(&*prefix).unwrap_or(key).to_owned();
+        let mut items = match self.items.take() {
+            Some(Value::Array(items)) => items,
+            _ => Vec::new(),
+        };
+        // As `take_over` has counted them.
+        let at = items
+            .iter()
+            .enumerate()
+            .position(|(i, item)| file::id_of(kind, item).unwrap_or_else(|| format!("arr_{}", i + 1)) == id);
+        // An item without an id is called by its place, which another's end must not move.
+        for (i, item) in items.iter_mut().enumerate().filter(|(_, item)| file::id_of(kind, item).is_none()) {
+            item["id"] = format!("arr_{}", i + 1).into();
+        }
+        match &entry {
+            None => {
+                at.map(|at| items.remove(at));
+                self.entries.remove(key);
+            }
+            Some(entry) => {
+                let mut item: Value = serde_json::from_str(&entry.value).unwrap_or_default();
+                if kind.within(&id) != kind || kind != Kind::Consumer {
+                    item["id"] = id.as_str().into();
+                }
+                match at.and_then(|at| items.get_mut(at)) {
+                    Some(place) => *place = item,
+                    None => items.push(item),
+                }
+                self.entries
+                    .insert(key.clone(), Indexed { entry: entry.clone(), index: self.version.saturating_add(1) });
+            }
+        }
+        self.items = Some(Value::Array(items));
+    }
+
+    /// Makes entries of `items`, and tells what has changed.
+    fn take_over(&mut self, kind: Kind, revision: i64) -> Vec<Changed> {
         let old = std::mem::take(&mut self.entries);
         let items = self.items.as_ref().and_then(Value::as_array);
         for (i, item) in items.into_iter().flatten().enumerate() {
@@ -189,7 +362,26 @@ impl Section {
             };
             self.entries.insert(key, indexed);
         }
+        changes_between(&old, &self.entries)
     }
+}
+
+fn changes_between(old: &BTreeMap<Arc<str>, Indexed>, new: &BTreeMap<Arc<str>, Indexed>) -> Vec<Changed> {
+    let change = |key: &Arc<str>, before: Option<&Indexed>, after: Option<&Indexed>| Changed {
+        key: key.to_string(),
+        before: before.map(|indexed| indexed.entry.value.to_string()),
+        after: after.map(|indexed| indexed.entry.value.to_string()),
+        found: before.map_or(0, |indexed| indexed.entry.mod_revision),
+        expires_ms: None,
+    };
+    let gone =
+        old.iter().filter(|(key, _)| !new.contains_key(*key)).map(|(key, before)| change(key, Some(before), None));
+    let set = new.iter().filter_map(|(key, after)| {
+        let before = old.get(key);
+        let is_same = before.is_some_and(|before| before.entry.mod_revision == after.entry.mod_revision);
+        (!is_same).then(|| change(key, before, Some(after)))
+    });
+    gone.chain(set).collect()
 }
 
 /// The version that a document gives for a kind.
@@ -241,18 +433,37 @@ impl Store for Standalone {
         Box::pin(async move { Err(Self::refused()) })
     }
 
+    /// Only what is set back: whoever writes has a whole document.
+    fn commit<'a>(&'a self, batch: Batch) -> BoxFuture<'a, Result<Committed>> {
+        Box::pin(async move {
+            if batch.note.refers_to.is_none() {
+                return Err(Self::refused());
+            }
+            let (committed, changes) = self.set_back(&batch)?;
+            self.keep(committed.revision, &batch.note, changes)?;
+            Ok(committed)
+        })
+    }
+
+    fn revisions<'a>(&'a self, query: Query) -> BoxFuture<'a, Result<Option<Page>>> {
+        Box::pin(async move { self.page(&query).map(Some) })
+    }
+
     fn standalone(self: Arc<Self>) -> Option<Arc<Standalone>> {
         Some(self)
     }
 
     fn watch(self: Arc<Self>, changes: ChangeSink) -> BoxFuture<'static, ()> {
+        let mut updates = self.changed.subscribe();
         Box::pin(async move {
             loop {
+                updates.mark_unchanged();
                 if changes.send(self.everything()).await.is_err() {
                     return;
                 }
                 tokio::select! {
-                    () = self.changed.notified() => {}
+                    // The sender lives in `self`.
+                    _ = updates.changed() => {}
                     () = changes.closed() => return,
                 }
             }
@@ -268,7 +479,7 @@ mod tests {
 
     fn put(store: &Standalone, document: Value) -> Result<i64> {
         let Value::Object(document) = document else { panic!("an object") };
-        store.update(document, "d".into(), 1)
+        store.update(document, "d".into(), 1).map(|updated| updated.revision)
     }
 
     async fn stored(store: &Standalone, key: &str) -> (String, i64) {
@@ -326,6 +537,65 @@ mod tests {
         assert!(again.0.contains("/c"), "{}", again.0);
         put(&store, json!({"consumers": [{"username": "a"}, {"id": "a/credentials/c"}]})).unwrap();
         assert!(store.get("/consumers/a/credentials/c").await.unwrap().is_some());
+    }
+
+    #[tokio::test]
+    async fn documents_are_revisions_and_objects_can_be_set_back() {
+        let store = Standalone::with(Bounds { count: 2, bytes: 1 << 20 });
+        let note = Note { who: "jane".into(), refers_to: None };
+        let update = |document: Value| {
+            let Value::Object(document) = document else { panic!("an object") };
+            let updated = store.update(document, "d".into(), 1).unwrap();
+            store.keep(updated.revision, &note, updated.changes).unwrap();
+            updated.revision
+        };
+        update(json!({"routes": [{"id": "a", "uri": "/a"}, {"uri": "/no-id"}], "consumers": [{"username": "jack"}]}));
+        update(json!({"routes": [{"id": "a", "uri": "/b"}, {"uri": "/no-id"}], "consumers": [{"username": "jack"}]}));
+        update(json!({"routes": [{"id": "a", "uri": "/b"}, {"uri": "/no-id"}], "consumers": [{"username": "jack"}]}));
+        let all = Query { take: 10, ..Query::default() };
+        let page = store.revisions(all.clone()).await.unwrap().unwrap();
+        assert_eq!(page.list.iter().map(|r| r.number).collect::<Vec<_>>(), [2, 1], "what changes nothing is none");
+        let [change] = &page.list[0].changes[..] else { panic!("one object") };
+        assert_eq!((&*change.key, change.found), ("/routes/a", 1));
+        let write = |key: &str, value: Option<&str>, on: i64| super::super::revisions::Write {
+            key: key.into(),
+            value: value.map(Into::into),
+            on: Condition::Unmodified(on),
+            ttl_secs: None,
+            seen: None,
+        };
+        let back = Note { who: "joe".into(), refers_to: Some(2) };
+        let writes = vec![write("/routes/a", change.before.as_deref(), 2), write("/consumers/jack", None, 1)];
+        let stale = Batch { writes: vec![write("/routes/a", None, 1)], note: back.clone() };
+        assert_eq!(store.commit(stale).await.unwrap_err().kind(), ErrorKind::Conflict);
+        assert!(store.commit(Batch { writes: writes.clone(), note: note.clone() }).await.is_err(), "no rollback");
+        assert_eq!(store.commit(Batch { writes, note: back.clone() }).await.unwrap().revision, 4);
+        assert_eq!(stored(&store, "/routes/a").await, (r#"{"id":"a","uri":"/a"}"#.to_owned(), 4));
+        assert_eq!(stored(&store, "/routes/arr_2").await.1, 1, "the others stay what they are");
+        let current = store.current();
+        assert_eq!(current.digest.as_deref(), Some("revision-4"));
+        assert_eq!((&current.document["routes"][0]["uri"], &current.document["consumers"]), (&json!("/a"), &json!([])));
+        assert_eq!(current.document["routes_conf_version"], 4);
+        let gone = Batch { writes: vec![write("/routes/a", None, 4)], note: back };
+        store.commit(gone).await.unwrap();
+        assert_eq!(store.current().document["routes"], json!([{"id": "arr_2", "uri": "/no-id"}]));
+        let page = store.revisions(Query { key: Some("/routes/a".into()), heads: true, ..all }).await.unwrap().unwrap();
+        assert_eq!(page.list.iter().map(|r| r.number).collect::<Vec<_>>(), [5, 4], "the oldest go");
+        assert_eq!(page.list[0].changes[0].before, None, "a list has no texts");
+    }
+
+    #[tokio::test]
+    async fn a_document_of_very_many_changes_is_kept_without_texts() {
+        let store = Standalone::new();
+        for (many, omitted) in [(MAX_CHANGES, false), (2 * MAX_CHANGES + 1, true)] {
+            let routes: Vec<Value> = (0..many).map(|n| json!({"id": n, "uri": "/"})).collect();
+            let Value::Object(document) = json!({ "routes": routes }) else { panic!("an object") };
+            let updated = store.update(document, "d".into(), 1).unwrap();
+            let note = Note { who: "jane".into(), refers_to: None };
+            store.keep(updated.revision, &note, updated.changes).unwrap();
+            let newest = store.revisions(Query { take: 1, ..Query::default() }).await.unwrap().unwrap();
+            assert_eq!((newest.list[0].omitted, newest.list[0].changes.len()), (omitted, MAX_CHANGES));
+        }
     }
 
     #[tokio::test]

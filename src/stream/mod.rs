@@ -2,7 +2,8 @@
 //!
 //! A connection, or the datagrams of one UDP client, is a session (`session`): its route is found by where it comes from and goes
 //! to, a node of the route's upstream is picked as for requests, and bytes are passed on (`tcp`, `copy`, `udp`) until one side ends
-//! or nothing moves for too long. No plugin and no script has a part in it. A session keeps the route that it has begun with.
+//! or nothing moves for too long. No plugin and no script has a part in it, but
+//! for registries that know an upstream's nodes. A session keeps the route that it has begun with.
 
 mod copy;
 mod packets;
@@ -12,7 +13,9 @@ pub mod udp;
 
 use std::{
     cell::Cell,
+    future::Future,
     net::SocketAddr,
+    pin::Pin,
     rc::Rc,
     sync::Arc,
     time::{Duration, Instant},
@@ -33,7 +36,10 @@ use crate::{
         upstream::{Balance, HashOn, Node},
     },
     net::Drain,
-    observe::log::Level,
+    observe::{
+        log::Level,
+        metrics::{Ends, Metrics},
+    },
     router::streams::Place,
     store::{Published, Snapshot},
 };
@@ -66,6 +72,12 @@ pub struct Settings {
     pub udp_listeners: Vec<SocketAddr>,
 }
 
+/// Who asks registries for the nodes of upstreams that name one: the worker's plugins.
+pub trait Registries {
+    /// The upstream with the nodes that its registry knows now.
+    fn nodes(&self, upstream: Arc<Upstream>) -> Pin<Box<dyn Future<Output = Result<Arc<Upstream>>> + '_>>;
+}
+
 /// What the sessions of one worker share.
 pub struct Streams {
     settings: Settings,
@@ -73,6 +85,9 @@ pub struct Streams {
     resolver: Arc<Resolver>,
     drain: Drain,
     log: Option<Log>,
+    registries: Rc<dyn Registries>,
+    metrics: Arc<Metrics>,
+    ends: Ends,
     pickers: Pickers,
     /// Whose nodes' health is known.
     watched: Watched,
@@ -131,14 +146,40 @@ impl Streams {
         settings: Settings,
         (published, resolver, watched): (Arc<Published>, Arc<Resolver>, Watched),
         drain: Drain,
-        log: Option<Log>,
-    ) -> Self {
+        (log, registries): (Option<Log>, Rc<dyn Registries>),
+        metrics: Arc<Metrics>,
+    ) -> Result<Self> {
         let (pickers, turn, udp_sessions, udp_lines) = Default::default();
-        Streams { settings, published, resolver, drain, log, pickers, watched, turn, udp_sessions, udp_lines }
+        let ends = Ends::of(&metrics)?;
+        Ok(Streams {
+            settings,
+            published,
+            resolver,
+            drain,
+            log,
+            registries,
+            metrics,
+            ends,
+            pickers,
+            watched,
+            turn,
+            udp_sessions,
+            udp_lines,
+        })
     }
 
-    /// The route's upstream, else its service's.
-    fn choose(&self, session: &mut Session) -> Result<Target> {
+    /// Where the session goes. Waits only for a registry.
+    async fn target(&self, session: &mut Session) -> Result<Target> {
+        let (mut target, owner) = self.choose(session)?;
+        if target.upstream.nodes.is_empty() && target.upstream.discovery.is_some() {
+            target.upstream = self.registries.nodes(target.upstream).await?;
+        }
+        target.health = target.upstream.checks.as_ref().and_then(|_| self.watched.of(&target.upstream, owner));
+        Ok(target)
+    }
+
+    /// The route's upstream, else its service's, and whose it is.
+    fn choose(&self, session: &mut Session) -> Result<(Target, Option<Owner>)> {
         let snapshot = self.published.load();
         let sni = session.sni().or(self.settings.fallback_sni.as_deref().filter(|_| session.tls.is_some()));
         let place = Place { client: session.client.ip(), server: session.server, sni };
@@ -146,6 +187,7 @@ impl Streams {
             return Err(Error::client(Kind::NotFound).context("not hit any route"));
         };
         session.route = Some(route.id.clone());
+        session.counted = route.value.counted_as(&route.id);
         let missing = |what: &str, id: &str| {
             Error::config(Kind::NotFound).context(format!("stream route {}: there is no {what} {id}", route.id))
         };
@@ -171,8 +213,7 @@ impl Streams {
             None => service.and_then(of_service),
             Some(_) => Some(Owner::StreamRoute(route.id.clone())),
         };
-        let health = upstream.checks.as_ref().and_then(|_| self.watched.of(&upstream, owner));
-        Ok(Target { snapshot, upstream, health })
+        Ok((Target { snapshot, upstream, health: None }, owner))
     }
 
     /// Tries nodes until `open` has reached one.
@@ -260,14 +301,18 @@ impl Streams {
         }
     }
 
-    /// Logs how a session has ended.
-    fn ended(&self, session: &mut Session, outcome: Result<()>) {
+    /// Logs and counts how a session at that listener has ended.
+    fn ended(&self, session: &mut Session, listening: SocketAddr, outcome: Result<()>) {
         if let Err(e) = &outcome {
             // What clients do is not the operator's concern, as in nginx and APISIX; access_stream.log has it.
             let of_client = e.origin() == Origin::Client || session.established;
             self.tell(session, if of_client { Level::Info } else { Level::Error }, &e.to_string());
         }
         session.status = status(session, &outcome);
+        if let Some(route) = &session.counted {
+            let node = session.tries.last().map(|last| last.addr);
+            self.ends.ended(route, ending(session.status, &outcome), listening, node);
+        }
         if let Some(log) = &self.log {
             log.write(session);
         }
@@ -288,6 +333,15 @@ fn status(session: &Session, outcome: &Result<()>) -> u16 {
         Err(e) if e.origin() == Origin::Upstream => 502,
         Err(e) if e.kind() == Kind::Tls => 403,
         Err(_) => 500,
+    }
+}
+
+/// How a session has ended, in the words of `stream_status`: nginx's status, which is 200 of whatever had a node, made narrower.
+fn ending(status: u16, outcome: &Result<()>) -> u16 {
+    match outcome {
+        Err(e) if status == 200 && e.origin() == Origin::Client && e.kind() != Kind::ReadTimeout => 400,
+        Err(_) if status == 200 => 502,
+        _ => status,
     }
 }
 
@@ -328,6 +382,21 @@ mod tests {
         assert_eq!([Seldom::count(&cell, begun), Seldom::count(&cell, just_before)], [None; 2]);
         assert_eq!(Seldom::count(&cell, begun + REPORT_EVERY), Some(3));
         assert_eq!(Seldom::count(&cell, begun + REPORT_EVERY), None);
+    }
+
+    #[test]
+    fn what_nginx_calls_200_is_told_apart() {
+        for (status, outcome, code) in [
+            (200, Ok(()), 200),
+            (200, Err(Error::client(Kind::Closed)), 400),
+            (200, Err(Error::upstream(Kind::Closed)), 502),
+            (200, Err(Error::client(Kind::ReadTimeout)), 502),
+            (502, Err(Error::upstream(Kind::ConnectRefused)), 502),
+            (403, Err(Error::client(Kind::Tls)), 403),
+            (500, Err(Error::config(Kind::NoNode)), 500),
+        ] {
+            assert_eq!(ending(status, &outcome), code, "{status} {outcome:?}");
+        }
     }
 
     #[test]

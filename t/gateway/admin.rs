@@ -511,3 +511,141 @@ fn the_list_of_plugins_is_shared_through_etcd() {
     assert_eq!((refused.status, error(&refused).as_str()), (400, "unknown plugin [cors]"));
     assert_eq!(gw.admin("PUT", "/routes/2", route("key-auth")).status, 201);
 }
+
+/// `/configs` with a wait.
+fn waiting(gw: &Gateway, method: &str, query: &str, headers: &[(&str, &str)], body: &Value) -> Reply {
+    let key = gw.key();
+    let mut all = vec![("X-API-KEY", key.as_str())];
+    all.extend(headers);
+    let text = if body.is_null() { String::new() } else { body.to_string() };
+    request(&gw.admin_address(), method, &format!("/apisix/admin/configs{query}"), &all, text.as_bytes())
+}
+
+fn uploaded(init: &str) -> String {
+    format!(
+        "local core = require('apisix.core')
+         local _M = {{version = 0.1, priority = 1, name = 'mine', schema = {{type = 'object', required = {{'word'}}}}}}
+         function _M.check_schema(conf) return core.schema.check(_M.schema, conf) end
+         function _M.init() {init} end
+         function _M.access(conf) return 200, conf.word end
+         return _M"
+    )
+}
+
+#[test]
+fn one_document_brings_a_plugin_and_what_uses_it() {
+    let gw = standalone(json!({}));
+    let document = |source: Value, conf: Value| json!({"plugin_sources": source, "routes": [{"id": "1", "uri": "/mine", "plugins": {"mine": conf}}]});
+    let source = json!([{"id": "mine", "source": uploaded("")}]);
+    let refused = replace(&gw, "d", document(json!([]), json!({"word": "x"})));
+    assert!(refused.status == 400 && error(&refused).contains("unknown plugin [mine]"), "{}", refused.text());
+    let refused = replace(&gw, "d", document(source.clone(), json!({})));
+    assert!(refused.status == 400 && error(&refused).contains("property \"word\" is required"), "{}", refused.text());
+    let broken = replace(&gw, "d", document(json!([{"id": "mine", "source": "return {"}]), json!({"word": "x"})));
+    assert!(broken.status == 400 && error(&broken).contains("plugins/mine.lua:1:"), "{}", broken.text());
+    assert_eq!(gw.get("/mine").status, 404, "nothing of it is taken");
+    let valid = gw.admin("POST", "/configs/validate", document(source.clone(), json!({"word": "x"})));
+    assert_eq!(valid.status, 200, "{}", valid.text());
+    let done = replace(&gw, "d1", document(source, json!({"word": "hello"})));
+    assert_eq!(done.status, 202, "{}", done.text());
+    assert_eq!(gw.get("/mine").text(), "hello");
+    // Nor may it go before what uses it.
+    let gone = replace(&gw, "d2", document(json!([]), json!({"word": "x"})));
+    assert!(gone.status == 400 && error(&gone).contains("unknown plugin [mine]"), "{}", gone.text());
+    assert_eq!(replace(&gw, "d3", json!({})).status, 202);
+    assert_eq!(gw.get("/mine").status, 404);
+}
+
+#[test]
+fn a_put_may_wait_until_every_worker_serves_the_document() {
+    let up = Upstream::echo();
+    let gw = standalone(json!({"nginx_config": {"worker_processes": 2}}));
+    let put =
+        |query: &str, digest: &str, document: &Value| waiting(&gw, "PUT", query, &[("X-Digest", digest)], document);
+    let plain = json!({"routes": [route("r1", "/one", &up)]});
+    let done = put("?wait=5000", "d1", &plain);
+    assert_eq!((done.status, &done.json()["served"], done.header("x-digest")), (200, &json!(true), Some("d1")));
+    assert_eq!(gw.get("/one").status, 200);
+    assert_eq!(put("?wait=5000", "d1", &plain).status, 204, "it is served already");
+    assert_eq!(put("", "d2", &plain).status, 202, "who does not wait is answered as ever");
+    // A plugin that takes its time to start: until then the plugins before it serve.
+    let slow = json!({
+        "plugin_sources": [{"id": "mine", "source": uploaded("ngx.sleep(1)")}],
+        "routes": [{"id": "1", "uri": "/mine", "plugins": {"mine": {"word": "hello"}}}],
+    });
+    let early = put("?wait=1", "d3", &slow);
+    assert_eq!((early.status, &early.json()["served"]), (202, &json!(false)), "{}", early.text());
+    assert!(
+        early.json()["message"].as_str().is_some_and(|text| text.contains("not every worker serves it after 1 ms"))
+    );
+    assert_eq!(early.header("x-digest"), Some("d3"), "it is stored");
+    let late = put("?wait=30000", "d3", &slow);
+    assert_eq!(late.status, 204, "{}", late.text());
+    for _ in 0..8 {
+        assert_eq!(gw.get("/mine").text(), "hello");
+    }
+    for wrong in ["?wait=", "?wait=-1", "?wait=soon", "?wait=1.5", "?wait=+1"] {
+        for method in ["GET", "PUT"] {
+            let refused = waiting(&gw, method, wrong, &[("X-Digest", "d9")], &plain);
+            assert_eq!(refused.status, 400, "{method} {wrong}");
+            assert!(refused.text().contains("invalid argument wait"), "{}", refused.text());
+        }
+    }
+    assert_eq!(gw.admin("HEAD", "/configs", ()).header("x-digest"), Some("d3"), "what is refused is not stored");
+}
+
+#[test]
+fn a_get_may_wait_for_another_document_than_is_known() {
+    let mut gw = standalone(json!({}));
+    let get = |query: &str, headers: &[(&str, &str)]| waiting(&gw, "GET", query, headers, &Value::Null);
+    assert_eq!(get("?wait=60000", &[("X-Digest", "d1")]).status, 200, "there is none yet");
+    assert_eq!(replace(&gw, "d1", json!({"routes": []})).status, 202);
+    // What is not known is told at once.
+    for headers in [&[][..], &[("X-Digest", "d0")], &[("If-None-Match", "\"d0\"")]] {
+        let told = get("?wait=60000", headers);
+        assert_eq!((told.status, told.header("etag")), (200, Some("\"d1\"")), "{headers:?}");
+    }
+    // What is known is not told again when the time is over.
+    for headers in [("X-Digest", "d1"), ("If-None-Match", "\"d1\""), ("If-None-Match", "\"x\", W/\"d1\"")] {
+        let same = get("?wait=20", &[headers]);
+        assert_eq!((same.status, same.header("x-digest"), same.text().as_str()), (304, Some("d1"), ""), "{headers:?}");
+    }
+    assert_eq!(waiting(&gw, "HEAD", "?wait=20", &[("X-Digest", "d1")], &Value::Null).status, 304);
+    assert_eq!(get("", &[("X-Digest", "d1")]).status, 200, "without a wait it is as ever");
+    assert_eq!(get("", &[("If-None-Match", "\"d1\"")]).status, 304);
+    // A hundred and twenty-eight wait at most.
+    let key = gw.key();
+    let head = format!(
+        "GET /apisix/admin/configs?wait=60000 HTTP/1.1\r\nHost: a\r\nX-API-KEY: {key}\r\nX-Digest: d1\r\nConnection: close\r\n\r\n"
+    );
+    let mut clients: Vec<TcpStream> = (0..128)
+        .map(|_| {
+            let mut client = TcpStream::connect(gw.admin_address()).expect("a connection");
+            client.write_all(head.as_bytes()).expect("is sent");
+            client
+        })
+        .collect();
+    let full = eventually("no place is left", || {
+        let reply = get("?wait=1", &[("X-Digest", "d1")]);
+        (reply.status == 503).then_some(reply)
+    });
+    assert_eq!(full.header("retry-after"), Some("1"));
+    assert_eq!(replace(&gw, "d2", json!({"routes": []})).status, 202);
+    for client in &mut clients {
+        let mut text = String::new();
+        client.read_to_string(&mut text).expect("an answer");
+        assert!(text.starts_with("HTTP/1.1 200 ") && text.contains("x-digest: d2"), "{text}");
+    }
+    // The end of the gateway ends the wait.
+    let mut last = TcpStream::connect(gw.admin_address()).expect("a connection");
+    last.write_all(head.replace("d1", "d2").as_bytes()).expect("is sent");
+    let answered = std::thread::spawn(move || {
+        let mut text = String::new();
+        last.read_to_string(&mut text).map(|_| text)
+    });
+    assert!(gw.quit().success());
+    // It may have come too late to be taken; then it is not waited for, either.
+    if let Ok(text) = answered.join().expect("ends") {
+        assert!(text.is_empty() || text.starts_with("HTTP/1.1 304 "), "{text}");
+    }
+}

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::{
     lua,
-    support::{Gateway, peers::free_port},
+    support::{Gateway, Upstream, peers::free_port},
 };
 
 const NEW: &str = "
@@ -392,4 +392,49 @@ fn addresses_are_compressed_expanded_and_reversed() {
             ["1.0.1.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.1.0.F.F.ip6.arpa"],
         ])
     );
+}
+
+#[test]
+fn discovery_serves_what_dns_says() {
+    let up = Upstream::echo();
+    let port: u16 = up.addr().rsplit_once(':').expect("a port").1.parse().expect("a port");
+    let srv = |priority: u16, weight: u16, port: u16, target: &str| {
+        let numbers = [priority, weight, port].map(u16::to_be_bytes).concat();
+        record(33, &[numbers, encoded(target)].concat())
+    };
+    let server = server(move |name, query, _| {
+        let kind = query[query.len() - 3];
+        let records = match (name, kind) {
+            ("two.test", 1) => vec![record(1, &[127, 0, 0, 1]), record(1, &[127, 0, 0, 2])],
+            ("split.test", 33) => vec![srv(10, 100, port, "one.test"), srv(20, 0, 0, "two.test")],
+            ("one.test", 1) => vec![record(1, &[127, 0, 0, 1])],
+            ("alias.test", 33) => vec![record(5, b"\x05split\xc0\x12")],
+            ("gone.test", 33) => vec![srv(1, 1, 80, "nowhere.test")],
+            _ => return vec![reply(query, [0, 3], [&[], &[], &[]])],
+        };
+        answers(query, &records)
+    });
+    let gw = Gateway::with(json!({"discovery": {"dns": {"servers": [format!("127.0.0.1:{server}")]}}}));
+    let routes = [
+        ("two", format!("two.test:{port}")),
+        ("split", "split.test".into()),
+        ("alias", "alias.test".into()),
+        ("gone", "gone.test".into()),
+        ("none", "none.test".into()),
+        ("hosts", "localhost".into()),
+    ];
+    for (id, name) in &routes {
+        let upstream = json!({"type": "roundrobin", "discovery_type": "dns", "service_name": name});
+        gw.put(&format!("/routes/{id}"), json!({"uri": format!("/{id}"), "upstream": upstream}));
+    }
+    assert_eq!(gw.get("/two").status, 200);
+    gw.expect_log(&format!("\"127.0.0.1:{port}\":1,\"127.0.0.2:{port}\":1"));
+    assert_eq!(gw.get("/split").status, 200, "the lowest priority is asked first");
+    let nodes = [format!("\"127.0.0.1:{port}\":200"), "\"127.0.0.1:80\":1,\"127.0.0.2:80\":1".into()];
+    nodes.iter().for_each(|part| gw.expect_log(part));
+    assert_eq!(gw.get("/alias").status, 200, "aliases are followed");
+    for path in ["/gone", "/none", "/hosts"] {
+        assert_eq!(gw.get(path).status, 503, "{path}");
+    }
+    gw.expect_log("no valid upstream node: failed to query the DNS server: name error");
 }

@@ -79,7 +79,7 @@ fn answer(request: Request<Incoming>) -> Result<Response<Echo>, std::convert::In
 }
 
 /// A body that a test writes to.
-struct Pieces(tokio::sync::mpsc::Receiver<Bytes>);
+pub(super) struct Pieces(pub tokio::sync::mpsc::Receiver<Bytes>);
 
 impl Body for Pieces {
     type Data = Bytes;
@@ -94,7 +94,7 @@ impl Body for Pieces {
 }
 
 /// What is left of a response: its bytes and its trailers.
-async fn rest(body: &mut Incoming) -> (Vec<u8>, HeaderMap) {
+pub(super) async fn rest(body: &mut Incoming) -> (Vec<u8>, HeaderMap) {
     let (mut bytes, mut trailers) = (Vec::new(), HeaderMap::new());
     while let Some(frame) = piece(body).await {
         match frame.into_data() {
@@ -109,14 +109,21 @@ async fn piece(body: &mut Incoming) -> Option<Frame<Bytes>> {
     std::future::poll_fn(|cx| Pin::new(&mut *body).poll_frame(cx)).await.map(|frame| frame.expect("a frame"))
 }
 
-async fn client(gw: &Gateway) -> SendRequest<Pieces> {
+pub(super) async fn client(gw: &Gateway) -> SendRequest<Pieces> {
+    client_with_window(gw, 1 << 20).await
+}
+
+/// One that takes so many bytes of a response before it reads them.
+pub(super) async fn client_with_window(gw: &Gateway, window: u32) -> SendRequest<Pieces> {
     let stream = TcpStream::connect(gw.proxy()).await.expect("a connection");
-    let (sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await.expect("HTTP/2");
+    let mut builder = http2::Builder::new(TokioExecutor::new());
+    builder.initial_stream_window_size(window);
+    let (sender, connection) = builder.handshake(TokioIo::new(stream)).await.expect("HTTP/2");
     tokio::spawn(connection);
     sender
 }
 
-fn call(gw: &Gateway, path: &str) -> (Request<Pieces>, tokio::sync::mpsc::Sender<Bytes>) {
+pub(super) fn call(gw: &Gateway, path: &str) -> (Request<Pieces>, tokio::sync::mpsc::Sender<Bytes>) {
     let (give, pieces) = tokio::sync::mpsc::channel(4);
     let request = Request::post(format!("http://{}{path}", gw.proxy()))
         .header("te", "trailers")

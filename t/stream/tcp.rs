@@ -11,7 +11,7 @@ use serde_json::json;
 
 use crate::{
     gateway, listening, node,
-    support::{DEADLINE, Gateway, Upstream, eventually, get, rss_kib},
+    support::{DEADLINE, Dir, Gateway, Upstream, eventually, get, rss_kib},
     to,
 };
 
@@ -348,4 +348,31 @@ fn a_node_that_is_found_unwell_is_not_tried() {
         assert_eq!(ask(&gw.tcp(), "x"), "a x");
     }
     assert_eq!(tried(), before);
+}
+
+#[test]
+fn nodes_come_from_a_registry() {
+    let (dir, up) = (Dir::new(), node("a"));
+    std::fs::create_dir_all(dir.join("lua/apisix/discovery")).expect("directories");
+    let (host, port) = (up.addr(), up.addr());
+    let (host, port) = (host.split(':').next().expect("a host"), port.rsplit(':').next().expect("a port").to_owned());
+    let module = format!(
+        "return {{ nodes = function(name)
+            ngx.sleep(0.001)
+            if name == 'a' then return {{ {{ host = '{host}', port = {port}, weight = 1 }} }} end
+            return nil, 'nobody knows ' .. name
+        end }}"
+    );
+    dir.write("lua/apisix/discovery/mine.lua", module);
+    let mut settings = listening(json!(["127.0.0.1:0"]), json!([]));
+    settings["discovery"] = json!({"mine": {}});
+    dir.configure(settings);
+    let gw = Gateway::in_dir(dir);
+    let of =
+        |name: &str| json!({"scheme": "tcp", "type": "roundrobin", "discovery_type": "mine", "service_name": name});
+    gw.put("/stream_routes/1", json!({"upstream": of("a")}));
+    assert_eq!(ask(&gw.tcp(), "hello"), "a hello");
+    gw.put("/stream_routes/1", json!({"upstream": of("b")}));
+    assert_eq!(ask(&gw.tcp(), "hello"), "");
+    gw.expect_log("no valid upstream node: nobody knows b");
 }

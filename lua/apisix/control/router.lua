@@ -1,4 +1,4 @@
---- `apisix.control.router`: the endpoints that plugins add to the control API (`_M.control_api()`, control-api.md).
+--- `apisix.control.router`: the endpoints that plugins and registries add to the control API (`_M.control_api()`, control-api.md).
 local api_router = require("apisix.api_router")
 local config_local = require("apisix.core.config_local")
 local json = require("apisix.core.json")
@@ -11,11 +11,11 @@ local function names_parameters()
     return type(control) == "table" and control.router == "radixtree_uri_with_parameter"
 end
 
---- Runs the endpoint of a plugin at `uri`, such as `/v1/plugin/example-plugin/hello`, for the request that runs: true and what it
---- returns (a status and a body), or false when there is none. All phases.
+--- Runs the endpoint of a plugin or of a registry at `uri`, such as `/v1/plugin/example-plugin/hello`, for the request that runs:
+--- true and what it returns (a status and a body), or false when there is none. All phases.
 function _M.match(uri)
     local handler, matched = api_router.find("control_api", uri, ngx.req.get_method(), names_parameters())
-    if not handler then return false end
+    if not handler then return require("apisix.discovery.init").control(uri, ngx.req.get_method()) end
     local ctx = ngx.ctx.api_ctx
     if ctx then ctx.curr_req_matched = matched end
     return true, handler(ctx)

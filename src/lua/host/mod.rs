@@ -7,6 +7,7 @@ pub mod bn;
 pub mod cjson;
 pub mod config;
 pub mod crypto;
+pub mod discovery;
 pub mod ip;
 pub mod jsonschema;
 pub mod jwt;
@@ -68,6 +69,7 @@ pub fn register(api: &mut Api) -> Result<()> {
     cjson::register(api)?;
     config::register(api)?;
     crypto::register(api)?;
+    discovery::register(api)?;
     ip::register(api)?;
     jsonschema::register(api)?;
     jwt::register(api)?;

@@ -13,13 +13,17 @@ use smallvec::smallvec;
 use tokio::{runtime::Handle, sync::Semaphore, time::timeout};
 
 use crate::{
-    error::{Error, Kind, Result},
+    error::{Error, Kind as ErrorKind, Result},
     lua::{
         api::{Api, Phases, Raise, Stack, Wait},
         sched::{self, Op, Value, Values, failed},
         vm::{self, Purpose},
     },
-    store::{Condition, Entry, Published, Store, Written},
+    model::Kind,
+    store::{
+        Batch, Committed, Condition, Entry, Published, Store, Written,
+        revisions::{Note, Write},
+    },
 };
 
 /// Calls of scripts that the store works on at once. More wait in their coroutines.
@@ -107,8 +111,8 @@ fn put(s: &Stack) -> Result<Wait, Raise> {
         return Ok(ready(failed(format!("{key}: the value is longer than {MAX_VALUE} bytes"))));
     }
     let work = move |access: Arc<Access>| async move {
-        let written = match access.store.put(&key, value, on, ttl_secs).await {
-            Err(e) if e.kind() == Kind::Conflict => return Ok(Err(e.to_string())),
+        let written = match access.put(&key, value, on, ttl_secs).await {
+            Err(e) if e.kind() == ErrorKind::Conflict => return Ok(Err(e.to_string())),
             done => done?,
         };
         access.served(written.revision).await;
@@ -125,7 +129,7 @@ fn put(s: &Stack) -> Result<Wait, Raise> {
 fn delete(s: &Stack) -> Result<Wait, Raise> {
     let key = key(s, 1)?;
     let work = |access: Arc<Access>| async move {
-        let Some((entry, revision)) = access.store.delete(&key, Condition::Always).await? else {
+        let Some((entry, revision)) = access.delete(&key).await? else {
             return Ok((None, access.published.load().revision));
         };
         access.served(revision).await;
@@ -144,7 +148,37 @@ fn version(_: &Stack) -> Result<Wait, Raise> {
     parked(|access| async move { access.store.version().await }, |version| smallvec![Value::text(version)])
 }
 
+/// Who writes, where revisions say it: which plugin it was is not known here.
+const AUTHOR: &str = "core.etcd";
+
+/// What is written of the gateway's objects is a revision, as it is by the Admin API.
+fn batch(write: Write) -> Batch {
+    Batch { writes: vec![write], note: Note { who: AUTHOR.into(), refers_to: None } }
+}
+
 impl Access {
+    async fn put(&self, key: &str, value: String, on: Condition, ttl_secs: Option<u64>) -> Result<Written> {
+        if Kind::of_key(key).is_none() {
+            return self.store.put(key, value, on, ttl_secs).await;
+        }
+        let write = Write { key: key.into(), value: Some(value.into()), on, ttl_secs, seen: None };
+        let Committed { done, revision, lease } = self.store.commit(batch(write)).await?;
+        match done.into_iter().next() {
+            Some((previous, Some(entry))) => Ok(Written { entry, previous, revision, lease }),
+            _ => Err(Error::internal(ErrorKind::Other).context("a write without a result")),
+        }
+    }
+
+    async fn delete(&self, key: &str) -> Result<Option<(Entry, i64)>> {
+        if Kind::of_key(key).is_none() {
+            return self.store.delete(key, Condition::Always).await;
+        }
+        let write = Write { key: key.into(), value: None, on: Condition::Always, ttl_secs: None, seen: None };
+        let committed = self.store.commit(batch(write)).await?;
+        let previous = committed.done.into_iter().next().and_then(|(previous, _)| previous);
+        Ok(previous.map(|entry| (entry, committed.revision)))
+    }
+
     async fn served(&self, revision: i64) {
         if timeout(SERVED_PATIENCE, self.published.reached(revision)).await.is_err() {
             tracing::warn!("revision {revision} is stored but not served after {SERVED_PATIENCE:?}");
@@ -185,7 +219,7 @@ async fn in_turn<T: Send + 'static>(
     runtime: &Handle,
     work: impl Future<Output = Result<T>> + Send + 'static,
 ) -> Result<T> {
-    let gone = |why: &str| Error::internal(Kind::Unavailable).context(why.to_owned());
+    let gone = |why: &str| Error::internal(ErrorKind::Unavailable).context(why.to_owned());
     let place = running.clone().acquire_owned().await.map_err(|_| gone("the store is closed"))?;
     let placed = async move {
         let _place = place;

@@ -30,6 +30,10 @@ use crate::{
 /// plugins that read bodies meet files too often there).
 const MEMORY_BODY: usize = 1 << 20;
 
+/// What a file takes of a body where `client_max_body_size` is 0, which is no bound: beyond any upload that a script has to see as a
+/// whole, and little enough that one client does not fill a disk.
+const SPOOL_MAX: u64 = 4 << 30;
+
 /// Bytes asked of the client at once.
 const READ_CHUNK: usize = 64 << 10;
 
@@ -73,8 +77,10 @@ pub fn register(api: &mut Api) -> Result<()> {
     api.func("ngx.req.is_internal", READ, "is_internal(): whether it is a subrequest or came by ngx.exec", |s| {
         Ok(s.push_bool(request()?.internal))
     })?;
-    api.wait("ngx.req.read_body", BODY, "read_body(): waits for the whole body", |_| read_body(true))?;
-    api.wait("ngx.req.discard_body", BODY, "discard_body(): reads the body and drops it", |_| read_body(false))?;
+    api.wait("ngx.req.read_body", BODY, "read_body(): waits for the whole body", |_| read_body(Reading::new(true)))?;
+    api.wait("ngx.req.discard_body", BODY, "discard_body(): reads the body and drops it", |_| {
+        read_body(Reading::new(false))
+    })?;
     api.func(
         "ngx.req.get_body_data",
         READ,
@@ -271,16 +277,26 @@ fn replace_body(x: &mut Exchange, body: RequestBody, length: u64) {
 }
 
 /// What `read_body` has so far.
-#[derive(Default)]
 struct Reading {
     memory: Vec<u8>,
     file: Option<(std::path::PathBuf, std::fs::File)>,
     length: u64,
+    /// What is read is for someone: else it is dropped.
+    keep: bool,
     /// `client_body_timeout` of the location, since the last bytes.
     patience: Option<Pin<Box<Sleep>>>,
 }
 
 impl Reading {
+    fn new(keep: bool) -> Self {
+        Reading { memory: Vec::new(), file: None, length: 0, keep, patience: None }
+    }
+
+    /// There is more than may be kept.
+    fn is_over(&self) -> bool {
+        self.keep && self.length > SPOOL_MAX
+    }
+
     /// Moves what is in memory to the file when it has grown too long.
     fn spill(&mut self, location: Option<&Location>) -> std::io::Result<()> {
         if self.file.is_none() {
@@ -340,17 +356,26 @@ fn temp_file(location: Option<&Location>) -> std::io::Result<(std::path::PathBuf
     Ok((path, file))
 }
 
-fn read_body(keep: bool) -> std::result::Result<Wait, Raise> {
+fn read_body(mut reading: Reading) -> Result<Wait, Raise> {
     let x = request()?;
     x.body_read = true;
     if !matches!(x.body, RequestBody::Streaming { .. }) {
         return Ok(Wait::Ready(0));
     }
-    let mut reading = Reading::default();
-    Ok(Wait::Park(Op::Exchange(Box::new(move |cx, x| poll_body(cx, x, &mut reading, keep)))))
+    Ok(Wait::Park(Op::Exchange(Box::new(move |cx, x| poll_body(cx, x, &mut reading)))))
 }
 
-fn poll_body(cx: &mut Context<'_>, x: &mut Exchange, reading: &mut Reading, keep: bool) -> Poll<Values> {
+/// As in nginx the script does not go on: its client has broken the bound of bodies.
+fn refuse(x: &mut Exchange) -> Values {
+    x.log(Level::Error, TOO_LARGE.as_bytes());
+    x.response.status = 413;
+    smallvec::smallvec![crate::lua::Value::Exit(413)]
+}
+
+/// nginx's word on a body that has not said its length.
+const TOO_LARGE: &str = "client sent too large chunked body";
+
+fn poll_body(cx: &mut Context<'_>, x: &mut Exchange, reading: &mut Reading) -> Poll<Values> {
     loop {
         let Some(client) = x.client.as_mut() else { return Poll::Ready(failed("no client")) };
         let read = client.poll_read_body(cx, &mut reading.memory, READ_CHUNK);
@@ -369,25 +394,25 @@ fn poll_body(cx: &mut Context<'_>, x: &mut Exchange, reading: &mut Reading, keep
         match read {
             Ok(0) => break,
             Ok(n) => reading.length += n as u64,
-            // As in nginx the script does not go on: its client has broken the bound of bodies.
-            Err(e) if e.kind() == Kind::TooLarge => {
-                x.log(Level::Error, e.to_string().as_bytes());
-                x.response.status = 413;
-                return Poll::Ready(smallvec::smallvec![crate::lua::Value::Exit(413)]);
-            }
+            Err(e) if e.kind() == Kind::TooLarge => return Poll::Ready(refuse(x)),
             Err(e) => return Poll::Ready(failed(e.to_string())),
         }
-        if !keep {
+        if reading.is_over() {
+            return Poll::Ready(refuse(x));
+        }
+        if !reading.keep {
             reading.memory.clear();
         } else if let Err(e) = reading.spill(x.location.as_deref()) {
             return Poll::Ready(failed(e.to_string()));
         }
     }
     let length = x.request.headers.get("content-length").and_then(parse_decimal);
-    if keep && let Err(e) = reading.cut(length) {
+    if reading.keep
+        && let Err(e) = reading.cut(length)
+    {
         return Poll::Ready(failed(e.to_string()));
     }
-    x.body = match (keep, reading.file.take()) {
+    x.body = match (reading.keep, reading.file.take()) {
         (false, _) => RequestBody::Consumed,
         (true, Some((path, _))) => {
             note_file(x, &path);
@@ -404,22 +429,24 @@ pub async fn read_all(x: &mut Exchange) -> Result<()> {
     if !matches!(x.body, RequestBody::Streaming { .. }) {
         return Ok(());
     }
-    read_rest(x, Vec::new()).await
+    read(x, Reading::new(true)).await
 }
 
 /// Reads what follows `begun`, which was taken from the client before.
 pub async fn read_rest(x: &mut Exchange, begun: Vec<u8>) -> Result<()> {
-    let mut reading = Reading::default();
+    let mut reading = Reading::new(true);
     reading.length = begun.len() as u64;
     reading.memory = begun;
-    let values = std::future::poll_fn(|cx| poll_body(cx, x, &mut reading, true)).await;
+    read(x, reading).await
+}
+
+async fn read(x: &mut Exchange, mut reading: Reading) -> Result<()> {
+    let values = std::future::poll_fn(|cx| poll_body(cx, x, &mut reading)).await;
     match values.last() {
         Some(crate::lua::Value::Bytes(text)) => {
             Err(Error::client(Kind::Io).context(String::from_utf8_lossy(text).into_owned()))
         }
-        Some(crate::lua::Value::Exit(_)) => {
-            Err(Error::client(Kind::TooLarge).context("client sent too large chunked body"))
-        }
+        Some(crate::lua::Value::Exit(_)) => Err(Error::client(Kind::TooLarge).context(TOO_LARGE)),
         _ => Ok(()),
     }
 }
@@ -428,7 +455,7 @@ pub async fn read_rest(x: &mut Exchange, begun: Vec<u8>) -> Result<()> {
 mod tests {
     use bytes::Bytes;
 
-    use super::{MEMORY_BODY, Reading};
+    use super::{MEMORY_BODY, Reading, SPOOL_MAX};
     use crate::{
         exchange::{Exchange, RequestBody},
         lua::host::tests::serve,
@@ -476,7 +503,7 @@ mod tests {
 
     #[test]
     fn a_body_that_is_too_long_for_memory_goes_to_a_file_which_ends_with_its_reader() {
-        let mut reading = Reading::default();
+        let mut reading = Reading::new(true);
         reading.memory.resize(MEMORY_BODY, b'x');
         reading.spill(None).expect("stays");
         assert!(reading.file.is_none() && reading.memory.len() == MEMORY_BODY);
@@ -490,5 +517,16 @@ mod tests {
         assert!(written.len() == MEMORY_BODY + 2 && written.ends_with(b"xyz"));
         drop(reading);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn what_is_kept_of_a_body_is_bounded_where_nothing_else_bounds_it() {
+        let mut reading = Reading::new(true);
+        for (length, over) in [(SPOOL_MAX, false), (SPOOL_MAX + 1, true)] {
+            reading.length = length;
+            assert_eq!(reading.is_over(), over);
+        }
+        reading.keep = false;
+        assert!(!reading.is_over(), "what is dropped needs no room");
     }
 }

@@ -19,7 +19,7 @@ use super::{
     failed, read_answer, settle,
 };
 use crate::{
-    error::{Error, Result},
+    error::{Error, Kind, Result},
     exchange::{Exchange, FunctionCall, RequestBody},
     lua::{Stack, Vm, VmConfig, limits, log_error, sched, vm::Purpose},
     model::{self, Object, Variant},
@@ -46,7 +46,7 @@ pub(super) struct Call<'f> {
 impl<'f> Call<'f> {
     /// Of the text that is chosen by chance: `roll` is a random number.
     pub fn new(function: &'f Object<model::Function>, record: Arc<Record>, roll: u32) -> Call<'f> {
-        let variant = function.value.choose(function.uid, roll, |uid| record.is_over(uid));
+        let variant = function.value.choose(function.uid, roll);
         let trigger = Trigger::Request;
         Call { id: &function.id, function: &function.value, variant, record, trigger, scheduled_at: None }
     }
@@ -77,8 +77,8 @@ impl<'f> Call<'f> {
     fn ended(&self, x: &Exchange, took: Duration) {
         let failed = x.response.status >= 500;
         self.record.ended(self.trigger, failed, took);
-        if let Some(rule) = &self.variant.rule {
-            self.record.tried(rule, failed);
+        if let Some(trial) = &self.variant.canary {
+            trial.tried(self.id, failed);
         }
     }
 }
@@ -92,6 +92,8 @@ pub(super) struct Functions {
     records: RefCell<HashMap<u64, Arc<Record>>>,
     sandboxed: Pool,
     trusted: Pool,
+    /// Functions without a sandbox may run.
+    trusts: bool,
     /// Where those go that end.
     others: Rc<Others>,
 }
@@ -111,8 +113,8 @@ pub(super) struct Ready {
 }
 
 impl Functions {
-    pub fn new(others: Rc<Others>) -> Self {
-        Functions { records: RefCell::default(), sandboxed: Pool::default(), trusted: Pool::default(), others }
+    pub fn new(others: Rc<Others>, trusts: bool) -> Self {
+        Functions { records: RefCell::default(), sandboxed: Pool::default(), trusted: Pool::default(), trusts, others }
     }
 
     /// Where a function's calls are noted. Asking for it by name takes a lock that all workers share.
@@ -146,6 +148,9 @@ impl Functions {
 
     /// Compiles the function where that was not done before.
     pub fn prepare(&self, config: impl FnOnce() -> VmConfig, call: &Call<'_>) -> Result<Ready> {
+        if call.function.trusted && !self.trusts {
+            return Err(Error::config(Kind::Invalid).context(registry::UNTRUSTED));
+        }
         let pool = self.pool(call);
         let at = pool.turn.get() % VMS;
         pool.turn.set(at + 1);
@@ -354,7 +359,7 @@ mod tests {
 
     #[test]
     fn records_at_hand_are_bounded() {
-        let functions = Functions::new(Rc::default());
+        let functions = Functions::new(Rc::default(), true);
         (0..MAX_RECORDS).for_each(|n| drop(functions.record(&function(n))));
         assert_eq!(functions.records.borrow().len(), MAX_RECORDS);
         functions.record(&function(MAX_RECORDS));
@@ -365,7 +370,7 @@ mod tests {
     fn a_vm_full_of_functions_is_replaced_and_its_calls_go_on() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("a runtime");
         tokio::task::LocalSet::new().block_on(&runtime, async {
-            let functions = Functions::new(Rc::default());
+            let functions = Functions::new(Rc::default(), true);
             let prepare = |n| functions.prepare(config, &Call::new(&function(n), Arc::default(), 0)).expect("compiles");
             let known = |at: usize| functions.sandboxed.vms.borrow()[at].as_ref().map(|vm| vm.compiled.borrow().len());
             let old = prepare(0);

@@ -3,21 +3,24 @@
 //! Nothing that serves notices it: no worker waits, no route is needed, timers and processes are refused. What is shared by the
 //! whole process stays shared, though: `ngx.shared`, and the network that the plugin speaks to.
 
-use std::{ffi::c_int, rc::Rc, sync::Arc, thread, time::Duration};
+use std::{ffi::c_int, rc::Rc, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use mlua::ffi;
 use serde_json::{Value, json};
 use tokio::{
-    sync::{SemaphorePermit, oneshot},
-    task::LocalSet,
+    sync::SemaphorePermit,
     time::{Instant, timeout},
 };
 
-use super::{Flow, read_answer, registry, settle};
+use super::{
+    Flow,
+    mock::{MockRequest, WORKER, apart, nobodys},
+    read_answer, registry, settle,
+};
 use crate::{
     error::Result,
-    exchange::{Connection, Exchange, Phase, RequestBody},
+    exchange::{Exchange, Phase},
     lua::{
         Stack, Vm, VmConfig,
         limits::{DEFAULT_CPU_MS, Limits},
@@ -35,9 +38,6 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const MEMORY_MB: usize = 128;
 /// Shown of a body.
 const MAX_SHOWN_BODY: usize = 1 << 20;
-/// No worker has this number, so that what only the first one does is not done.
-const WORKER: usize = u16::MAX as usize;
-
 /// What is to be tried.
 pub struct PluginTrial {
     pub name: String,
@@ -47,19 +47,6 @@ pub struct PluginTrial {
     pub upstream: MockResponse,
     /// Given back when the trial is over, which may be after whoever asked has gone.
     pub place: Option<SemaphorePermit<'static>>,
-}
-
-#[derive(Clone, Debug, Default)]
-pub struct MockRequest {
-    pub method: Vec<u8>,
-    /// As in the request's first line.
-    pub target: Vec<u8>,
-    /// Decoded.
-    pub path: Vec<u8>,
-    /// Without `?`.
-    pub args: Vec<u8>,
-    pub headers: Vec<(String, String)>,
-    pub body: Bytes,
 }
 
 /// What the upstream answers when the plugin lets the request through.
@@ -81,19 +68,9 @@ const FILTERS: [(&str, Phase); 4] = [
 ];
 
 /// Runs the trial. The text says why there is nothing to run: the source does not load, the conf does not pass.
-pub async fn run(setup: Setup, snapshot: Arc<Snapshot>, trial: PluginTrial) -> Result<Value, String> {
-    let (answer, tried) = oneshot::channel();
-    let body = move || {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-        let outcome = match runtime {
-            Ok(runtime) => LocalSet::new().block_on(&runtime, limited(&setup, &snapshot, trial)),
-            Err(e) => Err(e.to_string()),
-        };
-        // Whoever asked may have gone.
-        let _ = answer.send(outcome);
-    };
-    thread::Builder::new().name("plugin-trial".to_owned()).spawn(body).map_err(|e| e.to_string())?;
-    tried.await.unwrap_or_else(|_| Err("the trial's thread has ended".to_owned()))
+pub async fn run(setup: Setup, snapshot: Arc<Snapshot>, mut trial: PluginTrial) -> Result<Value, String> {
+    let place = trial.place.take();
+    apart("plugin-trial", place, move || async move { limited(&setup, &snapshot, trial).await }).await?
 }
 
 async fn limited(setup: &Setup, snapshot: &Arc<Snapshot>, trial: PluginTrial) -> Result<Value, String> {
@@ -106,8 +83,9 @@ async fn limited(setup: &Setup, snapshot: &Arc<Snapshot>, trial: PluginTrial) ->
 async fn play(setup: &Setup, snapshot: &Arc<Snapshot>, trial: PluginTrial) -> Result<Value, String> {
     let stage = Stage::set(setup, snapshot, &trial).map_err(|e| e.to_string())?;
     let phases = stage.prepare(&trial.name, &trial.conf)?;
-    let mut x = nobodys(&stage.vm, snapshot);
-    fill(&mut x, &trial.request);
+    let mut x = nobodys(snapshot);
+    x.lua.slot = Some(stage.vm.take_slot());
+    trial.request.fill(&mut x);
     let mut shown = stage.perform(&mut x, &phases, &trial.upstream).await;
     sched::end_background(&stage.vm, &mut x);
     stage.vm.close();
@@ -225,30 +203,6 @@ fn within_limits(config: &Value) -> Value {
         lua["limits"] = bounds;
     }
     config
-}
-
-fn nobodys(vm: &Rc<Vm>, snapshot: &Arc<Snapshot>) -> Exchange {
-    let nowhere = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
-    let mut x = Exchange::new(Rc::new(Connection::new(0, nowhere, nowhere)), snapshot.clone());
-    x.begin();
-    x.lua.slot = Some(vm.take_slot());
-    x
-}
-
-fn fill(x: &mut Exchange, from: &MockRequest) {
-    let to = &mut x.request;
-    to.method.clone_from(&from.method);
-    to.path.clone_from(&from.path);
-    to.args.clone_from(&from.args);
-    to.target.clone_from(&from.target);
-    for (name, value) in &from.headers {
-        to.headers.append(name, value);
-    }
-    to.host = to.headers.get("host").unwrap_or(b"localhost").to_ascii_lowercase();
-    if !from.body.is_empty() {
-        to.headers.set("Content-Length", from.body.len().to_string());
-        x.body = RequestBody::Memory(from.body.clone());
-    }
 }
 
 /// The upstream has answered.

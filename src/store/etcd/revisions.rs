@@ -18,19 +18,22 @@ use tokio::sync::Mutex;
 use super::{Batch, Committed, Condition, Entry, Etcd, Failure, Outcome, Page, Query, conflict, kv};
 use crate::{
     error::Result,
-    store::revisions::{self, Changed, Revision, Write, tag_of},
+    store::revisions::{self, Changed, Packed, Revision, Write, tag_of},
 };
 
 /// Tries of a batch that other writers get in the way of.
 const MAX_TRIES: usize = 8;
 /// What etcd takes in one request by default (`--max-request-bytes`), but for room for keys.
 const REQUEST_BYTES: usize = 1_572_864 - 16_384;
-/// Revisions that one write drops: more than one, so that a smaller bound is reached soon, and few enough for a transaction.
-const MAX_DROPPED: usize = 32;
+/// Revisions that one write drops: more than one, so that a smaller bound is reached soon, and few enough for a transaction, where each
+/// is two keys.
+const MAX_DROPPED: usize = 31;
 /// Own writes after which the keys are read again: other nodes keep revisions, too. Until then each node may keep so many too many.
 const RECOUNT_EVERY: usize = 64;
 /// Revisions read at once: of the largest ones that is what one message may hold.
 const READ_AT_ONCE: usize = 32;
+/// Below the range of revisions: long texts, under the names of theirs. Names are digits, so that no list of them takes these in.
+const TEXTS: &str = "texts/";
 
 /// What this node knows of the revisions that are kept.
 #[derive(Default)]
@@ -64,7 +67,7 @@ impl Kept {
 /// A revision on its way into a transaction.
 struct Record {
     key: String,
-    bytes: Vec<u8>,
+    packed: Packed,
     tag: u32,
     dropped: Vec<String>,
 }
@@ -73,6 +76,12 @@ impl Etcd {
     /// Where revisions stand: a range of its own, which `{prefix}/` does not take in.
     fn range(&self) -> String {
         format!("{}-revisions/", self.config.prefix)
+    }
+
+    /// Where the long texts of the revision with this key stand.
+    fn texts_key(&self, key: &str) -> String {
+        let range = self.range();
+        format!("{range}{TEXTS}{}", key.strip_prefix(&range).unwrap_or(key))
     }
 
     pub(super) async fn commit_batch(&self, mut batch: Batch) -> Result<Committed> {
@@ -95,7 +104,11 @@ impl Etcd {
                 return Err(conflict(&write.key));
             }
             if batch.writes.iter().zip(&found).all(|(write, found)| write.value.is_none() && found.is_none()) {
-                return Ok(Committed { done: found.into_iter().map(|f| (f, None)).collect(), revision: 0 });
+                return Ok(Committed {
+                    done: found.into_iter().map(|f| (f, None)).collect(),
+                    revision: 0,
+                    lease: None,
+                });
             }
             match self.try_commit(&batch, &found, record).await {
                 Ok(Ok(committed)) => return Ok(committed),
@@ -144,7 +157,8 @@ impl Etcd {
         if let Some(record) = record {
             self.note(record, revision).await;
         }
-        Ok(Ok(committed(batch, found, revision)))
+        let lease = leases.last().copied().flatten().map(|id| id.to_string());
+        Ok(Ok(Committed { lease, ..committed(batch, found, revision) }))
     }
 
     fn transaction(
@@ -170,8 +184,12 @@ impl Etcd {
             }
         }
         if let Some(record) = record {
-            ops.push(TxnOp::put(record.key.as_str(), record.bytes.as_slice(), None));
-            ops.extend(record.dropped.iter().map(|key| TxnOp::delete(key.as_str(), None)));
+            ops.push(TxnOp::put(record.key.as_str(), record.packed.head.as_slice(), None));
+            if let Some(texts) = &record.packed.texts {
+                ops.push(TxnOp::put(self.texts_key(&record.key), texts.as_slice(), None));
+            }
+            let both = record.dropped.iter().flat_map(|key| [key.clone(), self.texts_key(key)]);
+            ops.extend(both.map(|key| TxnOp::delete(key, None)));
         }
         Txn::new().when(compares).and_then(ops).or_else(gets)
     }
@@ -200,17 +218,13 @@ impl Etcd {
             .iter()
             .zip(found)
             .filter(|(write, found)| write.value.is_some() || found.is_some())
-            .map(|(write, found)| Changed {
-                key: write.key.to_string(),
-                before: found.as_ref().map(|e| e.value.to_string()),
-                after: write.value.as_ref().map(|v| v.to_string()),
-            })
+            .map(|(write, found)| Changed::of(write, found.as_ref()))
             .collect();
         let objects: usize = batch.writes.iter().filter_map(|w| w.value.as_ref()).map(|v| v.len()).sum();
         let tag = revisions::tag(&changes);
         let room = REQUEST_BYTES.saturating_sub(objects).min(bounds.room());
         let encoded = Revision::of(&batch.note, changes).encode(room);
-        let bytes = encoded.map_err(|e| Failure {
+        let packed = encoded.map_err(|e| Failure {
             unreachable: false,
             unsent: true,
             too_large: false,
@@ -218,9 +232,9 @@ impl Etcd {
         })?;
         let random = RandomState::new().build_hasher().finish();
         let time_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis());
-        let key = format!("{}{time_ms:015}-{random:016x}-{}-{tag:08x}", self.range(), bytes.len());
-        let dropped = self.surplus(bytes.len() as u64).await?;
-        Ok(Some(Record { key, bytes, tag, dropped }))
+        let key = format!("{}{time_ms:015}-{random:016x}-{}-{tag:08x}", self.range(), packed.bytes());
+        let dropped = self.surplus(packed.bytes() as u64).await?;
+        Ok(Some(Record { key, packed, tag, dropped }))
     }
 
     /// The oldest keys that have to go when one of `bytes` comes.
@@ -248,7 +262,7 @@ impl Etcd {
     async fn note(&self, record: Record, number: i64) {
         if let Some(known) = &mut *self.history.0.lock().await {
             known.kept.retain(|k| !record.dropped.contains(&k.key));
-            known.kept.push(Kept { number, bytes: record.bytes.len() as u64, tag: record.tag, key: record.key });
+            known.kept.push(Kept { number, bytes: record.packed.bytes() as u64, tag: record.tag, key: record.key });
             known.writes += 1;
         }
     }
@@ -258,9 +272,10 @@ impl Etcd {
         let range = self.range();
         let answer = self
             .call(true, move |client| {
-                let range = range.clone();
+                // From the first digit to what comes behind the last one.
+                let (range, end) = (format!("{range}0"), format!("{range}:"));
                 let mut options =
-                    GetOptions::new().with_prefix().with_keys_only().with_sort(SortTarget::Create, SortOrder::Ascend);
+                    GetOptions::new().with_range(end).with_keys_only().with_sort(SortTarget::Create, SortOrder::Ascend);
                 if let Some(n) = number {
                     options = options.with_min_create_revision(n).with_max_create_revision(n);
                 }
@@ -277,22 +292,28 @@ impl Etcd {
         let Some(key) = &query.key else {
             let total = kept.len();
             let wanted: Vec<Kept> = kept.into_iter().skip(query.skip).take(query.take).collect();
-            return Ok(Page { list: self.texts(&wanted).await?, total });
+            return Ok(Page { list: self.read_kept(&wanted, query.heads).await?, total });
         };
         let tag = tag_of(key);
         kept.retain(|k| k.tag == tag || k.tag == 0);
         // Tags may be shared: whether a revision is about the key shows when it is read.
-        let mut list = self.texts(&kept).await?;
+        let mut list = self.read_kept(&kept, true).await?;
         list.retain(|revision| revision.concerns(key));
         let total = list.len();
-        Ok(Page { list: list.into_iter().skip(query.skip).take(query.take).collect(), total })
+        let list: Vec<Revision> = list.into_iter().skip(query.skip).take(query.take).collect();
+        if query.heads {
+            return Ok(Page { list, total });
+        }
+        kept.retain(|k| list.iter().any(|revision| revision.number == k.number));
+        Ok(Page { list: self.read_kept(&kept, false).await?, total })
     }
 
     /// Reads revisions, in the order asked for; those that have gone meanwhile are left out.
-    async fn texts(&self, wanted: &[Kept]) -> Result<Vec<Revision>> {
+    async fn read_kept(&self, wanted: &[Kept], heads: bool) -> Result<Vec<Revision>> {
         let mut read = Vec::with_capacity(wanted.len());
-        for some in wanted.chunks(READ_AT_ONCE) {
-            let gets: Vec<TxnOp> = some.iter().map(|k| TxnOp::get(k.key.as_str(), None)).collect();
+        for some in wanted.chunks(if heads { READ_AT_ONCE } else { READ_AT_ONCE / 2 }) {
+            let keys = some.iter().flat_map(|k| [Some(k.key.clone()), (!heads).then(|| self.texts_key(&k.key))]);
+            let gets: Vec<TxnOp> = keys.flatten().map(|key| TxnOp::get(key, None)).collect();
             let answer = self
                 .call(true, move |client| {
                     let txn = Txn::new().and_then(gets.clone());
@@ -300,11 +321,18 @@ impl Etcd {
                 })
                 .await
                 .map_err(|e| e.into_error("revisions"))?;
-            for op in answer.op_responses() {
-                let TxnOpResponse::Get(get) = op else { continue };
-                for kv in get.kvs() {
-                    read.push(Revision::decode(kv.create_revision(), kv.value())?);
-                }
+            let mut found = answer.op_responses().into_iter().map(|op| match op {
+                TxnOpResponse::Get(get) => get.kvs().first().cloned(),
+                _ => None,
+            });
+            while let Some(head) = found.next() {
+                let texts = if heads { None } else { found.next().flatten() };
+                let Some(head) = head else { continue };
+                let number = head.create_revision();
+                read.push(match heads {
+                    true => Revision::decode_head(number, head.value())?,
+                    false => Revision::decode(number, head.value(), texts.as_ref().map(KeyValue::value))?,
+                });
             }
         }
         Ok(read)
@@ -321,5 +349,5 @@ fn committed(batch: &Batch, found: &[Option<Entry>], revision: i64) -> Committed
         })
     };
     let done = batch.writes.iter().zip(found).map(|(write, found)| (found.clone(), entry(write, found.as_ref())));
-    Committed { done: done.collect(), revision }
+    Committed { done: done.collect(), revision, lease: None }
 }

@@ -98,16 +98,17 @@ local function nameserver(text)
     return port ~= "" and { host, tonumber(port) } or host
 end
 
--- The types that are asked for, in order.
+-- The types that are asked for, in order, and whether the one that had an answer the last time comes first.
 local function types_of(order, ipv6)
-    local types = {}
+    local types, last = {}, false
     for _, name in ipairs(order) do
         local known = dns["TYPE_" .. name]
+        last = last or name == "last"
         if known and (known ~= dns.TYPE_AAAA or ipv6) then
             types[#types + 1] = known
         end
     end
-    return types
+    return types, last
 end
 
 -- Uploaded functions have no files of their own choice.
@@ -116,8 +117,8 @@ local function path_of(given, default)
 end
 
 --- A client. `opts`: `nameservers` (texts with or without a port), `hosts` and `resolvConf` (paths), `order` (of "A",
--- "AAAA", "SRV", "CNAME"; "last" is passed over), `search` (domains), `enable_ipv6`, `valid` (seconds), `timeout` (ms),
--- `retrans`. What is left out is config.yaml's, or /etc/resolv.conf's.
+-- "AAAA", "SRV", "CNAME"; with "last" the type that had an answer the last time comes first), `search` (domains), `enable_ipv6`,
+-- `valid` (seconds), `timeout` (ms), `retrans`. What is left out is config.yaml's, or /etc/resolv.conf's.
 function _M.new(opts)
     opts = opts or {}
     local apisix = config_local.local_conf().apisix or {}
@@ -126,7 +127,7 @@ function _M.new(opts)
     if ipv6 == nil then
         ipv6 = apisix.enable_ipv6 ~= false
     end
-    local given = opts.nameservers or apisix.dns_resolver
+    local given = opts.nameservers or not opts.resolvConf and apisix.dns_resolver
     if not given or #given == 0 then
         given = system.servers
     end
@@ -135,9 +136,11 @@ function _M.new(opts)
         servers[i] = nameserver(server)
     end
     local search = opts.search or apisix.enable_resolv_search_opt ~= false and system.search or {}
+    local types, last = types_of(opts.order or DEFAULT_ORDER, ipv6)
     return setmetatable({
         hosts = read_hosts(path_of(opts.hosts, "/etc/hosts")),
-        types = types_of(opts.order or DEFAULT_ORDER, ipv6),
+        types = types,
+        last = last and lrucache.new(MAX_NAMES) or nil,
         search = search,
         valid = opts.valid or apisix.dns_resolver_valid,
         query = { nameservers = servers, retrans = opts.retrans or 5, timeout = opts.timeout or 2000 },
@@ -204,6 +207,21 @@ local function candidates(self, name)
     return out
 end
 
+-- The types to ask for, that of the last answer first.
+local function types_for(self, name)
+    local last = self.last and self.last:get(name)
+    if not last then
+        return self.types
+    end
+    local types = { last }
+    for _, kind in ipairs(self.types) do
+        if kind ~= last then
+            types[#types + 1] = kind
+        end
+    end
+    return types
+end
+
 local function look_up(self, name)
     local resolver, err = dns:new(self.query)
     if not resolver then
@@ -211,9 +229,12 @@ local function look_up(self, name)
     end
     local last
     for _, full in ipairs(candidates(self, name)) do
-        for _, kind in ipairs(self.types) do
+        for _, kind in ipairs(types_for(self, full)) do
             local records, why = ask(resolver, full, kind)
             if records then
+                if self.last then
+                    self.last:set(full, kind)
+                end
                 return records
             end
             last = why
@@ -246,6 +267,16 @@ local function records_of(self, name)
     records, err = look_up(self, name)
     self.cache:set(name, { records = records, err = err }, records and seconds_of(self, records) or FAILURE_TTL)
     return records, err
+end
+
+--- Asks the servers now, whatever is kept and /etc/hosts says: an array of the records of the first type that has some, as the server
+-- sent them (SRV: `target`, `port`, `weight`, `priority`), and for how many seconds they hold; nil and the reason.
+function _M.ask(self, name)
+    local records, err = look_up(self, name:lower())
+    if not records then
+        return nil, "failed to query the DNS server: " .. err
+    end
+    return records, seconds_of(self, records)
 end
 
 --- The record of `name`, `{ name, address, type, class, ttl }` with an IPv6 address in brackets: one of them, or with
