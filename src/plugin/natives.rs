@@ -1,10 +1,10 @@
 //! `native.plugin`: what the Lua side of the runner asks of the request and its plan.
 
-use std::{ffi::c_int, sync::Arc};
+use std::ffi::c_int;
 
 use bytes::Bytes;
 
-use super::{registered, run::Run, watch};
+use super::{registered, run::Run, upstream, watch};
 use crate::{
     error::Result,
     exchange::{
@@ -12,7 +12,7 @@ use crate::{
         asked::{self, About, BodyText},
     },
     lua::{Api, Phases, Raise, Stack, api::request, convert::push_json, fast},
-    model::Object,
+    model::{Id, Kind, Object, Served},
     observe::log::Level,
 };
 
@@ -27,7 +27,7 @@ pub(super) fn register(api: &mut Api) -> Result<()> {
     api.func(
         "native.plugin.matched_uid",
         any,
-        "matched_uid(kind) -> number: the version of the matched route, service or upstream; 0: none.",
+        "matched_uid(kind) -> number: the version of the matched route or service; 0: none.",
         |s| {
             let kind = s.arg_bytes(1)?;
             let uid = fast::exchange().and_then(|x| matched(x, kind)).map_or(0, |m| m.uid);
@@ -37,15 +37,18 @@ pub(super) fn register(api: &mut Api) -> Result<()> {
     api.func(
         "native.plugin.matched",
         any,
-        "matched(kind) -> value, id, modified, created: the matched route, service or upstream.",
+        "matched(kind) -> value, id, modified, created, has_domain: the matched route or service as it is in force: with defaults, \
+         nodes as a list, one of which is a name or not.",
         |s| {
             let x = request()?;
             let Some(m) = matched(x, s.arg_bytes(1)?) else { return Ok(s.push_nil()) };
-            push_json(s, &serde_json::from_str(&m.json).unwrap_or_default())?;
+            let served = Served::of(m.kind, &m.id, &m.json).with_priorities();
+            push_json(s, &served.value)?;
             s.push_bytes(m.id.as_bytes());
             s.push_number(m.modified as f64);
             s.push_number(m.created as f64);
-            Ok(4)
+            s.push_bool(served.has_domain);
+            Ok(5)
         },
     )?;
     api.func("native.plugin.register_var", any, "register_var(name): this VM gives the variable.", |s| {
@@ -81,20 +84,7 @@ pub(super) fn register(api: &mut Api) -> Result<()> {
             Ok(4)
         },
     )?;
-    api.func(
-        "native.plugin.choose_upstream",
-        Phases::REQUEST,
-        "choose_upstream(id): the request goes to `/upstreams/{id}`.",
-        |s| {
-            let id = s.arg_str(1)?;
-            let x = request()?;
-            match x.snapshot.upstreams.get(&*id) {
-                Some(upstream) => x.upstream.chosen = Some(upstream.value.clone()),
-                None => crate::lua::log_error(x, &format!("failed to find upstream by id: {id}")),
-            }
-            Ok(0)
-        },
-    )?;
+    upstream::register(api)?;
     watches(api)?;
     api.func("native.plugin.log_error", any, "log_error(text).", |s| {
         let text = s.arg_str(1)?;
@@ -175,36 +165,23 @@ fn watches(api: &mut Api) -> Result<()> {
 }
 
 /// A resource that the request matched.
-struct Matched {
+struct Matched<'a> {
+    kind: Kind,
     uid: u64,
-    json: Arc<str>,
-    id: Arc<str>,
+    json: &'a str,
+    id: &'a Id,
     modified: i64,
     created: i64,
 }
 
-impl<T> From<&Arc<Object<T>>> for Matched {
-    fn from(o: &Arc<Object<T>>) -> Self {
-        Matched {
-            uid: o.uid,
-            json: o.json.clone(),
-            id: o.id.clone(),
-            modified: o.mod_revision,
-            created: o.create_revision,
-        }
+fn matched<'a>(x: &'a Exchange, kind: &[u8]) -> Option<Matched<'a>> {
+    fn of<T>(kind: Kind, o: &Object<T>) -> Matched<'_> {
+        Matched { kind, uid: o.uid, json: &o.json, id: &o.id, modified: o.mod_revision, created: o.create_revision }
     }
-}
-
-fn matched(x: &Exchange, kind: &[u8]) -> Option<Matched> {
     let m = x.matched.as_ref()?;
     match kind {
-        b"route" => Some(m.route().into()),
-        b"service" => m.service.as_ref().map(Into::into),
-        b"upstream" => {
-            let of_service = || m.service.as_ref().and_then(|s| s.value.upstream_id.as_ref());
-            let id = m.route().value.upstream_id.as_ref().or_else(of_service)?;
-            x.snapshot.upstreams.get(id).map(Into::into)
-        }
+        b"route" => Some(of(Kind::Route, m.route())),
+        b"service" => m.service.as_ref().map(|service| of(Kind::Service, service)),
         _ => None,
     }
 }

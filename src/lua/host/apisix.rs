@@ -3,6 +3,7 @@
 //! Everything is read from the snapshot that the running request holds, so a request never sees two versions.
 
 use std::{
+    borrow::Cow,
     cell::RefCell,
     ffi::{c_int, c_void},
     io::Read,
@@ -25,7 +26,7 @@ use crate::{
         sched::{self, Op, failed},
         vm::{self, Purpose},
     },
-    model::{self, Id, Keyring, Object, ParseContext, Parsed, PluginConf, consumer::AuthKey, parse},
+    model::{self, Id, Keyring, Object, ParseContext, Parsed, PluginConf, Served, consumer::AuthKey, parse},
     observe::{append, metrics},
     schema,
     store::Snapshot,
@@ -424,15 +425,14 @@ fn metadata(api: &mut Api) -> Result<()> {
     api.func(
         "native.apisix.object",
         Phases::ANY,
-        "object(kind, id) -> table, revision, uid | nil: an object of the configuration, kind as in the Admin API: \"upstreams\".",
+        "object(kind, id) -> table, revision | nil: an object of the configuration as it is in force, kind as in the Admin API: \
+         \"upstreams\".",
         |s| {
-            let Some(found) = in_force().and_then(|c| named(s, &c).transpose()).transpose()? else {
-                return Ok(s.push_nil());
-            };
-            push_object(s, &found.json)?;
+            let (kind, id) = named_kind(s)?;
+            let Some(found) = in_force().and_then(|c| stored(&c, kind, &id)) else { return Ok(s.push_nil()) };
+            push_json(s, &Served::of(kind, &id, &found.json).with_priorities().value)?;
             s.push_number(found.revision as f64);
-            s.push_number(found.uid as f64);
-            Ok(3)
+            Ok(2)
         },
     )?;
     api.func(
@@ -457,11 +457,16 @@ fn metadata(api: &mut Api) -> Result<()> {
 
 /// The object of arguments 1 and 2, kind and id.
 fn named(s: &Stack, config: &Snapshot) -> Result<Option<Stored>, Raise> {
+    let (kind, id) = named_kind(s)?;
+    Ok(stored(config, kind, &id))
+}
+
+fn named_kind<'a>(s: &'a Stack) -> Result<(model::Kind, Cow<'a, str>), Raise> {
     let (kind, id) = (s.arg_str(1)?, s.arg_str(2)?);
-    let Some(known) = model::Kind::ALL.into_iter().find(|k| k.plural() == kind) else {
-        return Err(format!("there are no {kind}").into());
-    };
-    Ok(stored(config, known, &id))
+    match model::Kind::ALL.into_iter().find(|k| k.plural() == kind) {
+        Some(kind) => Ok((kind, id)),
+        None => Err(format!("there are no {kind}").into()),
+    }
 }
 
 /// What scripts read of an object.
@@ -593,6 +598,15 @@ fn upstreams(api: &mut Api) -> Result<()> {
         "native.apisix.check_upstream",
         "check_upstream(json) -> true | nil, err: whether it describes an upstream.",
         check.map_err(script)?,
+    )?;
+    api.func(
+        "native.apisix.served_upstream",
+        Phases::ANY,
+        "served_upstream(json) -> table: an upstream that has passed its check as it is in force: with defaults, its nodes a list.",
+        |s| {
+            let served = Served::of(model::Kind::Upstream, "", &s.arg_str(1)?).with_priorities();
+            push_json(s, &served.value).map(|()| 1)
+        },
     )?;
     let choose = api.lua().create_function(|_, handle: mlua::UserDataRef<Handle>| {
         if let Some(x) = fast::exchange() {
