@@ -4,6 +4,8 @@ mod support;
 
 #[path = "gateway/admin.rs"]
 mod admin;
+#[path = "gateway/context.rs"]
+mod context;
 #[path = "gateway/contract.rs"]
 mod contract;
 #[path = "gateway/core_etcd.rs"]

@@ -11,8 +11,9 @@ function _M.check_schema(conf)
     return native.check_upstream(core.json.encode(conf))
 end
 
--- conf -> its handle in the gateway; the handle goes with the conf.
+-- conf -> its handle in the gateway, and itself as the gateway has it: with defaults, its nodes an array. Both go with the conf.
 local handles = setmetatable({}, { __mode = "k" })
+local served = setmetatable({}, { __mode = "k" })
 
 -- Upstreams that plugins name by a key and a version: their balancer's state outlives the request.
 local named = core.lrucache.new({ ttl = 300, count = 256 })
@@ -25,37 +26,40 @@ local function make(conf)
     if not text then
         return nil, encode_err
     end
-    return native.make_upstream(text)
+    local handle, err = native.make_upstream(text)
+    return handle, err or text
 end
 
 local function handle_of(conf)
     local handle = handles[conf]
     if not handle then
-        local err
-        handle, err = make(conf)
+        local text
+        handle, text = make(conf)
         if not handle then
-            return nil, err
+            return nil, text
         end
-        handles[conf] = handle
+        handles[conf], served[conf] = handle, native.served_upstream(text)
     end
     return handle
 end
 
-local function take(ctx, conf, handle)
+-- What `ctx` tells of the upstream from here on; what is nil it finds out when it is asked.
+local function take(ctx, handle, matched, conf, key, version)
     native.choose_upstream(handle)
-    ctx.matched_upstream = conf
+    ctx.matched_upstream = matched
+    ctx.upstream_conf, ctx.upstream_key, ctx.upstream_version, ctx.upstream_scheme = conf, key, version, nil
     return true
 end
 
---- Sends this request to the upstream that the table `conf` describes. Status and body when it cannot be. Phases: rewrite,
--- access, before_proxy.
+--- Sends this request to the upstream that the table `conf` describes. Status and body when it cannot be. `ctx.matched_upstream` is
+-- that upstream with the defaults of its schema and its nodes as an array, then. Phases: rewrite, access, before_proxy.
 function _M.choose(ctx, conf)
     local handle, err = handle_of(conf)
     if not handle then
         core.log.error("failed to use the upstream: ", err)
         return 500, { error_msg = "invalid upstream" }
     end
-    take(ctx, conf, handle)
+    take(ctx, handle, served[conf])
 end
 
 -- A single node needs no balancer: what a plugin makes of each request may be another under the same key. What nodes a registry
@@ -81,8 +85,7 @@ function _M.set(ctx, key, version, conf)
     if not handle then
         return nil, err
     end
-    ctx.upstream_conf, ctx.upstream_version, ctx.upstream_key = conf, version, key
-    return take(ctx, conf, handle)
+    return take(ctx, handle, conf, conf, key, version)
 end
 
 --- Sends this request to the upstream of the route's item, or of `ctx.matched_upstream`. Nothing, or a status and the reason.
@@ -97,7 +100,8 @@ function _M.set_by_route(route, ctx)
     return code, body and body.error_msg
 end
 
---- The upstream resource of that id as a table, or nil. The same table until the resource changes: it is for reading.
+--- The upstream resource of that id as a table, or nil: with the defaults of its schema and its nodes as an array of
+-- `{ host, port, weight, priority }`. The same table until the resource changes: it is for reading.
 function _M.get_by_id(id)
     local item = items("upstreams", id)
     return item and item.value

@@ -13,8 +13,10 @@
 -- * `ctx` is a table per request: `ctx.var` (read and write variables, also `http_*`, `arg_*`, `cookie_*`), and, on
 --   demand, `ctx.matched_route`, `ctx.matched_upstream`, `ctx.service`, `ctx.route_id`, `ctx.route_name`,
 --   `ctx.service_id`, `ctx.service_name`, `ctx.conf_type`, `ctx.conf_id`, `ctx.conf_version`, `ctx.consumer`,
---   `ctx.consumer_name`, `ctx.consumer_group_id`, `ctx.consumer_ver`, `ctx.credential_id`, `ctx.curr_req_matched`.
---   `ctx.plugins`. A plugin may set any field; `ctx.upstream_id` set in rewrite or access chooses the upstream.
+--   `ctx.consumer_name`, `ctx.consumer_group_id`, `ctx.consumer_ver`, `ctx.credential_id`, `ctx.curr_req_matched`,
+--   `ctx.plugins`; from before_proxy on `ctx.upstream_conf`, `ctx.upstream_key`, `ctx.upstream_version`, `ctx.upstream_scheme`; once
+--   a node was picked `ctx.picked_server`, `ctx.balancer_ip`, `ctx.balancer_port`, `ctx.balancer_try_count`. A plugin may set any
+--   field; `ctx.upstream_id` set in rewrite or access chooses the upstream.
 -- * A yield passes pcall, xpcall, metamethods and iterators, not string.gsub callbacks, table.sort or require.
 
 local native = ...

@@ -7,8 +7,8 @@ local request = require("moongate.request")
 local new_tab, clear_tab = require("table.new"), require("table.clear")
 local ngx = ngx
 local byte, find = string.byte, string.find
-local error, pcall, rawget, rawset, require, setmetatable, tostring, type =
-    error, pcall, rawget, rawset, require, setmetatable, tostring, type
+local error, pairs, pcall, rawget, rawset, require, setmetatable, tostring, type =
+    error, pairs, pcall, rawget, rawset, require, setmetatable, tostring, type
 
 local _M = {}
 
@@ -110,18 +110,19 @@ end
 -- Resources as tables, by uid; they go when no request uses them.
 local resources = setmetatable({}, { __mode = "v" })
 
---- The matched `route`, `service` or `upstream` as `{ key, value, modifiedIndex, createdIndex }`, or nil.
+--- The matched `route` or `service` as `{ key, value, modifiedIndex, createdIndex }`, or nil. The value is as it is in force: with
+-- the defaults of its schema, and nodes as an array of `{ host, port, weight, priority }`.
 local function resource(kind)
     local uid = native.matched_uid(kind)
     if uid == 0 then return nil end
     local known = resources[uid]
     if not known then
-        local value, id, modified, created = native.matched(kind)
+        local value, id, modified, created, has_domain = native.matched(kind)
         if value.id == nil then value.id = id end
         known = {
             key = require("moongate.keys") .. "/" .. kind .. "s/" .. id, value = value,
             modifiedIndex = modified, createdIndex = created, orig_modifiedIndex = modified,
-            has_domain = false, update_count = 0, clean_handlers = {},
+            has_domain = has_domain, update_count = 0, clean_handlers = {},
         }
         resources[uid] = known
     end
@@ -133,11 +134,94 @@ local lazy = {}
 function lazy.matched_route() return resource("route") end
 function lazy.service() return resource("service") end
 
-function lazy.matched_upstream()
-    local up = resource("upstream")
-    if up then return up.value end
+-- The item of `/upstreams/{id}`, the same that `apisix.upstream.get_by_id` gives.
+local function upstream_item(id)
+    return require("apisix.http.items")("upstreams", id)
+end
+
+function lazy.matched_upstream(ctx)
+    local chosen = rawget(ctx, "upstream_id")
+    local found = chosen and upstream_item(chosen)
+    if found then return found.value end
     local route, service = resource("route"), resource("service")
-    return route and route.value.upstream or service and service.value.upstream
+    local own = route and (route.value.upstream or route.value.upstream_id)
+    local value = own and route.value or service and service.value
+    if not value then return nil end
+    -- An id wins over an upstream beside it.
+    local item = value.upstream_id and upstream_item(value.upstream_id)
+    return item and item.value or not value.upstream_id and value.upstream or nil
+end
+
+-- Upstreams with other nodes than those that are written, by uid; they go when no request uses them.
+local apart = setmetatable({}, { __mode = "v" })
+
+local function with_found_nodes(uid, conf)
+    local known = apart[uid]
+    if not known then
+        known = {}
+        for name, value in pairs(conf) do known[name] = value end
+        known.nodes = native.upstream_nodes()
+        apart[uid] = known
+    end
+    return known
+end
+
+-- What the request is sent to: its table, its name for `upstream_key`, its version. nil before it is settled, which is after access.
+local function settled(ctx)
+    local uid, kind, id, is_apart = native.upstream()
+    if not uid then return nil end
+    local conf, name, version
+    if kind == "plugin" then
+        conf, name, version = ctx.matched_upstream, "plugin_" .. uid, uid
+    else
+        local item = kind == "upstream" and upstream_item(id) or resource(kind)
+        if not item then return nil end
+        conf = kind == "upstream" and item.value or item.value.upstream
+        name, version = kind .. "_" .. item.value.id, item.modifiedIndex
+    end
+    if type(conf) ~= "table" then return nil end
+    if not is_apart then return conf, name, version end
+    return with_found_nodes(uid, conf), name, version .. "#" .. uid
+end
+
+function lazy.upstream_conf(ctx)
+    local conf = settled(ctx)
+    return conf
+end
+
+function lazy.upstream_key(ctx)
+    local conf, name = settled(ctx)
+    return conf and (conf.type or "roundrobin") .. "#" .. name
+end
+
+function lazy.upstream_version(ctx)
+    local _, _, version = settled(ctx)
+    return version
+end
+
+function lazy.upstream_scheme(ctx)
+    local conf = settled(ctx)
+    return conf and (conf.scheme or "http")
+end
+
+function lazy.picked_server()
+    local ip, port, name = native.picked()
+    return ip and { host = ip, port = port, domain = name }
+end
+
+function lazy.balancer_ip()
+    local ip = native.picked()
+    return ip
+end
+
+function lazy.balancer_port()
+    local _, port = native.picked()
+    return port
+end
+
+function lazy.balancer_try_count()
+    local _, _, _, tries = native.picked()
+    return tries
 end
 
 function lazy.route_id()
@@ -192,8 +276,9 @@ function ctx_mt.__index(ctx, name)
     end
     local make = lazy[name]
     if make then
-        local value = make()
-        rawset(ctx, name, value)
+        local value = make(ctx)
+        -- What GraphQL there is changes with the body.
+        if name ~= "_graphql" then rawset(ctx, name, value) end
         return value
     end
 end

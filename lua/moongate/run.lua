@@ -337,9 +337,16 @@ local function run_all(sections, plan, ctx)
     if plan.switches then enter(plan.scope, ctx) end
 end
 
+-- A status where no upstream has the id that a plugin has set: the route's own does not take its place.
 local function chosen(ctx)
     local id = rawget(ctx, "upstream_id")
-    if id then native.choose_upstream(tostring(id)) end
+    if not id then return end
+    if not native.choose_upstream(tostring(id)) then
+        native.log_error("failed to find upstream by id: " .. tostring(id))
+        return 500
+    end
+    -- Found out anew when somebody asks.
+    ctx.matched_upstream, ctx.upstream_conf, ctx.upstream_key, ctx.upstream_version = nil, nil, nil, nil
 end
 
 --- Global rules' rewrite and access, then the route's rewrite; and its access too unless `pause`.
@@ -355,7 +362,8 @@ function _M.rewrite(plan, at, pause)
         local code, body = run_until_answer(sections, plan, ctx)
         if code then return code, body end
     end
-    chosen(ctx)
+    -- Access, where it comes, has the last word.
+    if not (pause and plan.access) then return chosen(ctx) end
 end
 
 --- After a consumer was attached (`joined`): its plugins' rewrite; then everyone's access.
@@ -375,14 +383,12 @@ function _M.access(plan, at, joined)
         local code, body = run_until_answer(sections, plan, ctx)
         if code then return code, body end
     end
-    chosen(ctx)
+    return chosen(ctx)
 end
 
 function _M.before_proxy(plan, at)
     local ctx = ctxs[at] or begin(at, plan.scope)
-    local code, body = run_until_answer(plan.before_proxy, plan, ctx)
-    if code then return code, body end
-    chosen(ctx)
+    return run_until_answer(plan.before_proxy, plan, ctx)
 end
 
 for _, phase in ipairs({ "header_filter", "body_filter", "delayed_body_filter", "log" }) do

@@ -19,7 +19,7 @@ use crate::{
         PluginHost,
         http::{self as api, Answer, Call, Incomplete},
     },
-    model::{self, Id, Kind, Object},
+    model::{Id, Kind, Object, Served},
     schema,
     store::{Published, Snapshot, SourceState, snapshot::Table},
 };
@@ -233,15 +233,7 @@ fn one<T>(state: &State, table: &Table<T>, kind: Kind, id: &str) -> Answer {
 
 /// The object as it is served: defaults filled in, nodes as a list.
 fn shown<T>(state: &State, object: &Object<T>, kind: Kind) -> Value {
-    let mut value: Value = serde_json::from_str(&object.json).unwrap_or_default();
-    // What is served has passed this check.
-    let _ = model::check(kind, &object.id, &mut value);
-    let mut has_domain = false;
-    for path in ["", "/upstream"] {
-        if let Some(nodes) = value.pointer_mut(path).and_then(|upstream| upstream.get_mut("nodes")) {
-            has_domain |= list_nodes(nodes);
-        }
-    }
+    let Served { mut value, has_domain } = Served::of(kind, &object.id, &object.json);
     fill_plugins(&mut value);
     let mut shown = json!({
         "key": format!("{}/{}/{}", state.prefix, kind.plural(), object.id),
@@ -266,27 +258,6 @@ fn fill_plugins(value: &mut Value) {
         if let Some(conf) = conf.as_object_mut() {
             conf.entry("_meta").or_insert_with(|| json!({}));
         }
-    }
-}
-
-/// Makes a list of nodes written as a map; says whether one is a name.
-fn list_nodes(nodes: &mut Value) -> bool {
-    if let Value::Object(map) = nodes {
-        let list = map.iter().map(|(place, weight)| match split(place) {
-            (host, Some(port)) => json!({ "host": host, "port": port, "weight": weight }),
-            (host, None) => json!({ "host": host, "weight": weight }),
-        });
-        *nodes = Value::Array(list.collect());
-    }
-    let hosts = nodes.as_array().into_iter().flatten().filter_map(|node| node.get("host")?.as_str());
-    hosts.into_iter().any(|host| host.trim_matches(['[', ']']).parse::<std::net::IpAddr>().is_err())
-}
-
-/// `host:port`, brackets kept.
-fn split(place: &str) -> (&str, Option<u16>) {
-    match place.rsplit_once(':').map(|(host, port)| (host, port.parse())) {
-        Some((host, Ok(port))) => (host, Some(port)),
-        _ => (place, None),
     }
 }
 

@@ -92,6 +92,12 @@ impl About {
     }
 }
 
+/// Another body has taken the place of the one that was looked into: who asks now has it learnt anew.
+pub fn forget(x: &mut Exchange) {
+    x.graphql = None;
+    x.posted = None;
+}
+
 /// Why a body of so many bytes is not looked into.
 pub fn too_long(length: u64, most: u64) -> String {
     format!("request size {length} is greater than the maximum size {most} allowed")

@@ -7,6 +7,7 @@ pub mod plan;
 mod registered;
 pub mod registry;
 pub mod run;
+mod upstream;
 pub mod watch;
 
 pub use registry::{Checker, PluginInfo, Setup};

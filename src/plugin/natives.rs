@@ -1,11 +1,11 @@
 //! `native.plugin`: what the Lua side of the runner asks of the request and its plan.
 
-use std::{ffi::c_int, sync::Arc};
+use std::ffi::c_int;
 
 use bytes::Bytes;
 use serde_json::Value;
 
-use super::{registered, run::Run, watch};
+use super::{registered, run::Run, upstream, watch};
 use crate::{
     error::Result,
     exchange::{
@@ -21,7 +21,7 @@ use crate::{
         fast,
         vm::{self, Purpose},
     },
-    model::{Consumer, Object, Plugins},
+    model::{Consumer, Id, Kind, Object, Plugins, Served},
     observe::log::Level,
 };
 
@@ -36,7 +36,7 @@ pub(super) fn register(api: &mut Api) -> Result<()> {
     api.func(
         "native.plugin.matched_uid",
         any,
-        "matched_uid(kind) -> number: the version of the matched route, service or upstream; 0: none.",
+        "matched_uid(kind) -> number: the version of the matched route or service; 0: none.",
         |s| {
             let kind = s.arg_bytes(1)?;
             let uid = fast::exchange().and_then(|x| matched(x, kind)).map_or(0, |m| m.uid);
@@ -46,15 +46,18 @@ pub(super) fn register(api: &mut Api) -> Result<()> {
     api.func(
         "native.plugin.matched",
         any,
-        "matched(kind) -> value, id, modified, created: the matched route, service or upstream, its plugins' confs decrypted.",
+        "matched(kind) -> value, id, modified, created, has_domain: the matched route or service as it is in force: with defaults, its \
+         plugins' confs decrypted, nodes as a list, one of which is a name or not.",
         |s| {
             let x = request()?;
             let Some(m) = matched(x, s.arg_bytes(1)?) else { return Ok(s.push_nil()) };
-            push_json(s, &m.shown())?;
+            let served = Served::of_value(m.kind, m.id, m.shown()).with_priorities();
+            push_json(s, &served.value)?;
             s.push_bytes(m.id.as_bytes());
             s.push_number(m.modified as f64);
             s.push_number(m.created as f64);
-            Ok(4)
+            s.push_bool(served.has_domain);
+            Ok(5)
         },
     )?;
     consumer(api)?;
@@ -98,20 +101,7 @@ pub(super) fn register(api: &mut Api) -> Result<()> {
             Ok(4)
         },
     )?;
-    api.func(
-        "native.plugin.choose_upstream",
-        Phases::REQUEST,
-        "choose_upstream(id): the request goes to `/upstreams/{id}`.",
-        |s| {
-            let id = s.arg_str(1)?;
-            let x = request()?;
-            match x.snapshot.upstreams.get(&*id) {
-                Some(upstream) => x.upstream.chosen = Some(upstream.value.clone()),
-                None => crate::lua::log_error(x, &format!("failed to find upstream by id: {id}")),
-            }
-            Ok(0)
-        },
-    )?;
+    upstream::register(api)?;
     watches(api)?;
     api.func("native.plugin.log_error", any, "log_error(text).", |s| {
         let text = s.arg_str(1)?;
@@ -263,46 +253,35 @@ fn is_function() -> bool {
 }
 
 /// A resource that the request matched.
-struct Matched {
+struct Matched<'a> {
+    kind: Kind,
     uid: u64,
-    json: Arc<str>,
-    plugins: Option<Plugins>,
-    id: Arc<str>,
+    json: &'a str,
+    plugins: &'a Plugins,
+    id: &'a Id,
     modified: i64,
     created: i64,
 }
 
-impl Matched {
+impl Matched<'_> {
     /// Its JSON, plugins' confs decrypted: not for functions without trust, which keys are not for.
     fn shown(&self) -> Value {
-        match &self.plugins {
-            Some(plugins) if !is_function() => plugins.in_clear(&self.json),
-            _ => serde_json::from_str(&self.json).unwrap_or_default(),
-        }
-    }
-
-    fn of<T>(o: &Object<T>, plugins: Option<&Plugins>) -> Self {
-        Matched {
-            uid: o.uid,
-            json: o.json.clone(),
-            plugins: plugins.cloned(),
-            id: o.id.clone(),
-            modified: o.mod_revision,
-            created: o.create_revision,
+        match is_function() {
+            false => self.plugins.in_clear(self.json),
+            true => serde_json::from_str(self.json).unwrap_or_default(),
         }
     }
 }
 
-fn matched(x: &Exchange, kind: &[u8]) -> Option<Matched> {
+fn matched<'a>(x: &'a Exchange, kind: &[u8]) -> Option<Matched<'a>> {
+    fn of<'o, T>(kind: Kind, o: &'o Object<T>, plugins: &'o Plugins) -> Matched<'o> {
+        let (modified, created) = (o.mod_revision, o.create_revision);
+        Matched { kind, uid: o.uid, json: &o.json, plugins, id: &o.id, modified, created }
+    }
     let m = x.matched.as_ref()?;
     match kind {
-        b"route" => Some(Matched::of(m.route(), Some(&m.route().value.plugins))),
-        b"service" => m.service.as_ref().map(|s| Matched::of(s, Some(&s.value.plugins))),
-        b"upstream" => {
-            let of_service = || m.service.as_ref().and_then(|s| s.value.upstream_id.as_ref());
-            let id = m.route().value.upstream_id.as_ref().or_else(of_service)?;
-            x.snapshot.upstreams.get(id).map(|u| Matched::of(u, None))
-        }
+        b"route" => Some(of(Kind::Route, m.route(), &m.route().value.plugins)),
+        b"service" => m.service.as_ref().map(|service| of(Kind::Service, service, &service.value.plugins)),
         _ => None,
     }
 }

@@ -110,9 +110,13 @@ async fn answer(p: &Rc<Proxy>, x: &mut Exchange, phases: PhaseMask) -> Result<()
     }
     if p.runner.mask(x).has(Phase::BeforeProxy) {
         x.phase = Phase::BeforeProxy;
+        let chosen = x.upstream.chosen.as_ref().map(|upstream| upstream.uid);
         let flow = p.runner.before_proxy(x).await;
         if flow != Flow::Next {
             return flowed(p, x, flow).await;
+        }
+        if x.upstream.chosen.as_ref().map(|upstream| upstream.uid) != chosen && choose_upstream(x)? {
+            Box::pin(p.runner.discover(x)).await?;
         }
     }
     forward::forward(p, x).await

@@ -1,4 +1,5 @@
 --- Configuration objects as items: `{ value = …, key = …, modifiedIndex = … }`, the same table as long as the object is.
+-- The value is as it is in force: with the defaults of its schema, and nodes as an array of `{ host, port, weight, priority }`.
 local native = require("moongate.native").apisix
 local prefix = require("moongate.keys")
 local setmetatable, tostring = setmetatable, tostring

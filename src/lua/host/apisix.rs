@@ -3,6 +3,7 @@
 //! Everything is read from the snapshot that the running request holds, so a request never sees two versions.
 
 use std::{
+    borrow::Cow,
     cell::RefCell,
     ffi::{c_int, c_void},
     io::Read,
@@ -25,7 +26,7 @@ use crate::{
         sched::{self, Op, failed},
         vm::{self, Purpose},
     },
-    model::{self, Id, Keyring, Object, ParseContext, Parsed, PluginConf, Plugins, consumer::AuthKey, parse},
+    model::{self, Id, Keyring, Object, ParseContext, Parsed, PluginConf, Plugins, Served, consumer::AuthKey, parse},
     observe::{append, metrics},
     schema,
     store::Snapshot,
@@ -452,16 +453,15 @@ fn metadata(api: &mut Api) -> Result<()> {
     api.func(
         "native.apisix.object",
         Phases::ANY,
-        "object(kind, id) -> table, revision, uid | nil: an object of the configuration with its plugins' confs decrypted, kind as in \
-         the Admin API: \"upstreams\".",
+        "object(kind, id) -> table, revision | nil: an object of the configuration as it is in force, its plugins' confs decrypted, kind as \
+         in the Admin API: \"upstreams\".",
         |s| {
-            let Some(found) = in_force().and_then(|c| named(s, &c).transpose()).transpose()? else {
-                return Ok(s.push_nil());
-            };
-            push_json(s, &found.plugins.unwrap_or_default().in_clear(&found.json))?;
+            let (kind, id) = named_kind(s)?;
+            let Some(found) = in_force().and_then(|c| stored(&c, kind, &id)) else { return Ok(s.push_nil()) };
+            let clear = found.plugins.unwrap_or_default().in_clear(&found.json);
+            push_json(s, &Served::of_value(kind, &id, clear).with_priorities().value)?;
             s.push_number(found.revision as f64);
-            s.push_number(found.uid as f64);
-            Ok(3)
+            Ok(2)
         },
     )?;
     api.func(
@@ -486,11 +486,16 @@ fn metadata(api: &mut Api) -> Result<()> {
 
 /// The object of arguments 1 and 2, kind and id.
 fn named(s: &Stack, config: &Snapshot) -> Result<Option<Stored>, Raise> {
+    let (kind, id) = named_kind(s)?;
+    Ok(stored(config, kind, &id))
+}
+
+fn named_kind<'a>(s: &'a Stack) -> Result<(model::Kind, Cow<'a, str>), Raise> {
     let (kind, id) = (s.arg_str(1)?, s.arg_str(2)?);
-    let Some(known) = model::Kind::ALL.into_iter().find(|k| k.plural() == kind) else {
-        return Err(format!("there are no {kind}").into());
-    };
-    Ok(stored(config, known, &id))
+    match model::Kind::ALL.into_iter().find(|k| k.plural() == kind) {
+        Some(kind) => Ok((kind, id)),
+        None => Err(format!("there are no {kind}").into()),
+    }
 }
 
 /// What scripts read of an object.
@@ -624,6 +629,15 @@ fn upstreams(api: &mut Api) -> Result<()> {
         "native.apisix.check_upstream",
         "check_upstream(json) -> true | nil, err: whether it describes an upstream.",
         check.map_err(script)?,
+    )?;
+    api.func(
+        "native.apisix.served_upstream",
+        Phases::ANY,
+        "served_upstream(json) -> table: an upstream that has passed its check as it is in force: with defaults, its nodes a list.",
+        |s| {
+            let served = Served::of(model::Kind::Upstream, "", &s.arg_str(1)?).with_priorities();
+            push_json(s, &served.value).map(|()| 1)
+        },
     )?;
     let choose = api.lua().create_function(|_, handle: mlua::UserDataRef<Handle>| {
         if let Some(x) = fast::exchange() {

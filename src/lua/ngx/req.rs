@@ -15,7 +15,7 @@ use super::{Text, codec, header::change_request};
 use crate::{
     conf::locations::Location,
     error::{Error, Kind, Result},
-    exchange::{Exchange, RequestBody, Spooled, Version, framing::parse_decimal},
+    exchange::{Exchange, RequestBody, Spooled, Version, asked, framing::parse_decimal},
     lua::{
         Op, Values, Wait,
         api::{Api, Phases, Raise, Stack, request},
@@ -272,6 +272,7 @@ fn note_file(x: &Exchange, path: &std::path::Path) {
 /// Puts another body in the place of the client's.
 fn replace_body(x: &mut Exchange, body: RequestBody, length: u64) {
     x.body = body;
+    asked::forget(x);
     change_request(x, b"transfer-encoding", b"", 2);
     change_request(x, b"content-length", length.to_string().as_bytes(), 0);
 }
