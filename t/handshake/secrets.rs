@@ -88,6 +88,19 @@ fn a_certificate_comes_from_a_manager_that_is_asked_once() {
     let shown = |schemes| Browser::checking(schemes, BOTH, None).connect(&gw, "b.test").expect("one").shown.certificate;
     assert_eq!(shown(vec![SignatureScheme::ED25519]), second.cert.der().as_ref());
     assert_eq!(shown(vec![SignatureScheme::ECDSA_NISTP256_SHA256]), any.cert.der().as_ref());
+
+    // The authority of clients.
+    let known = pair("known");
+    let mut third = pem(&any);
+    third["ca"] = known.cert.pem().into();
+    vault.say(third);
+    let of_third = |field: &str| format!("$secret://vault/1/third/{field}");
+    let object =
+        json!({"sni": "c.test", "cert": of_third("cert"), "key": of_third("key"), "client": {"ca": of_third("ca")}});
+    gw.put("/ssls/3", object);
+    let browser = |own| Browser::with(&[&rustls::version::TLS12], own);
+    assert!(browser(Some(&known)).connect(&gw, "c.test").is_ok());
+    assert!(browser(Some(&any)).connect(&gw, "c.test").is_err() && browser(None).connect(&gw, "c.test").is_err());
     assert!(!gw.log().contains("BEGIN"), "nothing of it is in the log");
 }
 
@@ -146,23 +159,33 @@ fn what_was_served_goes_on_until_there_is_a_whole_new_pair() {
     eventually("the new one is served", || (shown() == new.cert.der().as_ref()).then_some(()));
 }
 
-#[test]
-fn a_node_is_shown_a_certificate_that_a_manager_has() {
-    let (vault, own) = (Vault::start(), pair("gateway"));
+/// A node that speaks HTTP over TLS, asks for the client's certificate, and answers with its length. Keeps those of probes, whose path is
+/// `/probe`.
+fn node() -> (Upstream, Arc<Mutex<Vec<String>>>) {
     let config = Arc::new(asking_config(&pair("node.test")));
+    let probes: Arc<Mutex<Vec<String>>> = Arc::default();
+    let kept = probes.clone();
     let node = Upstream::serving(move |_, stream| {
-        let connection = rustls::ServerConnection::new(config.clone()).expect("a server");
-        let mut tls = StreamOwned::new(connection, stream);
+        let mut tls = StreamOwned::new(rustls::ServerConnection::new(config.clone()).expect("a server"), stream);
         if tls.conn.complete_io(&mut tls.sock).is_err() {
             return;
         }
         let shown = tls.conn.peer_certificates().map_or(0, |certs| certs[0].len()).to_string();
         let mut some = [0; 4096];
-        let _ = tls.read(&mut some);
+        let n = tls.read(&mut some).unwrap_or_default();
+        if some[..n].starts_with(b"GET /probe ") {
+            kept.lock().expect("no panic").push(shown.clone());
+        }
         let _ = write!(tls, "HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{shown}", shown.len());
         tls.conn.send_close_notify();
         let _ = tls.flush();
     });
+    (node, probes)
+}
+
+#[test]
+fn a_node_is_shown_a_certificate_that_a_manager_has() {
+    let (vault, own, (node, _)) = (Vault::start(), pair("gateway"), node());
     let gw = Gateway::start();
     vault.join(&gw);
     let to = |tls: Value| json!({"uri": "/t", "upstream": {"scheme": "https", "nodes": {node.addr(): 1}, "tls": tls}});
@@ -184,4 +207,24 @@ fn a_node_is_shown_a_certificate_that_a_manager_has() {
     assert_eq!(gw.get("/t").text(), shown);
     gw.put("/routes/1", to(json!({})));
     assert_eq!(gw.get("/t").text(), "0");
+}
+
+#[test]
+fn probes_show_what_requests_have_looked_up() {
+    let (vault, own, (node, probes)) = (Vault::start(), pair("gateway"), node());
+    let gw = short();
+    vault.join(&gw);
+    let active = json!({"type": "https", "http_path": "/probe", "https_verify_certificate": false,
+        "healthy": {"interval": 1}, "unhealthy": {"interval": 1}});
+    let upstream = json!({"scheme": "https", "nodes": {node.addr(): 1}, "checks": {"active": active},
+        "tls": {"client_cert": "$secret://vault/1/probes/cert", "client_key": "$secret://vault/1/probes/key"}});
+    gw.put("/routes/1", json!({"uri": "/t", "upstream": upstream}));
+    assert_eq!(gw.get("/t").status, 503);
+    assert_eq!(node.connections(), 0, "neither a request nor a probe comes without a certificate");
+    vault.say(pem(&own));
+    let shown = own.cert.der().len().to_string();
+    eventually("a request has it", || (gw.get("/t").text() == shown).then_some(()));
+    let seen =
+        eventually("a probe has it", || Some(probes.lock().expect("no panic").clone()).filter(|p| !p.is_empty()));
+    assert!(seen.iter().all(|probe| *probe == shown), "{seen:?}");
 }
