@@ -222,6 +222,26 @@ fn on_a_free_port(socket: &str, spawn: impl Fn(u16, &Path) -> Child) -> Peer {
     panic!("no port stays free");
 }
 
+/// A Prometheus with this configuration.
+pub fn prometheus(config: &serde_json::Value) -> Peer {
+    let dir = TempDir::new().expect("a temporary directory");
+    let (port, file) = (free_port(), dir.path().join("prometheus.yml"));
+    // JSON is YAML.
+    std::fs::write(&file, config.to_string()).expect("a written file");
+    let child = Command::new("prometheus")
+        .arg(format!("--config.file={}", file.display()))
+        .arg(format!("--storage.tsdb.path={}", dir.path().join("data").display()))
+        .arg(format!("--web.listen-address=127.0.0.1:{port}"))
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("prometheus is installed (Debian: prometheus)");
+    let peer = Peer { child, port, dir };
+    wait_for_port(port);
+    eventually("Prometheus is ready", || (super::get(&peer.address(), "/-/ready").status == 200).then_some(()));
+    peer
+}
+
 /// Who runs the test: servers that refuse to be root want to hear it.
 fn user() -> String {
     let out = Command::new("id").arg("-un").output().expect("id");
