@@ -183,7 +183,8 @@ fn perform(options: &Options, run: Run) -> Result<ExitCode> {
 
 /// Its exit code is its verdict.
 fn migrate(options: &Options) -> Result<ExitCode> {
-    let asked = match migrate::Options::parse(&options.prefix, options.rest.iter().cloned()) {
+    let asked = migrate::Options::parse(&options.prefix, options.rest.iter().cloned());
+    let asked = match asked.and_then(migrate::Options::readable) {
         Ok(asked) => asked,
         Err(e) => {
             writeln!(io::stderr(), "moongate: {e}; see moongate help")?;

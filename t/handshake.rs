@@ -1,5 +1,7 @@
 //! Scripts that have a say in TLS handshakes, with a real client: rustls.
 
+#[path = "handshake/secrets.rs"]
+mod secrets;
 mod support;
 
 use std::{
@@ -959,6 +961,11 @@ fn a_socket_trusts_the_authorities_that_a_script_names() {
 
 /// A TLS server with this certificate that asks for the client's and answers with its length.
 fn asking(pair: &CertifiedKey<KeyPair>) -> Upstream {
+    telling(asking_config(pair))
+}
+
+/// A server's configuration that asks for the client's certificate and takes any.
+fn asking_config(pair: &CertifiedKey<KeyPair>) -> rustls::ServerConfig {
     #[derive(Debug)]
     struct Any(Arc<CryptoProvider>);
     impl rustls::server::danger::ClientCertVerifier for Any {
@@ -998,13 +1005,12 @@ fn asking(pair: &CertifiedKey<KeyPair>) -> Upstream {
     }
     let provider = Arc::new(ring::default_provider());
     let key = PrivatePkcs8KeyDer::from(pair.signing_key.serialize_der()).into();
-    let config = rustls::ServerConfig::builder_with_provider(provider.clone())
+    rustls::ServerConfig::builder_with_provider(provider.clone())
         .with_protocol_versions(BOTH)
         .expect("versions")
         .with_client_cert_verifier(Arc::new(Any(provider)))
         .with_single_cert(vec![pair.cert.der().clone()], key)
-        .expect("a certificate");
-    telling(config)
+        .expect("a certificate")
 }
 
 /// A TLS server that says the length of the client's certificate and the version, and then the cipher suite.

@@ -72,6 +72,19 @@ fn a_wrong_call_is_told_and_has_its_own_exit_code() {
     for args in [&[][..], &["--etcd"], &["--nothing"], &["--etcd", "http://127.0.0.1:1", "--apisix-yaml", "x"]] {
         assert_eq!(check(&dir, args).0, 64, "{args:?}");
     }
+    dir.write("file", "");
+    for (args, why) in [
+        (["--lua-path", "nowhere"], "--lua-path nowhere: No such file or directory"),
+        (["--lua-path", "file"], "--lua-path file: Not a directory"),
+        (["--conf", "conf/nowhere.yaml"], "--conf conf/nowhere.yaml: No such file or directory"),
+        (["--conf", "conf"], "--conf conf: it is no file"),
+    ] {
+        let mut command = dir.command();
+        command.args(["migrate", "check"]).args(args);
+        let (status, said) = run(command);
+        assert_eq!(status.code(), Some(64), "{args:?}: {said}");
+        assert!(said.contains(why), "{said}");
+    }
     let mut command = dir.command();
     command.arg("migrate");
     let (status, said) = run(command);
@@ -313,12 +326,107 @@ return _M
     told(&report, "change", &format!("{odd}:10"), "ngx.nothing");
     told(&report, "cannot", &format!("{odd}:11"), "get_request");
     told(&report, "change", "lua/apisix/plugins/broken.lua", "does not load");
-    told(&report, "change", "lua/apisix/plugins/broken.lua", "does not compile: line 1:");
+    assert_eq!(report.to_string().matches("plugins/broken.lua").count(), 2, "place and reason, once: {report:#}");
     told(&report, "change", "lua/helpers/code.lua", "bytecode");
     told(&report, "change", "lua/helpers/many.lua", "has 50 more");
     assert_eq!(report.to_string().matches("many.lua:").count(), 200);
     told(&report, "change", "lua/helpers/large.lua", "more than 8388608 bytes");
     assert!(!report.to_string().contains("tenant.lua"), "what is right is not told: {report:#}");
+}
+
+#[test]
+fn what_points_nowhere_is_told_and_does_not_run() {
+    let dir = Dir::new();
+    dir.write(
+        "objects.yaml",
+        r#"
+routes:
+  - {id: 1, uri: /a, upstream: {nodes: {"a:1": 1}}}
+  - {id: 2, uri: /b, upstream_id: nope}
+  - {id: 3, uri: /c, service_id: 7, plugin_config_id: pc}
+  - {id: 4, uri: /d, upstream_id: 1, plugins: {proxy-rewrite: {uri: "$secret://vault/7/a/b"}}}
+  - {id: 5, uri: /e, upstream: {nodes: {"a:1": 1}, scheme: https, tls: {client_cert_id: own}}}
+  - {id: 6, uri: /f, upstream_id: 1, plugins: {traffic-split: {rules: [{weighted_upstreams: [{upstream_id: 9}]}]}}}
+services: [{id: 1, upstream_id: away}]
+upstreams: [{id: 1, nodes: {"a:1": 1}}]
+consumers: [{username: jack, group_id: friends}]
+ssls:
+  - {id: here, sni: a.test, cert: "$secret://vault/1/tls/cert", key: "$secret://vault/1/tls/key"}
+  - {id: there, sni: b.test, cert: "$secret://vault/8/tls/cert", key: "$secret://vault"}
+secrets: [{id: vault/1, uri: "http://127.0.0.1:1", prefix: kv, token: root}]
+#END
+"#,
+    );
+    let (code, report) = report(&dir, &["--apisix-yaml", "objects.yaml"]);
+    assert_eq!(code, 1, "{report:#}");
+    let nowhere = told(&report, "change", "/routes/2", "upstream_id is nope, and there is no object /upstreams/nope");
+    assert!(nowhere["advice"].as_str().unwrap().contains("write that object"));
+    told(&report, "change", "/routes/3", "service_id is 7, and there is no object /services/7");
+    told(&report, "change", "/routes/3", "plugin_config_id is pc, and there is no object /plugin_configs/pc");
+    told(&report, "change", "/routes/5", "upstream.tls.client_cert_id is own, and there is no object /ssls/own");
+    told(&report, "change", "/routes/6", "weighted_upstreams[0].upstream_id is 9");
+    told(&report, "change", "/services/1", "/upstreams/away");
+    told(&report, "change", "/consumers/jack", "/consumer_groups/friends");
+    let manager = told(&report, "change", "/routes/4", "$secret://vault/7/, and no object /secrets/vault/7");
+    assert!(manager["advice"].as_str().unwrap().contains("write that object"));
+    told(&report, "change", "/ssls/there", "$secret://vault/8/, and no object /secrets/vault/8");
+    told(&report, "change", "/ssls/there", "without saying where ($secret://vault)");
+    assert!(!report["findings"].to_string().contains("/ssls/here"), "{report:#}");
+    let runs = report["runs"]["objects"].to_string();
+    assert!(runs.contains("routes: 2 of 6") && runs.contains("services: 0 of 1"), "{runs}");
+}
+
+#[test]
+fn calls_that_raise_and_functions_that_nobody_calls_are_told() {
+    let dir = Dir::new();
+    fs::create_dir_all(dir.join("lua/apisix/plugins")).unwrap();
+    dir.write(
+        "lua/apisix/plugins/raises.lua",
+        r#"local balancer = require("apisix.balancer")
+local router = require("apisix.router")
+local sni = require("apisix.ssl.router.radixtree_sni")
+local _M = { version = 0.1, priority = 10, name = "raises", schema = { type = "object" } }
+function _M.access(conf, ctx)
+    balancer.run()
+    router.router_http.match(ctx)
+    sni.match_and_set(ctx)
+    ngx.location.capture("/x")
+    ngx.location.capture_multi({})
+    ngx.exec("/x")
+    balancer.pick_server({}, ctx)
+end
+return _M
+"#,
+    );
+    dir.write(
+        "lua/hook.lua",
+        r#"local apisix = require("apisix")
+local plugin, upstream = require("apisix.plugin"), require("apisix.upstream")
+local old = apisix.http_access_phase
+apisix.http_access_phase = function(...) return old(...) end
+function plugin.run_plugin() end
+upstream.set_by_route = function() end
+require("apisix.core").request.mine = ngx.location.capture
+"#,
+    );
+    let (code, report) = report(&dir, &["--lua-path", "lua", "--lua-path", "lua/../lua"]);
+    assert_eq!(code, 1, "{report:#}");
+    for (line, what) in [
+        (6, "apisix.balancer.run"),
+        (7, "apisix.router.router_http.match"),
+        (8, "apisix.ssl.router.radixtree_sni.match_and_set"),
+        (9, "ngx.location.capture raises in plugins"),
+        (10, "ngx.location.capture_multi raises in plugins"),
+        (11, "ngx.exec raises in plugins"),
+    ] {
+        let finding = told(&report, "change", &format!("apisix/plugins/raises.lua:{line}"), what);
+        assert!(!finding["advice"].as_str().unwrap().is_empty());
+    }
+    told(&report, "change", "hook.lua:4", "replaces apisix.http_access_phase, which the gateway does not call");
+    told(&report, "change", "hook.lua:5", "replaces apisix.plugin.run_plugin");
+    told(&report, "change", "hook.lua:6", "replaces apisix.upstream.set_by_route");
+    told(&report, "note", "hook.lua:7", "ngx.location.capture raises in plugins, and works in lua_locations");
+    assert_eq!(report["findings"].as_array().unwrap().len(), 10, "each once, and nothing else: {report:#}");
 }
 
 /// The whole of what an APISIX keeps in etcd, as its documents and schemas have it.

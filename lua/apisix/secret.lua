@@ -115,6 +115,7 @@ end
 
 -- Nil, the reason, and whether asking again is of no use.
 local function ask_manager(uri)
+    log.info("fetching data from secret uri: ", uri)
     local parts, err = parse(uri)
     if not parts then
         return nil, err, true

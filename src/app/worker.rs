@@ -30,7 +30,7 @@ use crate::{
     control::{PluginCall, PluginReply},
     dns::Resolver,
     error::{Error, Kind, Result},
-    exchange::{Connection, Exchange, RequestBody},
+    exchange::{Connection, Exchange, RequestBody, host::Doing},
     health::{Health, Watched},
     model::Upstream,
     net::{
@@ -41,7 +41,7 @@ use crate::{
     proxy::{Proxy, handshake},
     store::Published,
     stream::{self, Streams},
-    tcp,
+    tcp, tls,
 };
 
 /// Address space for deep Lua and regex recursion; pages that are not touched cost nothing.
@@ -235,6 +235,13 @@ impl stream::Registries for Serving {
     }
 }
 
+impl tls::Secrets for Serving {
+    fn fetch<'a>(&'a self, reference: &'a str) -> Doing<'a, Result<Box<str>>> {
+        let proxy = self.proxy();
+        Box::pin(async move { proxy.fetch(reference).await })
+    }
+}
+
 /// Makes a new proxy, with new VMs, for each new blueprint. Where that fails, the old one goes on.
 async fn follow(
     worker: usize,
@@ -299,7 +306,12 @@ fn listen(
     let (with_http2, without) = (server(true), server(false));
     let scripts = &handler.serving.scripts;
     let published = &blueprint.published;
-    let tls_of = |server| listener::Tls { server, published: published.clone(), scripts: scripts.clone() };
+    let tls_of = |server| listener::Tls {
+        server,
+        published: published.clone(),
+        scripts: scripts.clone(),
+        secrets: handler.serving.clone(),
+    };
     let server = |http2| if http2 { with_http2.clone() } else { without.clone() };
     for Http { socket, proxy_protocol, http2, tls } in tcp {
         let listener = listener::Listener { socket, proxy_protocol, tls: tls.map(tls_of) };
@@ -326,11 +338,16 @@ fn stream(
         settings,
         (published.clone(), resolver.clone(), Watched::new(health.clone())),
         drain.clone(),
-        (log, serving),
+        (log, serving.clone()),
         endings.metrics.clone(),
     )?);
     for Tcp { socket, proxy_protocol, proxy_protocol_to_upstream: to_upstream, tls } in tcp {
-        let tls = tls.map(|server| listener::Tls { server, published: published.clone(), scripts: Rc::default() });
+        let tls = tls.map(|server| listener::Tls {
+            server,
+            published: published.clone(),
+            scripts: Rc::default(),
+            secrets: serving.clone(),
+        });
         let listener = stream::tcp::Listener { socket, proxy_protocol, tls, to_upstream };
         listeners.spawn_local(stream::tcp::run(streams.clone(), listener));
     }

@@ -38,6 +38,7 @@ use crate::{
     },
     observe::log::{self, Level},
     store::{Published, Snapshot},
+    tls,
 };
 
 /// Upstreams that are checked. Past it further ones are served without: each is a task and a line of the control API.
@@ -234,7 +235,13 @@ async fn probe_one(health: &Health, checker: &Checker, at: usize) {
         Ok(_) | Err(_) => return checker.tell(at, None, Event::Tcp, &active.limits, "its name has no address"),
     };
     let addr = SocketAddr::new(ip, active.port.unwrap_or(target.port));
-    let pair = checker.pair.as_ref().map(|(cert, key)| (&**cert, &**key));
+    let pair = checker.pair.as_ref().map(tls::secrets::known_pair);
+    // Whether the node is well is not known without the certificate that it wants to see: requests fetch it.
+    if pair.as_ref().is_some_and(Option::is_none) {
+        return;
+    }
+    let pair = pair.flatten();
+    let pair = pair.as_ref().map(|(cert, key)| (&**cert, &**key));
     let (event, why) = probe::probe(addr, &target.called, active, pair).await;
     if let Some(event) = event {
         checker.tell(at, Some(ip), event, &active.limits, &why);

@@ -21,7 +21,7 @@ use crate::plugin::Checker;
 /// Different findings of one text; a file that has more is not made for this gateway anyway.
 const MAX_OF_TEXT: usize = 200;
 
-/// Members that are there and do not do what OpenResty's do: module, member, verdict, what to do.
+/// Members that are there and do not do what OpenResty's and APISIX's do: module, member, verdict, what to do.
 const LIMITED: &[(&str, &str, Verdict, &str)] = &[
     ("ngx.ssl", "get_server_random", Cannot, "the TLS library is not OpenSSL: it answers nil and why"),
     ("ngx.ssl", "get_session_master_key", Cannot, "the TLS library is not OpenSSL: it answers nil and why"),
@@ -31,6 +31,54 @@ const LIMITED: &[(&str, &str, Verdict, &str)] = &[
     ("resty.core.base", "get_request", Cannot, "there is no request of nginx's to point to: use ngx.* and ngx.var"),
     ("ndk", "set_var.set_encrypt_session", Change, "use resty.aes"),
     ("ndk", "set_var.set_decrypt_session", Change, "use resty.aes"),
+    (
+        "apisix.balancer",
+        "run",
+        Change,
+        "it raises: the gateway balances by itself; choose an upstream in rewrite or access",
+    ),
+    (
+        "apisix.router",
+        "router_http.match",
+        Change,
+        "it raises: ctx.matched_route is the route that the gateway has found",
+    ),
+    (
+        "apisix.ssl.router.radixtree_sni",
+        "match_and_set",
+        Change,
+        "it raises: the gateway picks certificates; ngx.ssl.set_cert in lua_server.ssl_certificate_by_lua takes another",
+    ),
+];
+
+/// Members of `ngx` that only a script of `lua_locations` may call, and what a plugin does in their place.
+const OF_LOCATIONS: &[(&str, &str)] = &[
+    ("location.capture", "ask the other server with resty.http"),
+    ("location.capture_multi", "ask the other servers with resty.http, each in a thread of ngx.thread.spawn"),
+    ("exec", "set another path with ngx.req.set_uri or core.request, or answer with a code and a body"),
+];
+
+/// Functions of APISIX's that the gateway never calls: one put in their place runs for nobody. Module, member, what to do; a name that
+/// ends in `_` stands for all that begin so.
+const REPLACED: &[(&str, &str, &str)] = &[
+    ("apisix", "http_", "write a plugin and have a global rule run it, or a script of lua_server"),
+    ("apisix", "stream_", "no script runs for TCP and UDP: docs/stream.md"),
+    (
+        "apisix.plugin",
+        "run_",
+        "write a plugin, of a priority that comes before or after the others, or _meta.pre_function",
+    ),
+    (
+        "apisix.plugin",
+        "filter",
+        "write a plugin that a global rule runs; _meta.filter says for which requests one runs",
+    ),
+    ("apisix.plugin", "merge_", "the gateway merges plugins by itself: configure what is to run"),
+    ("apisix.upstream", "set_by_route", "write a plugin that calls apisix.upstream.set in access"),
+    ("apisix.balancer", "run", "write a balancer of your own: apisix.balancer.NAME"),
+    ("apisix.balancer", "pick_server", "write a balancer of your own: apisix.balancer.NAME"),
+    ("apisix.router", "router_http", "write routes: the gateway matches them by itself"),
+    ("apisix.ssl.router.radixtree_sni", "match_and_set", "write a script of lua_server.ssl_certificate_by_lua"),
 ];
 
 /// Of `ngx`: tables that a request or the configuration fills, and values that only a request has.
@@ -47,6 +95,8 @@ pub(super) struct Scripts<'a> {
     /// Variables that are read and that nothing knows, with the first place of each.
     read: BTreeMap<String, (String, usize)>,
     members: HashMap<(String, String), bool>,
+    /// Files that are told as plugins that do not load: why they do not compile is told there.
+    broken: BTreeSet<String>,
     modules: BTreeMap<String, Origin>,
     texts: usize,
 }
@@ -64,11 +114,11 @@ impl<'a> Scripts<'a> {
     pub fn new(
         checker: &'a Checker,
         sources: &'a Sources,
-        dicts: BTreeSet<String>,
-        defined: BTreeSet<String>,
+        (dicts, defined): (BTreeSet<String>, BTreeSet<String>),
+        broken: BTreeSet<String>,
     ) -> Scripts<'a> {
         let (read, members, modules) = Default::default();
-        Scripts { checker, sources, dicts, defined, read, members, modules, texts: 0 }
+        Scripts { checker, sources, dicts, defined, read, members, broken, modules, texts: 0 }
     }
 
     /// Scans every file; one that cannot be read or compiled is told, and the rest goes on.
@@ -86,7 +136,10 @@ impl<'a> Scripts<'a> {
                 Ok(bytes) if bytes.starts_with(b"\x1bLJ") => {
                     report.add(Change, "lua", shown, "is bytecode, which is not loaded", "give its text");
                 }
-                Ok(bytes) => self.text(&shown, &String::from_utf8_lossy(&bytes), report),
+                Ok(bytes) => {
+                    let runs = if module.starts_with("apisix.plugins.") { Runs::ForRoutes } else { Runs::Wherever };
+                    self.scan(&shown, &String::from_utf8_lossy(&bytes), runs, report);
+                }
             }
         }
         if replaced > 0 {
@@ -101,10 +154,17 @@ impl<'a> Scripts<'a> {
         theirs && self.checker.find_module(module).is_some_and(|place| is_ours(&place))
     }
 
-    /// Scans one text. `place` is its file, or the object and field that hold it.
+    /// Scans the text of an object. `place`: the object and the field that hold it.
     pub fn text(&mut self, place: &str, text: &str, report: &mut Report) {
+        self.scan(place, text, Runs::ForRoutes, report);
+    }
+
+    /// `place` is its file, or the object and field that hold it.
+    fn scan(&mut self, place: &str, text: &str, runs: Runs, report: &mut Report) {
         self.texts += 1;
-        if let Err(e) = self.checker.compile_function("text", text) {
+        if let Err(e) = self.checker.compile_function("text", text)
+            && !self.broken.contains(place)
+        {
             let why = e.strip_prefix("functions/text.lua:").unwrap_or(&e);
             report.add(Change, "lua", place, format!("does not compile: line {why}"), "repair it");
         }
@@ -124,7 +184,7 @@ impl<'a> Scripts<'a> {
             self.module(module, optional, tokens[at].line, &mut tell);
         }
         for used in uses(&tokens, &names) {
-            self.used(place, &used, &mut tell);
+            self.used((place, runs), &used, &mut tell);
         }
         if left > 0 {
             let what = format!("has {left} more of these; the first {MAX_OF_TEXT} different ones are told");
@@ -178,7 +238,7 @@ impl<'a> Scripts<'a> {
         }
     }
 
-    fn used(&mut self, place: &str, used: &Use, tell: &mut impl FnMut(Verdict, usize, String, String)) {
+    fn used(&mut self, (place, runs): (&str, Runs), used: &Use, tell: &mut impl FnMut(Verdict, usize, String, String)) {
         let path: Vec<&str> = used.path.iter().map(String::as_str).collect();
         match (used.root.as_str(), path.as_slice()) {
             ("_G", ["ngx" | "ctx" | "api_ctx", "var", name, ..]) => self.variable(place, name, used),
@@ -187,6 +247,14 @@ impl<'a> Scripts<'a> {
                 tell(Change, used.line, format!("ngx.shared.{name} is not declared"), advice.to_owned());
             }
             ("_G", ["ngx", first, ..]) if NOT_MEMBERS.contains(first) => {}
+            ("_G", ["ngx", rest @ ..]) if of_locations(rest).is_some() => {
+                let (member, advice) = of_locations(rest).unwrap_or_default();
+                let (verdict, what) = match runs {
+                    Runs::ForRoutes => (Change, "raises in plugins: no location serves their requests"),
+                    Runs::Wherever => (Note, "raises in plugins, and works in lua_locations"),
+                };
+                tell(verdict, used.line, format!("ngx.{member} {what}"), advice.to_owned());
+            }
             ("_G", ["ngx" | "ndk", ..]) if path.len() > 1 => self.member("_G", &path, used, tell),
             ("ffi", ["C", symbol, ..]) if symbol.starts_with("ngx_") => {
                 let advice = "there is no nginx whose functions could be called: use what ngx.* and resty.* offer";
@@ -220,6 +288,10 @@ impl<'a> Scripts<'a> {
     ) {
         // A table that the script adds to has what it adds.
         if used.written {
+            if let Some((member, advice)) = replaced(module, path) {
+                let what = format!("replaces {module}.{member}, which the gateway does not call: it has no effect");
+                tell(Change, used.line, what, advice.to_owned());
+            }
             return;
         }
         let (limit_of, rest) = if module == "_G" { (path[0], &path[1..]) } else { (module, path) };
@@ -257,6 +329,28 @@ impl<'a> Scripts<'a> {
             ));
         }
     }
+}
+
+/// Where the script of a text may run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Runs {
+    /// For requests of routes.
+    ForRoutes,
+    /// A library, which scripts of locations may use, too.
+    Wherever,
+}
+
+/// What only scripts of locations may call, and what to do in its place. `path` is behind `ngx`.
+fn of_locations(path: &[&str]) -> Option<(&'static str, &'static str)> {
+    let member = path.join(".");
+    OF_LOCATIONS.iter().find(|(name, _)| *name == member).copied()
+}
+
+/// What a script has put something in the place of, where that has no effect, and what to do.
+fn replaced<'p>(module: &str, path: &[&'p str]) -> Option<(&'p str, &'static str)> {
+    let member = *path.first()?;
+    let is_it = |name: &str| if name.ends_with('_') { member.starts_with(name) } else { member == name };
+    REPLACED.iter().find(|(of, name, _)| *of == module && is_it(name)).map(|(.., advice)| (member, *advice))
 }
 
 /// Whether `Checker::find_module` has found it in the binary.
@@ -561,15 +655,17 @@ fn uses<'t>(tokens: &'t [Token<'_>], names: &'t Names<'_>) -> impl Iterator<Item
         if matches!(word, "ctx" | "api_ctx") {
             return variable_of(tokens, at, line);
         }
-        if names.declaring.contains(&at) || (at > 0 && name(tokens, at - 1) == Some("function")) {
+        if names.declaring.contains(&at) {
             return None;
         }
+        // `function a.b()` writes it.
+        let defined = at > 0 && name(tokens, at - 1) == Some("function");
         let Chain { meaning, end } = chain(tokens, at, names)?;
         (!meaning.path.is_empty()).then(|| Use {
             root: meaning.root,
             path: meaning.path,
             line,
-            written: mark(tokens, end, b'='),
+            written: defined || mark(tokens, end, b'='),
         })
     })
 }

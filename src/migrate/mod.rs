@@ -6,6 +6,7 @@
 mod config;
 mod lua;
 mod objects;
+mod references;
 mod report;
 mod snippet;
 mod sources;
@@ -93,6 +94,23 @@ impl Options {
         options.consistent()
     }
 
+    /// Refuses what cannot be read: a name that is wrong is no finding about an APISIX.
+    pub fn readable(self) -> Result<Options, String> {
+        for dir in &self.lua_path {
+            let told = |e| format!("--lua-path {}: {e}; give a directory that can be read", dir.display());
+            std::fs::read_dir(dir).map_err(told)?;
+        }
+        if let Some(file) = &self.conf {
+            let told = |why: String| format!("--conf {}: {why}; give a config.yaml that can be read", file.display());
+            // Opening a pipe would wait for its other end.
+            if !std::fs::metadata(file).map_err(|e| told(e.to_string()))?.is_file() {
+                return Err(told("it is no file".to_owned()));
+            }
+            std::fs::File::open(file).map_err(|e| told(e.to_string()))?;
+        }
+        Ok(self)
+    }
+
     fn consistent(self) -> Result<Options, String> {
         let credentials = self.etcd_prefix.is_some() || self.etcd_user.is_some() || self.etcd_password_env.is_some();
         if self.etcd.is_empty() && credentials {
@@ -135,14 +153,14 @@ pub fn check(options: &Options) -> Result<Report> {
     }
     let (json, locations) = (ground.config.json.clone(), ground.config.locations.clone());
     let plugins = Plugins::fixed(Setup::new(options.prefix.clone(), json, locations))?;
-    tell_broken_plugins(&plugins, &sources, &roots, &mut report);
+    let broken = tell_broken_plugins(&plugins, &sources, &roots, &mut report);
     let known = objects::Plugins { checker: plugins.checker(), files: &sources.plugins };
     config::tell_plugins(&ground, &known, &mut report);
     config::tell_registries(plugins.checker(), &mut report)?;
     let dicts = ground.config.shared_dicts.iter().map(|(name, _)| name.clone()).collect();
     let mut defined = config::defined_variables(&ground.config.json);
     defined.extend(sources.files.iter().flat_map(|(file, _)| lua::defined_in(file)));
-    let mut scripts = lua::Scripts::new(plugins.checker(), &sources, dicts, defined.clone());
+    let mut scripts = lua::Scripts::new(plugins.checker(), &sources, (dicts, defined.clone()), broken);
     scripts.files(&mut report);
     check_store(options, &ground, &plugins, &sources.plugins, &defined, &mut scripts, &mut report)?;
     scripts.tell(&mut report);
@@ -173,8 +191,14 @@ fn set_lua_path(config: &mut Config, roots: &[PathBuf]) {
     put("extra_lua_cpath", &["?.so"]);
 }
 
-/// Plugins of the user's that do not load, with the reason.
-fn tell_broken_plugins(plugins: &Plugins, sources: &Sources, roots: &[PathBuf], report: &mut Report) {
+/// Plugins of the user's that do not load, with the reason. Gives their files.
+fn tell_broken_plugins(
+    plugins: &Plugins,
+    sources: &Sources,
+    roots: &[PathBuf],
+    report: &mut Report,
+) -> BTreeSet<String> {
+    let mut told = BTreeSet::new();
     for name in sources.plugins.iter().filter(|name| plugins.checker().get(name).is_none()) {
         let files = roots.iter().map(|root| root.join(format!("apisix/plugins/{name}.lua")));
         for file in files.filter(|file| file.exists()).take(1) {
@@ -185,9 +209,11 @@ fn tell_broken_plugins(plugins: &Plugins, sources: &Sources, roots: &[PathBuf], 
                 .map_or_else(|why| why, |_| "is not loaded: its name is on no list".to_owned());
             let first = why.lines().next().unwrap_or_default();
             let advice = "repair it: requests pass without a plugin that does not load";
-            report.add(Change, "plugin", shown, format!("does not load: {first}"), advice);
+            report.add(Change, "plugin", &*shown, format!("does not load: {first}"), advice);
+            told.insert(shown);
         }
     }
+    told
 }
 
 fn check_store(

@@ -11,6 +11,7 @@ use serde_json::Value;
 
 use super::{
     lua,
+    references::{self, Known, Managers},
     report::{
         Report,
         Verdict::{Cannot, Change, Note},
@@ -30,9 +31,7 @@ use crate::{
 /// Keys that a finding names; more are counted.
 const MAX_NAMED: usize = 10;
 /// Values in values: the JSON parser takes no deeper ones.
-const MAX_DEPTH: usize = 128;
-/// What a reference to a secret begins with.
-const SECRET: &str = "$secret://";
+pub(super) const MAX_DEPTH: usize = 128;
 /// AES works on blocks of so many bytes.
 const BLOCK: usize = 16;
 
@@ -73,17 +72,24 @@ fn is_packed(name: &str) -> bool {
 
 /// The keys of objects that have something in common.
 #[derive(Default)]
-struct Places {
+pub(super) struct Places {
     count: usize,
     named: Vec<Arc<str>>,
 }
 
 impl Places {
-    fn add(&mut self, key: &Arc<str>) {
+    pub fn add(&mut self, key: &Arc<str>) {
         self.count += 1;
         if self.named.len() < MAX_NAMED {
             self.named.push(key.clone());
         }
+    }
+
+    /// Adds those of another.
+    pub fn merge(&mut self, other: &Places) {
+        self.count += other.count;
+        let room = MAX_NAMED.saturating_sub(self.named.len());
+        self.named.extend(other.named.iter().take(room).cloned());
     }
 }
 
@@ -104,7 +110,7 @@ struct Seen {
     variables: BTreeMap<String, Places>,
     discovery: BTreeMap<String, Places>,
     schemes: BTreeMap<String, Places>,
-    managers: BTreeMap<String, Places>,
+    managers: Managers,
     undecryptable: Places,
     protos: Places,
     accepted: BTreeMap<&'static str, [usize; 2]>,
@@ -130,7 +136,7 @@ pub(super) fn check(entries: &[Entry], by: &Checked<'_>, scripts: &mut lua::Scri
     let mut builder = Builder::new(parser, Some(checker), RouterKind::default(), false);
     builder.replace(entries.to_vec(), 1);
     let errors = builder.take().map(|snapshot| snapshot.errors).unwrap_or_default();
-    let mut seen = Seen::default();
+    let (mut seen, known) = (Seen::default(), Known::of(entries));
     for entry in entries {
         let Some((kind, id)) = Kind::of_key(&entry.key) else {
             if let Some(error) = errors.get(&entry.key) {
@@ -140,16 +146,22 @@ pub(super) fn check(entries: &[Entry], by: &Checked<'_>, scripts: &mut lua::Scri
         };
         let counts = seen.accepted.entry(kind.plural()).or_default();
         counts[1] += 1;
+        let value = serde_json::from_str::<Value>(&entry.value).ok();
+        let dangling = value.as_ref().map(|value| known.dangling(kind, value)).unwrap_or_default();
         match errors.get(&entry.key) {
             Some(error) => refused(entry, &error.message, report),
-            None => counts[0] += 1,
+            None => counts[0] += usize::from(dangling.is_empty()),
         }
-        if let Ok(value) = serde_json::from_str::<Value>(&entry.value) {
+        for (field, other, id) in dangling {
+            let what = format!("{field} is {id}, and there is no object {}", other.key(&id));
+            report.add(Change, "object", &*entry.key, what, references::ADVICE);
+        }
+        if let Some(value) = value {
             Looker { key: &entry.key, by, seen: &mut seen, scripts: &mut *scripts, report: &mut *report }
                 .object(kind, id, value);
         }
     }
-    tell(&seen, by, report);
+    tell(&seen, &known, by, report);
 }
 
 fn refused(entry: &Entry, message: &str, report: &mut Report) {
@@ -175,11 +187,7 @@ struct Looker<'a, 'b> {
 
 impl Looker<'_, '_> {
     fn object(&mut self, kind: Kind, id: &str, mut value: Value) {
-        let mut managers = BTreeSet::new();
-        secret_managers(&value, MAX_DEPTH, &mut managers);
-        for manager in managers {
-            self.seen.managers.entry(manager.to_owned()).or_default().add(self.key);
-        }
+        self.seen.managers.note(self.key, &value);
         match kind {
             Kind::Upstream => self.upstream(&value),
             Kind::Proto => self.seen.protos.add(self.key),
@@ -305,7 +313,7 @@ impl Looker<'_, '_> {
     }
 }
 
-fn list(value: Option<&Value>) -> impl Iterator<Item = &Value> {
+pub(super) fn list(value: Option<&Value>) -> impl Iterator<Item = &Value> {
     value.and_then(Value::as_array).into_iter().flatten()
 }
 
@@ -316,21 +324,7 @@ fn looks_encrypted(text: &str) -> bool {
     whole && !text.bytes().all(|b| b.is_ascii_hexdigit())
 }
 
-/// The managers that `$secret://manager/id/key` names.
-fn secret_managers<'v>(value: &'v Value, depth: usize, found: &mut BTreeSet<&'v str>) {
-    match value {
-        _ if depth == 0 => {}
-        Value::String(text) => {
-            let start = text.get(..SECRET.len()).filter(|start| start.eq_ignore_ascii_case(SECRET));
-            found.extend(start.and_then(|_| text[SECRET.len()..].split('/').next()));
-        }
-        Value::Array(items) => items.iter().for_each(|item| secret_managers(item, depth - 1, found)),
-        Value::Object(map) => map.values().for_each(|item| secret_managers(item, depth - 1, found)),
-        _ => {}
-    }
-}
-
-fn tell(seen: &Seen, by: &Checked<'_>, report: &mut Report) {
+fn tell(seen: &Seen, known: &Known<'_>, by: &Checked<'_>, report: &mut Report) {
     for (kind, [accepted, all]) in &seen.accepted {
         report.runs.push(("objects", format!("{kind}: {accepted} of {all}")));
     }
@@ -363,13 +357,7 @@ fn tell(seen: &Seen, by: &Checked<'_>, report: &mut Report) {
         "give the keyring that encrypted it: --conf config.yaml; without it the text counts as it stands",
     );
     one(&seen.protos, Note, "is kept, and only grpc-transcode, which is not there yet, reads it", "");
-    for (manager, places) in &seen.managers {
-        if by.plugins.checker().find_module(&format!("apisix.secret.{manager}")).is_none() {
-            let what = format!("refers to a secret manager that there is not ({SECRET}{manager}/)");
-            let advice = "write the value itself, which is stored encrypted, or $env://NAME";
-            report.add(Cannot, "object", places.to_string(), what, advice);
-        }
-    }
+    seen.managers.tell(by.plugins.checker(), known, report);
 }
 
 fn tell_plugins(seen: &Seen, by: &Checked<'_>, report: &mut Report) {

@@ -1,7 +1,7 @@
 //! The Lua files of a directory.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeSet, HashMap},
     fs::{self, File},
     io::Read,
     path::{Path, PathBuf},
@@ -19,8 +19,10 @@ pub(super) const MAX_LUA: u64 = 8 << 20;
 /// The files under the roots of a Lua path.
 #[derive(Default)]
 pub(super) struct Sources {
-    /// With the name that `require` has for each.
+    /// With the name that `require` has for each. A file that several roots lead to stands here once, with its shortest name.
     pub files: Vec<(PathBuf, String)>,
+    /// Where each stands, by its path without links.
+    places: HashMap<PathBuf, usize>,
     /// Modules that `require` finds among them, those in C included.
     pub modules: BTreeSet<String>,
     /// `apisix.plugins.x`: x.
@@ -101,7 +103,15 @@ impl Sources {
             self.modules.insert(parent.to_owned());
         }
         if below.ends_with(".lua") {
-            self.files.push((path, module.clone()));
+            let real = path.canonicalize().unwrap_or_else(|_| path.clone());
+            match self.places.get(&real) {
+                Some(&at) if self.files[at].1.len() <= module.len() => {}
+                Some(&at) => self.files[at] = (path, module.clone()),
+                None => {
+                    self.places.insert(real, self.files.len());
+                    self.files.push((path, module.clone()));
+                }
+            }
         }
         self.modules.insert(module);
     }
@@ -147,6 +157,18 @@ mod tests {
         assert_eq!(modules, ["a", "apisix.plugins.mine", "apisix.plugins.mine.more", "init"]);
         assert_eq!(report.exit_code(), 1, "a directory that is not there is told");
         assert_eq!(root_of(&dir.path().join("apisix/plugins")), dir.path());
+    }
+
+    #[test]
+    fn a_file_that_several_roots_lead_to_is_looked_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir_all(dir.path().join("lua/apisix/plugins")).unwrap();
+        fs::write(dir.path().join("lua/apisix/plugins/x.lua"), "").unwrap();
+        std::os::unix::fs::symlink(dir.path().join("lua"), dir.path().join("link")).unwrap();
+        let roots = [dir.path().to_owned(), dir.path().join("lua"), dir.path().join("link")];
+        let sources = Sources::find(&roots, &mut Report::default());
+        assert_eq!(sources.files, [(dir.path().join("lua/apisix/plugins/x.lua"), "apisix.plugins.x".to_owned())]);
+        assert!(sources.modules.contains("lua.apisix.plugins.x") && sources.plugins.contains("x"));
     }
 
     #[test]

@@ -66,6 +66,8 @@ pub struct Tls {
     pub server: Arc<tls::Server>,
     pub published: Arc<Published>,
     pub scripts: HandshakeScripts,
+    /// Asked for certificates and keys that managers of secrets have.
+    pub secrets: Rc<dyn tls::Secrets>,
 }
 
 impl Tls {
@@ -286,7 +288,8 @@ async fn prepare(tcp: TcpStream, peer: SocketAddr, local: SocketAddr, way: &Way)
     let (stream, mut info) = match (scripts, opening.hello) {
         (Some(scripts), Some(hello)) => {
             let mut x = handshake(&conn, &snapshot, hello);
-            let (stream, info, made) = tls.server.accept_scripted(socket, &snapshot.ssls, &mut x, &*scripts).await?;
+            let (stream, info, made) =
+                tls.server.accept_scripted(socket, &snapshot.ssls, &mut x, (&*scripts, &*tls.secrets)).await?;
             scripts.end(&mut x);
             conn.ctx.clone_from(&x.lua.ctx);
             if !made.is_empty() {
@@ -295,7 +298,7 @@ async fn prepare(tcp: TcpStream, peer: SocketAddr, local: SocketAddr, way: &Way)
             (stream, info)
         }
         // What is no ClientHello gets its alert from the library.
-        _ => tls.server.accept(socket, &snapshot.ssls).await?,
+        _ => tls.server.accept(socket, &snapshot.ssls, &*tls.secrets).await?,
     };
     // TLS 1.3 has no such names: what a client sends there means nothing (RFC 8446, 4.1.2).
     let named = kept.as_ref().filter(|_| info.session_reused && info.protocol == "TLSv1.2");

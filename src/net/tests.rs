@@ -155,6 +155,7 @@ fn with_listener<F: Future<Output = ()>>(proxy_protocol: bool, ssls: Vec<Ssl>, t
             server: Arc::new(tls::Server::new(options).expect("options")),
             published: Published::new(snapshot),
             scripts: Rc::default(),
+            secrets: Rc::new(tls::secrets::NoManager),
         });
         let settings = Settings { max_connections: 2, ..Settings::default() };
         let server = Rc::new(Server { handler: Echo, settings, pool: ExchangePool::new(), drain: Drain::default() });

@@ -28,6 +28,7 @@ pub mod function_trial;
 mod hooks;
 mod mock;
 mod script;
+mod secrets;
 mod start;
 #[cfg(test)]
 mod tests;
@@ -120,6 +121,8 @@ struct Generation {
     /// Registry reference of `moongate.discovery`'s function, once a registry was asked.
     discover: Cell<Option<c_int>>,
     inherited: RefCell<discover::Inherited>,
+    /// Registry reference of `moongate.secrets`'s function, once a reference was met.
+    secrets: Cell<Option<c_int>>,
     /// Its end runs when this is dropped. `None`: made for one request (`lua_code_cache off`), it has none.
     alive: Option<Alive>,
     /// Those that are alive, kept or in use by a request.
@@ -724,6 +727,7 @@ impl Generation {
             scripts,
             discover: Cell::default(),
             inherited: RefCell::default(),
+            secrets: Cell::default(),
             alive,
             plans,
         };
@@ -755,6 +759,7 @@ impl Generation {
             scripts,
             discover: Cell::default(),
             inherited: RefCell::default(),
+            secrets: Cell::default(),
             alive: None,
             plans,
         }))

@@ -310,7 +310,7 @@ impl<'a> Way<'a> {
         begun: Instant,
     ) -> Result<Reached> {
         let addr = self.place::<SERVER>(x, node, at, begun).await?;
-        let (mut key, tls) = self.key(x, node, addr).map_err(|e| fail(x, begun, e))?;
+        let (mut key, tls) = self.key(x, node, addr).await.map_err(|e| fail(x, begun, e))?;
         let from = x.upstream.balancing.as_ref().and_then(|b| b.local);
         if let Some(from) = from {
             key.tls = self.p.local_numbers.of(from, key.tls);
@@ -384,8 +384,16 @@ impl<'a> Way<'a> {
         Ok(SocketAddr::new(*ip, port))
     }
 
-    /// Which pooled connections will do, and how to make one that does.
-    fn key(&self, x: &Exchange, node: &Node, addr: SocketAddr) -> Result<(Key, Option<Tls>)> {
+    /// The client certificate that the upstream wants to see: its own, or that of an object.
+    fn client_pair<'x>(&'x self, x: &'x Exchange) -> Option<&'x tls::secrets::Pair> {
+        let settings = self.conf.tls.as_deref()?;
+        let of_id = || x.snapshot.ssls.get(settings.client_cert_id.as_ref()?)?.value.pairs.first();
+        settings.client_pair.as_ref().or_else(of_id)
+    }
+
+    /// Which pooled connections will do, and how to make one that does. Waits only where a manager of secrets has the client certificate.
+    #[inline(always)]
+    async fn key(&self, x: &Exchange, node: &Node, addr: SocketAddr) -> Result<(Key, Option<Tls>)> {
         let alpn: &[&'static [u8]] = match Spoken::of(x, self.conf) {
             Some(Spoken { tls: true, http2 }) => {
                 if http2 {
@@ -397,12 +405,13 @@ impl<'a> Way<'a> {
             _ => return Ok((Key { addr, tls: 0 }, None)),
         };
         let settings = self.conf.tls.as_deref();
-        let of_id = || {
-            let id = settings?.client_cert_id.as_ref()?;
-            x.snapshot.ssls.get(id)?.value.pairs.first()
+        let pair = self.client_pair(x);
+        let fetched = match pair.is_some_and(tls::secrets::has_managed) {
+            // Boxed: nearly no upstream has it, and each request would carry its place.
+            true => Box::pin(tls::secrets::fetched_pair(pair, self.p)).await?,
+            false => None,
         };
-        let pair = settings.and_then(|t| t.client_pair.as_ref()).or_else(of_id);
-        let pair = pair.map(|(cert, key)| (&**cert, &**key));
+        let pair = fetched.as_ref().or(pair).map(|(cert, key)| (&**cert, &**key));
         let config = tls::client_config(settings.is_some_and(|t| t.verify), pair, alpn)?;
         let name = server_name(x, node);
         let number = self.p.tls_numbers.of(&name, &config);

@@ -1,4 +1,4 @@
-//! The scripts of `lua_server` that have a say in TLS handshakes, as the TLS side reaches them.
+//! The scripts of `lua_server` that have a say in TLS handshakes, and the managers of secrets, as the TLS side reaches them.
 
 use std::{rc::Rc, sync::Arc};
 
@@ -15,6 +15,12 @@ pub fn scripts(proxy: &Rc<Proxy>, scripts: &Handshakes) -> Option<Rc<dyn tls::Sc
     let of = Of { proxy: proxy.clone(), scripts: scripts.clone() };
     let phases = [Phase::SslClientHello, Phase::SslSessionFetch, Phase::Ssl, Phase::SslSessionStore];
     phases.into_iter().any(|phase| of.script(phase).is_some()).then(|| Rc::new(of) as Rc<dyn tls::Scripts>)
+}
+
+impl tls::Secrets for Proxy {
+    fn fetch<'a>(&'a self, reference: &'a str) -> Doing<'a, Result<Box<str>>> {
+        Box::pin(async move { self.runner.secret(reference, &self.snapshot()).await })
+    }
 }
 
 struct Of {

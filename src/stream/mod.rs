@@ -42,6 +42,7 @@ use crate::{
     },
     router::streams::Place,
     store::{Published, Snapshot},
+    tls,
 };
 
 /// nginx's `proxy_connect_timeout`.
@@ -72,8 +73,8 @@ pub struct Settings {
     pub udp_listeners: Vec<SocketAddr>,
 }
 
-/// Who asks registries for the nodes of upstreams that name one: the worker's plugins.
-pub trait Registries {
+/// Who asks registries for the nodes of upstreams that name one, and managers for secrets: the worker's plugins.
+pub trait Registries: tls::Secrets {
     /// The upstream with the nodes that its registry knows now.
     fn nodes(&self, upstream: Arc<Upstream>) -> Pin<Box<dyn Future<Output = Result<Arc<Upstream>>> + '_>>;
 }

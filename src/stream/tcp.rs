@@ -84,7 +84,7 @@ async fn proxy(
     check_certificate(session)?;
     let Target { snapshot, upstream, health } = streams.target(session).await?;
     let times = timeouts(&upstream, TCP_IDLE);
-    let tls = tls_to(&upstream, &snapshot, session.sni())?;
+    let tls = tls_to(&upstream, &snapshot, session.sni(), &*streams.registries).await?;
     let first = if to_upstream { proxy_header(session.client, session.server) } else { String::new() };
     let open = async |addr| upstream::open(addr, None, first.as_bytes(), tls.as_ref(), times.connect).await;
     let (mut node, _lease) = streams.reach(session, (&upstream, health.as_deref()), open).await?;
@@ -110,14 +110,20 @@ fn check_certificate(session: &Session) -> Result<()> {
 }
 
 /// `scheme: tls`. A client's SNI is passed on.
-fn tls_to(upstream: &Upstream, snapshot: &Snapshot, sni: Option<&str>) -> Result<Option<Tls>> {
+async fn tls_to(
+    upstream: &Upstream,
+    snapshot: &Snapshot,
+    sni: Option<&str>,
+    secrets: &dyn tls::Secrets,
+) -> Result<Option<Tls>> {
     if upstream.scheme != Scheme::Tls {
         return Ok(None);
     }
     let settings = upstream.tls.as_deref();
     let of_id = || snapshot.ssls.get(settings?.client_cert_id.as_ref()?)?.value.pairs.first();
     let pair = settings.and_then(|tls| tls.client_pair.as_ref()).or_else(of_id);
-    let pair = pair.map(|(cert, key)| (&**cert, &**key));
+    let fetched = tls::secrets::fetched_pair(pair, secrets).await?;
+    let pair = fetched.as_ref().or(pair).map(|(cert, key)| (&**cert, &**key));
     let config = tls::client_config(settings.is_some_and(|tls| tls.verify), pair, &[])?;
     let name = ServerName::try_from(sni.unwrap_or(UNNAMED).to_owned())
         .map_err(|e| Error::upstream(Kind::Tls).cause(e).context("server name for TLS to the upstream"))?;

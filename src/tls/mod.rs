@@ -7,6 +7,7 @@ pub mod client;
 pub mod hello;
 pub mod ocsp;
 pub mod scripted;
+pub mod secrets;
 pub mod server;
 
 use std::borrow::Cow;
@@ -15,6 +16,7 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 
 pub use client::{ChainTooLong, client_config, client_config_of, client_config_trusting};
 pub use scripted::{Scripts, Watched, store};
+pub use secrets::Secrets;
 pub use server::{Server, ServerOptions};
 
 use crate::{
@@ -54,15 +56,16 @@ pub(crate) fn private_key(pem: &str) -> Result<PrivateKeyDer<'static>> {
 }
 
 /// What a reference stands for (terminology/secret.md): `$env://NAME` for a variable of the environment, `$env://NAME/key` for a text in
-/// the JSON that it holds. Other texts stand for themselves.
+/// the JSON that it holds. Other texts stand for themselves. What managers of secrets have is fetched before (`secrets`).
 fn resolved(text: &str) -> Result<Cow<'_, str>> {
     if !model::crypt::is_reference(text) {
         return Ok(Cow::Borrowed(text));
     }
     let failed =
         |why: &str| Error::config(Kind::Tls).context(format!("failed to resolve secret reference: {text}: {why}"));
-    let name = text.get(ENV.len()..).filter(|_| text[..ENV.len()].eq_ignore_ascii_case(ENV));
-    let Some(name) = name else { return Err(failed("certificates come from no secret manager yet; use $env://")) };
+    let Some(name) = secrets::of_environment(text) else {
+        return Err(failed("what asks for it cannot ask managers of secrets; use $env://"));
+    };
     tracing::info!("fetching data from env uri: {text}");
     let (name, key) = name.split_once('/').map_or((name, None), |(name, key)| (name, Some(key)));
     let value = std::env::var(name).map_err(|_| failed("there is no such variable"))?;
@@ -71,8 +74,6 @@ fn resolved(text: &str) -> Result<Cow<'_, str>> {
     let text = json.get(key).and_then(serde_json::Value::as_str).ok_or_else(|| failed("the JSON has no such text"))?;
     Ok(Cow::Owned(text.to_owned()))
 }
-
-const ENV: &str = "$env://";
 
 #[cfg(test)]
 mod tests {
@@ -88,7 +89,7 @@ mod tests {
         for (reference, why) in [
             ("$env://NO_SUCH_THING_AT_ALL", "there is no such variable"),
             ("$env://PATH/key", "the variable holds no JSON"),
-            ("$secret://vault/1/a/b", "certificates come from no secret manager yet"),
+            ("$secret://vault/1/a/b", "what asks for it cannot ask managers of secrets"),
         ] {
             let told = resolved(reference).expect_err(reference).to_string();
             assert!(told.contains(why) && told.contains(reference), "{told}");

@@ -30,6 +30,7 @@ use tokio_rustls::{LazyConfigAcceptor, server::TlsStream};
 
 use super::{
     hello::Hello,
+    secrets::Secrets,
     server::{Bounded, Keys, Lax, Parts, Prepared, Server, Ssls, config_of, failed, info},
     versions,
 };
@@ -114,7 +115,7 @@ impl Server {
         stream: S,
         ssls: &Ssls,
         x: &mut Exchange,
-        scripts: &dyn Scripts,
+        (scripts, secrets): (&dyn Scripts, &dyn Secrets),
     ) -> Result<(TlsStream<S>, TlsInfo, Made)>
     where
         S: AsyncRead + AsyncWrite + Watched + Unpin,
@@ -123,7 +124,7 @@ impl Server {
         let sni = start.client_hello().server_name().map(str::to_ascii_lowercase);
         let decided = tokio::select! {
             biased;
-            decided = self.decide(x, sni.as_deref(), ssls, scripts) => decided,
+            decided = self.decide(x, sni.as_deref(), ssls, (scripts, secrets)) => decided,
             () = poll_fn(|cx| start.io.poll_gone(cx)) => {
                 return Err(Error::client(Kind::Closed).context("the client has gone while a script of its handshake waited"));
             }
@@ -141,11 +142,17 @@ impl Server {
     }
 
     /// Asks the scripts up to the point where the library can go on.
-    async fn decide(&self, x: &mut Exchange, sni: Option<&str>, ssls: &Ssls, scripts: &dyn Scripts) -> Result<Decided> {
+    async fn decide(
+        &self,
+        x: &mut Exchange,
+        sni: Option<&str>,
+        ssls: &Ssls,
+        (scripts, secrets): (&dyn Scripts, &dyn Secrets),
+    ) -> Result<Decided> {
         if scripts.has(Phase::SslClientHello) {
             scripts.run(x, Phase::SslClientHello).await?;
         }
-        let (ssl, prepared) = match self.choose(sni, ssls) {
+        let (ssl, prepared) = match self.choose(sni, ssls, secrets).await {
             Ok((ssl, prepared)) => (Some(ssl), prepared),
             // An object that cannot be served may be one that keeps strangers out.
             Err(_) if self.find(sni, ssls).is_none() && scripts.has(Phase::Ssl) => (None, self.bare()),

@@ -28,7 +28,11 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::{LazyConfigAcceptor, StartHandshake, server::TlsStream};
 use x509_parser::{certificate::X509Certificate, prelude::FromDer};
 
-use super::{certificates, ocsp, private_key, versions};
+use super::{
+    certificates, ocsp, private_key,
+    secrets::{self, Secrets},
+    versions,
+};
 use crate::{
     error::{Error, Kind, Result},
     exchange::{TlsInfo, openssl},
@@ -59,13 +63,21 @@ pub struct ServerOptions {
 pub struct Server {
     options: ServerOptions,
     provider: Arc<CryptoProvider>,
-    /// By the object's uid: an object that changed gets a new one.
-    configs: Cache<u64, Option<Arc<Prepared>>>,
+    configs: Cache<Made, Option<Arc<Prepared>>>,
+    /// By the object's uid, of objects that refer to managers of secrets: what served last. It goes on where what a manager says now
+    /// cannot, such as a certificate that is renewed already beside a key that is not.
+    last_good: Cache<u64, Arc<Prepared>>,
+    /// `client.skip_mtls_uri_regex`, by the object's uid; `None`: one of them is no expression.
+    skips: Cache<u64, Option<Arc<[Regex]>>>,
     /// The names of the `ssls` seen last.
     index: Mutex<Option<Arc<Index>>>,
     /// Has no certificate: a handshake with it ends with an alert, unless a script brings one.
     bare: Arc<Prepared>,
 }
+
+/// What a configuration is made of: the object's uid (one that changed gets a new one), and what managers of secrets have said of its
+/// references.
+type Made = (u64, Box<[Box<str>]>);
 
 /// An object made ready.
 pub(super) struct Prepared {
@@ -76,8 +88,6 @@ pub(super) struct Prepared {
     pub verifier: Option<Arc<dyn ClientCertVerifier>>,
     /// What the handshake says of them; it may let all pass.
     pub asking: Option<Arc<dyn ClientCertVerifier>>,
-    /// `client.skip_mtls_uri_regex`
-    skip: Vec<Regex>,
 }
 
 /// What a configuration of the TLS library is made of.
@@ -107,24 +117,26 @@ impl Server {
         let keys = Arc::new(Keys(Vec::new()));
         let parts = Parts { versions: known.clone(), verifier: None, resolver: keys.clone() };
         let config = Arc::new(with_sessions(config_of(&provider, parts)?, &options)?);
-        let bare = Prepared { config, versions: known, keys, verifier: None, asking: None, skip: Vec::new() };
+        let bare = Prepared { config, versions: known, keys, verifier: None, asking: None };
         Ok(Server {
             options,
             provider,
             configs: Cache::new(CONFIGS_KEPT),
+            last_good: Cache::new(CONFIGS_KEPT),
+            skips: Cache::new(CONFIGS_KEPT),
             index: Mutex::new(None),
             bare: Arc::new(bare),
         })
     }
 
-    /// Does the handshake. The caller limits its time.
-    pub async fn accept<S>(&self, stream: S, ssls: &Ssls) -> Result<(TlsStream<S>, TlsInfo)>
+    /// Does the handshake. `secrets` is asked for what the name's object refers to. The caller limits its time.
+    pub async fn accept<S>(&self, stream: S, ssls: &Ssls, secrets: &dyn Secrets) -> Result<(TlsStream<S>, TlsInfo)>
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
         let start = LazyConfigAcceptor::new(Acceptor::default(), stream).await.map_err(failed)?;
         let sni = start.client_hello().server_name().map(str::to_ascii_lowercase);
-        let (ssl, prepared) = match self.choose(sni.as_deref(), ssls) {
+        let (ssl, prepared) = match self.choose(sni.as_deref(), ssls, secrets).await {
             Ok(found) => found,
             Err(e) => {
                 tracing::error!("{e}");
@@ -166,25 +178,51 @@ impl Server {
 
     fn skips(&self, ssl: &Arc<Object<Ssl>>, uri: &[u8]) -> bool {
         // A match that fails (a limit was hit) does not skip.
-        self.prepared(ssl, "").is_some_and(|p| p.skip.iter().any(|r| r.is_match(uri).unwrap_or(false)))
+        self.skips_of(ssl).is_some_and(|skips| skips.iter().any(|r| r.is_match(uri).unwrap_or(false)))
     }
 
-    /// `name`: the one that was asked for, for the log.
-    fn prepared(&self, ssl: &Arc<Object<Ssl>>, name: &str) -> Option<Arc<Prepared>> {
-        self.configs.get_with(ssl.uid, || {
-            tracing::info!("parsing cert for sni: {name}");
-            tracing::info!("parsing priv key for sni: {name}");
-            match self.prepare(&ssl.value) {
-                Ok(prepared) => Some(Arc::new(prepared)),
-                Err(e) => {
-                    tracing::error!("ssls/{}: {e}", ssl.id);
-                    None
-                }
-            }
+    fn skips_of(&self, ssl: &Arc<Object<Ssl>>) -> Option<Arc<[Regex]>> {
+        self.skips.get_with(ssl.uid, || {
+            let compiled: Result<Arc<[Regex]>, _> =
+                ssl.value.skip_mtls_uri_regex.iter().map(|r| Regex::new(r)).collect();
+            compiled.inspect_err(|e| tracing::error!("ssls/{}: client.skip_mtls_uri_regex: {e}", ssl.id)).ok()
         })
     }
 
-    pub(super) fn choose(&self, sni: Option<&str>, ssls: &Ssls) -> Result<(Arc<Object<Ssl>>, Arc<Prepared>)> {
+    /// `name`: the one that was asked for, for the log.
+    fn prepared(&self, ssl: &Arc<Object<Ssl>>, fetched: Box<[Box<str>]>, name: &str) -> Option<Arc<Prepared>> {
+        let made: Made = (ssl.uid, fetched);
+        if let Some(known) = self.configs.get(&made) {
+            return known;
+        }
+        let prepare = || {
+            tracing::info!("parsing cert for sni: {name}");
+            tracing::info!("parsing priv key for sni: {name}");
+            self.skips_of(ssl)?;
+            match self.prepare(&ssl.value, &made.1).map(Arc::new) {
+                Ok(prepared) if made.1.is_empty() => Some(prepared),
+                Ok(prepared) => {
+                    self.last_good.insert(ssl.uid, prepared.clone());
+                    Some(prepared)
+                }
+                Err(e) => {
+                    let last = self.last_good.get(&ssl.uid);
+                    let goes_on = if last.is_some() { "; what was served before goes on" } else { "" };
+                    tracing::error!("ssls/{}: {e}{goes_on}", ssl.id);
+                    last
+                }
+            }
+        };
+        self.configs.get_with_by_ref(&made, prepare)
+    }
+
+    /// What answers a name. Waits only where a manager of secrets has to be asked.
+    pub(super) async fn choose(
+        &self,
+        sni: Option<&str>,
+        ssls: &Ssls,
+        secrets: &dyn Secrets,
+    ) -> Result<(Arc<Object<Ssl>>, Arc<Prepared>)> {
         let no = |text: String| Error::client(Kind::Tls).context(text);
         let name = sni.or(self.options.fallback_sni.as_deref()).ok_or_else(|| {
             no("failed to find SNI: please check if the client requests via IP or uses an outdated protocol. \
@@ -193,7 +231,10 @@ impl Server {
         })?;
         let index = self.index(ssls);
         let ssl = index.find(name).ok_or_else(|| no(format!("failed to match any SSL certificate by SNI: {name}")))?;
-        let prepared = self.prepared(&ssl, name).ok_or_else(|| no(format!("ssls/{} cannot be served", ssl.id)))?;
+        let fetched = secrets::fetched(texts(&ssl.value), secrets).await;
+        let fetched = fetched.map_err(|e| e.context(format!("ssls/{} cannot be served", ssl.id)))?;
+        let prepared = self.prepared(&ssl, fetched, name);
+        let prepared = prepared.ok_or_else(|| no(format!("ssls/{} cannot be served", ssl.id)))?;
         Ok((ssl, prepared))
     }
 
@@ -211,10 +252,17 @@ impl Server {
         }
     }
 
-    fn prepare(&self, ssl: &Ssl) -> Result<Prepared> {
-        let keys = ssl.pairs.iter().map(|(cert, key)| self.key_pair(cert, key)).collect::<Result<Vec<_>>>()?;
+    /// `fetched`: what managers of secrets have said of those among its texts that refer to them, in their order.
+    fn prepare(&self, ssl: &Ssl, fetched: &[Box<str>]) -> Result<Prepared> {
+        let mut fetched = fetched.iter();
+        let texts: Vec<&str> = texts(ssl)
+            .map(|text| if secrets::is_managed(text) { fetched.next().map_or(text, |f| &**f) } else { text })
+            .collect();
+        let (pairs, ca) = texts.split_at(ssl.pairs.len() * 2);
+        let keys = pairs.chunks_exact(2).map(|pair| self.key_pair(pair[0], pair[1])).collect::<Result<Vec<_>>>()?;
         let versions = self.versions(ssl)?;
-        let verifier = ssl.client_ca.as_ref().map(|(ca, depth)| self.verifier(ca, *depth, ssl)).transpose()?;
+        let ca = ca.first().zip(ssl.client_ca.as_ref());
+        let verifier = ca.map(|(ca, (_, depth))| self.verifier(ca, *depth, ssl)).transpose()?;
         let asking = verifier.clone().map(|verifier| match ssl.skip_mtls_uri_regex.is_empty() {
             true => verifier,
             // The path decides whether a certificate is needed, and it comes later.
@@ -223,9 +271,7 @@ impl Server {
         let keys = Arc::new(Keys(keys));
         let parts = Parts { versions: versions.clone(), verifier: asking.clone(), resolver: keys.clone() };
         let config = Arc::new(with_sessions(config_of(&self.provider, parts)?, &self.options)?);
-        let skip = ssl.skip_mtls_uri_regex.iter().map(|r| Regex::new(r)).collect::<Result<_, _>>();
-        let skip = skip.map_err(|e| Error::config(Kind::Invalid).cause(e).context("client.skip_mtls_uri_regex"))?;
-        Ok(Prepared { config, versions, keys, verifier, asking, skip })
+        Ok(Prepared { config, versions, keys, verifier, asking })
     }
 
     fn versions(&self, ssl: &Ssl) -> Result<Vec<&'static SupportedProtocolVersion>> {
@@ -253,7 +299,14 @@ impl Server {
     fn key_pair(&self, cert: &str, key: &str) -> Result<Arc<CertifiedKey>> {
         let key = self.provider.key_provider.load_private_key(private_key(key)?);
         let key = key.map_err(|e| Error::config(Kind::Tls).cause(e).context("load a private key"))?;
-        Ok(Arc::new(CertifiedKey::new(certificates(cert)?, key)))
+        let pair = CertifiedKey::new(certificates(cert)?, key);
+        match pair.keys_match() {
+            // Those of an object belong together when it is stored; what references stand for is seen here first.
+            Err(rustls::Error::InconsistentKeys(rustls::InconsistentKeys::KeyMismatch)) => {
+                Err(Error::config(Kind::Tls).context("key and certificate do not match"))
+            }
+            _ => Ok(Arc::new(pair)),
+        }
     }
 
     fn verifier(&self, ca: &str, depth: u8, ssl: &Ssl) -> Result<Arc<dyn ClientCertVerifier>> {
@@ -287,6 +340,12 @@ impl Index {
         let wildcard = || self.names.get(&*format!("*.{}", name.split_once('.')?.1));
         self.names.get(name).or_else(wildcard).or_else(|| self.names.get("*")).cloned()
     }
+}
+
+/// What of an object may be a reference: its pairs, then the authority of its clients.
+fn texts(ssl: &Ssl) -> impl Iterator<Item = &str> {
+    let pairs = ssl.pairs.iter().flat_map(|(cert, key)| [&**cert, &**key]);
+    pairs.chain(ssl.client_ca.iter().map(|(ca, _)| &**ca))
 }
 
 /// A configuration without sessions and protocols.
@@ -501,7 +560,7 @@ mod tests {
     fn objects_made_ready_are_kept_up_to_a_number() {
         let server = server();
         for uid in 0..CONFIGS_KEPT + 100 {
-            server.configs.insert(uid, None);
+            server.configs.insert((uid, Box::default()), None);
         }
         server.configs.run_pending_tasks();
         assert_eq!(server.configs.entry_count(), CONFIGS_KEPT);
@@ -519,7 +578,7 @@ mod tests {
             enabled: true,
             is_client: false,
         };
-        let sessions = server().prepare(&ssl).expect("valid").config.session_storage.clone();
+        let sessions = server().prepare(&ssl, &[]).expect("valid").config.session_storage.clone();
         let key = |n: usize| n.to_be_bytes().to_vec();
         let all = SESSIONS_KEPT * 2;
         assert!((0..all).all(|n| sessions.put(key(n), b"session".to_vec())));

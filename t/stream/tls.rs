@@ -205,4 +205,21 @@ fn a_node_is_spoken_to_over_tls_and_told_the_clients_name() {
     assert_eq!(ask_plain(&plain, "hello"), "apisix_backend hello");
     gw.put("/stream_routes/1", json!({"upstream": with(json!({"client_cert": cert, "client_key": key}))}));
     assert_eq!(ask_plain(&plain, "hello"), "apisix_backend hello");
+
+    // The same from a manager of secrets, the name's certificate too.
+    let answer = |pair: &CertifiedKey<KeyPair>| {
+        json!({"data": {"cert": pair.cert.pem(), "key": pair.signing_key.serialize_pem()}}).to_string()
+    };
+    let (of_own, of_server) = (answer(&own), answer(&server));
+    let vault = Upstream::answering(move |seen| {
+        let body = if seen.target.ends_with("/own") { &of_own } else { &of_server };
+        format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len())
+    });
+    let uri = format!("http://{}", vault.addr());
+    gw.put("/secrets/vault/1", json!({"uri": uri, "prefix": "kv", "token": "root"}));
+    let reference = |name: &str, field: &str| format!("$secret://vault/1/{name}/{field}");
+    let pair = json!({"client_cert": reference("own", "cert"), "client_key": reference("own", "key")});
+    gw.put("/stream_routes/1", json!({"upstream": with(pair)}));
+    gw.put("/ssls/1", json!({"sni": "a.moon.test", "cert": reference("a", "cert"), "key": reference("a", "key")}));
+    assert_eq!(ask(&over_tls, &config, "a.moon.test", "hello").expect("an answer"), "a.moon.test hello");
 }

@@ -110,7 +110,7 @@ impl Generation {
 }
 
 /// Clears a number also where the request is dropped half way.
-struct Cleared<'a>(&'a Generation, u32);
+pub(super) struct Cleared<'a>(pub &'a Generation, pub u32);
 
 impl Drop for Cleared<'_> {
     fn drop(&mut self) {

@@ -179,7 +179,7 @@ impl Call<'_> {
     /// Asks by one connection, and by another one where the first was closed just now or its node has refused the stream there: that
     /// does not count as a try.
     async fn ask(&mut self, x: &mut Exchange, node: &Node, addr: SocketAddr, begun: Instant) -> Result<Answered> {
-        let (key, tls) = self.way.key(x, node, addr)?;
+        let (key, tls) = self.way.key(x, node, addr).await?;
         let lease = self.lease(x, key, tls.as_ref(), None).await?;
         note_connected(x, if lease.reused { Duration::ZERO } else { begun.elapsed() }, lease.reused);
         match self.send(x, &lease, request(x, node, tls.is_some(), &self.feed)?).await {
