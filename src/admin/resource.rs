@@ -199,6 +199,9 @@ async fn prepare(state: &State, kind: Kind, id: &str, value: &mut Value) -> Outc
 /// The answer to a write: `{"key", "value"}`, as stored, once it is served.
 pub(super) async fn done(state: &State, status: u16, action: Action, written: &Written) -> Answer {
     served(state, written.revision).await;
+    if is_source(&written.entry.key) {
+        taken_over(state, written.revision).await;
+    }
     shape::written(state, status, action, &written.entry)
 }
 
@@ -294,7 +297,14 @@ async fn delete(state: &State, target: Target, call: &Call) -> Outcome {
         return Err(not_found());
     };
     served(state, revision).await;
+    if is_source(&key) {
+        taken_over(state, revision).await;
+    }
     Ok(shape::deleted(state, &key))
+}
+
+fn is_source(key: &str) -> bool {
+    matches!(Kind::of_key(key), Some((Kind::PluginSource, _)))
 }
 
 /// Deletes what lives under the object at `key`.
@@ -333,6 +343,14 @@ fn moves_owner(sub_path: &str, change: &Value) -> bool {
 pub(super) async fn served(state: &State, revision: i64) {
     if timeout(SERVED_PATIENCE, state.published.reached(revision)).await.is_err() {
         tracing::warn!("revision {revision} is stored but not served after {SERVED_PATIENCE:?}");
+    }
+}
+
+/// Waits until the workers have the plugins of that revision, whose `init` may wait: for as long as for `served`.
+pub(super) async fn taken_over(state: &State, revision: i64) {
+    let Some(workers) = &state.workers else { return };
+    if timeout(SERVED_PATIENCE, workers(revision)).await.is_err() {
+        tracing::warn!("a worker still loads the plugins of revision {revision} after {SERVED_PATIENCE:?}");
     }
 }
 

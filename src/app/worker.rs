@@ -55,6 +55,8 @@ const HASTE: Duration = Duration::from_millis(300);
 /// Schedules' calls at once: requests of the worker come first, and a hundred functions at the same minute wait for
 /// each other.
 const ERRANDS_AT_ONCE: usize = 32;
+/// Between two looks at plugins whose `init` waits.
+const LOADING_PAUSE: Duration = Duration::from_millis(5);
 /// Between two looks at those timers.
 const TIMERS_PAUSE: Duration = Duration::from_millis(5);
 
@@ -168,6 +170,7 @@ async fn serve(worker: usize, blueprint: Blueprint, sockets: Bound, line: Line) 
     let mut chores = chores(&serving, &ending, (collections, debug), questions);
     chores.spawn_local(follow(worker, serving.clone(), ending.clone(), (blueprints, taken)));
     chores.spawn_local(run_errands(serving.clone(), errands));
+    chores.spawn_local(follow_plugins(serving.clone(), blueprint.published.clone()));
     let _ = reports.send(Report::Ready(worker));
     let ended = tokio::select! {
         () = ordered(&mut orders, |order| order != Order::Serve) => Ok(()),
@@ -251,13 +254,26 @@ async fn follow(
             // Its requests go on without its timers, as those of an nginx worker that is shutting down. What these still do, the
             // worker's end waits for.
             Ok(proxy) => {
+                let loads = proxy.runner.loads();
                 serving.replace(proxy, &blueprint).runner.retire();
-                // The first load counts, too.
-                tracing::info!("load plugin times: {}", blueprint.number + 1);
+                tracing::info!("load plugin times: {loads}");
             }
             Err(e) => tracing::error!("{e}; what was loaded before goes on"),
         }
         taken.send_replace(blueprint.number);
+    }
+}
+
+/// Loads the plugins of a new snapshot at once: what they have timers for is due without a request, too.
+async fn follow_plugins(serving: Rc<Serving>, published: Arc<Published>) {
+    let mut news = published.subscribe();
+    loop {
+        while !serving.proxy().runner.has_plugins_of(&published.load()) {
+            sleep(LOADING_PAUSE).await;
+        }
+        if news.changed().await.is_err() {
+            return;
+        }
     }
 }
 

@@ -104,6 +104,8 @@ pub struct Runner {
     ends: Rc<Ends>,
     filters: RefCell<HashMap<u64, Option<c_int>>>,
     until_memory_check: Cell<u32>,
+    /// How often the worker has loaded its plugins, its start included.
+    loads: Cell<u64>,
     /// The upstreams of the worker's locations.
     groups: Rc<Groups>,
 }
@@ -121,6 +123,10 @@ struct Generation {
     inherited: RefCell<discover::Inherited>,
     /// Its end runs when this is dropped. `None`: made for one request (`lua_code_cache off`), it has none.
     alive: Option<Alive>,
+    /// Its plugins' `destroy` has run before its end: those that take their place have begun.
+    stepped_down: Rc<Cell<bool>>,
+    /// Requests inside.
+    runs: Cell<usize>,
     /// Those that are alive, kept or in use by a request.
     plans: Cell<usize>,
 }
@@ -187,6 +193,13 @@ enum Job {
 }
 
 impl Run {
+    fn new(job: Job, slot: u32) -> Run {
+        let run = Run { job, slot };
+        let generation = run.generation();
+        generation.runs.set(generation.runs.get() + 1);
+        run
+    }
+
     fn plan(&self) -> Option<Rc<Plan>> {
         match &self.job {
             Job::Plan(plan) => Some(plan.borrow().clone()),
@@ -235,7 +248,9 @@ impl Drop for Run {
             let text = format!("lua release ngx.ctx at ref {}", self.slot);
             log::line(Level::Debug, text.as_bytes(), None);
         }
-        self.generation().vm.clear_slot(self.slot);
+        let generation = self.generation();
+        generation.runs.set(generation.runs.get() - 1);
+        generation.vm.clear_slot(self.slot);
     }
 }
 
@@ -257,13 +272,14 @@ fn run_of(x: &Exchange) -> Option<&Run> {
 impl Runner {
     /// Loads the plugins. Must be called inside the worker's runtime: `init` may start timers.
     pub async fn new(setup: Setup, worker: usize, snapshot: &Arc<Snapshot>) -> Result<Runner> {
-        Self::with(setup, worker, snapshot, Default::default()).await
+        Self::with(setup, worker, snapshot, None, Default::default()).await
     }
 
     async fn with(
         setup: Setup,
         worker: usize,
         snapshot: &Arc<Snapshot>,
+        before: Option<Rc<Generation>>,
         (others, ends): (Rc<Others>, Rc<Ends>),
     ) -> Result<Runner> {
         if worker == 0 && setup.locations.list.iter().any(|l| !l.directives.lua_code_cache) {
@@ -271,8 +287,8 @@ impl Runner {
             log::line(Level::Alert, text, None);
         }
         let groups = Rc::new(Groups::new(&setup.locations));
-        let generation =
-            Generation::started(setup.clone(), worker, snapshot.clone(), (groups.clone(), ends.clone())).await?;
+        let shared = (groups.clone(), ends.clone());
+        let generation = Generation::started(setup.clone(), worker, snapshot.clone(), before, shared).await?;
         let trusts = setup.trusts_functions();
         Ok(Runner {
             groups,
@@ -288,6 +304,7 @@ impl Runner {
             ends,
             filters: RefCell::default(),
             until_memory_check: Cell::new(MEMORY_CHECK_EVERY),
+            loads: Cell::new(1),
         })
     }
 
@@ -308,9 +325,16 @@ impl Runner {
 
     /// Another of the same worker, which is to take its place.
     pub async fn anew(&self, setup: Setup, snapshot: &Arc<Snapshot>) -> Result<Runner> {
-        let next = Self::with(setup, self.worker, snapshot, (self.others.clone(), self.ends.clone())).await?;
+        let (before, shared) = (self.generation.borrow().clone(), (self.others.clone(), self.ends.clone()));
+        let next = Self::with(setup, self.worker, snapshot, Some(before), shared).await?;
         next.generation.borrow().inherit(&self.generation.borrow());
+        next.loads.set(self.loads.get() + 1);
         Ok(next)
+    }
+
+    /// How often the worker has loaded its plugins, its start included.
+    pub fn loads(&self) -> u64 {
+        self.loads.get()
     }
 
     /// It takes no requests any more. Its VMs are among those of the one in its place from now on.
@@ -348,7 +372,7 @@ impl Runner {
                 plan.generation.vm.inherit_ctx(slot, &**ctx);
             }
             x.lua.slot = Some(slot);
-            x.lua.run = Some(Rc::new(Run { job: Job::Plan(RefCell::new(plan)), slot }));
+            x.lua.run = Some(Rc::new(Run::new(Job::Plan(RefCell::new(plan)), slot)));
         }
         mask
     }
@@ -574,6 +598,12 @@ impl Runner {
         self.snapshot.get() == snapshot.version
     }
 
+    /// The same for a snapshot whose plugins are other ones; with any other the next request is early enough.
+    pub fn has_plugins_of(&self, snapshot: &Arc<Snapshot>) -> bool {
+        let (loaded, tried) = (self.generation.borrow().number, self.snapshot.get() == snapshot.version);
+        loaded == snapshot.plugins_generation || tried || self.keeps_up(snapshot)
+    }
+
     /// Has another VM serve; requests under way keep theirs.
     fn install(&self, next: Rc<Generation>) {
         self.plans.borrow_mut().clear();
@@ -582,6 +612,8 @@ impl Runner {
         let old = self.generation.replace(next);
         old.vm.close();
         self.others.plugins(&old);
+        self.loads.set(self.loads.get() + 1);
+        tracing::info!("load plugin times: {}", self.loads.get());
     }
 
     fn plan(&self, sources: &Sources<'_>) -> Option<Rc<Plan>> {
@@ -687,6 +719,7 @@ impl Generation {
         setup: &Setup,
         worker: usize,
         snapshot: &Arc<Snapshot>,
+        before: Option<&Rc<Generation>>,
         (groups, ends): (&Rc<Groups>, &Ends),
     ) -> Result<Rc<Generation>> {
         let config = VmConfig { groups: groups.clone(), ..setup.vm_config(Purpose::Plugins, worker, snapshot) };
@@ -701,6 +734,9 @@ impl Generation {
         if setup.watching.debug().basic {
             registry::tell(&plugins);
         }
+        if let Some(before) = before {
+            before.step_down().await;
+        }
         for (name, text) in start::init_plugins(vm).await? {
             tracing::error!(target: "lua", "failed to init plugin [{name}]: {text}");
         }
@@ -711,7 +747,8 @@ impl Generation {
         }
         let entry = Entry::of(vm)?;
         let scripts = script::Compiled::default();
-        let alive = Some(ends.after(vm, init.exit_worker.clone()));
+        let stepped_down = Rc::new(Cell::new(false));
+        let alive = Some(ends.after(vm, init.exit_worker.clone(), stepped_down.clone()));
         let number = snapshot.plugins_generation;
         let plans = Cell::new(0);
         let vm = starting.done();
@@ -724,6 +761,8 @@ impl Generation {
             discover: Cell::default(),
             inherited: RefCell::default(),
             alive,
+            stepped_down,
+            runs: Cell::new(0),
             plans,
         };
         let debug = setup.watching.debug();
@@ -755,6 +794,8 @@ impl Generation {
             discover: Cell::default(),
             inherited: RefCell::default(),
             alive: None,
+            stepped_down: Rc::default(),
+            runs: Cell::new(0),
             plans,
         }))
     }

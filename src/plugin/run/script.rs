@@ -125,7 +125,7 @@ impl Runner {
                 (None, Some(ctx)) => generation.vm.inherit_ctx(slot, &**ctx),
                 (None, None) => {}
             }
-            x.lua.run = Some(Rc::new(Run { job: Job::Location(generation), slot }));
+            x.lua.run = Some(Rc::new(Run::new(Job::Location(generation), slot)));
         }
     }
 
@@ -234,7 +234,7 @@ impl Runner {
                 generation.vm.inherit_ctx(slot, &*ctx);
             }
             x.lua.slot = Some(slot);
-            x.lua.run = Some(Rc::new(Run { job: Job::Location(generation), slot }));
+            x.lua.run = Some(Rc::new(Run::new(Job::Location(generation), slot)));
         }
         x.phase = phase;
         let ended = match self.run_script(x, script).await {
