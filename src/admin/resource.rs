@@ -12,7 +12,7 @@ use super::{
     list::{self, Shown},
     patch, references,
     shape::{self, Action},
-    store_error,
+    sources, store_error,
 };
 use crate::{
     error,
@@ -165,6 +165,7 @@ async fn put(state: &State, mut target: Target, call: &Call) -> Outcome {
     prepare(state, target.kind, &id, &mut value).await?;
     take_owner(&target, &mut value)?;
     check(state, target.kind, &id, &value).await?;
+    keeps_users(state, target.kind, &id, &value, call).await?;
     let key = target.kind.key(&id);
     for _ in 0..MAX_TRIES {
         let previous = state.store.get(&key).await.map_err(|e| store_error(&e))?;
@@ -270,6 +271,7 @@ async fn patch(state: &State, target: Target, call: &Call) -> Outcome {
         }
         prepare(state, target.kind, id, &mut value).await?;
         check(state, target.kind, id, &value).await?;
+        keeps_users(state, target.kind, id, &value, call).await?;
         if target.kind == Kind::Function {
             functions::revise(state, id, &mut value, Some(&entry)).await?;
         }
@@ -286,10 +288,15 @@ async fn patch(state: &State, target: Target, call: &Call) -> Outcome {
 
 async fn delete(state: &State, target: Target, call: &Call) -> Outcome {
     let id = required_id(&target)?;
-    if call.arg("force") != Some("true")
-        && let Some(reason) = references::in_use(&state.published.load(), target.kind, id)
-    {
-        return Err(Answer::refuse(400, reason));
+    if !call.forces() {
+        let snapshot = state.published.load();
+        let used = match target.kind {
+            Kind::PluginSource => sources::in_use(&snapshot, id, &|_| false),
+            kind => references::in_use(&snapshot, kind, id),
+        };
+        if let Some(reason) = used {
+            return Err(Answer::refuse(400, reason));
+        }
     }
     let key = target.kind.key(id);
     // What it owns goes with it (`session`).
@@ -303,7 +310,15 @@ async fn delete(state: &State, target: Target, call: &Call) -> Outcome {
     Ok(shape::deleted(state, &key))
 }
 
-fn is_source(key: &str) -> bool {
+/// A source must take the confs that its plugin has, unless the caller knows better.
+async fn keeps_users(state: &State, kind: Kind, id: &str, value: &Value, call: &Call) -> Outcome<()> {
+    match kind {
+        Kind::PluginSource if !call.forces() => sources::fits_users(state, id, value, &|_| false).await,
+        _ => Ok(()),
+    }
+}
+
+pub(super) fn is_source(key: &str) -> bool {
     matches!(Kind::of_key(key), Some((Kind::PluginSource, _)))
 }
 

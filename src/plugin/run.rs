@@ -141,6 +141,8 @@ struct Entry {
     delayed_body_filter: c_int,
     log: c_int,
     call_filter: c_int,
+    /// Gives what a plugin's conf has for the case that it raises.
+    raised: c_int,
     /// Gives a variable of a Lua module.
     registered_var: c_int,
 }
@@ -561,7 +563,30 @@ impl Runner {
     async fn answering(&self, x: &mut Exchange, plan: &Plan, entry: c_int, slot: u32, flag: bool) -> Flow {
         let push = |s: &Stack| push_call(s, entry, plan.anchor, slot, flag);
         let outcome = sched::call(&plan.generation.vm, x, push, read_answer).await;
-        settle(x, outcome)
+        let raised = matches!(outcome, Outcome::Failed(_));
+        let flow = settle(x, outcome);
+        if raised && flow == Flow::Answer {
+            self.answer_raised(x, plan, slot);
+        }
+        flow
+    }
+
+    /// A plugin has raised: its `_meta.error_response`, when it has one, is the body.
+    fn answer_raised(&self, x: &mut Exchange, plan: &Plan, slot: u32) {
+        let generation = &plan.generation;
+        let push = |s: &Stack| {
+            s.push_number(f64::from(slot));
+            1
+        };
+        match call_once(generation, generation.entry.raised, push, |s| s.bytes(-1).map(<[u8]>::to_vec)) {
+            Ok(None) => {}
+            Ok(Some(body)) => {
+                let status = x.response.status;
+                answer(x, status);
+                x.printed.extend_from_slice(&body);
+            }
+            Err(text) => log_error(x, &format!("_meta.error_response: {text}")),
+        }
     }
 
     async fn filtering(&self, x: &mut Exchange, plan: &Plan, entry: c_int, slot: u32) -> Result<()> {
@@ -574,7 +599,7 @@ impl Runner {
             Outcome::Done(()) | Outcome::Exit(_) => Ok(()),
             Outcome::Failed(text) => {
                 log_error(x, &format!("failed to run {}: {text}", crate::lua::api::context_name(x.phase)));
-                Err(crate::error::Error::script(text))
+                Err(crate::error::Error::script(text).told())
             }
         }
     }
@@ -870,6 +895,7 @@ impl Entry {
             delayed_body_filter: f("delayed_body_filter")?,
             log: f("log")?,
             call_filter: f("call_filter")?,
+            raised: f("raised")?,
             registered_var: f("registered_var")?,
         })
     }

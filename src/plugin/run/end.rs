@@ -89,7 +89,9 @@ impl Generation {
             Ok(Ok(())) => {}
             Ok(Err(e)) => tracing::error!(target: "lua", "failed to end the plugins: {e}"),
             Err(_) => {
-                tracing::error!("plugins' destroy waited for more than {LONGEST_STEP:?}: cut off, others take their place")
+                tracing::error!(
+                    "plugins' destroy waited for more than {LONGEST_STEP:?}: cut off, others take their place"
+                )
             }
         }
     }

@@ -292,7 +292,7 @@ impl Runner {
             Ok(Outcome::Failed(text)) => {
                 let text = format!("failed to run {}: {text}", api::context_name(phase));
                 x.log(Level::Error, text.as_bytes());
-                Err(Error::script(text))
+                Err(Error::script(text).told())
             }
             Ok(Outcome::Exit(n)) if phase == Phase::HeaderFilter && n >= 200 => {
                 x.filter_exit = Some(n as u16);
@@ -306,7 +306,7 @@ impl Runner {
             Ok(_) => Ok(()),
             Err(NotLoaded { text, .. }) => {
                 x.log(Level::Error, text.as_bytes());
-                Err(Error::script(text))
+                Err(Error::script(text).told())
             }
         }
     }
