@@ -589,7 +589,7 @@ return _M
         gw.route("end", "/end", &up, json!({"raising": {"at": "access", "mark": format!("end of {mark}.")}}));
         gw.get("/end");
         gw.expect_log(&format!("raised for end of {mark}."));
-        assert_eq!(gw.log().matches(&format!("{raised},")).count(), 1, "{phase}: {}", gw.log());
+        assert_eq!(gw.log().matches(&format!("{raised}\n")).count(), 1, "{phase}: {}", gw.log());
         (reply.status, reply.text())
     };
     for phase in ["rewrite", "access", "before_proxy"] {
@@ -608,7 +608,7 @@ return _M
     gw.route("end", "/end", &up, json!({"raising": {"at": "access", "mark": "the end."}}));
     gw.get("/end");
     gw.expect_log("raised for the end.");
-    assert_eq!(gw.log().matches("raised for bf,").count(), 1, "{}", gw.log());
+    assert_eq!(gw.log().matches("raised for bf\n").count(), 1, "{}", gw.log());
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use crate::support::{Dir, Gateway, Upstream, eventually, get};
+use crate::support::{Dir, Gateway, Upstream, eventually, get, request};
 
 fn plugin(name: &str, answer: &str) -> String {
     format!(
@@ -155,9 +155,12 @@ fn a_plugin_begins_is_replaced_and_ends_on_workers_without_a_request() {
     gw.expect_log("load plugin times: 4");
     let inits = |n: usize| gw.log().matches(&format!("living two init on {n}")).count();
     eventually("both have loaded it anew", || ((inits(0), inits(1)) == (2, 2)).then_some(()));
+    assert_eq!(request(&gw.control(), "PUT", "/v1/plugins/reload", &[], b"").status, 200);
+    eventually("once each", || ((inits(0), inits(1)) == (3, 3)).then_some(()));
     assert_eq!(gw.admin("DELETE", "/plugin_sources/living", ()).status, 200);
     let ends = |n: usize| gw.log().matches(&format!("living two destroy on {n}")).count();
-    eventually("the second has ended, twice on each", || ((ends(0), ends(1)) == (2, 2)).then_some(()));
+    eventually("the second has ended, as often as it began", || ((ends(0), ends(1)) == (3, 3)).then_some(()));
+    assert_eq!((inits(0), inits(1)), (3, 3));
 }
 
 #[test]
