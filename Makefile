@@ -23,7 +23,7 @@ library_file = /usr/share/lua/5.1/$(subst .,/,$(firstword $(subst =, ,$(1)))).lu
 LUA_PACKAGES = $(foreach library,$(LUA_LIBRARIES),$(call need,$(wildcard $(call library_file,$(library))),$(lastword $(subst =, ,$(library)))))
 TEST_PACKAGES = $(call need,$(call has,etcd),etcd-server) $(call need,$(call has,etcdctl),etcd-client) \
 	$(call need,$(call has,redis-server),redis-server) $(call need,$(call has,memcached),memcached) \
-	$(call need,$(MARIADBD),mariadb-server) $(call need,$(call has,openssl),openssl) \
+	$(call need,$(MARIADBD),mariadb-server) $(call need,$(call has,prometheus),prometheus) $(call need,$(call has,openssl),openssl) \
 	$(call need,$(shell /usr/bin/python3 -c 'import grpc; print(1)' 2>/dev/null),python3-grpcio) \
 	$(call need,$(call has,$(LUACHECK)),lua-check) $(LUA_PACKAGES)
 

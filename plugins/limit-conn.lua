@@ -1,6 +1,8 @@
 --- Limits how many requests of a key are under way at once; up to `burst` more wait a little.
 local core = require("apisix.core")
 local limit_conn = require("resty.limit.conn")
+local limit_conn_redis = require("apisix.plugins.limit-conn.limit-conn-redis")
+local redis_script = require("apisix.utils.redis-script")
 local sleep = ngx.sleep
 local resolve_var = core.utils.resolve_var
 local floor = math.floor
@@ -18,14 +20,7 @@ local _M = {
 }
 
 function _M.check_schema(conf)
-    local ok, err = core.schema.check(_M.schema, conf)
-    if not ok then
-        return false, err
-    end
-    if conf.policy ~= "local" then
-        return false, "policy " .. conf.policy .. " is not supported yet; use \"local\""
-    end
-    return true
+    return core.schema.check(_M.schema, conf)
 end
 
 -- A number or a text with variables.
@@ -72,8 +67,11 @@ local function limits_of(conf, ctx)
     return out
 end
 
-local function create(conn, burst, delay)
-    return limit_conn.new(DICT, conn, burst, delay)
+local function create(conf, conn, burst)
+    if redis_script.is_remote(conf.policy) then
+        return limit_conn_redis.new(conn, burst, conf.default_conn_delay)
+    end
+    return limit_conn.new(DICT, conn, burst, conf.default_conn_delay)
 end
 
 local function limiter_for(conf, ctx, limit)
@@ -81,8 +79,8 @@ local function limiter_for(conf, ctx, limit)
     if not conn or conn <= 0 or not burst or burst < 0 then
         return nil, "conn and burst must resolve to numbers"
     end
-    local id = conn .. ":" .. burst .. ":" .. conf.default_conn_delay
-    return core.lrucache.plugin_ctx(cache, ctx, id, create, conn, burst, conf.default_conn_delay)
+    local id = conn .. ":" .. burst .. ":" .. conf.default_conn_delay .. ":" .. (conf.policy or "local")
+    return core.lrucache.plugin_ctx(cache, ctx, id, create, conf, conn, burst)
 end
 
 local function reject(conf)
@@ -97,12 +95,14 @@ local function failed(conf, err)
     return not conf.allow_degradation and 500 or nil
 end
 
--- Parent and version keep the counters of different confs apart.
+-- Parent and version keep the counters of different confs apart. Gateways that share a Redis need not share the versions of their
+-- objects.
 local function counter_key(conf, ctx, value)
     local meta = conf._meta
     local parent = meta and meta.parent
     if parent then
-        local key = parent.resource_key .. ":" .. parent.resource_version .. ":" .. value
+        local version = redis_script.is_remote(conf.policy) and redis_script.identity(conf) or parent.resource_version
+        local key = parent.resource_key .. ":" .. version .. ":" .. value
         return meta.workflow_rule and key .. ":" .. meta.workflow_rule or key
     end
     return ctx.conf_type .. ctx.conf_version .. ":" .. value
@@ -115,8 +115,8 @@ local function enter(conf, ctx, limit)
     end
     local key = counter_key(conf, ctx, limit.key)
     core.log.info("limit key: ", key)
-    local delay
-    delay, err = limiter:incoming(key, true)
+    local delay, place
+    delay, err, place = limiter:incoming(key, true, conf)
     if not delay then
         if err == "rejected" then
             return reject(conf)
@@ -125,7 +125,7 @@ local function enter(conf, ctx, limit)
     end
     if limiter:is_committed() then
         ctx.limit_conn = ctx.limit_conn or {}
-        core.table.insert(ctx.limit_conn, { limiter = limiter, key = key, delay = delay, conf = conf })
+        core.table.insert(ctx.limit_conn, { limiter = limiter, key = key, place = place, delay = delay, conf = conf })
     end
     if delay >= 0.001 then
         sleep(delay)
@@ -157,7 +157,7 @@ function _M.log(_, ctx)
             took = took and took - floor(entry.delay)
         end
         core.log.debug("request latency is ", took)
-        local _, err = entry.limiter:leaving(entry.key, took)
+        local _, err = entry.limiter:leaving(entry.key, took, entry.place)
         if err then
             core.log.error("failed to record the connection leaving request: ", err)
         end

@@ -1,6 +1,8 @@
 --- Limits the rate of requests per key with a leaky bucket: up to `burst` more wait their turn or pass at once (`nodelay`).
 local core = require("apisix.core")
 local limit_req = require("resty.limit.req")
+local limit_req_redis = require("apisix.plugins.limit-req.limit-req-redis")
+local redis_script = require("apisix.utils.redis-script")
 local sleep = ngx.sleep
 local resolve_var = core.utils.resolve_var
 
@@ -16,18 +18,18 @@ local _M = {
 }
 
 function _M.check_schema(conf)
-    local ok, err = core.schema.check(_M.schema, conf)
-    if not ok then
-        return false, err
-    end
-    if conf.policy ~= "local" then
-        return false, "policy " .. conf.policy .. " is not supported yet; use \"local\""
-    end
-    return true
+    return core.schema.check(_M.schema, conf)
 end
 
 local function create(conf)
     return limit_req.new(DICT, conf.rate, conf.burst)
+end
+
+local function limiter_for(conf, ctx)
+    if redis_script.is_remote(conf.policy) then
+        return limit_req_redis.new(conf)
+    end
+    return core.lrucache.plugin_ctx(cache, ctx, nil, create, conf)
 end
 
 local function key_of(conf, ctx)
@@ -51,7 +53,9 @@ local function key_of(conf, ctx)
     -- Whose conf it is keeps the counters of different confs apart, and those of one conf together, whoever asks.
     local parent = conf._meta and conf._meta.parent
     if parent then
-        return key .. ":" .. parent.resource_key .. ":" .. parent.resource_version
+        -- Gateways that share a Redis need not share the versions of their objects.
+        local version = redis_script.is_remote(conf.policy) and redis_script.identity(conf) or parent.resource_version
+        return key .. ":" .. parent.resource_key .. ":" .. version
     end
     return key .. ctx.conf_type .. ctx.conf_version
 end
@@ -64,7 +68,7 @@ local function reject(conf)
 end
 
 function _M.access(conf, ctx)
-    local limiter, create_err = core.lrucache.plugin_ctx(cache, ctx, nil, create, conf)
+    local limiter, create_err = limiter_for(conf, ctx)
     if not limiter then
         core.log.error("failed to create the limiter: ", create_err)
         return not conf.allow_degradation and 500 or nil

@@ -62,16 +62,30 @@ impl Chooser {
     }
 
     pub fn choose(&self, path: &[u8]) -> Option<Chosen> {
+        self.choose_telling(path, |_, _| {})
+    }
+
+    /// The same; `tell` hears of each location that is asked, in the order in which they are, and whether it fits. Of those that
+    /// are found by their name or prefix, only the one that fits is asked.
+    pub fn choose_telling(&self, path: &[u8], mut tell: impl FnMut(&Location, bool)) -> Option<Chosen> {
         let plain = |location: &Arc<Location>| Chosen { location: location.clone(), captures: Vec::new() };
         let exact = std::str::from_utf8(path).ok().and_then(|path| self.exact.get(path));
         if let Some(location) = exact {
+            tell(location, true);
             return Some(plain(location));
         }
         let prefix = self.prefixes.iter().find(|(prefix, ..)| path.starts_with(prefix.as_bytes()));
+        if let Some((.., location)) = prefix {
+            tell(location, true);
+        }
         if let Some((_, true, location)) = prefix {
             return Some(plain(location));
         }
-        let matching = self.regexes.iter().find_map(|location| captures(location, path));
+        let matching = self.regexes.iter().find_map(|location| {
+            let found = captures(location, path);
+            tell(location, found.is_some());
+            found
+        });
         matching.or_else(|| prefix.map(|(.., location)| plain(location)))
     }
 }
@@ -128,6 +142,20 @@ mod tests {
             captures.iter().map(|(name, v)| (&**name, std::str::from_utf8(v).expect("text"))).collect();
         assert_eq!(captures, [("1", "aa"), ("who", "aa"), ("2", "12")]);
         assert!(chooser.named("@named").is_some() && chooser.named("@other").is_none());
+    }
+
+    #[test]
+    fn what_is_asked_is_told_in_order() {
+        let chooser = chooser(&["/", "= /a", "/a", "^~ /static/", "~ b$", "~* A+"]);
+        let told = |path: &str| {
+            let mut told = Vec::new();
+            chooser.choose_telling(path.as_bytes(), |location, fits| told.push((location.pattern.to_string(), fits)));
+            told.iter().map(|(text, fits)| format!("{text} {fits}")).collect::<Vec<_>>()
+        };
+        assert_eq!(told("/a"), ["= /a true"]);
+        assert_eq!(told("/ac"), ["/a true", "~ b$ false", "~* A+ true"]);
+        assert_eq!(told("/x"), ["/ true", "~ b$ false", "~* A+ false"]);
+        assert_eq!(told("/static/b"), ["^~ /static/ true"]);
     }
 
     #[test]

@@ -6,8 +6,12 @@ mod support;
 mod contract;
 #[path = "control/debug.rs"]
 mod debug;
+#[path = "control/objects.rs"]
+mod objects;
 #[path = "control/plugins.rs"]
 mod plugins;
+#[path = "control/prometheus.rs"]
+mod prometheus;
 #[path = "control/status.rs"]
 mod status;
 #[path = "control/trace.rs"]

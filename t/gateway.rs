@@ -16,6 +16,8 @@ mod discovery;
 mod functions;
 #[path = "gateway/gcp.rs"]
 mod gcp;
+#[path = "gateway/limits_redis.rs"]
+mod limits_redis;
 #[path = "gateway/loggers.rs"]
 mod loggers;
 #[path = "gateway/plugins.rs"]

@@ -110,7 +110,7 @@ local function resource(kind)
         local value, id, modified, created = native.matched(kind)
         if value.id == nil then value.id = id end
         known = {
-            key = "/apisix/" .. kind .. "s/" .. id, value = value,
+            key = require("moongate.keys") .. "/" .. kind .. "s/" .. id, value = value,
             modifiedIndex = modified, createdIndex = created, orig_modifiedIndex = modified,
             has_domain = false, update_count = 0, clean_handlers = {},
         }

@@ -234,6 +234,8 @@ local function close_sandbox()
     note_magic(ngx)
     note_magic(ndk)
     for mark in next, frozen do freeze(mark) end
+    -- It takes no writes itself.
+    frozen[ndk.set_var] = true
     if package.preload then
         for name in pairs(forbidden) do
             -- The secrets' managers are `use_manager`'s; functions cannot require them.

@@ -19,6 +19,9 @@ local request = require("moongate.request")
 local fast = native.fast
 local ngx = ngx
 
+-- As in OpenResty, where `require("ngx")` gives the table. Functions have one of their own in their sandbox.
+if native.purpose ~= "functions" then package.loaded.ngx = ngx end
+
 local error, getmetatable, ipairs, pairs, rawget, rawset, select, setmetatable, tonumber, tostring, type =
     error, getmetatable, ipairs, pairs, rawget, rawset, select, setmetatable, tonumber, tostring, type
 local concat, floor = table.concat, math.floor

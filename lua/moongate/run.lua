@@ -37,7 +37,7 @@ local function conf_table(item, plugin)
         meta = {}
         conf._meta = meta
     end
-    setmetatable(meta, { __index = { parent = { resource_key = item.key, resource_version = item.version } } })
+    setmetatable(meta, { __index = { parent = { resource_key = require("moongate.keys") .. item.key, resource_version = item.version } } })
     confs[item.uid] = conf
     return conf
 end

@@ -11,8 +11,9 @@ local bit = require("bit")
 local band, bxor, lshift = bit.band, bit.bxor, bit.lshift
 local max, min = math.max, math.min
 local byte, find, lower, match, sub = string.byte, string.find, string.lower, string.match, string.sub
-local error, ipairs, rawget, select, setmetatable, tonumber, tostring, type =
-    error, ipairs, rawget, select, setmetatable, tonumber, tostring, type
+local md5 = ngx.md5
+local error, ipairs, pairs, rawget, select, setmetatable, tonumber, tostring, type =
+    error, ipairs, pairs, rawget, select, setmetatable, tonumber, tostring, type
 
 local _M = { _VERSION = "1.05" }
 
@@ -48,12 +49,26 @@ end
 -- name -> { slot -> node }; a node is { ip, port }.
 local known = lrucache.new(MAX_CLUSTERS)
 
+-- A connection is used again by those who speak for the same user, as sure of the peer.
+local function pool_of(config, node)
+    local opts = config.connect_opts or {}
+    return node.ip .. ":" .. node.port .. "#" .. (config.username or "") .. "#" .. (config.auth and md5(config.auth) or "")
+        .. (opts.ssl and (opts.ssl_verify and "#tls verified" or "#tls") or "")
+end
+
+-- What to connect with: of its own for each node, whose pool it names.
+local function options_for(config, node)
+    local options = { pool = pool_of(config, node), pool_size = config.keepalive_cons }
+    for name, value in pairs(config.connect_opts or {}) do options[name] = value end
+    return options
+end
+
 local function connect(self, node)
     local config = self.config
     local red = redis:new()
     red:set_timeouts(config.connect_timeout or DEFAULT_TIMEOUT, config.send_timeout or DEFAULT_TIMEOUT,
         config.read_timeout or DEFAULT_TIMEOUT)
-    local ok, err = red:connect(node.ip, node.port, config.connect_opts)
+    local ok, err = red:connect(node.ip, node.port, options_for(config, node))
     if not ok then return nil, err end
     if config.auth and config.auth ~= "" and red:get_reused_times() == 0 then
         if config.username then

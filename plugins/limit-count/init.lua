@@ -16,6 +16,7 @@ local ipairs, pairs, tonumber, tostring, type = ipairs, pairs, tonumber, tostrin
 
 local schemas = schema_def.of_plugin("limit-count")
 local fixed = require("apisix.plugins.limit-count.limit-count-local")
+local remote = require("apisix.plugins.limit-count.remote")
 local dict = ngx_shared["plugin-limit-count"]
 
 local _M = { schema = schemas.schema, metadata_schema = schemas.metadata_schema }
@@ -93,8 +94,9 @@ function _M.check_schema(conf, schema_type)
     if not ok then
         return false, err
     end
-    if conf.policy ~= "local" then
-        return false, "policy " .. conf.policy .. " is not supported yet; use \"local\""
+    ok, err = remote.check(conf)
+    if not ok then
+        return false, err
     end
     if conf.group then
         ok, err = check_group(conf)
@@ -185,6 +187,14 @@ local function count_sliding(key, cost, count, window)
     return floor(count - carried - used), reset
 end
 
+-- What counts for this conf: called with key, cost, limit and seconds, and for a Redis with conf and the plugin's name.
+local function counter_of(conf)
+    if conf.policy and conf.policy ~= "local" then
+        return remote.count
+    end
+    return conf.window_type == "sliding" and count_sliding or fixed.count
+end
+
 local default_headers = {
     limit_header = "X-RateLimit-Limit",
     remaining_header = "X-RateLimit-Remaining",
@@ -241,8 +251,7 @@ local function apply(conf, ctx, name, limit, cost)
     end
     local key = limit_key(conf, ctx, name, limit.value)
     core.log.info("limit key: ", key)
-    local count_in = conf.window_type == "sliding" and count_sliding or fixed.count
-    local remaining, reset = count_in(key, cost, count, window)
+    local remaining, reset = counter_of(conf)(key, cost, count, window, conf, name)
     if not remaining then
         return failed(conf, reset)
     end

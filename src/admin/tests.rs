@@ -83,6 +83,7 @@ async fn start_on(between: impl FnOnce(Arc<dyn Store>) -> Arc<dyn Store>) -> Api
     let places = (admin.local_addr().expect("bound"), control.local_addr().expect("bound"));
     tokio::task::spawn_local(serve(admin, None, Rc::new(state), std::future::pending()));
     let control_state = control::State {
+        prefix: "/apisix".into(),
         reload: None,
         plugin_apis: None,
         trace: None,
@@ -495,6 +496,8 @@ fn the_control_api_tells_what_is_wrong() {
         list = api.control("/v1/routes").await;
         assert_eq!(list.json()[0]["value"]["upstream"]["nodes"], json!([{"host": "foo.com", "port": 1, "weight": 1}]));
         assert_eq!(list.json()[0]["has_domain"], true);
+        assert_eq!(list.json()[0]["key"], "/apisix/routes/good");
+        assert_eq!(list.json()[0]["orig_modifiedIndex"], list.json()[0]["modifiedIndex"]);
         assert_eq!(api.control("/v1/healthcheck").await.json(), json!({}));
         assert_eq!(api.control("/v1/healthcheck/route/1").await.error(), "invalid src type route");
         assert_eq!(api.control("/v1/healthcheck/routes/1").await.error(), "routes[1] not found");

@@ -19,6 +19,7 @@ use super::{
     debug::DebugFile,
     ending::Endings,
     functions::Keeper,
+    gauges,
     listeners::{self, Sockets},
     plugins::Plugins,
     reload::Reload,
@@ -37,7 +38,7 @@ use crate::{
     health::Health,
     observe::{log, metrics},
     plugin::{Errand, Setup, Watching},
-    store::{self, Published, Started, Store},
+    store::{self, Published, SourceState, Started, Store},
 };
 
 /// Workers that were told to end at once get this long: one may be inside a script.
@@ -82,10 +83,15 @@ pub async fn run(mut config: Config) -> Result<()> {
     status.configured(started.published.clone(), started.source.clone(), received);
     let metrics = metrics::Metrics::new(metrics::Settings::from_attr(&config.json["plugin_attr"]["prometheus"]));
     metrics.install();
+    gauges::add(&metrics, started.published.clone(), started.source.clone());
     let resolver = Arc::new(Resolver::new(&settings::dns(&config), Handle::current()));
     crate::lua::ngx::socket_tcp::set_resolver(resolver.clone());
     crate::lua::host::store::open_to_scripts(store.clone(), started.published.clone());
-    let health = settings::health(&config, &*store).map(|prefix| Health::new(resolver.clone(), prefix));
+    let health = settings::checks_health(&config)
+        .then(|| Health::new(resolver.clone(), shown_prefix(&config, &started.source)));
+    if let Some(health) = &health {
+        gauges::add_health(&metrics, health.clone());
+    }
     let blueprint = Blueprint {
         config: Arc::new(config.clone()),
         published: started.published.clone(),
@@ -462,6 +468,7 @@ impl Apis<'_> {
         if let Some(listener) = ports.control {
             let (endpoints, watching) = (asking.clone(), self.watching.clone());
             let state = Rc::new(control::State {
+                prefix: shown_prefix(self.config, &self.started.source),
                 published: self.started.published.clone(),
                 source: self.started.source.clone(),
                 plugins,
@@ -486,6 +493,14 @@ impl Apis<'_> {
         }
         spawn_local(follow_labels(self.started.published.clone(), self.metrics));
         Ok(serving)
+    }
+}
+
+/// What stands before keys in the control API.
+fn shown_prefix(config: &Config, source: &SourceState) -> String {
+    match source.load().name {
+        "etcd" | "embedded" => store::shown_prefix(&config.json),
+        _ => String::new(),
     }
 }
 

@@ -20,7 +20,7 @@ use crate::{
 /// What all workers count and log into.
 #[derive(Clone)]
 pub struct Endings {
-    metrics: Arc<Metrics>,
+    pub metrics: Arc<Metrics>,
     access_log: Option<LogFile>,
     stream_log: Option<LogFile>,
 }
@@ -137,6 +137,8 @@ fn names(x: &Exchange, prefer_name: bool) -> (&str, &str) {
     let route_name = route.value.name.as_deref().filter(|_| prefer_name);
     let service = matched.service.as_ref();
     let service_name = service.and_then(|s| s.value.name.as_deref()).filter(|_| prefer_name);
-    let service_id = route.value.service_id.as_deref().unwrap_or("");
+    // A route of no service is told by its host.
+    let host = || if let [host] = &route.value.hosts[..] { host } else { "" };
+    let service_id = route.value.service_id.as_deref().unwrap_or_else(host);
     (route_name.unwrap_or(&route.id), service_name.unwrap_or(service_id))
 }

@@ -11,6 +11,7 @@ mod control;
 mod debug;
 mod ending;
 mod functions;
+mod gauges;
 mod listeners;
 pub mod plugins;
 mod reload;

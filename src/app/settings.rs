@@ -10,7 +10,6 @@ use crate::{
     error::Result,
     model, net, proxy,
     router::RouterKind,
-    store::{self, Store},
     stream, tls,
 };
 
@@ -84,14 +83,13 @@ pub fn keepalive(config: &Config) -> model::upstream::Keepalive {
     model::upstream::Keepalive { size: keepalive.size, idle_timeout: keepalive.timeout, requests: keepalive.requests }
 }
 
-/// What stands before the names of checked upstreams; `None`: `apisix.disable_upstream_healthcheck`. Files have no prefix, as in APISIX.
-pub fn health(config: &Config, store: &dyn Store) -> Option<String> {
-    if config.json.pointer("/apisix/disable_upstream_healthcheck").and_then(Value::as_bool) == Some(true) {
+/// Whether nodes of upstreams are checked: `apisix.disable_upstream_healthcheck`.
+pub fn checks_health(config: &Config) -> bool {
+    let disabled = config.json.pointer("/apisix/disable_upstream_healthcheck").and_then(Value::as_bool) == Some(true);
+    if disabled {
         tracing::info!("disabled upstream healthcheck");
-        return None;
     }
-    let is_file = matches!(store.name(), "file" | "standalone");
-    Some(if is_file { String::new() } else { store::shown_prefix(&config.json) })
+    !disabled
 }
 
 pub fn dns(config: &Config) -> dns::Config {

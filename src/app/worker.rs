@@ -170,7 +170,7 @@ async fn serve(worker: usize, blueprint: Blueprint, sockets: Bound, line: Line) 
     let mut listeners = JoinSet::new();
     listen(&blueprint, &handler, &drain, (sockets.http, sockets.unix), &mut listeners);
     if blueprint.config.stream.enabled {
-        stream(&blueprint, &drain, serving.clone(), (sockets.tcp, sockets.udp), &mut listeners);
+        stream(&blueprint, &drain, serving.clone(), (sockets.tcp, sockets.udp), &mut listeners)?;
     }
     let mut chores = chores(&serving, &ending, (collections, debug), questions);
     chores.spawn_local(follow(worker, serving.clone(), ending.clone(), (blueprints, taken)));
@@ -352,7 +352,7 @@ fn stream(
     serving: Rc<Serving>,
     (tcp, udp): (Vec<Tcp>, Vec<UdpSocket>),
     listeners: &mut JoinSet<Result<()>>,
-) {
+) -> Result<()> {
     let Blueprint { config, published, resolver, health, endings, .. } = blueprint;
     let log = endings.of_streams(config);
     let mut settings = settings::stream(config);
@@ -362,7 +362,8 @@ fn stream(
         (published.clone(), resolver.clone(), Watched::new(health.clone())),
         drain.clone(),
         (log, serving),
-    ));
+        endings.metrics.clone(),
+    )?);
     for Tcp { socket, proxy_protocol, proxy_protocol_to_upstream: to_upstream, tls } in tcp {
         let tls = tls.map(|server| listener::Tls { server, published: published.clone(), scripts: Rc::default() });
         let listener = stream::tcp::Listener { socket, proxy_protocol, tls, to_upstream };
@@ -371,6 +372,7 @@ fn stream(
     for socket in udp {
         listeners.spawn_local(stream::udp::run(streams.clone(), socket));
     }
+    Ok(())
 }
 
 /// Waits until the order is one that `meant` says yes to. An absent control thread means stop.

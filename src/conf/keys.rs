@@ -27,6 +27,7 @@ const OPTIONAL: &[&str] = &[
     "apisix.trace.header",
     "apisix.trace.keep",
     "apisix.trace.key",
+    "apisix.trace.secrets",
     "apisix.trusted_addresses",
     "custom_plugins",
     "deployment.admin.admin_api_mtls.*",

@@ -172,6 +172,20 @@ pub enum Pattern {
     Named(Box<str>),
 }
 
+/// As it is written.
+impl std::fmt::Display for Pattern {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Pattern::Exact(path) => write!(f, "= {path}"),
+            Pattern::Prefix { prefix, last_word: true } => write!(f, "^~ {prefix}"),
+            Pattern::Prefix { prefix, last_word: false } => f.write_str(prefix),
+            Pattern::Regex { text, ignore_case: true } => write!(f, "~* {text}"),
+            Pattern::Regex { text, ignore_case: false } => write!(f, "~ {text}"),
+            Pattern::Named(name) => f.write_str(name),
+        }
+    }
+}
+
 /// `set_by_lua $var code args…`
 #[derive(Clone, Debug)]
 pub struct SetByLua {

@@ -225,6 +225,8 @@ pub struct Trace {
     pub key: String,
     /// Traces that are kept.
     pub keep: usize,
+    /// Names of fields and arguments whose values a trace does not show, beside those that are known to be secret.
+    pub secrets: Box<[Box<str>]>,
 }
 
 #[derive(Clone, Debug)]

@@ -619,7 +619,11 @@ impl<'a> Reader<'a> {
             Some(_) => self.number("apisix.trace.keep", 1, MAX_TRACES) as usize,
             None => TRACES,
         };
-        Some(Trace { header, key, keep })
+        let secrets = match self.get("apisix.trace.secrets") {
+            Some(_) => self.texts("apisix.trace.secrets").into_iter().map(Into::into).collect(),
+            None => Box::default(),
+        };
+        Some(Trace { header, key, keep, secrets })
     }
 
     fn prometheus(&mut self) -> Prometheus {

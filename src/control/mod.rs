@@ -59,6 +59,8 @@ pub type AskReload = Box<dyn Fn() -> Later<Result<(), String>>>;
 pub type FindTrace = Box<dyn Fn(&str) -> Option<String>>;
 
 pub struct State {
+    /// Before the keys of objects: that of etcd's, nothing where the configuration is a file.
+    pub prefix: String,
     pub published: Arc<Published>,
     pub source: Arc<SourceState>,
     pub plugins: Rc<dyn PluginHost>,
@@ -160,12 +162,12 @@ fn get(state: &State, snapshot: &Snapshot, place: &[&str], call: &Call) -> Optio
             Some(trace) => Answer::json_text(200, trace),
             None => Answer::refuse(404, format!("trace[{id}] not found")),
         },
-        ["routes"] => all(&snapshot.routes, Kind::Route),
-        ["route", id] => one(&snapshot.routes, Kind::Route, id),
-        ["services"] => all(&snapshot.services, Kind::Service),
-        ["service", id] => one(&snapshot.services, Kind::Service, id),
-        ["upstreams"] => all(&snapshot.upstreams, Kind::Upstream),
-        ["upstream", id] => one(&snapshot.upstreams, Kind::Upstream, id),
+        ["routes"] => all(state, &snapshot.routes, Kind::Route),
+        ["route", id] => one(state, &snapshot.routes, Kind::Route, id),
+        ["services"] => all(state, &snapshot.services, Kind::Service),
+        ["service", id] => one(state, &snapshot.services, Kind::Service, id),
+        ["upstreams"] => all(state, &snapshot.upstreams, Kind::Upstream),
+        ["upstream", id] => one(state, &snapshot.upstreams, Kind::Upstream, id),
         ["plugin_metadatas"] => metadata(snapshot),
         ["plugin_metadata", name] => match snapshot.plugin_metadata.get(*name) {
             Some(object) => Answer::json_text(200, object.json.to_string()),
@@ -215,22 +217,22 @@ fn errors(state: &State, snapshot: &Snapshot) -> Answer {
     )
 }
 
-fn all<T>(table: &Table<T>, kind: Kind) -> Answer {
+fn all<T>(state: &State, table: &Table<T>, kind: Kind) -> Answer {
     let mut objects: Vec<(&Id, &Arc<Object<T>>)> = table.iter().collect();
     objects.sort_by(|a, b| a.0.cmp(b.0));
-    let list: Vec<Value> = objects.iter().map(|(_, object)| shown(object, kind)).collect();
+    let list: Vec<Value> = objects.iter().map(|(_, object)| shown(state, object, kind)).collect();
     Answer::json(200, &Value::Array(list))
 }
 
-fn one<T>(table: &Table<T>, kind: Kind, id: &str) -> Answer {
+fn one<T>(state: &State, table: &Table<T>, kind: Kind, id: &str) -> Answer {
     match table.get(id) {
-        Some(object) => Answer::json(200, &shown(object, kind)),
+        Some(object) => Answer::json(200, &shown(state, object, kind)),
         None => Answer::refuse(404, format!("{}[{id}] not found", kind.singular())),
     }
 }
 
 /// The object as it is served: defaults filled in, nodes as a list.
-fn shown<T>(object: &Object<T>, kind: Kind) -> Value {
+fn shown<T>(state: &State, object: &Object<T>, kind: Kind) -> Value {
     let mut value: Value = serde_json::from_str(&object.json).unwrap_or_default();
     // What is served has passed this check.
     let _ = model::check(kind, &object.id, &mut value);
@@ -240,13 +242,31 @@ fn shown<T>(object: &Object<T>, kind: Kind) -> Value {
             has_domain |= list_nodes(nodes);
         }
     }
-    json!({
-        "key": format!("/{}/{}", kind.plural(), object.id),
+    fill_plugins(&mut value);
+    let mut shown = json!({
+        "key": format!("{}/{}/{}", state.prefix, kind.plural(), object.id),
         "value": value,
         "createdIndex": object.create_revision,
         "modifiedIndex": object.mod_revision,
         "has_domain": has_domain,
-    })
+    });
+    if kind == Kind::Route {
+        shown["orig_modifiedIndex"] = object.mod_revision.into();
+    }
+    shown
+}
+
+/// Plugins as they run: with their defaults, as far as their schemas are APISIX's, and a `_meta`.
+fn fill_plugins(value: &mut Value) {
+    for (name, conf) in value.get_mut("plugins").and_then(Value::as_object_mut).into_iter().flatten() {
+        if let Some(schemas) = schema::plugin(name) {
+            // What is served has passed this check.
+            let _ = schemas.schema.check(conf);
+        }
+        if let Some(conf) = conf.as_object_mut() {
+            conf.entry("_meta").or_insert_with(|| json!({}));
+        }
+    }
 }
 
 /// Makes a list of nodes written as a map; says whether one is a name.

@@ -17,6 +17,7 @@ mod log;
 pub mod openssl;
 pub mod posted;
 mod random;
+pub mod secrets;
 mod ssl;
 pub mod status;
 pub mod vars;
@@ -38,7 +39,7 @@ pub use body::{Chunk, RequestBody, Spooled};
 pub use headers::Headers;
 use headers::append_all;
 pub use last_host::LastHost;
-pub use vars::{Known, Var};
+pub use vars::{Known, Var, hostname};
 
 use crate::{
     conf::locations::Location,

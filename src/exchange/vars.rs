@@ -18,8 +18,8 @@ use hashbrown::HashMap;
 
 pub use find::{arg, cookie};
 use find::{field, proxy_protocol_tlv, remote_user, set_cookie};
-pub use text::{address, hex, ip, number};
-use text::{date, hostname, seconds, with_clock};
+pub use text::{address, hex, hostname, ip, number};
+use text::{date, seconds, with_clock};
 
 use super::{Exchange, Headers, RequestBody, TcpInfo, Try, Version, graphql, headers::append_all};
 use crate::{

@@ -2,12 +2,15 @@
 //! debug mode, its hooks. All others have none of it.
 
 use std::{
+    cell::{Cell, RefCell},
     collections::BTreeMap,
     rc::Rc,
     time::{Duration, Instant},
 };
 
-use super::{Exchange, Headers, Phase};
+use serde_json::Value;
+
+use super::{Exchange, Headers, Phase, secrets};
 
 /// Entries of each kind that are kept of one request: a hundred plugins with all their phases fit.
 const MAX_ENTRIES: usize = 1000;
@@ -15,8 +18,10 @@ const MAX_ENTRIES: usize = 1000;
 const MAX_CHANGES: usize = 500;
 /// Bytes of a field's value that are kept.
 const MAX_VALUE: usize = 256;
-/// Fields whose values are nobody's business.
-const SECRET: [&str; 6] = ["authorization", "proxy-authorization", "cookie", "set-cookie", "apikey", "x-api-key"];
+/// Subrequests of one request that are told of, those within others included.
+const MAX_CHILDREN: usize = 100;
+/// Locations that were asked and are told of, in all looks for one of a request and its subrequests.
+const MAX_TRIED: usize = 1000;
 
 /// What is noted of a request.
 #[derive(Debug, Default)]
@@ -31,14 +36,84 @@ pub struct Watch {
     pub dynamic: bool,
     /// Routes whose path fits, in the order in which they were looked at.
     pub candidates: Vec<Candidate>,
+    /// Each look for a location, in their order: one, and one more for each jump.
+    pub locations: Vec<Choice>,
     /// What was to run.
     pub plan: Rc<[Planned]>,
     /// What ran, in its order.
     pub ran: Vec<Ran>,
     /// The header that names what ran is in the response already.
     pub told: bool,
+    /// Subrequests that have ended, as JSON.
+    pub children: Children,
+    /// Further names of fields and arguments that hold secrets.
+    pub secrets: Rc<secrets::Named>,
     open: Option<Open>,
     changes: usize,
+}
+
+/// Traces of subrequests. Each of them has a clone, as it ends while the request that made it waits.
+#[derive(Clone, Debug, Default)]
+pub struct Children {
+    ended: Rc<RefCell<Vec<Value>>>,
+    /// Of all requests within the traced one.
+    counted: Rc<Cell<usize>>,
+    /// Locations that were asked for all of them.
+    tried: Rc<Cell<usize>>,
+}
+
+impl Children {
+    /// For a subrequest; `None`: there are too many.
+    pub fn one_more(&self) -> Option<Children> {
+        let n = self.counted.get();
+        self.counted.set(n + 1);
+        (n < MAX_CHILDREN).then(|| Children { ended: Rc::default(), ..self.clone() })
+    }
+
+    /// Whether one more location that was asked is to be told of.
+    pub fn tells_location(&self) -> bool {
+        let n = self.tried.get();
+        self.tried.set(n + 1);
+        n < MAX_TRIED
+    }
+
+    pub fn keep(&self, trace: Value) {
+        self.ended.borrow_mut().push(trace);
+    }
+
+    pub fn take(&self) -> Vec<Value> {
+        self.ended.take()
+    }
+
+    /// Subrequests that nobody will tell of.
+    pub fn untold(&self) -> usize {
+        self.counted.get().saturating_sub(MAX_CHILDREN)
+    }
+}
+
+/// A look for the location of a path.
+#[derive(Debug)]
+pub struct Choice {
+    pub path: String,
+    pub tried: Vec<Tried>,
+    pub chosen: Option<String>,
+}
+
+/// A location that was asked whether it is for a path.
+#[derive(Debug)]
+pub struct Tried {
+    pub location: String,
+    pub fits: bool,
+}
+
+impl Choice {
+    pub fn of(path: &[u8]) -> Choice {
+        Choice { path: String::from_utf8_lossy(path).into_owned(), tried: Vec::new(), chosen: None }
+    }
+
+    pub fn tried(&mut self, location: String, fits: bool) {
+        self.tried.push(Tried { location, fits });
+    }
 }
 
 /// A route that was looked at.
@@ -136,7 +211,7 @@ impl Exchange {
         let now = Instant::now();
         let Some(watch) = self.watch.as_deref_mut() else { return false };
         let Some(open) = watch.open.take() else { return false };
-        let traced = watch.traced;
+        let (traced, secrets) = (watch.traced, watch.secrets.clone());
         let Some(ran) = watch.ran.get_mut(open.entry) else { return false };
         ran.calls += 1;
         ran.took += now - open.since;
@@ -146,7 +221,7 @@ impl Exchange {
             for (of_response, before, after) in heads {
                 let room = MAX_CHANGES.saturating_sub(watch.changes);
                 let from = ran.changes.len();
-                differences(of_response, before, after, room, &mut ran.changes);
+                differences((of_response, &secrets), before, after, room, &mut ran.changes);
                 watch.changes += ran.changes.len() - from;
             }
         }
@@ -177,28 +252,34 @@ fn fields(headers: &Headers) -> Fields<'_> {
     all
 }
 
-fn differences(of_response: bool, before: &Headers, after: &Headers, room: usize, out: &mut Vec<Change>) {
+fn differences(
+    (of_response, secrets): (bool, &secrets::Named),
+    before: &Headers,
+    after: &Headers,
+    room: usize,
+    out: &mut Vec<Change>,
+) {
     let (old, new) = (fields(before), fields(after));
     let set = new.iter().filter(|(name, values)| old.get(*name) != Some(values));
     let gone = old.keys().filter(|name| !new.contains_key(*name));
     let changes = set.map(|(name, values)| (name, Some(values))).chain(gone.map(|name| (name, None)));
     for (name, values) in changes.take(room) {
         let name = String::from_utf8_lossy(name).into_owned();
-        let value = values.map(|values| shown(&name, values));
+        let value = values.map(|values| shown(&name, values, secrets));
         out.push(Change { of_response, name, value });
     }
 }
 
-fn shown(name: &str, values: &[&[u8]]) -> String {
+fn shown(name: &str, values: &[&[u8]], secrets: &secrets::Named) -> String {
     let joined = values.join(&b", "[..]);
-    if SECRET.contains(&name) {
+    if secrets::is_secret(name.as_bytes(), secrets) {
         return format!("({} bytes)", joined.len());
     }
-    match joined.get(..MAX_VALUE) {
-        Some(start) if joined.len() > MAX_VALUE => {
-            format!("{}… ({} bytes)", String::from_utf8_lossy(start), joined.len())
-        }
-        _ => String::from_utf8_lossy(&joined).into_owned(),
+    // It may be a URI with a query.
+    let text = secrets::masked_target(&joined, secrets);
+    match text.char_indices().map(|(at, c)| at + c.len_utf8()).take_while(|end| *end <= MAX_VALUE).last() {
+        Some(end) if text.len() > MAX_VALUE => format!("{}… ({} bytes)", &text[..end], joined.len()),
+        _ => text,
     }
 }
 
@@ -256,6 +337,20 @@ mod tests {
         x.watch_start("b", "log", "route");
         x.watch_end(None);
         assert_eq!(ran(&x).iter().map(|r| (r.calls, r.cut_off)).collect::<Vec<_>>(), [(1, true), (1, false)]);
+    }
+
+    #[test]
+    fn subrequests_and_locations_are_told_up_to_bounds_of_the_whole_tree() {
+        let request = Children::default();
+        let child = request.one_more().expect("the first one");
+        let told =
+            (0..MAX_TRIED).filter(|n| if n % 2 == 0 { child.tells_location() } else { request.tells_location() });
+        assert_eq!((told.count(), request.tells_location(), child.tells_location()), (MAX_TRIED, false, false));
+        assert!((1..MAX_CHILDREN).all(|_| child.one_more().is_some()));
+        assert!(request.one_more().is_none() && child.one_more().is_none());
+        assert_eq!(request.untold(), 2);
+        child.keep(Value::Null);
+        assert_eq!((request.take().len(), child.take().len()), (0, 1));
     }
 
     #[test]

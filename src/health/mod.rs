@@ -121,6 +121,7 @@ impl Health {
         let made = Arc::new(Checker::new(self.name(&owner), upstream, checks, before.map(|before| &**before)));
         // A request that holds on to an old configuration is served by that, and changes nothing.
         if before.is_none_or(|before| before.uid < made.uid) {
+            made.announce();
             checkers.insert(owner, made.clone());
             self.changed.notify_one();
         }
@@ -166,6 +167,7 @@ impl Health {
             };
             if let Some(checks) = upstream.checks.as_deref().filter(|_| upstream.uid > checker.uid) {
                 *checker = Arc::new(Checker::new(self.name(owner), upstream, checks, Some(checker)));
+                checker.announce();
             }
             true
         });
@@ -282,6 +284,14 @@ impl Checker {
         }
     }
 
+    /// In the words of APISIX's log, as far as they are about the upstream.
+    fn announce(&self) {
+        tracing::info!("create new checker: upstream#{}", self.name);
+        if self.checks.passive.is_some() {
+            tracing::info!("enabled healthcheck passive: upstream#{}", self.name);
+        }
+    }
+
     /// Whether requests may go to the node of that place.
     pub fn is_up(&self, at: usize) -> bool {
         self.targets.get(at).is_none_or(|target| !target.down.load(Relaxed))
@@ -299,11 +309,12 @@ impl Checker {
         }
     }
 
-    /// A request's try at a node has failed.
+    /// A request's try at a node has failed. Where the status that the client would get for it is a failure, it counts as that.
     pub fn failed(&self, at: usize, ip: Option<IpAddr>, e: &Error) {
-        if let (Some(passive), Some(event)) = (&self.checks.passive, Event::of(e)) {
-            self.tell(at, ip, event, &passive.limits, &e.to_string());
-        }
+        let (Some(passive), Some(event)) = (&self.checks.passive, Event::of(e)) else { return };
+        let status = if event == Event::Timeout { 504 } else { 502 };
+        let counts = passive.kind != Probe::Tcp && passive.statuses.unhealthy.contains(&status);
+        self.tell(at, ip, if counts { Event::Http } else { event }, &passive.limits, &e.to_string());
     }
 
     fn tell(&self, at: usize, ip: Option<IpAddr>, event: Event, limits: &Limits, why: &str) {

@@ -95,9 +95,12 @@ fn tell(survey: &Survey, report: &mut Report) {
     }
     tell_provider(survey, report);
     tell_formats(survey, report);
-    if at(&survey.written, "stream_plugins").and_then(Value::as_array).is_some_and(|names| !names.is_empty()) {
-        let advice = "stream routes that use one are refused: docs/stream.md";
-        report.add(Note, "config", "stream_plugins", "no plugin runs for TCP and UDP", advice);
+    if at(&survey.written, "stream_plugins")
+        .and_then(Value::as_array)
+        .is_some_and(|names| names.iter().any(|name| name != "prometheus"))
+    {
+        let advice = "stream routes that use another one are refused: docs/stream.md";
+        report.add(Note, "config", "stream_plugins", "no plugin but prometheus runs for TCP and UDP", advice);
     }
     let told = report.findings().filter(|finding| finding.area == "config" && finding.verdict != Note).count();
     if told == 0 {

@@ -9,7 +9,7 @@ use super::{
     Id, Upstream,
     parse::{ParseContext, boxed, id, invalid, number, text},
 };
-use crate::{error::Result, expr};
+use crate::{error::Result, expr, schema};
 
 #[derive(Debug, Default)]
 pub struct StreamRoute {
@@ -23,12 +23,21 @@ pub struct StreamRoute {
     pub upstream: Option<Arc<Upstream>>,
     pub upstream_id: Option<Id>,
     pub service_id: Option<Id>,
+    /// It has the prometheus plugin, the only one of streams. `Some(true)`: counted by name.
+    pub prometheus: Option<bool>,
 }
 
 impl StreamRoute {
+    /// What the route is in metrics; `None`: it is not counted.
+    pub fn counted_as(&self, id: &str) -> Option<Box<str>> {
+        let name = self.name.as_deref().filter(|_| self.prometheus == Some(true));
+        self.prometheus.map(|_| name.unwrap_or(id).into())
+    }
+
     pub(super) fn from_json(map: &mut Map<String, Value>, context: &ParseContext<'_>) -> Result<StreamRoute> {
         // A route without what its plugins do would let in whom they keep out.
-        if let Some(name) = map.get("plugins").and_then(Value::as_object).and_then(|plugins| plugins.keys().next()) {
+        let plugins = map.get("plugins").and_then(Value::as_object).cloned();
+        if let Some(name) = plugins.as_ref().and_then(|plugins| plugins.keys().find(|name| *name != PROMETHEUS)) {
             return Err(invalid(format!("unknown plugin [{name}]")));
         }
         if let Some(protocol) = map.get("protocol").and_then(Value::as_object) {
@@ -43,8 +52,27 @@ impl StreamRoute {
             upstream: Upstream::inline(map, context)?,
             upstream_id: id(map, "upstream_id"),
             service_id: id(map, "service_id"),
+            prometheus: plugins
+                .as_ref()
+                .and_then(|plugins| plugins.get(PROMETHEUS))
+                .map(counting)
+                .transpose()?
+                .flatten(),
         })
     }
+}
+
+const PROMETHEUS: &str = "prometheus";
+
+/// Whether a session is counted by the route's name; `None`: the plugin is disabled.
+fn counting(conf: &Value) -> Result<Option<bool>> {
+    let mut conf = conf.clone();
+    if let Some(schemas) = schema::stream_plugin(PROMETHEUS) {
+        let refused = |e| invalid(format!("failed to check the configuration of stream plugin [{PROMETHEUS}]: {e}"));
+        schemas.schema.check(&mut conf).map_err(refused)?;
+    }
+    let disabled = conf["_meta"]["disable"] == true;
+    Ok((!disabled).then_some(conf["prefer_name"] == true))
 }
 
 fn network(map: &Map<String, Value>, key: &str) -> Result<Option<IpNet>> {

@@ -76,19 +76,21 @@ impl Watching {
 
     /// Has the request watched when it asks for that, or the debug mode does. The key does not go on to anybody.
     pub fn begin(&self, x: &mut Exchange) {
-        let mut watch = Watch::default();
-        if let Some(trace) = &self.trace {
-            watch.traced = x.request.headers.get(&trace.header).is_some_and(|given| is_key(trace, given));
-            x.request.headers.remove(&trace.header);
-        }
+        let traced = self.trace.as_ref().filter(|trace| is_asked_for(trace, x));
         let debug = self.debug.load();
-        watch.named = debug.basic;
-        watch.dynamic = debug.header.is_some();
-        let asked = debug.header.as_ref().is_none_or(|name| x.request.headers.contains(&**name));
-        watch.hooked = debug.hooks.is_some() && asked;
-        if watch.traced || watch.named || watch.hooked {
-            x.watch = Some(Box::new(watch));
+        let hooked =
+            debug.hooks.is_some() && debug.header.as_ref().is_none_or(|name| x.request.headers.contains(&**name));
+        // Nothing is made for those that nobody asks about.
+        if traced.is_none() && !debug.basic && !hooked {
+            return;
         }
+        let mut watch = Watch::default();
+        (watch.traced, watch.named, watch.hooked) = (traced.is_some(), debug.basic, hooked);
+        watch.dynamic = debug.header.is_some();
+        if let Some(trace) = traced {
+            watch.secrets = trace.secrets.iter().cloned().collect();
+        }
+        x.watch = Some(Box::new(watch));
     }
 
     /// The field that names the trace in the response.
@@ -130,6 +132,15 @@ impl Watching {
         }
         x.watch = Some(watch);
     }
+}
+
+/// Whether the request has the key, which goes no further whatever it is.
+fn is_asked_for(trace: &conf::Trace, x: &mut Exchange) -> bool {
+    let headers = &mut x.request.headers;
+    let Some(given) = headers.get(&trace.header) else { return false };
+    let asked = is_key(trace, given);
+    headers.remove(&trace.header);
+    asked
 }
 
 fn is_key(trace: &conf::Trace, given: &[u8]) -> bool {
@@ -197,7 +208,12 @@ mod tests {
     }
 
     fn tracing(keep: usize) -> Arc<Watching> {
-        Watching::new(Some(conf::Trace { header: "X-T".into(), key: "0123456789abcdef".into(), keep }))
+        Watching::new(Some(conf::Trace {
+            header: "X-T".into(),
+            key: "0123456789abcdef".into(),
+            keep,
+            secrets: [].into(),
+        }))
     }
 
     #[test]

@@ -5,17 +5,19 @@ use std::{
     cell::RefCell,
     rc::Rc,
     task::{Context, Poll},
+    time::Instant,
 };
 
 use futures_util::future::{join_all, ready};
 
-use super::{Proxy, location};
+use super::{Proxy, location, watch};
 use crate::{
     error::{Error, Kind, Result},
     exchange::{
         BodyLength, Client, Exchange, Headers, MainHead, Request, RequestBody, Response,
         host::{Answered, Captured, Doing, Subrequest},
         vars::MAX_CUSTOM,
+        watch::Children,
     },
     observe::log::{self, Level},
 };
@@ -64,6 +66,8 @@ type Vars = Vec<(Box<str>, Vec<u8>)>;
 /// The exchange of a subrequest and what its client will have received.
 struct Child {
     x: Exchange,
+    /// Where its trace goes, when the request is traced.
+    traced: Option<Children>,
     received: Rc<RefCell<Received>>,
 }
 
@@ -123,15 +127,20 @@ fn child(x: &Exchange, one: Subrequest) -> Child {
         }
     }
     child.lua.ctx = one.ctx;
+    let traced = x.watch.as_ref().and_then(|own| watch::of_child(own, &mut child));
     child.header_only = one.header_only;
     let received = Rc::new(RefCell::new(Received { header_only: one.header_only, ..Received::default() }));
     child.client = Some(Box::new(Capture(received.clone())));
-    Child { x: child, received }
+    Child { x: child, traced, received }
 }
 
 async fn run_one(p: &Rc<Proxy>, child: Child) -> (Captured, Vars) {
-    let Child { mut x, received } = child;
+    let Child { mut x, traced, received } = child;
+    let begun = Instant::now();
     location::serve_child(p, &mut x).await;
+    if let Some(traced) = traced {
+        watch::end_child(&mut x, &traced, begun);
+    }
     let Received { body, length, truncated, failed, .. } = received.take();
     let mut headers = std::mem::take(&mut x.response.headers);
     // A file's length is known ahead of its bytes.

@@ -9,7 +9,7 @@ use std::{
 use super::{
     Proxy, capture, files,
     forward::servers::{Named, forward_to},
-    head, real_ip, request, rescue,
+    head, real_ip, request, rescue, watch,
 };
 use crate::{
     conf::{
@@ -240,12 +240,15 @@ async fn error_page(p: &Proxy, x: &mut Exchange, status: u16) -> Result<Option<F
     Ok(Some(Flow::Jump))
 }
 
-fn choose(p: &Proxy, x: &Exchange) -> Option<Chosen> {
-    p.locations.choose(&x.request.path)
+fn choose(p: &Proxy, x: &mut Exchange) -> Option<Chosen> {
+    match &x.watch {
+        None => p.locations.choose(&x.request.path),
+        Some(_) => watch::choose(p, x),
+    }
 }
 
 /// For a request that has left the client's path: no route is for it. An error is a status.
-fn choose_or_rest(p: &Proxy, x: &Exchange) -> Result<Chosen, u16> {
+fn choose_or_rest(p: &Proxy, x: &mut Exchange) -> Result<Chosen, u16> {
     choose(p, x).or_else(|| p.locations.rest().map(plain)).ok_or(404)
 }
 
@@ -393,7 +396,7 @@ async fn body(p: &Proxy, x: &mut Exchange, eof: bool) -> Result<()> {
 async fn enter(p: &Proxy, x: &mut Exchange, chosen: Chosen) -> Result<()> {
     let Some(script) = &p.server_rewrite else { return run(p, x, Ok(chosen)).await };
     p.runner.enter_location(x, chosen.location.clone());
-    match p.runner.script(x, script, Phase::ServerRewrite).await {
+    match run_script(p, x, script, Phase::ServerRewrite).await {
         // Its path may be another one now.
         Flow::Next | Flow::Declined | Flow::Jump => {
             x.jump = None;
@@ -551,7 +554,7 @@ async fn phases(p: &Proxy, x: &mut Exchange, location: &Arc<Location>) -> Result
     }
     x.phase = Phase::Content;
     match &location.content {
-        Content::Lua(script) => Ok(p.runner.script(x, script, Phase::Content).await),
+        Content::Lua(script) => Ok(run_script(p, x, script, Phase::Content).await),
         Content::Return { status, body } => {
             let mut text = Vec::new();
             x.fill(body, &mut text);
@@ -569,9 +572,20 @@ async fn phases(p: &Proxy, x: &mut Exchange, location: &Arc<Location>) -> Result
     }
 }
 
+/// Runs a script, and notes it where somebody wants to know.
+async fn run_script(p: &Proxy, x: &mut Exchange, script: &Arc<Script>, phase: Phase) -> Flow {
+    if x.watch.is_none() {
+        return p.runner.script(x, script, phase).await;
+    }
+    watch::script_starts(x, phase);
+    let flow = p.runner.script(x, script, phase).await;
+    watch::script_ends(x, flow);
+    flow
+}
+
 /// Runs a script of the location. `None`: the request goes on here.
 async fn script(p: &Proxy, x: &mut Exchange, script: &Option<Arc<Script>>, phase: Phase) -> Option<Flow> {
-    let flow = p.runner.script(x, script.as_ref()?, phase).await;
+    let flow = run_script(p, x, script.as_ref()?, phase).await;
     (!matches!(flow, Flow::Next | Flow::Declined)).then_some(flow)
 }
 
@@ -600,7 +614,7 @@ async fn access(p: &Proxy, x: &mut Exchange, location: &Location) -> Result<Opti
         }
     }
     if let Some(script) = &location.access {
-        match p.runner.script(x, script, Phase::Access).await {
+        match run_script(p, x, script, Phase::Access).await {
             Flow::Next if any => return Ok(agreed(x)),
             Flow::Next | Flow::Declined => {}
             Flow::Answer if any && x.printed.is_empty() && matches!(x.response.status, 401 | 403) => {

@@ -1,18 +1,28 @@
 //! A watched request: how its route was found, and the trace that is left of it.
 
-use std::{borrow::Cow, cell::RefCell, net::IpAddr, sync::Arc, time::Duration};
+use std::{
+    borrow::Cow,
+    cell::RefCell,
+    net::IpAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use serde_json::{Value, json};
 
 use super::{Proxy, request::RequestFacts};
 use crate::{
     exchange::{
-        Exchange, Source, Try,
-        watch::{Candidate, Planned, Ran, Watch},
+        Exchange, Phase, Source, Try, secrets,
+        watch::{Candidate, Children, Choice, Planned, Ran, Watch},
     },
     expr::Expr,
+    location::Chosen,
     model::{Object, Route},
-    plugin::watch::{phase_name, trace_id},
+    plugin::{
+        Flow,
+        watch::{phase_name, trace_id},
+    },
     router::{Facts, Found, Refused},
 };
 
@@ -75,23 +85,109 @@ pub(super) fn end(p: &Proxy, x: &mut Exchange) {
     let Some(mut watch) = x.watch.take().filter(|watch| watch.traced) else { return };
     watch.cut_off();
     let id = trace_id(x);
-    let trace = trace(x, &watch, &id);
-    p.runner.watching().keep(&id, trace.to_string());
+    let mut trace = trace(x, &watch, x.started);
+    trace["id"] = json!(id);
+    trace["config_revision"] = json!(x.snapshot.revision);
+    trace["children_untold"] = json!(watch.children.untold());
+    let mut text = trace.to_string();
+    if text.len() > MAX_TRACE {
+        let children = trace["children"].as_array().map_or(0, Vec::len);
+        trace["children_untold"] = json!(watch.children.untold() + children);
+        trace["children"] = json!([]);
+        text = trace.to_string();
+    }
+    p.runner.watching().keep(&id, text);
 }
 
-fn trace(x: &Exchange, watch: &Watch, id: &str) -> Value {
+/// Bytes of a trace with what it tells of subrequests; without them it is as bounded as its parts.
+const MAX_TRACE: usize = 1 << 20;
+
+/// Looks for a location, and notes which ones were asked.
+#[inline(never)]
+pub(super) fn choose(p: &Proxy, x: &mut Exchange) -> Option<Chosen> {
+    let mut choice = Choice::of(&x.request.path);
+    let told = x.watch.as_ref().map(|watch| watch.children.clone()).unwrap_or_default();
+    let found = p.locations.choose_telling(&x.request.path, |location, fits| {
+        if told.tells_location() {
+            choice.tried(location.pattern.to_string(), fits);
+        }
+    });
+    choice.chosen = found.as_ref().map(|found| found.location.pattern.to_string());
+    // One look, and one for each of the few jumps that there may be.
+    if let Some(watch) = &mut x.watch {
+        watch.locations.push(choice);
+    }
+    found
+}
+
+/// Has a subrequest of a traced request traced, too: where its trace is to go. There may be too many.
+pub(super) fn of_child(parent: &Watch, child: &mut Exchange) -> Option<Children> {
+    if !parent.traced {
+        return None;
+    }
+    let mut watch = Watch::default();
+    watch.children = parent.children.one_more()?;
+    watch.secrets = parent.secrets.clone();
+    // Only the client's response names the trace.
+    (watch.traced, watch.told) = (true, true);
+    child.watch = Some(Box::new(watch));
+    Some(parent.children.clone())
+}
+
+/// A subrequest is over.
+pub(super) fn end_child(x: &mut Exchange, into: &Children, begun: Instant) {
+    let Some(mut watch) = x.watch.take() else { return };
+    watch.cut_off();
+    let mut trace = trace(x, &watch, begun);
+    let mut uri = x.request.path.clone();
+    if !x.request.args.is_empty() {
+        uri.push(b'?');
+        uri.extend_from_slice(&x.request.args);
+    }
+    trace["request"]["uri"] = secrets::masked_target(&uri, &watch.secrets).into();
+    trace["at_us"] = json!(micros(begun.duration_since(x.started)));
+    into.keep(trace);
+}
+
+/// A script of a location is about to run.
+pub(super) fn script_starts(x: &mut Exchange, phase: Phase) {
+    let owner = x.location.as_ref().map_or_else(String::new, |location| location.pattern.to_string());
+    x.watch_start("location", script_name(phase), &owner);
+}
+
+pub(super) fn script_ends(x: &mut Exchange, flow: Flow) {
+    let answered = matches!(flow, Flow::Answer).then_some(x.response.status);
+    x.watch_end(answered);
+}
+
+fn script_name(phase: Phase) -> &'static str {
+    match phase {
+        Phase::ServerRewrite => "server_rewrite_by_lua",
+        Phase::RewriteByLua => "rewrite_by_lua",
+        Phase::Access => "access_by_lua",
+        Phase::Precontent => "precontent_by_lua",
+        _ => "content_by_lua",
+    }
+}
+
+fn choice(choice: &Choice) -> Value {
+    let tried = choice.tried.iter().map(|tried| json!({"location": tried.location, "matched": tried.fits}));
+    json!({"path": choice.path, "tried": tried.collect::<Vec<_>>(), "chosen": choice.chosen})
+}
+
+/// What there is to tell of a request or a subrequest that began then.
+fn trace(x: &Exchange, watch: &Watch, begun: Instant) -> Value {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     let consumer = x.consumer.as_ref().map(|consumer| consumer.value.username.to_string());
     json!({
-        "id": id,
-        "took_us": micros(x.started.elapsed()),
-        "config_revision": x.snapshot.revision,
+        "took_us": micros(begun.elapsed()),
         "request": {
             "client": x.remote().ip().to_string(),
             "method": text(&x.request.method),
             "host": text(&x.request.host),
-            "uri": text(&x.request.target),
+            "uri": secrets::masked_target(&x.request.target, &watch.secrets),
         },
+        "locations": watch.locations.iter().map(choice).collect::<Vec<_>>(),
         "candidates": watch.candidates.iter().map(candidate).collect::<Vec<_>>(),
         "route": x.matched.as_ref().map(|matched| matched.route().id.to_string()),
         "service": x.matched.as_ref().and_then(|m| m.service.as_ref()).map(|service| service.id.to_string()),
@@ -104,6 +200,7 @@ fn trace(x: &Exchange, watch: &Watch, id: &str) -> Value {
             "from": if x.response.source == Source::Upstream { "upstream" } else { "gateway" },
             "bytes_sent": x.bytes_sent,
         },
+        "children": watch.children.take(),
     })
 }
 

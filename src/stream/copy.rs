@@ -17,6 +17,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use crate::{
     error::{Error, Kind, Result},
     exchange::deadline::Deadline,
+    observe::metrics::Listening,
     tcp::buffers,
 };
 
@@ -36,7 +37,15 @@ pub struct Moved {
 }
 
 /// Passes bytes on until both sides have ended theirs.
-pub async fn both<C, N>(client: &mut C, node: &mut N, limits: Limits, moved: &mut Moved) -> Result<()>
+///
+/// What moves is counted while it does: a session may last for days.
+pub async fn both<C, N>(
+    client: &mut C,
+    node: &mut N,
+    limits: Limits,
+    counts: &Listening,
+    moved: &mut Moved,
+) -> Result<()>
 where
     C: AsyncRead + AsyncWrite + Unpin,
     N: AsyncRead + AsyncWrite + Unpin,
@@ -46,7 +55,12 @@ where
     let mut begun = false;
     let outcome = poll_fn(|cx| {
         let before = up.moves + down.moves;
-        if let Some(ended) = poll_both(cx, client, node, &mut up, &mut down) {
+        let ended = poll_both(cx, client, node, &mut up, &mut down);
+        let (from_client, to_node) = up.uncounted();
+        counts.up(from_client, to_node);
+        let (from_node, to_client) = down.uncounted();
+        counts.down(from_node, to_client);
+        if let Some(ended) = ended {
             return Poll::Ready(ended);
         }
         if !begun || up.moves + down.moves != before {
@@ -76,20 +90,20 @@ where
     N: AsyncRead + AsyncWrite + Unpin,
 {
     match up.poll(cx, client, node) {
-        Poll::Ready(Err(Fault::Read(e))) => return Some(Err(lost("the client", e))),
+        Poll::Ready(Err(Fault::Read(e))) => return Some(Err(lost(Error::client, "the client", e))),
         // A node that takes no more may have said why: what it sends is passed on to its end.
         Poll::Ready(_) | Poll::Pending => {}
     }
     match down.poll(cx, node, client) {
-        Poll::Ready(Err(Fault::Read(e))) => Some(Err(lost("the upstream", e))),
-        Poll::Ready(Err(Fault::Write(e))) => Some(Err(lost("the client", e))),
+        Poll::Ready(Err(Fault::Read(e))) => Some(Err(lost(Error::upstream, "the upstream", e))),
+        Poll::Ready(Err(Fault::Write(e))) => Some(Err(lost(Error::client, "the client", e))),
         Poll::Ready(Ok(())) if up.is_done() => Some(Ok(())),
         Poll::Ready(Ok(())) | Poll::Pending => None,
     }
 }
 
-fn lost(who: &str, e: io::Error) -> Error {
-    Error::client(Kind::Closed).cause(e).context(format!("the connection to {who} broke"))
+fn lost(of: fn(Kind) -> Error, who: &str, e: io::Error) -> Error {
+    of(Kind::Closed).cause(e).context(format!("the connection to {who} broke"))
 }
 
 /// One direction.
@@ -103,6 +117,9 @@ struct Pipe {
     unflushed: bool,
     /// Bytes that were written.
     passed: u64,
+    read: u64,
+    /// Of `read` and `passed`, what was counted.
+    counted: (u64, u64),
     /// Grows with each read, write and flush.
     moves: u64,
 }
@@ -127,6 +144,12 @@ enum Fault {
 impl Pipe {
     fn is_full(&self) -> bool {
         self.at < self.buffer.len() || self.unflushed
+    }
+
+    /// Bytes that were read and written since it was asked last.
+    fn uncounted(&mut self) -> (u64, u64) {
+        let before = mem::replace(&mut self.counted, (self.read, self.passed));
+        (self.read - before.0, self.passed - before.1)
     }
 
     fn is_done(&self) -> bool {
@@ -194,7 +217,7 @@ impl Pipe {
             buffers::put(mem::take(&mut self.buffer));
         }
         match ready!(read) {
-            Ok(1..) => {}
+            Ok(n @ 1..) => self.read += n as u64,
             Ok(0) => self.stage = Stage::Ending,
             // A TLS peer that went without a goodbye, as most do; protocols know where their messages end.
             Err(e) if e.kind() == ErrorKind::UnexpectedEof => self.stage = Stage::Ending,
@@ -264,7 +287,7 @@ mod tests {
         let ((client, mut from_client), (node, mut to_node)) = (duplex(64), duplex(64));
         let ended = spawn_local(async move {
             let mut moved = Moved::default();
-            (both(&mut from_client, &mut to_node, limits, &mut moved).await, moved)
+            (both(&mut from_client, &mut to_node, limits, &Listening::default(), &mut moved).await, moved)
         });
         (client, node, ended)
     }
@@ -359,7 +382,9 @@ mod tests {
             client.write_all(b"hello").await.unwrap();
             let limits = Limits { send: Duration::from_millis(50), read: Duration::from_millis(500) };
             let begun = std::time::Instant::now();
-            let outcome = both(&mut from_client, &mut Slow(to_node, 3), limits, &mut Moved::default()).await;
+            let outcome =
+                both(&mut from_client, &mut Slow(to_node, 3), limits, &Listening::default(), &mut Moved::default())
+                    .await;
             assert_eq!(outcome.unwrap_err().kind(), Kind::ReadTimeout);
             assert!(begun.elapsed() >= limits.read, "{:?}", begun.elapsed());
         })
@@ -400,7 +425,7 @@ mod tests {
             client.write_all(b"hello").await.unwrap();
             let mut moved = Moved::default();
             let mut node = Deaf(Rc::new(std::cell::Cell::new(100_000)));
-            both(&mut from_client, &mut node, LONG, &mut moved).await.unwrap();
+            both(&mut from_client, &mut node, LONG, &Listening::default(), &mut moved).await.unwrap();
             assert_eq!(moved, Moved { from_client: 0, to_client: 100_000 });
             drop(from_client);
             let mut all = Vec::new();

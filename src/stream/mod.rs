@@ -36,7 +36,10 @@ use crate::{
         upstream::{Balance, HashOn, Node},
     },
     net::Drain,
-    observe::log::Level,
+    observe::{
+        log::Level,
+        metrics::{Ends, Metrics},
+    },
     router::streams::Place,
     store::{Published, Snapshot},
 };
@@ -83,6 +86,8 @@ pub struct Streams {
     drain: Drain,
     log: Option<Log>,
     registries: Rc<dyn Registries>,
+    metrics: Arc<Metrics>,
+    ends: Ends,
     pickers: Pickers,
     /// Whose nodes' health is known.
     watched: Watched,
@@ -142,21 +147,25 @@ impl Streams {
         (published, resolver, watched): (Arc<Published>, Arc<Resolver>, Watched),
         drain: Drain,
         (log, registries): (Option<Log>, Rc<dyn Registries>),
-    ) -> Self {
+        metrics: Arc<Metrics>,
+    ) -> Result<Self> {
         let (pickers, turn, udp_sessions, udp_lines) = Default::default();
-        Streams {
+        let ends = Ends::of(&metrics)?;
+        Ok(Streams {
             settings,
             published,
             resolver,
             drain,
             log,
             registries,
+            metrics,
+            ends,
             pickers,
             watched,
             turn,
             udp_sessions,
             udp_lines,
-        }
+        })
     }
 
     /// Where the session goes. Waits only for a registry.
@@ -178,6 +187,7 @@ impl Streams {
             return Err(Error::client(Kind::NotFound).context("not hit any route"));
         };
         session.route = Some(route.id.clone());
+        session.counted = route.value.counted_as(&route.id);
         let missing = |what: &str, id: &str| {
             Error::config(Kind::NotFound).context(format!("stream route {}: there is no {what} {id}", route.id))
         };
@@ -291,14 +301,18 @@ impl Streams {
         }
     }
 
-    /// Logs how a session has ended.
-    fn ended(&self, session: &mut Session, outcome: Result<()>) {
+    /// Logs and counts how a session at that listener has ended.
+    fn ended(&self, session: &mut Session, listening: SocketAddr, outcome: Result<()>) {
         if let Err(e) = &outcome {
             // What clients do is not the operator's concern, as in nginx and APISIX; access_stream.log has it.
             let of_client = e.origin() == Origin::Client || session.established;
             self.tell(session, if of_client { Level::Info } else { Level::Error }, &e.to_string());
         }
         session.status = status(session, &outcome);
+        if let Some(route) = &session.counted {
+            let node = session.tries.last().map(|last| last.addr);
+            self.ends.ended(route, ending(session.status, &outcome), listening, node);
+        }
         if let Some(log) = &self.log {
             log.write(session);
         }
@@ -319,6 +333,15 @@ fn status(session: &Session, outcome: &Result<()>) -> u16 {
         Err(e) if e.origin() == Origin::Upstream => 502,
         Err(e) if e.kind() == Kind::Tls => 403,
         Err(_) => 500,
+    }
+}
+
+/// How a session has ended, in the words of `stream_status`: nginx's status, which is 200 of whatever had a node, made narrower.
+fn ending(status: u16, outcome: &Result<()>) -> u16 {
+    match outcome {
+        Err(e) if status == 200 && e.origin() == Origin::Client && e.kind() != Kind::ReadTimeout => 400,
+        Err(_) if status == 200 => 502,
+        _ => status,
     }
 }
 
@@ -359,6 +382,21 @@ mod tests {
         assert_eq!([Seldom::count(&cell, begun), Seldom::count(&cell, just_before)], [None; 2]);
         assert_eq!(Seldom::count(&cell, begun + REPORT_EVERY), Some(3));
         assert_eq!(Seldom::count(&cell, begun + REPORT_EVERY), None);
+    }
+
+    #[test]
+    fn what_nginx_calls_200_is_told_apart() {
+        for (status, outcome, code) in [
+            (200, Ok(()), 200),
+            (200, Err(Error::client(Kind::Closed)), 400),
+            (200, Err(Error::upstream(Kind::Closed)), 502),
+            (200, Err(Error::client(Kind::ReadTimeout)), 502),
+            (502, Err(Error::upstream(Kind::ConnectRefused)), 502),
+            (403, Err(Error::client(Kind::Tls)), 403),
+            (500, Err(Error::config(Kind::NoNode)), 500),
+        ] {
+            assert_eq!(ending(status, &outcome), code, "{status} {outcome:?}");
+        }
     }
 
     #[test]

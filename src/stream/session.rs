@@ -27,6 +27,8 @@ pub(super) struct Session {
     pub server: SocketAddr,
     pub tls: Option<TlsInfo>,
     pub route: Option<Id>,
+    /// What metrics call the route, where it has the prometheus plugin.
+    pub counted: Option<Box<str>>,
     pub since: Instant,
     /// A node serves it, or has.
     pub established: bool,
@@ -67,6 +69,7 @@ impl Session {
             server,
             tls: None,
             route: None,
+            counted: None,
             since: Instant::now(),
             established: false,
             status: 0,

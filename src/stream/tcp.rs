@@ -3,6 +3,7 @@
 use std::{
     net::{IpAddr, SocketAddr, TcpListener},
     rc::Rc,
+    sync::Arc,
     time::Duration,
 };
 
@@ -18,6 +19,7 @@ use crate::{
         drain::Open,
         listener::{self, Way},
     },
+    observe::metrics::Listening,
     store::Snapshot,
     tls,
     upstream::{self, Tls},
@@ -38,25 +40,29 @@ pub struct Listener {
     pub to_upstream: bool,
 }
 
+/// What the connections of a listener share.
+struct Desk {
+    way: Way,
+    listening: Arc<Listening>,
+    to_upstream: bool,
+}
+
 /// Accepts until the worker drains. One task per connection, on the calling thread.
 pub async fn run(streams: Rc<Streams>, listener: Listener) -> Result<()> {
     let Listener { socket, proxy_protocol, tls, to_upstream } = listener;
-    let way = Rc::new(Way { local: socket.local_addr()?, proxy_protocol, tls });
+    let way = Way { local: socket.local_addr()?, proxy_protocol, tls };
+    let desk = Rc::new(Desk { listening: streams.metrics.listening(way.local), way, to_upstream });
     let (drain, max) = (streams.drain.clone(), streams.settings.max_connections);
     let serve = |tcp, peer, open| {
-        spawn_local(connection(streams.clone(), way.clone(), to_upstream, (tcp, peer), open));
+        spawn_local(connection(streams.clone(), desk.clone(), (tcp, peer), open));
     };
     listener::accept(socket, &drain, max, serve).await
 }
 
-async fn connection(
-    streams: Rc<Streams>,
-    way: Rc<Way>,
-    to_upstream: bool,
-    (tcp, peer): (TcpStream, SocketAddr),
-    _open: Open,
-) {
-    let Some((mut client, conn)) = listener::open_within(HANDSHAKE, tcp, peer, &way).await else { return };
+async fn connection(streams: Rc<Streams>, desk: Rc<Desk>, (tcp, peer): (TcpStream, SocketAddr), _open: Open) {
+    let Desk { way, listening, to_upstream } = &*desk;
+    let active = listening.session();
+    let Some((mut client, conn)) = listener::open_within(HANDSHAKE, tcp, peer, way).await else { return };
     // A PROXY protocol header says whom the client meant to reach; routes are about this gateway.
     let wild = way.local.ip().is_unspecified();
     let server = client.stream().tcp().local_addr().ok().filter(|_| wild).unwrap_or(way.local);
@@ -64,11 +70,17 @@ async fn connection(
     let from = if conn.proxy.is_none_or(|proxy| trusted(proxy.ip())) { conn.peer } else { peer };
     let mut session = Session::new(conn.serial, "TCP", from, server);
     (session.peer, session.tls) = (peer, conn.tls);
-    let outcome = proxy(&streams, &mut session, &mut client, to_upstream).await;
-    streams.ended(&mut session, outcome);
+    let outcome = proxy(&streams, &mut session, &mut client, (*to_upstream, active.listening())).await;
+    streams.ended(&mut session, way.local, outcome);
 }
 
-async fn proxy(streams: &Streams, session: &mut Session, client: &mut Io, to_upstream: bool) -> Result<()> {
+/// `to_upstream`: the node is told of the client by a PROXY protocol header.
+async fn proxy(
+    streams: &Streams,
+    session: &mut Session,
+    client: &mut Io,
+    (to_upstream, counts): (bool, &Listening),
+) -> Result<()> {
     check_certificate(session)?;
     let Target { snapshot, upstream, health } = streams.target(session).await?;
     let times = timeouts(&upstream, TCP_IDLE);
@@ -81,7 +93,7 @@ async fn proxy(streams: &Streams, session: &mut Session, client: &mut Io, to_ups
     session.established = true;
     let mut moved = copy::Moved::default();
     let limits = copy::Limits { send: times.send, read: times.read };
-    let outcome = copy::both(client, &mut node, limits, &mut moved).await;
+    let outcome = copy::both(client, &mut node, limits, counts, &mut moved).await;
     session.over(moved.from_client, moved.to_client);
     outcome
 }

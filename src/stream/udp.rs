@@ -13,6 +13,7 @@ use std::{
     os::fd::AsRawFd,
     pin::pin,
     rc::Rc,
+    sync::Arc,
     task::{Context, Poll, Waker, ready},
     time::{Duration, Instant},
 };
@@ -31,6 +32,7 @@ use crate::{
     exchange::deadline::Deadline,
     model::upstream::Scheme,
     net::{drain::Open, listener},
+    observe::metrics::Listening,
 };
 
 /// Sessions of one worker, and no more than half of `worker_connections`: each holds a descriptor until it is idle, and whoever forges
@@ -90,6 +92,7 @@ pub async fn run(streams: Rc<Streams>, socket: StdSocket) -> Result<()> {
     socket.writable().await?;
     let drain = streams.drain.clone();
     let desk = Rc::new(Desk {
+        listening: streams.metrics.listening(local),
         streams,
         socket,
         local,
@@ -116,6 +119,7 @@ struct Desk {
     streams: Rc<Streams>,
     socket: UdpSocket,
     local: SocketAddr,
+    listening: Arc<Listening>,
     sessions: RefCell<HashMap<Key, State>>,
     /// Bytes of datagrams that wait.
     waiting: Cell<usize>,
@@ -140,6 +144,7 @@ enum State {
 /// The way to a node.
 struct Flow {
     socket: UdpSocket,
+    listening: Arc<Listening>,
     /// Bytes to the node, and from it to the client.
     up: Cell<u64>,
     down: Cell<u64>,
@@ -276,8 +281,9 @@ async fn session(place: Place) {
     let Place { desk, key, .. } = &place;
     let server = SocketAddr::new(key.server, desk.local.port());
     let mut session = Session::new(listener::next_serial(), "UDP", key.client, server);
+    let _active = desk.listening.session();
     let outcome = serve(desk, *key, &mut session).await;
-    desk.streams.ended(&mut session, outcome);
+    desk.streams.ended(&mut session, desk.local, outcome);
 }
 
 async fn serve(desk: &Desk, key: Key, session: &mut Session) -> Result<()> {
@@ -327,7 +333,8 @@ async fn open(desk: &Desk, session: &mut Session) -> Result<(Rc<Flow>, Duration,
     }
     let (socket, lease) = desk.streams.reach(session, (&upstream, health.as_deref()), connect).await?;
     let (up, down, moved, failed) = Default::default();
-    Ok((Rc::new(Flow { socket, up, down, moved, failed }), timeouts(&upstream, UDP_IDLE).read, lease))
+    let listening = desk.listening.clone();
+    Ok((Rc::new(Flow { socket, listening, up, down, moved, failed }), timeouts(&upstream, UDP_IDLE).read, lease))
 }
 
 /// A socket that sends to a node, and hears from it alone.
@@ -353,7 +360,9 @@ impl Flow {
     /// What the node cannot take now is lost.
     fn send(&self, data: &[u8]) {
         self.moved.set(true);
-        match self.socket.try_send(data) {
+        let sent = self.socket.try_send(data);
+        self.listening.up(data.len() as u64, *sent.as_ref().unwrap_or(&0) as u64);
+        match sent {
             Ok(n) => self.up.set(self.up.get() + n as u64),
             Err(e) if e.kind() == ErrorKind::WouldBlock || is_too_long(&e) => {}
             Err(e) => {
@@ -387,7 +396,9 @@ impl Flow {
                 Poll::Ready(received) => received?,
             }
             self.moved.set(true);
-            match desk.answer(key, buf.filled()) {
+            let answered = desk.answer(key, buf.filled());
+            self.listening.down(buf.filled().len() as u64, *answered.as_ref().unwrap_or(&0) as u64);
+            match answered {
                 Ok(n) => self.down.set(self.down.get() + n as u64),
                 Err(e) => tracing::debug!("a datagram to {} is lost: {e}", key.client),
             }
@@ -447,7 +458,7 @@ mod tests {
         let node = StdSocket::bind("127.0.0.1:0").expect("a socket");
         let socket = connect(node.local_addr().expect("an address")).await.expect("a socket");
         let (up, down, moved, failed) = Default::default();
-        let flow = Flow { socket, up, down, moved, failed };
+        let flow = Flow { socket, listening: Arc::default(), up, down, moved, failed };
         flow.send(&vec![0; DATAGRAM_MAX - 1]);
         assert!(flow.failed.borrow().0.is_none() && flow.up.get() == 0);
         flow.send(b"short");

@@ -148,6 +148,83 @@ fn a_location_does_not_see_the_key() {
 }
 
 #[test]
+fn a_trace_does_not_show_what_is_secret() {
+    let up = Upstream::echo();
+    let gw = tracing(json!({"key": KEY, "secrets": ["X-Mine", "mine"]}));
+    let sets = "return function() for _, name in ipairs({'X-Auth-Token', 'X-Mine', 'X-Plain'}) do \
+        ngx.req.set_header(name, 'hidden') end \
+        ngx.req.set_header('X-Original-Uri', '/a?b=1&access_token=hidden') end";
+    gw.route("1", "/x", &up, json!({"serverless-pre-function": {"functions": [sets]}}));
+    let reply = traced(&gw, "/x?a=hid&token=hidden&apikey=hidden&%6Dine=hidden", &[]);
+    assert!(up.last().target.contains("token=hidden"), "the node gets all");
+    let trace = trace_of(&gw, &reply);
+    let masked = "/x?a=hid&token=(6 bytes)&apikey=(6 bytes)&%6Dine=(6 bytes)";
+    assert_eq!(trace["request"]["uri"], masked);
+    assert_eq!(
+        trace["plugins"][0]["request_headers"],
+        json!({"x-auth-token": "(6 bytes)", "x-mine": "(6 bytes)", "x-plain": "hidden",
+            "x-original-uri": "/a?b=1&access_token=(6 bytes)"})
+    );
+}
+
+/// `["~ b$ no", "/a yes"]`
+fn tried(choice: &Value) -> Vec<String> {
+    let all = choice["tried"].as_array().expect("locations");
+    let text = |one: &Value| {
+        let fits = if one["matched"] == true { "yes" } else { "no" };
+        format!("{} {fits}", one["location"].as_str().expect("a location"))
+    };
+    all.iter().map(text).collect()
+}
+
+#[test]
+fn locations_are_told_in_the_order_of_the_look_and_subrequests_as_children() {
+    let asks = "ngx.location.capture('/child?token=hidden&n=1') ngx.say('asked')";
+    let gw = Gateway::with(json!({
+        "apisix": {"trace": {"key": KEY}},
+        "lua_locations": [
+            {"location": "/p", "rewrite_by_lua": "local a = 1", "content_by_lua": asks},
+            {"location": "~ none$", "content_by_lua": "ngx.say('none')"},
+            {"location": "/child", "content_by_lua": "ngx.location.capture('/leaf') ngx.exit(204)"},
+            {"location": "= /leaf", "content_by_lua": "ngx.say('leaf')"},
+            {"location": "= /jump", "rewrite_by_lua": "ngx.exec('/leaf')"},
+            {"location": "= /fields", "content_by_lua": "for n = 1, 60 do ngx.header['X-' .. n] = ('v'):rep(250) end ngx.say('f')"},
+            {"location": "= /wide", "content_by_lua": "for _ = 1, 90 do ngx.location.capture('/fields') end ngx.say('wide')"},
+            {"location": "= /many", "content_by_lua": "local all = {} for n = 1, 101 do all[n] = {'/leaf'} end \
+                ngx.location.capture_multi(all) ngx.say('many')"},
+        ],
+    }));
+    let reply = traced(&gw, "/path", &[]);
+    assert_eq!((reply.text(), reply.headers.len()), ("asked\n".into(), traced(&gw, "/path", &[]).headers.len()));
+    let trace = trace_of(&gw, &reply);
+    let choice = &trace["locations"][0];
+    assert_eq!((tried(choice), &choice["chosen"]), (vec!["/p yes".into(), "~ none$ no".into()], &json!("/p")));
+    let ran: Vec<_> = trace["plugins"].as_array().expect("scripts").iter().map(|ran| ran["phase"].clone()).collect();
+    assert_eq!(
+        (ran, &trace["plugins"][0]["owner"]),
+        (vec![json!("rewrite_by_lua"), json!("content_by_lua")], &json!("/p"))
+    );
+    let child = &trace["children"][0];
+    assert_eq!(child["request"]["uri"], "/child?token=(6 bytes)&n=1");
+    assert_eq!((&child["response"]["status"], &child["locations"][0]["chosen"]), (&json!(204), &json!("/child")));
+    assert!(child["at_us"].is_u64() && child["took_us"].as_u64() <= trace["took_us"].as_u64(), "{trace:#}");
+    let leaf = &child["children"][0];
+    assert_eq!((tried(&leaf["locations"][0]), &leaf["children"]), (vec!["= /leaf yes".into()], &json!([])));
+    let jump = trace_of(&gw, &traced(&gw, "/jump", &[]));
+    let ways: Vec<_> = jump["locations"].as_array().expect("looks").iter().map(|c| c["chosen"].clone()).collect();
+    assert_eq!(ways, [json!("= /jump"), json!("= /leaf")]);
+    let many = trace_of(&gw, &traced(&gw, "/many", &[]));
+    assert_eq!((many["children"].as_array().map(Vec::len), &many["children_untold"]), (Some(100), &json!(1)));
+    let wide = trace_of(&gw, &traced(&gw, "/wide", &[]));
+    assert_eq!(
+        (&wide["children"], &wide["children_untold"], &wide["response"]["status"]),
+        (&json!([]), &json!(90), &json!(200))
+    );
+    let none = trace_of(&gw, &traced(&gw, "/other", &[]));
+    assert_eq!((&none["locations"][0]["chosen"], &none["route"]), (&Value::Null, &Value::Null));
+}
+
+#[test]
 fn a_key_that_can_be_guessed_is_refused() {
     let dir = Dir::new();
     dir.configure(json!({"apisix": {"trace": {"header": "no name", "key": "short", "keep": 0}}}));

@@ -5,7 +5,7 @@ use std::io::Write;
 use serde_json::{Value, json};
 
 use crate::{
-    lua_with, port,
+    lua_patching, port,
     support::{Gateway, Upstream},
 };
 
@@ -65,7 +65,7 @@ fn read_as(content_type: &str, body: &Upstream, args: &[(&str, &str)]) -> Value 
     let port = port(&addr);
     let mut all: Vec<(&str, &dyn std::fmt::Display)> = vec![("port", &port)];
     all.extend(args.iter().map(|(name, value)| (*name, value as &dyn std::fmt::Display)));
-    lua_with(&gw, &[("Content-Type", content_type)], &all, READ)
+    lua_patching(&gw, &[("Content-Type", content_type)], &all, READ)
 }
 
 fn read(body: &Upstream, args: &[(&str, &str)]) -> Value {

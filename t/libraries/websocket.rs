@@ -14,7 +14,7 @@ use ring::digest::{SHA1_FOR_LEGACY_USE_ONLY, digest};
 use serde_json::{Value, json};
 
 use crate::{
-    lua, lua_with, port,
+    lua, lua_patching, port,
     support::{
         Gateway, Upstream, eventually,
         websocket::{Frame, HANDSHAKE, KEY, frame, read_frame},
@@ -49,7 +49,7 @@ const CLIENT: &str = "
 
 fn serve(gw: &Gateway, peer: &Upstream, script: &str) -> Value {
     let addr = peer.addr();
-    lua_with(gw, &HANDSHAKE, &[("port", &port(&addr))], &format!("{SERVER}{script}"))
+    lua_patching(gw, &HANDSHAKE, &[("port", &port(&addr))], &format!("{SERVER}{script}"))
 }
 
 fn connect(gw: &Gateway, peer: &Upstream, script: &str) -> Value {
@@ -184,7 +184,7 @@ fn a_handshake_that_is_none_is_refused() {
     for (name, value, error) in cases {
         let mut headers = HANDSHAKE;
         headers.iter_mut().filter(|(n, _)| *n == name).for_each(|header| header.1 = value);
-        let rows = lua_with(&gw, &headers, &[("port", &port(&addr))], &format!("{SERVER} add(new())"));
+        let rows = lua_patching(&gw, &headers, &[("port", &port(&addr))], &format!("{SERVER} add(new())"));
         assert_eq!(rows, json!([["nil", error, "nil", "nil"]]), "{name}");
     }
 }
@@ -402,7 +402,7 @@ fn client_and_server_speak_to_each_other() {
         add(server:send_text(long .. long:sub(1, 10000)))
         add(wb:recv_frame())
         add(wb:recv_frame())";
-    let rows = lua_with(&gw, &HANDSHAKE, &args, &format!("{CLIENT}{SERVER}{script}"));
+    let rows = lua_patching(&gw, &HANDSHAKE, &args, &format!("{CLIENT}{SERVER}{script}"));
     assert_eq!(
         rows,
         json!([

@@ -155,6 +155,32 @@ fn what_comes_of_requests_counts_for_all_workers() {
 }
 
 #[test]
+fn a_failed_try_counts_as_what_it_is_or_as_the_status_that_it_makes() {
+    let often = |more: Value| {
+        let mut checks = active(json!({"type": "tcp", "healthy": {"interval": 1000}, "unhealthy": {"interval": 1000}}));
+        checks["active"]["port"] = json!(Node::new().up.addr().rsplit(':').next().unwrap().parse::<u16>().unwrap());
+        checks["passive"] = json!({"unhealthy": more});
+        checks
+    };
+    for (unhealthy, told) in [
+        (json!({"tcp_failures": 1}), "unhealthy TCP increment (1/1)"),
+        (json!({"http_statuses": [502], "http_failures": 1}), "unhealthy HTTP increment (1/1)"),
+    ] {
+        let gw = Gateway::start();
+        let (well, dead) = (Node::new(), Upstream::dead());
+        let mut u = upstream(&[well.up.addr(), dead.clone()], often(unhealthy));
+        u["retries"] = json!(0);
+        gw.put("/upstreams/u", u);
+        gw.put("/routes/1", json!({"uri": "/*", "upstream_id": "u"}));
+        let statuses: Vec<u16> = (0..10).map(|_| gw.get("/").status).collect();
+        let failed = statuses.iter().filter(|status| **status == 502).count();
+        // Each worker may have begun a try before it was told.
+        assert!(failed <= 1 && statuses.ends_with(&[200; 5]), "{statuses:?}");
+        gw.expect_log(told);
+    }
+}
+
+#[test]
 fn a_refused_connection_and_one_that_says_nothing_are_told_apart() {
     let gw = Gateway::start();
     let silent = Upstream::serving(|_, stream| {

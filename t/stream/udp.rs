@@ -15,7 +15,7 @@ use socket2::{Domain, Socket, Type};
 
 use crate::{
     listening,
-    support::{DEADLINE, Gateway, eventually},
+    support::{DEADLINE, Gateway, eventually, get},
     to,
 };
 
@@ -252,4 +252,47 @@ fn a_drain_waits_for_an_answer_under_way_and_no_longer() {
     let begun = Instant::now();
     assert!(gw.wait().success());
     assert!(begun.elapsed() < Duration::from_secs(10), "an idle session holds nobody up");
+}
+
+#[test]
+fn sessions_of_both_protocols_are_counted_while_they_last_and_when_they_end() {
+    let gw = Gateway::with(listening(json!(["127.0.0.1:0"]), json!(["127.0.0.1:0"])));
+    let node = UdpSocket::bind("127.0.0.1:0").expect("a socket");
+    let port = |address: String| address.rsplit(':').next().and_then(|p| p.parse::<u16>().ok()).expect("a port");
+    let route = |address: String, node: String| {
+        json!({"server_port": port(address), "plugins": {"prometheus": {}},
+            "upstream": {"nodes": {node: 1}, "timeout": {"connect": 5, "send": 5, "read": 1}}})
+    };
+    gw.put("/stream_routes/udp", route(gw.udp(), node.local_addr().expect("an address").to_string()));
+    let client = UdpSocket::bind("127.0.0.1:0").expect("a socket");
+    client.send_to(b"hello", gw.udp()).expect("sent");
+    let mut buf = [0; 16];
+    let (n, from) = node.recv_from(&mut buf).expect("a datagram");
+    node.send_to(b"hi", from).expect("sent");
+    assert_eq!((n, client.recv(&mut buf).expect("an answer")), (5, 2));
+    let page = || get(&gw.prometheus(), "/apisix/prometheus/metrics").text();
+    let has = |line: &str| {
+        eventually(line, || page().lines().any(|own| own == line).then_some(()));
+    };
+    let at = format!("listen_addr=\"{}\"", gw.udp());
+    has(&format!("apisix_stream_active_connections{{{at}}} 1"));
+    for (way, side, bytes) in [
+        ("ingress", "downstream", 5),
+        ("egress", "upstream", 5),
+        ("ingress", "upstream", 2),
+        ("egress", "downstream", 2),
+    ] {
+        has(&format!("apisix_stream_bandwidth{{{at},type=\"{way}\",side=\"{side}\"}} {bytes}"));
+    }
+    // Silence is the end of a session, and nobody's fault.
+    has(&format!("apisix_stream_status{{code=\"200\",{at},node=\"{}\"}} 1", node.local_addr().expect("an address")));
+    has(&format!("apisix_stream_active_connections{{{at}}} 0"));
+    has("apisix_stream_connection_total{route=\"udp\"} 1");
+    // A node that says nothing for too long is one of TCP.
+    let mute = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    gw.put("/stream_routes/tcp", route(gw.tcp(), mute.local_addr().expect("an address").to_string()));
+    let waits = std::net::TcpStream::connect(gw.tcp()).expect("a connection");
+    let at = format!("listen_addr=\"{}\"", gw.tcp());
+    has(&format!("apisix_stream_status{{code=\"502\",{at},node=\"{}\"}} 1", mute.local_addr().expect("an address")));
+    drop(waits);
 }

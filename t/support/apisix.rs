@@ -272,12 +272,25 @@ impl Maker {
                 json!({"whitelist": ["127.0.0.0/8", "10.0.0.1", "::1", "fe80::/32"]})
             }
             "ip-restriction" => json!({"blacklist": [format!("192.0.2.{}", n % 250), "203.0.113.0/24"]}),
+            "limit-conn" if n.is_multiple_of(4) => json!({"conn": 100 + n, "burst": n % 50, "default_conn_delay": 0.1,
+                "key": "remote_addr", "policy": "redis", "redis_host": format!("10.0.1.{}", n % 250), "key_ttl": 60 + n}),
             "limit-conn" => json!({"conn": 100 + n, "burst": n % 50, "default_conn_delay": 0.1, "key": "remote_addr"}),
             "limit-count" if n.is_multiple_of(3) => {
                 json!({"count": 10_000 + n, "time_window": 60, "key_type": "var_combination",
                 "key": "$remote_addr $http_x_tenant", "group": group})
             }
+            "limit-count" if n % 9 == 1 => json!({"count": 10_000 + n, "time_window": 60, "policy": "redis",
+                "redis_host": "redis.internal", "redis_port": 6380, "redis_database": n % 16, "redis_username": "gateway",
+                "redis_password": format!("pass word {n}"), "redis_ssl": true, "sync_interval": 0.5}),
+            "limit-count" if n % 9 == 2 => json!({"count": 10_000 + n, "time_window": 60, "policy": "redis-cluster",
+                "redis_cluster_nodes": ["10.0.2.1:7000", "10.0.2.2:7000"], "redis_cluster_name": format!("cluster-{n}"),
+                "window_type": "sliding"}),
+            "limit-count" if n % 9 == 4 => json!({"count": 10_000 + n, "time_window": 60, "policy": "redis-sentinel",
+                "redis_sentinels": [{"host": "10.0.3.1", "port": 26379}], "redis_master_name": "mymaster",
+                "sentinel_password": format!("pass word {n}")}),
             "limit-count" => json!({"count": 10_000 + n, "time_window": 60, "key": "consumer_name"}),
+            "limit-req" if n.is_multiple_of(4) => json!({"rate": 1000 + n, "burst": n, "key": "server_addr",
+                "policy": "redis-cluster", "redis_cluster_nodes": ["10.0.2.1:7000"], "redis_cluster_name": "limits"}),
             "limit-req" => json!({"rate": 1000 + n, "burst": n, "key": "server_addr", "key_type": "var"}),
             "mocking" if n.is_multiple_of(2) => json!({"response_example": "{\"a\": 1}"}),
             "mocking" => {

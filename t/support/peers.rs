@@ -36,6 +36,18 @@ impl Peer {
         // SAFETY: a plain system call on a process that this value owns and has not reaped.
         unsafe { libc::kill(self.pid() as i32, signal) };
     }
+
+    /// SIGKILL; gone when it returns.
+    pub fn kill(&mut self) {
+        self.child.kill().expect("killed");
+        self.child.wait().expect("reaped");
+    }
+
+    /// Starts a redis that was killed again, on its port and without what it knew.
+    pub fn restart_redis(&mut self) {
+        self.child = redis_at(self.port, self.dir.path(), &[]);
+        wait_for_port(self.port);
+    }
 }
 
 impl Drop for Peer {
@@ -145,11 +157,64 @@ pub fn redis() -> Peer {
 
 /// redis with more arguments, which may name files in its directory. Also on the unix socket `redis.sock`.
 pub fn redis_with(args: impl Fn(&Path) -> Vec<String>) -> Peer {
+    on_a_free_port("redis.sock", |port, dir| redis_at(port, dir, &args(dir)))
+}
+
+fn redis_at(port: u16, dir: &Path, args: &[String]) -> Child {
+    Command::new("redis-server")
+        .args(["--port", &port.to_string(), "--save", "", "--dir", &dir.to_string_lossy()])
+        .args(["--unixsocket", &dir.join("redis.sock").to_string_lossy()])
+        .args(args)
+        .stdout(Stdio::null())
+        .spawn()
+        .expect("redis is installed (Debian: redis-server)")
+}
+
+/// What redis-cli prints, of a command for the redis of that port; without the newline at its end.
+pub fn redis_cli(port: u16, args: &[&str]) -> String {
+    let out = Command::new("redis-cli")
+        .args(["-h", "127.0.0.1", "-p", &port.to_string()])
+        .args(args)
+        .output()
+        .expect("redis-cli is installed (Debian: redis-tools)");
+    String::from_utf8_lossy(&out.stdout).trim_end().to_owned()
+}
+
+/// A Redis Cluster of three masters that serves.
+pub fn redis_cluster() -> Vec<Peer> {
+    // The bus is on a port of its own: by default ten thousand above, which may be none.
+    let node =
+        |_: &Path| ["--cluster-enabled", "yes", "--cluster-port", &free_port().to_string()].map(String::from).to_vec();
+    let nodes: Vec<_> = (0..3).map(|_| redis_with(node)).collect();
+    let addresses: Vec<_> = nodes.iter().map(Peer::address).collect();
+    let out = Command::new("redis-cli")
+        .args(["--cluster", "create", "--cluster-yes"])
+        .args(&addresses)
+        .output()
+        .expect("redis-cli is installed (Debian: redis-tools)");
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stdout));
+    for node in &nodes {
+        eventually("all nodes know the cluster", || {
+            redis_cli(node.port, &["cluster", "info"]).contains("cluster_state:ok").then_some(())
+        });
+    }
+    nodes
+}
+
+/// A Sentinel that watches these masters by name, with more lines of its configuration.
+pub fn sentinel(masters: &[(&str, u16)], lines: &str) -> Peer {
     on_a_free_port("redis.sock", |port, dir| {
+        let mut conf = lines.to_owned();
+        for (name, master) in masters {
+            conf += &format!(
+                "\nsentinel monitor {name} 127.0.0.1 {master} 1\nsentinel down-after-milliseconds {name} 1000\n"
+            );
+        }
+        let file = dir.join("sentinel.conf");
+        std::fs::write(&file, conf).expect("a written file");
         Command::new("redis-server")
-            .args(["--port", &port.to_string(), "--save", "", "--dir", &dir.to_string_lossy()])
+            .args([&file.to_string_lossy(), "--sentinel", "--port", &port.to_string()])
             .args(["--unixsocket", &dir.join("redis.sock").to_string_lossy()])
-            .args(args(dir))
             .stdout(Stdio::null())
             .spawn()
             .expect("redis is installed (Debian: redis-server)")
@@ -220,6 +285,26 @@ fn on_a_free_port(socket: &str, spawn: impl Fn(u16, &Path) -> Child) -> Peer {
         }
     }
     panic!("no port stays free");
+}
+
+/// A Prometheus with this configuration.
+pub fn prometheus(config: &serde_json::Value) -> Peer {
+    let dir = TempDir::new().expect("a temporary directory");
+    let (port, file) = (free_port(), dir.path().join("prometheus.yml"));
+    // JSON is YAML.
+    std::fs::write(&file, config.to_string()).expect("a written file");
+    let child = Command::new("prometheus")
+        .arg(format!("--config.file={}", file.display()))
+        .arg(format!("--storage.tsdb.path={}", dir.path().join("data").display()))
+        .arg(format!("--web.listen-address=127.0.0.1:{port}"))
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("prometheus is installed (Debian: prometheus)");
+    let peer = Peer { child, port, dir };
+    wait_for_port(port);
+    eventually("Prometheus is ready", || (super::get(&peer.address(), "/-/ready").status == 200).then_some(()));
+    peer
 }
 
 /// Who runs the test: servers that refuse to be root want to hear it.

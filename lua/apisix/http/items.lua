@@ -1,5 +1,6 @@
 --- Configuration objects as items: `{ value = …, key = …, modifiedIndex = … }`, the same table as long as the object is.
 local native = require("moongate.native").apisix
+local prefix = require("moongate.keys")
 local setmetatable, tostring = setmetatable, tostring
 
 -- kind -> uid -> item: those in use.
@@ -23,7 +24,7 @@ return function(kind, id)
         if value.id == nil then
             value.id = id
         end
-        item = { key = "/apisix/" .. kind .. "/" .. id, value = value, modifiedIndex = revision, clean_handlers = {} }
+        item = { key = prefix .. "/" .. kind .. "/" .. id, value = value, modifiedIndex = revision, clean_handlers = {} }
         items[uid] = item
     end
     return item

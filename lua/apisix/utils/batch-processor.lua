@@ -4,11 +4,12 @@
 -- `inactive_timeout`; a batch that fails is tried `max_retry_count` times more, `retry_delay` apart, then dropped with
 -- a log line. What is gathered, sent and tried again together takes `MAX_PENDING_BYTES` at most.
 local core = require("apisix.core")
+local native = require("moongate.native").apisix
 local ngx = ngx
 local now = ngx.now
 local exiting = ngx.worker.exiting
 local timer_at = ngx.timer.at
-local pairs, pcall, setmetatable, type = pairs, pcall, setmetatable, type
+local pairs, pcall, setmetatable, tostring, type = pairs, pcall, setmetatable, tostring, type
 
 local _M = {}
 local mt = { __index = _M }
@@ -44,6 +45,14 @@ local function new_batch()
     return { entries = {}, sizes = {}, retries = 0 }
 end
 
+-- So many more entries wait, or fewer: `batch_process_entries` of the metrics.
+local function waits(self, count)
+    self.pending = self.pending + count
+    if self.slot then
+        native.add_waiting(self.slot, count)
+    end
+end
+
 local function size_of(value, depth)
     local kind = type(value)
     if kind == "string" then
@@ -69,7 +78,7 @@ local function done(self, batch, count)
     for i = 1, count do
         bytes = bytes + batch.sizes[i]
     end
-    self.pending = self.pending - count
+    waits(self, -count)
     self.pending_bytes = self.pending_bytes - bytes
     if self.on_done then
         self.on_done(count, bytes)
@@ -175,6 +184,13 @@ function arm_flush(self)
     self.armed = true
 end
 
+-- Processors without a route or an address are counted nowhere, as in APISIX.
+local function slot_of(config)
+    if config.name and config.route_id and config.server_addr then
+        return native.waiting_slot(config.name, tostring(config.route_id), config.server_addr)
+    end
+end
+
 --- A processor that calls `func(entries, batch_max_size)`: true, or false, the reason, and the first entry that failed.
 -- `config`: what the schema says, `on_done(count, bytes)`, called for entries that were sent or dropped, and `max_pending_bytes`,
 -- for whoever sees to a bound over several processors. nil and the reason.
@@ -191,6 +207,7 @@ function _M.new(_, func, config)
     end
     config.func, config.on_done, config.max_pending_bytes = func, on_done, max_pending_bytes
     config.batch = new_batch()
+    config.slot = slot_of(config)
     config.pending, config.pending_bytes = 0, 0
     config.discarded, config.reported_at = 0, 0
     config.first_at, config.last_at = 0, 0
@@ -226,7 +243,7 @@ function _M.push(self, entry, bytes)
     self.last_at = t
     entries[#entries + 1] = entry
     batch.sizes[#entries] = bytes
-    self.pending = self.pending + 1
+    waits(self, 1)
     self.pending_bytes = self.pending_bytes + bytes
     if #entries >= self.batch_max_size then
         core.log.debug("Batch Processor[", self.name, "] batch max size has exceeded")

@@ -8,7 +8,7 @@ local _M = {}
 local function pool_of(conf)
     return conf.redis_host .. ":" .. (conf.redis_port or 6379) .. "#" .. (conf.redis_database or 0) .. "#"
         .. (conf.redis_username or "") .. "#" .. (conf.redis_password and ngx.md5(conf.redis_password) or "")
-        .. (conf.redis_ssl and "#tls" or "")
+        .. (conf.redis_ssl and (conf.redis_ssl_verify and "#tls verified" or "#tls") or "")
 end
 
 local function log_in(red, conf)
@@ -54,6 +54,7 @@ function _M.new(conf)
     if not count then
         return nil, err
     end
+    core.log.debug("redis connection reused times: ", count)
     if count == 0 then
         ok, err = prepare(red, conf)
         if not ok then

@@ -1,6 +1,7 @@
 --- `apisix.utils.rediscluster`: a client of the Redis Cluster of a plugin's conf (`apisix.utils.redis-schema`). Waits.
 local rediscluster = require("resty.rediscluster")
 local core = require("apisix.core")
+local concat = table.concat
 local ipairs = ipairs
 
 local _M = {}
@@ -25,7 +26,8 @@ function _M.new(conf)
     end
     local client
     client, err = rediscluster:new({
-        name = conf.redis_cluster_name,
+        -- Two clusters that somebody gave the same name are not one.
+        name = conf.redis_cluster_name .. "@" .. concat(conf.redis_cluster_nodes, ","),
         serv_list = nodes,
         auth = conf.redis_password,
         connect_timeout = conf.redis_timeout,

@@ -89,7 +89,8 @@ pub fn hex(bytes: &[u8], out: &mut Vec<u8>) {
     }
 }
 
-pub(super) fn hostname() -> &'static str {
+/// The machine's name, in lower case: `$hostname`.
+pub fn hostname() -> &'static str {
     static NAME: OnceLock<String> = OnceLock::new();
     NAME.get_or_init(|| {
         let mut name = [0u8; 256];

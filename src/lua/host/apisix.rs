@@ -56,6 +56,18 @@ fn node(api: &mut Api) -> Result<()> {
         write_log_line,
     )?;
     api.func(
+        "native.apisix.waiting_slot",
+        Phases::ANY,
+        "waiting_slot(name, route_id, server_addr) -> integer | nil: where a batch processor's waiting entries are counted.",
+        waiting_slot,
+    )?;
+    api.func(
+        "native.apisix.add_waiting",
+        Phases::ANY,
+        "add_waiting(slot, n): so many more entries wait there, or, below 0, fewer.",
+        add_waiting,
+    )?;
+    api.func(
         "native.apisix.inflate",
         Phases::ANY,
         "inflate(\"gzip\" | \"deflate\", bytes, max) -> string | nil, err, part: at most max bytes of the decoded text, or those before the error.",
@@ -100,6 +112,22 @@ fn scrape(_: &Stack) -> Result<Wait, Raise> {
         let page = tokio::task::spawn_blocking(page).await.unwrap_or_default();
         smallvec::smallvec![crate::lua::Value::text(page)]
     })))
+}
+
+fn waiting_slot(s: &Stack) -> Answer {
+    let (name, route, address) = (s.arg_str(1)?, s.arg_str(2)?, s.arg_str(3)?);
+    match metrics::process().and_then(|metrics| metrics.waiting_slot(&name, &route, &address)) {
+        Some(slot) => Ok(s.push_number(slot as f64)),
+        None => Ok(s.push_nil()),
+    }
+}
+
+fn add_waiting(s: &Stack) -> Answer {
+    let (slot, n) = (s.arg_int(1)?, s.arg_int(2)?);
+    if let (Some(metrics), Ok(slot)) = (metrics::process(), usize::try_from(slot)) {
+        metrics.add_waiting(slot, n);
+    }
+    Ok(0)
 }
 
 fn hostname(s: &Stack) -> Answer {

@@ -142,7 +142,7 @@ fn owned(values: &[&str]) -> Vec<Box<str>> {
 }
 
 /// At a character that still fits whole.
-fn cut(value: &str) -> &str {
+pub(super) fn cut(value: &str) -> &str {
     let fits = |end: &usize| value.is_char_boundary(*end);
     &value[..(0..=value.len().min(MAX_VALUE)).rev().find(fits).unwrap_or_default()]
 }

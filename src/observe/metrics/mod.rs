@@ -9,9 +9,11 @@ mod custom;
 mod page;
 mod serve;
 mod settings;
+mod streams;
+mod waiting;
 
 use std::{
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicU32, AtomicU64, Ordering::Relaxed},
@@ -28,6 +30,7 @@ pub use self::{
     page::Page,
     serve::serve,
     settings::{Extra, Settings},
+    streams::{Active, Ends, Listening},
 };
 use super::functions;
 
@@ -38,6 +41,8 @@ pub struct Metrics {
     /// What workers that have ended counted.
     ended: Arc<Worker>,
     custom: Custom,
+    listeners: streams::Listeners,
+    waiting: waiting::Waiting,
     sources: Mutex<Vec<Source>>,
     disabled: Arc<Disabled>,
 }
@@ -202,6 +207,8 @@ impl Metrics {
             workers: Default::default(),
             ended: Default::default(),
             custom: Custom::default(),
+            listeners: Default::default(),
+            waiting: Default::default(),
             sources: Default::default(),
             disabled: Default::default(),
         })
@@ -234,6 +241,21 @@ impl Metrics {
         self.custom.family(kind, name, help, labels, buckets)
     }
 
+    /// The counts of a listener of streams.
+    pub fn listening(&self, addr: SocketAddr) -> Arc<Listening> {
+        self.listeners.at(addr)
+    }
+
+    /// Where the entries that wait in a batch processor of this name, route and address are counted; `None`: there are too many.
+    pub fn waiting_slot(&self, name: &str, route_id: &str, server_addr: &str) -> Option<usize> {
+        self.waiting.slot([name, route_id, server_addr])
+    }
+
+    /// So many more entries wait there, or, below 0, fewer.
+    pub fn add_waiting(&self, slot: usize, entries: i64) {
+        self.waiting.add(slot, entries);
+    }
+
     /// `disabled_labels` of the plugin's metadata; `None` when it has none.
     pub fn disable_labels(&self, metadata: Option<&serde_json::Value>) {
         let mask = |metric: &str| {
@@ -255,6 +277,8 @@ impl Metrics {
         self.requests(&mut page);
         self.connections(&mut page);
         self.custom.write(&mut page);
+        self.listeners.write(&mut page);
+        self.waiting.write(&mut page);
         functions::write(&mut page);
         for source in lock(&self.sources).iter() {
             source(&mut page);
@@ -287,8 +311,9 @@ impl Metrics {
             }
         }
         merged.write(page);
+        let errors = self.custom.errors() + self.waiting.refused();
         page.counter("metric_series_dropped_total", "Samples counted without labels for want of series", &[], dropped);
-        page.counter("nginx_metric_errors_total", "Number of nginx-lua-prometheus errors", &[], self.custom.errors());
+        page.counter("nginx_metric_errors_total", "Number of nginx-lua-prometheus errors", &[], errors);
     }
 
     fn connections(&self, page: &mut Page) {

@@ -318,3 +318,43 @@ async fn scrapers_that_are_too_slow_or_stay_too_long_are_let_go() {
         assert_eq!(answer.starts_with("HTTP/1.1 200"), head == long, "{answer}");
     }
 }
+
+#[test]
+fn processors_past_the_bound_are_an_error_and_no_series() {
+    let metrics = Metrics::new(Settings::default());
+    let slot = |route: usize| metrics.waiting_slot("logger", &route.to_string(), "::1");
+    (0..waiting::MAX_SLOTS).for_each(|route| assert_eq!(slot(route), Some(route)));
+    assert_eq!((slot(waiting::MAX_SLOTS), slot(3)), (None, Some(3)));
+    metrics.add_waiting(3, 5);
+    metrics.add_waiting(3, -3);
+    metrics.add_waiting(4, -1);
+    metrics.add_waiting(waiting::MAX_SLOTS, 1);
+    let page = scrape(&metrics);
+    assert_line(&page, "apisix_batch_process_entries{name=\"logger\",route_id=\"3\",server_addr=\"::1\"} 2");
+    assert_line(&page, "apisix_batch_process_entries{name=\"logger\",route_id=\"4\",server_addr=\"::1\"} 0");
+    assert_line(&page, "apisix_nginx_metric_errors_total 1");
+}
+
+#[test]
+fn sessions_and_their_bytes_are_told_by_listener() {
+    let metrics = Metrics::new(Settings::default());
+    let addr = "127.0.0.1:9100".parse().unwrap();
+    let session = metrics.listening(addr).session();
+    session.listening().up(5, 4);
+    metrics.listening(addr).down(3, 2);
+    let line = |name: &str, labels: &str, n: u64| {
+        format!("apisix_stream_{name}{{listen_addr=\"127.0.0.1:9100\"{labels}}} {n}")
+    };
+    let page = scrape(&metrics);
+    assert_line(&page, &line("active_connections", "", 1));
+    for (way, side, n) in [
+        ("ingress", "downstream", 5),
+        ("egress", "upstream", 4),
+        ("ingress", "upstream", 3),
+        ("egress", "downstream", 2),
+    ] {
+        assert_line(&page, &line("bandwidth", &format!(",type=\"{way}\",side=\"{side}\""), n));
+    }
+    drop(session);
+    assert_line(&scrape(&metrics), &line("active_connections", "", 0));
+}

@@ -282,7 +282,7 @@ fn route_wins_over_service_and_priority_sorts() {
         function _M.log(conf, ctx) trace = ctx.seen .. ctx.conf_type .. ctx.conf_id .. ctx.conf_version .. conf._meta.parent.resource_key end");
     let scene = || Scene::new().plugin("a", &a).plugin("b", &b).service(json!({"a": {"n": 1}, "b": {"n": 1}}));
     let s = scene().route(json!({"a": {"n": 2}})).start();
-    assert_eq!(s.request().3, "b1a2route&service1&s7&7/services/s");
+    assert_eq!(s.request().3, "b1a2route&service1&s7&7/apisix/services/s");
     let s = scene().route(json!({"a": {"n": 2, "_meta": {"priority": 9}}})).start();
     assert_eq!(s.request().3, "a2b1route&service1&s7&7/services/s");
     let s = scene().route(json!({"a": {"_meta": {"disable": true}}})).start();
