@@ -119,7 +119,7 @@ pub(super) async fn fits_users(
 ) -> Outcome<()> {
     let snapshot = state.published.load();
     let mut confs: Vec<(Kind, String, Arc<str>)> = Vec::new();
-    snapshot.each_conf(&mut |kind, id, plugin, conf| {
+    snapshot.each_conf(|kind, id, plugin, conf| {
         if plugin == name && !replaced(&kind.key(id)) {
             confs.push((kind, id.to_owned(), conf.clone()));
         }
@@ -161,7 +161,7 @@ pub(super) async fn fits_users(
 /// Why a source may not be deleted: the first that has the plugin. `gone`: keys that are about to be deleted, too.
 pub(super) fn in_use(snapshot: &Snapshot, name: &str, gone: &dyn Fn(&str) -> bool) -> Option<String> {
     let mut first: Option<(Kind, String)> = None;
-    snapshot.each_conf(&mut |kind, id, plugin, _| {
+    snapshot.each_conf(|kind, id, plugin, _| {
         let before = |(k, i): &(Kind, String)| (kind.plural(), id) < (k.plural(), i);
         if plugin == name && first.as_ref().is_none_or(before) && !gone(&kind.key(id)) {
             first = Some((kind, id.to_owned()));
@@ -178,7 +178,7 @@ async fn usage(state: &State, name: &str) -> Outcome {
     }
     let snapshot = state.published.load();
     let mut found: BTreeMap<&str, BTreeSet<String>> = BTreeMap::new();
-    snapshot.each_conf(&mut |kind, id, plugin, _| {
+    snapshot.each_conf(|kind, id, plugin, _| {
         if plugin == name {
             found.entry(kind.plural()).or_default().insert(id.to_owned());
         }

@@ -87,8 +87,8 @@ pub async fn run(mut config: Config) -> Result<()> {
     let resolver = Arc::new(Resolver::new(&settings::dns(&config), Handle::current()));
     crate::lua::ngx::socket_tcp::set_resolver(resolver.clone());
     crate::lua::host::store::open_to_scripts(store.clone(), started.published.clone());
-    let health = settings::checks_health(&config)
-        .then(|| Health::new(resolver.clone(), shown_prefix(&config, &started.source)));
+    let health =
+        settings::checks_health(&config).then(|| Health::new(resolver.clone(), shown_prefix(&config, &started.source)));
     if let Some(health) = &health {
         gauges::add_health(&metrics, health.clone());
     }

@@ -410,7 +410,7 @@ impl Builder {
     fn check_again(&mut self, changed: &ChangedPlugins, logged: &mut usize) {
         let now = self.next.clone();
         let mut refused: HashMap<Arc<str>, (Kind, Id, String)> = HashMap::new();
-        now.each_conf(&mut |kind, id, plugin, conf| {
+        now.each_conf(|kind, id, plugin, conf| {
             if changed.have(plugin)
                 && let Err(message) = self.check_plugin(plugin, conf, PluginSchema::of(kind))
             {

@@ -145,7 +145,7 @@ impl Snapshot {
 
     /// Visits the plugin confs in use: their owner's kind and id, the plugin, and the conf as JSON (decrypted). Metadata is its own
     /// owner's.
-    pub fn each_conf(&self, visit: &mut dyn FnMut(Kind, &str, &str, &Arc<str>)) {
+    pub fn each_conf(&self, mut visit: impl FnMut(Kind, &str, &str, &Arc<str>)) {
         let mut all = |kind: Kind, id: &str, plugins: &model::Plugins| {
             plugins.0.iter().for_each(|conf| visit(kind, id, &conf.name, &conf.json));
         };
