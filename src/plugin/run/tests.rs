@@ -452,7 +452,7 @@ fn the_end_of_a_replaced_vm_may_wait_so_long() {
         // The new one begins when the old one has ended, or has had its time.
         assert_eq!(s.request().1, 201, "{ends}");
         while s.request().1 != 202 {
-            s.block_on(tokio::time::sleep(Duration::from_millis(1)));
+            s.block_on(async { tokio::time::sleep(Duration::from_millis(1)).await });
         }
         s.block_on(async {
             while s.runner.ends.open() > 1 {
