@@ -59,7 +59,8 @@ Verbs:
 
 Options:
   -p, --prefix DIR    conf/, logs/, data/ and plugins/ are in it (default: the current directory)
-  -c, --config FILE   the configuration (default: conf/config.yaml in DIR)
+  -c, --config FILE   the configuration (default: conf/config.yaml in DIR; with APISIX_PROFILE=dev in the environment
+                      conf/config-dev.yaml)
 
 moongate migrate check [OPTION]...
   reads an APISIX, changes nothing, and prints what runs as it is, what needs a change and what cannot work;
@@ -335,7 +336,7 @@ fn init(options: &Options) -> Result<()> {
     for dir in ["conf", "logs", "data", "plugins"] {
         fs::create_dir_all(options.prefix.join(dir))?;
     }
-    let path = options.prefix.join("conf/config.yaml");
+    let path = options.prefix.join(conf::profile::file("config", "yaml"));
     if options.config.is_none() {
         match OpenOptions::new().write(true).create_new(true).open(&path) {
             Ok(mut file) => file.write_all(CONFIG.as_bytes())?,

@@ -70,13 +70,14 @@ struct Inner {
     kind: Kind,
     origin: Origin,
     retry: Retry,
+    told: bool,
     context: Vec<Cow<'static, str>>,
     cause: Option<Box<dyn error::Error + Send + Sync>>,
 }
 
 impl Error {
     pub fn new(origin: Origin, kind: Kind) -> Self {
-        Error(Box::new(Inner { kind, origin, retry: Retry::Never, context: Vec::new(), cause: None }))
+        Error(Box::new(Inner { kind, origin, retry: Retry::Never, told: false, context: Vec::new(), cause: None }))
     }
 
     pub fn client(kind: Kind) -> Self {
@@ -116,6 +117,17 @@ impl Error {
     pub fn retry(mut self, retry: Retry) -> Self {
         self.0.retry = retry;
         self
+    }
+
+    /// It is in the log already, where it happened.
+    #[must_use]
+    pub fn told(mut self) -> Self {
+        self.0.told = true;
+        self
+    }
+
+    pub fn is_told(&self) -> bool {
+        self.0.told
     }
 
     pub fn kind(&self) -> Kind {

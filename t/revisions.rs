@@ -777,6 +777,18 @@ fn modules_lie_beside_an_uploaded_plugin() {
             });
             assert_eq!((&status[0]["modifiedIndex"], &status[0]["loaded"]), (&json!(n), &json!(true)));
             assert_eq!(gw.get("/mine").text(), "changed");
+            for (broken, told) in [("local x = ", "plugins/mine.lua:1:"), ("return { version = 1 }", "missing field")] {
+                etcd.put("/apisix/plugin_sources/mine", &json!({"source": broken}).to_string());
+                let errors = eventually("it is named", || {
+                    let errors = support::get(&gw.control(), "/v1/config/errors").text();
+                    errors.contains(told).then_some(errors)
+                });
+                assert!(errors.contains("/plugin_sources/mine"), "{errors}");
+                let status = support::get(&gw.control(), "/v1/plugin_sources").json();
+                assert_eq!((&status[0]["modifiedIndex"], &status[0]["loaded"]), (&json!(n), &json!(true)));
+                assert!(status[0]["error"].as_str().is_some_and(|error| error.contains(told)), "{status}");
+                assert_eq!(gw.get("/mine").text(), "changed");
+            }
         }
     });
 }

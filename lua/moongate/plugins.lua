@@ -1,6 +1,6 @@
 --- The plugins that are loaded in this VM.
 
-local error, ipairs, pcall, require, tostring, type = error, ipairs, pcall, require, tostring, type
+local error, ipairs, pairs, pcall, require, tostring, type = error, ipairs, pairs, pcall, require, tostring, type
 local debug_traceback, xpcall = debug.traceback, xpcall
 
 local _M = {}
@@ -78,11 +78,38 @@ local function insert(plugin)
     table.insert(ordered, at, plugin)
 end
 
+-- Functions that the gateway has in place of Lua: requests do not come by what replaces them.
+local not_called = {
+    apisix = { "http_init", "http_init_worker", "http_exit_worker", "http_ssl_phase", "http_ssl_client_hello_phase",
+        "http_access_phase", "http_balancer_phase", "http_header_filter_phase", "http_body_filter_phase", "http_log_phase",
+        "http_admin", "http_control", "stream_init", "stream_init_worker", "stream_preread_phase", "stream_balancer_phase",
+        "stream_log_phase" },
+    ["apisix.plugin"] = { "load", "filter", "merge_service_route", "merge_consumer_route", "run_plugin", "run_global_rules" },
+    ["apisix.upstream"] = { "set_by_route" },
+    ["apisix.balancer"] = { "pick_server", "run" },
+    ["apisix.router"] = { "http_routes", "services", "stream_routes", "global_rules" },
+}
+
+local function functions_not_called()
+    local found = {}
+    for module, names in pairs(not_called) do
+        local of = require(module)
+        for _, name in ipairs(names) do found[module .. "." .. name] = { of, name, of[name] } end
+    end
+    return found
+end
+
 --- `apisix.lua_module_hook`: a module of the user's own that runs before plugins are loaded, and may replace what it likes. Nil, or
---- why it could not.
+--- why it could not; and which functions it has replaced in vain, as text.
 function _M.run_user_hook(name)
+    local before = functions_not_called()
     local ok, err = xpcall(require, debug_traceback, name)
-    if not ok then return tostring(err) end
+    local in_vain = {}
+    for shown, found in pairs(before) do
+        if found[1][found[2]] ~= found[3] then in_vain[#in_vain + 1] = shown end
+    end
+    table.sort(in_vain)
+    return not ok and tostring(err) or nil, in_vain[1] and table.concat(in_vain, ", ") or nil
 end
 
 --- Loads one plugin; its description, or nil and why not. `missing` as third result: there is no such module.

@@ -54,6 +54,7 @@ local function entry_of(item, conf, beside_workflow)
     entry.resolved = require("apisix.secret").bind(conf)
     entry.beside_workflow = beside_workflow
     entry.plain = not entry.filter and not entry.pre_function and not entry.resolved and not beside_workflow
+        and entry.error_response == nil
     return entry
 end
 
@@ -300,6 +301,14 @@ local function enter(section, ctx)
     ctx.conf_type, ctx.conf_id, ctx.conf_version = section.conf_type, section.conf_id, section.conf_version
 end
 
+--- The body for a plugin that has raised in this request, as text; nil without `_meta.error_response`.
+function _M.raised(at)
+    local ctx = ctxs[at]
+    local body = ctx and rawget(ctx, "_error_response")
+    if type(body) == "table" then return encode(body) .. "\n" end
+    return body ~= nil and tostring(body) or nil
+end
+
 -- Phases whose plugins may answer.
 local function run_until_answer(sections, plan, ctx)
     for s = 1, #sections do
@@ -308,6 +317,7 @@ local function run_until_answer(sections, plan, ctx)
         local plain = section.plain
         for i = 1, section.n, 3 do
             local conf, entry = section[i + 1], section[i + 2]
+            if not plain then ctx._error_response = entry.error_response end
             if plain or prepare(entry, conf, ctx, true) then
                 if not plain and entry.resolved then conf = entry.resolved() end
                 ctx._plugin_name = entry.name
@@ -315,6 +325,7 @@ local function run_until_answer(sections, plan, ctx)
                 if code or body then return answer(code, body, entry) end
             end
         end
+        if not plain then ctx._error_response = nil end
     end
     if plan.switches then enter(plan.scope, ctx) end
 end

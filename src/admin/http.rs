@@ -71,6 +71,11 @@ impl Call {
         self.query.iter().find(|(n, _)| n == name).map(|(_, v)| v.as_str())
     }
 
+    /// `?force=true`: the caller knows what depends on it.
+    pub fn forces(&self) -> bool {
+        self.arg("force") == Some("true")
+    }
+
     pub fn header(&self, name: &str) -> Option<&str> {
         self.headers.get(name).and_then(|v| v.to_str().ok())
     }

@@ -253,7 +253,10 @@ async fn reload(state: &State) -> Result<Answer, Answer> {
     };
     share_list(state).await.map_err(|e| store_error(&e))?;
     match pipeline.reload_plugins().await {
-        Ok(_) => Ok(Answer::text(200, "done")),
+        Ok(_) => {
+            resource::taken_over(state, state.published.load().revision).await;
+            Ok(Answer::text(200, "done"))
+        }
         Err(e) => Err(store_error(&e)),
     }
 }

@@ -12,7 +12,7 @@ use super::{
     list::{self, Shown},
     patch, references,
     shape::{self, Action},
-    store_error,
+    sources, store_error,
 };
 use crate::{
     error,
@@ -165,6 +165,7 @@ async fn put(state: &State, mut target: Target, call: &Call) -> Outcome {
     prepare(state, target.kind, &id, &mut value).await?;
     take_owner(&target, &mut value)?;
     check(state, target.kind, &id, &value).await?;
+    keeps_users(state, target.kind, &id, &value, call).await?;
     let key = target.kind.key(&id);
     for _ in 0..MAX_TRIES {
         let previous = state.store.get(&key).await.map_err(|e| store_error(&e))?;
@@ -199,6 +200,9 @@ async fn prepare(state: &State, kind: Kind, id: &str, value: &mut Value) -> Outc
 /// The answer to a write: `{"key", "value"}`, as stored, once it is served.
 pub(super) async fn done(state: &State, status: u16, action: Action, written: &Written) -> Answer {
     served(state, written.revision).await;
+    if is_source(&written.entry.key) {
+        taken_over(state, written.revision).await;
+    }
     shape::written(state, status, action, &written.entry)
 }
 
@@ -267,6 +271,7 @@ async fn patch(state: &State, target: Target, call: &Call) -> Outcome {
         }
         prepare(state, target.kind, id, &mut value).await?;
         check(state, target.kind, id, &value).await?;
+        keeps_users(state, target.kind, id, &value, call).await?;
         if target.kind == Kind::Function {
             functions::revise(state, id, &mut value, Some(&entry)).await?;
         }
@@ -283,10 +288,15 @@ async fn patch(state: &State, target: Target, call: &Call) -> Outcome {
 
 async fn delete(state: &State, target: Target, call: &Call) -> Outcome {
     let id = required_id(&target)?;
-    if call.arg("force") != Some("true")
-        && let Some(reason) = references::in_use(&state.published.load(), target.kind, id)
-    {
-        return Err(Answer::refuse(400, reason));
+    if !call.forces() {
+        let snapshot = state.published.load();
+        let used = match target.kind {
+            Kind::PluginSource => sources::in_use(&snapshot, id, &|_| false),
+            kind => references::in_use(&snapshot, kind, id),
+        };
+        if let Some(reason) = used {
+            return Err(Answer::refuse(400, reason));
+        }
     }
     let key = target.kind.key(id);
     // What it owns goes with it (`session`).
@@ -294,7 +304,22 @@ async fn delete(state: &State, target: Target, call: &Call) -> Outcome {
         return Err(not_found());
     };
     served(state, revision).await;
+    if is_source(&key) {
+        taken_over(state, revision).await;
+    }
     Ok(shape::deleted(state, &key))
+}
+
+/// A source must take the confs that its plugin has, unless the caller knows better.
+async fn keeps_users(state: &State, kind: Kind, id: &str, value: &Value, call: &Call) -> Outcome<()> {
+    match kind {
+        Kind::PluginSource if !call.forces() => sources::fits_users(state, id, value, &|_| false).await,
+        _ => Ok(()),
+    }
+}
+
+pub(super) fn is_source(key: &str) -> bool {
+    matches!(Kind::of_key(key), Some((Kind::PluginSource, _)))
 }
 
 /// Deletes what lives under the object at `key`.
@@ -333,6 +358,14 @@ fn moves_owner(sub_path: &str, change: &Value) -> bool {
 pub(super) async fn served(state: &State, revision: i64) {
     if timeout(SERVED_PATIENCE, state.published.reached(revision)).await.is_err() {
         tracing::warn!("revision {revision} is stored but not served after {SERVED_PATIENCE:?}");
+    }
+}
+
+/// Waits until the workers have the plugins of that revision, whose `init` may wait: for as long as for `served`.
+pub(super) async fn taken_over(state: &State, revision: i64) {
+    let Some(workers) = &state.workers else { return };
+    if timeout(SERVED_PATIENCE, workers(revision)).await.is_err() {
+        tracing::warn!("a worker still loads the plugins of revision {revision} after {SERVED_PATIENCE:?}");
     }
 }
 

@@ -3,7 +3,7 @@
 //! Values are shown as they are stored: secrets encrypted. What the store has in clear, because no key is configured, is not shown.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     hash::{BuildHasher, RandomState},
     sync::{Arc, OnceLock},
 };
@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use super::{
     State, difference, functions,
     http::{Answer, Call},
-    references, resource, store_error,
+    references, resource, sources, store_error,
 };
 use crate::{
     error::{Kind as ErrorKind, Result},
@@ -230,7 +230,7 @@ async fn rollback(state: &State, call: &Call, revision: &Revision) -> Outcome {
         let on = Condition::Unmodified(now.as_ref().map_or(0, |e| e.mod_revision));
         writes.push(Write { key: key.into(), value, on, ttl_secs, seen: Some(now) });
     }
-    restore(state, writes, revision.number).await
+    restore(state, writes, revision.number, forced).await
 }
 
 /// The time that is left to a version of an object which is to be there again; refuses one that would be gone by now.
@@ -253,8 +253,9 @@ fn changed_since(state: &State, number: i64, key: &str, now: Option<&Entry>) -> 
     Answer::json(409, &json!({ "error_msg": text, "key": key, "modifiedIndex": now }))
 }
 
-/// Writes objects as they were once, when they are valid today. `refers_to`: the revision that this takes back.
-pub(super) async fn restore(state: &State, writes: Vec<Write>, refers_to: i64) -> Outcome {
+/// Writes objects as they were once, when they are valid today. `refers_to`: the revision that this takes back. `forced`: also sources
+/// of plugins that refuse confs in use.
+pub(super) async fn restore(state: &State, writes: Vec<Write>, refers_to: i64, forced: bool) -> Outcome {
     let writes = with_histories(state, writes).await?;
     let planned = Planned {
         inner: state.store.clone(),
@@ -263,6 +264,9 @@ pub(super) async fn restore(state: &State, writes: Vec<Write>, refers_to: i64) -
     let after = State { store: Arc::new(planned), ..state.clone() };
     for write in &writes {
         check(&after, write).await?;
+        if !forced {
+            keeps_plugin_users(state, write, &writes).await?;
+        }
     }
     let note = Note { who: "".into(), refers_to: Some(refers_to) };
     let committed = match state.store.commit(Batch { writes: writes.clone(), note }).await {
@@ -273,6 +277,9 @@ pub(super) async fn restore(state: &State, writes: Vec<Write>, refers_to: i64) -
         Err(e) => return Err(store_error(&e)),
     };
     resource::served(state, committed.revision).await;
+    if writes.iter().any(|write| resource::is_source(&write.key)) {
+        resource::taken_over(state, committed.revision).await;
+    }
     let object = |write: &Write| json!({ "key": shown_key(state, &write.key), "value": as_stored(state, &write.key, write.value.as_deref()) });
     let objects: Vec<Value> = writes.iter().filter(|write| Kind::of_key(&write.key).is_some()).map(object).collect();
     Ok(Answer::json(200, &json!({ "revision": committed.revision, "refers_to": refers_to, "objects": objects })))
@@ -310,6 +317,23 @@ async fn check(state: &State, write: &Write) -> Outcome<()> {
     let mut value: Value = serde_json::from_str(text).unwrap_or(Value::Null);
     resource::decrypt(state, kind, &entry, &mut value);
     resource::check(state, kind, id, &value).await
+}
+
+/// Refuses a source, or its end, that those who have the plugin cannot do with. What is restored together is not asked.
+async fn keeps_plugin_users(state: &State, write: &Write, writes: &[Write]) -> Outcome<()> {
+    let Some((Kind::PluginSource, name)) = Kind::of_key(&write.key) else { return Ok(()) };
+    let together: HashSet<&str> = writes.iter().map(|write| &*write.key).collect();
+    let is_written = |key: &str| together.contains(key);
+    match &write.value {
+        Some(text) => {
+            let value = serde_json::from_str(text).unwrap_or_default();
+            sources::fits_users(state, name, &value, &is_written).await
+        }
+        None => match sources::in_use(&state.published.load(), name, &is_written) {
+            Some(reason) => Err(Answer::refuse(400, reason)),
+            None => Ok(()),
+        },
+    }
 }
 
 /// The store as it is when some objects are restored: an owner and what it owns may come back together.

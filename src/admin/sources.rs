@@ -1,7 +1,13 @@
 //! `/plugin_sources/{name}/…`: revisions of an uploaded plugin, going back to one, trying it, and who uses it.
 
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
+
 use ::http::Method;
 use serde_json::{Map, Value, json};
+use tokio::task::yield_now;
 
 use super::{
     State, difference,
@@ -11,9 +17,9 @@ use super::{
     store_error,
 };
 use crate::{
-    model::{Kind, Object, PluginSource, Plugins},
+    model::{Kind, PluginSource},
     plugin::PluginTrial,
-    store::{Condition, Entry, revisions::Write, snapshot::Table},
+    store::{Condition, Entry, PluginSchema, Snapshot, revisions::Write},
 };
 
 /// Paths below a source that are not its own fields.
@@ -95,7 +101,74 @@ async fn rollback(state: &State, call: &Call, name: &str) -> Outcome {
     let on = Condition::Unmodified(now.as_ref().map_or(0, |entry| entry.mod_revision));
     let ttl_secs = revisions::ttl_of(state, &key, number).await?;
     let write = Write { key: key.into(), value: Some(text.into()), on, ttl_secs, seen: Some(now) };
-    revisions::restore(state, vec![write], number).await
+    revisions::restore(state, vec![write], number, call.forces()).await
+}
+
+/// Objects that a refusal names; of the rest it says that there are more.
+const MAX_NAMED: usize = 10;
+/// Confs that are checked before others on the thread have their turn.
+const CONFS_AT_ONCE: usize = 128;
+
+/// Refuses a source whose schema does not take the confs that are in use: their owners would answer 500. `replaced`: keys whose confs
+/// are about to be others.
+pub(super) async fn fits_users(
+    state: &State,
+    name: &str,
+    value: &Value,
+    replaced: &dyn Fn(&str) -> bool,
+) -> Outcome<()> {
+    let snapshot = state.published.load();
+    let mut confs: Vec<(Kind, String, Arc<str>)> = Vec::new();
+    snapshot.each_conf(|kind, id, plugin, conf| {
+        if plugin == name && !replaced(&kind.key(id)) {
+            confs.push((kind, id.to_owned(), conf.clone()));
+        }
+    });
+    if confs.is_empty() {
+        return Ok(());
+    }
+    confs.sort_by(|a, b| (a.0.plural(), &a.1).cmp(&(b.0.plural(), &b.1)));
+    let others = snapshot.plugin_sources.iter().filter(|(id, _)| &***id != name);
+    let mut sources: Vec<_> = others.map(|(id, object)| (id.to_string(), object.value.clone())).collect();
+    sources.push((name.to_owned(), source_of(value)?));
+    // Without a VM nobody can say; the nodes will.
+    let Some(plugins) = state.plugins.with_sources(sources) else { return Ok(()) };
+    let mut refused = Vec::new();
+    for (n, (kind, id, conf)) in confs.iter().enumerate() {
+        if n % CONFS_AT_ONCE == CONFS_AT_ONCE - 1 {
+            yield_now().await;
+        }
+        let mut conf = serde_json::from_str(conf).unwrap_or_default();
+        if let Err(refusal) = plugins.check(name, &mut conf, PluginSchema::of(*kind)) {
+            refused.push(format!("{}/{id}: {}", kind.plural(), refusal.words(name)));
+        }
+        if refused.len() > MAX_NAMED {
+            break;
+        }
+    }
+    if refused.is_empty() {
+        return Ok(());
+    }
+    let more = if refused.len() > MAX_NAMED { "; and more" } else { "" };
+    refused.truncate(MAX_NAMED);
+    let text = format!(
+        "plugin source {name} refuses confs that are in use: {}{more}; change these first, or use force=true",
+        refused.join("; ")
+    );
+    Err(Answer::refuse(400, text))
+}
+
+/// Why a source may not be deleted: the first that has the plugin. `gone`: keys that are about to be deleted, too.
+pub(super) fn in_use(snapshot: &Snapshot, name: &str, gone: &dyn Fn(&str) -> bool) -> Option<String> {
+    let mut first: Option<(Kind, String)> = None;
+    snapshot.each_conf(|kind, id, plugin, _| {
+        let before = |(k, i): &(Kind, String)| (kind.plural(), id) < (k.plural(), i);
+        if plugin == name && first.as_ref().is_none_or(before) && !gone(&kind.key(id)) {
+            first = Some((kind, id.to_owned()));
+        }
+    });
+    let (kind, id) = first?;
+    Some(format!("can not delete this plugin source, {} [{id}] is still using it now", kind.singular()))
 }
 
 /// What has the plugin: ids by kind.
@@ -104,30 +177,14 @@ async fn usage(state: &State, name: &str) -> Outcome {
         return Err(resource::not_found());
     }
     let snapshot = state.published.load();
-    let mut found = Map::new();
-    let mut note = |kind: Kind, mut ids: Vec<String>| {
-        ids.sort();
-        if !ids.is_empty() {
-            found.insert(kind.plural().to_owned(), json!(ids));
+    let mut found: BTreeMap<&str, BTreeSet<String>> = BTreeMap::new();
+    snapshot.each_conf(|kind, id, plugin, _| {
+        if plugin == name {
+            found.entry(kind.plural()).or_default().insert(id.to_owned());
         }
-    };
-    note(Kind::Route, users(&snapshot.routes, name, |v| &v.plugins));
-    note(Kind::Service, users(&snapshot.services, name, |v| &v.plugins));
-    note(Kind::PluginConfig, users(&snapshot.plugin_configs, name, |v| &v.plugins));
-    note(Kind::Consumer, users(&snapshot.consumers, name, |v| &v.plugins));
-    note(Kind::Credential, users(&snapshot.credentials, name, |v| &v.plugins));
-    note(Kind::ConsumerGroup, users(&snapshot.consumer_groups, name, |v| &v.plugins));
-    let rules = snapshot.global_rules.iter().filter(|rule| rule.value.plugins.get(name).is_some());
-    note(Kind::GlobalRule, rules.map(|rule| rule.id.to_string()).collect());
-    let metadata = snapshot.plugin_metadata.contains_key(name).then(|| name.to_owned());
-    note(Kind::PluginMetadata, metadata.into_iter().collect());
-    let total: usize = found.values().filter_map(Value::as_array).map(Vec::len).sum();
+    });
+    let total: usize = found.values().map(BTreeSet::len).sum();
     Ok(Answer::json(200, &json!({ "name": name, "used_by": found, "total": total })))
-}
-
-fn users<T>(table: &Table<T>, name: &str, plugins: impl Fn(&T) -> &Plugins) -> Vec<String> {
-    let has = |object: &&std::sync::Arc<Object<T>>| plugins(&object.value).get(name).is_some();
-    table.values().filter(has).map(|object| object.id.to_string()).collect()
 }
 
 /// `POST …/test`: a mock request through the source that was sent, or the stored one.

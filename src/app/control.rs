@@ -100,6 +100,7 @@ pub async fn run(mut config: Config) -> Result<()> {
         setup,
         endings: Endings::new(&config, metrics.clone())?,
         number: 0,
+        reloading: Arc::default(),
     };
     let mut workers = Workers::start((blueprint, debug_changes), sockets, readiness)?;
     workers.ready().await?;

@@ -1,4 +1,4 @@
-//! conf/debug.yaml (debug-mode.md): read at the start, and again whenever it has changed.
+//! conf/debug.yaml, or the profile's (debug-mode.md): read at the start, and again whenever it has changed.
 
 use std::{fs, io, path::Path, sync::Arc, time::Duration};
 
@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 use tokio::{sync::watch, time::interval};
 
 use crate::{
+    conf::profile,
     plugin::{
         Watching,
         watch::{Debug, Hooks},
@@ -34,7 +35,7 @@ impl DebugFile {
     /// Reads it for the first time.
     pub fn new(prefix: &Path, watching: Arc<Watching>) -> DebugFile {
         let (changes, _) = watch::channel(0);
-        let mut file = DebugFile { path: prefix.join("conf/debug.yaml"), watching, changes, seen: None };
+        let mut file = DebugFile { path: prefix.join(profile::file("debug", "yaml")), watching, changes, seen: None };
         file.look();
         file
     }

@@ -78,6 +78,10 @@ impl PluginChecker for Plugins {
         PluginChecker::check(&*self.checker, plugin, conf, schema)
     }
 
+    fn inspect(&self, name: &str, source: &PluginSource) -> Result<(), String> {
+        PluginChecker::inspect(&*self.checker, name, source)
+    }
+
     fn reload(&self, snapshot: &Snapshot) {
         if self.rereads {
             self.reread();

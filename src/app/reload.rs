@@ -2,7 +2,10 @@
 //! VMs beside the old ones, which end with their last request; shared dictionaries stay. Of the rest (listeners, stores, the APIs) the
 //! log says that it waits for a restart.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{
+    net::SocketAddr,
+    sync::{Arc, atomic::Ordering},
+};
 
 use serde_json::Value;
 use tokio::sync::watch;
@@ -113,6 +116,8 @@ impl Reload {
         let changed = differences_of(&self.last, &next.json);
         // Also where nothing changes for plugins now: what a reload of plugins reads is for the workers, too.
         self.plugins.set_up(setup.clone());
+        let reloading = blueprints.borrow().reloading.clone();
+        reloading.store(true, Ordering::Release);
         if (plugins || changed.iter().any(|path| is_under(path, OF_PLUGINS)))
             && let Err(e) = self.pipeline.reload_plugins_here().await
         {
@@ -125,6 +130,7 @@ impl Reload {
             blueprint.config = Arc::new(next);
             blueprint.number += 1;
         });
+        reloading.store(false, Ordering::Release);
         Some(blueprints.borrow().number)
     }
 

@@ -6,7 +6,10 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     pin::Pin,
     rc::Rc,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -55,6 +58,8 @@ const HASTE: Duration = Duration::from_millis(300);
 /// Schedules' calls at once: requests of the worker come first, and a hundred functions at the same minute wait for
 /// each other.
 const ERRANDS_AT_ONCE: usize = 32;
+/// Between two looks at plugins whose `init` waits.
+const LOADING_PAUSE: Duration = Duration::from_millis(5);
 /// Between two looks at those timers.
 const TIMERS_PAUSE: Duration = Duration::from_millis(5);
 
@@ -87,6 +92,8 @@ pub struct Blueprint {
     pub endings: Endings,
     /// Counts the reloads.
     pub number: u64,
+    /// True while the next one is made: the plugins of snapshots that come meanwhile are loaded with it.
+    pub reloading: Arc<AtomicBool>,
 }
 
 /// The worker's end of the talk with the control thread. At most two reports per worker, so they need no bound.
@@ -242,29 +249,57 @@ impl tls::Secrets for Serving {
     }
 }
 
-/// Makes a new proxy, with new VMs, for each new blueprint. Where that fails, the old one goes on.
+/// Has the worker keep up: a new proxy, with new VMs, for each new blueprint; a new VM at once for a snapshot with other plugins, whose
+/// timers are due without a request, too.
 async fn follow(
     worker: usize,
     serving: Rc<Serving>,
     ending: Rc<Ending>,
     (mut blueprints, taken): (watch::Receiver<Blueprint>, watch::Sender<u64>),
 ) {
-    while blueprints.changed().await.is_ok() {
-        let blueprint = blueprints.borrow_and_update().clone();
-        // In APISIX's words, which people look for.
-        tracing::info!("start to hot reload plugins");
-        let before = serving.proxy();
-        match new_proxy(worker, &blueprint, Some(&before.runner), ending.clone()).await {
-            // Its requests go on without its timers, as those of an nginx worker that is shutting down. What these still do, the
-            // worker's end waits for.
-            Ok(proxy) => {
-                serving.replace(proxy, &blueprint).runner.retire();
-                // The first load counts, too.
-                tracing::info!("load plugin times: {}", blueprint.number + 1);
+    let (published, reloading) = {
+        let blueprint = blueprints.borrow();
+        (blueprint.published.clone(), blueprint.reloading.clone())
+    };
+    let mut news = published.subscribe();
+    let mut behind = true;
+    loop {
+        let changed = tokio::select! {
+            biased;
+            changed = blueprints.changed() => changed.map(|()| true),
+            changed = news.changed() => changed.map(|()| false),
+            () = sleep(LOADING_PAUSE), if behind => Ok(false),
+        };
+        match changed {
+            Ok(true) => {
+                let blueprint = blueprints.borrow_and_update().clone();
+                take_over(worker, &serving, &ending, &blueprint).await;
+                taken.send_replace(blueprint.number);
             }
-            Err(e) => tracing::error!("{e}; what was loaded before goes on"),
+            Ok(false) => {}
+            Err(_) => return,
         }
-        taken.send_replace(blueprint.number);
+        // What a blueprint brings is loaded once, with it: it is there before the flag falls.
+        let is_coming = reloading.load(Ordering::Acquire) || blueprints.has_changed().unwrap_or(false);
+        behind = is_coming || !serving.proxy().runner.has_plugins_of(&published.load());
+    }
+}
+
+/// Where that fails, what was there before goes on.
+async fn take_over(worker: usize, serving: &Serving, ending: &Rc<Ending>, blueprint: &Blueprint) {
+    // In APISIX's words, which people look for.
+    tracing::info!("start to hot reload plugins");
+    let before = serving.proxy();
+    match new_proxy(worker, blueprint, Some(&before.runner), ending.clone()).await {
+        // Its requests go on without its timers, as those of an nginx worker that is shutting down. What these still do, the
+        // worker's end waits for.
+        Ok(proxy) => {
+            let loads = proxy.runner.loads();
+            serving.replace(proxy, blueprint).runner.retire();
+            // The first load counts, too.
+            tracing::info!("load plugin times: {loads}");
+        }
+        Err(e) => tracing::error!("{e}; what was loaded before goes on"),
     }
 }
 

@@ -11,6 +11,7 @@ mod env;
 mod keys;
 pub mod locations;
 pub mod outgoing;
+pub mod profile;
 mod typed;
 pub mod upstreams;
 pub mod yaml;
@@ -38,7 +39,7 @@ const TEST_NODE: (&str, u16) = ("127.0.0.1", 1984);
 pub struct Config {
     /// conf/, logs/ and data/ are relative to it.
     pub prefix: PathBuf,
-    /// The file that was named instead of conf/config.yaml.
+    /// The file that was named instead of conf/config.yaml, or the profile's.
     pub file: Option<PathBuf>,
     /// The whole effective configuration, defaults filled in: what Lua sees as `local_conf`.
     pub json: Arc<Value>,
@@ -286,17 +287,25 @@ impl From<Mistakes> for Error {
     }
 }
 
-/// Reads the configuration: `file`, or conf/config.yaml under `prefix`, which may be missing.
+/// Reads the configuration: `file`, or conf/config.yaml under `prefix`, which may be missing; that of a profile may not.
 pub fn load(prefix: &Path, file: Option<&Path>) -> Result<(Config, Vec<Warning>), Mistakes> {
-    let path = file.map_or_else(|| prefix.join("conf/config.yaml"), Path::to_owned);
+    let one = |text: String| Mistakes(vec![text]);
+    profile::check().map_err(one)?;
+    let path = file.map_or_else(|| prefix.join(profile::file("config", "yaml")), Path::to_owned);
     let text = match fs::read_to_string(&path) {
         Ok(text) => text,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound && file.is_none() => String::new(),
-        Err(e) => return Err(Mistakes(vec![format!("{}: {e}", path.display())])),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound && file.is_none() => match profile::missing(&path) {
+            Some(text) => return Err(one(text)),
+            None => String::new(),
+        },
+        Err(e) => return Err(one(format!("{}: {e}", path.display()))),
     };
     let (mut config, warnings) = parse(prefix, &text).map_err(|Mistakes(lines)| {
         Mistakes(lines.into_iter().map(|line| format!("{}: {line}", path.display())).collect())
     })?;
+    if let Some(text) = profile::missing_store(prefix, &config.json) {
+        return Err(one(text));
+    }
     config.file = file.map(|file| std::path::absolute(file).unwrap_or_else(|_| file.to_owned()));
     Ok((config, warnings))
 }

@@ -261,8 +261,8 @@ fn read_store(options: &Options, ground: &Ground) -> Result<Option<(String, bool
     }
     match config::provider(ground)? {
         "etcd" => read_etcd(&ground.config.json, &ground.prefix).map(Some),
-        "yaml" => read_file(&ground.prefix.join("conf/apisix.yaml"), Format::Yaml).map(Some),
-        "json" => read_file(&ground.prefix.join("conf/apisix.json"), Format::Json).map(Some),
+        "yaml" => read_file(&ground.prefix.join(Format::Yaml.file()), Format::Yaml).map(Some),
+        "json" => read_file(&ground.prefix.join(Format::Json.file()), Format::Json).map(Some),
         _ => Ok(None),
     }
 }

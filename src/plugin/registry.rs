@@ -238,10 +238,15 @@ fn run_user_hook(vm: &Rc<Vm>) {
     let hook =
         vm.config.config.pointer("/apisix/lua_module_hook").and_then(Value::as_str).filter(|name| !name.is_empty());
     let Some(name) = hook else { return };
-    let failed = match call::<Option<String>>(vm, "moongate.plugins", "run_user_hook", name) {
-        Ok(failed) => failed,
-        Err(e) => Some(e.to_string()),
-    };
+    let called = call::<(Option<String>, Option<String>)>(vm, "moongate.plugins", "run_user_hook", name);
+    let (failed, in_vain) = called.unwrap_or_else(|e| (Some(e.to_string()), None));
+    // Once is enough: the first worker's VM stands for all.
+    if let Some(names) = in_vain.filter(|_| vm.config.purpose == Purpose::Plugins && vm.config.worker == 0) {
+        tracing::warn!(
+            target: "lua",
+            "apisix.lua_module_hook: module [{name}] replaces {names}: no effect on requests, which the gateway serves itself"
+        );
+    }
     if let Some(why) = failed {
         tracing::error!(target: "lua", "apisix.lua_module_hook: failed to load module [{name}]: {why}");
     }
@@ -468,6 +473,10 @@ impl PluginChecker for Checker {
         self.run_check(plugin, &conf, schema, true)
     }
 
+    fn inspect(&self, name: &str, source: &PluginSource) -> Result<(), String> {
+        self.inspect_plugin(name, source).map(drop)
+    }
+
     fn reload(&self, snapshot: &Snapshot) {
         if let Err(e) = self.load(snapshot) {
             // The plugins that were loaded go on answering.
@@ -479,6 +488,10 @@ impl PluginChecker for Checker {
 impl PluginChecker for Rc<Checker> {
     fn check(&self, plugin: &str, conf: &str, schema: PluginSchema) -> Result<(), Refusal> {
         Checker::check(self, plugin, conf, schema)
+    }
+
+    fn inspect(&self, name: &str, source: &PluginSource) -> Result<(), String> {
+        PluginChecker::inspect(&**self, name, source)
     }
 
     fn reload(&self, snapshot: &Snapshot) {

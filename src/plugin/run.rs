@@ -106,6 +106,8 @@ pub struct Runner {
     ends: Rc<Ends>,
     filters: RefCell<HashMap<u64, Option<c_int>>>,
     until_memory_check: Cell<u32>,
+    /// How often the worker has loaded its plugins, its start included.
+    loads: Cell<u64>,
     /// The upstreams of the worker's locations.
     groups: Rc<Groups>,
 }
@@ -125,6 +127,10 @@ struct Generation {
     secrets: Cell<Option<c_int>>,
     /// Its end runs when this is dropped. `None`: made for one request (`lua_code_cache off`), it has none.
     alive: Option<Alive>,
+    /// Its plugins' `destroy` has run before its end: those that take their place have begun.
+    stepped_down: Rc<Cell<bool>>,
+    /// Requests inside.
+    runs: Cell<usize>,
     /// Those that are alive, kept or in use by a request.
     plans: Cell<usize>,
 }
@@ -139,6 +145,8 @@ struct Entry {
     delayed_body_filter: c_int,
     log: c_int,
     call_filter: c_int,
+    /// Gives what a plugin's conf has for the case that it raises.
+    raised: c_int,
     /// Gives a variable of a Lua module.
     registered_var: c_int,
 }
@@ -191,6 +199,13 @@ enum Job {
 }
 
 impl Run {
+    fn new(job: Job, slot: u32) -> Run {
+        let run = Run { job, slot };
+        let generation = run.generation();
+        generation.runs.set(generation.runs.get() + 1);
+        run
+    }
+
     fn plan(&self) -> Option<Rc<Plan>> {
         match &self.job {
             Job::Plan(plan) => Some(plan.borrow().clone()),
@@ -239,7 +254,9 @@ impl Drop for Run {
             let text = format!("lua release ngx.ctx at ref {}", self.slot);
             log::line(Level::Debug, text.as_bytes(), None);
         }
-        self.generation().vm.clear_slot(self.slot);
+        let generation = self.generation();
+        generation.runs.set(generation.runs.get() - 1);
+        generation.vm.clear_slot(self.slot);
     }
 }
 
@@ -261,13 +278,14 @@ fn run_of(x: &Exchange) -> Option<&Run> {
 impl Runner {
     /// Loads the plugins. Must be called inside the worker's runtime: `init` may start timers.
     pub async fn new(setup: Setup, worker: usize, snapshot: &Arc<Snapshot>) -> Result<Runner> {
-        Self::with(setup, worker, snapshot, Default::default()).await
+        Self::with(setup, worker, snapshot, None, Default::default()).await
     }
 
     async fn with(
         setup: Setup,
         worker: usize,
         snapshot: &Arc<Snapshot>,
+        before: Option<Rc<Generation>>,
         (others, ends): (Rc<Others>, Rc<Ends>),
     ) -> Result<Runner> {
         if worker == 0 && setup.locations.list.iter().any(|l| !l.directives.lua_code_cache) {
@@ -275,8 +293,8 @@ impl Runner {
             log::line(Level::Alert, text, None);
         }
         let groups = Rc::new(Groups::new(&setup.locations));
-        let generation =
-            Generation::started(setup.clone(), worker, snapshot.clone(), (groups.clone(), ends.clone())).await?;
+        let shared = (groups.clone(), ends.clone());
+        let generation = Generation::started(setup.clone(), worker, snapshot.clone(), before, shared).await?;
         let trusts = setup.trusts_functions();
         Ok(Runner {
             groups,
@@ -292,6 +310,7 @@ impl Runner {
             ends,
             filters: RefCell::default(),
             until_memory_check: Cell::new(MEMORY_CHECK_EVERY),
+            loads: Cell::new(1),
         })
     }
 
@@ -312,9 +331,16 @@ impl Runner {
 
     /// Another of the same worker, which is to take its place.
     pub async fn anew(&self, setup: Setup, snapshot: &Arc<Snapshot>) -> Result<Runner> {
-        let next = Self::with(setup, self.worker, snapshot, (self.others.clone(), self.ends.clone())).await?;
+        let (before, shared) = (self.generation.borrow().clone(), (self.others.clone(), self.ends.clone()));
+        let next = Self::with(setup, self.worker, snapshot, Some(before), shared).await?;
         next.generation.borrow().inherit(&self.generation.borrow());
+        next.loads.set(self.loads.get() + 1);
         Ok(next)
+    }
+
+    /// How often the worker has loaded its plugins, its start included.
+    pub fn loads(&self) -> u64 {
+        self.loads.get()
     }
 
     /// It takes no requests any more. Its VMs are among those of the one in its place from now on.
@@ -352,7 +378,7 @@ impl Runner {
                 plan.generation.vm.inherit_ctx(slot, &**ctx);
             }
             x.lua.slot = Some(slot);
-            x.lua.run = Some(Rc::new(Run { job: Job::Plan(RefCell::new(plan)), slot }));
+            x.lua.run = Some(Rc::new(Run::new(Job::Plan(RefCell::new(plan)), slot)));
         }
         mask
     }
@@ -541,7 +567,30 @@ impl Runner {
     async fn answering(&self, x: &mut Exchange, plan: &Plan, entry: c_int, slot: u32, flag: bool) -> Flow {
         let push = |s: &Stack| push_call(s, entry, plan.anchor, slot, flag);
         let outcome = sched::call(&plan.generation.vm, x, push, read_answer).await;
-        settle(x, outcome)
+        let raised = matches!(outcome, Outcome::Failed(_));
+        let flow = settle(x, outcome);
+        if raised && flow == Flow::Answer {
+            self.answer_raised(x, plan, slot);
+        }
+        flow
+    }
+
+    /// A plugin has raised: its `_meta.error_response`, when it has one, is the body.
+    fn answer_raised(&self, x: &mut Exchange, plan: &Plan, slot: u32) {
+        let generation = &plan.generation;
+        let push = |s: &Stack| {
+            s.push_number(f64::from(slot));
+            1
+        };
+        match call_once(generation, generation.entry.raised, push, |s| s.bytes(-1).map(<[u8]>::to_vec)) {
+            Ok(None) => {}
+            Ok(Some(body)) => {
+                let status = x.response.status;
+                answer(x, status);
+                x.printed.extend_from_slice(&body);
+            }
+            Err(text) => log_error(x, &format!("_meta.error_response: {text}")),
+        }
     }
 
     async fn filtering(&self, x: &mut Exchange, plan: &Plan, entry: c_int, slot: u32) -> Result<()> {
@@ -554,7 +603,7 @@ impl Runner {
             Outcome::Done(()) | Outcome::Exit(_) => Ok(()),
             Outcome::Failed(text) => {
                 log_error(x, &format!("failed to run {}: {text}", crate::lua::api::context_name(x.phase)));
-                Err(crate::error::Error::script(text))
+                Err(crate::error::Error::script(text).told())
             }
         }
     }
@@ -578,6 +627,12 @@ impl Runner {
         self.snapshot.get() == snapshot.version
     }
 
+    /// The same for a snapshot whose plugins are other ones; with any other the next request is early enough.
+    pub fn has_plugins_of(&self, snapshot: &Arc<Snapshot>) -> bool {
+        let (loaded, tried) = (self.generation.borrow().number, self.snapshot.get() == snapshot.version);
+        loaded == snapshot.plugins_generation || tried || self.keeps_up(snapshot)
+    }
+
     /// Has another VM serve; requests under way keep theirs.
     fn install(&self, next: Rc<Generation>) {
         self.plans.borrow_mut().clear();
@@ -586,6 +641,8 @@ impl Runner {
         let old = self.generation.replace(next);
         old.vm.close();
         self.others.plugins(&old);
+        self.loads.set(self.loads.get() + 1);
+        tracing::info!("load plugin times: {}", self.loads.get());
     }
 
     fn plan(&self, sources: &Sources<'_>) -> Option<Rc<Plan>> {
@@ -691,6 +748,7 @@ impl Generation {
         setup: &Setup,
         worker: usize,
         snapshot: &Arc<Snapshot>,
+        before: Option<&Rc<Generation>>,
         (groups, ends): (&Rc<Groups>, &Ends),
     ) -> Result<Rc<Generation>> {
         let config = VmConfig { groups: groups.clone(), ..setup.vm_config(Purpose::Plugins, worker, snapshot) };
@@ -705,6 +763,9 @@ impl Generation {
         if setup.watching.debug().basic {
             registry::tell(&plugins);
         }
+        if let Some(before) = before {
+            before.step_down().await;
+        }
         for (name, text) in start::init_plugins(vm).await? {
             tracing::error!(target: "lua", "failed to init plugin [{name}]: {text}");
         }
@@ -715,7 +776,8 @@ impl Generation {
         }
         let entry = Entry::of(vm)?;
         let scripts = script::Compiled::default();
-        let alive = Some(ends.after(vm, init.exit_worker.clone()));
+        let stepped_down = Rc::new(Cell::new(false));
+        let alive = Some(ends.after(vm, init.exit_worker.clone(), stepped_down.clone()));
         let number = snapshot.plugins_generation;
         let plans = Cell::new(0);
         let vm = starting.done();
@@ -729,6 +791,8 @@ impl Generation {
             inherited: RefCell::default(),
             secrets: Cell::default(),
             alive,
+            stepped_down,
+            runs: Cell::new(0),
             plans,
         };
         let debug = setup.watching.debug();
@@ -761,6 +825,8 @@ impl Generation {
             inherited: RefCell::default(),
             secrets: Cell::default(),
             alive: None,
+            stepped_down: Rc::default(),
+            runs: Cell::new(0),
             plans,
         }))
     }
@@ -835,6 +901,7 @@ impl Entry {
             delayed_body_filter: f("delayed_body_filter")?,
             log: f("log")?,
             call_filter: f("call_filter")?,
+            raised: f("raised")?,
             registered_var: f("registered_var")?,
         })
     }

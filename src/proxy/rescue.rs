@@ -45,7 +45,12 @@ pub(super) async fn answer(p: &Proxy, x: &mut Exchange, e: Error) {
         // What follows the broken body cannot be told from it.
         x.request.keep_alive = false;
     }
-    if let Err(e) = output::answer(x, &p.runner).await {
+    // A plugin's filter has failed, and would again.
+    let sent = match e.is_told() && x.location.is_none() {
+        true => output::plain(x).await,
+        false => output::answer(x, &p.runner).await,
+    };
+    if let Err(e) = sent {
         tracing::debug!("the error page was not sent: {e}");
         if let Some(client) = &mut x.client {
             client.abort();
@@ -90,6 +95,9 @@ pub(super) fn status_of(e: &Error) -> u16 {
 }
 
 fn log(x: &Exchange, e: &Error, status: u16) {
+    if e.is_told() {
+        return;
+    }
     let level = if status == CLIENT_CLOSED { Level::Info } else { Level::Error };
     x.log(level, e.to_string().as_bytes());
 }

@@ -90,6 +90,17 @@ pub enum PluginSchema {
     Metadata,
 }
 
+impl PluginSchema {
+    /// The schema of the confs that objects of a kind have.
+    pub fn of(kind: Kind) -> PluginSchema {
+        match kind {
+            Kind::Consumer | Kind::Credential => PluginSchema::Consumer,
+            Kind::PluginMetadata => PluginSchema::Metadata,
+            _ => PluginSchema::Plugin,
+        }
+    }
+}
+
 /// Why a plugin conf is refused.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Refusal {
@@ -112,6 +123,9 @@ impl Refusal {
 /// Asks the plugins themselves: their `check_schema`. Lives on the thread of the pipeline.
 pub trait PluginChecker {
     fn check(&self, plugin: &str, conf: &str, schema: PluginSchema) -> std::result::Result<(), Refusal>;
+
+    /// Whether an uploaded plugin can be one: it compiles, loads and says what a plugin must; why not, else.
+    fn inspect(&self, name: &str, source: &PluginSource) -> std::result::Result<(), String>;
 
     /// Loads the plugins anew: `snapshot.plugin_sources`, `snapshot.plugin_names` and the files may have changed.
     fn reload(&self, snapshot: &Snapshot);
@@ -337,10 +351,19 @@ impl Builder {
     /// Plugins first, so that the rest is checked by the new ones; services before the routes that take their hosts.
     /// Returns what is valid.
     fn apply(&mut self, entries: Vec<Entry>) -> Vec<Entry> {
-        let (plugins, mut rest): (Vec<_>, Vec<_>) = entries.into_iter().partition(|e| is_plugin_key(&e.key));
+        let (mut plugins, mut rest): (Vec<_>, Vec<_>) = entries.into_iter().partition(|e| is_plugin_key(&e.key));
         let mut logged = 0;
+        let reloaded = self.plugins_changed;
+        if reloaded {
+            // What a source lacked may be there now.
+            let again = self.rejected.values().filter(|e| is_plugin_key(&e.key));
+            let fresh: HashSet<Arc<str>> = plugins.iter().map(|e| e.key.clone()).collect();
+            plugins.extend(again.filter(|e| !fresh.contains(&e.key)).cloned().collect::<Vec<_>>());
+        }
         let mut accepted = self.apply_parsed(plugins, &mut logged);
+        let mut stale = None;
         if std::mem::take(&mut self.plugins_changed) {
+            stale = self.changed_plugins(reloaded, &accepted);
             self.next.plugins_generation += 1;
             self.dirty = true;
             self.checked.clear();
@@ -358,10 +381,52 @@ impl Builder {
         }
         rest.sort_by_key(|e| e.key.starts_with("/routes/"));
         accepted.extend(self.apply_parsed(rest, &mut logged));
+        if let Some(changed) = stale {
+            self.check_again(&changed, &mut logged);
+        }
         if logged > MAX_LOGGED {
             tracing::error!("{} more objects were refused: see /v1/config/errors", logged - MAX_LOGGED);
         }
         accepted
+    }
+
+    /// Whose confs are to be checked again; nothing where there are none yet.
+    fn changed_plugins(&self, reloaded: bool, accepted: &[Entry]) -> Option<ChangedPlugins> {
+        let mut any = false;
+        for kind in Kind::ALL.into_iter().filter(|kind| !matches!(kind, Kind::PluginSource)) {
+            any |= self.next.has(kind);
+        }
+        if !any {
+            return None;
+        }
+        let name = |e: &Entry| Kind::of_key(&e.key).map(|(_, id)| Box::from(id));
+        // `None`: the list of plugins.
+        let names: Option<HashSet<Box<str>>> = accepted.iter().map(name).collect();
+        Some(names.filter(|_| !reloaded).map_or(ChangedPlugins::All, ChangedPlugins::These))
+    }
+
+    /// Confs that the plugins of now refuse: their owners go on as far as they can, and are told of. Those with a newer version that was
+    /// refused have been.
+    fn check_again(&mut self, changed: &ChangedPlugins, logged: &mut usize) {
+        let now = self.next.clone();
+        let mut refused: HashMap<Arc<str>, (Kind, Id, String)> = HashMap::new();
+        now.each_conf(|kind, id, plugin, conf| {
+            if changed.have(plugin)
+                && let Err(message) = self.check_plugin(plugin, conf, PluginSchema::of(kind))
+            {
+                refused.entry(kind.key(id).into()).or_insert_with(|| (kind, Id::from(id), message));
+            }
+        });
+        for (key, (kind, id, message)) in refused {
+            let Some(stored) = now.stored(kind, &id).filter(|_| !self.rejected.contains_key(&key)) else { continue };
+            let entry = Entry {
+                key,
+                value: stored.json.clone(),
+                create_revision: stored.created,
+                mod_revision: stored.modified,
+            };
+            self.refuse(entry, message, logged);
+        }
     }
 
     fn apply_parsed(&mut self, entries: Vec<Entry>, logged: &mut usize) -> Vec<Entry> {
@@ -460,6 +525,9 @@ impl Builder {
     fn check_plugins(&mut self, item: &Item) -> std::result::Result<(), String> {
         if self.checker.is_none() {
             return Ok(());
+        }
+        if let (Item::PluginSource(o), Some(checker)) = (item, &self.checker) {
+            return checker.inspect(&o.id, &o.value);
         }
         if let Item::PluginMetadata(o) = item {
             return self.check_plugin(&o.id, &o.json, PluginSchema::Metadata);
@@ -691,6 +759,21 @@ impl Builder {
     }
 }
 
+/// Plugins that may have another schema than before.
+enum ChangedPlugins {
+    All,
+    These(HashSet<Box<str>>),
+}
+
+impl ChangedPlugins {
+    fn have(&self, plugin: &str) -> bool {
+        match self {
+            ChangedPlugins::All => true,
+            ChangedPlugins::These(names) => names.contains(plugin),
+        }
+    }
+}
+
 fn credential_claim(o: &Object<Credential>) -> Claim {
     let consumer = Id::from(&*o.value.username);
     Claim { create_revision: o.create_revision, consumer, credential: Some(o.id.clone()) }
@@ -798,11 +881,13 @@ mod tests {
     use super::*;
     use crate::{model::Keyring, router::Facts, store::parser};
 
-    /// Knows the plugins `key-auth` and, once loaded, what stands in plugin_sources; refuses confs with `bad`.
+    /// Knows the plugins `key-auth` and, once loaded, what stands in plugin_sources; refuses confs with `bad`, and all of a plugin whose
+    /// source is `strict`.
     #[derive(Default)]
     struct Checker {
         checks: Rc<Cell<usize>>,
         uploaded: std::cell::RefCell<HashSet<String>>,
+        strict: std::cell::RefCell<HashSet<String>>,
     }
 
     impl PluginChecker for Checker {
@@ -810,14 +895,21 @@ mod tests {
             self.checks.set(self.checks.get() + 1);
             match plugin {
                 _ if conf.contains("bad") => Err(Refusal::Invalid("bad is not good".to_owned())),
+                _ if self.strict.borrow().contains(plugin) => Err(Refusal::Invalid("strict".to_owned())),
                 "key-auth" | "http-logger" => Ok(()),
                 _ if self.uploaded.borrow().contains(plugin) => Ok(()),
                 _ => Err(Refusal::Unknown),
             }
         }
 
+        fn inspect(&self, _: &str, source: &PluginSource) -> Result<(), String> {
+            if source.source.contains("broken") { Err("broken is no plugin".to_owned()) } else { Ok(()) }
+        }
+
         fn reload(&self, snapshot: &Snapshot) {
             *self.uploaded.borrow_mut() = snapshot.plugin_sources.keys().map(|id| id.to_string()).collect();
+            let strict = snapshot.plugin_sources.values().filter(|o| o.value.source.contains("strict"));
+            *self.strict.borrow_mut() = strict.map(|o| o.id.to_string()).collect();
         }
     }
 
@@ -1030,6 +1122,49 @@ mod tests {
         delete(&mut b, "/plugins", 5);
         let s = b.take().unwrap();
         assert_eq!((s.plugin_names, s.plugins_generation), (None, 5));
+    }
+
+    #[test]
+    fn a_source_that_refuses_confs_in_use_has_their_owners_told_of_until_it_is_another() {
+        let (mut b, checks) = builder();
+        let source = |text: &str| json!({ "source": text });
+        put(&mut b, "/plugin_sources/mine", 1, source("return {}"));
+        put(&mut b, "/routes/1", 2, json!({"uri": "/a", "upstream": upstream(), "plugins": {"mine": {}}}));
+        put(&mut b, "/routes/2", 3, json!({"uri": "/b", "upstream": upstream(), "plugins": {"key-auth": {}}}));
+        put(&mut b, "/plugin_metadata/mine", 4, json!({"x": 1}));
+        let before = checks.get();
+        let journal = put(&mut b, "/plugin_sources/mine", 5, source("strict"));
+        assert!(matches!(journal, Journal::Changes { changes, .. } if changes.len() == 1));
+        assert_eq!(checks.get() - before, 2, "key-auth is the same as before");
+        let s = b.take().unwrap();
+        let mut told: Vec<_> = s.errors.keys().map(|key| key.to_string()).collect();
+        told.sort();
+        assert_eq!(told, ["/plugin_metadata/mine", "/routes/1"]);
+        assert_eq!((s.routes.len(), s.errors["/routes/1"].revision), (2, 2), "what is served is the same");
+        // Asked again, and still refused; a newer version has an error of its own.
+        b.reload_plugins();
+        assert_eq!(b.take().unwrap().errors.len(), 2);
+        put(&mut b, "/routes/1", 6, json!({"uri": "/a", "upstream": upstream(), "plugins": {"mine": {"y": 1}}}));
+        assert_eq!(b.take().unwrap().errors["/routes/1"].revision, 6);
+        put(&mut b, "/plugin_sources/mine", 7, source("return {}"));
+        let s = b.take().unwrap();
+        assert!(s.errors.is_empty() && s.routes["1"].mod_revision == 6);
+    }
+
+    #[test]
+    fn a_source_that_is_no_plugin_leaves_the_one_before_and_is_tried_again_by_a_reload() {
+        let (mut b, _) = builder();
+        put(&mut b, "/plugin_sources/mine", 1, json!({"source": "return {}"}));
+        let generation = b.take().unwrap().plugins_generation;
+        put(&mut b, "/plugin_sources/mine", 2, json!({"source": "broken"}));
+        let s = b.take().unwrap();
+        assert_eq!((&*s.plugin_sources["mine"].value.source, s.plugins_generation), ("return {}", generation));
+        assert_eq!(s.errors["/plugin_sources/mine"].message, "broken is no plugin");
+        b.reload_plugins();
+        assert_eq!(b.take().unwrap().errors.len(), 1);
+        delete(&mut b, "/plugin_sources/mine", 3);
+        let s = b.take().unwrap();
+        assert!(s.errors.is_empty() && s.plugin_sources.is_empty());
     }
 
     #[test]

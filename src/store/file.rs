@@ -21,6 +21,7 @@ use tokio::sync::Notify;
 
 use super::{BoxFuture, Change, ChangeSink, Condition, Entry, Store, Written};
 use crate::{
+    conf::profile,
     conf::yaml,
     error::{Error, Kind, Result},
     model,
@@ -35,6 +36,16 @@ const MAX_EXACT: f64 = 9_007_199_254_740_992.0;
 pub enum Format {
     Yaml,
     Json,
+}
+
+impl Format {
+    /// `conf/apisix.yaml`, or the profile's, relative to the prefix.
+    pub fn file(self) -> String {
+        match self {
+            Format::Yaml => profile::file("apisix", "yaml"),
+            Format::Json => profile::file("apisix", "json"),
+        }
+    }
 }
 
 pub struct File {
@@ -52,13 +63,10 @@ struct Loaded {
 }
 
 impl File {
-    /// `dir` is the gateway's prefix.
+    /// `dir` is the gateway's prefix; the profile is in the file's name.
     pub fn new(dir: &Path, format: Format) -> Arc<Self> {
-        let shown = match format {
-            Format::Yaml => "conf/apisix.yaml",
-            Format::Json => "conf/apisix.json",
-        };
-        Arc::new(File { path: dir.join(shown), shown: shown.into(), format, loaded: Mutex::default() })
+        let shown = format.file();
+        Arc::new(File { path: dir.join(&shown), shown: shown.into(), format, loaded: Mutex::default() })
     }
 
     fn loaded(&self) -> MutexGuard<'_, Loaded> {

@@ -101,6 +101,26 @@ impl Snapshot {
         }
     }
 
+    /// Whether there are objects of a kind.
+    pub fn has(&self, kind: Kind) -> bool {
+        match kind {
+            Kind::Route => !self.routes.is_empty(),
+            Kind::Service => !self.services.is_empty(),
+            Kind::Upstream => !self.upstreams.is_empty(),
+            Kind::Consumer => !self.consumers.is_empty(),
+            Kind::Credential => !self.credentials.is_empty(),
+            Kind::ConsumerGroup => !self.consumer_groups.is_empty(),
+            Kind::PluginConfig => !self.plugin_configs.is_empty(),
+            Kind::GlobalRule => !self.global_rules.is_empty(),
+            Kind::PluginMetadata => !self.plugin_metadata.is_empty(),
+            Kind::Ssl => !self.ssls.is_empty(),
+            Kind::Function => !self.functions.is_empty(),
+            Kind::PluginSource => !self.plugin_sources.is_empty(),
+            Kind::StreamRoute => !self.stream_routes.is_empty(),
+            Kind::Proto | Kind::Secret | Kind::GraphqlCostDecoration => self.others.keys().any(|(k, _)| *k == kind),
+        }
+    }
+
     /// Visits the ids of a kind's objects, in no order.
     pub fn ids(&self, kind: Kind, visit: &mut dyn FnMut(&str)) {
         match kind {
@@ -121,6 +141,22 @@ impl Snapshot {
                 self.others.keys().filter(|(k, _)| *k == kind).for_each(|(_, id)| visit(id));
             }
         }
+    }
+
+    /// Visits the plugin confs in use: their owner's kind and id, the plugin, and the conf as JSON (decrypted). Metadata is its own
+    /// owner's.
+    pub fn each_conf(&self, mut visit: impl FnMut(Kind, &str, &str, &Arc<str>)) {
+        let mut all = |kind: Kind, id: &str, plugins: &model::Plugins| {
+            plugins.0.iter().for_each(|conf| visit(kind, id, &conf.name, &conf.json));
+        };
+        self.routes.values().for_each(|o| all(Kind::Route, &o.id, &o.value.plugins));
+        self.services.values().for_each(|o| all(Kind::Service, &o.id, &o.value.plugins));
+        self.plugin_configs.values().for_each(|o| all(Kind::PluginConfig, &o.id, &o.value.plugins));
+        self.consumers.values().for_each(|o| all(Kind::Consumer, &o.id, &o.value.plugins));
+        self.credentials.values().for_each(|o| all(Kind::Credential, &o.id, &o.value.plugins));
+        self.consumer_groups.values().for_each(|o| all(Kind::ConsumerGroup, &o.id, &o.value.plugins));
+        self.global_rules.iter().for_each(|o| all(Kind::GlobalRule, &o.id, &o.value.plugins));
+        self.plugin_metadata.values().for_each(|o| visit(Kind::PluginMetadata, &o.id, &o.id, &o.value.json));
     }
 
     /// What is under a key, whether a resource that is served or a key of no kind.

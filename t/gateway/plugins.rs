@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use crate::support::{Client, Gateway, Upstream, eventually, get};
+use crate::support::{Client, Gateway, Upstream, eventually, get, http::raw};
 
 #[test]
 fn key_auth_and_limit_count_answer_401_then_200_then_503() {
@@ -564,4 +564,77 @@ fn a_group_of_limit_count_is_bound_by_what_is_stored_not_by_what_is_asked() {
     assert!(refused.text().contains("group conf mismatched"), "{}", refused.text());
     gw.expect_log("limit-count group g is in use with another conf: count, rejected_code");
     gw.put("/routes/2", route(limit(2, 503)));
+}
+
+#[test]
+fn a_plugin_that_raises_is_logged_once_and_answers_with_its_error_response() {
+    let up = Upstream::echo();
+    let gw = Gateway::with(json!({"nginx_config": {"worker_processes": 1}}));
+    let raising = r#"
+local _M = { version = 0.1, priority = 10, name = "raising", schema = { type = "object" } }
+for _, phase in ipairs({ "rewrite", "access", "before_proxy", "header_filter", "body_filter" }) do
+    _M[phase] = function(conf)
+        if conf.at == phase then error("raised for " .. conf.mark, 0) end
+    end
+end
+return _M
+"#;
+    assert_eq!(gw.admin_text("PUT", "/plugin_sources/raising", raising, "text/plain").status, 201);
+    let ask = |phase: &str, mark: &str, meta: serde_json::Value| {
+        gw.route(mark, &format!("/{mark}"), &up, json!({"raising": {"at": phase, "mark": mark, "_meta": meta}}));
+        let reply = gw.get(&format!("/{mark}"));
+        let raised = format!("raised for {mark}");
+        gw.expect_log(&raised);
+        // What comes after it in the log: the request is over.
+        gw.route("end", "/end", &up, json!({"raising": {"at": "access", "mark": format!("end of {mark}.")}}));
+        gw.get("/end");
+        gw.expect_log(&format!("raised for end of {mark}."));
+        assert_eq!(gw.log().matches(&format!("{raised}\n")).count(), 1, "{phase}: {}", gw.log());
+        (reply.status, reply.text())
+    };
+    for phase in ["rewrite", "access", "before_proxy"] {
+        let meta = json!({"error_response": {"why": "we know"}});
+        assert_eq!(ask(phase, &format!("m{phase}"), meta), (500, "{\"why\":\"we know\"}\n".into()), "{phase}");
+        assert_eq!(ask(phase, &format!("t{phase}"), json!({"error_response": "text"})), (500, "text".into()));
+        let (status, text) = ask(phase, &format!("n{phase}"), json!({}));
+        assert!(status == 500 && text.contains("500 Internal Server Error"), "{phase}: {status} {text}");
+    }
+    let (status, text) = ask("header_filter", "hf", json!({"error_response": "text"}));
+    assert!(status == 500 && text.contains("500 Internal Server Error"), "{status} {text}");
+    // The head is out: what can be done is to cut the response off.
+    gw.route("bf", "/bf", &up, json!({"raising": {"at": "body_filter", "mark": "bf"}}));
+    let cut = raw(&gw.proxy(), b"GET /bf HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n");
+    assert!(!cut.contains("500 Internal"), "{cut}");
+    gw.route("end", "/end", &up, json!({"raising": {"at": "access", "mark": "the end."}}));
+    gw.get("/end");
+    gw.expect_log("raised for the end.");
+    assert_eq!(gw.log().matches("raised for bf\n").count(), 1, "{}", gw.log());
+}
+
+#[test]
+fn a_hook_that_replaces_what_the_gateway_does_itself_is_warned_of() {
+    let up = Upstream::echo();
+    let dir = crate::support::Dir::new();
+    std::fs::create_dir_all(dir.join("extra")).expect("a directory");
+    dir.write(
+        "extra/my_hook.lua",
+        r#"
+require("apisix.plugin").run_plugin = function() ngx.exit(501) end
+require("apisix.upstream").set_by_route = function() return 502 end
+require("apisix").http_access_phase = function() ngx.exit(503) end
+local response = require("apisix.core").response
+local set_header = response.set_header
+function response.set_header(...) set_header("X-Hooked", "yes") return set_header(...) end
+"#,
+    );
+    let path = format!("{}/?.lua", dir.join("extra").display());
+    dir.configure(json!({"apisix": {"extra_lua_path": path, "lua_module_hook": "my_hook"}}));
+    let gw = Gateway::in_dir(dir);
+    gw.expect_log(
+        "my_hook] replaces apisix.http_access_phase, apisix.plugin.run_plugin, apisix.upstream.set_by_route: no effect",
+    );
+    assert_eq!(gw.log().matches("my_hook] replaces").count(), 1, "{}", gw.log());
+    gw.route("1", "/x", &up, json!({"response-rewrite": {"headers": {"set": {"X-Set": "1"}}}}));
+    let reply = gw.get("/x");
+    assert_eq!((reply.status, reply.header("x-hooked")), (200, Some("yes")));
 }

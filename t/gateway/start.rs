@@ -4,7 +4,7 @@ use std::os::unix::fs::PermissionsExt;
 
 use serde_json::json;
 
-use crate::support::{Client, Dir, Gateway, Upstream, eventually, http, run};
+use crate::support::{Client, Dir, Gateway, Upstream, eventually, get, http, run};
 
 #[test]
 fn starts_without_a_configuration_file_and_says_what_to_do_next() {
@@ -466,4 +466,72 @@ fn a_taken_port_is_said_at_start_and_nothing_is_served() {
         assert_eq!(status.code(), Some(1), "{what}: {text}");
         assert!(text.contains(&format!("127.0.0.1:{port}")) && text.contains("in use"), "{what}: {text}");
     }
+}
+
+/// conf/config-dev.yaml and what goes with it, for a data plane with a file.
+fn with_profile() -> Dir {
+    let dir = Dir::new();
+    dir.configure(json!({
+        "deployment": {"role": "data_plane", "role_data_plane": {"config_provider": "yaml"}},
+        "apisix": {"enable_control": true},
+    }));
+    std::fs::rename(dir.join("conf/config.yaml"), dir.join("conf/config-dev.yaml")).expect("a renamed file");
+    let routes = |answer: &str| {
+        let returned = format!("return function() ngx.say('{answer}') ngx.exit(200) end");
+        let plugin = json!({"serverless-pre-function": {"functions": [returned]}});
+        let route = json!({"id": "1", "uri": "/x", "plugins": plugin, "upstream": {"type": "roundrobin", "nodes": {"127.0.0.1:1": 1}}});
+        format!("{}\n#END\n", json!({ "routes": [route] }))
+    };
+    dir.write("conf/apisix-dev.yaml", routes("of the profile"));
+    dir.write("conf/apisix.yaml", routes("of none"));
+    dir
+}
+
+fn verb(dir: &Dir, profile: &str, words: &[&str]) -> (bool, String) {
+    let mut command = dir.command();
+    command.env("APISIX_PROFILE", profile).args(words);
+    let (status, said) = run(command);
+    (status.success(), said)
+}
+
+#[test]
+fn a_profile_has_files_of_its_own() {
+    let dir = with_profile();
+    dir.write("conf/debug-dev.yaml", "basic:\n  enable: true\n#END\n");
+    assert_eq!(verb(&dir, "dev", &["test"]), (true, "configuration test is successful\n".into()));
+    let (started, said) = verb(&dir, "dev", &["start"]);
+    assert!(started, "{said}");
+    let listen: serde_json::Value = serde_json::from_str(&dir.read("logs/listen.json")).expect("JSON");
+    let address = listen["proxy"][0].as_str().expect("an address").to_owned();
+    let text = eventually("it serves", || Some(get(&address, "/x")).filter(|r| r.status == 200)).text();
+    let debugs = dir.read("logs/error.log").contains("loaded plugin and sort by priority");
+    let (reloaded, told) = verb(&dir, "dev", &["reload"]);
+    let (stopped, why) = verb(&dir, "dev", &["stop"]);
+    assert!(reloaded && stopped, "{told}{why}");
+    assert_eq!((&*text, debugs), ("of the profile\n", true));
+    let conf = dir.join("conf/config-dev.yaml").display().to_string();
+    let (_, report) = verb(&dir, "dev", &["migrate", "check", "--conf", &conf]);
+    assert!(report.contains("conf/apisix-dev.yaml"), "{report}");
+}
+
+#[test]
+fn a_profile_without_its_files_does_not_start_with_others() {
+    let dir = with_profile();
+    for words in [&["test"][..], &["start"], &[]] {
+        let (done, said) = verb(&dir, "prod", words);
+        assert!(
+            !done && said.contains("conf/config-prod.yaml: there is no such file, and APISIX_PROFILE is prod"),
+            "{said}"
+        );
+    }
+    std::fs::remove_file(dir.join("conf/apisix-dev.yaml")).expect("a removed file");
+    let (done, said) = verb(&dir, "dev", &["test"]);
+    assert!(!done && said.contains("conf/apisix-dev.yaml: there is no such file"), "{said}");
+    let (done, said) = verb(&dir, "../dev", &["test"]);
+    assert!(!done && said.contains("is no part of a file's name"), "{said}");
+    // The command line names the one file that it names.
+    dir.configure(json!({}));
+    let (done, said) = verb(&dir, "prod", &["-c", "conf/config.yaml", "test"]);
+    assert!(done, "{said}");
+    assert!(verb(&dir, "", &["test"]).0, "an empty profile is none");
 }

@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use crate::support::{Dir, Gateway, Upstream};
+use crate::support::{Dir, Gateway, Upstream, eventually, get, request};
 
 fn plugin(name: &str, answer: &str) -> String {
     format!(
@@ -107,4 +107,120 @@ fn the_list_of_plugins_names_what_is_loaded() {
     }
     assert!(gw.admin("GET", "/plugins/key-auth", ()).json()["properties"].is_object());
     assert_eq!(gw.admin("GET", "/plugins/no-such", ()).status, 404);
+}
+
+/// Tells of its start, its timer and its end; a request to it waits for the file `go`.
+fn living(version: &str, go: &str) -> String {
+    format!(
+        r#"
+local _M = {{ version = 0.1, priority = 10, name = "living", schema = {{ type = "object" }} }}
+local function say(what) ngx.log(ngx.WARN, "living {version} ", what, " on ", ngx.worker.id()) end
+function _M.init()
+    say("init")
+    ngx.timer.every(0.01, function(premature) if not premature then say("ticks") end end)
+end
+function _M.destroy() say("destroy") end
+function _M.access()
+    say("request")
+    while not io.open("{go}") do ngx.sleep(0.01) end
+    return 200, "{version}"
+end
+return _M
+"#
+    )
+}
+
+/// Where lines about `living` stand in error.log, from the last that tells `what`.
+#[track_caller]
+fn at(log: &str, what: &str) -> usize {
+    log.rfind(what).unwrap_or_else(|| panic!("{what:?} in {log}"))
+}
+
+#[test]
+fn a_plugin_begins_is_replaced_and_ends_on_workers_without_a_request() {
+    let gw = Gateway::start();
+    let go = gw.dir.join("go").display().to_string();
+    let on_both = |what: &str| (0..2).for_each(|n| gw.expect_log(&format!("living {what} on {n}")));
+    assert_eq!(gw.admin_text("PUT", "/plugin_sources/living", &living("one", &go), "text/plain").status, 201);
+    on_both("one ticks");
+    assert_eq!(gw.admin_text("PUT", "/plugin_sources/living", &living("two", &go), "text/plain").status, 200);
+    on_both("two ticks");
+    let log = gw.log();
+    for n in 0..2 {
+        let (ended, begun) = (format!("living one destroy on {n}"), format!("living two init on {n}"));
+        assert!(at(&log, &ended) < at(&log, &begun), "{log}");
+        assert_eq!(log.matches(&ended).count(), 1, "{log}");
+    }
+    assert_eq!(gw.admin("PUT", "/plugins/reload", ()).status, 200);
+    gw.expect_log("load plugin times: 4");
+    let inits = |n: usize| gw.log().matches(&format!("living two init on {n}")).count();
+    eventually("both have loaded it anew", || ((inits(0), inits(1)) == (2, 2)).then_some(()));
+    assert_eq!(request(&gw.control(), "PUT", "/v1/plugins/reload", &[], b"").status, 200);
+    eventually("once each", || ((inits(0), inits(1)) == (3, 3)).then_some(()));
+    assert_eq!(gw.admin("DELETE", "/plugin_sources/living", ()).status, 200);
+    let ends = |n: usize| gw.log().matches(&format!("living two destroy on {n}")).count();
+    eventually("the second has ended, as often as it began", || ((ends(0), ends(1)) == (3, 3)).then_some(()));
+    assert_eq!((inits(0), inits(1)), (3, 3));
+}
+
+#[test]
+fn a_plugin_that_a_request_is_in_ends_with_the_request() {
+    let up = Upstream::echo();
+    let gw = Gateway::with(json!({"nginx_config": {"worker_processes": 1}}));
+    let go = gw.dir.join("go").display().to_string();
+    gw.admin_text("PUT", "/plugin_sources/living", &living("one", &go), "text/plain");
+    gw.route("1", "/living", &up, json!({"living": {}}));
+    let address = gw.proxy();
+    let waiting = std::thread::spawn(move || get(&address, "/living").text());
+    gw.expect_log("living one request");
+    assert_eq!(gw.admin_text("PUT", "/plugin_sources/living", &living("two", &go), "text/plain").status, 200);
+    gw.expect_log("living two ticks");
+    assert!(!gw.log().contains("living one destroy"), "{}", gw.log());
+    gw.dir.write("go", "");
+    assert_eq!(waiting.join().expect("an answer"), "one");
+    gw.expect_log("living one destroy");
+    assert_eq!(gw.get("/living").text(), "two");
+}
+
+fn requiring(field: &str) -> String {
+    format!(
+        r#"
+local core = require("apisix.core")
+local schema = {{ type = "object", properties = {{}}, required = {{ "{field}" }} }}
+local _M = {{ version = 0.1, priority = 10, name = "sx", schema = schema }}
+function _M.check_schema(conf) return core.schema.check(schema, conf) end
+function _M.access() return 200, "by {field}" end
+return _M
+"#
+    )
+}
+
+#[test]
+fn an_upload_that_refuses_confs_in_use_is_refused_unless_it_is_forced() {
+    let up = Upstream::echo();
+    let gw = Gateway::start();
+    let put = |field: &str, query: &str| {
+        gw.admin_text("PUT", &format!("/plugin_sources/sx{query}"), &requiring(field), "text/plain")
+    };
+    assert_eq!(put("a", "").status, 201);
+    for id in 1..=12 {
+        gw.route(&format!("r{id:02}"), &format!("/{id}"), &up, json!({"sx": {"a": 1}}));
+    }
+    let refused = put("zz", "");
+    assert_eq!(refused.status, 400, "{}", refused.text());
+    let told = refused.text();
+    assert!(told.contains("routes/r01: failed to check the configuration of plugin sx"), "{told}");
+    assert!(told.contains("routes/r10") && !told.contains("routes/r11") && told.contains("; and more;"), "{told}");
+    assert_eq!(gw.get("/1").text(), "by a");
+    let deleted = gw.admin("DELETE", "/plugin_sources/sx", ());
+    assert_eq!(deleted.status, 400, "{}", deleted.text());
+    let told = deleted.text();
+    assert!(told.contains("can not delete this plugin source, route [r01] is still using it now"), "{told}");
+    assert_eq!(put("zz", "?force=true").status, 200);
+    let errors = || get(&gw.control(), "/v1/config/errors").text();
+    assert!(errors().contains("/routes/r12") && errors().contains("\\\"zz\\\" is required"), "{}", errors());
+    assert_eq!(put("a", "").status, 200);
+    assert!(!errors().contains("/routes/r"), "{}", errors());
+    assert_eq!(gw.get("/12").text(), "by a");
+    assert_eq!(gw.admin("DELETE", "/plugin_sources/sx?force=true", ()).status, 200);
 }

@@ -21,7 +21,7 @@ use crate::{
 const INHERITED: Duration = Duration::from_secs(30);
 
 /// What the VM before has found, by `Upstream::uid`.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(super) struct Inherited {
     found: HashMap<u64, Arc<Upstream>>,
     until: Option<Instant>,
@@ -80,6 +80,8 @@ impl Generation {
     /// Takes over what the VM before this one has found.
     pub(super) fn inherit(&self, before: &Generation) {
         if before.discover.get().is_none() {
+            // It was asked nothing in its time: what it has inherited passes by it.
+            *self.inherited.borrow_mut() = before.inherited.borrow().clone();
             return;
         }
         let handles: Result<mlua::Table> = registry::call(&before.vm, "moongate.discovery", "handles", ());

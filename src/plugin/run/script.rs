@@ -125,7 +125,7 @@ impl Runner {
                 (None, Some(ctx)) => generation.vm.inherit_ctx(slot, &**ctx),
                 (None, None) => {}
             }
-            x.lua.run = Some(Rc::new(Run { job: Job::Location(generation), slot }));
+            x.lua.run = Some(Rc::new(Run::new(Job::Location(generation), slot)));
         }
     }
 
@@ -234,7 +234,7 @@ impl Runner {
                 generation.vm.inherit_ctx(slot, &*ctx);
             }
             x.lua.slot = Some(slot);
-            x.lua.run = Some(Rc::new(Run { job: Job::Location(generation), slot }));
+            x.lua.run = Some(Rc::new(Run::new(Job::Location(generation), slot)));
         }
         x.phase = phase;
         let ended = match self.run_script(x, script).await {
@@ -292,7 +292,7 @@ impl Runner {
             Ok(Outcome::Failed(text)) => {
                 let text = format!("failed to run {}: {text}", api::context_name(phase));
                 x.log(Level::Error, text.as_bytes());
-                Err(Error::script(text))
+                Err(Error::script(text).told())
             }
             Ok(Outcome::Exit(n)) if phase == Phase::HeaderFilter && n >= 200 => {
                 x.filter_exit = Some(n as u16);
@@ -306,7 +306,7 @@ impl Runner {
             Ok(_) => Ok(()),
             Err(NotLoaded { text, .. }) => {
                 x.log(Level::Error, text.as_bytes());
-                Err(Error::script(text))
+                Err(Error::script(text).told())
             }
         }
     }

@@ -63,21 +63,23 @@ enum Change {
 }
 
 impl Generation {
-    /// A VM with its plugins, ready to serve.
+    /// A VM with its plugins, ready to serve. `before`: the one whose place it is to take.
     pub(super) async fn started(
         setup: Setup,
         worker: usize,
         snapshot: Arc<Snapshot>,
+        before: Option<Rc<Generation>>,
         (groups, ends): (Rc<Groups>, Rc<Ends>),
     ) -> Result<Rc<Generation>> {
-        let load = Self::load(&setup, worker, &snapshot, (&groups, &ends));
-        match tokio::time::timeout(LONGEST_START, load).await {
-            Ok(made) => made,
-            Err(_) => {
-                let text = format!("plugins' init and init_by_lua waited for more than {LONGEST_START:?}");
-                Err(Error::script(text).context("start a VM"))
-            }
+        let load = Self::load(&setup, worker, &snapshot, before.as_ref(), (&groups, &ends));
+        let made = tokio::time::timeout(LONGEST_START, load).await.unwrap_or_else(|_| {
+            let text = format!("plugins' init and init_by_lua waited for more than {LONGEST_START:?}");
+            Err(Error::script(text).context("start a VM"))
+        });
+        if let (Err(_), Some(before)) = (&made, before) {
+            before.step_up().await;
         }
+        made
     }
 }
 
@@ -153,8 +155,11 @@ impl Runner {
             *renewal = None;
             return Change::Made(made);
         }
+        // In APISIX's words, which people look for.
+        tracing::info!("start to hot reload plugins");
         let (setup, shared) = (self.setup.clone(), (self.groups.clone(), self.ends.clone()));
-        let mut start = Box::pin(Generation::started(setup, self.worker, snapshot.clone(), shared));
+        let before = Some(self.generation.borrow().clone());
+        let mut start = Box::pin(Generation::started(setup, self.worker, snapshot.clone(), before, shared));
         if let Poll::Ready(made) = once(start.as_mut()) {
             *renewal = None;
             return Change::Made(made);
