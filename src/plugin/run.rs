@@ -585,9 +585,9 @@ impl Runner {
         match call_once(generation, generation.entry.raised, push, |s| s.bytes(-1).map(<[u8]>::to_vec)) {
             Ok(None) => {}
             Ok(Some(body)) => {
-                let status = x.response.status;
-                answer(x, status);
+                x.response.source = Source::Gateway;
                 x.printed.extend_from_slice(&body);
+                output::default_type(x, output::LUA_TYPE);
             }
             Err(text) => log_error(x, &format!("_meta.error_response: {text}")),
         }

@@ -284,9 +284,9 @@ fn route_wins_over_service_and_priority_sorts() {
     let s = scene().route(json!({"a": {"n": 2}})).start();
     assert_eq!(s.request().3, "b1a2route&service1&s7&7/apisix/services/s");
     let s = scene().route(json!({"a": {"n": 2, "_meta": {"priority": 9}}})).start();
-    assert_eq!(s.request().3, "a2b1route&service1&s7&7/services/s");
+    assert_eq!(s.request().3, "a2b1route&service1&s7&7/apisix/services/s");
     let s = scene().route(json!({"a": {"_meta": {"disable": true}}})).start();
-    assert_eq!(s.request().3, "b1route&service1&s7&7/services/s");
+    assert_eq!(s.request().3, "b1route&service1&s7&7/apisix/services/s");
 }
 
 #[test]
