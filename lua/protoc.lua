@@ -12,11 +12,12 @@ local assert, error, ipairs, setmetatable, tostring, type = assert, error, ipair
 local MAX_IMPORTS = 1000
 
 local _M = {}
-_M.__index = _M
+-- Apart from the module: what an instance leads to is not what others require.
+local mt = { __index = _M }
 
 --- A compiler with its own paths and sources.
 function _M.new()
-    return setmetatable({ paths = {}, sources = {}, loaded = {} }, _M)
+    return setmetatable({ paths = {}, sources = {}, loaded = {} }, mt)
 end
 
 local default = _M.new()

@@ -208,9 +208,33 @@ mod limits {
     #[test]
     fn one_call_of_a_library_cannot_take_all_memory() {
         let gw = with(json!({"limits": {"memory_mb": 8}, "source":
-            "return function() return 200, {select(2, pcall(string.rep, 'x', 1e12)), #('ab'):rep(3, '-'), #(5 .. ''):rep(2)} end"}));
-        let text = "string.rep: the result is larger than limits.memory_mb allows";
-        assert_eq!(gw.get("/hello").json(), json!([text, 8, 2]));
+            "return function()
+                local long, list = ('x'):rep(1048576), {}
+                for i = 1, 1000 do list[i] = long end
+                local function why(f, ...) return (select(2, pcall(f, ...))) end
+                return 200, {
+                    why(string.rep, 'x', 1e12), #('ab'):rep(3, '-'), #(5 .. ''):rep(2),
+                    why(table.concat, list), table.concat({1, 'b'}, '-'), table.concat({1, 2, 3}, ',', 2, 3),
+                    (pcall(table.concat, {1, {}})), (pcall(table.concat, {1}, '', 1, 2)),
+                    why(require('table.new'), 1e8, 0), type(require('table.new')(2, 2)),
+                }
+             end"}));
+        let text = |of: &str| format!("{of}: the result is larger than limits.memory_mb allows");
+        assert_eq!(
+            gw.get("/hello").json(),
+            json!([
+                text("string.rep"),
+                8,
+                2,
+                text("table.concat"),
+                "1-b",
+                "2,3",
+                false,
+                false,
+                text("table.new"),
+                "table"
+            ])
+        );
     }
 
     #[test]

@@ -41,7 +41,8 @@ local secret = trusted and real_require("apisix.secret") or assert(load_alone("a
 
 -- Modules that open what the sandbox closes, and what only a plugin needs.
 local forbidden = { ffi = true, jit = true, io = true, os = true, debug = true, package = true,
-    ["jit.util"] = true, ["jit.opt"] = true, ["apisix.core.io"] = true, ["apisix.core.os"] = true,
+    -- Its pointers go anywhere in memory.
+    ["string.buffer"] = true, ["apisix.core.io"] = true, ["apisix.core.os"] = true,
     ["apisix.core.env"] = true, ["apisix.core.data_encryption"] = true, ["apisix.consumer"] = true, ["apisix.secret"] = true,
     ["apisix.secret.vault"] = true, ["apisix.secret.aws"] = true, ["apisix.secret.gcp"] = true, ["apisix.core.etcd"] = true,
     ["apisix.core.config"] = true, ["apisix.core.config_etcd"] = true, ["apisix.core.config_yaml"] = true, lfs = true,
@@ -55,7 +56,7 @@ local open_utils = { ["apisix.utils.content-decode"] = true, ["apisix.utils.redi
     ["apisix.utils.router"] = true }
 
 local function is_closed(name)
-    if forbidden[name] or find(name, "^moongate") then return true end
+    if forbidden[name] or find(name, "^moongate") or find(name, "^jit%.") then return true end
     return find(name, "^apisix") and name ~= "apisix.core" and not find(name, "^apisix%.core%.") and not open_utils[name]
 end
 
@@ -226,9 +227,40 @@ local function bounded_rep(s, n, sep)
     return rep(s, n, sep)
 end
 
+local real_concat, real_new = table.concat, require("table.new")
+
+local function refuse_above(bytes, most, what)
+    if most >= 0 and bytes > most then error(what .. ": the result is larger than limits.memory_mb allows", 3) end
+end
+
+local function bounded_concat(list, sep, from, to)
+    local most = call_memory()
+    if most < 0 or type(list) ~= "table" then return real_concat(list, sep, from, to) end
+    local bytes, gap = 0, #tostring(sep or "")
+    for at = from or 1, to or #list do
+        local value = list[at]
+        -- What is no text ends it, with an error.
+        if value == nil then break end
+        bytes = bytes + #tostring(value) + gap
+    end
+    refuse_above(bytes, most, "table.concat")
+    return real_concat(list, sep, from, to)
+end
+
+-- Bytes of a slot in the array part and in the hash part of a table.
+local SLOT, NODE = 8, 24
+
+local function bounded_new(slots, nodes)
+    local array, hash = tonumber(slots) or 0, tonumber(nodes) or 0
+    refuse_above(array * SLOT + hash * NODE, call_memory(), "table.new")
+    return real_new(array, hash)
+end
+
 local function close_sandbox()
     string.dump = nil
     string.rep = bounded_rep
+    table.concat, package.loaded["table.new"] = bounded_concat, bounded_new
+    if table.new then table.new = bounded_new end
     -- In the library itself: that is where a string finds its methods.
     for name, f in pairs(require("moongate.pattern")) do string[name] = f end
     shared.ngx, shared.ndk = ngx, ndk

@@ -6,7 +6,10 @@ local error, getmetatable, pairs, rawget, setmetatable, type = error, getmetatab
 
 local function is_a(self, class)
     if type(self) ~= "table" then return false end
-    if class == nil then return getmetatable(self) end
+    if class == nil then
+        local mt = getmetatable(self)
+        return type(mt) == "table" and rawget(mt, "_class") or nil
+    end
     local at = rawget(self, "_class") and self or getmetatable(self)
     if rawget(self, "_init") ~= nil or rawget(self, "_class") == self then at = self end
     while at do

@@ -103,7 +103,11 @@ local function flush(self, key, id)
     delta = self.dict:get(key_delta(self, key)) or 0
     local ok, remaining, reset = true, nil, nil
     if delta > 0 then
-        ok, remaining, reset = self.limiter:commit(key, delta)
+        local called
+        called, ok, remaining, reset = pcall(self.limiter.commit, self.limiter, key, delta)
+        if not called then
+            ok, remaining = nil, ok
+        end
     end
     if ok and remaining then
         write_quota(self, key, remaining, reset)
@@ -136,8 +140,12 @@ end
 local arm
 
 local function on_timer(premature, self, id)
+    -- The next timer comes when this one has done: a slow Redis is not asked by many at once.
+    local ok, err = pcall(flush_all, self, id)
     self.armed = false
-    flush_all(self, id)
+    if not ok then
+        core.log.error("failed to sync to redis: ", err)
+    end
     if not premature and (self.dict:llen(self:key_local_delta_keys(id)) or 0) > 0 then
         arm(self, id)
     end

@@ -288,9 +288,6 @@ local function apply_rules(conf, ctx, name, cost)
     end
 end
 
--- Reused within a call: `apply` keeps nothing of it.
-local single = {}
-
 --- What the last limit of the request came to, for `$rate_limiting_info`; nil when none was applied.
 function _M.info(ctx)
     local key = ctx._limit_key
@@ -312,8 +309,8 @@ function _M.rate_limit(conf, ctx, name, cost)
         core.log.info("The value of the configured key is empty, use client IP instead")
         value = ctx.var.remote_addr
     end
-    single.count, single.time_window, single.value = conf.count, conf.time_window, value
-    return apply(conf, ctx, name, single, cost)
+    -- A table of its own: a count with variables may wait for the body, while another request counts.
+    return apply(conf, ctx, name, { count = conf.count, time_window = conf.time_window, value = value }, cost)
 end
 
 return _M

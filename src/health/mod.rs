@@ -9,7 +9,7 @@ mod state;
 
 use std::{
     cell::RefCell,
-    collections::HashMap,
+    collections::{HashMap, HashSet, VecDeque},
     net::{IpAddr, SocketAddr},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -18,7 +18,7 @@ use std::{
     time::Duration,
 };
 
-use futures_util::{StreamExt, stream};
+use futures_util::{StreamExt, stream::FuturesUnordered};
 use serde_json::{Value, json};
 use tokio::{
     sync::{Notify, Semaphore},
@@ -33,7 +33,7 @@ use crate::{
     dns::Resolver,
     error::Error,
     model::upstream::{
-        PassHost, Upstream,
+        Node, PassHost, Upstream,
         checks::{Checks, Limits, Probe},
     },
     observe::log::{self, Level},
@@ -53,21 +53,41 @@ pub struct Health {
     resolver: Arc<Resolver>,
     /// Before keys where they are shown.
     prefix: String,
-    checkers: Mutex<HashMap<Owner, Arc<Checker>>>,
-    /// A checker has come.
+    checked: Mutex<HashMap<Owner, Arc<Checked>>>,
+    /// Something was added.
     changed: Notify,
     turns: Semaphore,
 }
 
-/// One version of an upstream that is checked.
-pub struct Checker {
+/// An upstream that is checked, as it is written.
+struct Checked {
     /// `/apisix/upstreams/1`
     name: Box<str>,
+    /// Of the upstream as it is written: what a registry finds for it are its views.
     uid: u64,
     checks: Checks,
     /// For probes by TLS, PEM.
     pair: Option<(Box<str>, Box<str>)>,
-    /// In the order of the upstream's nodes.
+    targets: Mutex<Targets>,
+}
+
+/// The nodes of the last views.
+#[derive(Default)]
+struct Targets {
+    by_place: HashMap<Place, Arc<Target>>,
+    views: VecDeque<(u64, Box<[Arc<Target>]>)>,
+}
+
+/// Views whose nodes are probed: one, where nodes are written; of a registry, whose answers may differ from request to request, the
+/// last few.
+const MAX_VIEWS: usize = 16;
+
+/// Host, port, and what probes call it.
+type Place = (Box<str>, u16, Box<str>);
+
+/// The nodes of one upstream, in their order.
+pub struct Checker {
+    of: Arc<Checked>,
     targets: Box<[Arc<Target>]>,
 }
 
@@ -80,7 +100,7 @@ pub struct Watched {
 }
 
 /// Upstreams that a worker knows; past it all are looked up anew.
-const MAX_KNOWN: usize = 1000;
+const MAX_KNOWN: usize = MAX_CHECKERS;
 
 /// A node.
 struct Target {
@@ -96,37 +116,47 @@ struct Target {
     calm: AtomicBool,
     /// Where it was found last.
     address: Mutex<Option<IpAddr>>,
+    /// When it is to be probed next.
+    due: Mutex<Instant>,
 }
 
 impl Health {
     /// `prefix`: before keys where they are shown, such as `/apisix`.
     pub fn new(resolver: Arc<Resolver>, prefix: String) -> Arc<Health> {
-        let (checkers, changed) = Default::default();
-        Arc::new(Health { resolver, prefix, checkers, changed, turns: Semaphore::new(MAX_PROBES) })
+        let (checked, changed) = Default::default();
+        Arc::new(Health { resolver, prefix, checked, changed, turns: Semaphore::new(MAX_PROBES) })
     }
 
     /// What is known of the nodes of an upstream with `checks`, which is checked from now on. `None`: it has none, or too many others
     /// are checked.
     pub fn of(&self, upstream: &Upstream, owner: Owner) -> Option<Arc<Checker>> {
         let checks = upstream.checks.as_deref()?;
-        let mut checkers = lock(&self.checkers);
-        let before = checkers.get(&owner);
-        match before {
-            Some(known) if known.uid == upstream.uid => return Some(known.clone()),
-            None if checkers.len() >= MAX_CHECKERS => {
+        let uid = upstream.discovery.as_ref().map_or(upstream.uid, |discovery| discovery.uid);
+        let before = {
+            let checked = lock(&self.checked);
+            let known = checked.get(&owner).cloned();
+            if known.is_none() && checked.len() >= MAX_CHECKERS {
                 tracing::error!("upstream {} is not checked: {MAX_CHECKERS} others are", self.name(&owner));
                 return None;
             }
-            _ => {}
+            known
+        };
+        if let Some(known) = before.as_ref().filter(|known| known.uid == uid) {
+            return Some(known.view(upstream));
         }
-        let made = Arc::new(Checker::new(self.name(&owner), upstream, checks, before.map(|before| &**before)));
+        let made = Arc::new(Checked::new(self.name(&owner), uid, upstream, checks, before.as_deref()));
+        let checker = made.view(upstream);
+        let mut checked = lock(&self.checked);
         // A request that holds on to an old configuration is served by that, and changes nothing.
-        if before.is_none_or(|before| before.uid < made.uid) {
-            made.announce();
-            checkers.insert(owner, made.clone());
-            self.changed.notify_one();
+        match checked.get(&owner) {
+            Some(known) if known.uid >= uid => {}
+            _ => {
+                made.announce();
+                checked.insert(owner, made);
+                self.changed.notify_one();
+            }
         }
-        Some(made)
+        Some(checker)
     }
 
     fn name(&self, owner: &Owner) -> Box<str> {
@@ -139,63 +169,71 @@ impl Health {
         format!("{}/{kind}/{id}", self.prefix).into()
     }
 
-    /// Probes for ever, inside a `LocalSet`. Checkers end with their upstreams.
+    /// Probes for ever, inside a `LocalSet`. What is checked ends with its upstream.
     pub async fn run(self: Arc<Self>, published: Arc<Published>) {
         let mut revisions = published.subscribe();
         let mut running: HashMap<Owner, (u64, AbortHandle)> = HashMap::new();
         let mut probing = JoinSet::new();
         loop {
-            self.follow(&published.load());
             self.start_and_stop(&mut probing, &mut running);
+            // What was stopped is let go of.
+            while probing.try_join_next().is_some() {}
             tokio::select! {
                 () = self.changed.notified() => {}
-                changed = revisions.changed() => match changed {
-                    Ok(()) => sleep(SETTLE).await,
-                    Err(_) => return,
-                },
-                // What was stopped is let go of.
-                Some(_) = probing.join_next(), if !probing.is_empty() => {}
+                changed = revisions.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    sleep(SETTLE).await;
+                    self.follow(&published.load());
+                }
             }
         }
     }
 
-    /// Makes the checkers those of the newest configuration.
+    /// Makes what is checked that of the newest configuration.
     fn follow(&self, snapshot: &Snapshot) {
-        let mut checkers = lock(&self.checkers);
-        checkers.retain(|owner, checker| {
-            let Some(upstream) = upstream_of(snapshot, owner).filter(|upstream| upstream.checks.is_some()) else {
-                return false;
-            };
-            if let Some(checks) = upstream.checks.as_deref().filter(|_| upstream.uid > checker.uid) {
-                *checker = Arc::new(Checker::new(self.name(owner), upstream, checks, Some(checker)));
-                checker.announce();
+        let known: Vec<(Owner, Arc<Checked>)> =
+            lock(&self.checked).iter().map(|(owner, checked)| (owner.clone(), checked.clone())).collect();
+        for (owner, before) in known {
+            let upstream = upstream_of(snapshot, &owner).filter(|upstream| upstream.checks.is_some());
+            match upstream {
+                Some(upstream) if upstream.uid <= before.uid => {}
+                // A registry is asked by requests: the next one brings the nodes, and finds what is known of them.
+                Some(upstream) if upstream.discovery.is_some() => {}
+                Some(upstream) => drop(self.of(upstream, owner)),
+                None => {
+                    let mut checked = lock(&self.checked);
+                    if checked.get(&owner).is_some_and(|known| Arc::ptr_eq(known, &before)) {
+                        checked.remove(&owner);
+                    }
+                }
             }
-            true
-        });
+        }
     }
 
     fn start_and_stop(self: &Arc<Self>, probing: &mut JoinSet<()>, running: &mut HashMap<Owner, (u64, AbortHandle)>) {
-        let checkers = lock(&self.checkers);
+        let checked = lock(&self.checked);
         running.retain(|owner, (uid, task)| {
-            let goes_on = checkers.get(owner).is_some_and(|checker| checker.uid == *uid);
+            let goes_on = checked.get(owner).is_some_and(|checked| checked.uid == *uid);
             if !goes_on {
                 task.abort();
             }
             goes_on
         });
-        for (owner, checker) in checkers.iter() {
+        for (owner, checked) in checked.iter() {
             if !running.contains_key(owner) {
-                let task = probing.spawn_local(probe_all(self.clone(), checker.clone()));
-                running.insert(owner.clone(), (checker.uid, task));
+                let task = probing.spawn_local(probe_all(self.clone(), checked.clone()));
+                running.insert(owner.clone(), (checked.uid, task));
             }
         }
     }
 
     /// `GET /v1/healthcheck`: `{ name, type, nodes }` each, by name.
     pub fn list(&self) -> Vec<Value> {
-        let mut checkers: Vec<_> = lock(&self.checkers).values().cloned().collect();
-        checkers.sort_by(|a, b| a.name.cmp(&b.name));
-        checkers.iter().map(|checker| checker.to_json()).collect()
+        let mut checked: Vec<_> = lock(&self.checked).values().cloned().collect();
+        checked.sort_by(|a, b| a.name.cmp(&b.name));
+        checked.iter().map(|checked| checked.to_json()).collect()
     }
 }
 
@@ -208,34 +246,65 @@ fn upstream_of<'s>(snapshot: &'s Snapshot, owner: &Owner) -> Option<&'s Arc<Upst
     }
 }
 
-/// Probes each node whenever its time has come.
-async fn probe_all(health: Arc<Health>, checker: Arc<Checker>) {
-    let [healthy, unhealthy] = checker.checks.active.intervals;
-    let mut due = vec![Instant::now(); checker.targets.len()];
+/// Probes each node whenever its time has come. One that takes long holds up no other.
+async fn probe_all(health: Arc<Health>, checked: Arc<Checked>) {
+    let active = &checked.checks.active;
+    let mut under_way = FuturesUnordered::new();
+    let mut busy: HashSet<*const Target> = HashSet::new();
+    let mut waiting: VecDeque<Arc<Target>> = VecDeque::new();
+    let mut look = Instant::now();
     loop {
-        let Some(next) = due.iter().min().copied() else { return };
-        sleep_until(next).await;
         let now = Instant::now();
-        let turn = due.iter().enumerate().filter(|(_, due)| **due <= now).map(|(at, _)| at);
-        let probes = turn.clone().map(|at| probe_one(&health, &checker, at));
-        stream::iter(probes).buffer_unordered(checker.checks.active.concurrency).collect::<()>().await;
-        let again = |at: usize| now + if checker.is_up(at) { healthy } else { unhealthy };
-        let turn: Vec<usize> = turn.collect();
-        for at in turn {
-            due[at] = again(at);
+        if waiting.is_empty() && look <= now {
+            look = now + LOOK_EVERY;
+            for target in checked.targets() {
+                let due = *lock(&target.due);
+                if due > now {
+                    look = look.min(due);
+                } else if busy.insert(Arc::as_ptr(&target)) {
+                    waiting.push_back(target);
+                }
+            }
+            look = look.max(now + LOOK_AT_MOST_EVERY);
+        }
+        while under_way.len() < active.concurrency {
+            let Some(target) = waiting.pop_front() else { break };
+            under_way.push(probe_one(&health, &checked, target));
+        }
+        tokio::select! {
+            Some(ended) = under_way.next() => {
+                busy.remove(&Arc::as_ptr(&ended));
+                look = look.min(*lock(&ended.due));
+            }
+            () = sleep_until(look), if waiting.is_empty() => {}
         }
     }
 }
 
-async fn probe_one(health: &Health, checker: &Checker, at: usize) {
-    let Ok(_turn) = health.turns.acquire().await else { return };
-    let (target, active) = (&checker.targets[at], &checker.checks.active);
+/// New nodes of a registry are looked for so often, when no probe is due before.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// Thousands of nodes are not looked over for each of them.
+const LOOK_AT_MOST_EVERY: Duration = Duration::from_millis(50);
+
+async fn probe_one(health: &Health, checked: &Checked, target: Arc<Target>) -> Arc<Target> {
+    let begun = Instant::now();
+    ask(health, checked, &target).await;
+    let [healthy, unhealthy] = checked.checks.active.intervals;
+    *lock(&target.due) = begun + if target.down.load(Relaxed) { unhealthy } else { healthy };
+    target
+}
+
+async fn ask(health: &Health, checked: &Checked, target: &Target) {
+    let active = &checked.checks.active;
     let ip = match health.resolver.resolve(&target.host).await {
         Ok(addresses) if !addresses.is_empty() => addresses[0],
-        Ok(_) | Err(_) => return checker.tell(at, None, Event::Tcp, &active.limits, "its name has no address"),
+        Ok(_) | Err(_) => {
+            return checked.tell(target, None, Event::Tcp, &active.limits, "its name has no address");
+        }
     };
+    let Ok(_turn) = health.turns.acquire().await else { return };
     let addr = SocketAddr::new(ip, active.port.unwrap_or(target.port));
-    let pair = checker.pair.as_ref().map(tls::secrets::known_pair);
+    let pair = checked.pair.as_ref().map(tls::secrets::known_pair);
     // Whether the node is well is not known without the certificate that it wants to see: requests fetch it.
     if pair.as_ref().is_some_and(Option::is_none) {
         return;
@@ -244,7 +313,7 @@ async fn probe_one(health: &Health, checker: &Checker, at: usize) {
     let pair = pair.as_ref().map(|(cert, key)| (&**cert, &**key));
     let (event, why) = probe::probe(addr, &target.called, active, pair).await;
     if let Some(event) = event {
-        checker.tell(at, Some(ip), event, &active.limits, &why);
+        checked.tell(target, Some(ip), event, &active.limits, &why);
     }
 }
 
@@ -254,8 +323,8 @@ impl Watched {
         Watched { health, known: RefCell::default() }
     }
 
-    /// As `Health::of`. `owner`: whose the upstream is that has no id.
-    pub fn of(&self, upstream: &Upstream, owner: Option<Owner>) -> Option<Arc<Checker>> {
+    /// As `Health::of`. `owner`: whose the upstream is that has no id; asked where the upstream is not known.
+    pub fn of(&self, upstream: &Upstream, owner: impl FnOnce() -> Option<Owner>) -> Option<Arc<Checker>> {
         let health = self.health.as_ref()?;
         let mut known = self.known.borrow_mut();
         if let Some(checker) = known.get(&upstream.uid) {
@@ -264,31 +333,37 @@ impl Watched {
         if known.len() >= MAX_KNOWN {
             known.clear();
         }
-        let owner = upstream.id.clone().map(Owner::Upstream).or(owner)?;
+        let owner = upstream.id.clone().map(Owner::Upstream).or_else(owner)?;
         known.entry(upstream.uid).or_insert_with(|| health.of(upstream, owner)).clone()
     }
 }
 
-impl Checker {
-    fn new(name: Box<str>, upstream: &Upstream, checks: &Checks, before: Option<&Checker>) -> Checker {
-        let target = |node: &crate::model::upstream::Node| {
-            let called = match (&checks.active.host, &upstream.pass_host) {
-                (Some(host), _) => host.clone(),
-                (None, PassHost::Rewrite(host)) => host.clone(),
-                (None, PassHost::Node | PassHost::Pass) => node.host.clone(),
-            };
-            let same =
-                |known: &&Arc<Target>| known.host == node.host && known.port == node.port && known.called == called;
-            let known = before.filter(|before| before.checks == *checks).and_then(|b| b.targets.iter().find(same));
-            known.cloned().unwrap_or_else(|| Arc::new(Target::new(&node.host, node.port, called)))
+impl Checked {
+    fn new(name: Box<str>, uid: u64, upstream: &Upstream, checks: &Checks, before: Option<&Checked>) -> Checked {
+        let before = before.filter(|before| before.checks == *checks);
+        let by_place = before.map(|before| lock(&before.targets).by_place.clone()).unwrap_or_default();
+        let pair = upstream.tls.as_ref().and_then(|tls| tls.client_pair.clone());
+        let targets = Mutex::new(Targets { by_place, views: VecDeque::new() });
+        Checked { name, uid, checks: checks.clone(), pair, targets }
+    }
+
+    /// What is known of the nodes of one of its upstreams.
+    fn view(self: &Arc<Self>, upstream: &Upstream) -> Arc<Checker> {
+        let called = |node: &Node| match (&self.checks.active.host, &upstream.pass_host) {
+            (Some(host), _) | (None, PassHost::Rewrite(host)) => host.clone(),
+            (None, PassHost::Node | PassHost::Pass) => node.host.clone(),
         };
-        Checker {
-            targets: upstream.nodes.iter().map(target).collect(),
-            pair: upstream.tls.as_ref().and_then(|tls| tls.client_pair.clone()),
-            uid: upstream.uid,
-            checks: checks.clone(),
-            name,
-        }
+        let mut targets = lock(&self.targets);
+        let known = targets.views.iter().find(|(uid, _)| *uid == upstream.uid).map(|(_, view)| view.clone());
+        let view = known.unwrap_or_else(|| {
+            let places = upstream.nodes.iter().map(|node| (node.host.clone(), node.port, called(node)));
+            targets.add(upstream.uid, places)
+        });
+        Arc::new(Checker { of: self.clone(), targets: view })
+    }
+
+    fn targets(&self) -> Vec<Arc<Target>> {
+        lock(&self.targets).by_place.values().cloned().collect()
     }
 
     /// In the words of APISIX's log, as far as they are about the upstream.
@@ -299,33 +374,7 @@ impl Checker {
         }
     }
 
-    /// Whether requests may go to the node of that place.
-    pub fn is_up(&self, at: usize) -> bool {
-        self.targets.get(at).is_none_or(|target| !target.down.load(Relaxed))
-    }
-
-    /// A request's try at a node has got a response.
-    pub fn answered(&self, at: usize, ip: IpAddr, status: u16) {
-        let Some(passive) = &self.checks.passive else { return };
-        if passive.kind == Probe::Tcp || passive.statuses.healthy.contains(&status) {
-            if self.targets.get(at).is_some_and(|target| !target.calm.load(Relaxed)) {
-                self.tell(at, Some(ip), Event::Success, &passive.limits, "");
-            }
-        } else if passive.statuses.unhealthy.contains(&status) {
-            self.tell(at, Some(ip), Event::Http, &passive.limits, &format!("status {status} of a request"));
-        }
-    }
-
-    /// A request's try at a node has failed. Where the status that the client would get for it is a failure, it counts as that.
-    pub fn failed(&self, at: usize, ip: Option<IpAddr>, e: &Error) {
-        let (Some(passive), Some(event)) = (&self.checks.passive, Event::of(e)) else { return };
-        let status = if event == Event::Timeout { 504 } else { 502 };
-        let counts = passive.kind != Probe::Tcp && passive.statuses.unhealthy.contains(&status);
-        self.tell(at, ip, if counts { Event::Http } else { event }, &passive.limits, &e.to_string());
-    }
-
-    fn tell(&self, at: usize, ip: Option<IpAddr>, event: Event, limits: &Limits, why: &str) {
-        let Some(target) = self.targets.get(at) else { return };
+    fn tell(&self, target: &Target, ip: Option<IpAddr>, event: Event, limits: &Limits, why: &str) {
         let Some(counted) = target.take(event, limits, ip) else { return };
         let kind = if event == Event::Success { "healthy" } else { "unhealthy" };
         let text = format!(
@@ -342,23 +391,71 @@ impl Checker {
     }
 
     fn to_json(&self) -> Value {
-        let nodes: Vec<Value> = self.targets.iter().map(|target| target.to_json()).collect();
+        let mut nodes: Vec<Value> = self.targets().iter().map(|target| target.to_json()).collect();
+        nodes.sort_by_key(|node| (node["ip"].to_string(), node["port"].as_u64()));
         // As APISIX, whose lists are maps when they are empty.
         let nodes = if nodes.is_empty() { json!({}) } else { Value::Array(nodes) };
         json!({"name": &*self.name, "type": self.checks.active.kind.name(), "nodes": nodes})
     }
 }
 
+impl Targets {
+    /// The nodes of one more upstream; those that only forgotten ones have had go.
+    fn add(&mut self, uid: u64, places: impl Iterator<Item = Place>) -> Box<[Arc<Target>]> {
+        let make =
+            |place: Place| self.by_place.entry(place).or_insert_with_key(|place| Arc::new(Target::new(place))).clone();
+        let view: Box<[Arc<Target>]> = places.map(make).collect();
+        if self.views.len() >= MAX_VIEWS {
+            self.views.pop_front();
+        }
+        self.views.push_back((uid, view.clone()));
+        let in_use: HashSet<*const Target> =
+            self.views.iter().flat_map(|(_, view)| view.iter().map(Arc::as_ptr)).collect();
+        self.by_place.retain(|_, target| in_use.contains(&Arc::as_ptr(target)));
+        view
+    }
+}
+
+impl Checker {
+    /// Whether requests may go to the node of that place.
+    pub fn is_up(&self, at: usize) -> bool {
+        self.targets.get(at).is_none_or(|target| !target.down.load(Relaxed))
+    }
+
+    /// A request's try at a node has got a response.
+    pub fn answered(&self, at: usize, ip: IpAddr, status: u16) {
+        let (Some(passive), Some(target)) = (&self.of.checks.passive, self.targets.get(at)) else { return };
+        if passive.kind == Probe::Tcp || passive.statuses.healthy.contains(&status) {
+            if !target.calm.load(Relaxed) {
+                self.of.tell(target, Some(ip), Event::Success, &passive.limits, "");
+            }
+        } else if passive.statuses.unhealthy.contains(&status) {
+            let why = format!("status {status} of a request");
+            self.of.tell(target, Some(ip), Event::Http, &passive.limits, &why);
+        }
+    }
+
+    /// A request's try at a node has failed. Where the status that the client would get for it is a failure, it counts as that.
+    pub fn failed(&self, at: usize, ip: Option<IpAddr>, e: &Error) {
+        let (Some(passive), Some(target)) = (&self.of.checks.passive, self.targets.get(at)) else { return };
+        let Some(event) = Event::of(e) else { return };
+        let status = if event == Event::Timeout { 504 } else { 502 };
+        let counts = passive.kind != Probe::Tcp && passive.statuses.unhealthy.contains(&status);
+        self.of.tell(target, ip, if counts { Event::Http } else { event }, &passive.limits, &e.to_string());
+    }
+}
+
 impl Target {
-    fn new(host: &str, port: u16, called: Box<str>) -> Target {
+    fn new((host, port, called): &Place) -> Target {
         Target {
-            host: host.into(),
-            port,
-            called,
+            host: host.clone(),
+            port: *port,
+            called: called.clone(),
             state: Mutex::default(),
             down: AtomicBool::new(false),
             calm: AtomicBool::new(true),
             address: Mutex::new(host.parse().ok()),
+            due: Mutex::new(Instant::now()),
         }
     }
 
@@ -401,7 +498,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{dns, model::upstream::Node};
+    use crate::dns;
 
     fn upstream(uid: u64, host: &str, more: Value) -> Upstream {
         let node =
@@ -410,6 +507,10 @@ mod tests {
         checks["active"].as_object_mut().expect("a map").extend(more.as_object().expect("a map").clone());
         let checks = Checks::from_json(checks.as_object().expect("a map"));
         Upstream { uid, checks: Some(Box::new(checks)), ..Upstream::of_nodes([node]) }
+    }
+
+    fn fails(checker: &Checker) {
+        checker.of.tell(&checker.targets[0], None, Event::Tcp, &checker.of.checks.active.limits, "");
     }
 
     fn owner(n: usize) -> Owner {
@@ -439,17 +540,53 @@ mod tests {
         let health = health();
         let of = |uid, host: &str, more: Value| health.of(&upstream(uid, host, more), owner(0)).expect("a checker");
         let first = of(1, "127.0.0.1", json!({}));
-        first.tell(0, None, Event::Tcp, &first.checks.active.limits, "");
+        fails(&first);
         assert!(!first.is_up(0));
         let second = of(2, "127.0.0.1", json!({}));
         assert!(!second.is_up(0));
-        assert_eq!(of(1, "127.0.0.1", json!({})).uid, 1, "a request with an old configuration");
-        assert_eq!(of(2, "127.0.0.1", json!({})).uid, 2, "which changes nothing");
+        assert_eq!(of(1, "127.0.0.1", json!({})).of.uid, 1, "a request with an old configuration");
+        assert_eq!(of(2, "127.0.0.1", json!({})).of.uid, 2, "which changes nothing");
         assert!(of(3, "127.0.0.2", json!({})).is_up(0), "another node");
         assert!(of(4, "127.0.0.1", json!({})).is_up(0), "it was not in the version before");
         let fourth = of(4, "127.0.0.1", json!({}));
-        fourth.tell(0, None, Event::Tcp, &fourth.checks.active.limits, "");
+        fails(&fourth);
         assert!(of(5, "127.0.0.1", json!({"http_path": "/other"})).is_up(0), "what was asked is not what is asked now");
+    }
+
+    #[tokio::test]
+    async fn what_a_registry_finds_in_turn_is_known_and_probed_together() {
+        let health = health();
+        let discovery =
+            || crate::model::upstream::Discovery { kind: "r".into(), service: "s".into(), args: None, uid: 7 };
+        let of = |uid: u64, host: &str| {
+            let found = Upstream { discovery: Some(Box::new(discovery())), ..upstream(uid, host, json!({})) };
+            health.of(&found, owner(0)).expect("a checker")
+        };
+        let (first, second) = (of(8, "127.0.0.1"), of(9, "127.0.0.2"));
+        fails(&first);
+        assert!(!of(8, "127.0.0.1").is_up(0) && !of(10, "127.0.0.1").is_up(0) && second.is_up(0));
+        assert_eq!(first.of.targets().len(), 2, "both are probed");
+        for n in 0..MAX_VIEWS as u64 {
+            of(100 + n, "127.0.0.3");
+        }
+        assert_eq!(first.of.targets().len(), 1, "what was not found for long is not");
+        assert_eq!(lock(&first.of.targets).views.len(), MAX_VIEWS);
+        // Ten thousand nodes of which one is another: no time that would be seen.
+        let many = |last: &str| {
+            let nodes = (0..9_999).map(|n| format!("n{n}")).chain([last.to_owned()]);
+            let node = |host: String| Node {
+                ip: None,
+                host: host.into(),
+                port: 1,
+                explicit_port: true,
+                weight: 1,
+                priority: 0,
+            };
+            Upstream { checks: upstream(0, "a", json!({})).checks, ..Upstream::of_nodes(nodes.map(node)) }
+        };
+        for last in ["a", "b", "c"] {
+            assert!(health.of(&many(last), owner(1)).expect("a checker").is_up(9_999));
+        }
     }
 
     #[tokio::test]
@@ -457,12 +594,15 @@ mod tests {
         let health = health();
         let watched = Watched::new(Some(health.clone()));
         for n in 0..MAX_KNOWN {
-            assert!(watched.of(&upstream(n as u64, "127.0.0.1", json!({})), Some(owner(n))).is_some());
+            assert!(watched.of(&upstream(n as u64, "127.0.0.1", json!({})), || Some(owner(n))).is_some());
         }
         assert_eq!(watched.known.borrow().len(), MAX_KNOWN);
-        assert!(watched.of(&upstream(u64::MAX, "127.0.0.1", json!({})), Some(owner(MAX_KNOWN))).is_some());
+        assert!(
+            watched.of(&upstream(u64::MAX, "127.0.0.1", json!({})), || Some(owner(MAX_KNOWN))).is_none(),
+            "too many are checked"
+        );
         assert_eq!(watched.known.borrow().len(), 1);
-        assert!(watched.of(&upstream(u64::MAX - 1, "127.0.0.1", json!({})), None).is_none(), "nobody's");
-        assert!(Watched::new(None).of(&upstream(0, "127.0.0.1", json!({})), Some(owner(0))).is_none());
+        assert!(watched.of(&upstream(u64::MAX - 1, "127.0.0.1", json!({})), || None).is_none(), "nobody's");
+        assert!(Watched::new(None).of(&upstream(0, "127.0.0.1", json!({})), || Some(owner(0))).is_none());
     }
 }

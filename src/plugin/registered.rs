@@ -4,6 +4,8 @@ use std::{cell::RefCell, collections::HashSet};
 
 /// Names of one worker. A plugin has a few; a name made anew for each request is a mistake, and past this it is none for conditions.
 const MAX_NAMES: usize = 10_000;
+/// Bytes of a name.
+const MAX_NAME: usize = 256;
 
 thread_local! {
     static NAMES: RefCell<HashSet<Box<str>>> = RefCell::default();
@@ -12,8 +14,13 @@ thread_local! {
 /// From here on some VM of this worker may give the variable. It stays when that VM ends: the others are asked in vain.
 pub(super) fn add(name: &str) {
     NAMES.with_borrow_mut(|names| {
-        if names.len() < MAX_NAMES {
+        if names.len() < MAX_NAMES && name.len() <= MAX_NAME {
             names.insert(name.into());
+        } else if !names.contains(name) {
+            let start: String = name.chars().take(MAX_NAME).collect();
+            tracing::error!(
+                "the variable {start} is not known to conditions: there are too many, or its name is too long"
+            );
         }
     });
 }
@@ -32,6 +39,8 @@ mod tests {
         for n in 0..=MAX_NAMES {
             add(&format!("v{n}"));
         }
+        add(&"x".repeat(MAX_NAME + 1));
+        assert!(!knows(&"x".repeat(MAX_NAME + 1)));
         assert!(knows("v0") && !knows(&format!("v{MAX_NAMES}")) && !knows("host"));
     }
 }

@@ -495,11 +495,13 @@ impl Runner {
         }
     }
 
+    /// Whether a Lua module of this worker gives a variable of that name.
+    pub fn gives(&self, name: &str) -> bool {
+        registered::knows(name)
+    }
+
     /// A variable that a Lua module gives, for a condition of a route.
     pub fn registered(&self, x: &Exchange, name: &str) -> Option<Vec<u8>> {
-        if !registered::knows(name) {
-            return None;
-        }
         let generation = self.generation.borrow().clone();
         let mut copy = copy_of(x);
         let entry = generation.entry.registered_var;

@@ -162,7 +162,7 @@ impl Tries {
         Tries {
             picked: (conf.nodes.len() != 1 || has_memory(&conf.balance))
                 .then(|| p.pickers.of_owner(conf, owner(x, conf), started)),
-            health: conf.checks.as_ref().and_then(|_| p.watched.of(conf, owner(x, conf))),
+            health: conf.checks.as_ref().and_then(|_| p.watched.of(conf, || owner(x, conf))),
             hash_key: hash_key(x, conf),
             tried: Tried::default(),
             retries: retries.map_or(conf.nodes.len().saturating_sub(1), |n| n as usize),

@@ -1,6 +1,12 @@
 //! A request from top to bottom.
 
-use std::{borrow::Cow, cell::Cell, net::IpAddr, rc::Rc, sync::Arc};
+use std::{
+    borrow::Cow,
+    cell::{Cell, RefCell},
+    net::IpAddr,
+    rc::Rc,
+    sync::Arc,
+};
 
 use super::{Proxy, asked, forward, forwarded, location, real_ip, rescue, servlet, watch};
 use crate::{
@@ -254,7 +260,7 @@ fn look_up(p: &Proxy, x: &mut Exchange) -> Asked {
     let path = matched_path(p, x);
     let tail = p.settings.delete_uri_tail_slash && path.len() > 1 && path.ends_with(b"/");
     let path = path[..path.len() - usize::from(tail)].into();
-    let facts = RequestFacts { x, runner: &p.runner, path, asked: Cell::default() };
+    let facts = RequestFacts { x, runner: &p.runner, path, asked: Cell::default(), given: RefCell::default() };
     let (found, candidates) = match &x.watch {
         None => (x.snapshot.router.find(&facts), Vec::new()),
         Some(_) => watch::find(x, &facts),
@@ -316,6 +322,23 @@ pub(super) struct RequestFacts<'a> {
     path: Cow<'a, [u8]>,
     /// What conditions have asked of a body that is not read.
     asked: Cell<Asked>,
+    /// What modules have said of their variables: each is asked once, however many routes have conditions about it.
+    given: RefCell<Vec<(Box<str>, Option<Vec<u8>>)>>,
+}
+
+impl RequestFacts<'_> {
+    /// A variable that a Lua module gives.
+    fn registered(&self, name: &str) -> Option<Vec<u8>> {
+        if !self.runner.gives(name) {
+            return None;
+        }
+        if let Some((_, known)) = self.given.borrow().iter().find(|(known, _)| **known == *name) {
+            return known.clone();
+        }
+        let value = self.runner.registered(self.x, name);
+        self.given.borrow_mut().push((name.into(), value.clone()));
+        value
+    }
 }
 
 impl Facts for RequestFacts<'_> {
@@ -341,7 +364,7 @@ impl Facts for RequestFacts<'_> {
         self.asked.set(asked);
         let mut scratch = Vec::new();
         let value = self.x.var(&Var::parse(name), &mut scratch).map(<[u8]>::to_vec);
-        value.or_else(|| self.runner.registered(self.x, name)).map(Cow::Owned)
+        value.or_else(|| self.registered(name)).map(Cow::Owned)
     }
 
     fn filter(&self, route: &Arc<Object<Route>>) -> bool {

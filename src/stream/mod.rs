@@ -175,7 +175,7 @@ impl Streams {
         if target.upstream.nodes.is_empty() && target.upstream.discovery.is_some() {
             target.upstream = self.registries.nodes(target.upstream).await?;
         }
-        target.health = target.upstream.checks.as_ref().and_then(|_| self.watched.of(&target.upstream, owner));
+        target.health = target.upstream.checks.as_ref().and_then(|_| self.watched.of(&target.upstream, || owner));
         Ok(target)
     }
 

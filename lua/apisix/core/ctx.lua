@@ -4,6 +4,7 @@
 -- away again. A name that is no string raises "invalid argument, expect string value". `ctx.var["post_arg.x"]` of a JSON body is a
 -- boolean, number, string or table, as the body has it: an array where the path has a star.
 local error, type = error, type
+local IN_FUNCTIONS = require("moongate.native").purpose == "functions"
 
 local _M = {}
 
@@ -20,6 +21,9 @@ function _M.release_vars() end
 
 --- Adds a variable to `ctx.var`: `getter(ctx)` gives its value. `opts.no_cacheable`: it is asked for each time.
 function _M.register_var(name, getter, opts)
+    if IN_FUNCTIONS then
+        error("register_var is not open to functions: it would serve all of them", 2)
+    end
     if type(getter) ~= "function" then
         error("the getter of registered var should be a function", 2)
     end

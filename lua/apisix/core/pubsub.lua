@@ -98,7 +98,7 @@ local ANSWERS = { "error_resp", "pong_resp", "kafka_fetch_resp", "kafka_list_off
 local OPTIONS = { defaults = "auto", int64 = "string" }
 
 local _M = {}
-_M.__index = _M
+local mt = { __index = _M }
 
 local types
 
@@ -133,7 +133,7 @@ function _M.new(opts)
     if not ws then
         return nil, err
     end
-    return setmetatable({ ws = ws, types = set, max_request = max_request, handlers = {} }, _M)
+    return setmetatable({ ws = ws, types = set, max_request = max_request, handlers = {} }, mt)
 end
 
 --- `handler(params)` is called for each `command` (`cmd_ping`, `cmd_empty`, `cmd_kafka_fetch`, `cmd_kafka_list_offset`) with its
