@@ -9,7 +9,8 @@ local json = require("apisix.core.json")
 local choose = native.choose
 local now = ngx.now
 local ipairs, pairs, tostring, type = ipairs, pairs, tostring, type
-local concat, sort = table.concat, table.sort
+local concat, format, sort = table.concat, string.format, table.sort
+local md5 = ngx.md5_bin
 
 local _M = {}
 
@@ -25,7 +26,8 @@ local MAX_ANSWERS = 16
 local SWEEP_EVERY = 1
 
 -- By the uid of the upstream that is written down: { uid, kind, service, args, used, kept }; of the last answer { nodes, count, flat,
--- handle }; and all handles that are remembered by their answers' print, how many, and the nodes in them { answers, n, held }.
+-- err }, where err says why it is of no use; { handle } of the last one that was of use; and what became of answers, a handle or such
+-- a text, by their print, how many, and the nodes in them { answers, n, held }.
 local known, upstreams, all_nodes, swept = {}, 0, 0, 0
 
 local function forget(entry)
@@ -72,8 +74,8 @@ local function same_in_order(nodes, count, flat)
     local n = 0
     for i = 1, count do
         local node = nodes[i]
-        if type(node) ~= "table" or node.host ~= flat[n + 1] or (node.port or false) ~= flat[n + 2]
-            or node.weight ~= flat[n + 3] or (node.priority or 0) ~= flat[n + 4] or (node.metadata or false) ~= flat[n + 5] then
+        if type(node) ~= "table" or (node.host or false) ~= flat[n + 1] or (node.port or false) ~= flat[n + 2]
+            or (node.weight or false) ~= flat[n + 3] or (node.priority or 0) ~= flat[n + 4] or (node.metadata or false) ~= flat[n + 5] then
             return false
         end
         n = n + WIDTH
@@ -81,16 +83,31 @@ local function same_in_order(nodes, count, flat)
     return true
 end
 
--- The same text for the same nodes in any order.
+-- A value as what no other value of another type is: what is wrong with `"1"` is not wrong with `1`.
+local function tagged(value)
+    local kind = type(value)
+    if kind == "number" then return format("%.17g", value) end
+    if kind == "table" then
+        local text = json.stably_encode(value)
+        return text and "t" .. #text .. ":" .. text or "t"
+    end
+    return kind == "string" and #value .. ":" .. value or tostring(value)
+end
+
+-- The same few bytes for the same nodes in any order. nil and the reason where the nodes have too many bytes to be read.
 local function print_of(flat)
-    local lines = {}
+    local lines, bytes = {}, 0
     for n = 0, #flat - WIDTH, WIDTH do
-        local metadata = flat[n + 5] and json.stably_encode(flat[n + 5]) or ""
-        lines[#lines + 1] = concat({ tostring(flat[n + 1]), tostring(flat[n + 2]), tostring(flat[n + 3]),
-            tostring(flat[n + 4]), tostring(metadata) }, "\0")
+        local line = concat({ tagged(flat[n + 1]), tagged(flat[n + 2]), tagged(flat[n + 3]), tagged(flat[n + 4]),
+            tagged(flat[n + 5]) }, " ")
+        bytes = bytes + #line
+        if bytes > MAX_BYTES then
+            return nil, "invalid nodes format: at least " .. bytes .. " bytes of nodes, more than " .. MAX_BYTES
+        end
+        lines[#lines + 1] = line
     end
     sort(lines)
-    return concat(lines, "\1")
+    return md5(concat(lines, "\n"))
 end
 
 -- What the gateway reads of the nodes, as JSON.
@@ -117,35 +134,54 @@ local function hold(entry, nodes)
     if entry.kept then all_nodes = all_nodes + nodes end
 end
 
-local function remember(entry, print, count, handle)
+local function remember(entry, print, count, answer)
     if entry.n >= MAX_ANSWERS or all_nodes + count > MAX_ALL_NODES then
         entry.answers, entry.n = {}, 0
         hold(entry, -entry.held)
     end
-    entry.answers[print], entry.n = handle, entry.n + 1
+    entry.answers[print], entry.n = answer, entry.n + 1
     hold(entry, count)
     if entry.kept and all_nodes > MAX_ALL_NODES then forget(entry) end
 end
 
--- Reads what has changed. Nothing, or why it is of no use: then it is read again for the next request.
+-- A handle to the nodes, or why they are of no use.
+local function read(nodes)
+    local text, err = text_of(nodes)
+    if not text then return err end
+    local handle
+    handle, err = native.found(text)
+    return handle or err
+end
+
+-- What became of the nodes, and what they are compared with the next time: nothing where they are too many to be kept, or none.
+local function answer_of(entry, nodes, count)
+    if count > MAX_NODES then return "invalid nodes format: " .. count .. " nodes, more than " .. MAX_NODES end
+    local flat = flat_of(nodes, count)
+    if not flat then return read(nodes) end
+    local print, err = print_of(flat)
+    if not print then return err end
+    local answer = entry.answers[print]
+    if not answer then
+        answer = read(nodes)
+        remember(entry, print, count, answer)
+    end
+    return answer, flat
+end
+
+-- Reads what has changed.
 local function renew(entry, nodes)
     local count = #nodes
-    if count > MAX_NODES then return "invalid nodes format: " .. count .. " nodes, more than " .. MAX_NODES end
     if count == entry.count and same_in_order(nodes, count, entry.flat) then
         entry.nodes = nodes
         return
     end
-    local flat = flat_of(nodes, count)
-    local print = flat and print_of(flat)
-    local handle = print and entry.answers[print]
-    if not handle then
-        local text, err = text_of(nodes)
-        if not text then return err end
-        handle, err = native.found(text)
-        if not handle then return err end
-        remember(entry, print, count, handle)
+    local answer, flat = answer_of(entry, nodes, count)
+    entry.nodes, entry.count, entry.flat, entry.err = nodes, count, flat, nil
+    if type(answer) == "string" then
+        entry.err = answer
+    else
+        entry.handle = answer
     end
-    entry.nodes, entry.count, entry.flat, entry.handle = nodes, count, flat, handle
 end
 
 --- What was found for each upstream, by uid: for the VM that takes this one's place.
@@ -168,9 +204,9 @@ function _M.choose(uid)
     if type(nodes) ~= "table" then return "invalid nodes format: wrong type: expected array, got " .. type(nodes) end
     if nodes ~= entry.nodes or #nodes ~= entry.count then
         if #nodes == 0 then return "no valid upstream node" end
-        err = renew(entry, nodes)
-        if err then return err end
+        renew(entry, nodes)
     end
+    if entry.err then return entry.err end
     choose(entry.handle)
 end
 

@@ -305,7 +305,7 @@ end
 function _M.raised(at)
     local ctx = ctxs[at]
     local body = ctx and rawget(ctx, "_error_response")
-    if type(body) == "table" then return encode(body) .. "\n" end
+    if type(body) == "table" then return encode(body) end
     return body ~= nil and tostring(body) or nil
 end
 

@@ -686,6 +686,7 @@ impl Runner {
             return self.until_memory_check.set(left);
         }
         self.until_memory_check.set(MEMORY_CHECK_EVERY);
+        self.generation.borrow().let_go();
         let vm = self.generation.borrow().vm.clone();
         let limit = vm.limits().memory_mb;
         if limits::memory_mb(&vm) > limit {

@@ -169,11 +169,14 @@ impl Streams {
         })
     }
 
-    /// Where the session goes. Waits only for a registry.
+    /// Where the session goes. Waits only for a registry, as long as a connection to a node may take. Errors of kind `ConnectTimeout`
+    /// past it, else those of the registry.
     async fn target(&self, session: &mut Session) -> Result<Target> {
         let (mut target, owner) = self.choose(session)?;
         if target.upstream.nodes.is_empty() && target.upstream.discovery.is_some() {
-            target.upstream = self.registries.nodes(target.upstream).await?;
+            let limit = timeouts(&target.upstream, TCP_IDLE).connect;
+            let nodes = tokio::time::timeout(limit, self.registries.nodes(target.upstream)).await;
+            target.upstream = nodes.map_err(|_| unanswered(limit))??;
         }
         target.health = target.upstream.checks.as_ref().and_then(|_| self.watched.of(&target.upstream, || owner));
         Ok(target)
@@ -318,6 +321,11 @@ impl Streams {
             log.write(session);
         }
     }
+}
+
+fn unanswered(limit: Duration) -> Error {
+    let text = format!("no valid upstream node: the registry has not answered within {} ms", limit.as_millis());
+    Error::upstream(Kind::ConnectTimeout).context(text)
 }
 
 /// Whether a search that has lasted so long goes to no further node.

@@ -160,8 +160,13 @@ fn a_new_vm_goes_on_with_what_the_one_before_has_found() {
         assert_eq!(gw.get("/x").status, 200);
     }
     assert_eq!(statuses(&gw, "/x"), [503], "the registry says that it does not know");
-    assert_eq!(request(&gw.control(), "PUT", "/v1/plugins/reload", &[], b"").status, 200);
-    assert_eq!(statuses(&gw, "/x"), [200], "a new one may not know yet");
+    for reload in 0..3 {
+        assert_eq!(request(&gw.control(), "PUT", "/v1/plugins/reload", &[], b"").status, 200);
+        // Nobody asks between the last two.
+        if reload != 1 {
+            assert_eq!(statuses(&gw, "/x"), [200], "a new one may not know yet");
+        }
+    }
 }
 
 #[test]

@@ -358,7 +358,7 @@ fn nodes_come_from_a_registry() {
     let (host, port) = (host.split(':').next().expect("a host"), port.rsplit(':').next().expect("a port").to_owned());
     let module = format!(
         "return {{ nodes = function(name)
-            ngx.sleep(0.001)
+            ngx.sleep(name == 'never' and 3600 or 0.001)
             if name == 'a' then return {{ {{ host = '{host}', port = {port}, weight = 1 }} }} end
             return nil, 'nobody knows ' .. name
         end }}"
@@ -375,4 +375,11 @@ fn nodes_come_from_a_registry() {
     gw.put("/stream_routes/1", json!({"upstream": of("b")}));
     assert_eq!(ask(&gw.tcp(), "hello"), "");
     gw.expect_log("no valid upstream node: nobody knows b");
+    let mut never = of("never");
+    never["timeout"] = json!({"connect": 0.05, "send": 60, "read": 60});
+    gw.put("/stream_routes/1", json!({"upstream": never}));
+    assert_eq!(ask(&gw.tcp(), "hello"), "");
+    gw.expect_log("no valid upstream node: the registry has not answered within 50 ms");
+    gw.put("/stream_routes/1", json!({"upstream": of("a")}));
+    assert_eq!(ask(&gw.tcp(), "hello"), "a hello");
 }

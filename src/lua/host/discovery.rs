@@ -140,6 +140,38 @@ mod tests {
     }
 
     #[test]
+    fn what_is_of_no_use_is_read_once_too() {
+        let head = format!(
+            "{HEAD} native.found = function(text)
+                 reads = reads + 1
+                 if text:find('\"weight\":\"', 1, true) then return nil, 'bad ' .. reads end
+                 return {{ reads }}
+             end
+             local function choose(list) nodes = list return discovery.choose(1) or 'ok' end
+             local function bad() return {{ node(1, {{ weight = '1' }}) }} end\n"
+        );
+        for (steps, expected) in [
+            ("local list = bad() return choose(list) .. choose(list) .. reads", "bad 1bad 11"),
+            ("return choose(bad()) .. choose(bad()) .. reads", "bad 1bad 11"),
+            ("return choose(bad()) .. choose({ node(1) }) .. choose(bad()) .. reads", "bad 1okbad 12"),
+            ("return choose({ node(1) }) .. choose(bad()) .. kept() .. reads", "okbad 212"),
+        ] {
+            check(&format!("{head} {steps}"), expected);
+        }
+    }
+
+    #[test]
+    fn metadata_count_among_the_bytes_of_nodes() {
+        let chunk = "local function of(bytes)
+                nodes = { node(1, { metadata = { a = ('m'):rep(bytes) } }) }
+                return discovery.choose(1) or 'ok'
+            end
+            return of(4 * 1024 * 1024 - 64) .. reads .. ' ' .. of(4 * 1024 * 1024):gsub('%d+', 'N', 1) .. reads";
+        let expected = "ok1 invalid nodes format: at least N bytes of nodes, more than 41943041";
+        check(&format!("{HEAD} {chunk}"), expected);
+    }
+
+    #[test]
     fn upstreams_past_the_bound_are_read_each_time_until_others_are_idle() {
         let chunk = "nodes = { node(1) }
             for uid = 1, 4097 do discovery.choose(uid) end
