@@ -323,8 +323,11 @@ pub(super) struct RequestFacts<'a> {
     /// What conditions have asked of a body that is not read.
     asked: Cell<Asked>,
     /// What modules have said of their variables: each is asked once, however many routes have conditions about it.
-    given: RefCell<Vec<(Box<str>, Option<Vec<u8>>)>>,
+    given: RefCell<Vec<Given>>,
 }
+
+/// A variable's name, and its value where it has one.
+type Given = (Box<str>, Option<Vec<u8>>);
 
 impl RequestFacts<'_> {
     /// A variable that a Lua module gives.
