@@ -35,6 +35,8 @@ pub enum Kind {
     Conflict,
     ConnectRefused,
     ConnectTimeout,
+    /// The gateway's own places with the peer are taken: nothing is known of the peer.
+    Busy,
     ReadTimeout,
     WriteTimeout,
     /// The peer closed the connection before the message was whole.

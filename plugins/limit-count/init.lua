@@ -184,6 +184,11 @@ local function count_sliding(key, cost, count, window)
     if not used then
         return nil, err
     end
+    -- Another worker was quicker.
+    if carried + used > count then
+        dict:incr(key .. ":" .. index, -cost)
+        return -1, reset
+    end
     return floor(count - carried - used), reset
 end
 

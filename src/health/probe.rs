@@ -140,6 +140,19 @@ mod tests {
     }
 
     #[test]
+    fn what_fails_here_tells_nothing_of_the_node() {
+        for (kind, event) in [
+            (Kind::ConnectRefused, Some(Event::Tcp)),
+            (Kind::ReadTimeout, Some(Event::Timeout)),
+            (Kind::Busy, None),
+            (Kind::NoNode, None),
+            (Kind::Other, None),
+        ] {
+            assert_eq!(Event::of(&Error::upstream(kind)), event, "{kind:?}");
+        }
+    }
+
+    #[test]
     fn status_lines_are_read_and_others_refused() {
         assert_eq!(status(b"HTTP/1.1 200 OK\r").unwrap(), 200);
         assert_eq!(status(b"HTTP/1.0 503\r").unwrap(), 503);

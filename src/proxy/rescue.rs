@@ -84,7 +84,7 @@ pub(super) fn status_of(e: &Error) -> u16 {
         (Origin::Client, Kind::ReadTimeout) => 408,
         (Origin::Client, Kind::Closed | Kind::WriteTimeout | Kind::Io) => CLIENT_CLOSED,
         (Origin::Client, _) => 400,
-        (Origin::Upstream, Kind::ConnectTimeout | Kind::ReadTimeout | Kind::WriteTimeout) => 504,
+        (Origin::Upstream, Kind::ConnectTimeout | Kind::Busy | Kind::ReadTimeout | Kind::WriteTimeout) => 504,
         (Origin::Upstream, Kind::NoNode) => 503,
         (Origin::Upstream, _) => 502,
         (Origin::Config, Kind::NotFound) => 502,

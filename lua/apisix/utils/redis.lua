@@ -11,29 +11,55 @@ local function pool_of(conf)
         .. (conf.redis_ssl and (conf.redis_ssl_verify and "#tls verified" or "#tls") or "")
 end
 
-local function log_in(red, conf)
-    if not conf.redis_password or conf.redis_password == "" then
+--- Logs a new connection in, where there is a password: true; nil and the reason.
+function _M.log_in(red, username, password)
+    if not password or password == "" then
         return true
     end
-    if conf.redis_username then
-        return red:auth(conf.redis_username, conf.redis_password)
+    if username then
+        return red:auth(username, password)
     end
-    return red:auth(conf.redis_password)
+    return red:auth(password)
 end
 
-local function prepare(red, conf)
-    local ok, err = log_in(red, conf)
-    if not ok then
-        return nil, err
-    end
+--- Goes to `conf.redis_database`: true; nil and the reason.
+function _M.select(red, conf)
     if (conf.redis_database or 0) == 0 then
         return true
     end
-    ok, err = red:select(conf.redis_database)
+    local ok, err = red:select(conf.redis_database)
     if not ok then
         return nil, "failed to change redis db, err: " .. err
     end
     return true
+end
+
+--- Has `prepare(red, conf)` make a connection ready that is new, and not one from the pool: the connection; nil and the reason, and
+-- it is closed.
+function _M.ready(red, conf, prepare)
+    local count, err = red:get_reused_times()
+    if not count then
+        return nil, err
+    end
+    core.log.debug("redis connection reused times: ", count)
+    if count > 0 then
+        return red
+    end
+    local ok
+    ok, err = prepare(red, conf)
+    if not ok then
+        red:close()
+        return nil, err
+    end
+    return red
+end
+
+local function prepare(red, conf)
+    local ok, err = _M.log_in(red, conf.redis_username, conf.redis_password)
+    if not ok then
+        return nil, err
+    end
+    return _M.select(red, conf)
 end
 
 --- A connected client of lua-resty-redis, logged in, at its database; nil and the reason. Give it back with
@@ -49,20 +75,7 @@ function _M.new(conf)
         core.log.error(" redis connect error, error: ", err)
         return nil, err
     end
-    local count
-    count, err = red:get_reused_times()
-    if not count then
-        return nil, err
-    end
-    core.log.debug("redis connection reused times: ", count)
-    if count == 0 then
-        ok, err = prepare(red, conf)
-        if not ok then
-            red:close()
-            return nil, err
-        end
-    end
-    return red
+    return _M.ready(red, conf, prepare)
 end
 
 return _M

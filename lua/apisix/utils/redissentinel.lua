@@ -7,6 +7,7 @@
 local redis = require("resty.redis")
 local lrucache = require("resty.lrucache")
 local core = require("apisix.core")
+local connection = require("apisix.utils.redis")
 local md5 = ngx.md5
 local concat = table.concat
 local random = math.random
@@ -42,16 +43,6 @@ end
 local function pool_of(host, port, username, password, database)
     return host .. ":" .. port .. "#" .. (database or 0) .. "#" .. (username or "") .. "#" .. (password and md5(password) or "")
         .. "#by sentinel"
-end
-
-local function log_in(red, username, password)
-    if not password or password == "" then
-        return true
-    end
-    if username then
-        return red:auth(username, password)
-    end
-    return red:auth(password)
 end
 
 local function keep(red, conf)
@@ -98,7 +89,7 @@ local function ask(sentinel, conf)
         return nil, err, false
     end
     if red:get_reused_times() == 0 then
-        ok, err = log_in(red, username, password)
+        ok, err = connection.log_in(red, username, password)
         if not ok then
             red:close()
             return nil, err, true
@@ -144,7 +135,7 @@ local function check_role(red, conf)
 end
 
 local function prepare(red, conf)
-    local ok, err = log_in(red, conf.redis_username, conf.redis_password)
+    local ok, err = connection.log_in(red, conf.redis_username, conf.redis_password)
     if not ok then
         return nil, err
     end
@@ -152,14 +143,7 @@ local function prepare(red, conf)
     if not ok then
         return nil, err
     end
-    if (conf.redis_database or 0) == 0 then
-        return true
-    end
-    ok, err = red:select(conf.redis_database)
-    if not ok then
-        return nil, "failed to change redis db, err: " .. err
-    end
-    return true
+    return connection.select(red, conf)
 end
 
 local function connect(conf, address)
@@ -169,20 +153,7 @@ local function connect(conf, address)
     if not ok then
         return nil, err
     end
-    local count
-    count, err = red:get_reused_times()
-    if not count then
-        return nil, err
-    end
-    core.log.debug("redis connection reused times: ", count)
-    if count == 0 then
-        ok, err = prepare(red, conf)
-        if not ok then
-            red:close()
-            return nil, err
-        end
-    end
-    return red
+    return connection.ready(red, conf, prepare)
 end
 
 --- A connected client of lua-resty-redis, logged in, at its database, in its role; nil and the reason. Give it back with

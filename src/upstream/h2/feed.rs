@@ -14,6 +14,8 @@ use hyper::body::{Body, Frame, SizeHint};
 
 /// Request bytes that wait for the node, per stream, in the queue here and in hyper's.
 pub(super) const QUEUE_MAX: usize = 64 * 1024;
+/// What a piece counts beside its bytes: a client that sends one byte at a time is to cost no more than one that does not.
+const PIECE_COST: usize = 64;
 
 /// A request's end of its body. Dropped before `end`: the stream is reset.
 #[derive(Default)]
@@ -73,7 +75,7 @@ impl Feed {
 
     pub fn give(&self, piece: Bytes) {
         self.change(|queue| {
-            queue.queued += piece.len();
+            queue.queued += piece.len() + PIECE_COST;
             queue.pieces.push_back(piece);
         });
     }
@@ -138,7 +140,7 @@ impl Body for Feeding {
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Cut>>> {
         let mut queue = self.0.borrow_mut();
         if let Some(piece) = queue.pieces.pop_front() {
-            queue.queued -= piece.len();
+            queue.queued -= piece.len() + PIECE_COST;
             queue.moved = Some(Instant::now());
             drop(queue);
             self.wake_request();
@@ -173,7 +175,7 @@ mod tests {
         let feed = Feed::default();
         let mut body = feed.body();
         let mut cx = Context::from_waker(Waker::noop());
-        feed.give(Bytes::from(vec![0; QUEUE_MAX - 1]));
+        feed.give(Bytes::from(vec![0; QUEUE_MAX - PIECE_COST - 1]));
         assert_eq!(feed.poll_room(&cx), Poll::Ready(true));
         feed.give(Bytes::from_static(b"x"));
         assert_eq!((feed.poll_room(&cx), feed.poll_taken(&cx)), (Poll::Pending, Poll::Pending));
@@ -186,6 +188,16 @@ mod tests {
         assert!(feed.poll_taken(&cx).is_ready() && feed.moved().is_some());
         drop(body);
         assert_eq!(feed.poll_room(&cx), Poll::Ready(false), "nobody is there");
+    }
+
+    #[test]
+    fn a_queue_of_single_bytes_is_full_by_what_they_cost() {
+        let (feed, cx) = (Feed::default(), Context::from_waker(Waker::noop()));
+        for _ in 0..QUEUE_MAX.div_ceil(1 + PIECE_COST) {
+            assert_eq!(feed.poll_room(&cx), Poll::Ready(true));
+            feed.give(Bytes::from_static(b"x"));
+        }
+        assert!(feed.poll_room(&cx).is_pending());
     }
 
     #[test]

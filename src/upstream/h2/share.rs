@@ -123,7 +123,12 @@ impl Connections {
                     drop(opening);
                     return lease;
                 }
-                Place::Full => {}
+                // Room that is of no use here may be to the next one.
+                Place::Full => {
+                    if let (Some(_), Some(Ticket { number, .. })) = (not, &ticket) {
+                        node.call_after(*number);
+                    }
+                }
             }
             if late.is_none() {
                 late.set(Some(tokio::time::sleep(patience)));
@@ -136,7 +141,7 @@ impl Connections {
                 && !ticket.wait(late).await
             {
                 let text = "upstream timed out (110: Connection timed out) while waiting for room on its connections";
-                return Err(Error::upstream(Kind::ConnectTimeout).retry(Retry::Safe).context(text));
+                return Err(Error::upstream(Kind::Busy).retry(Retry::Safe).context(text));
             }
         }
     }
@@ -217,6 +222,17 @@ impl Node {
     fn call_next(&self) {
         let first = self.waiting.borrow_mut().pop_first();
         if let Some((_, waker)) = first {
+            waker.wake();
+        }
+    }
+
+    /// Has the one look again that has waited longest of those that came later.
+    fn call_after(&self, number: u64) {
+        let mut waiting = self.waiting.borrow_mut();
+        let next = waiting.range(number + 1..).next().map(|(next, _)| *next);
+        let waker = next.and_then(|next| waiting.remove(&next));
+        drop(waiting);
+        if let Some(waker) = waker {
             waker.wake();
         }
     }
@@ -398,6 +414,23 @@ mod tests {
     }
 
     #[test]
+    fn one_that_has_no_use_for_the_room_calls_those_behind_it() {
+        on_a_worker(async {
+            let (node, called) = (full(), Rc::<RefCell<Vec<u64>>>::default());
+            let waiting: Vec<_> = (0..3).map(|_| wait(&node, &called)).collect();
+            settle().await;
+            node.call_after(0);
+            node.call_after(2);
+            settle().await;
+            assert_eq!(*called.borrow(), [1], "nobody is behind the last one");
+            node.call_after(0);
+            settle().await;
+            assert_eq!(*called.borrow(), [1, 2]);
+            waiting[0].abort();
+        });
+    }
+
+    #[test]
     fn a_wait_ends_in_time() {
         on_a_worker(async {
             let connections = Connections::default();
@@ -407,7 +440,7 @@ mod tests {
             let open = async || panic!("nobody opens one");
             let leased = connections.lease(key, Duration::from_millis(20), None, open).await;
             let Err(late) = leased else { panic!("there is no room") };
-            assert_eq!((late.kind(), late.retry_advice()), (Kind::ConnectTimeout, Retry::Safe));
+            assert_eq!((late.kind(), late.retry_advice()), (Kind::Busy, Retry::Safe));
             assert!(node.waiting.borrow().is_empty());
         });
     }
