@@ -216,7 +216,11 @@ mod limits {
                     why(string.rep, 'x', 1e12), #('ab'):rep(3, '-'), #(5 .. ''):rep(2),
                     why(table.concat, list), table.concat({1, 'b'}, '-'), table.concat({1, 2, 3}, ',', 2, 3),
                     (pcall(table.concat, {1, {}})), (pcall(table.concat, {1}, '', 1, 2)),
-                    why(require('table.new'), 1e8, 0), type(require('table.new')(2, 2)),
+                    why(require('table.new'), 1e8, 0), why(table.new, -1e9, 6e7), why(table.new, 0/0, 6e7),
+                    type(require('table.new')(2, 2)), type(table.new(-1, 1)),
+                    why(string.format, ('%s'):rep(200), unpack(list, 1, 200)), ('%s-%d'):format('a', 7),
+                    why(ngx.re.gsub, ('x'):rep(1000), 'x', long, 'jo'),
+                    (pcall(table.concat, {setmetatable({}, {__tostring = function() return 'x' end})})),
                 }
              end"}));
         let text = |of: &str| format!("{of}: the result is larger than limits.memory_mb allows");
@@ -232,7 +236,14 @@ mod limits {
                 false,
                 false,
                 text("table.new"),
-                "table"
+                text("table.new"),
+                text("table.new"),
+                "table",
+                "table",
+                text("string.format"),
+                "a-7",
+                format!("lua/moongate/re.lua:336: {}", text("table.concat")),
+                false
             ])
         );
     }
@@ -313,6 +324,8 @@ mod trust {
             _G.tostring = evil
             pcall(function() cjson.array_mt.__index = evil end)
             pcall(rawset, cjson.array_mt, '__tostring', evil)
+            pcall(table.insert, cjson.array_mt, evil)
+            pcall(table.clear, cjson.array_mt)
             pcall(setmetatable, cjson.array_mt, {__index = evil})
             for _, name in ipairs({'resty.http', 'cjson.safe', 'ngx.re', 'resty.string', 'string', 'table', 'math', 'pl.stringx'}) do
                 spoil(require(name))
@@ -333,7 +346,7 @@ mod trust {
                 ngx.ctx.x = 1
                 ngx.say(table.concat({ngx.md5('x'), string.format('%d', 3), ('%d'):format(4), cjson.encode({1}), core.json.encode({2}),
                     cjson.encode(setmetatable({}, cjson.array_mt)), core.string.has_prefix('ab', 'a') and 'yes' or 'no',
-                    tostring(ngx.shared.limits:get('k')), tostring(cjson.array_mt.__index), type(http.new().connect), tostring(ngx.ctx.x),
+                    tostring(ngx.shared.limits:get('k')), tostring(cjson.array_mt.__index) .. #cjson.array_mt, type(http.new().connect), tostring(ngx.ctx.x),
                     ngx.re.match('abc', 'b')[0], type(require('resty.string').to_hex('a')), ngx.var.uri, math.floor(1.5)}, ' '))
             end";
         let gw = Gateway::with(json!({
@@ -343,7 +356,7 @@ mod trust {
             gw.put(&format!("/functions/{id}"), source(text));
             gw.put(&format!("/routes/{id}"), json!({"uri": format!("/{id}"), "function_id": id}));
         }
-        let expected = "9dd4e461268c8034f5c8564e155c67a6 3 4 [1] [2] [] yes 7 nil function 1 b string /checks 1\n";
+        let expected = "9dd4e461268c8034f5c8564e155c67a6 3 4 [1] [2] [] yes 7 nil0 function 1 b string /checks 1\n";
         // In either of the VMs, before and after.
         for _ in 0..4 {
             let checked = gw.get("/checks");

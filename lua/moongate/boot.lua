@@ -189,6 +189,8 @@ table.insert(package.loaders, 5, plugin_file_searcher)
 table.insert(package.loaders, 6, packed_searcher)
 
 if native.packed("moongate.ngx") then
+    -- Before any library keeps what it replaces.
+    if native.purpose == "functions" then require("moongate.bounds").install() end
     require("moongate.ngx")
     if native.purpose == "plugins" then require("moongate.blocking") end
 end

@@ -90,7 +90,19 @@ function var_mt.__newindex(var, name, value)
     if type(name) ~= "string" then error("invalid argument, expect string value", 2) end
     local set = texts[type(value)] and set_var(name, value) or 0
     if set == -1 then error("API disabled in the current context", 2) end
-    if set ~= 1 then rawset(var, name, value) end
+    if set == 1 then return end
+    rawset(var, name, value)
+    local written = rawget(var, "_written")
+    if not written then
+        written = {}
+        rawset(var, "_written", written)
+    end
+    written[name] = value
+end
+
+--- What was written to a face and stays with it, by name; nil for nothing.
+function _M.written(var)
+    return rawget(var, "_written")
 end
 
 --- A new face over the variables of whatever request runs. Registered variables are asked for `owner`, or its `ctx`.

@@ -65,10 +65,12 @@ end
 
 -- The marks that cjson knows arrays by are everybody's, and cannot be changed.
 local cjson = require("cjson")
-local frozen = { [cjson.array_mt] = true, [cjson.empty_array_mt] = true }
+local EVERYBODYS = "this table is everybody's: it cannot be changed"
+-- Tables that take no writes, and why.
+local frozen = setmetatable({ [cjson.array_mt] = EVERYBODYS, [cjson.empty_array_mt] = EVERYBODYS }, { __mode = "k" })
 
 local function freeze(mark)
-    local function refuse() error("this table is everybody's: it cannot be changed", 2) end
+    local function refuse() error(EVERYBODYS, 2) end
     setmetatable(mark, { __newindex = refuse, __metatable = false })
 end
 
@@ -197,8 +199,7 @@ local function new_env()
     end
 
     function own.rawset(t, key, value)
-        if frozen[t] then error("this table is everybody's: it cannot be changed", 2) end
-        if t == own.env then error("env is read-only", 2) end
+        if frozen[t] then error(frozen[t], 2) end
         return rawset(t, key, value)
     end
 
@@ -213,54 +214,20 @@ local function new_env()
     return setmetatable(own, { __index = first })
 end
 
-local call_memory = native.fast.call_memory
-local rep = string.rep
-
--- One call of it can take all memory before anybody looks: the result is measured first.
-local function bounded_rep(s, n, sep)
-    -- Garbage does not count here: it goes when there is need.
-    local most = call_memory()
-    local times = tonumber(n)
-    if most >= 0 and times and (#tostring(s) + #tostring(sep or "")) * times > most then
-        error("string.rep: the result is larger than limits.memory_mb allows", 2)
+-- Writes that do not ask a table's metatable.
+local function guarded(f)
+    return function(t, ...)
+        if frozen[t] then error(frozen[t], 2) end
+        return f(t, ...)
     end
-    return rep(s, n, sep)
-end
-
-local real_concat, real_new = table.concat, require("table.new")
-
-local function refuse_above(bytes, most, what)
-    if most >= 0 and bytes > most then error(what .. ": the result is larger than limits.memory_mb allows", 3) end
-end
-
-local function bounded_concat(list, sep, from, to)
-    local most = call_memory()
-    if most < 0 or type(list) ~= "table" then return real_concat(list, sep, from, to) end
-    local bytes, gap = 0, #tostring(sep or "")
-    for at = from or 1, to or #list do
-        local value = list[at]
-        -- What is no text ends it, with an error.
-        if value == nil then break end
-        bytes = bytes + #tostring(value) + gap
-    end
-    refuse_above(bytes, most, "table.concat")
-    return real_concat(list, sep, from, to)
-end
-
--- Bytes of a slot in the array part and in the hash part of a table.
-local SLOT, NODE = 8, 24
-
-local function bounded_new(slots, nodes)
-    local array, hash = tonumber(slots) or 0, tonumber(nodes) or 0
-    refuse_above(array * SLOT + hash * NODE, call_memory(), "table.new")
-    return real_new(array, hash)
 end
 
 local function close_sandbox()
     string.dump = nil
-    string.rep = bounded_rep
-    table.concat, package.loaded["table.new"] = bounded_concat, bounded_new
-    if table.new then table.new = bounded_new end
+    for _, name in ipairs({ "insert", "remove", "sort", "clear" }) do table[name] = guarded(table[name]) end
+    local clear = table.clear
+    package.loaded["table.clear"] = clear
+    package.preload["table.clear"] = function() return clear end
     -- In the library itself: that is where a string finds its methods.
     for name, f in pairs(require("moongate.pattern")) do string[name] = f end
     shared.ngx, shared.ndk = ngx, ndk
@@ -268,7 +235,7 @@ local function close_sandbox()
     note_magic(ndk)
     for mark in next, frozen do freeze(mark) end
     -- It takes no writes itself.
-    frozen[ndk.set_var] = true
+    frozen[ndk.set_var] = EVERYBODYS
     if package.preload then
         for name in pairs(forbidden) do
             -- The secrets' managers are `use_manager`'s; functions cannot require them.
@@ -311,8 +278,11 @@ local function env_of(values)
             if name ~= nil then return name, self[name] end
         end
     end
-    local function refuse() error("env is read-only", 2) end
-    return setmetatable({}, { __index = get, __newindex = refuse, __pairs = each, __metatable = false })
+    local READ_ONLY = "env is read-only"
+    local function refuse() error(READ_ONLY, 2) end
+    local env = setmetatable({}, { __index = get, __newindex = refuse, __pairs = each, __metatable = false })
+    if not trusted then frozen[env] = READ_ONLY end
+    return env
 end
 
 --- Globals as functions have them, nobody else's: for libraries that compile text.

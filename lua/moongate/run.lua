@@ -12,8 +12,8 @@ local request = require("moongate.request")
 local function_json = require("cjson").new()
 local ctxs = request.ctxs
 local begin = ctx_of.begin
-local error, ipairs, pcall, rawget, require, setmetatable, tostring, type, unpack =
-    error, ipairs, pcall, rawget, require, setmetatable, tostring, type, unpack
+local error, ipairs, pairs, pcall, rawget, require, setmetatable, tostring, type, unpack =
+    error, ipairs, pairs, pcall, rawget, require, setmetatable, tostring, type, unpack
 
 local _M = {}
 
@@ -244,17 +244,27 @@ end
 
 _M.answer = answer
 
+local NOTHING = {}
+
+local function var_text(value)
+    return require("apisix.core.utils").var_text(value)
+end
+
 -- The filter's verdict. What it asks for in vain is fetched, and it is asked again: the body once each, a registered variable each.
 local function evaluate(number, ctx)
     local given, n, _ = {}, 0, nil
-    local passed, graphql, posted, name = native.filter(number)
+    -- What a plugin has written counts, also where the server does not let it be.
+    for name in pairs(ctx_of.written(ctx.var) or NOTHING) do
+        given[n + 1], given[n + 2] = name, var_text(ctx.var[name]) or false
+        n = n + 2
+    end
+    local passed, graphql, posted, name = native.filter(number, unpack(given, 1, n))
     -- In phases that cannot wait a body may stay unknown.
     if graphql then ctx_of.learn("graphql_name") end
     if posted then ctx_of.learn("post_arg_") end
-    if graphql or posted then passed, _, _, name = native.filter(number) end
+    if graphql or posted then passed, _, _, name = native.filter(number, unpack(given, 1, n)) end
     while name do
-        local value = ctx.var[name]
-        given[n + 1], given[n + 2] = name, value ~= nil and tostring(value) or false
+        given[n + 1], given[n + 2] = name, var_text(ctx.var[name]) or false
         n = n + 2
         passed, _, _, name = native.filter(number, unpack(given, 1, n))
     end
@@ -315,6 +325,8 @@ local function run_until_answer(sections, plan, ctx)
         local section = sections[s]
         if plan.switches then enter(section, ctx) end
         local plain = section.plain
+        -- A plugin that has ended its phase with ngx.exit left its own.
+        if rawget(ctx, "_error_response") then ctx._error_response = nil end
         for i = 1, section.n, 3 do
             local conf, entry = section[i + 1], section[i + 2]
             if not plain then ctx._error_response = entry.error_response end
@@ -358,6 +370,7 @@ local function chosen(ctx)
     end
     -- Found out anew when somebody asks.
     ctx.matched_upstream, ctx.upstream_conf, ctx.upstream_key, ctx.upstream_version = nil, nil, nil, nil
+    ctx.upstream_scheme = nil
 end
 
 --- Global rules' rewrite and access, then the route's rewrite; and its access too unless `pause`.
@@ -411,17 +424,10 @@ end
 
 local function_scope = { conf_type = "function" }
 
--- What functions know of a consumer, by uid: shared, as what `ctx` leads to is; gone with the last request that has it.
-local consumers = setmetatable({}, { __mode = "v" })
-
+-- A table for each call: it says who was let in, which no other function may change.
 local function know_consumer(ctx)
-    local uid = native.consumer_uid()
-    if uid == 0 then return end
-    local consumer = consumers[uid]
-    if not consumer then
-        consumer = native.consumer()
-        consumers[uid] = consumer
-    end
+    local consumer = native.consumer()
+    if not consumer then return end
     ctx.consumer, ctx.consumer_name = consumer, consumer.consumer_name
     ctx.consumer_group_id, ctx.credential_id = consumer.group_id, native.credential_id()
 end
@@ -457,8 +463,7 @@ end
 
 --- A variable that a module has registered, as text; nil when it has none.
 function _M.registered_var(name)
-    local value = variables()[name]
-    return value ~= nil and tostring(value) or nil
+    return var_text(variables()[name])
 end
 
 return _M

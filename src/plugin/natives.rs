@@ -209,15 +209,6 @@ fn watches(api: &mut Api) -> Result<()> {
 fn consumer(api: &mut Api) -> Result<()> {
     let any = Phases::ANY;
     api.func(
-        "native.plugin.consumer_uid",
-        any,
-        "consumer_uid() -> number: the version of the request's consumer; 0: it has none.",
-        |s| {
-            let consumer = fast::exchange().and_then(|x| x.consumer.as_ref());
-            Ok(s.push_number(consumer.map_or(0, |o| o.uid) as f64))
-        },
-    )?;
-    api.func(
         "native.plugin.consumer",
         any,
         "consumer() -> table | nil: what the Admin API has of the request's consumer, without its plugins, whose confs are its keys.",

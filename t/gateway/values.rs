@@ -81,6 +81,7 @@ fn what_the_server_does_not_let_be_written_stays_with_ctx_var() {
     for name in ["remote_addr", "arg_x", "request_uri", "status"] {
         assert_eq!(seen[name], json!([true, true, true]), "{name}: {seen}");
     }
+    assert_eq!(seen["uri"][0], true, "{seen}");
     assert_eq!((&seen["mine"], &seen["list"]), (&json!("own"), &json!([1])), "{seen}");
 }
 
