@@ -8,7 +8,7 @@ mod probe;
 mod state;
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     collections::{HashMap, HashSet, VecDeque},
     net::{IpAddr, SocketAddr},
     sync::{
@@ -45,7 +45,7 @@ use crate::{
 const MAX_CHECKERS: usize = 10_000;
 /// Probes under way at once, of all upstreams: each is a socket. Others wait for their turn.
 const MAX_PROBES: usize = 256;
-/// Between two looks at what a configuration that changes all the time has left of the checked upstreams.
+/// Between two looks at what is checked: a configuration may change all the time, and thousands of upstreams come at once.
 const SETTLE: Duration = Duration::from_millis(100);
 
 /// All that is checked.
@@ -57,6 +57,8 @@ pub struct Health {
     /// Something was added.
     changed: Notify,
     turns: Semaphore,
+    /// The same for names that are looked up.
+    lookups: Semaphore,
 }
 
 /// An upstream that is checked, as it is written.
@@ -68,11 +70,13 @@ struct Checked {
     checks: Checks,
     /// For probes by TLS, PEM.
     pair: Option<(Box<str>, Box<str>)>,
+    /// Its nodes come from a registry.
+    is_found: bool,
     targets: Mutex<Targets>,
 }
 
 /// The nodes of the last views.
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct Targets {
     by_place: HashMap<Place, Arc<Target>>,
     views: VecDeque<(u64, Box<[Arc<Target>]>)>,
@@ -97,10 +101,14 @@ pub struct Watched {
     health: Option<Arc<Health>>,
     /// By `Upstream::uid`.
     known: RefCell<HashMap<u64, Option<Arc<Checker>>>>,
+    /// Nodes of all of them.
+    nodes: Cell<usize>,
 }
 
 /// Upstreams that a worker knows; past it all are looked up anew.
 const MAX_KNOWN: usize = MAX_CHECKERS;
+/// Their nodes together, likewise: a registry may give another list to each request.
+const MAX_KNOWN_NODES: usize = 200_000;
 
 /// A node.
 struct Target {
@@ -124,7 +132,8 @@ impl Health {
     /// `prefix`: before keys where they are shown, such as `/apisix`.
     pub fn new(resolver: Arc<Resolver>, prefix: String) -> Arc<Health> {
         let (checked, changed) = Default::default();
-        Arc::new(Health { resolver, prefix, checked, changed, turns: Semaphore::new(MAX_PROBES) })
+        let [turns, lookups] = [MAX_PROBES; 2].map(Semaphore::new);
+        Arc::new(Health { resolver, prefix, checked, changed, turns, lookups })
     }
 
     /// What is known of the nodes of an upstream with `checks`, which is checked from now on. `None`: it has none, or too many others
@@ -149,7 +158,9 @@ impl Health {
         let mut checked = lock(&self.checked);
         // A request that holds on to an old configuration is served by that, and changes nothing.
         match checked.get(&owner) {
-            Some(known) if known.uid >= uid => {}
+            // Another worker was quicker: one set of targets is probed.
+            Some(known) if known.uid == uid => return Some(known.view(upstream)),
+            Some(known) if known.uid > uid => {}
             _ => {
                 made.announce();
                 checked.insert(owner, made);
@@ -184,10 +195,11 @@ impl Health {
                     if changed.is_err() {
                         return;
                     }
-                    sleep(SETTLE).await;
-                    self.follow(&published.load());
                 }
             }
+            sleep(SETTLE).await;
+            // Also what a request with an old configuration has added.
+            self.follow(&published.load());
         }
     }
 
@@ -256,7 +268,7 @@ async fn probe_all(health: Arc<Health>, checked: Arc<Checked>) {
     loop {
         let now = Instant::now();
         if waiting.is_empty() && look <= now {
-            look = now + LOOK_EVERY;
+            look = now + if checked.is_found { LOOK_EVERY } else { REST };
             for target in checked.targets() {
                 let due = *lock(&target.due);
                 if due > now {
@@ -267,7 +279,7 @@ async fn probe_all(health: Arc<Health>, checked: Arc<Checked>) {
             }
             look = look.max(now + LOOK_AT_MOST_EVERY);
         }
-        while under_way.len() < active.concurrency {
+        while under_way.len() < active.concurrency.min(MAX_PROBES) {
             let Some(target) = waiting.pop_front() else { break };
             under_way.push(probe_one(&health, &checked, target));
         }
@@ -281,8 +293,9 @@ async fn probe_all(health: Arc<Health>, checked: Arc<Checked>) {
     }
 }
 
-/// New nodes of a registry are looked for so often, when no probe is due before.
+/// New nodes of a registry are looked for so often, when no probe is due before. Nodes that are written are the same for ever.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+const REST: Duration = Duration::from_secs(86_400);
 /// Thousands of nodes are not looked over for each of them.
 const LOOK_AT_MOST_EVERY: Duration = Duration::from_millis(50);
 
@@ -296,7 +309,10 @@ async fn probe_one(health: &Health, checked: &Checked, target: Arc<Target>) -> A
 
 async fn ask(health: &Health, checked: &Checked, target: &Target) {
     let active = &checked.checks.active;
-    let ip = match health.resolver.resolve(&target.host).await {
+    let Ok(lookup) = health.lookups.acquire().await else { return };
+    let resolved = health.resolver.resolve(&target.host).await;
+    drop(lookup);
+    let ip = match resolved {
         Ok(addresses) if !addresses.is_empty() => addresses[0],
         Ok(_) | Err(_) => {
             return checked.tell(target, None, Event::Tcp, &active.limits, "its name has no address");
@@ -320,7 +336,7 @@ async fn ask(health: &Health, checked: &Checked, target: &Target) {
 impl Watched {
     /// `health`: `None` where nothing is checked.
     pub fn new(health: Option<Arc<Health>>) -> Watched {
-        Watched { health, known: RefCell::default() }
+        Watched { health, known: RefCell::default(), nodes: Cell::new(0) }
     }
 
     /// As `Health::of`. `owner`: whose the upstream is that has no id; asked where the upstream is not known.
@@ -330,8 +346,11 @@ impl Watched {
         if let Some(checker) = known.get(&upstream.uid) {
             return checker.clone();
         }
-        if known.len() >= MAX_KNOWN {
+        let nodes = self.nodes.get() + upstream.nodes.len();
+        self.nodes.set(nodes);
+        if known.len() >= MAX_KNOWN || nodes > MAX_KNOWN_NODES {
             known.clear();
+            self.nodes.set(upstream.nodes.len());
         }
         let owner = upstream.id.clone().map(Owner::Upstream).or_else(owner)?;
         known.entry(upstream.uid).or_insert_with(|| health.of(upstream, owner)).clone()
@@ -341,10 +360,14 @@ impl Watched {
 impl Checked {
     fn new(name: Box<str>, uid: u64, upstream: &Upstream, checks: &Checks, before: Option<&Checked>) -> Checked {
         let before = before.filter(|before| before.checks == *checks);
-        let by_place = before.map(|before| lock(&before.targets).by_place.clone()).unwrap_or_default();
+        let mut targets = before.map(|before| lock(&before.targets).clone()).unwrap_or_default();
+        let is_found = upstream.discovery.is_some();
+        // What a registry finds in turn goes on, too; what was written is what is written now.
+        if !is_found {
+            targets.views.clear();
+        }
         let pair = upstream.tls.as_ref().and_then(|tls| tls.client_pair.clone());
-        let targets = Mutex::new(Targets { by_place, views: VecDeque::new() });
-        Checked { name, uid, checks: checks.clone(), pair, targets }
+        Checked { name, uid, checks: checks.clone(), pair, is_found, targets: Mutex::new(targets) }
     }
 
     /// What is known of the nodes of one of its upstreams.
@@ -411,7 +434,14 @@ impl Targets {
         self.views.push_back((uid, view.clone()));
         let in_use: HashSet<*const Target> =
             self.views.iter().flat_map(|(_, view)| view.iter().map(Arc::as_ptr)).collect();
-        self.by_place.retain(|_, target| in_use.contains(&Arc::as_ptr(target)));
+        self.by_place.retain(|_, target| {
+            let stays = in_use.contains(&Arc::as_ptr(target));
+            if !stays {
+                // Nobody probes it any more: whoever still has it must not pass it over for ever.
+                target.down.store(false, Relaxed);
+            }
+            stays
+        });
         view
     }
 }
@@ -587,6 +617,33 @@ mod tests {
         for last in ["a", "b", "c"] {
             assert!(health.of(&many(last), owner(1)).expect("a checker").is_up(9_999));
         }
+    }
+
+    #[tokio::test]
+    async fn workers_that_come_at_once_share_what_is_known() {
+        let health = health();
+        let all = std::thread::scope(|scope| {
+            let of = |_| scope.spawn(|| health.of(&upstream(1, "127.0.0.1", json!({})), owner(0)).expect("a checker"));
+            let all: Vec<_> = (0..8).map(of).collect();
+            all.into_iter().map(|one| one.join().expect("a checker")).collect::<Vec<_>>()
+        });
+        fails(&all[0]);
+        assert!(all.iter().all(|one| !one.is_up(0)));
+    }
+
+    #[tokio::test]
+    async fn what_a_registry_finds_goes_on_when_its_upstream_is_written() {
+        let health = health();
+        let of = |written: u64, uid: u64, host: &str| {
+            let discovery =
+                crate::model::upstream::Discovery { kind: "r".into(), service: "s".into(), args: None, uid: written };
+            let found = Upstream { discovery: Some(Box::new(discovery)), ..upstream(uid, host, json!({})) };
+            health.of(&found, owner(0)).expect("a checker")
+        };
+        let (_, second) = (of(1, 2, "127.0.0.1"), of(1, 3, "127.0.0.2"));
+        fails(&second);
+        of(4, 5, "127.0.0.1");
+        assert!(!of(4, 6, "127.0.0.2").is_up(0));
     }
 
     #[tokio::test]

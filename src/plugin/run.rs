@@ -14,6 +14,7 @@ use std::{
     ops::RangeInclusive,
     rc::Rc,
     sync::Arc,
+    time::{Duration, Instant},
 };
 
 use mlua::ffi;
@@ -86,6 +87,8 @@ const NO_SNAPSHOT: u64 = u64::MAX;
 
 /// Requests between two looks at a VM's memory.
 const MEMORY_CHECK_EVERY: u32 = 256;
+/// Between two looks of a request that comes between two sets of plugins.
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
 
 /// The plugins of one worker.
 pub struct Runner {
@@ -332,6 +335,8 @@ impl Runner {
     /// Another of the same worker, which is to take its place.
     pub async fn anew(&self, setup: Setup, snapshot: &Arc<Snapshot>) -> Result<Runner> {
         let (before, shared) = (self.generation.borrow().clone(), (self.others.clone(), self.ends.clone()));
+        // Requests ask anew whether these plugins still serve.
+        self.snapshot.set(NO_SNAPSHOT);
         let next = Self::with(setup, self.worker, snapshot, Some(before), shared).await?;
         next.generation.borrow().inherit(&self.generation.borrow());
         next.loads.set(self.loads.get() + 1);
@@ -617,10 +622,27 @@ impl Runner {
         }
         self.newest.set(snapshot.version);
         let changed = self.generation.borrow().number != snapshot.plugins_generation;
-        let followed = !changed || self.renew(snapshot);
+        let followed = (!changed || self.renew(snapshot)) && !self.generation.borrow().stepped_down.get();
         // Else the next request asks again.
         self.snapshot.set(if followed { snapshot.version } else { NO_SNAPSHOT });
         self.generation.borrow().vm.set_snapshot(snapshot);
+    }
+
+    /// Whether the request comes between the plugins that have stepped down and those that follow them: it is to wait (`settled`).
+    pub fn is_between(&self, x: &Exchange) -> bool {
+        if x.snapshot.version == self.snapshot.get() {
+            return false;
+        }
+        self.follow(&x.snapshot);
+        self.generation.borrow().stepped_down.get()
+    }
+
+    /// Waits until the new plugins serve, or the old ones do again; so long that it would be worse, and no longer.
+    pub async fn settled(&self, x: &Exchange) {
+        let begun = Instant::now();
+        while self.is_between(x) && begun.elapsed() < end::LONGEST_STEP {
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
     }
 
     /// Takes a snapshot over, as a request would, and says whether its plugins are those that run.

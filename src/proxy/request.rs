@@ -37,6 +37,10 @@ pub(super) async fn serve(p: &Rc<Proxy>, x: &mut Exchange) {
         true => find_route(p, x).await,
         false => Err(Error::client(Kind::Malformed).context("failed to normalize the URI like a servlet container")),
     };
+    if p.runner.is_between(x) {
+        // In a box: no other request has it.
+        Box::pin(p.runner.settled(x)).await;
+    }
     let phases = p.runner.begin(x);
     let answered = match sound {
         Ok(()) => answer(p, x, phases).await,

@@ -224,3 +224,34 @@ fn an_upload_that_refuses_confs_in_use_is_refused_unless_it_is_forced() {
     assert_eq!(gw.get("/12").text(), "by a");
     assert_eq!(gw.admin("DELETE", "/plugin_sources/sx?force=true", ()).status, 200);
 }
+
+#[test]
+fn no_request_meets_plugins_that_have_ended() {
+    let gw = Gateway::with(json!({"nginx_config": {"worker_processes": 1}}));
+    let source = |version: u32| {
+        format!(
+            "local handle = {{ version = {version} }}
+             local _M = {{ version = 0.1, priority = 1, name = 'handled', schema = {{ type = 'object' }} }}
+             function _M.check_schema() return true end
+             function _M.init() ngx.sleep(0.1) end
+             function _M.destroy() handle = nil ngx.sleep(0.1) end
+             function _M.access() return 200, tostring(handle.version) end
+             return _M"
+        )
+    };
+    let put = |version| gw.admin_text("PUT", "/plugin_sources/handled", &source(version), "text/plain").status;
+    assert_eq!(put(1), 201);
+    gw.route("1", "/h", &Upstream::echo(), json!({"handled": {}}));
+    assert_eq!(gw.get("/h").text(), "1");
+    std::thread::scope(|scope| {
+        let uploaded = scope.spawn(|| put(2));
+        let mut seen = Vec::new();
+        while !uploaded.is_finished() {
+            let reply = gw.get("/h");
+            seen.push((reply.status, reply.text()));
+        }
+        assert_eq!(uploaded.join().expect("an answer"), 200);
+        assert!(seen.iter().all(|(status, _)| *status == 200), "{seen:?}");
+    });
+    assert_eq!(gw.get("/h").text(), "2");
+}

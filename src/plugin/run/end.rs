@@ -19,7 +19,7 @@ use crate::{conf::locations::Script, exchange::Phase, lua::Vm};
 const LONGEST_END: Duration = if cfg!(test) { Duration::from_millis(200) } else { Duration::from_secs(60) };
 
 /// What plugins get that others wait to follow; the rest of the wait is cut off.
-const LONGEST_STEP: Duration = if cfg!(test) { Duration::from_millis(50) } else { Duration::from_secs(5) };
+pub(super) const LONGEST_STEP: Duration = if cfg!(test) { Duration::from_millis(50) } else { Duration::from_secs(5) };
 
 /// The VMs of one worker whose end has not run. Each has a receiver: true is the worker's end.
 pub(super) struct Ends(watch::Sender<bool>);
