@@ -5,6 +5,7 @@
 
 use std::{borrow::Cow, sync::LazyLock, time::Duration};
 
+use futures_util::future::{join, join_all};
 use moka::sync::Cache;
 
 use crate::{
@@ -46,13 +47,12 @@ pub(super) fn unresolved(text: &str) -> Error {
     Error::config(Kind::Tls).context(format!("failed to resolve secret reference: {text}"))
 }
 
-/// What stands for each of the texts that managers have, in their order.
+/// What stands for each of the texts that managers have, in their order. All are asked for at once: a manager that hangs is waited for
+/// once.
 pub(super) async fn fetched(texts: impl Iterator<Item = &str>, secrets: &dyn Secrets) -> Result<Box<[Box<str>]>> {
-    let mut fetched = Vec::new();
-    for text in texts.filter(|text| is_managed(text)) {
-        fetched.push(secrets.fetch(text).await.map_err(|e| unresolved(text).cause(e))?);
-    }
-    Ok(fetched.into())
+    let one = async |text| secrets.fetch(text).await.map_err(|e| unresolved(text).cause(e));
+    // Each to its end: the first one's error is told, whichever came first.
+    join_all(texts.filter(|text| is_managed(text)).map(one)).await.into_iter().collect()
 }
 
 /// PEM of a certificate and its key.
@@ -71,7 +71,8 @@ pub async fn fetched_pair(pair: Option<&Pair>, secrets: &dyn Secrets) -> Result<
         }
         Ok(value)
     };
-    Ok(Some((one(cert).await?, one(key).await?)))
+    let (cert, key) = join(one(cert), one(key)).await;
+    Ok(Some((cert?, key?)))
 }
 
 /// Whether a manager has some of the pair.
