@@ -121,6 +121,9 @@ end
 
 -- Resources as tables, by uid; they go when no request uses them.
 local resources = setmetatable({}, { __mode = "v" })
+-- Those made last stay, also when no request has them for a moment: making one costs a check by its schema.
+local RECENT = 256
+local recent, newest = {}, 0
 
 --- The matched `route` or `service` as `{ key, value, modifiedIndex, createdIndex }`, or nil. The value is as it is in force: with
 -- the defaults of its schema, and nodes as an array of `{ host, port, weight, priority }`.
@@ -137,6 +140,8 @@ local function resource(kind)
             has_domain = has_domain, update_count = 0, clean_handlers = {},
         }
         resources[uid] = known
+        newest = newest % RECENT + 1
+        recent[newest] = known
     end
     return known
 end

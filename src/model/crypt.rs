@@ -79,8 +79,8 @@ impl Keyring {
 }
 
 /// The first half of an AES-256 key.
-fn iv_of(key: &[u8; 32]) -> &[u8; 16] {
-    key.first_chunk().expect("32 bytes hold 16")
+fn iv_of(key: &[u8; 32]) -> [u8; 16] {
+    std::array::from_fn(|at| key[at])
 }
 
 impl Key {
@@ -102,7 +102,7 @@ impl Key {
                 cbc::Encryptor::<Aes128>::new(key.into(), key.into()).encrypt_padded_vec::<Pkcs7>(plain)
             }
             Key::Aes256(key) => {
-                cbc::Encryptor::<Aes256>::new(key.into(), iv_of(key).into()).encrypt_padded_vec::<Pkcs7>(plain)
+                cbc::Encryptor::<Aes256>::new(key.into(), &iv_of(key).into()).encrypt_padded_vec::<Pkcs7>(plain)
             }
         }
     }
@@ -113,7 +113,7 @@ impl Key {
                 cbc::Decryptor::<Aes128>::new(key.into(), key.into()).decrypt_padded_vec::<Pkcs7>(stored).ok()
             }
             Key::Aes256(key) => {
-                cbc::Decryptor::<Aes256>::new(key.into(), iv_of(key).into()).decrypt_padded_vec::<Pkcs7>(stored).ok()
+                cbc::Decryptor::<Aes256>::new(key.into(), &iv_of(key).into()).decrypt_padded_vec::<Pkcs7>(stored).ok()
             }
         }
     }
