@@ -120,10 +120,10 @@ end
 -- ctx -----------------------------------------------------------------------------------------------------------
 
 -- Resources as tables, by uid; they go when no request uses them.
-local resources = setmetatable({}, { __mode = "v" })
--- Those made last stay, also when no request has them for a moment: making one costs a check by its schema.
+-- Those made last stay (`recent`), also when no request has them for a moment: making one costs a check by its schema.
 local RECENT = 256
 local recent, newest = {}, 0
+local resources = setmetatable({}, { __mode = "v", recent = recent })
 
 --- The matched `route` or `service` as `{ key, value, modifiedIndex, createdIndex }`, or nil. The value is as it is in force: with
 -- the defaults of its schema, and nodes as an array of `{ host, port, weight, priority }`.
