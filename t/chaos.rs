@@ -17,7 +17,7 @@ use std::{
 };
 
 use serde_json::{Value, json};
-use support::{Client, Gateway, Upstream, eventually, get};
+use support::{Client, Gateway, Upstream, eventually, get, ports::free_port};
 use tempfile::TempDir;
 
 /// What a cluster that has recovered gets until its state is served.
@@ -37,11 +37,7 @@ impl Cluster {
     fn start() -> Self {
         // Ports that were free a moment ago may be somebody's: then another try has others.
         eventually("a cluster of three", || {
-            let ports: Vec<TcpListener> =
-                (0..2 * MEMBERS).map(|_| TcpListener::bind("127.0.0.1:0").expect("a port")).collect();
-            let port = |i: usize| ports[i].local_addr().expect("its address").port();
-            let (clients, peers) = ([port(0), port(1), port(2)], [port(3), port(4), port(5)]);
-            drop(ports);
+            let (clients, peers) = ([(); MEMBERS].map(|()| free_port()), [(); MEMBERS].map(|()| free_port()));
             let dir = TempDir::new().expect("a directory");
             let mut cluster = Cluster { dir, clients, peers, running: [const { None }; MEMBERS] };
             cluster.launch();

@@ -23,7 +23,10 @@ use moongate::{
     },
 };
 use serde_json::json;
-use support::etcd::{DEADLINE, EtcdServer, free_port, store_at, until};
+use support::{
+    etcd::{DEADLINE, EtcdServer, store_at, until},
+    ports::{dead_port, free_port},
+};
 use tokio::{
     io::copy_bidirectional,
     net::TcpStream,
@@ -268,7 +271,7 @@ async fn starts_empty_when_there_is_no_last_good_state_either() {
     let dir = tempfile::tempdir().unwrap();
     LocalSet::new()
         .run_until(async {
-            let node = gateway(store_at(free_port()), dir.path()).await;
+            let node = gateway(store_at(dead_port()), dir.path()).await;
             assert!(node.published.load().routes.is_empty());
             assert!(!node.source.load().connected);
         })
@@ -370,7 +373,7 @@ async fn notices_an_etcd_that_hangs_without_closing_its_connections() {
 async fn a_watch_ends_when_nobody_listens() {
     let (tx, rx) = mpsc::channel::<Change>(1);
     drop(rx);
-    timeout(DEADLINE, store_at(free_port()).watch(tx)).await.expect("ends");
+    timeout(DEADLINE, store_at(dead_port()).watch(tx)).await.expect("ends");
 }
 
 #[tokio::test]

@@ -1,10 +1,13 @@
 //! The status API: whether the gateway runs, and what it serves.
 
-use std::{io::Read, net::TcpListener};
+use std::io::Read;
 
 use serde_json::{Value, json};
 
-use crate::support::{Client, Dir, Gateway, Upstream, eventually, get};
+use crate::support::{
+    Client, Dir, Gateway, Upstream, eventually, get,
+    ports::{dead_port, free_port},
+};
 
 fn settings() -> Value {
     json!({"apisix": {"status": {"ip": "127.0.0.1", "port": 0}}})
@@ -38,14 +41,9 @@ fn it_is_off_unless_it_is_configured() {
     assert_eq!(listening["status"], Value::Null);
 }
 
-/// A port that was free a moment ago.
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a free port").port()
-}
-
 #[test]
 fn a_gateway_whose_source_was_never_there_is_not_ready() {
-    let port = free_port();
+    let port = dead_port();
     let mut config = settings();
     config["deployment"] = json!({
         "role_traditional": {"config_provider": "etcd"},

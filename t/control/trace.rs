@@ -88,7 +88,7 @@ fn a_trace_tells_what_became_of_a_request() {
 #[test]
 fn tries_answers_and_errors_are_told() {
     let gw = tracing(json!({"key": KEY}));
-    let gone = std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port").to_string();
+    let gone = Upstream::dead();
     let up = Upstream::echo();
     let nodes = json!([
         {"host": "127.0.0.1", "port": gone.rsplit_once(':').unwrap().1.parse::<u16>().unwrap(), "weight": 1, "priority": 1},

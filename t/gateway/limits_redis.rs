@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use crate::support::{
     Client, Gateway, Reply, Upstream, eventually,
     peers::{self, Peer, redis_cli},
+    ports,
 };
 
 /// One object over another.
@@ -185,7 +186,7 @@ fn a_redis_over_tls_counts_and_is_verified_when_asked_for() {
         std::fs::write(dir.join("cert.pem"), signed.cert.pem()).expect("a written file");
         std::fs::write(dir.join("key.pem"), signed.signing_key.serialize_pem()).expect("a written file");
         let file = |name: &str| dir.join(name).to_string_lossy().into_owned();
-        tls.set(peers::free_port());
+        tls.set(ports::free_port());
         let args = ["--tls-port".into(), tls.get().to_string(), "--tls-cert-file".into(), file("cert.pem")];
         let more = ["--tls-key-file".into(), file("key.pem"), "--tls-auth-clients".into(), "no".into()];
         args.into_iter().chain(more).chain(["--tls-ca-cert-file".into(), file("cert.pem")]).collect()
@@ -399,8 +400,7 @@ fn a_cluster_shares_the_counts_of_all_three_plugins() {
 #[test]
 fn connections_of_a_cluster_are_only_for_those_with_the_same_password() {
     let up = Upstream::echo();
-    let node =
-        peers::redis_with(|_| ["--cluster-enabled", "yes", "--requirepass", "secret"].map(String::from).to_vec());
+    let node = peers::redis_cluster_node(&["--requirepass", "secret"]);
     let cli = |args: &[&str]| redis_cli(node.port, &[&["-a", "secret", "--no-auth-warning"], args].concat());
     eventually("the node takes the slots", || {
         cli(&["cluster", "addslotsrange", "0", "16383"]);

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::{
     lua,
-    support::{Gateway, Upstream, peers::free_port},
+    support::{Gateway, Upstream, ports::free_port},
 };
 
 const NEW: &str = "

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::{
     closing, lua, port, saying,
-    support::{Gateway, peers},
+    support::{Gateway, peers, ports},
 };
 
 /// A client that is connected to `arg.port`.
@@ -311,7 +311,7 @@ fn tls_is_verified_when_asked_for() {
         std::fs::write(dir.join("key.pem"), signed.signing_key.serialize_pem()).expect("a written file");
         let file = |name: &str| dir.join(name).to_string_lossy().into_owned();
         let (cert, key) = (file("cert.pem"), file("key.pem"));
-        tls_port.set(peers::free_port());
+        tls_port.set(ports::free_port());
         let args = ["--tls-port", &tls_port.get().to_string(), "--tls-cert-file", &cert, "--tls-key-file", &key];
         let args = args.into_iter().chain(["--tls-ca-cert-file", &cert, "--tls-auth-clients", "no"]);
         args.map(String::from).collect()

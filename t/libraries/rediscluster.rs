@@ -18,7 +18,7 @@ const CONNECTED: &str = "
 
 /// A node that has all slots.
 fn cluster() -> peers::Peer {
-    let node = peers::redis_with(|_| ["--cluster-enabled", "yes"].map(String::from).to_vec());
+    let node = peers::redis_cluster_node(&[]);
     let gw = Gateway::start();
     eventually("the node takes the slots", || {
         let script = "

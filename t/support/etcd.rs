@@ -1,7 +1,6 @@
 //! An etcd of Debian's for a test, and a store on it.
 
 use std::{
-    net::TcpListener,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::Arc,
@@ -14,6 +13,8 @@ use moongate::store::{
 };
 use serde_json::json;
 use tokio::time::timeout;
+
+use super::ports::free_port;
 
 /// No fact takes this long to come true on a machine that works.
 pub const DEADLINE: Duration = Duration::from_secs(30);
@@ -93,10 +94,6 @@ impl Drop for EtcdServer {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
-}
-
-pub fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
 pub fn store_at(port: u16) -> Arc<Etcd> {

@@ -9,6 +9,7 @@ pub mod etcd;
 pub mod http;
 pub mod http2;
 pub mod peers;
+pub mod ports;
 pub mod upstream;
 pub mod websocket;
 

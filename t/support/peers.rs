@@ -9,7 +9,7 @@ use std::{
 
 use tempfile::TempDir;
 
-use super::eventually;
+use super::{eventually, ports::free_port};
 
 /// A process that ends with the value.
 pub struct Peer {
@@ -180,12 +180,20 @@ pub fn redis_cli(port: u16, args: &[&str]) -> String {
     String::from_utf8_lossy(&out.stdout).trim_end().to_owned()
 }
 
+/// A Redis of a cluster, which has no slots yet, with more options.
+pub fn redis_cluster_node(more: &[&str]) -> Peer {
+    redis_with(|_| {
+        // The bus is on a port of its own: by default ten thousand above, which may be somebody's, or none.
+        let mut args =
+            ["--cluster-enabled", "yes", "--cluster-port", &free_port().to_string()].map(String::from).to_vec();
+        args.extend(more.iter().map(|arg| (*arg).to_owned()));
+        args
+    })
+}
+
 /// A Redis Cluster of three masters that serves.
 pub fn redis_cluster() -> Vec<Peer> {
-    // The bus is on a port of its own: by default ten thousand above, which may be none.
-    let node =
-        |_: &Path| ["--cluster-enabled", "yes", "--cluster-port", &free_port().to_string()].map(String::from).to_vec();
-    let nodes: Vec<_> = (0..3).map(|_| redis_with(node)).collect();
+    let nodes: Vec<_> = (0..3).map(|_| redis_cluster_node(&[])).collect();
     let addresses: Vec<_> = nodes.iter().map(Peer::address).collect();
     let out = Command::new("redis-cli")
         .args(["--cluster", "create", "--cluster-yes"])
@@ -311,12 +319,6 @@ pub fn prometheus(config: &serde_json::Value) -> Peer {
 fn user() -> String {
     let out = Command::new("id").arg("-un").output().expect("id");
     String::from_utf8_lossy(&out.stdout).trim().to_owned()
-}
-
-/// A port that was free a moment ago: for peers that cannot choose one themselves.
-pub fn free_port() -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
-    listener.local_addr().expect("an address").port()
 }
 
 fn wait_for_port(port: u16) {

@@ -12,6 +12,8 @@ use std::{
 
 use serde_json::{Map, Value, json};
 
+use super::ports;
+
 /// A request as the upstream saw it.
 #[derive(Debug, Clone)]
 pub struct Seen {
@@ -103,8 +105,7 @@ impl Upstream {
 
     /// An address at which nothing listens.
     pub fn dead() -> String {
-        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
-        listener.local_addr().expect("an address").to_string()
+        format!("127.0.0.1:{}", ports::dead_port())
     }
 }
 

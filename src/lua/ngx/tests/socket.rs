@@ -4,7 +4,7 @@ use std::future::Future;
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpListener, TcpStream},
+    net::TcpStream,
 };
 
 use super::*;
@@ -202,9 +202,10 @@ fn much_data_passes_both_ways_at_once() {
 #[test]
 fn says_why_it_cannot_connect() {
     let refused = on_a_worker(async {
-        let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
-        let port = listener.local_addr().expect("an address").port();
-        drop(listener);
+        // Bound and not listening: nobody else gets the port meanwhile.
+        let socket = tokio::net::TcpSocket::new_v4().expect("a socket");
+        socket.bind("127.0.0.1:0".parse().expect("an address")).expect("bound");
+        let port = socket.local_addr().expect("an address").port();
         run(
             &vm(),
             &unconnected(
