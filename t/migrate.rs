@@ -403,7 +403,7 @@ return _M
         r#"local apisix = require("apisix")
 local plugin, upstream = require("apisix.plugin"), require("apisix.upstream")
 local old = apisix.http_access_phase
-apisix.http_access_phase = function(...) return old(...) end
+apisix.http_access_phase = function(...) return old(...) end apisix.http_balancer_phase = old
 function plugin.run_plugin() end
 upstream.set_by_route = function() end
 require("apisix.core").request.mine = ngx.location.capture
@@ -422,7 +422,7 @@ require("apisix.core").request.mine = ngx.location.capture
         let finding = told(&report, "change", &format!("apisix/plugins/raises.lua:{line}"), what);
         assert!(!finding["advice"].as_str().unwrap().is_empty());
     }
-    told(&report, "change", "hook.lua:4", "replaces apisix.http_access_phase, which the gateway does not call");
+    told(&report, "change", "hook.lua:4", "replaces apisix.http_balancer_phase, which the gateway does not call");
     told(&report, "change", "hook.lua:5", "replaces apisix.plugin.run_plugin");
     told(&report, "change", "hook.lua:6", "replaces apisix.upstream.set_by_route");
     told(&report, "note", "hook.lua:7", "ngx.location.capture raises in plugins, and works in lua_locations");

@@ -48,6 +48,8 @@ local function take(ctx, handle, matched, conf, key, version)
     native.choose_upstream(handle)
     ctx.matched_upstream = matched
     ctx.upstream_conf, ctx.upstream_key, ctx.upstream_version, ctx.upstream_scheme = conf, key, version, nil
+    -- What plugins write in its place is another.
+    ctx._upstream_conf = conf
     return true
 end
 

@@ -16,7 +16,8 @@
 --   `ctx.consumer_name`, `ctx.consumer_group_id`, `ctx.consumer_ver`, `ctx.credential_id`, `ctx.curr_req_matched`,
 --   `ctx.plugins`; from before_proxy on `ctx.upstream_conf`, `ctx.upstream_key`, `ctx.upstream_version`, `ctx.upstream_scheme`; once
 --   a node was picked `ctx.picked_server`, `ctx.balancer_ip`, `ctx.balancer_port`, `ctx.balancer_try_count`. A plugin may set any
---   field; `ctx.upstream_id` set in rewrite or access chooses the upstream.
+--   field; `ctx.upstream_id` set in rewrite or access chooses the upstream, `ctx.upstream_conf` (also in before_proxy) is one,
+--   and `ctx.picked_server` set in before_proxy is the node.
 -- * A yield passes pcall, xpcall, metamethods and iterators, not string.gsub callbacks, table.sort or require.
 
 local native = ...

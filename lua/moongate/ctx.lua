@@ -203,6 +203,8 @@ end
 
 function lazy.upstream_conf(ctx)
     local conf = settled(ctx)
+    -- What plugins write is another.
+    rawset(ctx, "_upstream_conf", conf)
     return conf
 end
 

@@ -2,6 +2,8 @@
 
 local error, ipairs, pairs, pcall, require, tostring, type = error, ipairs, pairs, pcall, require, tostring, type
 local debug_traceback, xpcall = debug.traceback, xpcall
+local purpose = require("moongate.native").purpose
+local detours = require("moongate.phases")
 
 local _M = {}
 
@@ -80,10 +82,7 @@ end
 
 -- Functions that the gateway has in place of Lua: requests do not come by what replaces them.
 local not_called = {
-    apisix = { "http_init", "http_init_worker", "http_exit_worker", "http_ssl_phase", "http_ssl_client_hello_phase",
-        "http_access_phase", "http_balancer_phase", "http_header_filter_phase", "http_body_filter_phase", "http_log_phase",
-        "http_admin", "http_control", "stream_init", "stream_init_worker", "stream_preread_phase", "stream_balancer_phase",
-        "stream_log_phase" },
+    apisix = detours.not_called,
     ["apisix.plugin"] = { "load", "filter", "merge_service_route", "merge_consumer_route", "run_plugin", "run_global_rules" },
     ["apisix.upstream"] = { "set_by_route" },
     ["apisix.balancer"] = { "pick_server", "run" },
@@ -99,11 +98,22 @@ local function functions_not_called()
     return found
 end
 
+local function serves_streams()
+    local conf = require("apisix.core.config_local").local_conf().apisix
+    local mode = conf and conf.proxy_mode
+    return type(mode) == "string" and mode:find("stream", 1, true) ~= nil
+end
+
+local function run_hook(name)
+    require(name)
+    if purpose == "plugins" then detours.start(serves_streams()) end
+end
+
 --- `apisix.lua_module_hook`: a module of the user's own that runs before plugins are loaded, and may replace what it likes. Nil, or
 --- why it could not; and which functions it has replaced in vain, as text.
 function _M.run_user_hook(name)
     local before = functions_not_called()
-    local ok, err = xpcall(require, debug_traceback, name)
+    local ok, err = xpcall(run_hook, debug_traceback, name)
     local in_vain = {}
     for shown, found in pairs(before) do
         if found[1][found[2]] ~= found[3] then in_vain[#in_vain + 1] = shown end
@@ -142,26 +152,43 @@ function _M.offer_to_workflow(name)
     return nil, tostring(result)
 end
 
+-- `run` by way of what stands for a function of `apisix` now; without it where that fails, or does not call the original.
+local function by_way_of(name, run)
+    if not detours.is_replaced(name) then return run() end
+    local reached = false
+    local ok, err = xpcall(detours.go_through, debug_traceback, name, function()
+        reached = true
+        run()
+    end)
+    if not ok then ngx.log(ngx.ERR, "apisix.", name, ": ", tostring(err)) end
+    if not reached then run() end
+end
+
 --- Registries' `init_worker`, then every plugin's `workflow_handler` and `init`, when their VM starts to serve; what failed of
 -- plugins, by name.
 function _M.init()
     local errors = {}
-    if require("apisix.core.config_local").local_conf().discovery then require("apisix.discovery.init").init_worker() end
-    for _, plugin in ipairs(ordered) do
-        -- What the workflow plugin may call comes before `init`, which may wait.
-        local _, failed = _M.offer_to_workflow(plugin.name)
-        local ok, err = true, nil
-        if type(plugin.init) == "function" then ok, err = xpcall(plugin.init, debug_traceback) end
-        errors[plugin.name] = not ok and tostring(err) or failed
-    end
+    by_way_of("http_init_worker", function()
+        if require("apisix.core.config_local").local_conf().discovery then require("apisix.discovery.init").init_worker() end
+        for _, plugin in ipairs(ordered) do
+            -- What the workflow plugin may call comes before `init`, which may wait.
+            local _, failed = _M.offer_to_workflow(plugin.name)
+            local ok, err = true, nil
+            if type(plugin.init) == "function" then ok, err = xpcall(plugin.init, debug_traceback) end
+            errors[plugin.name] = not ok and tostring(err) or failed
+        end
+    end)
+    if serves_streams() then by_way_of("stream_init_worker", function() end) end
     return errors
 end
 
 --- Every plugin's `destroy`, when its VM has served its last request.
 function _M.destroy()
-    for _, plugin in ipairs(ordered) do
-        if type(plugin.destroy) == "function" then pcall(plugin.destroy) end
-    end
+    by_way_of("http_exit_worker", function()
+        for _, plugin in ipairs(ordered) do
+            if type(plugin.destroy) == "function" then pcall(plugin.destroy) end
+        end
+    end)
 end
 
 local stored_now = false

@@ -6,14 +6,15 @@
 local native = require("moongate.native").plugin
 local ctx_of = require("moongate.ctx")
 local plugins = require("moongate.plugins")
+local detours = require("moongate.phases")
 local load_text = require("moongate.chunk").load
 local pre_function = require("moongate.pre_function")
 local request = require("moongate.request")
 local function_json = require("cjson").new()
 local ctxs = request.ctxs
 local begin = ctx_of.begin
-local error, ipairs, pairs, pcall, rawget, require, setmetatable, tostring, type, unpack =
-    error, ipairs, pairs, pcall, rawget, require, setmetatable, tostring, type, unpack
+local error, ipairs, next, pairs, pcall, rawget, require, setmetatable, tostring, type, unpack =
+    error, ipairs, next, pairs, pcall, rawget, require, setmetatable, tostring, type, unpack
 
 local _M = {}
 
@@ -153,13 +154,16 @@ local function add_first(plan, phase, owner, f)
     table.insert(plan[phase], 1, section)
 end
 
+-- The phases in which every request comes by what has replaced a function of `apisix`.
+local through = {}
+
 -- For hooks: has the plan call them first in their phases.
 local function call_nginx_phases(plan, owner, dynamic)
     local apisix = require("apisix")
     add_first(plan, "rewrite", owner, filter)
     for i = dynamic and 2 or 1, #nginx_phases do
         local phase, name = nginx_phases[i][1], nginx_phases[i][2]
-        add_first(plan, phase, owner, function() apisix[name]() end)
+        if not through[phase] then add_first(plan, phase, owner, function() apisix[name]() end) end
     end
 end
 
@@ -206,7 +210,7 @@ function _M.build(owners, noting, hooked, dynamic)
     local has = {}
     for _, phase in ipairs({ "rewrite", "consumer", "access", "before_proxy", "header_filter", "body_filter",
         "delayed_body_filter", "log" }) do
-        has[#has + 1] = plan[phase] and 1 or 0
+        has[#has + 1] = (plan[phase] or through[phase]) and 1 or 0
     end
     owners[#owners].items = nil
     return plan, table.concat(has)
@@ -360,8 +364,22 @@ local function run_all(sections, plan, ctx)
     if plan.switches then enter(plan.scope, ctx) end
 end
 
+-- Sends the request to the upstream that a plugin has written to `ctx.upstream_conf`, if one has. A status when it is none.
+local function written(ctx)
+    local conf = rawget(ctx, "upstream_conf")
+    if not conf or conf == rawget(ctx, "_upstream_conf") then return end
+    local version = rawget(ctx, "upstream_version")
+    local key = version ~= nil and rawget(ctx, "upstream_key") or nil
+    local ok, err = require("apisix.upstream").set(ctx, key, version, conf)
+    if ok then return end
+    native.log_error("failed to use ctx.upstream_conf: " .. tostring(err))
+    return 500
+end
+
 -- A status where no upstream has the id that a plugin has set: the route's own does not take its place.
 local function chosen(ctx)
+    local status = written(ctx)
+    if status then return status end
     local id = rawget(ctx, "upstream_id")
     if not id then return end
     if not native.choose_upstream(tostring(id)) then
@@ -410,9 +428,27 @@ function _M.access(plan, at, joined)
     return chosen(ctx)
 end
 
+-- Has the first try go to the node that a plugin of before_proxy has written to `ctx.picked_server`. A status when it is none.
+local function picked(ctx, before)
+    local server = rawget(ctx, "picked_server")
+    if not server or server == before then return end
+    local ok, err = nil, "it is no table with host and port"
+    if type(server) == "table" and type(server.host) == "string" and type(server.port) == "number" then
+        ok, err = require("ngx.balancer").set_current_peer(server.host, server.port)
+    end
+    -- Who asks later is told of the node that the request went to.
+    ctx.picked_server = nil
+    if ok then return end
+    native.log_error("failed to use ctx.picked_server: " .. tostring(err))
+    return 500
+end
+
 function _M.before_proxy(plan, at)
     local ctx = ctxs[at] or begin(at, plan.scope)
-    return run_until_answer(plan.before_proxy, plan, ctx)
+    local server = rawget(ctx, "picked_server")
+    local code, body, is_json = run_until_answer(plan.before_proxy, plan, ctx)
+    if code then return code, body, is_json end
+    return written(ctx) or picked(ctx, server)
 end
 
 for _, phase in ipairs({ "header_filter", "body_filter", "delayed_body_filter", "log" }) do
@@ -420,6 +456,13 @@ for _, phase in ipairs({ "header_filter", "body_filter", "delayed_body_filter", 
         local ctx = ctxs[at] or begin(at, plan.scope)
         return run_all(plan[phase], plan, ctx)
     end
+end
+
+--- Has requests come by what has replaced functions of `apisix` by now, which plans are to know before they are built. Whether
+--- there is such a function.
+function _M.go_through()
+    through = detours.install(_M)
+    return next(through) ~= nil
 end
 
 local function_scope = { conf_type = "function" }

@@ -58,11 +58,19 @@ const OF_LOCATIONS: &[(&str, &str)] = &[
     ("exec", "set another path with ngx.req.set_uri or core.request, or answer with a code and a body"),
 ];
 
+const PICK: &str = "have a plugin pick: apisix.upstream.set in access, or ctx.picked_server in before_proxy";
+const NO_STREAMS: &str = "no script runs for TCP and UDP: docs/stream.md";
+
 /// Functions of APISIX's that the gateway never calls: one put in their place runs for nobody. Module, member, what to do; a name that
 /// ends in `_` stands for all that begin so.
 const REPLACED: &[(&str, &str, &str)] = &[
-    ("apisix", "http_", "write a plugin and have a global rule run it, or a script of lua_server"),
-    ("apisix", "stream_", "no script runs for TCP and UDP: docs/stream.md"),
+    ("apisix", "http_ssl_", "write a script of lua_server: docs/locations.md"),
+    ("apisix", "http_balancer_phase", PICK),
+    ("apisix", "http_admin", "write a plugin with api()"),
+    ("apisix", "http_control", "write a plugin with control_api()"),
+    ("apisix", "stream_preread_phase", NO_STREAMS),
+    ("apisix", "stream_balancer_phase", NO_STREAMS),
+    ("apisix", "stream_log_phase", NO_STREAMS),
     (
         "apisix.plugin",
         "run_",
@@ -75,8 +83,8 @@ const REPLACED: &[(&str, &str, &str)] = &[
     ),
     ("apisix.plugin", "merge_", "the gateway merges plugins by itself: configure what is to run"),
     ("apisix.upstream", "set_by_route", "write a plugin that calls apisix.upstream.set in access"),
-    ("apisix.balancer", "run", "write a balancer of your own: apisix.balancer.NAME"),
-    ("apisix.balancer", "pick_server", "write a balancer of your own: apisix.balancer.NAME"),
+    ("apisix.balancer", "run", PICK),
+    ("apisix.balancer", "pick_server", PICK),
     ("apisix.router", "router_http", "write routes: the gateway matches them by itself"),
     ("apisix.ssl.router.radixtree_sni", "match_and_set", "write a script of lua_server.ssl_certificate_by_lua"),
 ];

@@ -152,6 +152,8 @@ struct Entry {
     raised: c_int,
     /// Gives a variable of a Lua module.
     registered_var: c_int,
+    /// Every request has phases, by way of functions of `apisix` that somebody has replaced.
+    for_all: bool,
 }
 
 /// What runs for one combination of versions.
@@ -361,11 +363,14 @@ impl Runner {
             self.follow(&x.snapshot);
         }
         let plain = x.matched.as_ref().is_some_and(|m| m.found.plain_upstream().is_some());
-        if plain && x.snapshot.global_rules.is_empty() && x.watch.is_none() {
+        // What no route takes is a location's, where there are any.
+        let for_all =
+            self.generation.borrow().entry.for_all && (x.matched.is_some() || self.setup.locations.rest.is_none());
+        if plain && x.snapshot.global_rules.is_empty() && x.watch.is_none() && !for_all {
             return PhaseMask::default();
         }
         let sources = Sources::of(x);
-        if sources.is_empty() {
+        if sources.is_empty() && !for_all {
             return PhaseMask::default();
         }
         let Some(plan) = self.plan(&sources) else {
@@ -915,7 +920,9 @@ impl Generation {
 }
 
 impl Entry {
-    fn of(vm: &Vm) -> Result<Entry> {
+    fn of(vm: &Rc<Vm>) -> Result<Entry> {
+        // It changes some of the functions.
+        let for_all = registry::call(vm, "moongate.run", "go_through", ())?;
         let f = |name| vm.function("moongate.run", name);
         Ok(Entry {
             rewrite: f("rewrite")?,
@@ -928,6 +935,7 @@ impl Entry {
             call_filter: f("call_filter")?,
             raised: f("raised")?,
             registered_var: f("registered_var")?,
+            for_all,
         })
     }
 }

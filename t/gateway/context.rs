@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::support::{Dir, Gateway, Upstream};
+use crate::support::{Dir, Gateway, Upstream, ports::dead_port};
 
 /// Functions as a route's `serverless-pre-function` and `serverless-post-function`.
 fn functions(pre: (&str, &str), post: (&str, &str)) -> Value {
@@ -154,10 +154,6 @@ fn further_tries_are_counted_and_an_answer_of_the_gateways_own_has_picked_nothin
     }
 }
 
-fn dead_port() -> u16 {
-    Upstream::dead().rsplit_once(':').expect("a port").1.parse().expect("a port")
-}
-
 #[test]
 fn what_a_plugin_has_chosen_is_shown_and_before_proxy_may_choose_too() {
     let (own, other) = (Upstream::echo(), Upstream::echo());
@@ -193,6 +189,66 @@ fn what_a_plugin_has_chosen_is_shown_and_before_proxy_may_choose_too() {
         );
     }
     assert!(own.seen().is_empty());
+}
+
+#[test]
+fn an_upstream_that_a_plugin_writes_to_the_context_is_where_the_request_goes() {
+    let (own, other, third) = (Upstream::echo(), Upstream::echo(), Upstream::echo());
+    let gw = Gateway::with(json!({"nginx_config": {"worker_processes": 1}}));
+    let conf = format!(
+        "{{ type = 'roundrobin', nodes = {{ {{ host = '127.0.0.1', port = {}, weight = 1 }}, {{ host = '127.0.0.1', port = {}, weight = 1 }} }} }}",
+        port(&other),
+        port(&third)
+    );
+    let write = format!("ctx.upstream_conf, ctx.upstream_key, ctx.upstream_version = {conf}, 'my#key', 1");
+    for (id, phase) in [("1", "rewrite"), ("2", "access"), ("3", "before_proxy")] {
+        gw.route(id, &format!("/{phase}"), &own, functions((phase, &write), ("header_filter", TELL)));
+        let ports = [0, 1].map(|_| told(&gw, &format!("/{phase}"), "balancer_port"));
+        assert!(ports.contains(&port(&other).into()) && ports.contains(&port(&third).into()), "{phase}: {ports:?}");
+        assert_eq!(told(&gw, &format!("/{phase}"), "upstream_key"), "my#key");
+    }
+    assert_eq!((own.seen().len(), other.seen().len() + third.seen().len()), (0, 9));
+    // One that is read and not replaced is the route's own, with its balancer.
+    let look = "assert(ctx.upstream_conf.nodes and ctx.upstream_conf == ctx.upstream_conf)";
+    gw.route("4", "/look", &own, functions(("before_proxy", look), ("header_filter", TELL)));
+    assert_eq!(told(&gw, "/look", "upstream_key"), "roundrobin#route_4");
+    assert_eq!(told(&gw, "/look", "balancer_port"), port(&own));
+    // Another table with the same but for its nodes.
+    let change = format!(
+        "local conf = core.table.clone(ctx.upstream_conf) conf.nodes = {{ {{ host = '127.0.0.1', port = {}, weight = 1 }} }}
+         ctx.upstream_conf = conf",
+        port(&third)
+    );
+    gw.route("5", "/change", &own, functions(("before_proxy", &change), ("header_filter", TELL)));
+    assert_eq!(told(&gw, "/change", "balancer_port"), port(&third));
+    for phase in ["rewrite", "before_proxy"] {
+        gw.route("6", "/wrong", &own, functions((phase, "ctx.upstream_conf = { nodes = 1 }"), ("log", "")));
+        assert_eq!(gw.get("/wrong").status, 500, "{phase}");
+    }
+    gw.expect_log("failed to use ctx.upstream_conf: ");
+    assert_eq!(own.seen().len(), 2);
+}
+
+#[test]
+fn a_server_that_before_proxy_writes_to_the_context_gets_the_request() {
+    let (own, other) = (Upstream::echo(), Upstream::echo());
+    let gw = Gateway::start();
+    let write = format!("ctx.picked_server = {{ host = '127.0.0.1', port = {} }}", port(&other));
+    gw.route("1", "/server", &own, functions(("before_proxy", &write), ("header_filter", TELL)));
+    let server = json!({"host": "127.0.0.1", "port": port(&other)});
+    assert_eq!(told(&gw, "/server", "picked_server"), server);
+    assert_eq!(told(&gw, "/server", "balancer_port"), port(&other));
+    assert_eq!((own.seen().len(), other.seen().len()), (0, 2));
+    // Before the node is to be picked it has no say, as in APISIX.
+    gw.route("2", "/early", &own, functions(("access", &write), ("before_proxy", "")));
+    assert_eq!((gw.get("/early").status, own.seen().len()), (200, 1));
+    for wrong in ["1", "{}", "{ host = 1, port = 'x' }", "{ host = 'no address', port = 80 }"] {
+        let write = format!("ctx.picked_server = {wrong}");
+        gw.route("3", "/wrong", &own, functions(("before_proxy", &write), ("log", "")));
+        assert_eq!(gw.get("/wrong").status, 500, "{wrong}");
+    }
+    gw.expect_log("failed to use ctx.picked_server: it is no table with host and port");
+    assert_eq!(own.seen().len(), 1);
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Walks 3 and 4: plugins on routes, consumers, one's own Lua.
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::support::{Client, Gateway, Upstream, eventually, get, http::raw};
 
@@ -611,6 +611,182 @@ return _M
     assert_eq!(gw.log().matches("raised for bf\n").count(), 1, "{}", gw.log());
 }
 
+/// A gateway with a hook module of that text.
+fn hooked(text: &str, mut config: Value) -> Gateway {
+    let dir = crate::support::Dir::new();
+    std::fs::create_dir_all(dir.join("extra")).expect("a directory");
+    dir.write("extra/my_hook.lua", text);
+    config["apisix"]["extra_lua_path"] = format!("{}/?.lua", dir.join("extra").display()).into();
+    config["apisix"]["lua_module_hook"] = "my_hook".into();
+    dir.configure(config);
+    Gateway::in_dir(dir)
+}
+
+#[test]
+fn requests_come_by_what_a_hook_has_put_in_place_of_the_phases() {
+    let text = r#"
+local apisix = require("apisix")
+for _, phase in ipairs({ "access", "header_filter", "body_filter", "log" }) do
+    local name = "http_" .. phase .. "_phase"
+    local old = apisix[name]
+    apisix[name] = function(...)
+        local ctx = ngx.ctx.api_ctx
+        ctx.order = (ctx.order or "") .. " <" .. phase
+        old(...)
+        ctx.order = ctx.order .. " " .. phase .. ">"
+        if phase == "header_filter" then ngx.header["X-Order"] = ctx.order end
+        if phase == "log" then ngx.log(ngx.WARN, "order of ", ngx.var.uri, ":", ctx.order, " ", ngx.status) end
+    end
+end
+"#;
+    let gw = hooked(text, json!({"nginx_config": {"worker_processes": 1}}));
+    let up = Upstream::echo();
+    let plugin = |phases: &str| {
+        format!(
+            "local _M = {{ version = 1, priority = 1, name = 'mine', schema = {{ type = 'object' }} }}\n\
+             for phase in ('{phases}'):gmatch('%S+') do\n\
+             _M[phase] = function(conf, ctx) ctx.order = ctx.order .. ' ' .. phase return conf[phase] end end\n\
+             return _M"
+        )
+    };
+    let source = json!({"source": plugin("rewrite access header_filter body_filter log")});
+    assert_eq!(gw.admin("PUT", "/plugin_sources/mine", source).status, 201);
+    gw.route("plugin", "/plugin", &up, json!({"mine": {}}));
+    gw.route("refusing", "/refusing", &up, json!({"mine": {"rewrite": 403}}));
+    gw.route("plain", "/plain", &up, json!({}));
+    let reply = gw.get("/plugin");
+    let order = "<access rewrite access access> <header_filter header_filter header_filter>";
+    assert_eq!((reply.status, reply.header("x-order").map(str::trim)), (200, Some(order)));
+    // A body comes in one piece or with an empty one at its end.
+    gw.expect_log("<body_filter body_filter body_filter> <log log log> 200");
+    let reply = gw.get("/refusing");
+    let order = "<access rewrite access> <header_filter header_filter header_filter>";
+    assert_eq!((reply.status, reply.header("x-order").map(str::trim)), (403, Some(order)));
+    // No plugin, and no route.
+    for (path, status) in [("/plain", 200), ("/nowhere", 404)] {
+        let reply = gw.get(path);
+        let order = "<access access> <header_filter header_filter>";
+        assert_eq!((reply.status, reply.header("x-order").map(str::trim)), (status, Some(order)), "{path}");
+        gw.expect_log(&format!("order of {path}: {order}"));
+        gw.expect_log(&format!("<log log> {status}"));
+    }
+    assert!(!gw.log().contains("no effect"), "{}", gw.log());
+}
+
+#[test]
+fn a_plugin_may_put_something_in_the_place_of_a_phase_too() {
+    let plugin = "local apisix = require('apisix')\n\
+                  local _M = { version = 1, priority = 1, name = 'mine', schema = { type = 'object' } }\n\
+                  function _M.init()\n\
+                  local old = apisix.http_header_filter_phase\n\
+                  apisix.http_header_filter_phase = function(...) ngx.header['X-Seen'] = 'yes' return old(...) end\n\
+                  end\n\
+                  return _M";
+    let dir = crate::support::Dir::new();
+    dir.write("plugins/mine.lua", plugin);
+    dir.configure(json!({
+        "plugins": ["mine"],
+        "lua_locations": [{"location": "= /location", "content_by_lua": "ngx.say('of a location')"}],
+    }));
+    let gw = Gateway::in_dir(dir);
+    let up = Upstream::echo();
+    gw.route("1", "/x", &up, json!({}));
+    let reply = gw.get("/x");
+    assert_eq!((reply.status, reply.header("x-seen")), (200, Some("yes")));
+    // Where there are locations, they have what no route takes, as if there were no plugin.
+    let reply = gw.get("/location");
+    assert_eq!((reply.text().as_str(), reply.header("x-seen")), ("of a location\n", None));
+    assert_eq!(gw.get("/nowhere").header("x-seen"), None);
+}
+
+#[test]
+fn a_hook_that_leaves_plugins_out_or_answers_lets_nobody_in() {
+    let text = r#"
+local apisix = require("apisix")
+local old = apisix.http_access_phase
+apisix.http_access_phase = function(...)
+    if ngx.var.arg_do == "skip" then return end
+    if ngx.var.arg_do == "raise" then error("of the hook") end
+    if ngx.var.arg_do == "exit" then ngx.exit(418) end
+    if ngx.var.arg_do == "wait" then ngx.sleep(0.001) end
+    old(...)
+    if ngx.var.arg_do == "twice" then old(...) end
+end
+"#;
+    let gw = hooked(text, json!({}));
+    let up = Upstream::echo();
+    gw.route(
+        "1",
+        "/x",
+        &up,
+        json!({"key-auth": {}, "limit-count": {"count": 1, "time_window": 600, "rejected_code": 429}}),
+    );
+    let consumer = json!({"username": "jack", "plugins": {"key-auth": {"key": "k"}}});
+    assert_eq!(gw.admin("PUT", "/consumers", consumer).status, 201);
+    for (what, status) in [("", 401), ("skip", 500), ("raise", 500), ("exit", 418), ("wait", 401), ("twice", 401)] {
+        assert_eq!(gw.get(&format!("/x?do={what}")).status, status, "{what}");
+    }
+    gw.expect_log("http_access_phase was replaced by a function that has not called the original");
+    gw.expect_log("my_hook.lua:6: of the hook");
+    assert!(up.seen().is_empty());
+    let with_key = |path: &str| gw.send("GET", path, &[("apikey", "k")], b"").status;
+    assert_eq!((with_key("/x?do=twice"), with_key("/x?do=wait")), (200, 429), "the plugins have run once");
+}
+
+#[test]
+fn a_hook_may_wrap_the_start_and_the_end_of_the_gateway() {
+    let text = r#"
+local apisix = require("apisix")
+for _, name in ipairs({ "http_init", "http_init_worker", "http_exit_worker", "stream_init", "stream_init_worker" }) do
+    local old = apisix[name]
+    apisix[name] = function(...)
+        ngx.log(ngx.WARN, "before ", name, " in ", ngx.get_phase())
+        old(...)
+        ngx.log(ngx.WARN, "after ", name)
+        if name == "http_init_worker" then error("after all") end
+    end
+end
+"#;
+    let plugin = "local _M = { version = 1, priority = 1, name = 'mine', schema = { type = 'object' } }\n\
+                  function _M.init() ngx.log(ngx.WARN, 'plugin begins') end\n\
+                  function _M.destroy() ngx.log(ngx.WARN, 'plugin ends') end\n\
+                  return _M";
+    let dir = crate::support::Dir::new();
+    std::fs::create_dir_all(dir.join("extra")).expect("a directory");
+    dir.write("extra/my_hook.lua", text);
+    dir.write("plugins/mine.lua", plugin);
+    let path = format!("{}/?.lua", dir.join("extra").display());
+    dir.configure(json!({
+        "apisix": {"extra_lua_path": path, "lua_module_hook": "my_hook", "proxy_mode": "http&stream", "stream_proxy": {"tcp": ["127.0.0.1:0"]}},
+        "plugins": ["mine"],
+        "nginx_config": {"worker_processes": 1},
+    }));
+    let mut gw = Gateway::in_dir(dir);
+    assert_eq!(gw.get("/").status, 404);
+    assert!(gw.quit().success());
+    let log = gw.log();
+    let mut rest = &log[..];
+    for line in [
+        "before http_init in init",
+        "after http_init",
+        "before stream_init in",
+        "before http_init_worker in init_worker",
+        "plugin begins",
+        "after http_init_worker",
+        "apisix.http_init_worker: ",
+        "before stream_init_worker in",
+        "before http_exit_worker in exit_worker",
+        "plugin ends",
+        "after http_exit_worker",
+    ] {
+        let at = rest.find(line).unwrap_or_else(|| panic!("{line} is not there, or not in its place: {log}"));
+        rest = &rest[at + line.len()..];
+    }
+    for (line, count) in [("plugin begins", 1), ("plugin ends", 1), ("after all", 1)] {
+        assert_eq!(log.matches(line).count(), count, "{line}: {log}");
+    }
+}
+
 #[test]
 fn a_hook_that_replaces_what_the_gateway_does_itself_is_warned_of() {
     let up = Upstream::echo();
@@ -621,7 +797,7 @@ fn a_hook_that_replaces_what_the_gateway_does_itself_is_warned_of() {
         r#"
 require("apisix.plugin").run_plugin = function() ngx.exit(501) end
 require("apisix.upstream").set_by_route = function() return 502 end
-require("apisix").http_access_phase = function() ngx.exit(503) end
+require("apisix").http_balancer_phase = function() ngx.exit(503) end
 local response = require("apisix.core").response
 local set_header = response.set_header
 function response.set_header(...) set_header("X-Hooked", "yes") return set_header(...) end
@@ -631,7 +807,7 @@ function response.set_header(...) set_header("X-Hooked", "yes") return set_heade
     dir.configure(json!({"apisix": {"extra_lua_path": path, "lua_module_hook": "my_hook"}}));
     let gw = Gateway::in_dir(dir);
     gw.expect_log(
-        "my_hook] replaces apisix.http_access_phase, apisix.plugin.run_plugin, apisix.upstream.set_by_route: no effect",
+        "my_hook] replaces apisix.http_balancer_phase, apisix.plugin.run_plugin, apisix.upstream.set_by_route: no effect",
     );
     assert_eq!(gw.log().matches("my_hook] replaces").count(), 1, "{}", gw.log());
     gw.route("1", "/x", &up, json!({"response-rewrite": {"headers": {"set": {"X-Set": "1"}}}}));
