@@ -752,7 +752,9 @@ mod dry_run {
         let gw = with(source("return function() return 200, 'served' end"));
         let tick = "return function() ngx.log(ngx.NOTICE, 'ran') end";
         gw.put("/functions/tick", json!({"source": tick, "schedule": "* * * * * *"}));
-        let spin = json!({"source": "while true do end", "limits": {"cpu_ms": 4000, "timeout_ms": 4000}});
+        // Long enough for a tick. On a machine that has other things to do it takes several times as long, and is given up five seconds
+        // after its time.
+        let spin = json!({"source": "while true do end", "limits": {"cpu_ms": 2500, "timeout_ms": 2500}});
         let ask = || {
             eventually("a place", || {
                 let tried = gw.admin("POST", "/functions/hello/test", spin.clone());

@@ -60,6 +60,11 @@ _M.method_schema = {
     enum = { "GET", "POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS", "CONNECT", "TRACE", "PURGE" },
 }
 
+--- The JSON Schema of a secret manager's configuration (`vault`, `aws`, `gcp`). nil for another.
+function _M.of_secret_manager(name)
+    return native.resource_schema("secret/" .. name)
+end
+
 --- A bundled plugin's schemas: `schema`, `consumer_schema`, `metadata_schema` (those that it has). Errors for an unknown name.
 function _M.of_plugin(name)
     local schemas = native.plugin_schema(name)

@@ -111,10 +111,8 @@ end
 
 -- What stands in a plan for a plugin's phase.
 local function function_of(pass, owner, member)
-    local f, phase = member.plugin[pass[2]], pass[2]
-    if not owner.noted then return f end
-    if pass.consumer then phase = "rewrite_in_consumer" end
-    return noted(f, member.item.name, phase, owner)
+    local f = member.plugin[pass[2]]
+    return owner.noted and noted(f, member.item.name, pass[2], owner) or f
 end
 
 local function fill(plan, owner, members)

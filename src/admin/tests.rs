@@ -251,6 +251,34 @@ fn refusals_read_as_in_apisix() {
                 "invalid configuration: property \"ikey\" is required",
             ),
             ("PUT", "/secrets/vault", json!({}), 400, "no secret id"),
+            (
+                "PUT",
+                "/secrets/vault/1",
+                json!({"uri": "http://a", "prefix": "p"}),
+                400,
+                "invalid configuration: property \"token\" is required",
+            ),
+            (
+                "PUT",
+                "/secrets/vault/1",
+                json!({"uri": "http://a", "prefix": 1, "token": "t"}),
+                400,
+                "invalid configuration: property \"prefix\" validation failed: wrong type: expected string, got number",
+            ),
+            (
+                "PUT",
+                "/secrets/aws/1",
+                json!({"access_key_id": "a"}),
+                400,
+                "invalid configuration: property \"secret_access_key\" is required",
+            ),
+            (
+                "PUT",
+                "/secrets/gcp/1",
+                json!({}),
+                400,
+                "invalid configuration: value should match only one schema, but matches none",
+            ),
             ("GET", "/plugins/asdf", json!({}), 404, "plugin not found in subsystem http"),
             ("GET", "/plugins?subsystem=asdf", json!({}), 400, "unsupported subsystem: asdf"),
             (
@@ -264,11 +292,16 @@ fn refusals_read_as_in_apisix() {
             let reply = api.call(method, path, body).await;
             assert_eq!((reply.status, reply.error().as_str()), (status, text), "{method} {path}");
         }
+        let relative = api.call("PUT", "/secrets/vault/1", json!({"uri": "/get", "prefix": "p", "token": "t"})).await;
+        let text = "invalid configuration: property \"uri\" validation failed: failed to match pattern ";
+        assert!(relative.status == 400 && relative.error().starts_with(text), "{}", relative.text);
         let broken = api.send(api.admin, "PUT", "/apisix/admin/routes/1", &format!("X-API-KEY: {KEY}\r\n"), "{").await;
         assert!(broken.status == 400 && broken.error().starts_with("invalid request body: "), "{}", broken.text);
         let large = api.call("PUT", "/routes/1", json!({"desc": "a".repeat(1_600_000)})).await;
         assert!(large.error().ends_with("is greater than the maximum size 1572864 allowed"), "{}", large.text);
-        assert_eq!(api.call("GET", "/routes", None).await.json()["total"], 0, "nothing was stored");
+        for kind in ["/routes", "/secrets"] {
+            assert_eq!(api.call("GET", kind, None).await.json()["total"], 0, "nothing was stored");
+        }
     });
 }
 

@@ -117,7 +117,11 @@ fn checked<'v>(
     {
         map.insert("id".into(), id.into());
     }
-    let schema = schema::resource(kind.singular());
+    let schema = match (kind, id.split_once('/')) {
+        // Each manager has its own.
+        (Kind::Secret, Some((manager, _))) => schema::resource(&format!("secret/{manager}")),
+        _ => schema::resource(kind.singular()),
+    };
     let mut checks = |value: &mut Value| schema.map_or(Ok(()), |schema| by(schema, value));
     let outcome = if kind == Kind::Ssl { ssl::without_references(value, &mut checks) } else { checks(value) };
     outcome.map_err(|e| invalid(format!("invalid configuration: {e}")))?;

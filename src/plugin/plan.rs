@@ -162,11 +162,11 @@ impl<'a> Sources<'a> {
             overlay(&mut items, &route.value.plugins, || owner_of("routes", route), Layer::Route);
             owner.join("route", &route.id, route.mod_revision);
         }
+        if let Some(config) = self.plugin_config {
+            owner.conf_version.push_str(&format!("#{}", config.mod_revision));
+        }
         if let Some(service) = self.service {
             owner.join("service", &service.id, service.mod_revision);
-        }
-        if let Some(config) = self.plugin_config {
-            owner.conf_version.push_str(&format!("&{}", config.mod_revision));
         }
         // What a consumer authenticates with is not what the route's auth plugin runs with.
         let is_auth = |name: &str| plugins.get(name).is_some_and(|p| p.auth);

@@ -693,6 +693,14 @@ impl Runner {
                 return None;
             }
         };
+        if let Some(owner) = owners.last().filter(|owner| !owner.items.is_empty()) {
+            let (kinds, ids, names) = (&owner.conf_type, &owner.conf_id, plan::names(&owners));
+            tracing::info!(
+                "plugins of {kinds} {ids}, conf_version: {}, by priority: {}",
+                owner.conf_version,
+                names.join(" ")
+            );
+        }
         // A request of an old generation must not put its plan before the new one's.
         if Rc::ptr_eq(&self.generation.borrow(), generation) {
             let mut plans = self.plans.borrow_mut();

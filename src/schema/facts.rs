@@ -53,7 +53,13 @@ pub fn resource(name: &str) -> Option<&'static Schema> {
 
 /// A resource's schema as JSON text.
 pub fn resource_json(name: &str) -> Option<&'static str> {
-    facts().resources.get(name).map(|raw| raw.get())
+    facts().resources.get(name).or_else(|| own().get(name)).map(|raw| raw.get())
+}
+
+fn own() -> &'static HashMap<&'static str, &'static RawValue> {
+    static PARSED: OnceLock<HashMap<&'static str, &'static RawValue>> = OnceLock::new();
+    // As above.
+    PARSED.get_or_init(|| serde_json::from_str(OWN).unwrap_or_default())
 }
 
 pub fn plugin(name: &str) -> Option<&'static PluginSchemas> {
@@ -134,8 +140,10 @@ fn compile_resources() -> HashMap<&'static str, Schema> {
         }
     }
     let own: Value = serde_json::from_str(OWN).unwrap_or_default();
-    for name in ["credential", "function", "function_test", "plugin_source"] {
-        let reference = json!({ "$ref": format!("#/{name}") });
+    let names =
+        ["credential", "function", "function_test", "plugin_source", "secret/aws", "secret/gcp", "secret/vault"];
+    for name in names {
+        let reference = json!({ "$ref": format!("#/{}", name.replace('/', "~1")) });
         if let Some(schema) = own_schema(&own, &reference) {
             compiled.insert(name, schema);
         }

@@ -59,6 +59,18 @@ fn the_file_is_followed() {
     eventually("it ends", || header().is_none().then_some(()));
 }
 
+#[test]
+fn what_a_consumer_brings_ran_in_rewrite() {
+    let gw = debugged(BASIC);
+    let up = Upstream::echo();
+    gw.route("1", "/x", &up, json!({"key-auth": {}}));
+    let plugins = json!({"key-auth": {"key": "k"}, "proxy-rewrite": {"uri": "/y"}});
+    gw.put("/consumers", json!({"username": "jack", "plugins": plugins}));
+    let reply = gw.send("GET", "/x", &[("apikey", "k")], b"");
+    assert_eq!(reply.header("apisix-plugins"), Some("key-auth#rewrite, proxy-rewrite#rewrite"));
+    assert_eq!(up.last().target, "/y");
+}
+
 /// The functions that stand for nginx's phases, and one of a plugin's own.
 fn hooks(dynamic: bool) -> String {
     format!(

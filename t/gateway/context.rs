@@ -252,6 +252,25 @@ fn a_server_that_before_proxy_writes_to_the_context_gets_the_request() {
 }
 
 #[test]
+fn the_version_of_what_runs_names_each_source() {
+    let up = Upstream::echo();
+    let gw = Gateway::with(json!({"nginx_config": {"error_log_level": "info"}}));
+    gw.put("/services/s", json!({"upstream": {"nodes": {up.addr(): 1}}}));
+    gw.put(
+        "/plugin_configs/c",
+        json!({"plugins": answering("return 200, ctx.conf_type .. ' ' .. ctx.conf_id .. ' ' .. ctx.conf_version")}),
+    );
+    gw.put("/routes/r", json!({"uri": "/all", "service_id": "s", "plugin_config_id": "c"}));
+    gw.put("/routes/q", json!({"uri": "/own", "upstream": {"nodes": {up.addr(): 1}}, "plugin_config_id": "c"}));
+    let revision = |path: &str| gw.admin("GET", path, Value::Null).json()["modifiedIndex"].to_string();
+    let (r, q, s, c) =
+        (revision("/routes/r"), revision("/routes/q"), revision("/services/s"), revision("/plugin_configs/c"));
+    assert_eq!(gw.get("/all").text(), format!("route&service r&s {r}#{c}&{s}"));
+    assert_eq!(gw.get("/own").text(), format!("route q {q}#{c}"));
+    gw.expect_log(&format!("plugins of route q, conf_version: {q}#{c}, by priority: serverless-pre-function"));
+}
+
+#[test]
 fn resources_are_shown_as_they_are_in_force() {
     let up = Upstream::echo();
     let gw = Gateway::start();

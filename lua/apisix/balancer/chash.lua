@@ -3,7 +3,7 @@
 local chash = require("resty.chash")
 local core = require("apisix.core")
 local nkeys = require("table.nkeys")
-local setmetatable, tostring, type = setmetatable, tostring, type
+local pairs, setmetatable, tostring, type = pairs, setmetatable, tostring, type
 
 local _M = {}
 
@@ -38,17 +38,29 @@ local function key_of(ctx, upstream)
     return type(key) == "string" and key or tostring(key)
 end
 
+-- Points are made of the host, a zero byte and the port, as nginx makes them: a key meets the server here that the gateway sends it to.
+local function id_of(server)
+    local host, port = server:match("^(.*):(%d+)$")
+    return host and host .. "\0" .. port or server
+end
+
 --- A picker over `nodes`; `upstream` says what the key is (`hash_on`, `key`). As `apisix.balancer.roundrobin`'s.
 function _M.new(nodes, upstream)
-    local picker = chash:new(nodes)
+    local weights, servers = {}, {}
+    for server, weight in pairs(nodes) do
+        local id = id_of(server)
+        weights[id], servers[id] = weight, server
+    end
+    local picker = chash:new(weights)
     local count = nkeys(nodes)
     return setmetatable({
         upstream = upstream,
         get = function(ctx)
-            local server, index
+            local id, server, index
             local tried = ctx.balancer_tried_servers
             if not tried or not ctx.chash_last_server_index then
-                server, index = picker:find(key_of(ctx, upstream))
+                id, index = picker:find(key_of(ctx, upstream))
+                server = servers[id]
             else
                 index = ctx.chash_last_server_index
             end
@@ -58,7 +70,8 @@ function _M.new(nodes, upstream)
                 if nkeys(tried) >= count then
                     return nil, "all upstream servers tried"
                 end
-                server, index = picker:next(index)
+                id, index = picker:next(index)
+                server = servers[id]
                 left = left - 1
             end
             if not server or tried and tried[server] then

@@ -9,19 +9,8 @@ local sub, type = string.sub, type
 
 local _M = {}
 
-local reference = { type = "string" }
-
-_M.schema = {
-    type = "object",
-    properties = {
-        access_key_id = reference,
-        secret_access_key = reference,
-        session_token = reference,
-        region = { type = "string", default = "us-east-1" },
-        endpoint_url = core.schema.uri_def,
-    },
-    required = { "access_key_id", "secret_access_key" },
-}
+--- JSON Schema of `/apisix/admin/secrets/aws/{id}`.
+_M.schema = core.schema.of_secret_manager("aws")
 
 -- For connecting, sending and each read. Requests wait for it.
 local TIMEOUT_MS = 5000

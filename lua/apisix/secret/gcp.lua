@@ -7,33 +7,10 @@ local sub, type = string.sub, type
 
 local _M = {}
 
-local auth_config = {
-    type = "object",
-    properties = {
-        client_email = { type = "string" },
-        private_key = { type = "string" },
-        project_id = { type = "string" },
-        token_uri = { type = "string", default = "https://oauth2.googleapis.com/token" },
-        scope = {
-            type = "array",
-            items = { type = "string" },
-            default = { "https://www.googleapis.com/auth/cloud-platform" },
-        },
-        entries_uri = { type = "string", default = "https://secretmanager.googleapis.com/v1" },
-    },
-    required = { "client_email", "private_key", "project_id" },
-}
+--- JSON Schema of `/apisix/admin/secrets/gcp/{id}`.
+_M.schema = core.schema.of_secret_manager("gcp")
 
-_M.schema = {
-    type = "object",
-    properties = {
-        ssl_verify = { type = "boolean", default = true },
-        auth_config = auth_config,
-        auth_file = { type = "string" },
-    },
-    oneOf = { { required = { "auth_config" } }, { required = { "auth_file" } } },
-}
-
+local DEFAULT_ENTRIES = _M.schema.properties.auth_config.properties.entries_uri.default
 -- For connecting, sending and each read. Requests wait for it.
 local TIMEOUT_MS = 5000
 -- Bytes of an error's name that are told.
@@ -103,7 +80,7 @@ local function read(conf, name)
     end
     local client = http.new()
     client:set_timeout(TIMEOUT_MS)
-    local entries = oauth.entries_uri or auth_config.properties.entries_uri.default
+    local entries = oauth.entries_uri or DEFAULT_ENTRIES
     local uri = entries .. "/projects/" .. oauth.project_id .. "/secrets/" .. name .. "/versions/latest:access"
     local response
     response, err = client:request_uri(uri, {

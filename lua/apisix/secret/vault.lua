@@ -7,16 +7,8 @@ local byte, sub, type = string.byte, string.sub, type
 
 local _M = {}
 
-_M.schema = {
-    type = "object",
-    properties = {
-        uri = core.schema.uri_def,
-        prefix = { type = "string" },
-        token = { type = "string" },
-        namespace = { type = "string" },
-    },
-    required = { "uri", "prefix", "token" },
-}
+--- JSON Schema of `/apisix/admin/secrets/vault/{id}`.
+_M.schema = core.schema.of_secret_manager("vault")
 
 -- For connecting, sending and each read. Requests wait for it.
 local TIMEOUT_MS = 5000

@@ -230,6 +230,18 @@ fn balancers_pick_what_was_not_tried() {
             ("balancer.pick_server(nil, ctx_of('../x'))", "nil failed to fetch server picker: invalid balancer type: ../x"),
         ],
     );
+    // The servers that the gateway's own ring has for these keys.
+    table(
+        "local chash = require('apisix.balancer.chash')
+         local picker = chash.new({ ['127.0.0.1:1980'] = 1, ['127.0.0.1:1981'] = 1 }, { key = 'arg_key' })
+         local function of(key) return (picker.get({ var = { arg_key = key } })) end",
+        &[
+            ("of('jack')", "127.0.0.1:1981"),
+            ("of('tom')", "127.0.0.1:1980"),
+            ("of('127.0.0.1')", "127.0.0.1:1980"),
+            ("of('cuscookie')", "127.0.0.1:1981"),
+        ],
+    );
     fails(
         "require('apisix.balancer').run()",
         "the gateway balances what it forwards; choose an upstream with apisix.upstream in rewrite or access",

@@ -129,6 +129,20 @@ fn a_directory_holds_what_lives_under_its_objects_too() {
     }
 }
 
+#[test]
+fn secret_managers_are_checked_as_the_admin_api_does() {
+    let (mut b, _) = builder();
+    let vault = json!({"uri": "http://127.0.0.1:1", "prefix": "p", "token": "t"});
+    put(&mut b, "/secrets/vault/1", 1, vault);
+    put(&mut b, "/secrets/vault/2", 2, json!({"uri": "http://127.0.0.1:1", "prefix": "p"}));
+    put(&mut b, "/secrets/aws/1", 3, json!({"access_key_id": "a", "secret_access_key": 1}));
+    let s = b.take().unwrap();
+    let refused: Vec<_> = s.errors.values().map(|e| (&*e.key, e.message.as_str())).collect();
+    assert_eq!(refused.len(), 2, "{refused:?}");
+    assert!(refused.contains(&("/secrets/vault/2", "invalid configuration: property \"token\" is required")));
+    assert_eq!(s.keys_in("/secrets").join(" "), "/secrets/vault/1");
+}
+
 struct Asked<'a>(&'a str, &'a str);
 
 impl Facts for Asked<'_> {
