@@ -39,7 +39,7 @@ pub use body::{Chunk, RequestBody, Spooled};
 pub use headers::Headers;
 use headers::append_all;
 pub use last_host::LastHost;
-pub use vars::{Known, Var, hostname};
+pub use vars::{Known, SERVER_NAME, Var, hostname};
 
 use crate::{
     conf::locations::Location,

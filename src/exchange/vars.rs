@@ -36,8 +36,8 @@ const NGINX_VERSION: &str = "1.27.1";
 /// Variables of a request that scripts may make: a bound against a script that makes one per loop.
 pub const MAX_CUSTOM: usize = 256;
 
-/// `server_name` of APISIX's server, which takes every request.
-const SERVER_NAME: &[u8] = b"_";
+/// `$server_name`, as of APISIX's server, which takes every request; and `$host` of one that names none.
+pub const SERVER_NAME: &[u8] = b"_";
 
 /// A variable, parsed once where it is written (access log format, `vars`, chash key, Lua).
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -524,7 +524,9 @@ impl Exchange {
             Known::ApisixUpstreamResponseTime if !self.custom_vars.is_empty() => {
                 self.set_by_name("apisix_upstream_response_time").or_else(|| self.written(known, scratch))
             }
-            Known::VarXForwardedHost => r.headers.get("host").and_then(non_empty).or(Some(&r.host)),
+            Known::VarXForwardedHost => {
+                r.headers.get("host").and_then(non_empty).or(non_empty(&r.host)).or(Some(SERVER_NAME))
+            }
             _ => self.written(known, scratch),
         }
     }

@@ -220,9 +220,11 @@ fn nodes(value: Option<&Value>, scheme: Scheme) -> Result<SmallVec<[Node; 1]>> {
     }
 }
 
-/// `"127.0.0.1:8080": 1`.
+/// `"127.0.0.1:8080": 1`. What has several colons and no brackets is taken, as in APISIX, which then fails to connect: one such node
+/// must not cost the others of its upstream.
 fn node_of_entry(place: &str, weight: &Value, scheme: Scheme) -> Result<Node> {
-    let (host, port) = split_place(place)?;
+    let is_bare = !place.starts_with('[') && place.bytes().filter(|b| *b == b':').count() > 1;
+    let (host, port) = if is_bare { (place, None) } else { split_place(place)? };
     let weight = weight.as_number().and_then(integer).unwrap_or(0);
     Ok(node(host, port, scheme, weight, 0))
 }

@@ -6,7 +6,7 @@
 use ipnet::IpNet;
 use smallvec::SmallVec;
 
-use crate::exchange::Exchange;
+use crate::exchange::{Exchange, SERVER_NAME};
 
 /// The fields, in lower case, and where what the client sent is kept.
 const FIELDS: [(&str, &str); 5] = [
@@ -61,8 +61,10 @@ fn add(x: &mut Exchange, missing: [bool; 3]) {
         let scheme = x.scheme();
         x.request.headers.append("X-Forwarded-Proto", scheme);
     }
-    let host = x.request.headers.get("host").filter(|host| !host.is_empty());
-    let host: SmallVec<[u8; 64]> = SmallVec::from_slice(host.unwrap_or(&x.request.host));
+    let non_empty = |host: &&[u8]| !host.is_empty();
+    let host = x.request.headers.get("host").filter(non_empty).or(Some(&x.request.host[..]).filter(non_empty));
+    // What `$host` is, then.
+    let host: SmallVec<[u8; 64]> = SmallVec::from_slice(host.unwrap_or(SERVER_NAME));
     if missing[1] {
         x.request.headers.append("X-Forwarded-Host", &host);
     }
@@ -140,6 +142,15 @@ mod tests {
         assert_eq!(original.as_deref(), Some(&b"1.2.3.4"[..]));
         let x = applied(&["10.0.0.0/8", "127.0.0.0/24"], &SENT);
         assert_eq!(seen(&x), r#"Some("1.2.3.4") Some("https") Some("example.com") Some("8443") Some("for=1.2.3.4") "#);
+    }
+
+    #[test]
+    fn a_request_without_a_host_came_to_the_servers_name() {
+        let mut x = applied(&[], &[]);
+        x.request.headers.retain(|_, _| false);
+        x.request.host.clear();
+        apply(&[], &mut x);
+        assert_eq!(seen(&x), r#"None Some("http") Some("_") Some("1984") None "#);
     }
 
     #[test]

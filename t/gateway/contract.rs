@@ -75,6 +75,20 @@ fn plugins_that_hold_a_body_do_not_mix_theirs() {
 }
 
 #[test]
+fn scripts_know_which_servers_resolve_names() {
+    let tell = "return function() return 200, require('apisix.core').utils.get_resolver() end";
+    let of = |config: serde_json::Value| {
+        let gw = Gateway::with(config);
+        gw.route("1", "/t", &Upstream::echo(), json!({"serverless-pre-function": {"functions": [tell]}}));
+        gw.get("/t").json()
+    };
+    assert_eq!(of(json!({"apisix": {"dns_resolver": ["127.0.0.1:5353"]}})), json!(["127.0.0.1:5353"]));
+    let system = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
+    let servers = system.lines().filter_map(|line| line.trim().strip_prefix("nameserver")).map(str::trim);
+    assert_eq!(of(json!({})), json!(servers.collect::<Vec<_>>()));
+}
+
+#[test]
 fn a_plugin_runs_a_list_of_plugins_and_sees_the_requests_own() {
     let source = plugin(
         "runner",

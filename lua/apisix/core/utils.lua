@@ -251,6 +251,9 @@ function _M.get_resolver()
     if not servers then
         local apisix = require("apisix.core.config_local").local_conf().apisix
         servers = apisix and apisix.dns_resolver
+        if not servers or #servers == 0 then
+            servers = require("apisix.core.dns.client").system_servers()
+        end
     end
     return servers
 end

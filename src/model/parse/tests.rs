@@ -26,6 +26,13 @@ fn upstream(value: Value) -> Arc<Upstream> {
     }
 }
 
+#[test]
+fn a_place_that_nobody_can_read_does_not_cost_the_other_nodes() {
+    let upstream = upstream(json!({"nodes": {"127.0.0.1:80": 1, "::1:1980": 1}}));
+    let places: Vec<_> = upstream.nodes.iter().map(|node| (&*node.host, node.port)).collect();
+    assert_eq!(places, [("127.0.0.1", 80), ("::1:1980", 80)]);
+}
+
 fn node(host: &str, port: u16, explicit_port: bool, weight: u32) -> Node {
     Node { host: host.into(), ip: host.parse().ok(), port, explicit_port, weight, priority: 0 }
 }

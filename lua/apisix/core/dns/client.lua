@@ -83,6 +83,11 @@ local function read_resolv_conf(path)
     return conf
 end
 
+--- The servers of /etc/resolv.conf: an array of texts.
+function _M.system_servers()
+    return read_resolv_conf("/etc/resolv.conf").servers
+end
+
 -- "1.2.3.4", "1.2.3.4:53", "[::1]:53" as lua-resty-dns takes them.
 local function nameserver(text)
     if type(text) ~= "string" then
