@@ -947,13 +947,16 @@ mod tests {
     fn light_threads_run_and_are_waited_for() {
         gives(
             r#"
-            local function work(n) ngx.sleep(n) return n, "done" end
-            local a, b = ngx.thread.spawn(work, 0.02), ngx.thread.spawn(work, 0.01)
+            local may_end = false
+            local function late(n) while not may_end do ngx.sleep(0.001) end return n end
+            local function soon(n) ngx.sleep(0.001) return n, "done" end
+            local a, b = ngx.thread.spawn(late, 2), ngx.thread.spawn(soon, 1)
             local ok, n, text = ngx.thread.wait(a, b)
+            may_end = true
             local ok2, n2 = ngx.thread.wait(a)
             local ok3, err = ngx.thread.wait(a)
             return tostring(ok) .. n .. text .. n2 .. tostring(ok3) .. err"#,
-            "true0.01done0.02nilalready waited or killed",
+            "true1done2nilalready waited or killed",
         );
     }
 
