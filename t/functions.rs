@@ -747,13 +747,18 @@ mod dry_run {
         assert_eq!(tried["body"], "/a+b+c /a+b%2Bc?x=1+2 1 2", "{tried}");
     }
 
+    /// A function that never ends was stopped after its time; where the machine has other things to do, it was given up by then.
+    fn assert_ended(tried: &Reply) {
+        let stopped = (tried.status, &tried.json()["status"]) == (200, &json!(504));
+        assert!(stopped || tried.status == 504, "{}", tried.text());
+    }
+
     #[test]
     fn no_request_and_no_schedule_waits_for_a_dry_run() {
         let gw = with(source("return function() return 200, 'served' end"));
         let tick = "return function() ngx.log(ngx.NOTICE, 'ran') end";
         gw.put("/functions/tick", json!({"source": tick, "schedule": "* * * * * *"}));
-        // Long enough for a tick. On a machine that has other things to do it takes several times as long, and is given up five seconds
-        // after its time.
+        // Long enough for a tick.
         let spin = json!({"source": "while true do end", "limits": {"cpu_ms": 2500, "timeout_ms": 2500}});
         let ask = || {
             eventually("a place", || {
@@ -774,10 +779,10 @@ mod dry_run {
             assert_eq!(gw.get("/hello").text(), "served");
             assert!(two.iter().all(|one| !one.is_finished()), "the one worker serves meanwhile");
             for one in two {
-                assert_eq!(one.join().expect("an answer").json()["status"], 504);
+                assert_ended(&one.join().expect("an answer"));
             }
         });
-        assert_eq!(ask().status, 200);
+        assert_ended(&ask());
     }
 
     #[test]
