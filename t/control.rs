@@ -8,6 +8,8 @@ mod contract;
 mod debug;
 #[path = "control/objects.rs"]
 mod objects;
+#[path = "control/own_metrics.rs"]
+mod own_metrics;
 #[path = "control/plugins.rs"]
 mod plugins;
 #[path = "control/prometheus.rs"]

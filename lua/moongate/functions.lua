@@ -45,7 +45,7 @@ local forbidden = { ffi = true, jit = true, io = true, os = true, debug = true, 
     ["string.buffer"] = true, ["apisix.core.io"] = true, ["apisix.core.os"] = true,
     ["apisix.core.env"] = true, ["apisix.core.data_encryption"] = true, ["apisix.consumer"] = true, ["apisix.secret"] = true,
     ["apisix.secret.vault"] = true, ["apisix.secret.aws"] = true, ["apisix.secret.gcp"] = true, ["apisix.core.etcd"] = true,
-    ["apisix.core.config"] = true, ["apisix.core.config_etcd"] = true, ["apisix.core.config_yaml"] = true, lfs = true,
+    ["apisix.core.config"] = true, prometheus = true, ["apisix.core.config_etcd"] = true, ["apisix.core.config_yaml"] = true, lfs = true,
     ["resty.shell"] = true, ["resty.signal"] = true, ["ngx.pipe"] = true, ["pl.path"] = true, ["pl.file"] = true,
     ["pl.dir"] = true }
 

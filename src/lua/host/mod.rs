@@ -12,6 +12,7 @@ pub mod ip;
 pub mod jsonschema;
 pub mod jwt;
 pub mod lfs;
+pub mod metrics;
 pub mod pattern;
 pub mod pb;
 pub mod pkey;
@@ -77,6 +78,7 @@ pub fn register(api: &mut Api) -> Result<()> {
     pattern::register(api)?;
     pb::register(api)?;
     pkey::register(api)?;
+    metrics::register(api)?;
     process::register(api)?;
     regex::register(api)?;
     store::register(api)?;

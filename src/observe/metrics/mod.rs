@@ -26,7 +26,7 @@ use self::{
     custom::Custom,
 };
 pub use self::{
-    custom::{Family, Kind},
+    custom::{Change, Definition, Family, Kind, OWN_PAGE},
     page::Page,
     serve::serve,
     settings::{Extra, Settings},
@@ -229,16 +229,36 @@ impl Metrics {
         lock(&self.sources).push(source);
     }
 
-    /// A metric of a plugin's own, made on first use. `name` goes without the prefix.
-    pub fn custom(
-        &self,
-        kind: Kind,
-        name: &str,
-        help: &str,
-        labels: &[&str],
-        buckets: &[f64],
-    ) -> crate::error::Result<Arc<Family>> {
-        self.custom.family(kind, name, help, labels, buckets)
+    /// A metric of the gateway's that is counted by labels, made on first use. `name` goes without the prefix.
+    pub fn counter(&self, name: &str, help: &str, labels: &[&str]) -> crate::error::Result<Arc<Family>> {
+        let labels = labels.iter().map(|label| (*label).to_owned()).collect();
+        let definition = Definition { kind: Kind::Counter, help: help.to_owned(), labels, bounds: Vec::new() };
+        let number = self.custom.define(OWN_PAGE, name, definition)?;
+        self.custom.family(number).map_err(crate::error::Error::script)
+    }
+
+    /// The number of a script's own metric on the page with that name; that of the gateway's own page is empty, and its names go without
+    /// the prefix. One that is defined anew with other labels or of another kind starts again.
+    pub fn define(&self, page: &str, name: &str, definition: Definition) -> crate::error::Result<usize> {
+        custom::is_free(page, name)?;
+        self.custom.define(page, name, definition)
+    }
+
+    /// Changes a series of a script's own metric; why it does not, which is counted in `nginx_metric_errors_total`.
+    pub fn change(&self, number: usize, values: &[&[u8]], change: Change) -> Result<(), String> {
+        self.custom.change(number, values, change)
+    }
+
+    /// Forgets all series of a script's own metric.
+    pub fn reset(&self, number: usize) {
+        self.custom.reset(number);
+    }
+
+    /// Writes a page of scripts' own, as `scrape`.
+    pub fn page(&self, name: &str, out: &mut String) {
+        let mut page = Page::new("");
+        self.custom.write(name, &mut page);
+        page.write(out);
     }
 
     /// The counts of a listener of streams.
@@ -276,7 +296,7 @@ impl Metrics {
         let mut page = Page::new(&self.settings.prefix);
         self.requests(&mut page);
         self.connections(&mut page);
-        self.custom.write(&mut page);
+        self.custom.write(OWN_PAGE, &mut page);
         self.listeners.write(&mut page);
         self.waiting.write(&mut page);
         functions::write(&mut page);

@@ -9,7 +9,12 @@ use std::{
     },
 };
 
-use super::{Kind, Metrics, custom::Family, lock, page::Page};
+use super::{
+    Metrics,
+    custom::{Change, Family},
+    lock,
+    page::Page,
+};
 use crate::error::Result;
 
 /// The listeners' counts. There are as many as config.yaml has ports, 1024 at most.
@@ -80,16 +85,18 @@ impl Ends {
         let status = "Stream sessions per termination status in APISIX";
         let labels = ["code", "listen_addr", "node"];
         Ok(Ends {
-            total: metrics.custom(Kind::Counter, "stream_connection_total", total, &["route"], &[])?,
-            status: metrics.custom(Kind::Counter, "stream_status", status, &labels, &[])?,
+            total: metrics.counter("stream_connection_total", total, &["route"])?,
+            status: metrics.counter("stream_status", status, &labels)?,
         })
     }
 
     /// `node`: the last one that was tried.
     pub fn ended(&self, route: &str, code: u16, listening: SocketAddr, node: Option<SocketAddr>) {
-        self.total.inc(&[route], 1.0);
         let node = node.map_or_else(String::new, |node| node.to_string());
-        self.status.inc(&[&code.to_string(), &listening.to_string(), &node], 1.0);
+        // One session too many for the labels is counted no more.
+        let _ = self.total.change(&[route.as_bytes()], Change::Inc(1.0));
+        let (code, listening) = (code.to_string(), listening.to_string());
+        let _ = self.status.change(&[code.as_bytes(), listening.as_bytes(), node.as_bytes()], Change::Inc(1.0));
     }
 }
 

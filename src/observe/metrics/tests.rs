@@ -166,27 +166,94 @@ fn idle_series_expire() {
     assert_eq!(lock(&worker.worker.cells).part(0)[0].count, 2);
 }
 
+fn definition(kind: Kind, labels: &[&str], bounds: &[f64]) -> Definition {
+    let labels = labels.iter().map(|label| (*label).to_owned()).collect();
+    Definition { kind, help: "a\nb".into(), labels, bounds: bounds.into() }
+}
+
 #[test]
 fn plugins_have_metrics_of_their_own() {
     let metrics = Metrics::new(Settings::default());
-    let gauge = metrics.custom(Kind::Gauge, "batch_process_entries", "entries", &["name", "route_id"], &[]).unwrap();
-    gauge.set(&["http logger", "1"], 4.0);
-    gauge.inc(&["http logger", "1"], -1.5);
-    gauge.set(&["wrong"], 4.0);
-    let times = metrics.custom(Kind::Histogram, "times", "times", &[], &[1.0, 2.0]).unwrap();
-    times.observe(&[], 1.5);
-    let count = metrics.custom(Kind::Counter, "seen", "seen", &[], &[]).unwrap();
-    count.inc(&[], -1.0);
-    count.inc(&[], 2.0);
-    assert!(metrics.custom(Kind::Counter, "times", "times", &[], &[]).is_err());
-    assert!(metrics.custom(Kind::Counter, "a b", "", &[], &[]).is_err());
+    let define =
+        |kind, name, labels: &[&str], bounds: &[f64]| metrics.define(OWN_PAGE, name, definition(kind, labels, bounds));
+    let change = |number, values: &[&str], change| {
+        metrics.change(number, &values.iter().map(|value| value.as_bytes()).collect::<Vec<_>>(), change)
+    };
+    let gauge = define(Kind::Gauge, "entries", &["name", "route_id"], &[]).unwrap();
+    change(gauge, &["http \"logger", "1"], Change::Set(4.0)).unwrap();
+    change(gauge, &["http \"logger", "1"], Change::Inc(-1.5)).unwrap();
+    change(gauge, &["gone", "1"], Change::Set(4.0)).unwrap();
+    change(gauge, &["gone", "1"], Change::Remove).unwrap();
+    let times = define(Kind::Histogram, "times", &[], &[1.0, 2.0]).unwrap();
+    change(times, &[], Change::Observe(1.5)).unwrap();
+    let count = define(Kind::Counter, "seen", &[], &[]).unwrap();
+    change(count, &[], Change::Inc(2.0)).unwrap();
+    for (number, values, done, why) in [
+        (gauge, &["wrong"][..], Change::Set(4.0), "entries: inconsistent labels count, expected 2, got 1"),
+        (gauge, &["a", "b"], Change::Observe(1.0), "entries: only histograms have observe"),
+        (times, &[], Change::Inc(1.0), "times: a histogram has no inc"),
+        (times, &[], Change::Observe(f64::NAN), "times: the value is no number"),
+        (count, &[], Change::Inc(-1.0), "seen: the value of a counter does not fall"),
+        (count, &[], Change::Set(1.0), "seen: only gauges have set"),
+        (99, &[], Change::Inc(1.0), "there is no metric 99"),
+    ] {
+        assert_eq!(change(number, values, done).expect_err("refused"), why);
+    }
     let page = scrape(&metrics);
-    assert_line(&page, "apisix_batch_process_entries{name=\"http logger\",route_id=\"1\"} 2.5");
+    assert!(page.contains("# HELP apisix_entries a b\n# TYPE apisix_entries gauge\n"), "{page}");
+    assert_line(&page, "apisix_entries{name=\"http \\\"logger\",route_id=\"1\"} 2.5");
     assert_line(&page, "apisix_times_bucket{le=\"1\"} 0");
     assert_line(&page, "apisix_times_bucket{le=\"2\"} 1");
     assert_line(&page, "apisix_times_sum 1.5");
     assert_line(&page, "apisix_seen 2");
-    assert_line(&page, "apisix_nginx_metric_errors_total 2");
+    assert_line(&page, "apisix_nginx_metric_errors_total 7");
+    assert!(!page.contains("gone"));
+    // The same once more is the same; another one in its place starts again.
+    assert_eq!(define(Kind::Counter, "seen", &[], &[]).unwrap(), count);
+    assert_line(&scrape(&metrics), "apisix_seen 2");
+    assert_eq!(define(Kind::Counter, "seen", &["by"], &[]).unwrap(), count);
+    assert!(change(count, &[], Change::Inc(1.0)).is_err());
+    change(count, &["me"], Change::Inc(1.0)).unwrap();
+    let page = scrape(&metrics);
+    assert!(page.contains("apisix_seen{by=\"me\"} 1\n") && !page.contains("apisix_seen 2"), "{page}");
+    metrics.reset(count);
+    assert!(!scrape(&metrics).contains("apisix_seen"));
+}
+
+#[test]
+fn what_can_be_no_metric_is_refused() {
+    let metrics = Metrics::new(Settings::default());
+    let labels: Vec<String> = (0..=custom::MAX_LABELS).map(|i| format!("l{i}")).collect();
+    let labels: Vec<&str> = labels.iter().map(String::as_str).collect();
+    let bounds: Vec<f64> = (0..=custom::MAX_BOUNDS).map(|i| i as f64).collect();
+    let long = "n".repeat(cells::MAX_VALUE + 1);
+    let names = "has a character that Prometheus does not allow in names";
+    for (name, labels, bounds, why) in [
+        ("a b", &[][..], &[1.0][..], names),
+        ("1a", &[], &[1.0], names),
+        (&long, &[], &[1.0], names),
+        ("a", &["a-b"], &[1.0], names),
+        ("a", &["a", "a"], &[1.0], "has a label twice"),
+        ("a", &["le"], &[1.0], "has a label twice, or one that histograms have"),
+        ("a", &labels, &[1.0], "has more than 32 labels"),
+        ("a", &[], &[], "has bounds that are not ascending numbers"),
+        ("a", &[], &[2.0, 1.0], "has bounds that are not ascending numbers"),
+        ("a", &[], &[1.0, f64::INFINITY], "has bounds that are not ascending numbers"),
+        ("a", &[], &bounds, "has more than 128 bounds"),
+        ("http_status", &[], &[1.0], "is one of the gateway's own"),
+        ("function_calls", &[], &[1.0], "is one of the gateway's own"),
+    ] {
+        let refused = metrics.define(OWN_PAGE, name, definition(Kind::Histogram, labels, bounds)).expect_err("refused");
+        assert!(refused.to_string().contains(why), "{refused}");
+    }
+    metrics.define(OWN_PAGE, "a", definition(Kind::Histogram, &labels[1..], &bounds[1..])).unwrap();
+    // Pages of their own have nothing of the gateway's.
+    let number = metrics.define("mine", "http_status", definition(Kind::Counter, &[], &[])).unwrap();
+    metrics.change(number, &[], Change::Inc(1.0)).unwrap();
+    let mut page = String::new();
+    metrics.page("mine", &mut page);
+    assert_eq!(page, "# HELP http_status a b\n# TYPE http_status counter\nhttp_status 1\n");
+    assert!(!scrape(&metrics).contains("apisix_http_status 1"));
 }
 
 #[tokio::test]
@@ -229,24 +296,40 @@ fn measure() {
 #[test]
 fn metrics_of_plugins_are_bounded_in_number_and_series() {
     let metrics = Metrics::new(Settings::default());
-    let count = |i: usize| metrics.custom(Kind::Counter, &format!("count_{i}"), "", &["of"], &[]);
+    let count = |i: usize| metrics.define(OWN_PAGE, &format!("count_{i}"), definition(Kind::Counter, &["of"], &[]));
     for i in 0..custom::MAX_FAMILIES {
         count(i).unwrap();
     }
     let refused = count(custom::MAX_FAMILIES).err().unwrap().to_string();
-    assert!(refused.contains("metric \"count_256\" is one metric too many"), "{refused}");
-    let first = count(0).unwrap();
-    for i in 0..=custom::MAX_SERIES {
-        first.inc(&[&i.to_string()], 1.0);
+    assert!(refused.contains("metric \"count_256\" is one too many"), "{refused}");
+    let add = |of: &str| metrics.change(0, &[of.as_bytes()], Change::Inc(1.0));
+    for i in 0..custom::MAX_SERIES {
+        add(&i.to_string()).unwrap();
     }
-    first.inc(&["0"], 1.0);
+    assert_eq!(add("late").expect_err("refused"), "count_0: there are 10000 series");
+    add("0").unwrap();
     let page = scrape(&metrics);
     assert_line(&page, "apisix_count_0{of=\"0\"} 2");
     assert_eq!(page.lines().filter(|l| l.starts_with("apisix_count_0{")).count(), custom::MAX_SERIES);
     assert_line(&page, "apisix_nginx_metric_errors_total 1");
-    first.remove(&["0"]);
-    first.inc(&["late"], 1.0);
+    metrics.change(0, &[b"0"], Change::Remove).unwrap();
+    add("late").unwrap();
     assert_line(&scrape(&metrics), "apisix_count_0{of=\"late\"} 1");
+}
+
+#[test]
+fn values_of_plugins_are_cut_where_a_character_ends() {
+    let metrics = Metrics::new(Settings::default());
+    metrics.define("mine", "a", definition(Kind::Counter, &["of"], &[])).unwrap();
+    let long = format!("{}ä", "x".repeat(cells::MAX_VALUE - 1));
+    for value in [long.as_bytes(), b"no\xfftext", b"\xc3", &[0x80; 2000]] {
+        metrics.change(0, &[value], Change::Inc(1.0)).unwrap();
+    }
+    let mut page = String::new();
+    metrics.page("mine", &mut page);
+    assert_line(&page, &format!("a{{of=\"{}\"}} 1", "x".repeat(cells::MAX_VALUE - 1)));
+    assert_line(&page, "a{of=\"no\"} 1");
+    assert_eq!(page.lines().filter(|line| line.starts_with("a{")).count(), 4);
 }
 
 #[test]
@@ -262,11 +345,6 @@ fn long_values_are_cut() {
     assert!(page.contains(&format!("route=\"{long}\"")), "{page}");
     assert!(page.contains(&format!("\"{model}\"")));
     assert!(!page.contains(&format!("{long}r")) && !page.contains(&format!("{model}m")));
-    let own = metrics.custom(Kind::Counter, "own", "", &["of"], &[]).unwrap();
-    let cut = "o".repeat(cells::MAX_VALUE - 1);
-    own.inc(&[&format!("{cut}é")], 1.0);
-    own.inc(&[&format!("{cut}éé")], 1.0);
-    assert_line(&scrape(&metrics), &format!("apisix_own{{of=\"{cut}\"}} 2"));
 }
 
 #[tokio::test]
