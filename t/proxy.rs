@@ -2,6 +2,8 @@
 
 #[path = "proxy/bodies.rs"]
 mod bodies;
+#[path = "proxy/certificates.rs"]
+mod certificates;
 #[path = "proxy/choice.rs"]
 mod choice;
 #[path = "proxy/grpc.rs"]
