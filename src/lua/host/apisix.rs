@@ -17,7 +17,7 @@ use smallvec::smallvec;
 use super::Answer;
 use crate::{
     error::{Error, Kind, Result},
-    exchange::{Exchange, Source},
+    exchange::Exchange,
     lua::{
         api::{Api, Phases, Raise, Stack, Wait, request, script},
         convert::push_json,
@@ -599,17 +599,8 @@ fn heads(api: &mut Api) -> Result<()> {
         "native.apisix.response_source",
         Phases::REQUEST,
         "response_source() -> \"upstream\" | \"apisix\" | \"nginx\": who made the response.",
-        |s| Ok(s.push_bytes(source_name(request()?))),
+        |s| Ok(s.push_bytes(request()?.source_name())),
     )
-}
-
-fn source_name(x: &Exchange) -> &'static str {
-    match x.response.source {
-        Source::Upstream => "upstream",
-        // A try that failed was answered by the proxy itself, which is nginx in APISIX's terms.
-        Source::Gateway if !x.upstream.tries.is_empty() => "nginx",
-        Source::Gateway => "apisix",
-    }
 }
 
 /// An upstream that a plugin described, parsed once.

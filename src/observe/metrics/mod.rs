@@ -107,7 +107,7 @@ pub struct RequestSample<'a> {
     pub request_type: &'a str,
     pub request_llm_model: &'a str,
     pub llm_model: &'a str,
-    /// `apisix` or `upstream`.
+    /// `apisix`, `nginx` or `upstream`.
     pub response_source: &'a str,
     /// The values of `Settings::extra`, in its order.
     pub extra: &'a [&'a [u8]],
