@@ -65,7 +65,7 @@ fn node(api: &mut Api) -> Result<()> {
     api.func(
         "native.apisix.add_waiting",
         Phases::ANY,
-        "add_waiting(slot, n): so many more entries wait there, or, below 0, fewer.",
+        "add_waiting(slot, n) -> boolean: so many more entries wait there, or, below 0, fewer; false: another is to be asked for.",
         add_waiting,
     )?;
     api.func(
@@ -126,9 +126,9 @@ fn waiting_slot(s: &Stack) -> Answer {
 fn add_waiting(s: &Stack) -> Answer {
     let (slot, n) = (s.arg_int(1)?, s.arg_int(2)?);
     if let (Some(metrics), Ok(slot)) = (metrics::process(), usize::try_from(slot)) {
-        metrics.add_waiting(slot, n);
+        return Ok(s.push_bool(metrics.add_waiting(slot, n)));
     }
-    Ok(0)
+    Ok(s.push_bool(true))
 }
 
 fn hostname(s: &Stack) -> Answer {
