@@ -496,6 +496,66 @@ fn x_forwarded_fields_that_a_plugin_sets_reach_the_node() {
 }
 
 #[test]
+fn both_sides_of_a_websocket_may_talk_at_once() {
+    const PIECES: usize = 400;
+    const PIECE: usize = 64 * 1024;
+    let gw = gateway("$uri $status $body_bytes_sent $upstream_bytes_received");
+    // It answers each piece before it reads the next one, whoever reads the answers.
+    let up = Upstream::serving(|_, stream| {
+        let mut stream = BufReader::new(stream);
+        if read_request(&mut stream).is_none() {
+            return;
+        }
+        let head = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: upgrade\r\n\r\n";
+        let _ = stream.get_mut().write_all(head.as_bytes());
+        let mut piece = vec![0; PIECE];
+        while stream.read_exact(&mut piece).is_ok() && stream.get_mut().write_all(&piece).is_ok() {}
+    });
+    let upstream = json!({"nodes": {up.addr(): 1}, "timeout": {"connect": 3, "send": 5, "read": 5}});
+    gw.put(
+        "/routes/1",
+        json!({"uri": "/*", "enable_websocket": true, "upstream": upstream, "plugins": {"prometheus": {}}}),
+    );
+    let mut client = TcpStream::connect(gw.proxy()).expect("a connection");
+    client
+        .write_all(b"GET /talk HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+        .expect("is sent");
+    let mut writing = client.try_clone().expect("a handle");
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            let piece = vec![7; PIECE];
+            (0..PIECES).for_each(|_| writing.write_all(&piece).expect("is taken"));
+        });
+        let mut reader = BufReader::new(&client);
+        let mut head = String::new();
+        while !head.ends_with("\r\n\r\n") {
+            std::io::BufRead::read_line(&mut reader, &mut head).expect("a line");
+        }
+        let mut all = vec![0; PIECES * PIECE];
+        reader.read_exact(&mut all).expect("all of it");
+        assert!(all.iter().all(|byte| *byte == 7));
+    });
+    drop(client);
+    let bytes = PIECES * PIECE;
+    eventually("the session is logged", || {
+        let log = gw.dir.read("logs/access.log");
+        let line = log.lines().find(|line| line.starts_with("/talk 101 "))?.to_owned();
+        let received: usize = line.rsplit_once(' ')?.1.parse().ok()?;
+        assert!(line.starts_with(&format!("/talk 101 {bytes} ")) && received > bytes, "{line}");
+        Some(())
+    });
+    let page = get(&gw.prometheus(), "/apisix/prometheus/metrics").text();
+    let value = |name: &str, label: &str| -> f64 {
+        let line = page.lines().find(|line| line.starts_with(name) && line.contains(label));
+        line.and_then(|line| line.rsplit_once(' ')).map_or(-1.0, |(_, value)| value.parse().expect("a number"))
+    };
+    assert!(value("apisix_bandwidth{", "type=\"egress\"") > bytes as f64, "{page}");
+    let (own, whole) =
+        (value("apisix_http_latency_sum", "type=\"apisix\""), value("apisix_http_latency_sum", "type=\"request\""));
+    assert!(own * 2.0 < whole, "the session's time is the upstream's: {own} of {whole}");
+}
+
+#[test]
 fn a_websocket_passes_both_ways_where_it_is_enabled() {
     let gw = gateway("$status");
     let up = Upstream::serving(|_, stream| {

@@ -249,7 +249,11 @@ impl<'a> Way<'a> {
             },
         };
         if head.status == 101 {
-            return self.switch(x, conn).await;
+            let switched = self.switch(x, conn).await;
+            if let Some(last) = x.upstream.tries.last_mut() {
+                last.response_time = Some(begun.elapsed());
+            }
+            return switched;
         }
         let relayed = self.relay(x, &mut conn, head).await;
         // A response that came whole with its head ended when it began, as far as a clock can tell.

@@ -45,7 +45,13 @@ impl Waiting {
             return Some(self.number(*known));
         }
         if free.is_empty() {
-            free.extend(taken.extract_if(.., |_, at| self.gives_up(*at)).map(|(_, at)| at));
+            taken.retain(|_, at| {
+                let goes = self.gives_up(*at);
+                if goes {
+                    free.push(*at);
+                }
+                !goes
+            });
         }
         let Some(at) = free.pop() else {
             self.refused.fetch_add(1, Relaxed);
@@ -60,14 +66,14 @@ impl Waiting {
         let (at, owner) = (number % MAX_SLOTS, (number / MAX_SLOTS) as u64);
         let change = |now: u64| {
             let count = i64::from(now as u32).saturating_add(entries).clamp(0, i64::from(u32::MAX));
-            (now >> 32 == owner).then_some(owner << 32 | count as u64)
+            (now >> 32 == owner).then_some((owner << 32) | count as u64)
         };
         self.counts[at].fetch_update(Relaxed, Relaxed, change).is_ok()
     }
 
     /// Takes the slot away from its owner when nothing waits in it.
     fn gives_up(&self, at: usize) -> bool {
-        let next = |now: u64| (now as u32 == 0).then_some(((now >> 32) + 1 & 0xffff_ffff) << 32);
+        let next = |now: u64| (now as u32 == 0).then_some((((now >> 32) + 1) & 0xffff_ffff) << 32);
         self.counts[at].fetch_update(Relaxed, Relaxed, next).is_ok()
     }
 
