@@ -24,11 +24,16 @@ fn settings(more: Value) -> Value {
 fn on_both(more: Value, scene: impl Fn(&Gateway, Option<&Etcd>)) {
     scene(&Gateway::with(settings(more.clone())), None);
     let etcd = Etcd::start();
-    let mut on_etcd = settings(more);
-    on_etcd["deployment"]["role"] = "traditional".into();
-    on_etcd["deployment"]["role_traditional"] = json!({"config_provider": "etcd"});
-    on_etcd["deployment"]["etcd"] = json!({"host": [etcd.url()], "prefix": "/apisix", "timeout": 5});
-    scene(&Gateway::with(on_etcd), Some(&etcd));
+    scene(&on_etcd(&etcd, more), Some(&etcd));
+}
+
+/// A node of that etcd.
+fn on_etcd(etcd: &Etcd, more: Value) -> Gateway {
+    let mut settings = settings(more);
+    settings["deployment"]["role"] = "traditional".into();
+    settings["deployment"]["role_traditional"] = json!({"config_provider": "etcd"});
+    settings["deployment"]["etcd"] = json!({"host": [etcd.url()], "prefix": "/apisix", "timeout": 5});
+    Gateway::with(settings)
 }
 
 fn call_as(gw: &Gateway, key: &str, method: &str, path: &str, headers: &[(&str, &str)], body: Value) -> Reply {
@@ -553,6 +558,104 @@ fn a_write_may_depend_on_the_modified_index() {
     });
 }
 
+/// Sends a request from each of many clients at once.
+fn at_once(clients: usize, send: impl Fn(usize) -> Reply + Sync) -> Vec<Reply> {
+    std::thread::scope(|scope| {
+        let send = &send;
+        let sending: Vec<_> = (0..clients).map(|n| scope.spawn(move || send(n))).collect();
+        sending.into_iter().map(|client| client.join().expect("an answer")).collect()
+    })
+}
+
+fn id_of(reply: Reply) -> String {
+    assert_eq!(reply.status, 201, "{}", reply.text());
+    let value = reply.json();
+    let id = value["value"]["id"].as_str().expect("an id").to_owned();
+    assert_eq!(value["key"].as_str().and_then(|key| key.rsplit('/').next()), Some(&*id));
+    id
+}
+
+#[test]
+fn ids_of_imported_objects_are_in_nobodys_way() {
+    on_both(json!({}), |gw, _| {
+        // Another store has given these ids; this one's revision is far behind.
+        let imported: Vec<String> = (20..60).map(|n| format!("{n:020}")).collect();
+        for id in &imported {
+            ok(call(gw, "PUT", &format!("/routes/{id}"), route("/imported")));
+        }
+        for id in ["99999999999999999999", "09223372036854775807", "000000000000000000x1", "700"] {
+            ok(call(gw, "PUT", &format!("/routes/{id}"), route("/imported")));
+        }
+        let would = id_of(call(gw, "POST", "/routes?dry_run=true", route("/new")));
+        assert_eq!(would, format!("{:020}", 60));
+        let reply = call_as(gw, JANE, "POST", "/routes", &[("If-None-Match", "*")], route("/new"));
+        let tag = reply.header("etag").map(str::to_owned);
+        assert_eq!(id_of(reply), would, "a dry run takes no id");
+        assert_eq!(tag, Some(format!("\"{}\"", index(gw, &format!("/routes/{would}")))));
+        assert_eq!(id_of(call(gw, "POST", "/routes", route("/new"))), format!("{:020}", 61));
+        for id in &imported {
+            assert_eq!(ok(call(gw, "GET", &format!("/routes/{id}"), Value::Null))["value"]["uri"], "/imported");
+        }
+        refused(call_as(gw, JANE, "POST", "/routes", &[("If-Match", "*")], route("/x")), 412, "does not exist");
+        // A function that is in the way keeps its own sources.
+        let next: i64 = id_of(call(gw, "POST", "/services?dry_run=true", json!({}))).parse().expect("digits");
+        let functions: Vec<String> = (14..24).map(|n| format!("/functions/{:020}", next + n)).collect();
+        for path in &functions {
+            ok(call(gw, "PUT", path, answers(1)));
+        }
+        for n in 0..12 {
+            id_of(call(gw, "POST", "/functions", answers(n)));
+        }
+        for path in &functions {
+            assert_eq!(ok(call(gw, "GET", &format!("{path}/revisions"), Value::Null))["total"], 1);
+        }
+    });
+}
+
+#[test]
+fn writers_that_come_at_once_are_no_conflict_of_theirs() {
+    on_both(json!({}), |gw, _| {
+        let posted = at_once(16, |n| call(gw, "POST", "/routes", route(&format!("/p{n}"))));
+        let mut ids: Vec<String> = posted.into_iter().map(id_of).collect();
+        ids.sort();
+        ids.dedup();
+        assert_eq!(ids.len(), 16);
+        ok(call(gw, "PUT", "/routes/1", route("/a")));
+        let label = |n: usize| json!({"labels": {format!("l{n}"): "x"}});
+        for reply in at_once(16, |n| call(gw, "PATCH", "/routes/1", label(n))) {
+            assert_eq!(reply.status, 200, "{}", reply.text());
+        }
+        let labels = ok(call(gw, "GET", "/routes/1", Value::Null))["value"]["labels"].clone();
+        assert_eq!(labels.as_object().map(|labels| labels.len()), Some(16), "{labels}");
+        let tag = format!("\"{}\"", index(gw, "/routes/1"));
+        let strict = at_once(16, |n| call_as(gw, JANE, "PATCH", "/routes/1", &[("If-Match", &tag)], label(n + 16)));
+        assert_eq!(strict.iter().filter(|reply| reply.status == 200).count(), 1);
+        assert_eq!(strict.iter().filter(|reply| reply.status == 412).count(), 15);
+        ok(call(gw, "PUT", "/functions/f", answers(0)));
+        for reply in at_once(16, |n| call(gw, "PUT", "/functions/f", answers(n as u32 + 1))) {
+            assert_eq!(reply.status, 200, "{}", reply.text());
+        }
+        assert_eq!(known(gw).0, (1..=17).collect::<Vec<_>>());
+    });
+}
+
+#[test]
+fn writers_on_two_nodes_are_no_conflict_of_theirs() {
+    let etcd = Etcd::start();
+    let nodes = [on_etcd(&etcd, json!({})), on_etcd(&etcd, json!({}))];
+    let posted = at_once(16, |n| call(&nodes[n % 2], "POST", "/routes", route(&format!("/p{n}"))));
+    let mut ids: Vec<String> = posted.into_iter().map(id_of).collect();
+    ids.sort();
+    ids.dedup();
+    assert_eq!(ids.len(), 16);
+    let path = format!("/routes/{}", ids[0]);
+    for reply in at_once(16, |n| call(&nodes[n % 2], "PATCH", &path, json!({"labels": {format!("l{n}"): "x"}}))) {
+        assert_eq!(reply.status, 200, "{}", reply.text());
+    }
+    let labels = ok(call(&nodes[0], "GET", &path, Value::Null))["value"]["labels"].clone();
+    assert_eq!(labels.as_object().map(|labels| labels.len()), Some(16), "{labels}");
+}
+
 #[test]
 fn only_so_many_revisions_are_kept() {
     on_both(json!({"revisions": {"max": 3, "max_mb": 1}}), |gw, etcd| {
@@ -610,13 +713,7 @@ fn revisions_survive_sigkill_with_their_writes() {
 #[test]
 fn two_nodes_on_one_etcd_share_their_revisions() {
     let etcd = Etcd::start();
-    let node = || {
-        let mut on_etcd = settings(json!({}));
-        on_etcd["deployment"]["role_traditional"] = json!({"config_provider": "etcd"});
-        on_etcd["deployment"]["etcd"] = json!({"host": [etcd.url()], "prefix": "/apisix", "timeout": 5});
-        Gateway::with(on_etcd)
-    };
-    let (a, b) = (node(), node());
+    let (a, b) = (on_etcd(&etcd, json!({})), on_etcd(&etcd, json!({})));
     ok(call(&a, "PUT", "/routes/1", route("/a")));
     ok(call(&b, "PUT", "/routes/1", route("/b")));
     ok(call(&a, "PUT", "/routes/1", route("/c")));

@@ -4,6 +4,7 @@
 //! Keys are compared in constant time; bodies and connections are bounded.
 
 mod configs;
+mod contest;
 mod difference;
 mod functions;
 pub mod http;
@@ -30,6 +31,7 @@ use tokio::{net::TcpListener, time::timeout};
 
 pub use self::{
     configs::Documents,
+    contest::Contest,
     functions::MAX_REVISIONS,
     plugins::{Listed, PackedPlugins, PluginHost, PluginInfo},
     settings::{AdminKey, ApiVersion, Role, Settings, keyring},
@@ -72,6 +74,7 @@ pub struct State {
     /// `None`: plugins cannot be reloaded.
     pub pipeline: Option<Handle>,
     pub documents: Rc<Documents>,
+    pub contest: Rc<Contest>,
     /// Resolves when every worker serves a revision; `None`: there are no workers to ask.
     pub workers: Option<Workers>,
 }

@@ -7,7 +7,9 @@ use serde_json::{Map, Value, json};
 use tokio::time::timeout;
 
 use super::{
-    SERVED_PATIENCE, State, functions,
+    SERVED_PATIENCE, State,
+    contest::Tries,
+    functions,
     http::{Answer, Call},
     list::{self, Shown},
     patch, references,
@@ -20,12 +22,10 @@ use crate::{
     store::{Condition, Entry, PluginSchema, Refusal, Written},
 };
 
-/// Tries of a PATCH or POST that others' writes get in the way of.
-pub(super) const MAX_TRIES: usize = 5;
 /// Managers that a secret may belong to.
 const SECRET_MANAGERS: [&str; 3] = ["vault", "aws", "gcp"];
 
-type Outcome<T = Answer> = Result<T, Answer>;
+pub(super) type Outcome<T = Answer> = Result<T, Answer>;
 
 /// What a path names.
 #[derive(Debug, PartialEq, Eq)]
@@ -70,7 +70,7 @@ impl Target {
     }
 
     /// As in the key: with the owner, where there is one.
-    fn full_id(&self, short: &str) -> String {
+    pub fn full_id(&self, short: &str) -> String {
         self.owner.as_ref().map_or_else(|| short.to_owned(), |owner| owned_id(self.kind, owner, short))
     }
 }
@@ -167,7 +167,8 @@ async fn put(state: &State, mut target: Target, call: &Call) -> Outcome {
     check(state, target.kind, &id, &value).await?;
     keeps_users(state, target.kind, &id, &value, call).await?;
     let key = target.kind.key(&id);
-    for _ in 0..MAX_TRIES {
+    let mut tries = tries(state, target.kind).await;
+    loop {
         let previous = state.store.get(&key).await.map_err(|e| store_error(&e))?;
         if target.kind == Kind::Function {
             functions::revise(state, &id, &mut value, previous.as_ref()).await?;
@@ -176,9 +177,10 @@ async fn put(state: &State, mut target: Target, call: &Call) -> Outcome {
         let text = stored_text(state, target.kind, &value);
         let written = match state.store.put(&key, text, functions::condition(target.kind, previous.as_ref()), ttl).await
         {
-            Err(e) if e.kind() == error::Kind::Conflict => continue,
-            written => written.map_err(|e| store_error(&e))?,
+            Err(e) if e.kind() == error::Kind::Conflict && tries.again().await => continue,
+            written => written.map_err(|e| overwritten(&e))?,
         };
+        drop(tries);
         if written.previous.is_none() && target.kind == Kind::Service {
             // What an earlier service of that name left is not this one's.
             delete_owned(state, target.kind, &key).await?;
@@ -186,7 +188,23 @@ async fn put(state: &State, mut target: Target, call: &Call) -> Outcome {
         let status = if written.previous.is_some() { 200 } else { 201 };
         return Ok(done(state, status, Action::Set, &written).await);
     }
-    Err(Answer::refuse(409, "value changed before overwritten"))
+}
+
+/// Writers of functions take turns from the first try on: what loses has kept its source by then.
+pub(super) async fn tries(state: &State, kind: Kind) -> Tries<'_> {
+    let mut tries = Tries::of(state);
+    if kind == Kind::Function {
+        tries.take_turn().await;
+    }
+    tries
+}
+
+/// A write that has lost to others every time, or failed.
+pub(super) fn overwritten(e: &error::Error) -> Answer {
+    match e.kind() {
+        error::Kind::Conflict => Answer::refuse(409, "value changed before overwritten"),
+        _ => store_error(e),
+    }
 }
 
 /// What a write brings along before it is checked.
@@ -218,9 +236,18 @@ async fn post(state: &State, target: Target, call: &Call) -> Outcome {
     let ttl = ttl(call)?;
     forbid_times(&value)?;
     take_owner(&target, &mut value)?;
-    for _ in 0..MAX_TRIES {
-        let short = next_id(state).await?;
+    let mut tries = tries(state, target.kind).await;
+    loop {
+        let short = tries.id(&target).await?;
         let id = target.full_id(&short);
+        let key = target.kind.key(&id);
+        // A function's source is kept before the function: not among another's.
+        if target.kind == Kind::Function && state.store.get(&key).await.map_err(|e| store_error(&e))?.is_some() {
+            match tries.again().await {
+                true => continue,
+                false => return Err(Tries::exhausted()),
+            }
+        }
         set_id(&mut value, &short);
         prepare(state, target.kind, &id, &mut value).await?;
         check(state, target.kind, &id, &value).await?;
@@ -228,22 +255,17 @@ async fn post(state: &State, target: Target, call: &Call) -> Outcome {
             functions::revise(state, &id, &mut value, None).await?;
         }
         stamp(&mut value, None, None);
-        let key = target.kind.key(&id);
         let text = stored_text(state, target.kind, &value);
         match state.store.put(&key, text, Condition::Unmodified(0), ttl).await {
-            Ok(written) => return Ok(done(state, 201, Action::Create, &written).await),
-            Err(e) if e.kind() == error::Kind::Conflict => continue,
-            Err(e) => return Err(store_error(&e)),
+            Ok(written) => {
+                drop(tries);
+                return Ok(done(state, 201, Action::Create, &written).await);
+            }
+            Err(e) if e.kind() != error::Kind::Conflict => return Err(store_error(&e)),
+            Err(_) if tries.again().await => {}
+            Err(_) => return Err(Tries::exhausted()),
         }
     }
-    Err(Answer::refuse(409, "another writer took every id that was tried"))
-}
-
-/// As etcd's in-order keys: twenty digits that grow.
-async fn next_id(state: &State) -> Outcome<String> {
-    // No key starts like this: only the revision is wanted.
-    let (_, revision) = state.store.list("/-/").await.map_err(|e| store_error(&e))?;
-    Ok(format!("{:020}", revision + 1))
 }
 
 async fn patch(state: &State, target: Target, call: &Call) -> Outcome {
@@ -258,7 +280,8 @@ async fn patch(state: &State, target: Target, call: &Call) -> Outcome {
         return Err(Answer::refuse(400, "service_id can not be patched"));
     }
     let key = target.kind.key(id);
-    for _ in 0..MAX_TRIES {
+    let mut tries = tries(state, target.kind).await;
+    loop {
         let Some(entry) = state.store.get(&key).await.map_err(|e| store_error(&e))? else {
             return Err(not_found());
         };
@@ -278,12 +301,14 @@ async fn patch(state: &State, target: Target, call: &Call) -> Outcome {
         stamp(&mut value, Some(&entry), Some(&change).filter(|_| sub_path.is_empty()));
         let text = stored_text(state, target.kind, &value);
         match state.store.put(&key, text, Condition::Unmodified(entry.mod_revision), ttl(call)?).await {
-            Ok(written) => return Ok(done(state, 200, Action::CompareAndSwap, &written).await),
-            Err(e) if e.kind() == error::Kind::Conflict => continue,
-            Err(e) => return Err(store_error(&e)),
+            Ok(written) => {
+                drop(tries);
+                return Ok(done(state, 200, Action::CompareAndSwap, &written).await);
+            }
+            Err(e) if e.kind() == error::Kind::Conflict && tries.again().await => {}
+            Err(e) => return Err(overwritten(&e)),
         }
     }
-    Err(Answer::refuse(409, "value changed before overwritten"))
 }
 
 async fn delete(state: &State, target: Target, call: &Call) -> Outcome {

@@ -5,6 +5,7 @@
 
 use std::{
     collections::HashMap,
+    rc::Rc,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -54,7 +55,7 @@ impl Session {
         let read = is_read.then(|| key_of_path(&call.path)).flatten();
         let (precondition, unless) = match is_read {
             true => (None, call.header("if-none-match").and_then(tag_in)),
-            false => (Precondition::of(call)?, None),
+            false => (Precondition::of(call)?.filter(|p| *p != Precondition::Absent || !creates(call)), None),
         };
         let view = Arc::new(View {
             inner: state.store.clone(),
@@ -63,7 +64,8 @@ impl Session {
             dry_run,
             seen: Mutex::default(),
         });
-        Ok(Session { state: State { store: view.clone(), ..state.clone() }, view, read, unless })
+        let contest = if dry_run { Rc::new(state.contest.pretended()) } else { state.contest.clone() };
+        Ok(Session { state: State { store: view.clone(), contest, ..state.clone() }, view, read, unless })
     }
 
     /// What the handlers work with.
@@ -113,11 +115,20 @@ fn writes_objects(path: &str) -> bool {
     first.is_some_and(|first| first == "revisions" || Kind::ALL.into_iter().any(|kind| kind.plural() == first))
 }
 
-/// The key of the one object that a path names.
-fn key_of_path(path: &str) -> Option<String> {
+fn target_of_path(path: &str) -> Option<Target> {
     let decoded: Vec<String> =
         path.strip_prefix(ROOT)?.split('/').filter(|s| !s.is_empty()).map(http::decode_path).collect();
-    let target = Target::of(&decoded.iter().map(String::as_str).collect::<Vec<_>>())?;
+    Target::of(&decoded.iter().map(String::as_str).collect::<Vec<_>>())
+}
+
+/// A POST of an object that gets its id here: that it is not there is no condition, but how the id is found.
+fn creates(call: &Call) -> bool {
+    call.method == Method::POST && target_of_path(&call.path).is_some_and(|target| target.id.is_none())
+}
+
+/// The key of the one object that a path names.
+fn key_of_path(path: &str) -> Option<String> {
+    let target = target_of_path(path)?;
     let id = target.id.filter(|_| target.sub_path.is_none())?;
     Some(target.kind.key(&id))
 }
@@ -219,6 +230,11 @@ fn conflict(key: &str) -> Error {
     Error::client(ErrorKind::Conflict).context(format!("{key} has been modified"))
 }
 
+/// The headers' condition does not hold: no conflict that another try would help. `finish` tells the client.
+fn unmet(key: &str) -> Error {
+    Error::client(ErrorKind::Invalid).context(format!("{key} is not what the condition names"))
+}
+
 impl View {
     fn seen(&self) -> MutexGuard<'_, Seen> {
         self.seen.lock().unwrap_or_else(PoisonError::into_inner)
@@ -263,6 +279,8 @@ impl View {
                     let mut seen = self.seen();
                     batch.writes.iter().for_each(|write| drop(seen.entries.remove(&write.key)));
                     if self.precondition.is_none() {
+                        // A POST goes on with another.
+                        seen.primary = None;
                         return Err(e);
                     }
                 }
@@ -292,7 +310,7 @@ impl View {
         let now = index(found.as_ref());
         if !precondition.holds(now) {
             self.seen().failed = Some(now);
-            return Err(conflict(&write.key));
+            return Err(unmet(&write.key));
         }
         if matches!(write.on, Condition::Unmodified(n) if n != now) {
             return Err(conflict(&write.key));

@@ -76,6 +76,7 @@ async fn start_on(between: impl FnOnce(Arc<dyn Store>) -> Arc<dyn Store>) -> Api
         fields: None,
         pipeline: Some(started.handle),
         documents: Rc::default(),
+        contest: Rc::default(),
         workers: None,
     };
     let listen = || async { TcpListener::bind("127.0.0.1:0").await.expect("a port") };
@@ -770,10 +771,13 @@ fn a_write_gives_way_to_others_only_so_often() {
         api.store.put("/routes/1", route.to_string(), store::Condition::Always, None).await.expect("is stored");
         let patched = api.call("PATCH", "/routes/1", json!({"desc": "x"})).await;
         assert_eq!((patched.status, patched.error().as_str()), (409, "value changed before overwritten"));
-        assert_eq!(tries.swap(0, Ordering::Relaxed), resource::MAX_TRIES);
+        assert_eq!(tries.swap(0, Ordering::Relaxed), contest::MAX_TRIES);
         let posted = api.call("POST", "/routes", json!({"uri": "/b", "upstream": upstream()})).await;
-        assert_eq!((posted.status, posted.error().as_str()), (409, "another writer took every id that was tried"));
-        assert_eq!(tries.load(Ordering::Relaxed), resource::MAX_TRIES);
+        assert_eq!(
+            (posted.status, posted.error().as_str()),
+            (503, "other writers took all 64 ids that were tried: try again")
+        );
+        assert_eq!(tries.load(Ordering::Relaxed), contest::MAX_TRIES);
     });
 }
 
