@@ -489,6 +489,23 @@ fn a_dry_run_answers_as_the_write_would_and_writes_nothing() {
         );
         assert_eq!(call(gw, "DELETE", "/routes/7?dry_run=true", Value::Null).status, 404);
         refused(call(gw, "PUT", "/plugins/reload?dry_run=true", Value::Null), 400, "dry_run is for objects");
+        let told = "invalid argument dry_run: should be true or false";
+        let revision = numbers(gw, "?key=/routes/1")[0];
+        for unclear in
+            ["dry_run", "dry_run=yes", "dry_run=1", "dry_run=TRUE", "dryRun=true", "dry_run=false&dry_run=true"]
+        {
+            for (method, path, body) in [
+                ("DELETE", "/routes/1".to_owned(), Value::Null),
+                ("PUT", "/routes/1".to_owned(), route("/x")),
+                ("POST", "/routes".to_owned(), route("/x")),
+                ("PATCH", "/routes/1".to_owned(), json!({"desc": "x"})),
+                ("POST", format!("/revisions/{revision}/rollback"), Value::Null),
+                ("PUT", "/plugins/reload".to_owned(), Value::Null),
+            ] {
+                refused(call(gw, method, &format!("{path}?{unclear}"), body), 400, told);
+            }
+        }
+        assert_eq!(index(gw, "/routes/1"), before, "nothing has been done");
         let source = json!({"source": plugin("dry", "return 200")});
         assert_eq!(call(gw, "PUT", "/plugin_sources/dry?dry_run=true", source).status, 201);
         assert_eq!(

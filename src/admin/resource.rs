@@ -457,7 +457,9 @@ fn ttl(call: &Call) -> Outcome<Option<u64>> {
     match call.arg("ttl") {
         None => Ok(None),
         Some(text) => match text.parse::<f64>() {
-            Ok(seconds) if seconds.is_finite() => Ok((seconds >= 1.0).then_some(seconds as u64)),
+            Ok(0.0) => Ok(None),
+            Ok(seconds) if seconds >= 1.0 && seconds.is_finite() => Ok(Some(seconds as u64)),
+            Ok(_) => Err(Answer::refuse(400, "invalid argument ttl: should be 0 (for ever) or at least 1 second")),
             _ => Err(Answer::refuse(400, "invalid argument ttl: should be a number")),
         },
     }

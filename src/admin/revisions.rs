@@ -214,7 +214,7 @@ async fn rollback(state: &State, call: &Call, revision: &Revision) -> Outcome {
     let wanted: Vec<(String, Option<Arc<str>>)> =
         revision.changes.iter().map(|change| (change.key.clone(), change.before.as_deref().map(Arc::from))).collect();
     with_texts(revision)?;
-    let forced = call.arg("force") == Some("true");
+    let forced = call.forces();
     let mut writes = Vec::with_capacity(wanted.len());
     for ((key, value), change) in wanted.into_iter().zip(&revision.changes) {
         let now = state.store.get(&key).await.map_err(|e| store_error(&e))?;

@@ -48,7 +48,7 @@ impl Session {
     /// Refuses headers that cannot be understood.
     pub fn begin(state: &State, call: &Call) -> std::result::Result<Session, Answer> {
         let is_read = matches!(call.method, Method::GET | Method::HEAD);
-        let dry_run = !is_read && call.arg("dry_run") == Some("true");
+        let dry_run = !is_read && call.switch("dry_run")?;
         if dry_run && !writes_objects(&call.path) {
             return Err(Answer::refuse(400, "dry_run is for objects: this would be done"));
         }
