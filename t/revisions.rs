@@ -741,12 +741,17 @@ fn two_nodes_on_one_etcd_share_their_revisions() {
     assert_eq!(diff["diff"][0]["changed"]["/uri"], json!({"from": "/a", "to": "/b"}));
 }
 
+/// A gateway whose configuration is one document.
+fn one_document() -> Gateway {
+    let mut settings = settings(json!({}));
+    settings["deployment"]["role"] = "traditional".into();
+    settings["deployment"]["role_traditional"] = json!({"config_provider": "yaml"});
+    Gateway::with(settings)
+}
+
 #[test]
 fn documents_are_revisions_too() {
-    let mut of_one_document = settings(json!({}));
-    of_one_document["deployment"]["role"] = "traditional".into();
-    of_one_document["deployment"]["role_traditional"] = json!({"config_provider": "yaml"});
-    let gw = Gateway::with(of_one_document);
+    let gw = one_document();
     let with_id = |id: &str, uri: &str| {
         let mut route = route(uri);
         route["id"] = id.into();
@@ -773,6 +778,50 @@ fn documents_are_revisions_too() {
     assert_eq!(ok(call(&gw, "GET", "/configs", Value::Null))["routes"].as_array().map(Vec::len), Some(1));
     assert!(!call(&gw, "PUT", "/routes/1", route("/x")).text().is_empty());
     assert_eq!(numbers(&gw, "").len(), 4, "a single write is none");
+}
+
+#[test]
+fn after_a_rollback_the_next_document_is_taken() {
+    let up = Upstream::echo();
+    let upstream = json!({"type": "roundrobin", "nodes": {up.addr(): 1}});
+    let put = |gw: &Gateway, digest: &str, version: i64, uri: &str| {
+        let route = json!({"id": "lp", "uri": uri, "modifiedIndex": version, "upstream": upstream});
+        let document = json!({"routes_conf_version": version, "routes": [route]});
+        call_as(gw, JANE, "PUT", "/configs", &[("X-Digest", digest)], document)
+    };
+    let serves = |gw: &Gateway, uri: &str| {
+        for path in ["/lp", "/lp2", "/lp3"] {
+            assert_eq!(gw.get(path).status, if path == uri { 200 } else { 404 }, "{path}");
+        }
+    };
+    for (what, digest, version, uri, status) in [
+        ("counted on from what was sent or is shown", "v5002", 5002, "/lp3", 202),
+        ("the same number", "v5001-b", 5001, "/lp3", 202),
+        ("the document that was rolled back", "v5001", 5001, "/lp2", 202),
+        ("an older one", "v5000", 5000, "/lp3", 400),
+        ("what is served by its digest", "revision-3", 5003, "/lp3", 204),
+    ] {
+        let gw = one_document();
+        ok_text(put(&gw, "v5000", 5000, "/lp"));
+        ok_text(put(&gw, "v5001", 5001, "/lp2"));
+        let shown = call(&gw, "GET", "/configs", Value::Null);
+        assert_eq!(shown.json()["routes"][0]["uri"], "/lp2");
+        ok(call(&gw, "POST", "/revisions/2/rollback", Value::Null));
+        let shown = call(&gw, "GET", "/configs", Value::Null);
+        assert_eq!((shown.header("x-digest"), shown.header("etag")), (Some("revision-3"), Some("\"revision-3\"")));
+        let shown = shown.json();
+        assert_eq!((&shown["routes_conf_version"], &shown["routes"][0]["uri"]), (&json!(5001), &json!("/lp")));
+        serves(&gw, "/lp");
+        let reply = put(&gw, digest, version, uri);
+        assert_eq!(reply.status, status, "{what}: {}", reply.text());
+        serves(&gw, if status == 202 { uri } else { "/lp" });
+        if status == 202 {
+            assert_eq!(put(&gw, digest, version, uri).status, 204, "{what}, again");
+            // The number that is served says that nothing has changed, as it does without a rollback.
+            assert_eq!(put(&gw, "another", version, "/lp").status, 202);
+            serves(&gw, uri);
+        }
+    }
 }
 
 #[track_caller]
