@@ -575,6 +575,83 @@ fn a_write_may_depend_on_the_modified_index() {
     });
 }
 
+#[test]
+fn whole_numbers_are_stored_and_shown_as_integers() {
+    on_both(json!({}), |gw, etcd| {
+        let text = r#"{"id": 8.0, "uri": "/n", "priority": 1e2, "desc": "1.0 and 1e2", "upstream": {"nodes": {"127.0.0.1:1980": 1.0}},
+            "plugins": {"limit-count": {"count": 5.0, "time_window": 6E1, "key": "1.0", "rejected_code": 503},
+            "fault-injection": {"delay": {"duration": 0.5, "percentage": 2.0}}}, "timeout": {"connect": 1.5, "send": -0.0e0, "read": 2.0}}"#;
+        let send = |method: &str, path: &str, text: &str| {
+            let headers = [("X-API-KEY", JANE), ("Content-Type", "application/json")];
+            request(&gw.admin_address(), method, &format!("/apisix/admin{path}"), &headers, text.as_bytes())
+        };
+        refused(send("PUT", "/routes/8", text), 400, "timeout");
+        let text = text.replace("-0.0e0", "3.0");
+        let put = send("PUT", "/routes/8", &text);
+        assert_eq!(put.status, 201, "{}", put.text());
+        for reply in [put, call(gw, "GET", "/routes/8", Value::Null), call(gw, "GET", "/routes", Value::Null)] {
+            let shown = reply.text();
+            for part in [
+                r#""id":8"#,
+                r#""priority":100"#,
+                r#""127.0.0.1:1980":1"#,
+                r#""desc":"1.0 and 1e2""#,
+                r#""count":5"#,
+                r#""time_window":60"#,
+                r#""key":"1.0""#,
+                r#""duration":0.5"#,
+                r#""percentage":2"#,
+                r#""connect":1.5"#,
+                r#""send":3"#,
+            ] {
+                let ends = [",", "}"].iter().any(|end| shown.contains(&format!("{part}{end}")));
+                assert!(ends, "{part} in {shown}");
+            }
+        }
+        assert_eq!(send("PATCH", "/routes/8", r#"{"priority": 3.0}"#).json()["value"]["priority"].to_string(), "3");
+        assert_eq!(send("PATCH", "/routes/8/priority", "4.0").json()["value"]["priority"].to_string(), "4");
+        assert_eq!(send("PUT", "/routes/9", &text).status, 400, "another id");
+        if let Some(etcd) = etcd {
+            etcd.put(
+                "/apisix/routes/7",
+                r#"{"uri": "/seven", "priority": 7.0, "upstream": {"nodes": {"127.0.0.1:1": 1.0}}}"#,
+            );
+            for (reply, place) in [
+                (call(gw, "GET", "/routes/7", Value::Null), "/value"),
+                (call(gw, "PATCH", "/routes/7", json!({"desc": "x"})), "/value"),
+                (support::get(&gw.control(), "/v1/route/7"), "/value"),
+            ] {
+                let shown = reply.json();
+                let priority = shown.pointer(place).expect("a value")["priority"].to_string();
+                assert_eq!(priority, "7", "{shown}");
+                assert!(!reply.text().contains("1.0,") && !reply.text().contains("1.0}"), "{}", reply.text());
+            }
+            let n = numbers(gw, "?key=/routes/7")[0];
+            let shown = call(gw, "GET", &format!("/revisions/{n}"), Value::Null).text();
+            assert!(shown.contains(r#""priority":7,"#) && !shown.contains("7.0"), "{shown}");
+        }
+    });
+    let gw = one_document();
+    for (digest, kind, text) in [
+        (
+            "json",
+            "application/json",
+            r#"{"routes_conf_version": 5.0, "routes": [{"id": 8.0, "uri": "/n", "priority": 1e2, "upstream": {"nodes": {"127.0.0.1:1": 1.0}}}]}"#,
+        ),
+        (
+            "yaml",
+            "application/yaml",
+            "routes_conf_version: 6.0\nroutes:\n- {id: 8.0, uri: /n, priority: 1.0e+2, upstream: {nodes: {'127.0.0.1:1': 1.0}}}\n",
+        ),
+    ] {
+        let headers = [("X-API-KEY", JANE), ("Content-Type", kind), ("X-Digest", digest)];
+        ok_text(request(&gw.admin_address(), "PUT", "/apisix/admin/configs", &headers, text.as_bytes()));
+        let shown = call(&gw, "GET", "/configs", Value::Null).text();
+        assert!(shown.contains(r#""priority":100"#) && shown.contains(r#""127.0.0.1:1":1}"#), "{shown}");
+        assert_eq!(ok(call(&gw, "GET", "/routes/8", Value::Null))["value"]["priority"].to_string(), "100");
+    }
+}
+
 /// Sends a request from each of many clients at once.
 fn at_once(clients: usize, send: impl Fn(usize) -> Reply + Sync) -> Vec<Reply> {
     std::thread::scope(|scope| {

@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     error::{self, Error},
-    model::{Kind, PluginSource},
+    model::{self, Kind, PluginSource},
     store::{
         Standalone,
         file::{id_in, id_of, json_of_yaml},
@@ -297,7 +297,9 @@ fn document(state: &State, call: &Call) -> Outcome<Map<String, Value>> {
     }
     let value = if call.header("content-type").is_some_and(|kind| kind.contains(YAML)) {
         let text = std::str::from_utf8(&call.body).map_err(|e| refuse(&e.to_string()))?;
-        json_of_yaml(text).map_err(|e| refuse(&e.to_string()))?
+        let mut value = json_of_yaml(text).map_err(|e| refuse(&e.to_string()))?;
+        model::with_whole_numbers(&mut value);
+        value
     } else {
         resource::parse(&call.body).map_err(|e| resource::not_json(state, &call.body, &e))?
     };

@@ -288,8 +288,8 @@ fn validate(call: &Call, resource: &str) -> Result<Answer, Answer> {
     let Some(schema) = kind.and_then(|kind| schema::resource(kind.singular())) else {
         return Err(Answer::refuse(400, format!("Unsupported resource type: {resource}")));
     };
-    let mut value: Value =
-        serde_json::from_slice(&call.body).map_err(|e| Answer::refuse(400, format!("invalid request body: {e}")))?;
+    let mut value =
+        resource::parse(&call.body).map_err(|e| Answer::refuse(400, format!("invalid request body: {e}")))?;
     match schema.check(&mut value) {
         Ok(()) => Ok(Answer::text(200, "")),
         Err(text) => Err(Answer::refuse(400, text)),

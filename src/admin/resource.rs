@@ -133,7 +133,7 @@ async fn get_list(state: &State, target: &Target, call: &Call) -> Outcome {
 
 /// An entry as the API shows it: secrets readable, private keys left out.
 fn shown(state: &State, kind: Kind, entry: &Entry) -> Shown {
-    let mut value: Value = serde_json::from_str(&entry.value).unwrap_or(Value::Null);
+    let mut value = value_of(&entry.value);
     // The only secret of a stream route is its upstream's private key, which APISIX does not show. Written back it is the same.
     if kind != Kind::StreamRoute {
         decrypt(state, kind, entry, &mut value);
@@ -285,7 +285,7 @@ async fn patch(state: &State, target: Target, call: &Call) -> Outcome {
         let Some(entry) = state.store.get(&key).await.map_err(|e| store_error(&e))? else {
             return Err(not_found());
         };
-        let mut value: Value = serde_json::from_str(&entry.value).unwrap_or(Value::Null);
+        let mut value = value_of(&entry.value);
         decrypt(state, target.kind, &entry, &mut value);
         patch::put_at(&mut value, sub_path, change.clone()).map_err(|e| Answer::refuse(400, e))?;
         same_id(&target, &value)?;
@@ -407,8 +407,22 @@ pub(super) fn not_json(state: &State, body: &[u8], e: &serde_json::Error) -> Ans
     Answer::refuse(400, format!("invalid request body: {why}"))
 }
 
-/// JSON whose strings may hold line breaks and other control characters as they are: people paste protos and Lua.
+/// A stored text; whoever has written it.
+pub(super) fn value_of(text: &str) -> Value {
+    let mut value = serde_json::from_str(text).unwrap_or(Value::Null);
+    model::with_whole_numbers(&mut value);
+    value
+}
+
+/// JSON whose strings may hold line breaks and other control characters as they are: people paste protos and Lua. Its numbers are what cjson
+/// would make of them.
 pub(super) fn parse(bytes: &[u8]) -> serde_json::Result<Value> {
+    let mut value = parse_text(bytes)?;
+    model::with_whole_numbers(&mut value);
+    Ok(value)
+}
+
+fn parse_text(bytes: &[u8]) -> serde_json::Result<Value> {
     serde_json::from_slice(bytes).or_else(|strict| {
         let is_raw = |b: &u8| *b < 0x20;
         if !bytes.iter().any(is_raw) {

@@ -158,7 +158,7 @@ pub(super) fn differences(state: &State, changes: &[Changed]) -> Value {
 
 /// A stored text as it is shown: what is a secret and stands there in clear is replaced.
 fn as_stored(state: &State, key: &str, text: Option<&str>) -> Option<Value> {
-    let mut value: Value = serde_json::from_str(text?).unwrap_or(Value::Null);
+    let mut value = resource::value_of(text?);
     let Some((kind, id)) = Kind::of_key(key) else { return Some(value) };
     let keyring = &state.settings.keyring;
     let in_clear = |_: &str, text: &str| (!is_reference(text) && keyring.decrypt(text).is_none()).then(|| hidden(text));
