@@ -135,7 +135,7 @@ fn with_cors(answer: Answer) -> Answer {
         .header("access-control-allow-credentials", "true")
         .header("access-control-expose-headers", "*")
         .header("access-control-allow-methods", "GET, HEAD, PUT, POST, PATCH, DELETE, OPTIONS")
-        .header("access-control-allow-headers", "content-type, x-api-key")
+        .header("access-control-allow-headers", "content-type, x-api-key, if-match, if-none-match, x-digest")
         .header("access-control-max-age", "3600")
 }
 

@@ -339,6 +339,11 @@ fn only_a_key_opens_and_a_viewer_only_reads() {
         let good = api.send(api.admin, "GET", &format!("{path}?api_key={KEY}"), "", "").await;
         assert!(good.status == 200 && good.head.contains("x-api-version: v3"), "{}", good.head);
         assert!(good.head.contains("access-control-allow-origin: *"), "{}", good.head);
+        let asked = api
+            .send(api.admin, "OPTIONS", "/apisix/admin/routes/1", "Access-Control-Request-Headers: if-match\r\n", "")
+            .await;
+        let allowed = "access-control-allow-headers: content-type, x-api-key, if-match, if-none-match, x-digest";
+        assert!(asked.status == 200 && asked.head.contains(allowed), "{}", asked.head);
     });
 }
 
