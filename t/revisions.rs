@@ -143,8 +143,9 @@ fn a_rollback_sets_back_what_a_revision_changed_and_is_one_itself() {
         let would = ok(call(gw, "POST", &format!("/revisions/{second}/rollback?dry_run=true"), Value::Null));
         assert_eq!(would["diff"][0]["changed"]["/uri"], json!({"from": "/two", "to": "/one"}));
         assert_eq!(index(gw, "/routes/1"), second, "nothing happened");
+        let expected = would["revision"].clone();
         let back = ok(call(gw, "POST", &format!("/revisions/{second}/rollback"), Value::Null));
-        assert_eq!(back["refers_to"], second);
+        assert_eq!((&back["refers_to"], &back["revision"]), (&json!(second), &expected));
         assert_eq!((gw.get("/one").status, gw.get("/two").status), (200, 404), "served with the answer");
         let newest = ok(call(gw, "GET", "/revisions?page_size=1", Value::Null))["list"][0].clone();
         assert_eq!(
@@ -536,7 +537,9 @@ fn a_write_may_depend_on_the_modified_index() {
         assert_eq!(again["modifiedIndex"], first);
         let read = call(gw, "GET", "/routes/1", Value::Null);
         assert_eq!(read.header("etag"), Some(&*tag));
-        assert_eq!(with("GET", "/routes/1", ("If-None-Match", &tag), Value::Null).status, 304);
+        for (tags, status) in [(&*tag, 304), (&*format!("\"0\", W/{tag}"), 304), ("*", 304), ("\"1000000\"", 200)] {
+            assert_eq!(with("GET", "/routes/1", ("If-None-Match", tags), Value::Null).status, status, "{tags}");
+        }
         ok(with("PUT", "/routes/1", ("If-Match", &tag), route("/b")));
         let second = index(gw, "/routes/1");
         for (method, path, body) in [
@@ -554,6 +557,15 @@ fn a_write_may_depend_on_the_modified_index() {
         assert_eq!(absent["modifiedIndex"], 0);
         ok(with("PATCH", "/routes/1", ("If-Match", &format!("\"1000000\", \"{second}\"")), json!({"desc": "x"})));
         ok(with("DELETE", "/routes/1", ("If-Match", "*"), Value::Null));
+        for (method, path) in [("DELETE", "/routes/5"), ("PATCH", "/routes/5"), ("PATCH", "/routes/5/desc")] {
+            for tags in ["*", "\"5\""] {
+                let reply = with(method, path, ("If-Match", tags), json!({"desc": "x"}));
+                assert_eq!(refused(reply, 412, "does not exist")["modifiedIndex"], 0, "{method} {path} {tags}");
+            }
+        }
+        refused(with("POST", "/functions/none/promote", ("If-Match", "*"), Value::Null), 412, "does not exist");
+        refused(with("DELETE", "/routes/5", ("If-None-Match", "*"), Value::Null), 404, "Key not found");
+        refused(with("PUT", "/plugins/reload", ("If-Match", "*"), Value::Null), 400, "are for objects");
         for header in [("If-Match", "W/\"1\""), ("If-Match", "x"), ("If-None-Match", "\"1\"")] {
             refused(with("PUT", "/routes/1", header, route("/a")), 400, "invalid header");
         }
@@ -847,6 +859,18 @@ fn documents_are_revisions_too() {
     assert_eq!(diff["diff"][1]["changed"], json!({"/uri": {"from": "/a", "to": "/other"}}));
     let dry = ok(call(&gw, "POST", "/revisions/2/rollback?dry_run=true", Value::Null));
     assert_eq!((&dry["dry_run"], numbers(&gw, "").len()), (&json!(true), 2));
+    // What would be refused is refused.
+    for query in ["", "?dry_run=true"] {
+        for (method, path, body) in [
+            ("PUT", "/routes/a", route("/x")),
+            ("POST", "/routes", route("/x")),
+            ("PATCH", "/routes/a", json!({"desc": "x"})),
+            ("DELETE", "/routes/a", Value::Null),
+            ("PUT", "/functions/f", answers(1)),
+        ] {
+            refused(call(&gw, method, &format!("{path}{query}"), body), 400, "replace it by PUT /apisix/admin/configs");
+        }
+    }
     ok(call(&gw, "POST", "/revisions/2/rollback", Value::Null));
     assert_eq!(ok(call(&gw, "GET", "/configs", Value::Null))["routes"].as_array().map(Vec::len), Some(2));
     assert_eq!(numbers(&gw, "?key=/routes/b"), [3, 2, 1]);
@@ -855,6 +879,25 @@ fn documents_are_revisions_too() {
     assert_eq!(ok(call(&gw, "GET", "/configs", Value::Null))["routes"].as_array().map(Vec::len), Some(1));
     assert!(!call(&gw, "PUT", "/routes/1", route("/x")).text().is_empty());
     assert_eq!(numbers(&gw, "").len(), 4, "a single write is none");
+}
+
+#[test]
+fn a_function_of_a_document_is_set_back_with_its_canary() {
+    let gw = one_document();
+    let put = |digest: &str, live: u32, canary: u32| {
+        let mut function = answers(live);
+        function["id"] = "f".into();
+        function["canary"] = json!({"revision": canary, "weight": 0, "source": answers(canary)["source"]});
+        let document = json!({"functions": [function], "routes": [{"id": "f", "uri": "/f", "function_id": "f"}]});
+        ok_text(call_as(&gw, JANE, "PUT", "/configs", &[("X-Digest", digest)], document));
+    };
+    put("one", 1, 7);
+    put("two", 2, 8);
+    assert_eq!(gw.get("/f").text(), "2");
+    ok(call(&gw, "POST", "/revisions/2/rollback?dry_run=true", Value::Null));
+    ok(call(&gw, "POST", "/revisions/2/rollback", Value::Null));
+    assert_eq!(gw.get("/f").text(), "1");
+    assert_eq!(ok(call(&gw, "GET", "/functions/f", Value::Null))["value"]["canary"]["revision"], 7);
 }
 
 #[test]
@@ -899,6 +942,36 @@ fn after_a_rollback_the_next_document_is_taken() {
             serves(&gw, uri);
         }
     }
+}
+
+#[test]
+fn a_document_may_depend_on_the_one_before() {
+    let gw = one_document();
+    let put = |digest: &str, condition: (&str, &str)| {
+        let document = json!({"routes": [{"id": "r", "uri": format!("/{digest}")}]});
+        call_as(&gw, JANE, "PUT", "/configs", &[("X-Digest", digest), condition], document)
+    };
+    refused(put("5000", ("If-Match", "*")), 412, "there is no document yet");
+    ok_text(put("5000", ("If-None-Match", "*")));
+    for (digest, condition) in [
+        ("5001", ("If-None-Match", "*")),
+        ("5001", ("If-None-Match", "\"5000\"")),
+        ("5001", ("If-Match", "\"4999\"")),
+        ("5001", ("If-Match", "4999, \"5001\"")),
+    ] {
+        let reply = put(digest, condition);
+        assert_eq!(reply.header("etag"), Some("\"5000\""));
+        refused(reply, 412, "the document's digest is 5000");
+    }
+    assert_eq!(ok(call(&gw, "GET", "/configs", Value::Null))["routes"][0]["uri"], "/5000");
+    ok_text(put("5001", ("If-Match", "\"4999\", \"5000\"")));
+    assert_eq!(put("5001", ("If-Match", "\"5000\"")).status, 204, "it is there already");
+    ok_text(put("5002", ("If-Match", "*")));
+    assert_eq!(ok(call(&gw, "GET", "/configs", Value::Null))["routes"][0]["uri"], "/5002");
+    // A rollback is another document.
+    ok(call(&gw, "POST", "/revisions/3/rollback", Value::Null));
+    refused(put("5003", ("If-Match", "\"5002\"")), 412, "the document's digest is revision-4");
+    ok_text(put("5003", ("If-Match", "\"revision-4\"")));
 }
 
 #[track_caller]

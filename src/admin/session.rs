@@ -13,7 +13,7 @@ use ::http::Method;
 use serde_json::{Value, json};
 
 use super::{
-    ROOT, State,
+    ROOT, State, configs,
     functions::{self, FUNCTION_REVISIONS},
     given_key,
     http::{self, Answer, Call},
@@ -32,6 +32,9 @@ use crate::{
 /// Texts that go with their owner in one revision. With the owner's own, Lua compresses to what etcd takes in one request.
 const MAX_OWNED_BYTES: usize = 1 << 20;
 
+/// The revision of a write that has not happened: served by everybody.
+const PRETENDED: i64 = 0;
+
 /// Tries of a write under a condition of the headers that others' writes get in the way of.
 const MAX_TRIES: usize = 5;
 
@@ -39,9 +42,12 @@ const MAX_TRIES: usize = 5;
 pub(super) struct Session {
     state: State,
     view: Arc<View>,
+    /// The object that the path names.
+    named: Option<String>,
     /// The object that a GET reads.
     read: Option<String>,
-    unless: Option<i64>,
+    /// What a GET knows already.
+    known: Option<Precondition>,
 }
 
 impl Session {
@@ -53,10 +59,16 @@ impl Session {
             return Err(Answer::refuse(400, "dry_run is for objects: this would be done"));
         }
         let read = is_read.then(|| key_of_path(&call.path)).flatten();
-        let (precondition, unless) = match is_read {
-            true => (None, call.header("if-none-match").and_then(tag_in)),
+        let (precondition, known) = match is_read {
+            true => (None, call.header("if-none-match").map(Precondition::known)),
+            // Its digest is what the conditions of a document are about.
+            false if configs::is_document(&call.path) => (None, None),
             false => (Precondition::of(call)?.filter(|p| *p != Precondition::Absent || !creates(call)), None),
         };
+        if precondition.is_some() && !writes_objects(&call.path) {
+            return Err(Answer::refuse(400, "If-Match and If-None-Match are for objects: this would be done"));
+        }
+        let named = target_of_path(&call.path).and_then(|target| Some(target.kind.key(&target.id?)));
         let view = Arc::new(View {
             inner: state.store.clone(),
             who: who(state, call).into(),
@@ -65,7 +77,7 @@ impl Session {
             seen: Mutex::default(),
         });
         let contest = if dry_run { Rc::new(state.contest.pretended()) } else { state.contest.clone() };
-        Ok(Session { state: State { store: view.clone(), contest, ..state.clone() }, view, read, unless })
+        Ok(Session { state: State { store: view.clone(), contest, ..state.clone() }, view, named, read, known })
     }
 
     /// What the handlers work with.
@@ -80,22 +92,29 @@ impl Session {
             return moved(now);
         }
         if !answer.status.is_success() {
-            return answer;
+            return if answer.status == 404 && self.lacks_object(&seen) { moved(0) } else { answer };
         }
         if self.view.dry_run {
-            return pretended(&self.state, answer, &seen.changes);
+            return pretended(&self.state, answer, &seen);
         }
         let entry = match &self.read {
             Some(key) => seen.entries.get(key.as_str()).and_then(Option::as_ref),
             None => seen.written.as_ref(),
         };
         match entry {
-            Some(entry) if self.unless == Some(entry.mod_revision) => {
+            Some(entry) if self.known.as_ref().is_some_and(|known| known.holds(entry.mod_revision)) => {
                 Answer::text(304, "").header("etag", &etag(entry))
             }
             Some(entry) => answer.header("etag", &etag(entry)),
             None => answer,
         }
+    }
+
+    /// Whether the object is not there, where the headers say that it must be.
+    fn lacks_object(&self, seen: &Seen) -> bool {
+        let is_wanted = matches!(self.view.precondition, Some(Precondition::Is(_) | Precondition::Exists));
+        let found = self.named.as_ref().and_then(|key| seen.entries.get(key.as_str()));
+        is_wanted && found.is_some_and(Option::is_none)
     }
 }
 
@@ -143,10 +162,13 @@ fn moved(now: i64) -> Answer {
 }
 
 /// What would have been answered, and what would be different.
-fn pretended(state: &State, answer: Answer, changes: &[Changed]) -> Answer {
+fn pretended(state: &State, answer: Answer, seen: &Seen) -> Answer {
     let Ok(Value::Object(mut body)) = serde_json::from_slice(&answer.body) else { return answer };
     body.insert("dry_run".into(), true.into());
-    body.insert("diff".into(), revisions::differences(state, changes));
+    body.insert("diff".into(), revisions::differences(state, &seen.changes));
+    if body.get("revision").and_then(Value::as_i64) == Some(PRETENDED) {
+        body.insert("revision".into(), seen.next.into());
+    }
     Answer::json(answer.status.as_u16(), &Value::Object(body))
 }
 
@@ -160,6 +182,16 @@ enum Precondition {
 }
 
 impl Precondition {
+    /// What the client of a GET has, or may have: of several tags one that is none of ours is no mistake.
+    fn known(tags: &str) -> Precondition {
+        match tags.trim() {
+            "*" => Precondition::Exists,
+            tags => Precondition::Is(
+                tags.split(',').filter_map(|tag| tag_in(tag.trim().trim_start_matches("W/"))).collect(),
+            ),
+        }
+    }
+
     fn of(call: &Call) -> std::result::Result<Option<Precondition>, Answer> {
         let wrong = |name: &str, may: &str| Err(Answer::refuse(400, format!("invalid header {name}: use {may}")));
         match (call.header("if-match").map(str::trim), call.header("if-none-match").map(str::trim)) {
@@ -213,6 +245,8 @@ struct Seen {
     satisfied: bool,
     /// What a dry run has not written.
     changes: Vec<Changed>,
+    /// The revision that it would have been.
+    next: i64,
     /// The `modifiedIndex` that did not satisfy the condition.
     failed: Option<i64>,
 }
@@ -333,6 +367,9 @@ impl View {
 
     /// What a commit would do, but for its number.
     async fn pretend(&self, batch: &Batch) -> Result<Committed> {
+        if batch.note.refers_to.is_none() && self.inner.clone().standalone().is_some() {
+            return Err(Standalone::refused());
+        }
         let mut done = Vec::with_capacity(batch.writes.len());
         for write in &batch.writes {
             let found = self.read(&write.key).await?;
@@ -348,14 +385,17 @@ impl View {
             });
             done.push((found, now));
         }
+        // No key starts like this: only the revision is wanted.
+        let (_, revision) = self.inner.list("/-/").await?;
         let mut seen = self.seen();
+        seen.next = revision.saturating_add(1);
         for (write, (before, after)) in batch.writes.iter().zip(&done) {
             let is_new = seen.changes.iter().all(|change| change.key != *write.key);
             if is_new && is_object(&write.key) && (before.is_some() || after.is_some()) {
                 seen.changes.push(Changed::of(write, before.as_ref()));
             }
         }
-        Ok(Committed { done, revision: 0, lease: None })
+        Ok(Committed { done, revision: PRETENDED, lease: None })
     }
 
     fn note(&self) -> Note {
@@ -506,6 +546,11 @@ mod tests {
     fn conditions_are_about_the_modified_index() {
         for (text, tag) in [("\"12\"", Some(12)), (" 7 ", Some(7)), ("W/\"1\"", None), ("\"x\"", None), ("0", None)] {
             assert_eq!(tag_in(text), tag, "{text}");
+        }
+        for (tags, holds) in
+            [("\"7\"", true), ("\"x\", W/\"7\"", true), ("7", true), ("\"6\"", false), ("*", true), ("", false)]
+        {
+            assert_eq!(Precondition::known(tags).holds(7), holds, "{tags}");
         }
         assert!(Precondition::Is(vec![3, 4]).holds(4) && !Precondition::Is(vec![3]).holds(0));
         assert!(Precondition::Exists.holds(1) && !Precondition::Exists.holds(0));

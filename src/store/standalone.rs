@@ -300,7 +300,8 @@ impl Standalone {
         Change::All { entries, revision: held.revision }
     }
 
-    fn refused() -> Error {
+    /// Of a write of one object.
+    pub fn refused() -> Error {
         let text = "the configuration is one document: replace it by PUT /apisix/admin/configs";
         Error::client(ErrorKind::Invalid).context(text)
     }
