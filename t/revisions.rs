@@ -24,11 +24,16 @@ fn settings(more: Value) -> Value {
 fn on_both(more: Value, scene: impl Fn(&Gateway, Option<&Etcd>)) {
     scene(&Gateway::with(settings(more.clone())), None);
     let etcd = Etcd::start();
-    let mut on_etcd = settings(more);
-    on_etcd["deployment"]["role"] = "traditional".into();
-    on_etcd["deployment"]["role_traditional"] = json!({"config_provider": "etcd"});
-    on_etcd["deployment"]["etcd"] = json!({"host": [etcd.url()], "prefix": "/apisix", "timeout": 5});
-    scene(&Gateway::with(on_etcd), Some(&etcd));
+    scene(&on_etcd(&etcd, more), Some(&etcd));
+}
+
+/// A node of that etcd.
+fn on_etcd(etcd: &Etcd, more: Value) -> Gateway {
+    let mut settings = settings(more);
+    settings["deployment"]["role"] = "traditional".into();
+    settings["deployment"]["role_traditional"] = json!({"config_provider": "etcd"});
+    settings["deployment"]["etcd"] = json!({"host": [etcd.url()], "prefix": "/apisix", "timeout": 5});
+    Gateway::with(settings)
 }
 
 fn call_as(gw: &Gateway, key: &str, method: &str, path: &str, headers: &[(&str, &str)], body: Value) -> Reply {
@@ -138,8 +143,9 @@ fn a_rollback_sets_back_what_a_revision_changed_and_is_one_itself() {
         let would = ok(call(gw, "POST", &format!("/revisions/{second}/rollback?dry_run=true"), Value::Null));
         assert_eq!(would["diff"][0]["changed"]["/uri"], json!({"from": "/two", "to": "/one"}));
         assert_eq!(index(gw, "/routes/1"), second, "nothing happened");
+        let expected = would["revision"].clone();
         let back = ok(call(gw, "POST", &format!("/revisions/{second}/rollback"), Value::Null));
-        assert_eq!(back["refers_to"], second);
+        assert_eq!((&back["refers_to"], &back["revision"]), (&json!(second), &expected));
         assert_eq!((gw.get("/one").status, gw.get("/two").status), (200, 404), "served with the answer");
         let newest = ok(call(gw, "GET", "/revisions?page_size=1", Value::Null))["list"][0].clone();
         assert_eq!(
@@ -484,6 +490,23 @@ fn a_dry_run_answers_as_the_write_would_and_writes_nothing() {
         );
         assert_eq!(call(gw, "DELETE", "/routes/7?dry_run=true", Value::Null).status, 404);
         refused(call(gw, "PUT", "/plugins/reload?dry_run=true", Value::Null), 400, "dry_run is for objects");
+        let told = "invalid argument dry_run: should be true or false";
+        let revision = numbers(gw, "?key=/routes/1")[0];
+        for unclear in
+            ["dry_run", "dry_run=yes", "dry_run=1", "dry_run=TRUE", "dryRun=true", "dry_run=false&dry_run=true"]
+        {
+            for (method, path, body) in [
+                ("DELETE", "/routes/1".to_owned(), Value::Null),
+                ("PUT", "/routes/1".to_owned(), route("/x")),
+                ("POST", "/routes".to_owned(), route("/x")),
+                ("PATCH", "/routes/1".to_owned(), json!({"desc": "x"})),
+                ("POST", format!("/revisions/{revision}/rollback"), Value::Null),
+                ("PUT", "/plugins/reload".to_owned(), Value::Null),
+            ] {
+                refused(call(gw, method, &format!("{path}?{unclear}"), body), 400, told);
+            }
+        }
+        assert_eq!(index(gw, "/routes/1"), before, "nothing has been done");
         let source = json!({"source": plugin("dry", "return 200")});
         assert_eq!(call(gw, "PUT", "/plugin_sources/dry?dry_run=true", source).status, 201);
         assert_eq!(
@@ -514,7 +537,9 @@ fn a_write_may_depend_on_the_modified_index() {
         assert_eq!(again["modifiedIndex"], first);
         let read = call(gw, "GET", "/routes/1", Value::Null);
         assert_eq!(read.header("etag"), Some(&*tag));
-        assert_eq!(with("GET", "/routes/1", ("If-None-Match", &tag), Value::Null).status, 304);
+        for (tags, status) in [(&*tag, 304), (&*format!("\"0\", W/{tag}"), 304), ("*", 304), ("\"1000000\"", 200)] {
+            assert_eq!(with("GET", "/routes/1", ("If-None-Match", tags), Value::Null).status, status, "{tags}");
+        }
         ok(with("PUT", "/routes/1", ("If-Match", &tag), route("/b")));
         let second = index(gw, "/routes/1");
         for (method, path, body) in [
@@ -532,6 +557,15 @@ fn a_write_may_depend_on_the_modified_index() {
         assert_eq!(absent["modifiedIndex"], 0);
         ok(with("PATCH", "/routes/1", ("If-Match", &format!("\"1000000\", \"{second}\"")), json!({"desc": "x"})));
         ok(with("DELETE", "/routes/1", ("If-Match", "*"), Value::Null));
+        for (method, path) in [("DELETE", "/routes/5"), ("PATCH", "/routes/5"), ("PATCH", "/routes/5/desc")] {
+            for tags in ["*", "\"5\""] {
+                let reply = with(method, path, ("If-Match", tags), json!({"desc": "x"}));
+                assert_eq!(refused(reply, 412, "does not exist")["modifiedIndex"], 0, "{method} {path} {tags}");
+            }
+        }
+        refused(with("POST", "/functions/none/promote", ("If-Match", "*"), Value::Null), 412, "does not exist");
+        refused(with("DELETE", "/routes/5", ("If-None-Match", "*"), Value::Null), 404, "Key not found");
+        refused(with("PUT", "/plugins/reload", ("If-Match", "*"), Value::Null), 400, "are for objects");
         for header in [("If-Match", "W/\"1\""), ("If-Match", "x"), ("If-None-Match", "\"1\"")] {
             refused(with("PUT", "/routes/1", header, route("/a")), 400, "invalid header");
         }
@@ -551,6 +585,181 @@ fn a_write_may_depend_on_the_modified_index() {
         assert_eq!(statuses.iter().filter(|s| **s == 200).count(), 1, "{statuses:?}");
         assert_eq!(statuses.iter().filter(|s| **s == 412).count(), 7, "{statuses:?}");
     });
+}
+
+#[test]
+fn whole_numbers_are_stored_and_shown_as_integers() {
+    on_both(json!({}), |gw, etcd| {
+        let text = r#"{"id": 8.0, "uri": "/n", "priority": 1e2, "desc": "1.0 and 1e2", "upstream": {"nodes": {"127.0.0.1:1980": 1.0}},
+            "plugins": {"limit-count": {"count": 5.0, "time_window": 6E1, "key": "1.0", "rejected_code": 503},
+            "fault-injection": {"delay": {"duration": 0.5, "percentage": 2.0}}}, "timeout": {"connect": 1.5, "send": -0.0e0, "read": 2.0}}"#;
+        let send = |method: &str, path: &str, text: &str| {
+            let headers = [("X-API-KEY", JANE), ("Content-Type", "application/json")];
+            request(&gw.admin_address(), method, &format!("/apisix/admin{path}"), &headers, text.as_bytes())
+        };
+        refused(send("PUT", "/routes/8", text), 400, "timeout");
+        let text = text.replace("-0.0e0", "3.0");
+        let put = send("PUT", "/routes/8", &text);
+        assert_eq!(put.status, 201, "{}", put.text());
+        for reply in [put, call(gw, "GET", "/routes/8", Value::Null), call(gw, "GET", "/routes", Value::Null)] {
+            let shown = reply.text();
+            for part in [
+                r#""id":8"#,
+                r#""priority":100"#,
+                r#""127.0.0.1:1980":1"#,
+                r#""desc":"1.0 and 1e2""#,
+                r#""count":5"#,
+                r#""time_window":60"#,
+                r#""key":"1.0""#,
+                r#""duration":0.5"#,
+                r#""percentage":2"#,
+                r#""connect":1.5"#,
+                r#""send":3"#,
+            ] {
+                let ends = [",", "}"].iter().any(|end| shown.contains(&format!("{part}{end}")));
+                assert!(ends, "{part} in {shown}");
+            }
+        }
+        assert_eq!(send("PATCH", "/routes/8", r#"{"priority": 3.0}"#).json()["value"]["priority"].to_string(), "3");
+        assert_eq!(send("PATCH", "/routes/8/priority", "4.0").json()["value"]["priority"].to_string(), "4");
+        assert_eq!(send("PUT", "/routes/9", &text).status, 400, "another id");
+        if let Some(etcd) = etcd {
+            etcd.put(
+                "/apisix/routes/7",
+                r#"{"uri": "/seven", "priority": 7.0, "upstream": {"nodes": {"127.0.0.1:1": 1.0}}}"#,
+            );
+            for (reply, place) in [
+                (call(gw, "GET", "/routes/7", Value::Null), "/value"),
+                (call(gw, "PATCH", "/routes/7", json!({"desc": "x"})), "/value"),
+                (support::get(&gw.control(), "/v1/route/7"), "/value"),
+            ] {
+                let shown = reply.json();
+                let priority = shown.pointer(place).expect("a value")["priority"].to_string();
+                assert_eq!(priority, "7", "{shown}");
+                assert!(!reply.text().contains("1.0,") && !reply.text().contains("1.0}"), "{}", reply.text());
+            }
+            let n = numbers(gw, "?key=/routes/7")[0];
+            let shown = call(gw, "GET", &format!("/revisions/{n}"), Value::Null).text();
+            assert!(shown.contains(r#""priority":7,"#) && !shown.contains(":7.0"), "{shown}");
+        }
+    });
+    let gw = one_document();
+    for (digest, kind, text) in [
+        (
+            "json",
+            "application/json",
+            r#"{"routes_conf_version": 5.0, "routes": [{"id": 8.0, "uri": "/n", "priority": 1e2, "upstream": {"nodes": {"127.0.0.1:1": 1.0}}}]}"#,
+        ),
+        (
+            "yaml",
+            "application/yaml",
+            "routes_conf_version: 6.0\nroutes:\n- {id: 8.0, uri: /n, priority: 1.0e+2, upstream: {nodes: {'127.0.0.1:1': 1.0}}}\n",
+        ),
+    ] {
+        let headers = [("X-API-KEY", JANE), ("Content-Type", kind), ("X-Digest", digest)];
+        ok_text(request(&gw.admin_address(), "PUT", "/apisix/admin/configs", &headers, text.as_bytes()));
+        let shown = call(&gw, "GET", "/configs", Value::Null).text();
+        assert!(shown.contains(r#""priority":100"#) && shown.contains(r#""127.0.0.1:1":1}"#), "{shown}");
+        assert_eq!(ok(call(&gw, "GET", "/routes/8", Value::Null))["value"]["priority"].to_string(), "100");
+    }
+}
+
+/// Sends a request from each of many clients at once.
+fn at_once(clients: usize, send: impl Fn(usize) -> Reply + Sync) -> Vec<Reply> {
+    std::thread::scope(|scope| {
+        let send = &send;
+        let sending: Vec<_> = (0..clients).map(|n| scope.spawn(move || send(n))).collect();
+        sending.into_iter().map(|client| client.join().expect("an answer")).collect()
+    })
+}
+
+fn id_of(reply: Reply) -> String {
+    assert_eq!(reply.status, 201, "{}", reply.text());
+    let value = reply.json();
+    let id = value["value"]["id"].as_str().expect("an id").to_owned();
+    assert_eq!(value["key"].as_str().and_then(|key| key.rsplit('/').next()), Some(&*id));
+    id
+}
+
+#[test]
+fn ids_of_imported_objects_are_in_nobodys_way() {
+    on_both(json!({}), |gw, _| {
+        // Another store has given these ids; this one's revision is far behind.
+        let imported: Vec<String> = (20..60).map(|n| format!("{n:020}")).collect();
+        for id in &imported {
+            ok(call(gw, "PUT", &format!("/routes/{id}"), route("/imported")));
+        }
+        for id in ["99999999999999999999", "09223372036854775807", "000000000000000000x1", "700"] {
+            ok(call(gw, "PUT", &format!("/routes/{id}"), route("/imported")));
+        }
+        let would = id_of(call(gw, "POST", "/routes?dry_run=true", route("/new")));
+        assert_eq!(would, format!("{:020}", 60));
+        let reply = call_as(gw, JANE, "POST", "/routes", &[("If-None-Match", "*")], route("/new"));
+        let tag = reply.header("etag").map(str::to_owned);
+        assert_eq!(id_of(reply), would, "a dry run takes no id");
+        assert_eq!(tag, Some(format!("\"{}\"", index(gw, &format!("/routes/{would}")))));
+        assert_eq!(id_of(call(gw, "POST", "/routes", route("/new"))), format!("{:020}", 61));
+        for id in &imported {
+            assert_eq!(ok(call(gw, "GET", &format!("/routes/{id}"), Value::Null))["value"]["uri"], "/imported");
+        }
+        refused(call_as(gw, JANE, "POST", "/routes", &[("If-Match", "*")], route("/x")), 412, "does not exist");
+        // A function that is in the way keeps its own sources.
+        let next: i64 = id_of(call(gw, "POST", "/services?dry_run=true", json!({}))).parse().expect("digits");
+        let functions: Vec<String> = (14..24).map(|n| format!("/functions/{:020}", next + n)).collect();
+        for path in &functions {
+            ok(call(gw, "PUT", path, answers(1)));
+        }
+        for n in 0..12 {
+            id_of(call(gw, "POST", "/functions", answers(n)));
+        }
+        for path in &functions {
+            assert_eq!(ok(call(gw, "GET", &format!("{path}/revisions"), Value::Null))["total"], 1);
+        }
+    });
+}
+
+#[test]
+fn writers_that_come_at_once_are_no_conflict_of_theirs() {
+    on_both(json!({}), |gw, _| {
+        let posted = at_once(16, |n| call(gw, "POST", "/routes", route(&format!("/p{n}"))));
+        let mut ids: Vec<String> = posted.into_iter().map(id_of).collect();
+        ids.sort();
+        ids.dedup();
+        assert_eq!(ids.len(), 16);
+        ok(call(gw, "PUT", "/routes/1", route("/a")));
+        let label = |n: usize| json!({"labels": {format!("l{n}"): "x"}});
+        for reply in at_once(16, |n| call(gw, "PATCH", "/routes/1", label(n))) {
+            assert_eq!(reply.status, 200, "{}", reply.text());
+        }
+        let labels = ok(call(gw, "GET", "/routes/1", Value::Null))["value"]["labels"].clone();
+        assert_eq!(labels.as_object().map(|labels| labels.len()), Some(16), "{labels}");
+        let tag = format!("\"{}\"", index(gw, "/routes/1"));
+        let strict = at_once(16, |n| call_as(gw, JANE, "PATCH", "/routes/1", &[("If-Match", &tag)], label(n + 16)));
+        assert_eq!(strict.iter().filter(|reply| reply.status == 200).count(), 1);
+        assert_eq!(strict.iter().filter(|reply| reply.status == 412).count(), 15);
+        ok(call(gw, "PUT", "/functions/f", answers(0)));
+        for reply in at_once(16, |n| call(gw, "PUT", "/functions/f", answers(n as u32 + 1))) {
+            assert_eq!(reply.status, 200, "{}", reply.text());
+        }
+        assert_eq!(known(gw).0, (1..=17).collect::<Vec<_>>());
+    });
+}
+
+#[test]
+fn writers_on_two_nodes_are_no_conflict_of_theirs() {
+    let etcd = Etcd::start();
+    let nodes = [on_etcd(&etcd, json!({})), on_etcd(&etcd, json!({}))];
+    let posted = at_once(16, |n| call(&nodes[n % 2], "POST", "/routes", route(&format!("/p{n}"))));
+    let mut ids: Vec<String> = posted.into_iter().map(id_of).collect();
+    ids.sort();
+    ids.dedup();
+    assert_eq!(ids.len(), 16);
+    let path = format!("/routes/{}", ids[0]);
+    for reply in at_once(16, |n| call(&nodes[n % 2], "PATCH", &path, json!({"labels": {format!("l{n}"): "x"}}))) {
+        assert_eq!(reply.status, 200, "{}", reply.text());
+    }
+    let labels = ok(call(&nodes[0], "GET", &path, Value::Null))["value"]["labels"].clone();
+    assert_eq!(labels.as_object().map(|labels| labels.len()), Some(16), "{labels}");
 }
 
 #[test]
@@ -610,13 +819,7 @@ fn revisions_survive_sigkill_with_their_writes() {
 #[test]
 fn two_nodes_on_one_etcd_share_their_revisions() {
     let etcd = Etcd::start();
-    let node = || {
-        let mut on_etcd = settings(json!({}));
-        on_etcd["deployment"]["role_traditional"] = json!({"config_provider": "etcd"});
-        on_etcd["deployment"]["etcd"] = json!({"host": [etcd.url()], "prefix": "/apisix", "timeout": 5});
-        Gateway::with(on_etcd)
-    };
-    let (a, b) = (node(), node());
+    let (a, b) = (on_etcd(&etcd, json!({})), on_etcd(&etcd, json!({})));
     ok(call(&a, "PUT", "/routes/1", route("/a")));
     ok(call(&b, "PUT", "/routes/1", route("/b")));
     ok(call(&a, "PUT", "/routes/1", route("/c")));
@@ -627,12 +830,17 @@ fn two_nodes_on_one_etcd_share_their_revisions() {
     assert_eq!(diff["diff"][0]["changed"]["/uri"], json!({"from": "/a", "to": "/b"}));
 }
 
+/// A gateway whose configuration is one document.
+fn one_document() -> Gateway {
+    let mut settings = settings(json!({}));
+    settings["deployment"]["role"] = "traditional".into();
+    settings["deployment"]["role_traditional"] = json!({"config_provider": "yaml"});
+    Gateway::with(settings)
+}
+
 #[test]
 fn documents_are_revisions_too() {
-    let mut of_one_document = settings(json!({}));
-    of_one_document["deployment"]["role"] = "traditional".into();
-    of_one_document["deployment"]["role_traditional"] = json!({"config_provider": "yaml"});
-    let gw = Gateway::with(of_one_document);
+    let gw = one_document();
     let with_id = |id: &str, uri: &str| {
         let mut route = route(uri);
         route["id"] = id.into();
@@ -651,6 +859,18 @@ fn documents_are_revisions_too() {
     assert_eq!(diff["diff"][1]["changed"], json!({"/uri": {"from": "/a", "to": "/other"}}));
     let dry = ok(call(&gw, "POST", "/revisions/2/rollback?dry_run=true", Value::Null));
     assert_eq!((&dry["dry_run"], numbers(&gw, "").len()), (&json!(true), 2));
+    // What would be refused is refused.
+    for query in ["", "?dry_run=true"] {
+        for (method, path, body) in [
+            ("PUT", "/routes/a", route("/x")),
+            ("POST", "/routes", route("/x")),
+            ("PATCH", "/routes/a", json!({"desc": "x"})),
+            ("DELETE", "/routes/a", Value::Null),
+            ("PUT", "/functions/f", answers(1)),
+        ] {
+            refused(call(&gw, method, &format!("{path}{query}"), body), 400, "replace it by PUT /apisix/admin/configs");
+        }
+    }
     ok(call(&gw, "POST", "/revisions/2/rollback", Value::Null));
     assert_eq!(ok(call(&gw, "GET", "/configs", Value::Null))["routes"].as_array().map(Vec::len), Some(2));
     assert_eq!(numbers(&gw, "?key=/routes/b"), [3, 2, 1]);
@@ -659,6 +879,101 @@ fn documents_are_revisions_too() {
     assert_eq!(ok(call(&gw, "GET", "/configs", Value::Null))["routes"].as_array().map(Vec::len), Some(1));
     assert!(!call(&gw, "PUT", "/routes/1", route("/x")).text().is_empty());
     assert_eq!(numbers(&gw, "").len(), 4, "a single write is none");
+}
+
+#[test]
+fn a_function_of_a_document_is_set_back_with_its_canary() {
+    let gw = one_document();
+    let put = |digest: &str, live: u32, canary: u32| {
+        let mut function = answers(live);
+        function["id"] = "f".into();
+        function["canary"] = json!({"revision": canary, "weight": 0, "source": answers(canary)["source"]});
+        let document = json!({"functions": [function], "routes": [{"id": "f", "uri": "/f", "function_id": "f"}]});
+        ok_text(call_as(&gw, JANE, "PUT", "/configs", &[("X-Digest", digest)], document));
+    };
+    put("one", 1, 7);
+    put("two", 2, 8);
+    assert_eq!(gw.get("/f").text(), "2");
+    ok(call(&gw, "POST", "/revisions/2/rollback?dry_run=true", Value::Null));
+    ok(call(&gw, "POST", "/revisions/2/rollback", Value::Null));
+    assert_eq!(gw.get("/f").text(), "1");
+    assert_eq!(ok(call(&gw, "GET", "/functions/f", Value::Null))["value"]["canary"]["revision"], 7);
+}
+
+#[test]
+fn after_a_rollback_the_next_document_is_taken() {
+    let up = Upstream::echo();
+    let upstream = json!({"type": "roundrobin", "nodes": {up.addr(): 1}});
+    let put = |gw: &Gateway, digest: &str, version: i64, uri: &str| {
+        let route = json!({"id": "lp", "uri": uri, "modifiedIndex": version, "upstream": upstream});
+        let document = json!({"routes_conf_version": version, "routes": [route]});
+        call_as(gw, JANE, "PUT", "/configs", &[("X-Digest", digest)], document)
+    };
+    let serves = |gw: &Gateway, uri: &str| {
+        for path in ["/lp", "/lp2", "/lp3"] {
+            assert_eq!(gw.get(path).status, if path == uri { 200 } else { 404 }, "{path}");
+        }
+    };
+    for (what, digest, version, uri, status) in [
+        ("counted on from what was sent or is shown", "v5002", 5002, "/lp3", 202),
+        ("the same number", "v5001-b", 5001, "/lp3", 202),
+        ("the document that was rolled back", "v5001", 5001, "/lp2", 202),
+        ("an older one", "v5000", 5000, "/lp3", 400),
+        ("what is served by its digest", "revision-3", 5003, "/lp3", 204),
+    ] {
+        let gw = one_document();
+        ok_text(put(&gw, "v5000", 5000, "/lp"));
+        ok_text(put(&gw, "v5001", 5001, "/lp2"));
+        let shown = call(&gw, "GET", "/configs", Value::Null);
+        assert_eq!(shown.json()["routes"][0]["uri"], "/lp2");
+        ok(call(&gw, "POST", "/revisions/2/rollback", Value::Null));
+        let shown = call(&gw, "GET", "/configs", Value::Null);
+        assert_eq!((shown.header("x-digest"), shown.header("etag")), (Some("revision-3"), Some("\"revision-3\"")));
+        let shown = shown.json();
+        assert_eq!((&shown["routes_conf_version"], &shown["routes"][0]["uri"]), (&json!(5001), &json!("/lp")));
+        serves(&gw, "/lp");
+        let reply = put(&gw, digest, version, uri);
+        assert_eq!(reply.status, status, "{what}: {}", reply.text());
+        serves(&gw, if status == 202 { uri } else { "/lp" });
+        if status == 202 {
+            assert_eq!(put(&gw, digest, version, uri).status, 204, "{what}, again");
+            // The number that is served says that nothing has changed, as it does without a rollback.
+            assert_eq!(put(&gw, "another", version, "/lp").status, 202);
+            serves(&gw, uri);
+        }
+    }
+}
+
+#[test]
+fn a_document_may_depend_on_the_one_before() {
+    let gw = one_document();
+    let put = |digest: &str, condition: (&str, &str)| {
+        let mut route = route(&format!("/{digest}"));
+        route["id"] = "r".into();
+        let document = json!({"routes": [route]});
+        call_as(&gw, JANE, "PUT", "/configs", &[("X-Digest", digest), condition], document)
+    };
+    refused(put("5000", ("If-Match", "*")), 412, "there is no document yet");
+    ok_text(put("5000", ("If-None-Match", "*")));
+    for (digest, condition) in [
+        ("5001", ("If-None-Match", "*")),
+        ("5001", ("If-None-Match", "\"5000\"")),
+        ("5001", ("If-Match", "\"4999\"")),
+        ("5001", ("If-Match", "4999, \"5001\"")),
+    ] {
+        let reply = put(digest, condition);
+        assert_eq!(reply.header("etag"), Some("\"5000\""));
+        refused(reply, 412, "the document's digest is 5000");
+    }
+    assert_eq!(ok(call(&gw, "GET", "/configs", Value::Null))["routes"][0]["uri"], "/5000");
+    ok_text(put("5001", ("If-Match", "\"4999\", \"5000\"")));
+    assert_eq!(put("5001", ("If-Match", "\"5000\"")).status, 204, "it is there already");
+    ok_text(put("5002", ("If-Match", "*")));
+    assert_eq!(ok(call(&gw, "GET", "/configs", Value::Null))["routes"][0]["uri"], "/5002");
+    // A rollback is another document.
+    ok(call(&gw, "POST", "/revisions/3/rollback", Value::Null));
+    refused(put("5003", ("If-Match", "\"5002\"")), 412, "the document's digest is revision-4");
+    ok_text(put("5003", ("If-Match", "\"revision-4\"")));
 }
 
 #[track_caller]

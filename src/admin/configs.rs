@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     error::{self, Error},
-    model::{Kind, PluginSource},
+    model::{self, Kind, PluginSource},
     store::{
         Standalone,
         file::{id_in, id_of, json_of_yaml},
@@ -99,9 +99,8 @@ impl Documents {
 
     /// What `?wait=` asks for.
     pub(super) fn wait_of(&self, state: &State, head: &Parts) -> Outcome<Option<Wait<'_>>> {
-        let is_document = head.uri.path().strip_prefix(ROOT) == Some("/configs");
         let may_wait = matches!(head.method, Method::GET | Method::HEAD | Method::PUT);
-        if !is_document || !may_wait || state.store.clone().standalone().is_none() {
+        if !is_document(head.uri.path()) || !may_wait || state.store.clone().standalone().is_none() {
             return Ok(None);
         }
         let query = http::parse_query(head.uri.query().unwrap_or(""));
@@ -120,6 +119,11 @@ impl Documents {
     pub(super) async fn room(&self) -> Option<SemaphorePermit<'_>> {
         self.bodies.acquire().await.ok()
     }
+}
+
+/// Whether a path names the document.
+pub(super) fn is_document(path: &str) -> bool {
+    path.strip_prefix(ROOT) == Some("/configs")
 }
 
 /// Whether a request brings a document that may be larger than a resource.
@@ -255,6 +259,7 @@ async fn put(state: &State, store: &Standalone, call: &Call) -> Outcome {
     if store.digest().as_deref() == Some(digest) {
         return Ok(Answer::text(204, ""));
     }
+    meets_condition(store, call)?;
     let document = document(state, call)?;
     let faults = faults(state, Some(store), &document, 1).await;
     if let Some(fault) = faults.first() {
@@ -274,6 +279,23 @@ async fn put(state: &State, store: &Standalone, call: &Call) -> Outcome {
         resource::served(state, revision).await;
     }
     Ok(described(Answer::text(202, ""), Some(digest), Some(now_secs)))
+}
+
+/// `If-Match` and `If-None-Match` of a PUT, by the digest of what is served; `*` is any.
+fn meets_condition(store: &Standalone, call: &Call) -> Outcome<()> {
+    let digest = store.digest();
+    let names = |header: &str| {
+        let mut tags = call.header(header)?.split(',').map(untagged);
+        Some(digest.as_deref().is_some_and(|digest| tags.any(|tag| tag == "*" || tag == digest)))
+    };
+    if names("if-match") != Some(false) && names("if-none-match") != Some(true) {
+        return Ok(());
+    }
+    let text = match &digest {
+        Some(digest) => format!("the document's digest is {digest}"),
+        None => "there is no document yet".to_owned(),
+    };
+    Err(described(Answer::refuse(412, text), digest.as_deref(), None))
 }
 
 /// `POST /configs/validate`: all that is wrong, and nothing is stored.
@@ -297,7 +319,9 @@ fn document(state: &State, call: &Call) -> Outcome<Map<String, Value>> {
     }
     let value = if call.header("content-type").is_some_and(|kind| kind.contains(YAML)) {
         let text = std::str::from_utf8(&call.body).map_err(|e| refuse(&e.to_string()))?;
-        json_of_yaml(text).map_err(|e| refuse(&e.to_string()))?
+        let mut value = json_of_yaml(text).map_err(|e| refuse(&e.to_string()))?;
+        model::with_whole_numbers(&mut value);
+        value
     } else {
         resource::parse(&call.body).map_err(|e| resource::not_json(state, &call.body, &e))?
     };

@@ -16,9 +16,9 @@ use serde_json::{Map, Value, json};
 
 use super::{
     State,
+    contest::MAX_TRIES,
     http::{Answer, Call},
     mock, resource,
-    resource::MAX_TRIES,
     shape::Action,
     store_error,
 };
@@ -326,7 +326,8 @@ async fn promote(state: &State, id: &str) -> Outcome {
 }
 
 async fn make_live(state: &State, id: &str, pick: impl Fn(&Value, &[Revision]) -> Outcome<u64>) -> Outcome {
-    for _ in 0..MAX_TRIES {
+    let mut tries = resource::tries(state, Kind::Function).await;
+    loop {
         let (entry, mut value) = stored(state, id).await?;
         let known = revisions(state, id).await?;
         let number = pick(&value, &known)?;
@@ -346,12 +347,14 @@ async fn make_live(state: &State, id: &str, pick: impl Fn(&Value, &[Revision]) -
         let on = Condition::Unmodified(entry.mod_revision);
         let left = time_left(&*state.store, &entry.key, entry.mod_revision).await.map_err(|e| store_error(&e))?;
         match state.store.put(&entry.key, value.to_string(), on, left.of_what_is_there()).await {
-            Ok(written) => return Ok(resource::done(state, 200, Action::Set, &written).await),
-            Err(e) if e.kind() == error::Kind::Conflict => {}
-            Err(e) => return Err(store_error(&e)),
+            Ok(written) => {
+                drop(tries);
+                return Ok(resource::done(state, 200, Action::Set, &written).await);
+            }
+            Err(e) if e.kind() == error::Kind::Conflict && tries.again().await => {}
+            Err(e) => return Err(resource::overwritten(&e)),
         }
     }
-    Err(Answer::refuse(409, "value changed before overwritten"))
 }
 
 async fn logs(state: &State, id: &str, call: &Call) -> Outcome {

@@ -71,6 +71,19 @@ impl Call {
         self.query.iter().find(|(n, _)| n == name).map(|(_, v)| v.as_str())
     }
 
+    /// `?name=true` or `?name=false`, the latter when it is not there. What else is said, in another spelling or twice, is refused: whoever
+    /// says so did not mean nothing by it.
+    pub fn switch(&self, name: &str) -> Result<bool, Answer> {
+        let mut said = self.query.iter().filter(|(given, _)| letters(given).eq(letters(name)));
+        match (said.next(), said.next()) {
+            (None, _) => Ok(false),
+            (Some((given, value)), None) if given == name && matches!(value.as_str(), "true" | "false") => {
+                Ok(value == "true")
+            }
+            _ => Err(Answer::refuse(400, format!("invalid argument {name}: should be true or false"))),
+        }
+    }
+
     /// `?force=true`: the caller knows what depends on it.
     pub fn forces(&self) -> bool {
         self.arg("force") == Some("true")
@@ -79,6 +92,11 @@ impl Call {
     pub fn header(&self, name: &str) -> Option<&str> {
         self.headers.get(name).and_then(|v| v.to_str().ok())
     }
+}
+
+/// What is left of `Dry-Run` and `dry_run` alike.
+fn letters(name: &str) -> impl Iterator<Item = u8> {
+    name.bytes().filter(|b| !b"-_".contains(b)).map(|b| b.to_ascii_lowercase())
 }
 
 /// What is answered.
@@ -364,6 +382,38 @@ where
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_switch_is_on_or_off_or_refused() {
+        let call = |query: &str| Call {
+            method: Method::PUT,
+            path: String::new(),
+            args: query.to_owned(),
+            query: parse_query(query),
+            headers: HeaderMap::new(),
+            body: Bytes::new(),
+            role: None,
+        };
+        for (query, expected) in [
+            ("", Some(false)),
+            ("dry=1&run", Some(false)),
+            ("a=b&dry_run=true", Some(true)),
+            ("dry%5Frun=false", Some(false)),
+            ("dry_run", None),
+            ("dry_run=", None),
+            ("dry_run=1", None),
+            ("dry_run=yes", None),
+            ("dry_run=TRUE", None),
+            ("dry_run=true+", None),
+            ("dry-run=true", None),
+            ("dryRun=true", None),
+            ("Dry_Run=false", None),
+            ("dry_run=true&dry_run=true", None),
+            ("dry_run=false&dry_run=true", None),
+        ] {
+            assert_eq!(call(query).switch("dry_run").ok(), expected, "{query}");
+        }
+    }
 
     #[test]
     fn queries_are_decoded() {

@@ -4,6 +4,7 @@
 //! Keys are compared in constant time; bodies and connections are bounded.
 
 mod configs;
+mod contest;
 mod difference;
 mod functions;
 pub mod http;
@@ -30,6 +31,7 @@ use tokio::{net::TcpListener, time::timeout};
 
 pub use self::{
     configs::Documents,
+    contest::Contest,
     functions::MAX_REVISIONS,
     plugins::{Listed, PackedPlugins, PluginHost, PluginInfo},
     settings::{AdminKey, ApiVersion, Role, Settings, keyring},
@@ -72,6 +74,7 @@ pub struct State {
     /// `None`: plugins cannot be reloaded.
     pub pipeline: Option<Handle>,
     pub documents: Rc<Documents>,
+    pub contest: Rc<Contest>,
     /// Resolves when every worker serves a revision; `None`: there are no workers to ask.
     pub workers: Option<Workers>,
 }
@@ -132,7 +135,7 @@ fn with_cors(answer: Answer) -> Answer {
         .header("access-control-allow-credentials", "true")
         .header("access-control-expose-headers", "*")
         .header("access-control-allow-methods", "GET, HEAD, PUT, POST, PATCH, DELETE, OPTIONS")
-        .header("access-control-allow-headers", "content-type, x-api-key")
+        .header("access-control-allow-headers", "content-type, x-api-key, if-match, if-none-match, x-digest")
         .header("access-control-max-age", "3600")
 }
 
@@ -285,8 +288,8 @@ fn validate(call: &Call, resource: &str) -> Result<Answer, Answer> {
     let Some(schema) = kind.and_then(|kind| schema::resource(kind.singular())) else {
         return Err(Answer::refuse(400, format!("Unsupported resource type: {resource}")));
     };
-    let mut value: Value =
-        serde_json::from_slice(&call.body).map_err(|e| Answer::refuse(400, format!("invalid request body: {e}")))?;
+    let mut value =
+        resource::parse(&call.body).map_err(|e| Answer::refuse(400, format!("invalid request body: {e}")))?;
     match schema.check(&mut value) {
         Ok(()) => Ok(Answer::text(200, "")),
         Err(text) => Err(Answer::refuse(400, text)),

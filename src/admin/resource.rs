@@ -7,7 +7,9 @@ use serde_json::{Map, Value, json};
 use tokio::time::timeout;
 
 use super::{
-    SERVED_PATIENCE, State, functions,
+    SERVED_PATIENCE, State,
+    contest::Tries,
+    functions,
     http::{Answer, Call},
     list::{self, Shown},
     patch, references,
@@ -20,12 +22,10 @@ use crate::{
     store::{Condition, Entry, PluginSchema, Refusal, Written},
 };
 
-/// Tries of a PATCH or POST that others' writes get in the way of.
-pub(super) const MAX_TRIES: usize = 5;
 /// Managers that a secret may belong to.
 const SECRET_MANAGERS: [&str; 3] = ["vault", "aws", "gcp"];
 
-type Outcome<T = Answer> = Result<T, Answer>;
+pub(super) type Outcome<T = Answer> = Result<T, Answer>;
 
 /// What a path names.
 #[derive(Debug, PartialEq, Eq)]
@@ -70,7 +70,7 @@ impl Target {
     }
 
     /// As in the key: with the owner, where there is one.
-    fn full_id(&self, short: &str) -> String {
+    pub fn full_id(&self, short: &str) -> String {
         self.owner.as_ref().map_or_else(|| short.to_owned(), |owner| owned_id(self.kind, owner, short))
     }
 }
@@ -133,7 +133,7 @@ async fn get_list(state: &State, target: &Target, call: &Call) -> Outcome {
 
 /// An entry as the API shows it: secrets readable, private keys left out.
 fn shown(state: &State, kind: Kind, entry: &Entry) -> Shown {
-    let mut value: Value = serde_json::from_str(&entry.value).unwrap_or(Value::Null);
+    let mut value = value_of(&entry.value);
     // The only secret of a stream route is its upstream's private key, which APISIX does not show. Written back it is the same.
     if kind != Kind::StreamRoute {
         decrypt(state, kind, entry, &mut value);
@@ -167,7 +167,8 @@ async fn put(state: &State, mut target: Target, call: &Call) -> Outcome {
     check(state, target.kind, &id, &value).await?;
     keeps_users(state, target.kind, &id, &value, call).await?;
     let key = target.kind.key(&id);
-    for _ in 0..MAX_TRIES {
+    let mut tries = tries(state, target.kind).await;
+    loop {
         let previous = state.store.get(&key).await.map_err(|e| store_error(&e))?;
         if target.kind == Kind::Function {
             functions::revise(state, &id, &mut value, previous.as_ref()).await?;
@@ -176,9 +177,10 @@ async fn put(state: &State, mut target: Target, call: &Call) -> Outcome {
         let text = stored_text(state, target.kind, &value);
         let written = match state.store.put(&key, text, functions::condition(target.kind, previous.as_ref()), ttl).await
         {
-            Err(e) if e.kind() == error::Kind::Conflict => continue,
-            written => written.map_err(|e| store_error(&e))?,
+            Err(e) if e.kind() == error::Kind::Conflict && tries.again().await => continue,
+            written => written.map_err(|e| overwritten(&e))?,
         };
+        drop(tries);
         if written.previous.is_none() && target.kind == Kind::Service {
             // What an earlier service of that name left is not this one's.
             delete_owned(state, target.kind, &key).await?;
@@ -186,7 +188,23 @@ async fn put(state: &State, mut target: Target, call: &Call) -> Outcome {
         let status = if written.previous.is_some() { 200 } else { 201 };
         return Ok(done(state, status, Action::Set, &written).await);
     }
-    Err(Answer::refuse(409, "value changed before overwritten"))
+}
+
+/// Writers of functions take turns from the first try on: what loses has kept its source by then.
+pub(super) async fn tries(state: &State, kind: Kind) -> Tries<'_> {
+    let mut tries = Tries::of(state);
+    if kind == Kind::Function {
+        tries.take_turn().await;
+    }
+    tries
+}
+
+/// A write that has lost to others every time, or failed.
+pub(super) fn overwritten(e: &error::Error) -> Answer {
+    match e.kind() {
+        error::Kind::Conflict => Answer::refuse(409, "value changed before overwritten"),
+        _ => store_error(e),
+    }
 }
 
 /// What a write brings along before it is checked.
@@ -218,9 +236,18 @@ async fn post(state: &State, target: Target, call: &Call) -> Outcome {
     let ttl = ttl(call)?;
     forbid_times(&value)?;
     take_owner(&target, &mut value)?;
-    for _ in 0..MAX_TRIES {
-        let short = next_id(state).await?;
+    let mut tries = tries(state, target.kind).await;
+    loop {
+        let short = tries.id(&target).await?;
         let id = target.full_id(&short);
+        let key = target.kind.key(&id);
+        // A function's source is kept before the function: not among another's.
+        if target.kind == Kind::Function && state.store.get(&key).await.map_err(|e| store_error(&e))?.is_some() {
+            match tries.again().await {
+                true => continue,
+                false => return Err(Tries::exhausted()),
+            }
+        }
         set_id(&mut value, &short);
         prepare(state, target.kind, &id, &mut value).await?;
         check(state, target.kind, &id, &value).await?;
@@ -228,22 +255,17 @@ async fn post(state: &State, target: Target, call: &Call) -> Outcome {
             functions::revise(state, &id, &mut value, None).await?;
         }
         stamp(&mut value, None, None);
-        let key = target.kind.key(&id);
         let text = stored_text(state, target.kind, &value);
         match state.store.put(&key, text, Condition::Unmodified(0), ttl).await {
-            Ok(written) => return Ok(done(state, 201, Action::Create, &written).await),
-            Err(e) if e.kind() == error::Kind::Conflict => continue,
-            Err(e) => return Err(store_error(&e)),
+            Ok(written) => {
+                drop(tries);
+                return Ok(done(state, 201, Action::Create, &written).await);
+            }
+            Err(e) if e.kind() != error::Kind::Conflict => return Err(store_error(&e)),
+            Err(_) if tries.again().await => {}
+            Err(_) => return Err(Tries::exhausted()),
         }
     }
-    Err(Answer::refuse(409, "another writer took every id that was tried"))
-}
-
-/// As etcd's in-order keys: twenty digits that grow.
-async fn next_id(state: &State) -> Outcome<String> {
-    // No key starts like this: only the revision is wanted.
-    let (_, revision) = state.store.list("/-/").await.map_err(|e| store_error(&e))?;
-    Ok(format!("{:020}", revision + 1))
 }
 
 async fn patch(state: &State, target: Target, call: &Call) -> Outcome {
@@ -258,11 +280,12 @@ async fn patch(state: &State, target: Target, call: &Call) -> Outcome {
         return Err(Answer::refuse(400, "service_id can not be patched"));
     }
     let key = target.kind.key(id);
-    for _ in 0..MAX_TRIES {
+    let mut tries = tries(state, target.kind).await;
+    loop {
         let Some(entry) = state.store.get(&key).await.map_err(|e| store_error(&e))? else {
             return Err(not_found());
         };
-        let mut value: Value = serde_json::from_str(&entry.value).unwrap_or(Value::Null);
+        let mut value = value_of(&entry.value);
         decrypt(state, target.kind, &entry, &mut value);
         patch::put_at(&mut value, sub_path, change.clone()).map_err(|e| Answer::refuse(400, e))?;
         same_id(&target, &value)?;
@@ -278,12 +301,14 @@ async fn patch(state: &State, target: Target, call: &Call) -> Outcome {
         stamp(&mut value, Some(&entry), Some(&change).filter(|_| sub_path.is_empty()));
         let text = stored_text(state, target.kind, &value);
         match state.store.put(&key, text, Condition::Unmodified(entry.mod_revision), ttl(call)?).await {
-            Ok(written) => return Ok(done(state, 200, Action::CompareAndSwap, &written).await),
-            Err(e) if e.kind() == error::Kind::Conflict => continue,
-            Err(e) => return Err(store_error(&e)),
+            Ok(written) => {
+                drop(tries);
+                return Ok(done(state, 200, Action::CompareAndSwap, &written).await);
+            }
+            Err(e) if e.kind() == error::Kind::Conflict && tries.again().await => {}
+            Err(e) => return Err(overwritten(&e)),
         }
     }
-    Err(Answer::refuse(409, "value changed before overwritten"))
 }
 
 async fn delete(state: &State, target: Target, call: &Call) -> Outcome {
@@ -382,8 +407,22 @@ pub(super) fn not_json(state: &State, body: &[u8], e: &serde_json::Error) -> Ans
     Answer::refuse(400, format!("invalid request body: {why}"))
 }
 
-/// JSON whose strings may hold line breaks and other control characters as they are: people paste protos and Lua.
+/// A stored text; whoever has written it.
+pub(super) fn value_of(text: &str) -> Value {
+    let mut value = serde_json::from_str(text).unwrap_or(Value::Null);
+    model::with_whole_numbers(&mut value);
+    value
+}
+
+/// JSON whose strings may hold line breaks and other control characters as they are: people paste protos and Lua. Its numbers are what cjson
+/// would make of them.
 pub(super) fn parse(bytes: &[u8]) -> serde_json::Result<Value> {
+    let mut value = parse_text(bytes)?;
+    model::with_whole_numbers(&mut value);
+    Ok(value)
+}
+
+fn parse_text(bytes: &[u8]) -> serde_json::Result<Value> {
     serde_json::from_slice(bytes).or_else(|strict| {
         let is_raw = |b: &u8| *b < 0x20;
         if !bytes.iter().any(is_raw) {
@@ -432,7 +471,9 @@ fn ttl(call: &Call) -> Outcome<Option<u64>> {
     match call.arg("ttl") {
         None => Ok(None),
         Some(text) => match text.parse::<f64>() {
-            Ok(seconds) if seconds.is_finite() => Ok((seconds >= 1.0).then_some(seconds as u64)),
+            Ok(0.0) => Ok(None),
+            Ok(seconds) if seconds >= 1.0 && seconds.is_finite() => Ok(Some(seconds as u64)),
+            Ok(_) => Err(Answer::refuse(400, "invalid argument ttl: should be 0 (for ever) or at least 1 second")),
             _ => Err(Answer::refuse(400, "invalid argument ttl: should be a number")),
         },
     }

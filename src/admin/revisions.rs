@@ -158,7 +158,7 @@ pub(super) fn differences(state: &State, changes: &[Changed]) -> Value {
 
 /// A stored text as it is shown: what is a secret and stands there in clear is replaced.
 fn as_stored(state: &State, key: &str, text: Option<&str>) -> Option<Value> {
-    let mut value: Value = serde_json::from_str(text?).unwrap_or(Value::Null);
+    let mut value = resource::value_of(text?);
     let Some((kind, id)) = Kind::of_key(key) else { return Some(value) };
     let keyring = &state.settings.keyring;
     let in_clear = |_: &str, text: &str| (!is_reference(text) && keyring.decrypt(text).is_none()).then(|| hidden(text));
@@ -214,7 +214,7 @@ async fn rollback(state: &State, call: &Call, revision: &Revision) -> Outcome {
     let wanted: Vec<(String, Option<Arc<str>>)> =
         revision.changes.iter().map(|change| (change.key.clone(), change.before.as_deref().map(Arc::from))).collect();
     with_texts(revision)?;
-    let forced = call.arg("force") == Some("true");
+    let forced = call.forces();
     let mut writes = Vec::with_capacity(wanted.len());
     for ((key, value), change) in wanted.into_iter().zip(&revision.changes) {
         let now = state.store.get(&key).await.map_err(|e| store_error(&e))?;
@@ -287,6 +287,10 @@ pub(super) async fn restore(state: &State, writes: Vec<Write>, refers_to: i64, f
 
 /// With what functions need of their own revisions, each before its function.
 async fn with_histories(state: &State, writes: Vec<Write>) -> Outcome<Vec<Write>> {
+    // A document brings the source of a canary along, and has nothing beside it.
+    if state.store.clone().standalone().is_some() {
+        return Ok(writes);
+    }
     let given: Vec<Arc<str>> = writes.iter().map(|write| write.key.clone()).collect();
     let mut all = Vec::with_capacity(writes.len());
     for mut write in writes {

@@ -5,6 +5,7 @@
 
 use std::{
     collections::HashMap,
+    rc::Rc,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -12,7 +13,7 @@ use ::http::Method;
 use serde_json::{Value, json};
 
 use super::{
-    ROOT, State,
+    ROOT, State, configs,
     functions::{self, FUNCTION_REVISIONS},
     given_key,
     http::{self, Answer, Call},
@@ -31,6 +32,9 @@ use crate::{
 /// Texts that go with their owner in one revision. With the owner's own, Lua compresses to what etcd takes in one request.
 const MAX_OWNED_BYTES: usize = 1 << 20;
 
+/// The revision of a write that has not happened: served by everybody.
+const PRETENDED: i64 = 0;
+
 /// Tries of a write under a condition of the headers that others' writes get in the way of.
 const MAX_TRIES: usize = 5;
 
@@ -38,24 +42,33 @@ const MAX_TRIES: usize = 5;
 pub(super) struct Session {
     state: State,
     view: Arc<View>,
+    /// The object that the path names.
+    named: Option<String>,
     /// The object that a GET reads.
     read: Option<String>,
-    unless: Option<i64>,
+    /// What a GET knows already.
+    known: Option<Precondition>,
 }
 
 impl Session {
     /// Refuses headers that cannot be understood.
     pub fn begin(state: &State, call: &Call) -> std::result::Result<Session, Answer> {
         let is_read = matches!(call.method, Method::GET | Method::HEAD);
-        let dry_run = !is_read && call.arg("dry_run") == Some("true");
+        let dry_run = !is_read && call.switch("dry_run")?;
         if dry_run && !writes_objects(&call.path) {
             return Err(Answer::refuse(400, "dry_run is for objects: this would be done"));
         }
         let read = is_read.then(|| key_of_path(&call.path)).flatten();
-        let (precondition, unless) = match is_read {
-            true => (None, call.header("if-none-match").and_then(tag_in)),
-            false => (Precondition::of(call)?, None),
+        let (precondition, known) = match is_read {
+            true => (None, call.header("if-none-match").map(Precondition::known)),
+            // Its digest is what the conditions of a document are about.
+            false if configs::is_document(&call.path) => (None, None),
+            false => (Precondition::of(call)?.filter(|p| *p != Precondition::Absent || !creates(call)), None),
         };
+        if precondition.is_some() && !writes_objects(&call.path) {
+            return Err(Answer::refuse(400, "If-Match and If-None-Match are for objects: this would be done"));
+        }
+        let named = target_of_path(&call.path).and_then(|target| Some(target.kind.key(&target.id?)));
         let view = Arc::new(View {
             inner: state.store.clone(),
             who: who(state, call).into(),
@@ -63,7 +76,8 @@ impl Session {
             dry_run,
             seen: Mutex::default(),
         });
-        Ok(Session { state: State { store: view.clone(), ..state.clone() }, view, read, unless })
+        let contest = if dry_run { Rc::new(state.contest.pretended()) } else { state.contest.clone() };
+        Ok(Session { state: State { store: view.clone(), contest, ..state.clone() }, view, named, read, known })
     }
 
     /// What the handlers work with.
@@ -78,22 +92,29 @@ impl Session {
             return moved(now);
         }
         if !answer.status.is_success() {
-            return answer;
+            return if answer.status == 404 && self.lacks_object(&seen) { moved(0) } else { answer };
         }
         if self.view.dry_run {
-            return pretended(&self.state, answer, &seen.changes);
+            return pretended(&self.state, answer, &seen);
         }
         let entry = match &self.read {
             Some(key) => seen.entries.get(key.as_str()).and_then(Option::as_ref),
             None => seen.written.as_ref(),
         };
         match entry {
-            Some(entry) if self.unless == Some(entry.mod_revision) => {
+            Some(entry) if self.known.as_ref().is_some_and(|known| known.holds(entry.mod_revision)) => {
                 Answer::text(304, "").header("etag", &etag(entry))
             }
             Some(entry) => answer.header("etag", &etag(entry)),
             None => answer,
         }
+    }
+
+    /// Whether the object is not there, where the headers say that it must be.
+    fn lacks_object(&self, seen: &Seen) -> bool {
+        let is_wanted = matches!(self.view.precondition, Some(Precondition::Is(_) | Precondition::Exists));
+        let found = self.named.as_ref().and_then(|key| seen.entries.get(key.as_str()));
+        is_wanted && found.is_some_and(Option::is_none)
     }
 }
 
@@ -113,11 +134,20 @@ fn writes_objects(path: &str) -> bool {
     first.is_some_and(|first| first == "revisions" || Kind::ALL.into_iter().any(|kind| kind.plural() == first))
 }
 
-/// The key of the one object that a path names.
-fn key_of_path(path: &str) -> Option<String> {
+fn target_of_path(path: &str) -> Option<Target> {
     let decoded: Vec<String> =
         path.strip_prefix(ROOT)?.split('/').filter(|s| !s.is_empty()).map(http::decode_path).collect();
-    let target = Target::of(&decoded.iter().map(String::as_str).collect::<Vec<_>>())?;
+    Target::of(&decoded.iter().map(String::as_str).collect::<Vec<_>>())
+}
+
+/// A POST of an object that gets its id here: that it is not there is no condition, but how the id is found.
+fn creates(call: &Call) -> bool {
+    call.method == Method::POST && target_of_path(&call.path).is_some_and(|target| target.id.is_none())
+}
+
+/// The key of the one object that a path names.
+fn key_of_path(path: &str) -> Option<String> {
+    let target = target_of_path(path)?;
     let id = target.id.filter(|_| target.sub_path.is_none())?;
     Some(target.kind.key(&id))
 }
@@ -132,10 +162,13 @@ fn moved(now: i64) -> Answer {
 }
 
 /// What would have been answered, and what would be different.
-fn pretended(state: &State, answer: Answer, changes: &[Changed]) -> Answer {
+fn pretended(state: &State, answer: Answer, seen: &Seen) -> Answer {
     let Ok(Value::Object(mut body)) = serde_json::from_slice(&answer.body) else { return answer };
     body.insert("dry_run".into(), true.into());
-    body.insert("diff".into(), revisions::differences(state, changes));
+    body.insert("diff".into(), revisions::differences(state, &seen.changes));
+    if body.get("revision").and_then(Value::as_i64) == Some(PRETENDED) {
+        body.insert("revision".into(), seen.next.into());
+    }
     Answer::json(answer.status.as_u16(), &Value::Object(body))
 }
 
@@ -149,6 +182,16 @@ enum Precondition {
 }
 
 impl Precondition {
+    /// What the client of a GET has, or may have: of several tags one that is none of ours is no mistake.
+    fn known(tags: &str) -> Precondition {
+        match tags.trim() {
+            "*" => Precondition::Exists,
+            tags => Precondition::Is(
+                tags.split(',').filter_map(|tag| tag_in(tag.trim().trim_start_matches("W/"))).collect(),
+            ),
+        }
+    }
+
     fn of(call: &Call) -> std::result::Result<Option<Precondition>, Answer> {
         let wrong = |name: &str, may: &str| Err(Answer::refuse(400, format!("invalid header {name}: use {may}")));
         match (call.header("if-match").map(str::trim), call.header("if-none-match").map(str::trim)) {
@@ -202,6 +245,8 @@ struct Seen {
     satisfied: bool,
     /// What a dry run has not written.
     changes: Vec<Changed>,
+    /// The revision that it would have been.
+    next: i64,
     /// The `modifiedIndex` that did not satisfy the condition.
     failed: Option<i64>,
 }
@@ -217,6 +262,11 @@ fn index(entry: Option<&Entry>) -> i64 {
 
 fn conflict(key: &str) -> Error {
     Error::client(ErrorKind::Conflict).context(format!("{key} has been modified"))
+}
+
+/// The headers' condition does not hold: no conflict that another try would help. `finish` tells the client.
+fn unmet(key: &str) -> Error {
+    Error::client(ErrorKind::Invalid).context(format!("{key} is not what the condition names"))
 }
 
 impl View {
@@ -263,6 +313,8 @@ impl View {
                     let mut seen = self.seen();
                     batch.writes.iter().for_each(|write| drop(seen.entries.remove(&write.key)));
                     if self.precondition.is_none() {
+                        // A POST goes on with another.
+                        seen.primary = None;
                         return Err(e);
                     }
                 }
@@ -292,7 +344,7 @@ impl View {
         let now = index(found.as_ref());
         if !precondition.holds(now) {
             self.seen().failed = Some(now);
-            return Err(conflict(&write.key));
+            return Err(unmet(&write.key));
         }
         if matches!(write.on, Condition::Unmodified(n) if n != now) {
             return Err(conflict(&write.key));
@@ -315,6 +367,9 @@ impl View {
 
     /// What a commit would do, but for its number.
     async fn pretend(&self, batch: &Batch) -> Result<Committed> {
+        if batch.note.refers_to.is_none() && self.inner.clone().standalone().is_some() {
+            return Err(Standalone::refused());
+        }
         let mut done = Vec::with_capacity(batch.writes.len());
         for write in &batch.writes {
             let found = self.read(&write.key).await?;
@@ -330,14 +385,17 @@ impl View {
             });
             done.push((found, now));
         }
+        // No key starts like this: only the revision is wanted.
+        let (_, revision) = self.inner.list("/-/").await?;
         let mut seen = self.seen();
+        seen.next = revision.saturating_add(1);
         for (write, (before, after)) in batch.writes.iter().zip(&done) {
             let is_new = seen.changes.iter().all(|change| change.key != *write.key);
             if is_new && is_object(&write.key) && (before.is_some() || after.is_some()) {
                 seen.changes.push(Changed::of(write, before.as_ref()));
             }
         }
-        Ok(Committed { done, revision: 0, lease: None })
+        Ok(Committed { done, revision: PRETENDED, lease: None })
     }
 
     fn note(&self) -> Note {
@@ -488,6 +546,11 @@ mod tests {
     fn conditions_are_about_the_modified_index() {
         for (text, tag) in [("\"12\"", Some(12)), (" 7 ", Some(7)), ("W/\"1\"", None), ("\"x\"", None), ("0", None)] {
             assert_eq!(tag_in(text), tag, "{text}");
+        }
+        for (tags, holds) in
+            [("\"7\"", true), ("\"x\", W/\"7\"", true), ("7", true), ("\"6\"", false), ("*", true), ("", false)]
+        {
+            assert_eq!(Precondition::known(tags).holds(7), holds, "{tags}");
         }
         assert!(Precondition::Is(vec![3, 4]).holds(4) && !Precondition::Is(vec![3]).holds(0));
         assert!(Precondition::Exists.holds(1) && !Precondition::Exists.holds(0));

@@ -76,6 +76,7 @@ async fn start_on(between: impl FnOnce(Arc<dyn Store>) -> Arc<dyn Store>) -> Api
         fields: None,
         pipeline: Some(started.handle),
         documents: Rc::default(),
+        contest: Rc::default(),
         workers: None,
     };
     let listen = || async { TcpListener::bind("127.0.0.1:0").await.expect("a port") };
@@ -229,6 +230,20 @@ fn refusals_read_as_in_apisix() {
                 "failed to check the configuration of plugin limit-count err: value should match only one schema, but matches none",
             ),
             ("PUT", "/routes/1?ttl=x", route(json!({})), 400, "invalid argument ttl: should be a number"),
+            (
+                "PUT",
+                "/routes/1?ttl=0.5",
+                route(json!({})),
+                400,
+                "invalid argument ttl: should be 0 (for ever) or at least 1 second",
+            ),
+            (
+                "PUT",
+                "/routes/1?ttl=-1",
+                route(json!({})),
+                400,
+                "invalid argument ttl: should be 0 (for ever) or at least 1 second",
+            ),
             ("PUT", "/routes/1", route(json!({"create_time": 1})), 400, "the property is forbidden: create_time"),
             ("POST", "/consumers", json!({"username": "a"}), 405, "not supported `POST` method for consumer"),
             ("PUT", "/consumers/x", json!({"username": "y"}), 400, "wrong username"),
@@ -324,6 +339,11 @@ fn only_a_key_opens_and_a_viewer_only_reads() {
         let good = api.send(api.admin, "GET", &format!("{path}?api_key={KEY}"), "", "").await;
         assert!(good.status == 200 && good.head.contains("x-api-version: v3"), "{}", good.head);
         assert!(good.head.contains("access-control-allow-origin: *"), "{}", good.head);
+        let asked = api
+            .send(api.admin, "OPTIONS", "/apisix/admin/routes/1", "Access-Control-Request-Headers: if-match\r\n", "")
+            .await;
+        let allowed = "access-control-allow-headers: content-type, x-api-key, if-match, if-none-match, x-digest";
+        assert!(asked.status == 200 && asked.head.contains(allowed), "{}", asked.head);
     });
 }
 
@@ -770,10 +790,13 @@ fn a_write_gives_way_to_others_only_so_often() {
         api.store.put("/routes/1", route.to_string(), store::Condition::Always, None).await.expect("is stored");
         let patched = api.call("PATCH", "/routes/1", json!({"desc": "x"})).await;
         assert_eq!((patched.status, patched.error().as_str()), (409, "value changed before overwritten"));
-        assert_eq!(tries.swap(0, Ordering::Relaxed), resource::MAX_TRIES);
+        assert_eq!(tries.swap(0, Ordering::Relaxed), contest::MAX_TRIES);
         let posted = api.call("POST", "/routes", json!({"uri": "/b", "upstream": upstream()})).await;
-        assert_eq!((posted.status, posted.error().as_str()), (409, "another writer took every id that was tried"));
-        assert_eq!(tries.load(Ordering::Relaxed), resource::MAX_TRIES);
+        assert_eq!(
+            (posted.status, posted.error().as_str()),
+            (503, "other writers took all 64 ids that were tried: try again")
+        );
+        assert_eq!(tries.load(Ordering::Relaxed), contest::MAX_TRIES);
     });
 }
 

@@ -459,6 +459,7 @@ impl Apis<'_> {
                 fields: Some(self.plugins.fields.clone()),
                 pipeline: Some(self.started.handle.clone()),
                 documents: Rc::default(),
+                contest: Rc::default(),
                 workers: Some(Rc::new(move |revision| Box::pin(workers.clone().serving(revision)))),
             });
             let tls =

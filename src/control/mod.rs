@@ -19,7 +19,7 @@ use crate::{
         PluginHost,
         http::{self as api, Answer, Call, Incomplete},
     },
-    model::{Id, Kind, Object, Served},
+    model::{Id, Kind, Object, Served, with_whole_numbers},
     schema,
     store::{Published, Snapshot, SourceState, snapshot::Table},
 };
@@ -170,7 +170,7 @@ fn get(state: &State, snapshot: &Snapshot, place: &[&str], call: &Call) -> Optio
         ["upstream", id] => one(state, &snapshot.upstreams, Kind::Upstream, id),
         ["plugin_metadatas"] => metadata(snapshot),
         ["plugin_metadata", name] => match snapshot.plugin_metadata.get(*name) {
-            Some(object) => Answer::json_text(200, object.json.to_string()),
+            Some(object) => Answer::json(200, &as_stored(&object.json)),
             None => Answer::refuse(404, format!("plugin metadata[{name}] not found")),
         },
         _ => return None,
@@ -261,9 +261,16 @@ fn fill_plugins(value: &mut Value) {
     }
 }
 
+/// An object as the Admin API shows it.
+fn as_stored(json: &str) -> Value {
+    let mut value = serde_json::from_str(json).unwrap_or_default();
+    with_whole_numbers(&mut value);
+    value
+}
+
 fn metadata(snapshot: &Snapshot) -> Answer {
     let mut objects: Vec<_> = snapshot.plugin_metadata.values().collect();
     objects.sort_by(|a, b| a.id.cmp(&b.id));
-    let list = objects.iter().map(|object| serde_json::from_str(&object.json).unwrap_or_default());
+    let list = objects.iter().map(|object| as_stored(&object.json));
     Answer::json(200, &Value::Array(list.collect()))
 }

@@ -26,7 +26,7 @@ use std::sync::{
 pub use consumer::{Consumer, ConsumerGroup, Credential};
 pub use crypt::{Keyring, SchemaKind};
 pub use function::{Function, FunctionLimits, Variant};
-pub use parse::{ParseContext, Parsed, check, parse};
+pub use parse::{ParseContext, Parsed, check, parse, with_whole_numbers};
 pub use plugin_conf::{PluginConf, PluginMetadata, Plugins};
 pub use plugin_source::PluginSource;
 pub use route::Route;

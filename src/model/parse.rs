@@ -18,6 +18,9 @@ use crate::{
     schema::{self, Schema},
 };
 
+/// A float below 2^53 is exactly the number that it looks like.
+const MAX_EXACT: f64 = 9_007_199_254_740_992.0;
+
 /// What parsing needs beside the text.
 #[derive(Clone, Copy)]
 pub struct ParseContext<'a> {
@@ -160,6 +163,20 @@ pub(super) fn id(map: &Map<String, Value>, key: &str) -> Option<Id> {
         Value::String(s) => Some(s.as_str().into()),
         Value::Number(n) => Some(integer(n).map_or_else(|| n.to_string(), |n| n.to_string()).into()),
         _ => None,
+    }
+}
+
+/// Writes `1.0` and `1e3` as `1` and `1000`, as cjson does with all that Lua's numbers hold exactly: clients read them into integers.
+pub fn with_whole_numbers(value: &mut Value) {
+    match value {
+        Value::Number(n) if n.is_f64() => {
+            if let Some(whole) = n.as_f64().filter(|f| f.fract() == 0.0 && f.abs() < MAX_EXACT) {
+                *value = (whole as i64).into();
+            }
+        }
+        Value::Array(items) => items.iter_mut().for_each(with_whole_numbers),
+        Value::Object(map) => map.values_mut().for_each(with_whole_numbers),
+        _ => {}
     }
 }
 

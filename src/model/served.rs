@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use serde_json::{Value, json};
 
-use super::{Kind, check};
+use super::{Kind, check, with_whole_numbers};
 
 /// An object that passed its check.
 pub struct Served {
@@ -21,6 +21,7 @@ impl Served {
 
     /// From its JSON in which plugins' confs may be decrypted.
     pub fn of_value(kind: Kind, id: &str, mut value: Value) -> Served {
+        with_whole_numbers(&mut value);
         // What is served has passed this check.
         let _ = check(kind, id, &mut value);
         let mut served = Served { value, has_domain: false };

@@ -2,11 +2,14 @@
 //! after a start.
 //!
 //! Each kind of resource has a version, `routes_conf_version`: what comes with the version that is served is left as it is, an older
-//! one is refused, none counts one up. An item with the `modifiedIndex` that is served stays as it is, too.
+//! one is refused, none counts one up. An item with the `modifiedIndex` that is served stays as it is, too. What a rollback has set back
+//! keeps the version of the document that it was set back from, and gives way to the next document that has this one or a higher one:
+//! the version is the tool's to count.
 
 use std::{
     collections::{BTreeMap, VecDeque},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{SystemTime, UNIX_EPOCH},
 };
 
 use serde_json::{Map, Value};
@@ -73,14 +76,23 @@ struct Section {
     /// As sent.
     items: Option<Value>,
     entries: BTreeMap<Arc<str>, Indexed>,
+    /// Since a rollback, until a document comes: it is not what the document of this version brought.
+    is_set_back: bool,
+}
+
+impl Section {
+    /// Whether a document which gives this version says that nothing has changed.
+    fn is_at(&self, version: Option<i64>) -> bool {
+        version == Some(self.version) && !self.is_set_back
+    }
 }
 
 #[derive(Clone)]
 struct Indexed {
     /// Its revision is the update that brought it, which is never another's.
     entry: Entry,
-    /// As sent; the kind's version when there was none.
-    index: i64,
+    /// As sent; the kind's version when there was none. `None` since a rollback: nobody has sent it so.
+    index: Option<i64>,
 }
 
 /// What `GET /configs` tells.
@@ -192,18 +204,13 @@ impl Standalone {
                 mod_revision: revision,
             });
             section.set(kind, &write.key, now.clone());
+            section.is_set_back = true;
             done.push((before, now));
-        }
-        for (name, section) in &mut next {
-            if section.entries.values().any(|indexed| indexed.entry.mod_revision == revision)
-                || held.sections.get(name).is_none_or(|old| old.entries.len() != section.entries.len())
-            {
-                section.version = section.version.saturating_add(1);
-            }
         }
         held.sections = next;
         held.revision = revision;
         held.digest = Some(format!("revision-{revision}"));
+        held.modified_secs = Some(SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()));
         self.changed.send_replace(revision);
         Ok((Committed { done, revision, lease: None }, changes))
     }
@@ -240,8 +247,8 @@ impl Standalone {
 
     /// Whether a document says of a kind that it is what is served.
     pub fn serves(&self, document: &Map<String, Value>, kind: Kind) -> bool {
-        let served = self.held().sections.get(kind.plural()).map_or(0, |section| section.version);
-        version(document, kind) == Ok(Some(served))
+        let given = version(document, kind).unwrap_or_default();
+        self.held().sections.get(kind.plural()).map_or(given == Some(0), |section| section.is_at(given))
     }
 
     /// What is wrong with the versions in a document.
@@ -272,10 +279,11 @@ impl Standalone {
         for kind in kinds() {
             let section = held.sections.entry(kind.plural()).or_default();
             let given = version(&document, kind).unwrap_or_default();
-            if given == Some(section.version) {
+            if section.is_at(given) {
                 continue;
             }
             section.version = given.unwrap_or(section.version + 1);
+            section.is_set_back = false;
             section.items = document.remove(kind.plural());
             changes.extend(section.take_over(kind, revision));
         }
@@ -292,7 +300,8 @@ impl Standalone {
         Change::All { entries, revision: held.revision }
     }
 
-    fn refused() -> Error {
+    /// Of a write of one object.
+    pub fn refused() -> Error {
         let text = "the configuration is one document: replace it by PUT /apisix/admin/configs";
         Error::client(ErrorKind::Invalid).context(text)
     }
@@ -334,8 +343,7 @@ impl Section {
                     Some(place) => *place = item,
                     None => items.push(item),
                 }
-                self.entries
-                    .insert(key.clone(), Indexed { entry: entry.clone(), index: self.version.saturating_add(1) });
+                self.entries.insert(key.clone(), Indexed { entry: entry.clone(), index: None });
             }
         }
         self.items = Some(Value::Array(items));
@@ -353,11 +361,11 @@ impl Section {
             let key: Arc<str> = format!("/{}/{id}", kind.plural()).into();
             let value: Arc<str> = item.to_string().into();
             let indexed = match old.get(&key) {
-                Some(old) if index.map_or(old.entry.value == value, |index| index == old.index) => old.clone(),
+                Some(old) if index.map_or(old.entry.value == value, |index| Some(index) == old.index) => old.clone(),
                 old => {
                     let create_revision = old.map_or(revision, |old| old.entry.create_revision);
                     let entry = Entry { key: key.clone(), value, create_revision, mod_revision: revision };
-                    Indexed { entry, index: index.unwrap_or(self.version) }
+                    Indexed { entry, index: index.or(Some(self.version)) }
                 }
             };
             self.entries.insert(key, indexed);
@@ -575,13 +583,52 @@ mod tests {
         let current = store.current();
         assert_eq!(current.digest.as_deref(), Some("revision-4"));
         assert_eq!((&current.document["routes"][0]["uri"], &current.document["consumers"]), (&json!("/a"), &json!([])));
-        assert_eq!(current.document["routes_conf_version"], 4);
+        assert_eq!(current.document["routes_conf_version"], 3, "the number is the tool's");
         let gone = Batch { writes: vec![write("/routes/a", None, 4)], note: back };
         store.commit(gone).await.unwrap();
         assert_eq!(store.current().document["routes"], json!([{"id": "arr_2", "uri": "/no-id"}]));
         let page = store.revisions(Query { key: Some("/routes/a".into()), heads: true, ..all }).await.unwrap().unwrap();
         assert_eq!(page.list.iter().map(|r| r.number).collect::<Vec<_>>(), [5, 4], "the oldest go");
         assert_eq!(page.list[0].changes[0].before, None, "a list has no texts");
+    }
+
+    #[tokio::test]
+    async fn what_was_set_back_gives_way_to_the_next_document() {
+        let store = Standalone::new();
+        let document = |version: i64, uri: &str, index: i64| {
+            let items =
+                json!([{"id": "a", "uri": uri, "modifiedIndex": index}, {"id": "b", "uri": "/b", "modifiedIndex": 1}]);
+            json!({"routes": items, "routes_conf_version": version})
+        };
+        let serves = |version: i64| {
+            let Value::Object(document) = document(version, "", 1) else { panic!("an object") };
+            store.serves(&document, Kind::Route)
+        };
+        assert!(serves(0), "as much as nothing is served");
+        put(&store, document(7, "/one", 7)).unwrap();
+        put(&store, document(8, "/two", 8)).unwrap();
+        for (version, index) in [(8, 8), (8, 9), (9, 9), (10, 8)] {
+            let write = super::super::revisions::Write {
+                key: "/routes/a".into(),
+                value: Some(json!({"id": "a", "uri": "/back"}).to_string().into()),
+                on: Condition::Always,
+                ttl_secs: None,
+                seen: None,
+            };
+            let note = Note { who: "joe".into(), refers_to: Some(2) };
+            let before = store.current().document["routes_conf_version"].clone();
+            assert!(serves(before.as_i64().unwrap()));
+            store.commit(Batch { writes: vec![write], note }).await.unwrap();
+            assert_eq!(store.current().document["routes_conf_version"], before);
+            assert!(!serves(before.as_i64().unwrap()) && stored(&store, "/routes/a").await.0.contains("/back"));
+            assert!(put(&store, document(before.as_i64().unwrap() - 1, "/old", 7)).is_err(), "not an older one");
+            let (_, b) = stored(&store, "/routes/b").await;
+            put(&store, document(version, "/next", index)).unwrap();
+            assert!(stored(&store, "/routes/a").await.0.contains("/next"), "{version} {index}");
+            assert_eq!(stored(&store, "/routes/b").await.1, b, "what was not set back stays");
+            put(&store, document(version, "/again", index + 1)).unwrap();
+            assert!(stored(&store, "/routes/a").await.0.contains("/next"), "the version that is served");
+        }
     }
 
     #[tokio::test]

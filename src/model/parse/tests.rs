@@ -238,3 +238,20 @@ fn what_is_no_object_is_told_in_part() {
         assert_eq!(refusal(Kind::Route, value), told);
     }
 }
+
+#[test]
+fn floats_without_a_fraction_are_whole_numbers() {
+    for (text, expected) in [
+        (r#"{"a": [1.0, 1e3, {"b": -2.0}], "c": "1.0"}"#, r#"{"a":[1,1000,{"b":-2}],"c":"1.0"}"#),
+        ("[-0.0, 0.5, 1e-3, 7]", "[0,0.5,0.001,7]"),
+        (
+            "[900719925474099.0, 9007199254740992.0, -900719925474099.0]",
+            "[900719925474099,9007199254740992.0,-900719925474099]",
+        ),
+        ("[1e300, 18446744073709551615]", "[1e+300,18446744073709551615]"),
+    ] {
+        let mut value = serde_json::from_str(text).expect("JSON");
+        with_whole_numbers(&mut value);
+        assert_eq!(value.to_string(), expected);
+    }
+}
