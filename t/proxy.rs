@@ -4,6 +4,8 @@
 mod bodies;
 #[path = "proxy/choice.rs"]
 mod choice;
+#[path = "proxy/clients.rs"]
+mod clients;
 #[path = "proxy/grpc.rs"]
 mod grpc;
 #[path = "proxy/grpcio.rs"]

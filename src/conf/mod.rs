@@ -257,9 +257,26 @@ pub struct LuaLimits {
 
 #[derive(Clone, Debug)]
 pub struct RealIp {
-    pub header: String,
+    pub header: RealIpHeader,
     pub from: Vec<IpNet>,
     pub recursive: bool,
+}
+
+/// `real_ip_header`: where a trusted peer says who the client is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RealIpHeader {
+    Field(Box<str>),
+    /// `proxy_protocol`: in what its connection began with.
+    ProxyProtocol,
+}
+
+impl From<&str> for RealIpHeader {
+    fn from(written: &str) -> Self {
+        match written {
+            "proxy_protocol" => RealIpHeader::ProxyProtocol,
+            field => RealIpHeader::Field(field.into()),
+        }
+    }
 }
 
 /// Something that works differently from what the file's author may expect: `path: text`.

@@ -731,11 +731,11 @@ impl<'a> Reader<'a> {
                     ),
                 }
             }
-            let header = options.get("real_ip_header").unwrap_or("X-Real-IP").to_owned();
+            let header = options.get("real_ip_header").unwrap_or("X-Real-IP").into();
             return RealIp { header, from, recursive: options.get("real_ip_recursive") == Some("on") };
         }
         RealIp {
-            header: self.text("nginx_config.http.real_ip_header"),
+            header: self.text("nginx_config.http.real_ip_header").as_str().into(),
             from: self.networks("nginx_config.http.real_ip_from"),
             recursive: self.flag("nginx_config.http.real_ip_recursive"),
         }
