@@ -1,5 +1,6 @@
 //! From the effective configuration to typed values; every mistake is noted with its path, and reading goes on.
 
+mod proxy_protocol;
 mod stream;
 
 use std::{
@@ -56,6 +57,7 @@ pub(super) fn read(
         true => r.listeners("apisix.ssl.listen", warnings),
         false => Vec::new(),
     };
+    r.proxy_protocol(&mut listen, &mut listen_tls, warnings);
     let listen_unix = r.lua_listen(&mut listen, &mut listen_tls, &prefix);
     let tls = r.tls(&prefix, warnings);
     let router = r.one_of(

@@ -1,6 +1,15 @@
 //! Who the client is: PROXY protocol, and whose word on it counts.
 
+use std::{
+    io::{Read, Write},
+    net::TcpStream,
+    sync::Arc,
+};
+
+use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned, crypto::ring, pki_types::ServerName};
+
 use super::*;
+use crate::support::DEADLINE;
 
 const HEADER: &str = "PROXY TCP4 8.8.8.8 10.9.9.9 1234 443\r\n";
 const REQUEST: &str = "GET /x HTTP/1.1\r\nHost: a.test\r\nX-Forwarded-Proto: wss\r\nConnection: close\r\n\r\n";
@@ -57,4 +66,42 @@ fn a_proxy_protocol_header_makes_nobody_a_trusted_address() {
     assert_eq!(who(&gw.proxy(), &up, HEADER).1, "http");
     let (gw, up) = taking(json!({"trusted_addresses": ["127.0.0.1"]}), real_ip());
     assert_eq!(who(&gw.proxy(), &up, HEADER).1, "wss");
+}
+
+#[test]
+fn the_ports_of_proxy_protocol_take_a_header_and_the_others_do_not() {
+    let ports = json!({"listen_http_port": 0, "listen_https_port": 0});
+    let (gw, up) = telling(json!({"proxy_protocol": ports}), json!({"real_ip_header": "proxy_protocol"}));
+    let pair = rcgen::generate_simple_self_signed(["a.test".to_owned()]).expect("a certificate");
+    let ssl = json!({"cert": pair.cert.pem(), "key": pair.signing_key.serialize_pem(), "snis": ["a.test"]});
+    gw.put("/ssls/1", ssl);
+    let [plain, with_header] = gw.addresses("proxy").try_into().expect("two addresses");
+    assert_eq!(who(&with_header, &up, HEADER).0, "8.8.8.8 127.0.0.1 8.8.8.8:1234 10.9.9.9:443");
+    assert_eq!(who(&plain, &up, "").0, "127.0.0.1 127.0.0.1 : :");
+    assert_eq!(raw(&with_header, REQUEST.as_bytes()), "");
+    let refused = raw(&plain, format!("{HEADER}{REQUEST}").as_bytes());
+    assert!(refused.starts_with("HTTP/1.1 400 "), "{refused}");
+
+    let mut roots = RootCertStore::empty();
+    roots.add(pair.cert.der().clone()).expect("a root");
+    let builder = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()));
+    let builder = builder.with_safe_default_protocol_versions().expect("versions");
+    let config = Arc::new(builder.with_root_certificates(roots).with_no_client_auth());
+    let over_tls = |address: &str, header: &str| {
+        let mut tcp = TcpStream::connect(address).expect("a connection");
+        tcp.set_read_timeout(Some(DEADLINE)).expect("a timeout");
+        tcp.write_all(header.as_bytes()).expect("the header is sent");
+        let client = ClientConnection::new(config.clone(), ServerName::try_from("a.test").expect("a name"));
+        let mut tls = StreamOwned::new(client.expect("a client"), tcp);
+        tls.write_all(REQUEST.as_bytes()).ok()?;
+        let mut answer = String::new();
+        tls.read_to_string(&mut answer).ok().filter(|_| answer.starts_with("HTTP/1.1 200 "))
+    };
+    let [plain, with_header] = gw.addresses("proxy_tls").try_into().expect("two addresses");
+    over_tls(&with_header, HEADER).expect("an answer");
+    let told = up.last().header("x-who").map(str::to_owned);
+    assert_eq!(told.as_deref(), Some("8.8.8.8 127.0.0.1 8.8.8.8:1234 10.9.9.9:443"));
+    assert_eq!(over_tls(&with_header, ""), None);
+    assert!(over_tls(&plain, "").is_some());
+    assert_eq!(over_tls(&plain, HEADER), None);
 }
