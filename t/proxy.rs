@@ -10,6 +10,8 @@ mod clients;
 mod grpc;
 #[path = "proxy/grpcio.rs"]
 mod grpcio;
+#[path = "proxy/heads.rs"]
+mod heads;
 #[path = "proxy/health.rs"]
 mod health;
 #[path = "proxy/streams.rs"]
