@@ -1,4 +1,4 @@
-//! What of a head goes on: fields that are dropped.
+//! What of a head goes on: fields that are dropped, what is refused with it.
 
 use bytes::Bytes;
 use http::Request;
@@ -46,4 +46,24 @@ fn fields_with_an_underscore_go_on_unless_they_are_off() {
         });
         assert_eq!(told("x-z: 2"), 0);
     }
+}
+
+#[test]
+fn a_body_that_says_that_it_is_too_large_is_an_error_of_the_log() {
+    let gw = Gateway::with(json!({"nginx_config": {"error_log_level": "error", "http": {"client_max_body_size": 5}}}));
+    let up = Upstream::echo();
+    gw.route("1", "/x", &up, json!({}));
+    assert_eq!((gw.send("POST", "/x", &[], b"12345").status, over_http2(&gw, "POST", &[], "12345").status), (200, 200));
+    let told = || {
+        let log = gw.log();
+        log.lines()
+            .filter(|l| l.contains("[error]") && l.contains("client intended to send too large body: 6 bytes, "))
+            .count()
+    };
+    assert_eq!(told(), 0);
+    assert_eq!(gw.send("POST", "/x", &[], b"123456").status, 413);
+    eventually("the line", || (told() == 1).then_some(()));
+    assert_eq!(over_http2(&gw, "POST", &[], "123456").status, 413);
+    eventually("another line", || (told() == 2).then_some(()));
+    assert_eq!(up.seen().len(), 2, "nothing of it went on");
 }
