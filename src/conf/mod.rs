@@ -404,6 +404,10 @@ fn take(
         // What those suites count, they count in one worker.
         effective["nginx_config"]["worker_processes"] = 1.into();
     }
+    if keys::at(written, "test_node").is_some() && keys::at(written, "nginx_config.http.charset").is_none() {
+        // Their nginx.conf has none.
+        effective["nginx_config"]["http"]["charset"] = "off".into();
+    }
     let key_required = keys::at(written, "deployment.admin.admin_key_required") == Some(&Value::Bool(true));
     let on_node = serves_admin(&effective) && has_admin_on_node(&effective);
     if on_node && !key_chosen && !key_required {

@@ -16,7 +16,7 @@ use serde_json::Value;
 
 use super::{
     AccessLog, Admin, AdminKey, AdminTls, Client, Config, Keepalive, Listen, ListenUnix, LuaLimits, Prometheus, RealIp,
-    Resolver, Router, Tls, Trace, Warning, keys::at, locations, locations::Options,
+    Resolver, Router, Tls, Trace, Warning, keys::at, locations, locations::Options, outgoing::Charset,
 };
 
 /// Worker threads that `auto` never exceeds: each costs a VM.
@@ -70,6 +70,9 @@ pub(super) fn read(
     );
     let workers = r.workers();
     let client = r.client();
+    if let Some(what) = Charset::mistake_of_routes(&json) {
+        r.wrong("nginx_config.http.charset", what);
+    }
     let upstream_keepalive = r.upstream_keepalive();
     let (error_log, error_log_level) = r.error_log(&prefix);
     let access_log = r.access_log(&prefix, "nginx_config.http");

@@ -1,4 +1,4 @@
-//! What of a head goes on: fields that are dropped, what is refused with it.
+//! What of a head goes on: fields that are dropped, what is refused with it, types that are completed.
 
 use bytes::Bytes;
 use http::Request;
@@ -66,4 +66,53 @@ fn a_body_that_says_that_it_is_too_large_is_an_error_of_the_log() {
     assert_eq!(over_http2(&gw, "POST", &[], "123456").status, 413);
     eventually("another line", || (told() == 2).then_some(()));
     assert_eq!(up.seen().len(), 2, "nothing of it went on");
+}
+
+/// Answers with the type that the query says, if any.
+fn typed() -> Upstream {
+    Upstream::answering(|seen| {
+        let kind = seen.target.split_once('?').map(|(_, kind)| format!("Content-Type: {}\r\n", kind.replace('+', " ")));
+        format!("HTTP/1.1 200 OK\r\n{}Content-Length: 2\r\n\r\nok", kind.unwrap_or_default())
+    })
+}
+
+#[test]
+fn texts_that_do_not_say_their_charset_have_the_configured_one() {
+    let up = typed();
+    for (charset, named) in [(json!("utf-8"), "; charset=utf-8"), (json!("gbk"), "; charset=gbk"), (json!("off"), "")] {
+        let gw = with_http(json!({"charset": charset}));
+        gw.route("plain", "/plain", &up, json!({}));
+        gw.route("filtered", "/filtered", &up, json!({"response-rewrite": {"headers": {"set": {"X-A": "b"}}}}));
+        gw.route("own", "/own", &up, json!({"response-rewrite": {"headers": {"set": {"Content-Type": "text/xml"}}}}));
+        for path in ["/plain", "/filtered"] {
+            let kind = |query: &str| {
+                let reply = gw.get(&format!("{path}{query}"));
+                assert_eq!((reply.status, reply.text().as_str()), (200, "ok"));
+                reply.header("content-type").map(str::to_owned)
+            };
+            assert_eq!(kind("?text/html"), Some(format!("text/html{named}")), "{path}");
+            for kept in ["text/html;+charset=latin1", "application/json", "image/png"] {
+                assert_eq!(kind(&format!("?{kept}")), Some(kept.replace('+', " ")), "{path}");
+            }
+            assert_eq!(kind(""), None, "{path}");
+        }
+        assert_eq!(gw.get("/own").header("content-type"), Some(&*format!("text/xml{named}")));
+        let reply = http2::get(&gw.proxy(), "/plain?text/plain");
+        assert_eq!(reply.header("content-type"), Some(&*format!("text/plain{named}")));
+        let reply = gw.get("/nowhere");
+        assert_eq!((reply.status, reply.header("content-type")), (404, Some("text/plain; charset=utf-8")), "its own");
+    }
+}
+
+#[test]
+fn a_charset_is_taken_over_by_a_reload() {
+    let mut gw = with_http(json!({}));
+    let up = typed();
+    gw.route("1", "/x", &up, json!({}));
+    let kind = |gw: &Gateway| gw.get("/x?text/html").header("content-type").map(str::to_owned);
+    assert_eq!(kind(&gw).as_deref(), Some("text/html; charset=utf-8"));
+    gw.dir.configure(json!({"nginx_config": {"http": {"charset": "gbk"}}}));
+    gw.signal(libc::SIGHUP);
+    eventually("the new charset", || (kind(&gw).as_deref() == Some("text/html; charset=gbk")).then_some(()));
+    assert!(gw.quit().success());
 }
