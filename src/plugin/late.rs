@@ -44,11 +44,10 @@ pub(super) fn status(x: &mut Exchange) {
     x.response.status = status;
 }
 
-/// Names the charset of a text that does not say its own.
+/// Names the charset of a text that does not say its own. A type with any parameter is left as it is, as nginx leaves it.
 pub(super) fn name_charset(headers: &mut Headers, charset: &Charset) {
     let Some(kind) = headers.get("content-type").filter(|kind| charset.types.has(kind)) else { return };
-    let is_named = kind.windows(8).any(|part| part.eq_ignore_ascii_case(b"charset="));
-    if is_named || headers.contains("content-encoding") {
+    if memchr::memchr(b';', kind).is_some() || headers.contains("content-encoding") {
         return;
     }
     let mut named: SmallVec<[u8; 64]> = SmallVec::from_slice(kind);
@@ -134,7 +133,7 @@ mod tests {
         for (kind, encoding, sent) in [
             ("text/html", "", "text/html; charset=utf-8"),
             ("Text/Plain", "", "Text/Plain; charset=utf-8"),
-            ("text/xml;a=b", "", "text/xml;a=b; charset=utf-8"),
+            ("text/plain; version=0.0.4", "", "text/plain; version=0.0.4"),
             ("application/javascript", "", "application/javascript; charset=utf-8"),
             ("application/rss+xml", "", "application/rss+xml; charset=utf-8"),
             ("text/vnd.wap.wml", "", "text/vnd.wap.wml; charset=utf-8"),
