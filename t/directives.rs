@@ -491,7 +491,7 @@ fn bodies_are_as_large_as_a_location_lets_them_be() {
         assert!(chunked(path, "123456").starts_with("HTTP/1.1 413"), "{path}");
     }
     says(&gw.send("POST", "/any", &[], b"123456"), 200, "123456");
-    gw.expect_log("client intended to send too large body");
+    gw.expect_log("client intended to send too large body: 6 bytes");
 }
 
 #[test]

@@ -6,10 +6,14 @@ mod bodies;
 mod certificates;
 #[path = "proxy/choice.rs"]
 mod choice;
+#[path = "proxy/clients.rs"]
+mod clients;
 #[path = "proxy/grpc.rs"]
 mod grpc;
 #[path = "proxy/grpcio.rs"]
 mod grpcio;
+#[path = "proxy/heads.rs"]
+mod heads;
 #[path = "proxy/health.rs"]
 mod health;
 #[path = "proxy/streams.rs"]

@@ -47,6 +47,7 @@ pub fn net(config: &Config, http2: bool) -> net::Settings {
         max_body: config.client.max_body,
         max_connections: config.worker_connections,
         http2,
+        underscores: config.client.underscores_in_headers,
         ..net::Settings::default()
     }
 }

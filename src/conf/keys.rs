@@ -86,7 +86,6 @@ const WITHOUT_COUNTERPART: &[&str] = &[
     "apisix.events",
     "apisix.ssl.ssl_ciphers",
     "apisix.worker_startup_time_threshold",
-    "nginx_config.http.charset",
     "nginx_config.http.variables_hash_max_size",
     "nginx_config.user",
     "nginx_config.worker_rlimit_core",

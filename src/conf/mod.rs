@@ -257,9 +257,26 @@ pub struct LuaLimits {
 
 #[derive(Clone, Debug)]
 pub struct RealIp {
-    pub header: String,
+    pub header: RealIpHeader,
     pub from: Vec<IpNet>,
     pub recursive: bool,
+}
+
+/// `real_ip_header`: where a trusted peer says who the client is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RealIpHeader {
+    Field(Box<str>),
+    /// `proxy_protocol`: in what its connection began with.
+    ProxyProtocol,
+}
+
+impl From<&str> for RealIpHeader {
+    fn from(written: &str) -> Self {
+        match written {
+            "proxy_protocol" => RealIpHeader::ProxyProtocol,
+            field => RealIpHeader::Field(field.into()),
+        }
+    }
 }
 
 /// Something that works differently from what the file's author may expect: `path: text`.
@@ -386,6 +403,10 @@ fn take(
     if keys::at(written, "test_node").is_some() && keys::at(written, "nginx_config.worker_processes").is_none() {
         // What those suites count, they count in one worker.
         effective["nginx_config"]["worker_processes"] = 1.into();
+    }
+    if keys::at(written, "test_node").is_some() && keys::at(written, "nginx_config.http.charset").is_none() {
+        // Their nginx.conf has none.
+        effective["nginx_config"]["http"]["charset"] = "off".into();
     }
     let key_required = keys::at(written, "deployment.admin.admin_key_required") == Some(&Value::Bool(true));
     let on_node = serves_admin(&effective) && has_admin_on_node(&effective);

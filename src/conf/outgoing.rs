@@ -1,5 +1,7 @@
 //! Directives about what leaves: error pages, the charset, compression. Names, values and defaults are nginx's.
 
+use serde_json::Value;
+
 use super::{
     directives::Reader,
     locations::{Piece, Template},
@@ -64,18 +66,41 @@ impl Types {
     }
 
     fn read(r: &Reader<'_>, name: &str, default: &str) -> Types {
-        let words = r.options.get(name).unwrap_or(default).split_whitespace();
-        Types(words.map(Box::from).collect())
+        Self::of(r.options.get(name).unwrap_or(default))
+    }
+
+    fn of(words: &str) -> Types {
+        Types(words.split_whitespace().map(Box::from).collect())
     }
 }
 
 /// What nginx names a charset for.
 const CHARSET_TYPES: &str = "text/xml text/plain text/vnd.wap.wml application/javascript application/rss+xml";
 
+const ROUTES_CHARSET: &str = "/nginx_config/http/charset";
+
+/// RFC 2978, 2.3, and what older names have. Nothing of it ends a field or begins a variable.
+fn is_charset(name: &str) -> bool {
+    !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"!#%&'+-^_`{}~.:".contains(&b))
+}
+
 impl Charset {
     pub(super) fn read(r: &Reader<'_>) -> Option<Charset> {
         let name = r.options.get("charset").filter(|name| *name != "off")?;
         Some(Charset { name: name.into(), types: Types::read(r, "charset_types", CHARSET_TYPES) })
+    }
+
+    /// `nginx_config.http.charset` of the effective configuration: for all responses but those of locations, which have their own.
+    pub fn of_routes(config: &Value) -> Option<Charset> {
+        let name = config.pointer(ROUTES_CHARSET)?.as_str().filter(|name| *name != "off" && is_charset(name))?;
+        Some(Charset { name: name.into(), types: Types::of(CHARSET_TYPES) })
+    }
+
+    /// Why nothing can be named that `nginx_config.http.charset` says.
+    pub(super) fn mistake_of_routes(config: &Value) -> Option<String> {
+        let written = config.pointer(ROUTES_CHARSET).filter(|written| !written.is_null())?;
+        let is_good = written.as_str().is_some_and(is_charset);
+        (!is_good).then(|| format!("{written} is not the name of a charset, as utf-8, or off"))
     }
 }
 
@@ -146,6 +171,8 @@ impl ErrorPage {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     #[test]
@@ -171,6 +198,26 @@ mod tests {
         ] {
             assert_eq!(ErrorPage::parse(line), expected, "{line}");
         }
+    }
+
+    #[test]
+    fn the_charset_of_routes_is_a_name_or_off() {
+        for (written, name, is_good) in [
+            (json!("utf-8"), Some("utf-8"), true),
+            (json!("gbk"), Some("gbk"), true),
+            (json!("off"), None, true),
+            (json!(null), None, true),
+            (json!(""), None, false),
+            (json!("$charset"), None, false),
+            (json!("utf-8\r\nX: y"), None, false),
+            (json!(8), None, false),
+        ] {
+            let config = json!({"nginx_config": {"http": {"charset": written}}});
+            let charset = Charset::of_routes(&config);
+            assert_eq!(charset.as_ref().map(|charset| &*charset.name), name, "{config}");
+            assert_eq!(Charset::mistake_of_routes(&config).is_none(), is_good, "{config}");
+        }
+        assert!(Charset::of_routes(&json!({})).is_none());
     }
 
     #[test]

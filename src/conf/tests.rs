@@ -154,6 +154,10 @@ fn a_test_node_without_a_word_of_keys_is_open_to_its_own_machine() {
     let (config, _) = ok("test_node: {}");
     let listen: Vec<_> = config.listen.iter().map(|listen| listen.addr.to_string()).collect();
     assert_eq!(listen, ["127.0.0.1:1984"]);
+    let charset = |text: &str| ok(text).0.json["nginx_config"]["http"]["charset"].clone();
+    assert_eq!(charset("{}"), "utf-8");
+    assert_eq!(charset("test_node: {}"), "off");
+    assert_eq!(charset("{test_node: {}, nginx_config: {http: {charset: utf-8}}}"), "utf-8", "as it is written");
     let (config, _) = ok("{test_node: {}, apisix: {node_listen: 1984}}");
     assert_eq!(config.listen[0].addr.to_string(), "0.0.0.0:1984", "as it is written");
     let (_, warnings) = ok("{test_node: {serve_on_node: [admin]}, apisix: {enable_admin: false}}");

@@ -1,5 +1,6 @@
 //! From the effective configuration to typed values; every mistake is noted with its path, and reading goes on.
 
+mod proxy_protocol;
 mod stream;
 
 use std::{
@@ -15,7 +16,7 @@ use serde_json::Value;
 
 use super::{
     AccessLog, Admin, AdminKey, AdminTls, Client, Config, Keepalive, Listen, ListenUnix, LuaLimits, Prometheus, RealIp,
-    Resolver, Router, Tls, Trace, Warning, keys::at, locations, locations::Options,
+    Resolver, Router, Tls, Trace, Warning, keys::at, locations, locations::Options, outgoing::Charset,
 };
 
 /// Worker threads that `auto` never exceeds: each costs a VM.
@@ -56,6 +57,7 @@ pub(super) fn read(
         true => r.listeners("apisix.ssl.listen", warnings),
         false => Vec::new(),
     };
+    r.proxy_protocol(&mut listen, &mut listen_tls, warnings);
     let listen_unix = r.lua_listen(&mut listen, &mut listen_tls, &prefix);
     let tls = r.tls(&prefix, warnings);
     let router = r.one_of(
@@ -68,6 +70,9 @@ pub(super) fn read(
     );
     let workers = r.workers();
     let client = r.client();
+    if let Some(what) = Charset::mistake_of_routes(&json) {
+        r.wrong("nginx_config.http.charset", what);
+    }
     let upstream_keepalive = r.upstream_keepalive();
     let (error_log, error_log_level) = r.error_log(&prefix);
     let access_log = r.access_log(&prefix, "nginx_config.http");
@@ -731,11 +736,11 @@ impl<'a> Reader<'a> {
                     ),
                 }
             }
-            let header = options.get("real_ip_header").unwrap_or("X-Real-IP").to_owned();
+            let header = options.get("real_ip_header").unwrap_or("X-Real-IP").into();
             return RealIp { header, from, recursive: options.get("real_ip_recursive") == Some("on") };
         }
         RealIp {
-            header: self.text("nginx_config.http.real_ip_header"),
+            header: self.text("nginx_config.http.real_ip_header").as_str().into(),
             from: self.networks("nginx_config.http.real_ip_from"),
             recursive: self.flag("nginx_config.http.real_ip_recursive"),
         }

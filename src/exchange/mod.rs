@@ -160,12 +160,12 @@ pub enum Jump {
 pub struct Connection {
     /// Unique in the process: `$connection`.
     pub serial: u64,
-    /// The client, after PROXY protocol.
+    /// The socket's other end, whatever a PROXY protocol header says.
     pub peer: SocketAddr,
     pub local: SocketAddr,
     pub tls: Option<TlsInfo>,
-    /// The other end of the socket when PROXY protocol changed `peer`.
-    pub proxy: Option<SocketAddr>,
+    /// What a PROXY protocol header says, for those who believe it: the client, and the address that it connected to.
+    pub proxy: Option<(SocketAddr, SocketAddr)>,
     /// What else a PROXY protocol header of version 2 carried: type, length and value each.
     pub proxy_tlvs: Box<[u8]>,
     /// When it was accepted.
@@ -194,7 +194,7 @@ impl Connection {
         }
     }
 
-    /// The peer's address without its port. `peer` must not change any more.
+    /// The peer's address without its port.
     pub fn peer_text(&self) -> &[u8] {
         self.peer_text.get_or_init(|| {
             let mut text = Vec::new();

@@ -559,10 +559,10 @@ impl Exchange {
             },
             Known::RealipRemoteAddr => out.extend_from_slice(self.conn.peer_text()),
             Known::RealipRemotePort => number(self.conn.peer.port().into(), out),
-            Known::ProxyProtocolAddr => ip(self.conn.proxy.map(|_| self.conn.peer.ip())?, out),
-            Known::ProxyProtocolPort => number(self.conn.proxy.map(|_| self.conn.peer.port())?.into(), out),
-            Known::ProxyProtocolServerAddr => ip(self.conn.proxy.map(|_| self.conn.local.ip())?, out),
-            Known::ProxyProtocolServerPort => number(self.conn.proxy.map(|_| self.conn.local.port())?.into(), out),
+            Known::ProxyProtocolAddr => ip(self.conn.proxy?.0.ip(), out),
+            Known::ProxyProtocolPort => number(self.conn.proxy?.0.port().into(), out),
+            Known::ProxyProtocolServerAddr => ip(self.conn.proxy?.1.ip(), out),
+            Known::ProxyProtocolServerPort => number(self.conn.proxy?.1.port().into(), out),
             Known::RemoteUser => remote_user(&r.headers, out)?,
             Known::ProxyAddXForwardedFor => self.forwarded_for(out),
             Known::VarXForwardedPort => self.forwarded_port(out),
@@ -920,8 +920,8 @@ mod tests {
 
     #[test]
     fn reads_the_values_of_a_proxy_protocol_header() {
-        let mut conn = Connection::new(7, "10.0.0.9:5000".parse().unwrap(), "10.0.0.1:443".parse().unwrap());
-        conn.proxy = Some("127.0.0.1:1".parse().unwrap());
+        let mut conn = Connection::new(7, "127.0.0.1:1".parse().unwrap(), "127.0.0.2:9181".parse().unwrap());
+        conn.proxy = Some(("10.0.0.9:5000".parse().unwrap(), "10.0.0.1:443".parse().unwrap()));
         let ssl = [&[0x20, 0, 13, 1, 0, 0, 0, 3][..], &[0x22, 0, 5], b"a cn!"].concat();
         conn.proxy_tlvs =
             [&[1, 0, 2][..], b"h2", &ssl, &[0x30, 0, 0], &[0xea, 0, 1, b'x'], &[5, 0, 9, 1]].concat().into();
@@ -938,8 +938,14 @@ mod tests {
             ("proxy_protocol_tlv_unique_id", None),
             ("proxy_protocol_tlv_0x1ff", None),
             ("proxy_protocol_tlv_x", None),
+            ("proxy_protocol_addr", Some("10.0.0.9")),
+            ("proxy_protocol_port", Some("5000")),
             ("proxy_protocol_server_addr", Some("10.0.0.1")),
             ("proxy_protocol_server_port", Some("443")),
+            ("remote_addr", Some("127.0.0.1")),
+            ("realip_remote_addr", Some("127.0.0.1")),
+            ("server_addr", Some("127.0.0.2")),
+            ("server_port", Some("9181")),
         ] {
             assert_eq!(read(&x, name).as_deref(), value, "{name}");
         }

@@ -364,6 +364,9 @@ impl H1 {
         }
         self.version = x.request.version;
         let framing = framing?;
+        if !self.settings.underscores {
+            head::drop_underscored(x);
+        }
         self.keep = x.request.keep_alive
             && x.request.nth < self.settings.keepalive_requests
             && !self.settings.keepalive_timeout.is_zero();

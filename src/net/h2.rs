@@ -188,6 +188,9 @@ async fn answer<H: Handler>(
     let mut x = server.pool.take(&streams.conn);
     x.request.nth = streams.total.get();
     let read = read_head(&parts, &x.conn.last_host, &mut x.request).and_then(|length| {
+        if !server.settings.underscores {
+            head::drop_underscored(&mut x);
+        }
         if !incoming.is_end_stream() {
             x.body = RequestBody::Streaming { length };
         }

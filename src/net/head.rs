@@ -7,10 +7,13 @@ use std::mem::MaybeUninit;
 
 use httparse::Status;
 
-use crate::exchange::{
-    LastHost, Request, Version,
-    framing::{BARE_LF, BodyFields, Framing, Refusal, ends_in_crlf},
-    headers::same_name,
+use crate::{
+    exchange::{
+        Exchange, LastHost, Request, Version,
+        framing::{BARE_LF, BodyFields, Framing, Refusal, ends_in_crlf},
+        headers::same_name,
+    },
+    observe::log::Level,
 };
 
 /// Fields of a head. Browsers send 20, and the block is bounded anyway: this bounds the work per byte.
@@ -54,6 +57,21 @@ pub fn parse(block: &[u8], last: &LastHost, request: &mut Request) -> Result<Fra
     request.expects_continue = said.expects && framing != Framing::None && request.version == Version::Http11;
     request.upgrade = said.upgrade && said.upgrade_field && request.version == Version::Http11;
     Ok(framing)
+}
+
+/// `underscores_in_headers off`: leaves out the fields whose names have one, and logs each as nginx does.
+pub(super) fn drop_underscored(x: &mut Exchange) {
+    let is_underscored = |name: &[u8]| memchr::memchr(b'_', name).is_some();
+    let headers = &x.request.headers;
+    if !headers.iter().any(|(name, _)| is_underscored(name)) {
+        return;
+    }
+    for (name, value) in headers.iter().filter(|(name, _)| is_underscored(name)) {
+        let line =
+            [b"client sent invalid header line: \"", name, b": ", value, b"\" while reading client request headers"];
+        x.log(Level::Info, &line.concat());
+    }
+    x.request.headers.retain(|name, _| !is_underscored(name));
 }
 
 /// The path in a head that was not looked at yet, as the client spells it: what stands between the first two spaces.

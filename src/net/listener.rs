@@ -334,10 +334,7 @@ async fn read_proxy_header(mut tcp: TcpStream, conn: &mut Connection) -> Result<
     };
     let Header { addresses, tlvs, len } = header;
     conn.proxy_tlvs = input[tlvs..len].into();
-    if let Some((client, to)) = addresses {
-        conn.proxy = Some(conn.peer);
-        (conn.peer, conn.local) = (client, to);
-    }
+    conn.proxy = addresses;
     Ok(Socket::new(tcp, input.split_off(len)))
 }
 

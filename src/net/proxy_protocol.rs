@@ -1,7 +1,7 @@
 //! PROXY protocol, versions 1 and 2: who a load balancer says the client is.
 //!
 //! Pure and strict: a listener that expects the header accepts nothing else, since the header decides addresses that
-//! access rules trust.
+//! access rules trust. Whether a peer's word counts is for those who ask (`real_ip_from`).
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 

@@ -30,6 +30,8 @@ pub struct Settings {
     pub goodbye: Duration,
     /// HTTP/2 with prior knowledge on listeners without TLS.
     pub http2: bool,
+    /// `underscores_in_headers`: off, fields whose names have one are left out.
+    pub underscores: bool,
 }
 
 impl Settings {
@@ -58,6 +60,7 @@ impl Default for Settings {
             linger_max: Duration::from_secs(30),
             goodbye: Duration::from_secs(5),
             http2: true,
+            underscores: true,
         }
     }
 }

@@ -65,7 +65,7 @@ impl Handler for Echo {
         if x.request.path == b"/conn" {
             let tls = x.conn.tls.as_ref();
             let tls = tls.map(|t| (t.sni.clone(), t.protocol, &t.client_verify));
-            answer = format!("{} {} {tls:?}", x.conn.peer, x.conn.proxy.is_some()).into_bytes();
+            answer = format!("{} {:?} {tls:?}", x.conn.peer.ip(), x.conn.proxy).into_bytes();
         }
         answer.resize(answer.len().max(size), b'.');
         let length = match x.request.path == b"/chunked" {
@@ -709,7 +709,7 @@ fn a_client_that_resets_all_it_opens_is_let_go() {
 fn proxy_protocol_tells_the_client() {
     with_listener(true, vec![], |addr| async move {
         let request = "PROXY TCP4 1.2.3.4 5.6.7.8 9 10\r\nGET /conn HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n";
-        assert!(talk(addr, request).await.ends_with("1.2.3.4:9 true None"));
+        assert!(talk(addr, request).await.ends_with("127.0.0.1 Some((1.2.3.4:9, 5.6.7.8:10)) None"));
         assert_eq!(talk(addr, LAST).await, "");
     })
 }

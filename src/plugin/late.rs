@@ -1,14 +1,15 @@
 //! What nginx's own filters do to a location's response behind those of Lua: the status of an error page, the charset, compression,
-//! the rate.
+//! the rate. Of these the charset is every response's.
 
 use std::io::Write;
 
 use flate2::{Compression, write::GzEncoder};
+use smallvec::SmallVec;
 
 use crate::{
     conf::outgoing::{Charset, Gzip},
     error::{Error, Kind, Result},
-    exchange::{Exchange, Version},
+    exchange::{Exchange, Headers, Version},
 };
 
 /// The head, once the filters are through with it. `length`: of the body, where the head does not say it.
@@ -24,7 +25,7 @@ pub(super) fn head(x: &mut Exchange, length: Option<u64>) {
         x.keep_rate();
     }
     if let Some(charset) = &location.directives.charset {
-        name_charset(x, charset);
+        name_charset(&mut x.response.headers, charset);
     }
     if let Some(gzip) = &location.directives.gzip {
         compress(x, gzip, length);
@@ -43,17 +44,16 @@ pub(super) fn status(x: &mut Exchange) {
     x.response.status = status;
 }
 
-fn name_charset(x: &mut Exchange, charset: &Charset) {
-    let headers = &mut x.response.headers;
-    let Some(kind) = headers.get("content-type") else { return };
-    let named = kind.to_ascii_lowercase().windows(8).any(|part| part == b"charset=");
-    if named || headers.contains("content-encoding") || !charset.types.has(kind) {
+/// Names the charset of a text that does not say its own. A type with any parameter is left as it is, as nginx leaves it.
+pub(super) fn name_charset(headers: &mut Headers, charset: &Charset) {
+    let Some(kind) = headers.get("content-type").filter(|kind| charset.types.has(kind)) else { return };
+    if memchr::memchr(b';', kind).is_some() || headers.contains("content-encoding") {
         return;
     }
-    let mut kind = kind.to_vec();
-    kind.extend_from_slice(b"; charset=");
-    kind.extend_from_slice(charset.name.as_bytes());
-    headers.set("Content-Type", kind);
+    let mut named: SmallVec<[u8; 64]> = SmallVec::from_slice(kind);
+    named.extend_from_slice(b"; charset=");
+    named.extend_from_slice(charset.name.as_bytes());
+    headers.set("Content-Type", &named);
 }
 
 fn compress(x: &mut Exchange, gzip: &Gzip, length: Option<u64>) {
@@ -123,7 +123,40 @@ pub(super) async fn chunk(x: &mut Exchange) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::accepts_gzip;
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn the_charset_is_named_of_texts_that_do_not_say_it() {
+        let charset = Charset::of_routes(&json!({"nginx_config": {"http": {"charset": "utf-8"}}})).expect("a charset");
+        for (kind, encoding, sent) in [
+            ("text/html", "", "text/html; charset=utf-8"),
+            ("Text/Plain", "", "Text/Plain; charset=utf-8"),
+            ("text/plain; version=0.0.4", "", "text/plain; version=0.0.4"),
+            ("application/javascript", "", "application/javascript; charset=utf-8"),
+            ("application/rss+xml", "", "application/rss+xml; charset=utf-8"),
+            ("text/vnd.wap.wml", "", "text/vnd.wap.wml; charset=utf-8"),
+            ("text/html; Charset=ISO-8859-1", "", "text/html; Charset=ISO-8859-1"),
+            ("text/html", "gzip", "text/html"),
+            ("application/json", "", "application/json"),
+            ("text/css", "", "text/css"),
+            ("text/htm", "", "text/htm"),
+            ("", "", ""),
+        ] {
+            let mut headers = Headers::new();
+            headers.append("content-type", kind);
+            if !encoding.is_empty() {
+                headers.append("content-encoding", encoding);
+            }
+            name_charset(&mut headers, &charset);
+            let got = headers.get_all(b"content-type").map(String::from_utf8_lossy).collect::<Vec<_>>();
+            assert_eq!(got, [sent], "{kind}");
+        }
+        let mut none = Headers::new();
+        name_charset(&mut none, &charset);
+        assert!(none.is_empty());
+    }
 
     #[test]
     fn codings_are_weighed() {

@@ -143,7 +143,7 @@ pub fn remaining_length(x: &Exchange) -> BodyLength {
     }
 }
 
-/// Runs header_filter, and for a location what nginx does behind it.
+/// Runs header_filter, and what nginx does behind it.
 pub fn filter_head(x: &mut Exchange, runner: &Runner) -> impl Future<Output = Result<()>> {
     filter_head_of(x, runner, None)
 }
@@ -160,6 +160,8 @@ async fn filter_head_of(x: &mut Exchange, runner: &Runner, length: Option<u64>) 
     }
     if of_location {
         late::head(x, length);
+    } else if let Some(charset) = runner.charset() {
+        late::name_charset(&mut x.response.headers, charset);
     }
     if x.watch.is_some() {
         runner.watching().head(x);

@@ -19,7 +19,7 @@ use super::{
     },
 };
 use crate::{
-    conf::locations::Locations,
+    conf::{locations::Locations, outgoing::Charset},
     error::{Error, Result},
     exchange::Phase,
     lua::{
@@ -127,6 +127,11 @@ impl Setup {
             next[key] = config.get(key).cloned().unwrap_or_default();
         }
         self.config.store(Arc::new(next));
+    }
+
+    /// `nginx_config.http.charset`
+    pub fn charset(&self) -> Option<Charset> {
+        Charset::of_routes(&self.config.load())
     }
 
     pub fn trusts_functions(&self) -> bool {

@@ -50,6 +50,7 @@ use super::{
 };
 use crate::{
     balancer::group::Groups,
+    conf::outgoing::Charset,
     error::Result,
     exchange::{Exchange, Phase, Source, asked::Asked, watch::Planned},
     lua::{
@@ -113,6 +114,7 @@ pub struct Runner {
     loads: Cell<u64>,
     /// The upstreams of the worker's locations.
     groups: Rc<Groups>,
+    charset: Option<Charset>,
 }
 
 /// One plugin VM, from a load of the plugins to the next.
@@ -300,7 +302,7 @@ impl Runner {
         let groups = Rc::new(Groups::new(&setup.locations));
         let shared = (groups.clone(), ends.clone());
         let generation = Generation::started(setup.clone(), worker, snapshot.clone(), before, shared).await?;
-        let trusts = setup.trusts_functions();
+        let (trusts, charset) = (setup.trusts_functions(), setup.charset());
         Ok(Runner {
             groups,
             setup,
@@ -316,7 +318,13 @@ impl Runner {
             filters: RefCell::default(),
             until_memory_check: Cell::new(MEMORY_CHECK_EVERY),
             loads: Cell::new(1),
+            charset,
         })
+    }
+
+    /// What is named of responses that are no location's.
+    pub fn charset(&self) -> Option<&Charset> {
+        self.charset.as_ref()
     }
 
     /// The upstreams of locations, as this worker's scripts and its proxy know them.

@@ -469,8 +469,9 @@ fn bound_body(x: &mut Exchange, location: &Location) -> Result<()> {
     let (Some(max), RequestBody::Streaming { length }) = (location.directives.client_max_body_size, &x.body) else {
         return Ok(());
     };
-    if max != 0 && length.is_some_and(|length| length > max) {
-        return Err(Error::client(Kind::TooLarge).context("client intended to send too large body"));
+    if let Some(length) = length.filter(|length| max != 0 && *length > max) {
+        let told = format!("client intended to send too large body: {length} bytes");
+        return Err(Error::client(Kind::TooLarge).context(told));
     }
     if let Some(client) = &mut x.client {
         client.limit_body(max);

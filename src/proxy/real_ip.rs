@@ -1,20 +1,23 @@
-//! nginx's `real_ip_*`: a peer that is trusted says in a field where the request comes from.
+//! nginx's `real_ip_*`: a peer that is trusted says where the request comes from, in a field or by PROXY protocol.
 
 use std::net::{IpAddr, SocketAddr};
 
 use crate::{
-    conf::RealIp,
+    conf::{RealIp, RealIpHeader},
     exchange::{Exchange, Headers},
 };
 
 /// Replaces the request's address when its peer may do so.
 pub(super) fn apply(settings: &RealIp, x: &mut Exchange) {
-    let peer = x.conn.peer;
-    if !is_trusted(settings, peer.ip()) {
+    if !is_trusted(settings, x.conn.peer.ip()) {
         return;
     }
-    if let Some(ip) = found(settings, &x.request.headers) {
-        x.request.real_ip = Some(ip);
+    let said = match &settings.header {
+        RealIpHeader::Field(name) => found(settings, name, &x.request.headers),
+        RealIpHeader::ProxyProtocol => x.conn.proxy.map(|(client, _)| client),
+    };
+    if said.is_some() {
+        x.request.real_ip = said;
     }
 }
 
@@ -23,8 +26,8 @@ fn is_trusted(settings: &RealIp, ip: IpAddr) -> bool {
 }
 
 /// The last address of the field; with `recursive` the last that is not itself trusted.
-fn found(settings: &RealIp, headers: &Headers) -> Option<SocketAddr> {
-    let value = headers.get(&settings.header)?;
+fn found(settings: &RealIp, name: &str, headers: &Headers) -> Option<SocketAddr> {
+    let value = headers.get(name)?;
     let mut addresses = value.rsplit(|b| *b == b',').map(|part| address(part.trim_ascii()));
     let last = addresses.next()??;
     if !settings.recursive || !is_trusted(settings, last.ip()) {
@@ -54,8 +57,9 @@ mod tests {
 
     #[test]
     fn the_last_address_counts_or_the_last_untrusted_one() {
+        const FIELD: &str = "X-Forwarded-For";
         let settings = |recursive| RealIp {
-            header: "X-Forwarded-For".into(),
+            header: FIELD.into(),
             from: vec!["10.0.0.0/8".parse().expect("a network")],
             recursive,
         };
@@ -66,8 +70,8 @@ mod tests {
             ("nonsense", None, None),
         ] {
             let mut headers = Headers::new();
-            headers.append("X-Forwarded-For", value);
-            let text = |recursive| found(&settings(recursive), &headers).map(|a| a.to_string());
+            headers.append(FIELD, value);
+            let text = |recursive| found(&settings(recursive), FIELD, &headers).map(|a| a.to_string());
             assert_eq!((text(false).as_deref(), text(true).as_deref()), (once, all), "{value}");
         }
     }

@@ -11,7 +11,7 @@ use std::{
 use super::{Proxy, asked, forward, forwarded, location, real_ip, rescue, servlet, watch};
 use crate::{
     error::{Error, Kind, Result},
-    exchange::{Exchange, Matched, Phase, Var, asked::Asked},
+    exchange::{Exchange, Matched, Phase, RequestBody, Var, asked::Asked},
     model::{Id, Object, Route, Service},
     observe::log::Level,
     plugin::{
@@ -54,8 +54,13 @@ pub(super) async fn serve(p: &Rc<Proxy>, x: &mut Exchange) {
 
 /// Answers what was refused before it was a request, and logs it.
 pub(super) async fn reject(p: &Rc<Proxy>, x: &mut Exchange, why: &'static str) {
-    x.log(Level::Info, format!("client sent an invalid request: {why}").as_bytes());
     let status = x.response.status;
+    match (status, &x.body) {
+        (413, RequestBody::Streaming { length: Some(n) }) => {
+            x.log(Level::Error, format!("{why}: {n} bytes").as_bytes())
+        }
+        _ => x.log(Level::Info, format!("client sent an invalid request: {why}").as_bytes()),
+    }
     if x.client.is_some() && location::serve_refusal(p, x, status).await {
         return;
     }

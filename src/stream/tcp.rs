@@ -63,12 +63,11 @@ async fn connection(streams: Rc<Streams>, desk: Rc<Desk>, (tcp, peer): (TcpStrea
     let Desk { way, listening, to_upstream } = &*desk;
     let active = listening.session();
     let Some((mut client, conn)) = listener::open_within(HANDSHAKE, tcp, peer, way).await else { return };
+    let peer_ip = peer.ip().to_canonical();
+    let trusted = || streams.settings.real_ip_from.iter().any(|net| net.contains(&peer_ip));
+    let from = conn.proxy.filter(|_| trusted()).map_or(peer, |(client, _)| client);
     // A PROXY protocol header says whom the client meant to reach; routes are about this gateway.
-    let wild = way.local.ip().is_unspecified();
-    let server = client.stream().tcp().local_addr().ok().filter(|_| wild).unwrap_or(way.local);
-    let trusted = |from: IpAddr| streams.settings.real_ip_from.iter().any(|net| net.contains(&from.to_canonical()));
-    let from = if conn.proxy.is_none_or(|proxy| trusted(proxy.ip())) { conn.peer } else { peer };
-    let mut session = Session::new(conn.serial, "TCP", from, server);
+    let mut session = Session::new(conn.serial, "TCP", from, conn.local);
     (session.peer, session.tls) = (peer, conn.tls);
     let outcome = proxy(&streams, &mut session, &mut client, (*to_upstream, active.listening())).await;
     streams.ended(&mut session, way.local, outcome);

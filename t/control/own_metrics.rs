@@ -109,7 +109,7 @@ fn a_plugin_may_have_a_page_of_its_own() {
     let expected =
         "# HELP shop_sold_total things\n# TYPE shop_sold_total counter\nshop_sold_total{what=\"a\\\"b\"} 2\n";
     let shown = gw.get("/metrics");
-    assert_eq!((shown.text().as_str(), shown.header("content-type")), (expected, Some("text/plain")));
+    assert_eq!((shown.text().as_str(), shown.header("content-type")), (expected, Some("text/plain; charset=utf-8")));
     let lines: Vec<String> = expected.lines().map(|line| format!("{line}\n")).collect();
     assert_eq!(gw.get("/lines").json(), json!(lines));
     assert!(!page(&gw).contains("sold"));

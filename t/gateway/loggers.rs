@@ -46,7 +46,7 @@ fn is_whole(entry: &Value, gw: &Gateway, up: &Upstream) {
     assert!(request["size"].as_u64().expect("bytes") > 100, "{request}");
     has_fields(response, &["status", "headers", "size", "body"]);
     assert_eq!((&response["status"], &response["body"]), (&json!(200), &json!("moon")));
-    assert_eq!(response["headers"]["content-type"], "text/plain");
+    assert_eq!(response["headers"]["content-type"], "text/plain; charset=utf-8");
     assert!(response["size"].as_u64().expect("bytes") > 60, "{response}");
     has_fields(&entry["server"], &["hostname", "version"]);
     assert!(entry["server"]["hostname"].as_str().is_some_and(|name| !name.is_empty()));

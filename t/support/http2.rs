@@ -1,7 +1,8 @@
 //! A client of HTTP/2: one request over one connection.
 
 use bytes::Bytes;
-use http_body_util::{BodyExt, Empty};
+use http::Request;
+use http_body_util::{BodyExt, Full};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -19,18 +20,29 @@ pub fn runtime() -> Runtime {
 
 /// Asks a port without TLS.
 pub fn get(address: &str, path: &str) -> Reply {
+    ask(address, Request::get(format!("http://{address}{path}")).body(Full::default()).expect("a request"))
+}
+
+/// Asks what the request says, over a connection of its own.
+pub fn ask(address: &str, request: Request<Full<Bytes>>) -> Reply {
     runtime().block_on(async {
         let stream = TcpStream::connect(address).await.expect("a connection");
-        get_over(stream, &format!("http://{address}{path}")).await
+        ask_over(stream, request).await
     })
 }
 
 /// Asks over a connection that is there.
 pub async fn get_over<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(stream: S, uri: &str) -> Reply {
+    ask_over(stream, Request::get(uri).body(Full::default()).expect("a request")).await
+}
+
+async fn ask_over<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
+    stream: S,
+    request: Request<Full<Bytes>>,
+) -> Reply {
     let handshake = hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream));
     let (mut send, connection) = handshake.await.expect("HTTP/2");
     tokio::spawn(connection);
-    let request = http::Request::get(uri).body(Empty::<Bytes>::new()).expect("a request");
     let answered = async {
         let (head, body) = send.send_request(request).await.expect("an answer").into_parts();
         let text = |v: &http::HeaderValue| String::from_utf8_lossy(v.as_bytes()).into_owned();
