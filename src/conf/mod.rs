@@ -12,6 +12,7 @@ mod keys;
 pub mod locations;
 pub mod outgoing;
 pub mod profile;
+mod texts;
 mod typed;
 pub mod upstreams;
 pub mod yaml;

@@ -197,7 +197,7 @@ fn mistakes_of_etcd_and_listeners_are_all_told() {
         r#"{"apisix": {"ssl": {"listen": [{"port": "x"}, {"ip": "nope", "port": 1}, "foo"]}},
             "deployment": {"role": "traditional", "role_traditional": {"config_provider": "etcd"}, "etcd": {
                 "host": ["http://127.0.0.1:2379", "https://etcd.example", "ftp://x:1", "nohost", "http://127.0.0.1:99999", 5],
-                "timeout": "soon", "prefix": 5, "tls": {"verify": "maybe", "cert": "/no/such.pem"}}}}"#,
+                "timeout": "soon", "prefix": [5], "tls": {"verify": "maybe", "cert": "/no/such.pem"}}}}"#,
     );
     for path in [
         "apisix.ssl.listen[0]: ",
@@ -236,4 +236,55 @@ fn numbers_and_sizes_are_bounded() {
     ok(&body("1024g"));
     let told = mistakes(&body("1025g"));
     assert!(told[0].contains("is not a size"), "{told:?}");
+}
+
+/// The configuration with variables in `nginx_config.envs`, which count before the process's own.
+fn with_envs(envs: &str, text: &str) -> Result<Config, Mistakes> {
+    parse(Path::new("/p"), &format!("{text}\nnginx_config: {{envs: [{envs}]}}")).map(|(config, _)| config)
+}
+
+#[test]
+fn keys_that_are_texts_take_numbers_as_they_stand() {
+    let text = r#"
+apisix:
+  data_encryption: {keyring: [1234567890123456, "${{KR}}"]}
+  ssl: {fallback_sni: 5}
+deployment:
+  admin: {admin_key: [{name: 7, key: 12345678, role: admin}, {name: "${{NAME}}", key: "${{AK}}", role: viewer}]}
+  etcd: {user: 1, password: "${{AK}}", prefix: "${{AK}}", tls: {sni: 2}}
+plugin_attr: {prometheus: {metric_prefix: 9}, own: {number: "${{N}}", flag: "${{F}}"}}
+"#;
+    let config = with_envs("AK=0012345, NAME=true, KR=0000000000000001, N=5, F=false", text).unwrap();
+    let keys: Vec<_> = config.admin.unwrap().keys.into_iter().map(|k| (k.name, k.key)).collect();
+    assert_eq!(keys, [("7".into(), "12345678".into()), ("true".into(), "0012345".into())]);
+    assert_eq!(config.keyring, ["1234567890123456", "0000000000000001"]);
+    assert_eq!((config.tls.fallback_sni.as_deref(), &*config.prometheus.prefix), (Some("5"), "9"));
+    let etcd = &config.json["deployment"]["etcd"];
+    assert_eq!(etcd["tls"]["sni"], "2");
+    let user_and_password = ["user", "password", "prefix"].map(|key| etcd[key].clone());
+    assert_eq!(user_and_password, ["1", "0012345", "0012345"]);
+    assert_eq!(config.json["plugin_attr"]["own"], json!({"number": 5, "flag": false}));
+    let wrong =
+        "deployment: {admin: {admin_key: [{name: a, key: 1.50, role: admin}]}, etcd: {password: true, user: 1e3}}";
+    let told = mistakes(wrong);
+    for (path, value) in [("admin.admin_key[0].key", "1.5"), ("etcd.password", "true"), ("etcd.user", "1000.0")] {
+        let line = format!("deployment.{path}: {value} is not a text; put it in quotes");
+        assert!(told.contains(&line), "{line} in {told:?}");
+    }
+    assert_eq!(told.len(), 3, "{told:?}");
+}
+
+#[test]
+fn variables_stand_in_keys_too() {
+    let text = "apisix: {custom_lua_shared_dict: {\"${{DICT}}_a\": 1m, \"${{DEF:=own}}\": 2m}}";
+    let config = with_envs("DICT=env", text).unwrap();
+    for (name, size) in [("env_a", 1 << 20), ("own", 2 << 20)] {
+        assert!(config.shared_dicts.contains(&(name.into(), size)), "{name} in {:?}", config.shared_dicts);
+    }
+    assert!(!config.json.to_string().contains("${{"), "no key is left as it was");
+    let told = mistakes("apisix: {custom_lua_shared_dict: {\"${{NO_SUCH_DICT}}\": 1m}}");
+    assert!(
+        told[0].ends_with("can't find environment variable NO_SUCH_DICT: set it, or write ${{NO_SUCH_DICT:=default}}"),
+        "{told:?}"
+    );
 }

@@ -558,7 +558,14 @@ impl<'a> Reader<'a> {
 
     fn admin_keys(&mut self) -> Vec<AdminKey> {
         let path = "deployment.admin.admin_key";
-        let items = self.get(path).and_then(Value::as_array).cloned().unwrap_or_default();
+        let items = match self.get(path) {
+            None => return Vec::new(),
+            Some(Value::Array(items)) => items,
+            Some(other) => {
+                self.wrong(path, format!("{other} is not a list of name, key and role"));
+                return Vec::new();
+            }
+        };
         let mut keys = Vec::new();
         for (i, item) in items.iter().enumerate() {
             let field = |name: &str| item.get(name).map(text_of).unwrap_or_default();
