@@ -297,7 +297,11 @@ fn document(state: &State, call: &Call) -> Outcome<Map<String, Value>> {
     }
     let value = if call.header("content-type").is_some_and(|kind| kind.contains(YAML)) {
         let text = std::str::from_utf8(&call.body).map_err(|e| refuse(&e.to_string()))?;
-        json_of_yaml(text).map_err(|e| refuse(&e.to_string()))?
+        let (value, repeated) = json_of_yaml(text).map_err(|e| refuse(&e.to_string()))?;
+        for key in repeated {
+            tracing::warn!("{} {}: {key}", call.method, call.path);
+        }
+        value
     } else {
         resource::parse(&call.body).map_err(|e| resource::not_json(state, &call.body, &e))?
     };

@@ -288,3 +288,11 @@ fn variables_stand_in_keys_too() {
         "{told:?}"
     );
 }
+
+#[test]
+fn of_a_repeated_key_the_last_counts_with_a_warning() {
+    let (config, warnings) = ok("apisix:\n  node_listen: 9000\n  node_listen: 9001\n");
+    assert_eq!(config.listen[0].addr.port(), 9001);
+    let told = "apisix.node_listen: is written more than once, again in line 3; the last one counts";
+    assert_eq!(warnings, [Warning(told.into())]);
+}

@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use crate::support::{Gateway, request};
+use crate::support::{Dir, Gateway, Reply, Upstream, eventually, get, request, run};
 
 fn admin(gw: &Gateway, key: &str) -> u16 {
     request(&gw.admin_address(), "GET", "/apisix/admin/routes", &[("X-API-KEY", key)], b"").status
@@ -19,4 +19,123 @@ fn an_admin_key_may_be_a_number() {
     for (key, status) in [("12345678", 200), ("0012345", 200), ("12345", 401), ("", 401)] {
         assert_eq!(admin(&gw, key), status, "{key}");
     }
+}
+
+/// A data plane with this file.
+fn data_plane(provider: &str, text: &str, envs: &[&str]) -> Gateway {
+    let dir = Dir::new();
+    dir.configure(json!({
+        "deployment": {"role": "data_plane", "role_data_plane": {"config_provider": provider}},
+        "nginx_config": {"envs": envs},
+    }));
+    dir.write(&format!("conf/apisix.{provider}"), text);
+    Gateway::in_dir(dir)
+}
+
+fn errors(gw: &Gateway) -> String {
+    get(&gw.control(), "/v1/config/errors").text()
+}
+
+fn with_key(gw: &Gateway, key: &str) -> Reply {
+    gw.send("GET", "/key", &[("apikey", key)], b"")
+}
+
+const OF_VARIABLES: [(&str, &str); 2] = [
+    (
+        "yaml",
+        r#"
+routes:
+  - {id: 1, uri: /key, plugins: {"${{PLUGIN}}": {}}, upstream: {nodes: {"${{NODE}}": ${{WEIGHT}}}}}
+  - id: 2
+    uri: /flag
+    plugins: {fault-injection: {abort: {http_status: ${{STATUS:=202}}, body: "${{FLAG}}"}}}
+  - id: 3
+    uri: /evil
+    plugins: {fault-injection: {abort: {http_status: 200, body: ${{EVIL}}}}}
+consumers:
+  - {username: u, plugins: {key-auth: {key: "${{KEY}}"}}}
+#END
+"#,
+    ),
+    (
+        "json",
+        r#"{
+    "routes": [
+        {"id": 1, "uri": "/key", "plugins": {"${{PLUGIN}}": {}}, "upstream": {"nodes": {"${{NODE}}": ${{WEIGHT}}}}},
+        {"id": 2, "uri": "/flag", "plugins": {"fault-injection": {"abort": {
+            "http_status": ${{STATUS:=202}}, "body": "${{FLAG}}"}}}},
+        {"id": 3, "uri": "/evil", "plugins": {"fault-injection": {"abort": {"http_status": 200, "body": ${{EVIL}}}}}}
+    ],
+    "consumers": [{"username": "u", "plugins": {"key-auth": {"key": "${{KEY}}"}}}]
+}"#,
+    ),
+];
+
+#[test]
+fn what_is_in_quotes_in_a_file_stays_a_text() {
+    let up = Upstream::echo();
+    let node = format!("NODE={}", up.addr());
+    let evil = "a\"} #: [";
+    let evil_env = format!("EVIL={evil}");
+    let envs = ["PLUGIN=key-auth", &node, "WEIGHT=1", "FLAG=true", "KEY=12345", &evil_env];
+    for (provider, text) in OF_VARIABLES {
+        let gw = data_plane(provider, text, &envs);
+        eventually("the consumer is known", || (with_key(&gw, "12345").status == 200).then_some(()));
+        assert_eq!(with_key(&gw, "1").status, 401, "{provider}");
+        let flag = gw.get("/flag");
+        assert_eq!((flag.status, flag.text().as_str()), (202, "true"), "{provider}");
+        assert_eq!(gw.get("/evil").text(), evil, "{provider}");
+        assert!(errors(&gw).contains(r#""errors":[]"#), "{provider}: {}", errors(&gw));
+    }
+}
+
+#[test]
+fn a_variable_that_is_missing_in_a_file_is_named() {
+    let gw = data_plane("yaml", "routes:\n  - {uri: \"${{NOT_SET_ANYWHERE}}\"}\n#END\n", &[]);
+    gw.expect_log("can't find environment variable NOT_SET_ANYWHERE");
+}
+
+#[test]
+fn what_stands_twice_in_a_file_is_told_and_the_last_counts() {
+    let up = Upstream::echo();
+    let node = up.addr();
+    let route = |id, uri| format!("  - {{id: {id}, uri: {uri}, upstream: {{nodes: {{\"{node}\": 1}}}}}}\n");
+    let first = format!(
+        "  - id: 1\n    uri: /first\n    uri: /second\n    upstream: {{nodes: {{\"{node}\": 1, \"{node}\": 2}}}}\n"
+    );
+    let gw = data_plane("yaml", &format!("routes:\n{first}{}{}#END\n", route(2, "/a"), route(2, "/b")), &[]);
+    for (path, status) in [("/second", 200), ("/first", 404), ("/b", 200), ("/a", 404)] {
+        eventually(path, || (gw.get(path).status == status).then_some(()));
+    }
+    let told = eventually("it is told", || Some(errors(&gw)).filter(|errors| errors.contains("conf/apisix.yaml")));
+    let key = "routes[0].uri: is written more than once, again in line 4";
+    let id = "/routes/2: stands in the file more than once";
+    for what in [key, id] {
+        assert!(told.contains(what), "{what} in {told}");
+        gw.expect_log(what);
+    }
+    let mut command = gw.dir.command();
+    command.args(["migrate", "check", "--apisix-yaml", "conf/apisix.yaml"]);
+    let (status, report) = run(command);
+    assert_eq!(status.code(), Some(1), "{report}");
+    assert!(report.contains(key) && report.contains(id), "{report}");
+
+    gw.dir.write("conf/apisix.yaml", format!("routes:\n{}#END\n", route(2, "/c")));
+    eventually("the edit is served", || (gw.get("/c").status == 200).then_some(()));
+    eventually("there is nothing to tell", || (!errors(&gw).contains("conf/apisix.yaml")).then_some(()));
+}
+
+#[test]
+fn a_document_in_yaml_may_repeat_a_key() {
+    let up = Upstream::echo();
+    let node = up.addr();
+    let gw = Gateway::with(json!({"deployment": {"role_traditional": {"config_provider": "yaml"}}}));
+    let key = gw.key();
+    let headers = [("X-API-KEY", key.as_str()), ("X-Digest", "1"), ("Content-Type", "application/yaml")];
+    let upstream = format!("{{type: roundrobin, nodes: {{\"{node}\": 1, \"{node}\": 1}}}}");
+    let text = format!("routes:\n  - {{id: r, uri: /a, uri: /b, upstream: {upstream}}}\n");
+    let reply = request(&gw.admin_address(), "PUT", "/apisix/admin/configs", &headers, text.as_bytes());
+    assert_eq!(reply.status, 202, "{}", reply.text());
+    assert_eq!((gw.get("/b").status, gw.get("/a").status), (200, 404));
+    gw.expect_log("PUT /apisix/admin/configs: routes[0].uri: is written more than once, again in line 2; the last one");
 }
