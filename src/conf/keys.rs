@@ -7,7 +7,6 @@ use super::Warning;
 /// Keys that APISIX knows beside those with a default. A trailing `.*` stands for anything below.
 const OPTIONAL: &[&str] = &[
     "apisix.admin_key",
-    "apisix.control.*",
     "apisix.custom_lua_shared_dict.*",
     "apisix.customize_timeout",
     "apisix.disable_upstream_healthcheck",
@@ -16,27 +15,42 @@ const OPTIONAL: &[&str] = &[
     "apisix.events.*",
     "apisix.id",
     "apisix.lua_module_hook",
-    "apisix.proxy_protocol.*",
+    "apisix.proxy_protocol.enable_tcp_pp",
+    "apisix.proxy_protocol.enable_tcp_pp_to_upstream",
+    "apisix.proxy_protocol.listen_http_port",
+    "apisix.proxy_protocol.listen_https_port",
     "apisix.ssl.fallback_cert",
     "apisix.ssl.fallback_key",
     "apisix.ssl.fallback_sni",
     "apisix.ssl.listen_port",
     "apisix.ssl.ssl_session_cache",
-    "apisix.status.*",
-    "apisix.stream_proxy.*",
+    "apisix.status.ip",
+    "apisix.status.port",
+    "apisix.stream_proxy.tcp",
+    "apisix.stream_proxy.udp",
     "apisix.trace.header",
     "apisix.trace.keep",
     "apisix.trace.key",
     "apisix.trace.secrets",
     "apisix.trusted_addresses",
     "custom_plugins",
-    "deployment.admin.admin_api_mtls.*",
+    "deployment.admin.admin_api_mtls.admin_ssl_ca_cert",
+    "deployment.admin.admin_api_mtls.admin_ssl_cert",
+    "deployment.admin.admin_api_mtls.admin_ssl_cert_key",
     "deployment.admin.https_admin",
     "deployment.certs.*",
-    "deployment.etcd.*",
-    "deployment.role_control_plane.*",
-    "deployment.role_data_plane.*",
-    "discovery.*",
+    "deployment.etcd.health_check_retry",
+    "deployment.etcd.health_check_timeout",
+    "deployment.etcd.password",
+    "deployment.etcd.resync_delay",
+    "deployment.etcd.tls.cert",
+    "deployment.etcd.tls.key",
+    "deployment.etcd.tls.sni",
+    "deployment.etcd.use_grpc",
+    "deployment.etcd.user",
+    "discovery.dns.order",
+    "discovery.dns.resolv_conf",
+    "discovery.dns.servers",
     "ext-plugin.*",
     "lua_init.*",
     "lua_listen",
@@ -48,9 +62,9 @@ const OPTIONAL: &[&str] = &[
     "lua_shared_dict.*",
     "lua_upstreams.*",
     "nginx_config.envs",
-    "nginx_config.http.*",
+    "nginx_config.http.custom_lua_shared_dict.*",
     "nginx_config.max_pending_timers",
-    "nginx_config.stream.*",
+    "nginx_config.stream.real_ip_from",
     "nginx_config.user",
     "nginx_config.worker_rlimit_core",
     "nginx_config.worker_shutdown_timeout",
@@ -61,6 +75,9 @@ const OPTIONAL: &[&str] = &[
     "wasm.*",
     "xrpc.*",
 ];
+
+/// Maps of which each key is somebody's own, but for what is in `OPTIONAL` under it: a registry says itself what it takes.
+const OPEN: &[&str] = &["discovery"];
 
 /// Keys whose meaning would be lost: the start stops, with the way out.
 const UNSUPPORTED: &[(&str, &str)] = &[
@@ -85,13 +102,29 @@ const WITHOUT_COUNTERPART: &[&str] = &[
     "apisix.enable_resolv_search_opt",
     "apisix.events",
     "apisix.ssl.ssl_ciphers",
+    "apisix.enable_reuseport",
+    "apisix.ssl.fallback_cert",
+    "apisix.ssl.fallback_key",
+    "apisix.ssl.ssl_session_cache",
     "apisix.worker_startup_time_threshold",
+    "deployment.certs",
+    "deployment.etcd.health_check_retry",
+    "deployment.etcd.health_check_timeout",
+    "deployment.etcd.resync_delay",
+    "deployment.etcd.startup_retry",
+    "deployment.etcd.use_grpc",
+    "deployment.etcd.watch_timeout",
     "nginx_config.http.charset",
+    "nginx_config.http.proxy_ssl_server_name",
     "nginx_config.http.variables_hash_max_size",
+    "nginx_config.stream.metrics_zone_size",
     "nginx_config.user",
     "nginx_config.worker_rlimit_core",
     "nginx_config.worker_rlimit_nofile",
 ];
+
+/// What is said of a key that nobody knows.
+pub const UNKNOWN: &str = "is not a known key";
 
 /// Looks at every key that was written. Mistakes and warnings name their path.
 pub(super) fn look(written: &Value, defaults: &Value, mistakes: &mut Vec<String>) -> Vec<Warning> {
@@ -139,13 +172,15 @@ fn is_used(value: Option<&Value>) -> bool {
 
 fn unknown(written: &Value, defaults: &Value, path: &str, warnings: &mut Vec<Warning>) {
     let (Value::Object(map), Value::Object(known)) = (written, defaults) else { return };
+    let nothing = Value::Object(Map::new());
     for (key, value) in map {
         let here = join(path, key);
         match known.get(key) {
             Some(default) if !is_free(&here) => unknown(value, default, &here, warnings),
             Some(_) => {}
-            None if is_optional(&here) => {}
-            None => warnings.push(Warning(format!("{here}: is not a known key{}", suggestion(key, path, known)))),
+            None if is_optional(&here) || OPEN.contains(&path) && !has_optional(&here) => {}
+            None if OPEN.contains(&&*here) || has_optional(&here) => unknown(value, &nothing, &here, warnings),
+            None => warnings.push(Warning(format!("{here}: {UNKNOWN}{}", suggestion(key, path, known)))),
         }
     }
 }
@@ -158,8 +193,13 @@ fn is_free(path: &str) -> bool {
 fn is_optional(path: &str) -> bool {
     OPTIONAL.iter().any(|known| match known.strip_suffix(".*") {
         Some(start) => path == start || path.strip_prefix(start).is_some_and(|rest| rest.starts_with('.')),
-        None => path == *known || known.strip_prefix(path).is_some_and(|rest| rest.starts_with('.')),
+        None => path == *known,
     })
+}
+
+/// Whether keys below it are optional ones.
+fn has_optional(path: &str) -> bool {
+    OPTIONAL.iter().any(|known| known.strip_prefix(path).is_some_and(|rest| rest.starts_with('.')))
 }
 
 fn suggestion(key: &str, path: &str, known: &Map<String, Value>) -> String {

@@ -33,6 +33,8 @@ use crate::error::{Error, Kind, Result};
 
 const DEFAULTS: &str = include_str!("../../conf/config.default.yaml");
 
+pub use keys::UNKNOWN as UNKNOWN_KEY;
+
 /// Where a test node listens that says nothing else: the port that nginx's test suites use, for this machine alone.
 const TEST_NODE: (&str, u16) = ("127.0.0.1", 1984);
 

@@ -296,3 +296,82 @@ fn of_a_repeated_key_the_last_counts_with_a_warning() {
     let told = "apisix.node_listen: is written more than once, again in line 3; the last one counts";
     assert_eq!(warnings, [Warning(told.into())]);
 }
+
+#[test]
+fn a_typo_is_told_wherever_it_is() {
+    for (text, path, meant) in [
+        ("deployment: {etcd: {hosts: []}}", "deployment.etcd.hosts", "deployment.etcd.host"),
+        ("deployment: {etcd: {prefxi: /a}}", "deployment.etcd.prefxi", "deployment.etcd.prefix"),
+        ("deployment: {etcd: {tls: {crt: a}}}", "deployment.etcd.tls.crt", "deployment.etcd.tls.cert"),
+        ("deployment: {etcd: {usr: a}}", "deployment.etcd.usr", "deployment.etcd.user"),
+        (
+            "nginx_config: {http: {keepalive_timout: 1s}}",
+            "nginx_config.http.keepalive_timout",
+            "nginx_config.http.keepalive_timeout",
+        ),
+        (
+            "nginx_config: {http: {upstream: {keepalives: 1}}}",
+            "nginx_config.http.upstream.keepalives",
+            "nginx_config.http.upstream.keepalive",
+        ),
+        (
+            "nginx_config: {stream: {real_ip_form: []}}",
+            "nginx_config.stream.real_ip_form",
+            "nginx_config.stream.real_ip_from",
+        ),
+        ("apisix: {control: {prt: 1}}", "apisix.control.prt", "apisix.control.port"),
+        ("apisix: {status: {prt: 1}}", "apisix.status.prt", "apisix.status.port"),
+        (
+            "apisix: {proxy_protocol: {enable_tcp: true}}",
+            "apisix.proxy_protocol.enable_tcp",
+            "apisix.proxy_protocol.enable_tcp_pp",
+        ),
+        (
+            "apisix: {proxy_mode: http&stream, stream_proxy: {tpc: [1], udp: [9]}}",
+            "apisix.stream_proxy.tpc",
+            "apisix.stream_proxy.tcp",
+        ),
+        (
+            "deployment: {role_data_plane: {config_providr: yaml}}",
+            "deployment.role_data_plane.config_providr",
+            "deployment.role_data_plane.config_provider",
+        ),
+        (
+            "deployment: {role_control_plane: {config_providr: etcd}}",
+            "deployment.role_control_plane.config_providr",
+            "deployment.role_control_plane.config_provider",
+        ),
+        (
+            "deployment: {role_traditional: {config_providr: etcd}}",
+            "deployment.role_traditional.config_providr",
+            "deployment.role_traditional.config_provider",
+        ),
+        (
+            "deployment: {admin: {admin_api_mtls: {admin_ssl_crt: a}}}",
+            "deployment.admin.admin_api_mtls.admin_ssl_crt",
+            "deployment.admin.admin_api_mtls.admin_ssl_cert",
+        ),
+        ("discovery: {dns: {server: []}}", "discovery.dns.server", "discovery.dns.servers"),
+    ] {
+        let (_, warnings) = ok(text);
+        assert_eq!(warnings, [Warning(format!("{path}: is not a known key; did you mean {meant}?"))], "{text}");
+    }
+    let (_, warnings) = ok(
+        "discovery: {mine: {any: 1}, dns: {servers: [\"127.0.0.1:53\"]}}\nnginx_config: {http: {custom_lua_shared_dict: {a: 1m}}}",
+    );
+    assert_eq!(warnings, [], "what a registry takes is its own matter");
+}
+
+#[test]
+fn what_has_no_effect_is_told_where_it_says_something_else_than_the_default() {
+    for (text, path) in [
+        ("nginx_config: {http: {proxy_ssl_server_name: false}}", "nginx_config.http.proxy_ssl_server_name"),
+        ("deployment: {etcd: {watch_timeout: 5}}", "deployment.etcd.watch_timeout"),
+        ("deployment: {etcd: {resync_delay: 5}}", "deployment.etcd.resync_delay"),
+        ("deployment: {certs: {cert: a}}", "deployment.certs"),
+        ("apisix: {enable_reuseport: false}", "apisix.enable_reuseport"),
+    ] {
+        assert_eq!(ok(text).1, [Warning(format!("{path}: has no effect here"))], "{text}");
+    }
+    assert_eq!(ok("nginx_config: {http: {proxy_ssl_server_name: true}}\ndeployment: {etcd: {startup_retry: 2}}").1, []);
+}

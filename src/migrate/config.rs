@@ -103,7 +103,8 @@ fn tell(survey: &Survey, report: &mut Report) {
         report.add(Note, "config", "stream_plugins", "no plugin but prometheus runs for TCP and UDP", advice);
     }
     let told = report.findings().filter(|finding| finding.area == "config" && finding.verdict != Note).count();
-    if told == 0 {
+    let unknown = survey.warnings.iter().any(|Warning(text)| text.contains(conf::UNKNOWN_KEY));
+    if told == 0 && !unknown {
         report.runs.push(("config", "every key that was written is honoured or has no effect".into()));
     }
 }

@@ -139,3 +139,25 @@ fn a_document_in_yaml_may_repeat_a_key() {
     assert_eq!((gw.get("/b").status, gw.get("/a").status), (200, 404));
     gw.expect_log("PUT /apisix/admin/configs: routes[0].uri: is written more than once, again in line 2; the last one");
 }
+
+/// What `test` and `migrate check` say of a configuration.
+fn tested(dir: &Dir) -> [(Option<i32>, String); 2] {
+    [&["test"][..], &["migrate", "check", "--conf", "conf/config.yaml"]].map(|words| {
+        let mut command = dir.command();
+        command.args(words);
+        let (status, text) = run(command);
+        (status.code(), text)
+    })
+}
+
+#[test]
+fn a_key_that_nobody_knows_is_no_key_that_is_honoured() {
+    let dir = Dir::new();
+    dir.write("conf/config.yaml", "deployment: {role_traditional: {config_provider: embedded}, etcd: {hosts: [a]}}\n");
+    let [(code, tested), (checked, report)] = tested(&dir);
+    assert_eq!((code, checked), (Some(0), Some(0)), "{tested}{report}");
+    for text in [&tested, &report] {
+        assert!(text.contains("did you mean deployment.etcd.host?"), "{text}");
+    }
+    assert!(!report.contains("every key that was written is honoured"), "{report}");
+}
