@@ -1,5 +1,6 @@
 //! From the effective configuration to typed values; every mistake is noted with its path, and reading goes on.
 
+mod ports;
 mod stream;
 
 use std::{
@@ -13,6 +14,7 @@ use std::{
 use ipnet::IpNet;
 use serde_json::Value;
 
+use self::ports::Taker;
 use super::{
     AccessLog, Admin, AdminKey, AdminTls, Client, Config, Keepalive, Listen, ListenUnix, LuaLimits, Prometheus, RealIp,
     Resolver, Router, Tls, Trace, Warning, keys::at, locations, locations::Options,
@@ -98,6 +100,18 @@ pub(super) fn read(
         stream.tcp.clear();
         stream.udp.clear();
     }
+    let of_workers = |name, path, addrs| Taker { name, path, addrs, of_workers: true };
+    let api =
+        |name, path, addr: Option<SocketAddr>| Taker { name, path, addrs: Vec::from_iter(addr), of_workers: false };
+    r.conflicts(&[
+        of_workers("http listen", "apisix.node_listen", listen.iter().map(|l| l.addr).collect()),
+        of_workers("https listen", "apisix.ssl.listen", listen_tls.iter().map(|l| l.addr).collect()),
+        of_workers("stream", "apisix.stream_proxy.tcp", stream.tcp.iter().map(|l| l.addr).collect()),
+        api("prometheus", "plugin_attr.prometheus.export_addr", prometheus.addr),
+        api("status", "apisix.status", status),
+        api("admin", "deployment.admin.admin_listen", admin.as_ref().map(|admin| admin.addr)),
+        api("control", "apisix.control", control),
+    ]);
     let locations = Arc::new(locations::read(&json, &prefix, r.mistakes));
     Some(Config {
         listen,

@@ -18,6 +18,7 @@ use super::{
     variables,
 };
 use crate::{
+    admin,
     conf::{self, Config, Survey, Warning},
     error::{Error, Kind, Result},
     plugin::Checker,
@@ -92,6 +93,12 @@ fn tell(survey: &Survey, report: &mut Report) {
     for Warning(text) in &survey.warnings {
         let (place, what) = text.split_once(": ").unwrap_or(("", text));
         report.add(Note, "config", place, what, "");
+    }
+    let admin = survey.config.as_ref().and_then(|config| config.admin.as_ref());
+    if let Some(Err(e)) = admin.and_then(|admin| admin.tls.as_ref()).map(admin::tls::Tls::open) {
+        let told = e.to_string();
+        let (place, what) = told.split_once(": ").unwrap_or(("deployment.admin.admin_api_mtls", &told));
+        report.add(Change, "config", place, what, "the start stops at this");
     }
     tell_provider(survey, report);
     tell_formats(survey, report);

@@ -1,6 +1,6 @@
 //! What the configuration files may say, and what is told of it: numbers for texts, variables, repeated keys, ports.
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::support::{Dir, Gateway, Reply, Upstream, eventually, get, request, run};
 
@@ -148,6 +148,35 @@ fn tested(dir: &Dir) -> [(Option<i32>, String); 2] {
         let (status, text) = run(command);
         (status.code(), text)
     })
+}
+
+#[test]
+fn what_would_stop_the_start_is_told_before() {
+    let dir = Dir::new();
+    let told = |settings: &Value, what: &str| {
+        dir.configure(settings.clone());
+        for (code, text) in tested(&dir) {
+            assert!(code == Some(1) && text.contains(what), "{what} in {code:?} {text}");
+        }
+    };
+    let provider = json!({"config_provider": "embedded"});
+    let ports = json!({
+        "apisix": {"node_listen": 9990, "control": {"ip": "127.0.0.1", "port": 9990}},
+        "deployment": {"role_traditional": provider},
+    });
+    told(&ports, "http listen port 9990 conflicts with control");
+    let mtls = json!({"admin_ssl_cert": "cert.pem", "admin_ssl_cert_key": "key.pem"});
+    let admin = json!({"https_admin": true, "admin_api_mtls": mtls});
+    let https = json!({"deployment": {"role_traditional": provider, "admin": admin}});
+    told(&https, "cert.pem");
+    let signed = rcgen::generate_simple_self_signed(["localhost".to_owned()]).expect("a certificate");
+    dir.write("conf/cert.pem", signed.cert.pem());
+    dir.write("conf/key.pem", "no key");
+    told(&https, "admin_ssl_cert_key");
+    dir.write("conf/key.pem", signed.signing_key.serialize_pem());
+    for (code, text) in tested(&dir) {
+        assert_eq!(code, Some(0), "{text}");
+    }
 }
 
 #[test]
