@@ -2,9 +2,14 @@
 
 use std::collections::HashMap;
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::texts;
+
+/// Members of etcd (APISIX, `conf/config.yaml.example` and its tests of the command line).
+const ETCD_HOST: &str = "APISIX_DEPLOYMENT_ETCD_HOST";
+/// Workers, for containers that see all CPUs of their machine.
+const WORKERS: &str = "APISIX_WORKER_PROCESSES";
 
 /// Whole numbers that Lua's numbers hold exactly: what is not below it stays a text.
 const MAX_EXACT: f64 = 9_007_199_254_740_992.0;
@@ -22,6 +27,25 @@ pub(super) fn fill(written: &mut Value, mistakes: &mut Vec<String>) {
         .collect();
     let lookup = |name: &str| set.get(name).cloned().or_else(|| std::env::var(name).ok());
     fill_under(written, "", &lookup, mistakes);
+    reserved(written, &lookup, mistakes);
+}
+
+/// Variables that count before what the file says: members of etcd as a JSON list, and the number of workers.
+fn reserved(written: &mut Value, lookup: &impl Fn(&str) -> Option<String>, mistakes: &mut Vec<String>) {
+    if let Some(text) = lookup(ETCD_HOST) {
+        match serde_json::from_str::<Vec<String>>(&text) {
+            Ok(hosts) => super::keys::merge(written, json!({"deployment": {"etcd": {"host": hosts}}})),
+            Err(_) => {
+                mistakes.push(format!("{ETCD_HOST}: {text} is not a JSON list of texts: [\"http://127.0.0.1:2379\"]"))
+            }
+        }
+    }
+    if let Some(text) = lookup(WORKERS) {
+        match text.trim().parse::<u32>() {
+            Ok(workers) => super::keys::merge(written, json!({"nginx_config": {"worker_processes": workers}})),
+            Err(_) => mistakes.push(format!("{WORKERS}: {text:?} is not a whole number")),
+        }
+    }
 }
 
 fn fill_under(value: &mut Value, path: &str, lookup: &impl Fn(&str) -> Option<String>, mistakes: &mut Vec<String>) {

@@ -375,3 +375,48 @@ fn what_has_no_effect_is_told_where_it_says_something_else_than_the_default() {
     }
     assert_eq!(ok("nginx_config: {http: {proxy_ssl_server_name: true}}\ndeployment: {etcd: {startup_retry: 2}}").1, []);
 }
+
+#[test]
+fn what_apisix_2_called_otherwise_is_told() {
+    let (config, warnings) =
+        ok("apisix: {admin_key: [{name: a, key: k, role: admin}], port_admin: 1}\netcd: {host: a}");
+    let keys = ["apisix.admin_key", "apisix.port_admin", "etcd"];
+    assert_eq!(warnings.len(), keys.len(), "{warnings:?}");
+    for (Warning(text), key) in warnings.iter().zip(keys) {
+        assert!(
+            text.starts_with(&format!("{key}: is not a known key, and has no effect: it is deployment.")),
+            "{text}"
+        );
+    }
+    assert_eq!(config.admin.unwrap().keys[0].key, "");
+    assert_eq!(ok("apisix: {admin_key: null}").1, []);
+}
+
+#[test]
+fn the_mode_for_developers_has_one_worker() {
+    let (config, warnings) = ok("apisix: {enable_dev_mode: true}\nnginx_config: {worker_processes: 4}");
+    assert_eq!((config.workers, warnings.len()), (1, 0));
+}
+
+#[test]
+fn a_name_server_with_a_zone_is_passed_over() {
+    let (config, warnings) = ok("apisix: {dns_resolver: [\"fe80::21c:42ff:fe00:18%eth0\", \"[::1]:5353\", 1.1.1.1]}");
+    assert_eq!(config.resolver.servers, ["[::1]:5353".parse().unwrap(), "1.1.1.1:53".parse().unwrap()]);
+    assert_eq!(warnings.len(), 1, "{warnings:?}");
+    assert!(warnings[0].0.starts_with("apisix.dns_resolver[0]: fe80::21c:42ff:fe00:18%eth0 has a zone"));
+}
+
+#[test]
+fn reserved_variables_count_before_the_file() {
+    let etcd = "deployment: {etcd: {host: [\"http://127.0.0.1:2333\"]}}";
+    let hosts = r#"'APISIX_DEPLOYMENT_ETCD_HOST=["http://a:1", "http://b:2"]'"#;
+    let config = with_envs(&format!("{hosts}, APISIX_WORKER_PROCESSES=8"), etcd).unwrap();
+    assert_eq!(config.json["deployment"]["etcd"]["host"], json!(["http://a:1", "http://b:2"]));
+    assert_eq!(config.json["deployment"]["etcd"]["prefix"], "/apisix");
+    assert_eq!(config.workers, 8);
+    let told = with_envs("APISIX_DEPLOYMENT_ETCD_HOST=http://a:1, APISIX_WORKER_PROCESSES=many", etcd).unwrap_err().0;
+    assert!(told[0].starts_with("APISIX_DEPLOYMENT_ETCD_HOST: http://a:1 is not a JSON list of texts"), "{told:?}");
+    assert_eq!(told[1], "APISIX_WORKER_PROCESSES: \"many\" is not a whole number");
+    let told = with_envs("APISIX_WORKER_PROCESSES=0", etcd).unwrap_err().0;
+    assert!(told[0].contains("0 is not a whole number from 1 to 512"), "{told:?}");
+}

@@ -80,7 +80,7 @@ pub(super) fn read(
     let prometheus = r.prometheus();
     let plugins = r.texts("plugins");
     let shared_dicts = r.shared_dicts();
-    let resolver = r.resolver();
+    let resolver = r.resolver(warnings);
     let real_ip = r.real_ip();
     let envs = r.envs();
     let trusted_addresses = r.networks("apisix.trusted_addresses");
@@ -445,6 +445,7 @@ impl<'a> Reader<'a> {
     fn workers(&mut self) -> usize {
         let path = "nginx_config.worker_processes";
         match self.get(path) {
+            _ if self.flag("apisix.enable_dev_mode") => 1,
             Some(Value::String(s)) if s == "auto" => {
                 thread::available_parallelism().map_or(1, |n| n.get().min(MAX_WORKERS))
             }
@@ -705,9 +706,14 @@ impl<'a> Reader<'a> {
         out
     }
 
-    fn resolver(&mut self) -> Resolver {
+    fn resolver(&mut self, warnings: &mut Vec<Warning>) -> Resolver {
         let mut servers = Vec::new();
         for (i, text) in self.texts("apisix.dns_resolver").into_iter().enumerate() {
+            if text.contains('%') {
+                let what = format!("{text} has a zone, and is not asked");
+                warnings.push(Warning(format!("apisix.dns_resolver[{i}]: {what}")));
+                continue;
+            }
             let parsed = text.parse::<SocketAddr>().ok();
             match parsed.or_else(|| Some(SocketAddr::new(text.trim_matches(['[', ']']).parse().ok()?, 53))) {
                 Some(addr) => servers.push(addr),
