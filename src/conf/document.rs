@@ -107,10 +107,10 @@ fn marked(text: &str, wanted: bool, format: Format) -> Result<(Cow<'_, str>, Opt
 
 /// `NAME` or `NAME:=default`, and what follows the reference. It ends in its line.
 fn inner(from: &str) -> Option<(&str, &str)> {
-    let (inner, after) = from.split_once(CLOSE)?;
+    let (inner, _) = from.lines().next()?.split_once(CLOSE)?;
     let name = inner.split_once(":=").map_or(inner, |(name, _)| name).trim();
     let is_name = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
-    (!name.is_empty() && name.chars().all(is_name) && !inner.contains('\n')).then_some((inner, after))
+    (!name.is_empty() && name.chars().all(is_name)).then(|| (inner, &from[inner.len() + CLOSE.len()..]))
 }
 
 /// Whether a place in a JSON text is in a string.
