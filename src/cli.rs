@@ -19,6 +19,7 @@ use std::{
 };
 
 use crate::{
+    admin,
     app::banner::LISTEN_FILE,
     conf::{self, Config, Warning, admin_key},
     error::{Error, Kind, Result},
@@ -169,7 +170,7 @@ fn perform(options: &Options, run: Run) -> Result<ExitCode> {
         Verb::Stop => stop(&options.prefix, STOP_PATIENCE),
         Verb::Quit => signal(&options.prefix, libc::SIGQUIT).map(drop),
         Verb::Reload => {
-            load(options)?;
+            load_whole(options)?;
             signal(&options.prefix, libc::SIGHUP).map(drop)
         }
         Verb::Restart => restart(options),
@@ -206,6 +207,15 @@ fn say(text: &str) -> Result<()> {
 
 fn load(options: &Options) -> Result<(Config, Vec<Warning>)> {
     Ok(conf::load(&options.prefix, options.config.as_deref())?)
+}
+
+/// The same, with the files that the start reads besides.
+fn load_whole(options: &Options) -> Result<(Config, Vec<Warning>)> {
+    let (config, warnings) = load(options)?;
+    if let Some(files) = config.admin.as_ref().and_then(|admin| admin.tls.as_ref()) {
+        admin::tls::Tls::open(files)?;
+    }
+    Ok((config, warnings))
 }
 
 fn foreground(options: &Options, run: Run) -> Result<()> {
@@ -251,7 +261,7 @@ fn raise_file_limit() {
 
 /// Runs itself in a session of its own, and returns when that serves, or says why it does not.
 fn start(options: &Options) -> Result<()> {
-    load(options)?;
+    load_whole(options)?;
     if let Some(pid) = running(&options.prefix)? {
         return Err(Error::config(Kind::Conflict).context(format!("a gateway runs already: process {pid}")));
     }
@@ -315,7 +325,7 @@ fn stop(prefix: &Path, patience: Duration) -> Result<()> {
 }
 
 fn restart(options: &Options) -> Result<()> {
-    load(options).map_err(|e| e.context("the configuration is broken, nothing was restarted"))?;
+    load_whole(options).map_err(|e| e.context("the configuration is broken, nothing was restarted"))?;
     if running(&options.prefix)?.is_some() {
         stop(&options.prefix, STOP_PATIENCE)?;
     }
@@ -324,7 +334,7 @@ fn restart(options: &Options) -> Result<()> {
 
 fn test(options: &Options) -> Result<()> {
     let failed = |e: Error| Error::config(Kind::Invalid).context(format!("configuration test failed\n{e}"));
-    let (config, warnings) = load(options).map_err(failed)?;
+    let (config, warnings) = load_whole(options).map_err(failed)?;
     lua::preload::preload(&config.preload).map_err(failed)?;
     for Warning(text) in warnings {
         writeln!(io::stderr(), "warning: {text}")?;

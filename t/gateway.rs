@@ -32,6 +32,8 @@ mod restrictions;
 mod routes;
 #[path = "gateway/secrets.rs"]
 mod secrets;
+#[path = "gateway/settings.rs"]
+mod settings;
 #[path = "gateway/span.rs"]
 mod span;
 #[path = "gateway/start.rs"]

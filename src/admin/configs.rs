@@ -319,7 +319,10 @@ fn document(state: &State, call: &Call) -> Outcome<Map<String, Value>> {
     }
     let value = if call.header("content-type").is_some_and(|kind| kind.contains(YAML)) {
         let text = std::str::from_utf8(&call.body).map_err(|e| refuse(&e.to_string()))?;
-        let mut value = json_of_yaml(text).map_err(|e| refuse(&e.to_string()))?;
+        let (mut value, repeated) = json_of_yaml(text).map_err(|e| refuse(&e.to_string()))?;
+        for key in repeated {
+            tracing::warn!("{} {}: {key}", call.method, call.path);
+        }
         model::with_whole_numbers(&mut value);
         value
     } else {

@@ -7,14 +7,16 @@
 pub mod admin_key;
 pub mod ciphers;
 pub mod directives;
+pub mod document;
 mod env;
 mod keys;
 pub mod locations;
 pub mod outgoing;
 pub mod profile;
+mod texts;
 mod typed;
 pub mod upstreams;
-pub mod yaml;
+mod yaml;
 
 use std::{
     fmt, fs,
@@ -30,6 +32,8 @@ use serde_json::{Value, json};
 use crate::error::{Error, Kind, Result};
 
 const DEFAULTS: &str = include_str!("../../conf/config.default.yaml");
+
+pub use keys::UNKNOWN as UNKNOWN_KEY;
 
 /// Where a test node listens that says nothing else: the port that nginx's test suites use, for this machine alone.
 const TEST_NODE: (&str, u16) = ("127.0.0.1", 1984);
@@ -331,8 +335,9 @@ pub fn load(prefix: &Path, file: Option<&Path>) -> Result<(Config, Vec<Warning>)
 pub fn parse(prefix: &Path, text: &str) -> Result<(Config, Vec<Warning>), Mistakes> {
     let one = |e: String| Mistakes(vec![e]);
     let mut mistakes = Vec::new();
-    let (written, key_chosen) = written(text, &mut mistakes).map_err(one)?;
-    let (_, warnings, config) = take(prefix, (&written, key_chosen), &mut mistakes).map_err(one)?;
+    let Written { json, key_chosen, mut warnings } = written(text, &mut mistakes).map_err(one)?;
+    let (_, more, config) = take(prefix, (&json, key_chosen), &mut mistakes).map_err(one)?;
+    warnings.extend(more);
     match config {
         Some(config) if mistakes.is_empty() => Ok((config, warnings)),
         _ => Err(Mistakes(mistakes)),
@@ -357,19 +362,29 @@ pub struct Survey {
 /// Reads a configuration as if all that is unsupported were allowed. Fails on what is no YAML map.
 pub fn survey(prefix: &Path, text: &str) -> Result<Survey, String> {
     let mut mistakes = Vec::new();
-    let (written, key_chosen) = written(text, &mut mistakes)?;
+    let Written { json: written, key_chosen, mut warnings } = written(text, &mut mistakes)?;
     let unsupported: Vec<_> = keys::unsupported(&written).collect();
     let paths: Vec<_> = unsupported.iter().map(|(path, _)| *path).collect();
     let mut allowing = written.clone();
     keys::merge(&mut allowing, serde_json::json!({"apisix": {"allow_unsupported": paths}}));
-    let (effective, mut warnings, config) = take(prefix, (&allowing, key_chosen), &mut mistakes)?;
+    let (effective, more, config) = take(prefix, (&allowing, key_chosen), &mut mistakes)?;
+    warnings.extend(more);
     warnings.retain(|Warning(text)| !paths.iter().any(|path| text.starts_with(&format!("{path}: has no effect: "))));
     Ok(Survey { written, effective, config, unsupported, mistakes, warnings })
 }
 
-/// The file's own map, and whether it says something of admin keys.
-fn written(text: &str, mistakes: &mut Vec<String>) -> Result<(Value, bool), String> {
-    let mut written = yaml::read(text).map_err(|e| format!("not YAML: {e}"))?;
+struct Written {
+    /// The file's own map, variables filled in.
+    json: Value,
+    /// It says something of admin keys.
+    key_chosen: bool,
+    warnings: Vec<Warning>,
+}
+
+fn written(text: &str, mistakes: &mut Vec<String>) -> Result<Written, String> {
+    let document = document::yaml(text, None).map_err(|e| format!("not YAML: {e}"))?;
+    let warnings = document.repeated.into_iter().map(Warning).collect();
+    let mut written = document.value;
     if written.is_null() {
         written = Value::Object(Default::default());
     }
@@ -385,7 +400,7 @@ fn written(text: &str, mistakes: &mut Vec<String>) -> Result<(Value, bool), Stri
     // Before variables are filled in: one that is not set leaves a key empty, but was meant to be one.
     let key_chosen = chooses_key(&written, &defaults()?);
     env::fill(&mut written, mistakes);
-    Ok((written, key_chosen))
+    Ok(Written { json: written, key_chosen, warnings })
 }
 
 /// What was written over the defaults: as JSON, and as typed values. `key_chosen`: the file says something of admin keys.

@@ -201,7 +201,7 @@ fn mistakes_of_etcd_and_listeners_are_all_told() {
         r#"{"apisix": {"ssl": {"listen": [{"port": "x"}, {"ip": "nope", "port": 1}, "foo"]}},
             "deployment": {"role": "traditional", "role_traditional": {"config_provider": "etcd"}, "etcd": {
                 "host": ["http://127.0.0.1:2379", "https://etcd.example", "ftp://x:1", "nohost", "http://127.0.0.1:99999", 5],
-                "timeout": "soon", "prefix": 5, "tls": {"verify": "maybe", "cert": "/no/such.pem"}}}}"#,
+                "timeout": "soon", "prefix": [5], "tls": {"verify": "maybe", "cert": "/no/such.pem"}}}}"#,
     );
     for path in [
         "apisix.ssl.listen[0]: ",
@@ -240,4 +240,187 @@ fn numbers_and_sizes_are_bounded() {
     ok(&body("1024g"));
     let told = mistakes(&body("1025g"));
     assert!(told[0].contains("is not a size"), "{told:?}");
+}
+
+/// The configuration with variables in `nginx_config.envs`, which count before the process's own.
+fn with_envs(envs: &str, text: &str) -> Result<Config, Mistakes> {
+    parse(Path::new("/p"), &format!("{text}\nnginx_config: {{envs: [{envs}]}}")).map(|(config, _)| config)
+}
+
+#[test]
+fn keys_that_are_texts_take_numbers_as_they_stand() {
+    let text = r#"
+apisix:
+  data_encryption: {keyring: [1234567890123456, "${{KR}}"]}
+  ssl: {fallback_sni: 5}
+deployment:
+  admin: {admin_key: [{name: 7, key: 12345678, role: admin}, {name: "${{NAME}}", key: "${{AK}}", role: viewer}]}
+  etcd: {user: 1, password: "${{AK}}", prefix: "${{AK}}", tls: {sni: 2}}
+plugin_attr: {prometheus: {metric_prefix: 9}, own: {number: "${{N}}", flag: "${{F}}"}}
+"#;
+    let config = with_envs("AK=0012345, NAME=true, KR=0000000000000001, N=5, F=false", text).unwrap();
+    let keys: Vec<_> = config.admin.unwrap().keys.into_iter().map(|k| (k.name, k.key)).collect();
+    assert_eq!(keys, [("7".into(), "12345678".into()), ("true".into(), "0012345".into())]);
+    assert_eq!(config.keyring, ["1234567890123456", "0000000000000001"]);
+    assert_eq!((config.tls.fallback_sni.as_deref(), &*config.prometheus.prefix), (Some("5"), "9"));
+    let etcd = &config.json["deployment"]["etcd"];
+    assert_eq!(etcd["tls"]["sni"], "2");
+    let user_and_password = ["user", "password", "prefix"].map(|key| etcd[key].clone());
+    assert_eq!(user_and_password, ["1", "0012345", "0012345"]);
+    assert_eq!(config.json["plugin_attr"]["own"], json!({"number": 5, "flag": false}));
+    let wrong =
+        "deployment: {admin: {admin_key: [{name: a, key: 1.50, role: admin}]}, etcd: {password: true, user: 1e3}}";
+    let told = mistakes(wrong);
+    for (path, value) in [("admin.admin_key[0].key", "1.5"), ("etcd.password", "true"), ("etcd.user", "1000.0")] {
+        let line = format!("deployment.{path}: {value} is not a text; put it in quotes");
+        assert!(told.contains(&line), "{line} in {told:?}");
+    }
+    assert_eq!(told.len(), 3, "{told:?}");
+}
+
+#[test]
+fn variables_stand_in_keys_too() {
+    let text = "apisix: {custom_lua_shared_dict: {\"${{DICT}}_a\": 1m, \"${{DEF:=own}}\": 2m}}";
+    let config = with_envs("DICT=env", text).unwrap();
+    for (name, size) in [("env_a", 1 << 20), ("own", 2 << 20)] {
+        assert!(config.shared_dicts.contains(&(name.into(), size)), "{name} in {:?}", config.shared_dicts);
+    }
+    assert!(!config.json.to_string().contains("${{"), "no key is left as it was");
+    let told = mistakes("apisix: {custom_lua_shared_dict: {\"${{NO_SUCH_DICT}}\": 1m}}");
+    assert!(
+        told[0].ends_with("can't find environment variable NO_SUCH_DICT: set it, or write ${{NO_SUCH_DICT:=default}}"),
+        "{told:?}"
+    );
+}
+
+#[test]
+fn of_a_repeated_key_the_last_counts_with_a_warning() {
+    let (config, warnings) = ok("apisix:\n  node_listen: 9000\n  node_listen: 9001\n");
+    assert_eq!(config.listen[0].addr.port(), 9001);
+    let told = "apisix.node_listen: is written more than once, again in line 3; the last one counts";
+    assert_eq!(warnings, [Warning(told.into())]);
+}
+
+#[test]
+fn a_typo_is_told_wherever_it_is() {
+    for (text, path, meant) in [
+        ("deployment: {etcd: {hosts: []}}", "deployment.etcd.hosts", "deployment.etcd.host"),
+        ("deployment: {etcd: {prefxi: /a}}", "deployment.etcd.prefxi", "deployment.etcd.prefix"),
+        ("deployment: {etcd: {tls: {crt: a}}}", "deployment.etcd.tls.crt", "deployment.etcd.tls.cert"),
+        ("deployment: {etcd: {usr: a}}", "deployment.etcd.usr", "deployment.etcd.user"),
+        (
+            "nginx_config: {http: {keepalive_timout: 1s}}",
+            "nginx_config.http.keepalive_timout",
+            "nginx_config.http.keepalive_timeout",
+        ),
+        (
+            "nginx_config: {http: {upstream: {keepalives: 1}}}",
+            "nginx_config.http.upstream.keepalives",
+            "nginx_config.http.upstream.keepalive",
+        ),
+        (
+            "nginx_config: {stream: {real_ip_form: []}}",
+            "nginx_config.stream.real_ip_form",
+            "nginx_config.stream.real_ip_from",
+        ),
+        ("apisix: {control: {prt: 1}}", "apisix.control.prt", "apisix.control.port"),
+        ("apisix: {status: {prt: 1}}", "apisix.status.prt", "apisix.status.port"),
+        (
+            "apisix: {proxy_protocol: {enable_tcp: true}}",
+            "apisix.proxy_protocol.enable_tcp",
+            "apisix.proxy_protocol.enable_tcp_pp",
+        ),
+        (
+            "apisix: {proxy_mode: http&stream, stream_proxy: {tpc: [1], udp: [9]}}",
+            "apisix.stream_proxy.tpc",
+            "apisix.stream_proxy.tcp",
+        ),
+        (
+            "deployment: {role_data_plane: {config_providr: yaml}}",
+            "deployment.role_data_plane.config_providr",
+            "deployment.role_data_plane.config_provider",
+        ),
+        (
+            "deployment: {role_control_plane: {config_providr: etcd}}",
+            "deployment.role_control_plane.config_providr",
+            "deployment.role_control_plane.config_provider",
+        ),
+        (
+            "deployment: {role_traditional: {config_providr: etcd}}",
+            "deployment.role_traditional.config_providr",
+            "deployment.role_traditional.config_provider",
+        ),
+        (
+            "deployment: {admin: {admin_api_mtls: {admin_ssl_crt: a}}}",
+            "deployment.admin.admin_api_mtls.admin_ssl_crt",
+            "deployment.admin.admin_api_mtls.admin_ssl_cert",
+        ),
+        ("discovery: {dns: {server: []}}", "discovery.dns.server", "discovery.dns.servers"),
+    ] {
+        let (_, warnings) = ok(text);
+        assert_eq!(warnings, [Warning(format!("{path}: is not a known key; did you mean {meant}?"))], "{text}");
+    }
+    let (_, warnings) = ok(
+        "discovery: {mine: {any: 1}, dns: {servers: [\"127.0.0.1:53\"]}}\nnginx_config: {http: {custom_lua_shared_dict: {a: 1m}}}",
+    );
+    assert_eq!(warnings, [], "what a registry takes is its own matter");
+}
+
+#[test]
+fn what_has_no_effect_is_told_where_it_says_something_else_than_the_default() {
+    for (text, path) in [
+        ("nginx_config: {http: {proxy_ssl_server_name: false}}", "nginx_config.http.proxy_ssl_server_name"),
+        ("deployment: {etcd: {watch_timeout: 5}}", "deployment.etcd.watch_timeout"),
+        ("deployment: {etcd: {resync_delay: 5}}", "deployment.etcd.resync_delay"),
+        ("deployment: {certs: {cert: a}}", "deployment.certs"),
+        ("apisix: {enable_reuseport: false}", "apisix.enable_reuseport"),
+    ] {
+        assert_eq!(ok(text).1, [Warning(format!("{path}: has no effect here"))], "{text}");
+    }
+    assert_eq!(ok("nginx_config: {http: {proxy_ssl_server_name: true}}\ndeployment: {etcd: {startup_retry: 2}}").1, []);
+}
+
+#[test]
+fn what_apisix_2_called_otherwise_is_told() {
+    let (config, warnings) =
+        ok("apisix: {admin_key: [{name: a, key: k, role: admin}], port_admin: 1}\netcd: {host: a}");
+    let keys = ["apisix.admin_key", "apisix.port_admin", "etcd"];
+    assert_eq!(warnings.len(), keys.len(), "{warnings:?}");
+    for (Warning(text), key) in warnings.iter().zip(keys) {
+        assert!(
+            text.starts_with(&format!("{key}: is not a known key, and has no effect: it is deployment.")),
+            "{text}"
+        );
+    }
+    assert_eq!(config.admin.unwrap().keys[0].key, "");
+    assert_eq!(ok("apisix: {admin_key: null}").1, []);
+}
+
+#[test]
+fn the_mode_for_developers_has_one_worker() {
+    let (config, warnings) = ok("apisix: {enable_dev_mode: true}\nnginx_config: {worker_processes: 4}");
+    assert_eq!((config.workers, warnings.len()), (1, 0));
+}
+
+#[test]
+fn a_name_server_with_a_zone_is_passed_over() {
+    let (config, warnings) = ok("apisix: {dns_resolver: [\"fe80::21c:42ff:fe00:18%eth0\", \"[::1]:5353\", 1.1.1.1]}");
+    assert_eq!(config.resolver.servers, ["[::1]:5353".parse().unwrap(), "1.1.1.1:53".parse().unwrap()]);
+    assert_eq!(warnings.len(), 1, "{warnings:?}");
+    assert!(warnings[0].0.starts_with("apisix.dns_resolver[0]: fe80::21c:42ff:fe00:18%eth0 has a zone"));
+}
+
+#[test]
+fn reserved_variables_count_before_the_file() {
+    let etcd = "deployment: {etcd: {host: [\"http://127.0.0.1:2333\"]}}";
+    let hosts = r#"'APISIX_DEPLOYMENT_ETCD_HOST=["http://a:1", "http://b:2"]'"#;
+    let config = with_envs(&format!("{hosts}, APISIX_WORKER_PROCESSES=8"), etcd).unwrap();
+    assert_eq!(config.json["deployment"]["etcd"]["host"], json!(["http://a:1", "http://b:2"]));
+    assert_eq!(config.json["deployment"]["etcd"]["prefix"], "/apisix");
+    assert_eq!(config.workers, 8);
+    let told = with_envs("APISIX_DEPLOYMENT_ETCD_HOST=http://a:1, APISIX_WORKER_PROCESSES=many", etcd).unwrap_err().0;
+    assert!(told[0].starts_with("APISIX_DEPLOYMENT_ETCD_HOST: http://a:1 is not a JSON list of texts"), "{told:?}");
+    assert_eq!(told[1], "APISIX_WORKER_PROCESSES: \"many\" is not a whole number");
+    let told = with_envs("APISIX_WORKER_PROCESSES=0", etcd).unwrap_err().0;
+    assert!(told[0].contains("0 is not a whole number from 1 to 512"), "{told:?}");
 }

@@ -1,5 +1,6 @@
 //! From the effective configuration to typed values; every mistake is noted with its path, and reading goes on.
 
+mod ports;
 mod proxy_protocol;
 mod stream;
 
@@ -14,6 +15,7 @@ use std::{
 use ipnet::IpNet;
 use serde_json::Value;
 
+use self::ports::Taker;
 use super::{
     AccessLog, Admin, AdminKey, AdminTls, Client, Config, Keepalive, Listen, ListenUnix, LuaLimits, Prometheus, RealIp,
     Resolver, Router, Tls, Trace, Warning, keys::at, locations, locations::Options, outgoing::Charset,
@@ -83,7 +85,7 @@ pub(super) fn read(
     let prometheus = r.prometheus();
     let plugins = r.texts("plugins");
     let shared_dicts = r.shared_dicts();
-    let resolver = r.resolver();
+    let resolver = r.resolver(warnings);
     let real_ip = r.real_ip();
     let envs = r.envs();
     let trusted_addresses = r.networks("apisix.trusted_addresses");
@@ -103,6 +105,18 @@ pub(super) fn read(
         stream.tcp.clear();
         stream.udp.clear();
     }
+    let of_workers = |name, path, addrs| Taker { name, path, addrs, of_workers: true };
+    let api =
+        |name, path, addr: Option<SocketAddr>| Taker { name, path, addrs: Vec::from_iter(addr), of_workers: false };
+    r.conflicts(&[
+        of_workers("http listen", "apisix.node_listen", listen.iter().map(|l| l.addr).collect()),
+        of_workers("https listen", "apisix.ssl.listen", listen_tls.iter().map(|l| l.addr).collect()),
+        of_workers("stream", "apisix.stream_proxy.tcp", stream.tcp.iter().map(|l| l.addr).collect()),
+        api("prometheus", "plugin_attr.prometheus.export_addr", prometheus.addr),
+        api("status", "apisix.status", status),
+        api("admin", "deployment.admin.admin_listen", admin.as_ref().map(|admin| admin.addr)),
+        api("control", "apisix.control", control),
+    ]);
     let locations = Arc::new(locations::read(&json, &prefix, r.mistakes));
     Some(Config {
         listen,
@@ -436,6 +450,7 @@ impl<'a> Reader<'a> {
     fn workers(&mut self) -> usize {
         let path = "nginx_config.worker_processes";
         match self.get(path) {
+            _ if self.flag("apisix.enable_dev_mode") => 1,
             Some(Value::String(s)) if s == "auto" => {
                 thread::available_parallelism().map_or(1, |n| n.get().min(MAX_WORKERS))
             }
@@ -563,7 +578,14 @@ impl<'a> Reader<'a> {
 
     fn admin_keys(&mut self) -> Vec<AdminKey> {
         let path = "deployment.admin.admin_key";
-        let items = self.get(path).and_then(Value::as_array).cloned().unwrap_or_default();
+        let items = match self.get(path) {
+            None => return Vec::new(),
+            Some(Value::Array(items)) => items,
+            Some(other) => {
+                self.wrong(path, format!("{other} is not a list of name, key and role"));
+                return Vec::new();
+            }
+        };
         let mut keys = Vec::new();
         for (i, item) in items.iter().enumerate() {
             let field = |name: &str| item.get(name).map(text_of).unwrap_or_default();
@@ -689,9 +711,14 @@ impl<'a> Reader<'a> {
         out
     }
 
-    fn resolver(&mut self) -> Resolver {
+    fn resolver(&mut self, warnings: &mut Vec<Warning>) -> Resolver {
         let mut servers = Vec::new();
         for (i, text) in self.texts("apisix.dns_resolver").into_iter().enumerate() {
+            if text.contains('%') {
+                let what = format!("{text} has a zone, and is not asked");
+                warnings.push(Warning(format!("apisix.dns_resolver[{i}]: {what}")));
+                continue;
+            }
             let parsed = text.parse::<SocketAddr>().ok();
             match parsed.or_else(|| Some(SocketAddr::new(text.trim_matches(['[', ']']).parse().ok()?, 53))) {
                 Some(addr) => servers.push(addr),

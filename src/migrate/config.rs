@@ -18,6 +18,7 @@ use super::{
     variables,
 };
 use crate::{
+    admin,
     conf::{self, Config, Survey, Warning},
     error::{Error, Kind, Result},
     plugin::Checker,
@@ -93,6 +94,12 @@ fn tell(survey: &Survey, report: &mut Report) {
         let (place, what) = text.split_once(": ").unwrap_or(("", text));
         report.add(Note, "config", place, what, "");
     }
+    let admin = survey.config.as_ref().and_then(|config| config.admin.as_ref());
+    if let Some(Err(e)) = admin.and_then(|admin| admin.tls.as_ref()).map(admin::tls::Tls::open) {
+        let told = e.to_string();
+        let (place, what) = told.split_once(": ").unwrap_or(("deployment.admin.admin_api_mtls", &told));
+        report.add(Change, "config", place, what, "the start stops at this");
+    }
     tell_provider(survey, report);
     tell_formats(survey, report);
     if at(&survey.written, "stream_plugins")
@@ -103,7 +110,8 @@ fn tell(survey: &Survey, report: &mut Report) {
         report.add(Note, "config", "stream_plugins", "no plugin but prometheus runs for TCP and UDP", advice);
     }
     let told = report.findings().filter(|finding| finding.area == "config" && finding.verdict != Note).count();
-    if told == 0 {
+    let unknown = survey.warnings.iter().any(|Warning(text)| text.contains(conf::UNKNOWN_KEY));
+    if told == 0 && !unknown {
         report.runs.push(("config", "every key that was written is honoured or has no effect".into()));
     }
 }

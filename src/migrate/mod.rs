@@ -225,7 +225,7 @@ fn check_store(
     scripts: &mut lua::Scripts<'_>,
     report: &mut Report,
 ) -> Result<()> {
-    let (place, is_file, entries) = match read_store(options, ground) {
+    let Stored { place, is_file, entries, repeated } = match read_store(options, ground) {
         Ok(None) => return Ok(()),
         Ok(Some(read)) => read,
         Err(e) => {
@@ -233,6 +233,15 @@ fn check_store(
             return Ok(());
         }
     };
+    for what in repeated {
+        report.add(
+            Change,
+            "object",
+            &*place,
+            what,
+            "take the others out: APISIX goes by one of them, too, and says nothing",
+        );
+    }
     report.read.push(place);
     let keyring = match admin::keyring(&ground.config.json) {
         Ok(keyring) => keyring,
@@ -247,8 +256,16 @@ fn check_store(
     Ok(())
 }
 
-/// The name of the store, whether it is a file, and everything in it; nothing when none is named.
-fn read_store(options: &Options, ground: &Ground) -> Result<Option<(String, bool, Vec<Entry>)>> {
+struct Stored {
+    place: String,
+    is_file: bool,
+    entries: Vec<Entry>,
+    /// What stands in a file more than once.
+    repeated: Vec<String>,
+}
+
+/// Everything in the store; nothing when none is named.
+fn read_store(options: &Options, ground: &Ground) -> Result<Option<Stored>> {
     if let Some(path) = &options.apisix_yaml {
         let json = path.extension().is_some_and(|extension| extension == "json");
         return read_file(path, if json { Format::Json } else { Format::Yaml }).map(Some);
@@ -267,12 +284,12 @@ fn read_store(options: &Options, ground: &Ground) -> Result<Option<(String, bool
     }
 }
 
-fn read_file(path: &Path, format: Format) -> Result<(String, bool, Vec<Entry>)> {
+fn read_file(path: &Path, format: Format) -> Result<Stored> {
     let shown = path.display().to_string();
     let invalid = |why: String| Error::config(Kind::Invalid).context(format!("{shown} {why}"));
     let text = read_text(path, MAX_STORE_FILE).map_err(invalid)?;
-    let entries = file::entries(&text, format).map_err(|e| e.context(shown.clone()))?;
-    Ok((shown, true, entries))
+    let (entries, repeated) = file::entries(&text, format).map_err(|e| e.context(shown.clone()))?;
+    Ok(Stored { place: shown, is_file: true, entries, repeated })
 }
 
 /// The configuration with the cluster of the command line in place of its own.
@@ -293,11 +310,12 @@ fn with_etcd(options: &Options, json: &Value) -> Value {
     json
 }
 
-fn read_etcd(json: &Value, prefix: &Path) -> Result<(String, bool, Vec<Entry>)> {
+fn read_etcd(json: &Value, prefix: &Path) -> Result<Stored> {
     let etcd = Etcd::new(EtcdConfig::from_json(json, prefix)?);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let (entries, _) = runtime.block_on(etcd.list("/"))?;
-    Ok((etcd.identity().unwrap_or_default(), false, entries))
+    let place = etcd.identity().unwrap_or_default();
+    Ok(Stored { place, is_file: false, entries, repeated: Vec::new() })
 }
 
 #[cfg(test)]

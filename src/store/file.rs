@@ -21,16 +21,14 @@ use tokio::sync::Notify;
 
 use super::{BoxFuture, Change, ChangeSink, Condition, Entry, Store, Written};
 use crate::{
+    conf::document,
     conf::profile,
-    conf::yaml,
     error::{Error, Kind, Result},
     model,
 };
 
 /// As often as APISIX looks at the file.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
-/// Whole numbers that Lua's numbers hold exactly: a larger one from the environment stays a string.
-const MAX_EXACT: f64 = 9_007_199_254_740_992.0;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
@@ -99,10 +97,12 @@ impl File {
     }
 }
 
-/// What a file that no gateway serves says: its entries in key order. Nothing is written or watched.
-pub fn entries(text: &str, format: Format) -> Result<Vec<Entry>> {
-    let texts = entries_of(text, format, &|name| std::env::var(name).ok())?;
-    Ok(texts.into_iter().map(|(key, value)| Entry { key, value, create_revision: 1, mod_revision: 1 }).collect())
+/// What a file that no gateway serves says: its entries in key order, and what stands in it more than once. Nothing is written or
+/// watched.
+pub fn entries(text: &str, format: Format) -> Result<(Vec<Entry>, Vec<String>)> {
+    let Contents { texts, repeated } = contents(text, format, &|name| std::env::var(name).ok())?;
+    let entry = |(key, value)| Entry { key, value, create_revision: 1, mod_revision: 1 };
+    Ok((texts.into_iter().map(entry).collect(), repeated))
 }
 
 impl Store for File {
@@ -139,7 +139,7 @@ impl Store for File {
         Box::pin(async move {
             let touched = Arc::new(Notify::new());
             let _watcher = watch_directory(&self.path, touched.clone());
-            let mut reader = Reader { file: self, seen: None, seen_text: None, trouble: None, served: false };
+            let mut reader = Reader { file: self, seen: None, seen_text: None, trouble: None, repeated: None };
             loop {
                 let step = tokio::task::spawn_blocking(move || {
                     let said = reader.look();
@@ -193,7 +193,8 @@ struct Reader {
     seen_text: Option<u64>,
     /// What was reported about the file and still holds.
     trouble: Option<String>,
-    served: bool,
+    /// What was told of a file that is served.
+    repeated: Option<String>,
 }
 
 impl Reader {
@@ -201,15 +202,20 @@ impl Reader {
     fn look(&mut self) -> Vec<Change> {
         match self.load() {
             Ok(None) => Vec::new(),
-            Ok(Some((entries, revision))) => {
+            Ok(Some((contents, modified))) => {
+                let (entries, revision) = self.file.take_over(contents.texts, modified);
                 let mut said = Vec::new();
                 if self.trouble.take().is_some() {
                     said.push(Change::Refused { key: self.file.shown.clone(), message: None });
                     said.push(Change::Found);
                 }
                 tracing::info!("config file {} reloaded.", self.file.path.display());
-                self.served = true;
                 said.push(Change::All { entries, revision });
+                let repeated = (!contents.repeated.is_empty()).then(|| contents.repeated.join("; "));
+                if repeated.is_some() || self.repeated.is_some() {
+                    said.push(Change::Noted { key: self.file.shown.clone(), message: repeated.clone() });
+                }
+                self.repeated = repeated;
                 said
             }
             Err(e) => self.report(e.to_string()),
@@ -221,11 +227,13 @@ impl Reader {
             return Vec::new();
         }
         self.trouble = Some(message.clone());
+        // Its own entry of the errors takes the place of what was noted.
+        self.repeated = None;
         let refused = Change::Refused { key: self.file.shown.clone(), message: Some(message.clone()) };
         vec![refused, Change::Lost { reason: message }]
     }
 
-    fn load(&mut self) -> Result<Option<(Vec<Entry>, i64)>> {
+    fn load(&mut self) -> Result<Option<(Contents, SystemTime)>> {
         let file = &self.file;
         let unreadable = |e: io::Error| Error::config(Kind::Io).cause(e).context(format!("read {}", file.shown));
         let stamp = stamp(&file.path).map_err(unreadable).inspect_err(|_| self.seen = None)?;
@@ -240,8 +248,8 @@ impl Reader {
         if self.seen_text.replace(hasher.finish()) == Some(hasher.finish()) && self.trouble.is_none() {
             return Ok(None);
         }
-        let texts = entries_of(&text, file.format, &|name| std::env::var(name).ok())?;
-        Ok(Some(file.take_over(texts, stamp.modified)))
+        let contents = contents(&text, file.format, &|name| std::env::var(name).ok())?;
+        Ok(Some((contents, stamp.modified)))
     }
 }
 
@@ -251,34 +259,49 @@ fn stamp(path: &Path) -> io::Result<Stamp> {
     Ok(Stamp { modified: meta.modified()?, size: meta.len(), inode: meta.ino() })
 }
 
-/// Key -> JSON text of everything in the file.
-fn entries_of(
-    text: &str,
-    format: Format,
-    env: &dyn Fn(&str) -> Option<String>,
-) -> Result<BTreeMap<Arc<str>, Arc<str>>> {
-    let mut document = match format {
-        Format::Yaml => parse_yaml(text)?,
-        Format::Json => serde_json::from_str(text).map_err(|e| malformed(e.to_string()))?,
+/// Ids that stand more than once and are told one by one; the others are counted.
+const MAX_REPEATED: usize = 20;
+
+#[derive(Default)]
+struct Contents {
+    /// Key -> JSON text of everything in the file.
+    texts: BTreeMap<Arc<str>, Arc<str>>,
+    /// What stands more than once: keys of maps, and ids.
+    repeated: Vec<String>,
+}
+
+fn contents(text: &str, format: Format, env: document::Lookup<'_>) -> Result<Contents> {
+    let read = match format {
+        Format::Yaml => {
+            is_whole(text)?;
+            document::yaml(text, Some(env))
+        }
+        Format::Json => document::json(text, env),
     };
-    substitute(&mut document, env)?;
-    let mut entries = BTreeMap::new();
-    let sections = match document {
+    let document = read.map_err(malformed)?;
+    let mut contents = Contents { repeated: document.repeated, ..Contents::default() };
+    let sections = match document.value {
         Value::Object(sections) => sections,
         Value::Null => Map::new(),
         _ => return Err(malformed("the top level must be a table of resources".to_owned())),
     };
+    let mut ids = Vec::new();
     for (name, section) in sections {
         if name == "plugins" {
             let list = if section.is_null() { "[]".into() } else { section.to_string() };
-            entries.insert("/plugins".into(), list.into());
+            contents.texts.insert("/plugins".into(), list.into());
         } else if let Some(kind) = model::Kind::ALL.into_iter().find(|k| k.plural() == name) {
-            add_section(kind, section, &mut entries)?;
+            add_section(kind, section, &mut contents.texts, &mut ids)?;
         } else if name != "stream_plugins" {
-            add_own_section(&name, section, &mut entries);
+            add_own_section(&name, section, &mut contents.texts);
         }
     }
-    Ok(entries)
+    let told = ids.iter().take(MAX_REPEATED);
+    contents.repeated.extend(told.map(|key| format!("{key}: stands in the file more than once; the last one counts")));
+    if let Some(more @ 1..) = ids.len().checked_sub(MAX_REPEATED) {
+        contents.repeated.push(format!("{more} more ids stand in the file more than once"));
+    }
+    Ok(contents)
 }
 
 fn malformed(what: String) -> Error {
@@ -306,19 +329,26 @@ fn add_own_section(name: &str, section: Value, entries: &mut BTreeMap<Arc<str>, 
     }
 }
 
-fn parse_yaml(text: &str) -> Result<Value> {
-    if text.trim_end().lines().next_back().is_none_or(|last| last.trim() != "#END") {
-        return Err(malformed("not read: its last line must be #END".to_owned()));
+fn is_whole(text: &str) -> Result<()> {
+    match text.trim_end().lines().next_back().is_some_and(|last| last.trim() == "#END") {
+        true => Ok(()),
+        false => Err(malformed("not read: its last line must be #END".to_owned())),
     }
-    json_of_yaml(text)
 }
 
-/// A YAML document as JSON, merge keys (`<<`) applied.
-pub fn json_of_yaml(text: &str) -> Result<Value> {
-    yaml::read(text).map_err(malformed)
+/// A YAML document as JSON, merge keys (`<<`) applied, and its keys that are written more than once.
+pub fn json_of_yaml(text: &str) -> Result<(Value, Vec<String>)> {
+    let document = document::yaml(text, None).map_err(malformed)?;
+    Ok((document.value, document.repeated))
 }
 
-fn add_section(kind: model::Kind, section: Value, entries: &mut BTreeMap<Arc<str>, Arc<str>>) -> Result<()> {
+/// `repeated`: keys of items whose id another one had.
+fn add_section(
+    kind: model::Kind,
+    section: Value,
+    entries: &mut BTreeMap<Arc<str>, Arc<str>>,
+    repeated: &mut Vec<String>,
+) -> Result<()> {
     let items = match section {
         Value::Array(items) => items,
         Value::Null => return Ok(()),
@@ -329,7 +359,7 @@ fn add_section(kind: model::Kind, section: Value, entries: &mut BTreeMap<Arc<str
         let id = id_in(kind, &mut item, i);
         let key = format!("/{}/{id}", kind.plural());
         if entries.insert(key.as_str().into(), item.to_string().into()).is_some() {
-            tracing::warn!("{key} stands in the file more than once: the last one counts");
+            repeated.push(key);
         }
     }
     Ok(())
@@ -370,66 +400,6 @@ pub fn id_of(kind: model::Kind, item: &Value) -> Option<String> {
     }
 }
 
-/// Replaces `${{VAR}}` and `${{VAR:=default}}` in values and keys. A value that becomes a number or a boolean by it is
-/// one.
-fn substitute(value: &mut Value, env: &dyn Fn(&str) -> Option<String>) -> Result<()> {
-    match value {
-        Value::String(s) => {
-            if let Some(new) = expand(s, env)? {
-                *value = typed(new);
-            }
-        }
-        Value::Array(items) => items.iter_mut().try_for_each(|v| substitute(v, env))?,
-        Value::Object(map) => {
-            map.values_mut().try_for_each(|v| substitute(v, env))?;
-            if map.keys().any(|k| k.contains("${{")) {
-                let mut renamed = Map::new();
-                for (key, v) in std::mem::take(map) {
-                    renamed.insert(expand(&key, env)?.unwrap_or(key), v);
-                }
-                *map = renamed;
-            }
-        }
-        _ => {}
-    }
-    Ok(())
-}
-
-/// `None`: nothing to replace.
-fn expand(text: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<Option<String>> {
-    let mut rest = text;
-    let mut out = String::new();
-    let mut changed = false;
-    while let Some((before, after)) = rest.split_once("${{") {
-        let Some((inner, tail)) = after.split_once("}}") else { break };
-        let (name, default) = match inner.split_once(":=") {
-            Some((name, default)) => (name.trim(), Some(default.trim())),
-            None => (inner.trim(), None),
-        };
-        let found = env(name).or_else(|| default.map(str::to_owned));
-        let found = found.ok_or_else(|| malformed(format!("can't find environment variable {name}")))?;
-        out.push_str(before);
-        out.push_str(&found);
-        rest = tail;
-        changed = true;
-    }
-    out.push_str(rest);
-    Ok(changed.then_some(out))
-}
-
-fn typed(text: String) -> Value {
-    match text.as_str() {
-        "true" => return Value::Bool(true),
-        "false" => return Value::Bool(false),
-        _ => {}
-    }
-    let exact = text.parse::<f64>().is_ok_and(|n| n.is_finite() && n.abs() < MAX_EXACT);
-    match serde_json::from_str(&text) {
-        Ok(Value::Number(n)) if exact => Value::Number(n),
-        _ => Value::String(text),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use tokio::sync::mpsc;
@@ -443,7 +413,7 @@ mod tests {
             "BIG" => Some("356002209726529540".to_owned()),
             _ => None,
         };
-        entries_of(text, Format::Yaml, &env)
+        contents(text, Format::Yaml, &env).map(|contents| contents.texts)
     }
 
     #[test]
@@ -481,7 +451,7 @@ mod tests {
         let expected = r#"{"desc":"356002209726529540","id":1,"nodes":{"127.0.0.1:80":1},"status":80,"uri":"/x"}"#;
         assert_eq!(&*entries["/routes/1"], expected);
         let e = yaml("routes:\n  - uri: ${{NOT_SET}}\n#END").unwrap_err();
-        assert_eq!(e.to_string(), "can't find environment variable NOT_SET");
+        assert!(e.to_string().contains("can't find environment variable NOT_SET"), "{e}");
     }
 
     #[test]
@@ -497,8 +467,27 @@ mod tests {
             assert!(e.contains(why), "{text}: {e}");
         }
         assert!(yaml("#END").unwrap().is_empty());
-        let json = entries_of(r#"{"routes":[{"id":"1"}]}"#, Format::Json, &|_| None).unwrap();
-        assert_eq!(json.len(), 1);
+        let json = contents(r#"{"routes":[{"id":"1"}]}"#, Format::Json, &|_| None).unwrap();
+        assert_eq!(json.texts.len(), 1);
+    }
+
+    #[test]
+    fn what_stands_more_than_once_is_told() {
+        let text = "routes:\n  - {id: 1, uri: /a}\n  - {id: 1, uri: /b, uri: /c}\n  - {id: 2, uri: /d}\n#END\n";
+        let (entries, repeated) = entries(text, Format::Yaml).unwrap();
+        let values: Vec<_> = entries.iter().map(|e| &*e.value).collect();
+        assert_eq!(values, [r#"{"id":1,"uri":"/c"}"#, r#"{"id":2,"uri":"/d"}"#]);
+        let told = [
+            "routes[1].uri: is written more than once, again in line 3; the last one counts",
+            "/routes/1: stands in the file more than once; the last one counts",
+        ];
+        assert_eq!(repeated, told);
+        let of = |pairs: usize| {
+            let items: String = (0..2 * pairs).map(|i| format!("  - {{id: {}}}\n", i / 2)).collect();
+            super::entries(&format!("routes:\n{items}#END\n"), Format::Yaml).unwrap().1
+        };
+        assert_eq!(of(MAX_REPEATED).len(), MAX_REPEATED);
+        assert_eq!(of(MAX_REPEATED + 2)[MAX_REPEATED..], ["2 more ids stand in the file more than once"]);
     }
 
     async fn next(rx: &mut mpsc::Receiver<Change>) -> Change {
@@ -522,9 +511,12 @@ mod tests {
         assert_eq!(&*key, "conf/apisix.yaml");
         let Change::Lost { .. } = next(&mut rx).await else { panic!("not lost") };
 
-        let new = dir.path().join("conf/.apisix.yaml.new");
-        fs::write(&new, "routes:\n  - {id: 1, uri: /a}\n  - {id: 2, uri: /c}\n#END\n").unwrap();
-        fs::rename(&new, &path).unwrap();
+        let replace = |text: &str| {
+            let new = dir.path().join("conf/.apisix.yaml.new");
+            fs::write(&new, text).unwrap();
+            fs::rename(&new, &path).unwrap();
+        };
+        replace("routes:\n  - {id: 1, uri: /a}\n  - {id: 2, uri: /c}\n#END\n");
         let Change::Refused { message: None, .. } = next(&mut rx).await else { panic!("still refused") };
         let Change::Found = next(&mut rx).await else { panic!("not found") };
         let Change::All { entries, revision } = next(&mut rx).await else { panic!("no All") };
@@ -533,5 +525,13 @@ mod tests {
         assert_eq!(&*file.get("/routes/2").await.unwrap().unwrap().value, r#"{"id":2,"uri":"/c"}"#);
         let refused = file.put("/routes/1", String::new(), Condition::Always, None).await.unwrap_err();
         assert!(refused.to_string().contains("edit that file"), "{refused}");
+
+        replace("routes:\n  - {id: 1, uri: /a}\n  - {id: 1, uri: /b}\n#END\n");
+        let Change::All { .. } = next(&mut rx).await else { panic!("no All") };
+        let Change::Noted { message: Some(told), .. } = next(&mut rx).await else { panic!("not noted") };
+        assert!(told.starts_with("/routes/1: stands in the file more than once"), "{told}");
+        replace("routes:\n  - {id: 1, uri: /b}\n#END\n");
+        let Change::All { .. } = next(&mut rx).await else { panic!("no All") };
+        let Change::Noted { message: None, .. } = next(&mut rx).await else { panic!("still noted") };
     }
 }

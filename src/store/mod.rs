@@ -177,6 +177,8 @@ pub enum Change {
     Found,
     /// Something that is no object is wrong with the source (`conf/apisix.yaml` does not parse), or is no longer.
     Refused { key: Arc<str>, message: Option<String> },
+    /// What somebody should know of a source that is served all the same, or that there is nothing any more.
+    Noted { key: Arc<str>, message: Option<String> },
 }
 
 /// Stands for a value that is not text: refused with a message that says so.

@@ -221,6 +221,12 @@ impl Pipeline {
                 }
                 self.builder.note(&key, message);
             }
+            Change::Noted { key, message } => {
+                if let Some(message) = &message {
+                    tracing::warn!("{key}: {message}");
+                }
+                self.builder.note(&key, message);
+            }
         }
     }
 

@@ -1,7 +1,7 @@
 //! `apisix.stream_proxy`: where TCP connections and UDP datagrams are taken, and how.
 
 use std::{
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{IpAddr, SocketAddr, ToSocketAddrs, UdpSocket},
     ops::RangeInclusive,
     path::Path,
 };
@@ -108,38 +108,57 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// `9100`, `"127.0.0.1:9100"`, `"9100-9110"`, `"[::]:9100-9110"`.
+    /// `9100`, `"127.0.0.1:9100"`, `"9100-9110"`, `"[::]:9100-9110"`, `"localhost:9100"`: a name is asked for now, and stands for all
+    /// of its addresses, as in nginx.
     fn ports(&mut self, path: &str, written: &Value) -> Vec<SocketAddr> {
         let text = match written {
             Value::Number(port) => port.to_string(),
             Value::String(text) => text.trim().to_owned(),
             _ => String::new(),
         };
-        match range(&text) {
-            Some((ip, ports)) if ports.size_hint().0 <= MAX_PORTS => {
-                ports.map(|port| SocketAddr::new(ip, port)).collect()
-            }
-            Some(_) => {
-                self.wrong(path, format!("{text} names more than {MAX_PORTS} ports"));
-                Vec::new()
-            }
-            None => {
-                self.wrong(path, format!("{written} is not a port, an address with a port, or a range of ports"));
+        let Some((host, ports)) = range(&text) else {
+            self.wrong(path, format!("{written} is not a port, an address with a port, or a range of ports"));
+            return Vec::new();
+        };
+        if ports.size_hint().0 > MAX_PORTS {
+            self.wrong(path, format!("{text} names more than {MAX_PORTS} ports"));
+            return Vec::new();
+        }
+        match addresses_of(host) {
+            Ok(ips) => ips.iter().flat_map(|ip| ports.clone().map(|port| SocketAddr::new(*ip, port))).collect(),
+            Err(why) => {
+                self.wrong(path, format!("{host} is neither an address nor a name that has one: {why}"));
                 Vec::new()
             }
         }
     }
 }
 
-/// Without an address: of IPv4, all of them, as in APISIX.
-fn range(text: &str) -> Option<(IpAddr, RangeInclusive<u16>)> {
-    let (ip, ports) = match text.rsplit_once(':') {
-        Some((ip, ports)) => (ip.trim_matches(['[', ']']).parse().ok()?, ports),
-        None => (Ipv4Addr::UNSPECIFIED.into(), text),
+/// The host and its ports; without one: of IPv4, all addresses, as in APISIX.
+fn range(text: &str) -> Option<(&str, RangeInclusive<u16>)> {
+    let (host, ports) = match text.rsplit_once(':') {
+        Some((host, ports)) => (host.trim_matches(['[', ']']), ports),
+        None => ("0.0.0.0", text),
     };
     let (first, last) = ports.split_once('-').unwrap_or((ports, ports));
     let (first, last): (u16, u16) = (first.parse().ok()?, last.parse().ok()?);
-    (first <= last).then_some((ip, first..=last))
+    (first <= last && !host.is_empty()).then_some((host, first..=last))
+}
+
+/// Those of a name that this machine has: `localhost` may stand for one of IPv6 where there is no IPv6.
+fn addresses_of(host: &str) -> Result<Vec<IpAddr>, String> {
+    if let Ok(ip) = host.parse() {
+        return Ok(vec![ip]);
+    }
+    let found = (host, 0).to_socket_addrs().map_err(|e| e.to_string())?;
+    let mut ips: Vec<IpAddr> = found.map(|addr| addr.ip()).collect();
+    ips.sort_unstable();
+    ips.dedup();
+    ips.retain(|ip| ip.is_ipv4() || UdpSocket::bind((*ip, 0)).is_ok());
+    match ips.is_empty() {
+        true => Err("it has none of this machine's".to_owned()),
+        false => Ok(ips),
+    }
 }
 
 #[cfg(test)]
@@ -195,6 +214,25 @@ mod tests {
         let refused = |text| crate::conf::parse(Path::new("/p"), text).err().map_or(Vec::new(), |e| e.0).join(",");
         assert!(refused("apisix: {proxy_mode: stream}").contains("apisix.stream_proxy: is missing"));
         assert!(refused("apisix: {proxy_mode: tcp}").contains("apisix.proxy_mode: \"tcp\" is not one of"));
+    }
+
+    #[test]
+    fn a_name_stands_for_its_addresses() {
+        let (config, _) = read(
+            "apisix: {proxy_mode: stream, stream_proxy: {tcp: [\"localhost:9100-9101\"], udp: [\"localhost:53\"]}}",
+        );
+        let listens = tcp(&config);
+        assert!(
+            listens.contains(&"127.0.0.1:9100".to_owned()) && listens.contains(&"127.0.0.1:9101".to_owned()),
+            "{listens:?}"
+        );
+        assert!(config.stream.udp.iter().all(|addr| addr.ip().is_loopback() && addr.port() == 53));
+        let refused = |name| {
+            let text = format!("apisix: {{proxy_mode: stream, stream_proxy: {{tcp: [\"{name}:9100\"]}}}}");
+            crate::conf::parse(Path::new("/p"), &text).err().map_or(Vec::new(), |e| e.0).join(",")
+        };
+        assert!(refused("no such name").contains("stream_proxy.tcp[0]: no such name is neither an address nor a name"));
+        assert!(refused("").contains("is not a port, an address with a port"));
     }
 
     #[test]
