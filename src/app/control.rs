@@ -65,8 +65,7 @@ pub async fn run(mut config: Config) -> Result<()> {
     let debug = DebugFile::new(&config.prefix, watching.clone());
     let debug_changes = debug.changes();
     spawn_local(debug.follow());
-    let setup = Setup::new(config.prefix.clone(), config.json.clone(), config.locations.clone());
-    let setup = setup.watched(watching.clone());
+    let setup = Setup::of(&config).watched(watching.clone());
     let plugins = Plugins::new(setup.clone(), config.file.clone())?;
     let mistakes = plugins.checker().registry_mistakes()?;
     if !mistakes.is_empty() {
@@ -78,6 +77,7 @@ pub async fn run(mut config: Config) -> Result<()> {
         // Nothing is served yet that could be drained.
         _ = signals.end() => return Ok(()),
     };
+    plugins.tell_missing();
     let standalone = store.clone().standalone();
     let received = Box::new(move || standalone.as_ref().is_none_or(|store| store.is_loaded()));
     status.configured(started.published.clone(), started.source.clone(), received);
