@@ -147,9 +147,17 @@ async fn open(config: &Config, plugins: &Plugins, store: &Arc<dyn Store>) -> Res
         checker: Some(Box::new(plugins.clone())),
         router: settings::router(config),
         shown_prefix: store::shown_prefix(&config.json),
+        follows_plugin_list: follows_plugin_list(config, &**store),
         last_good: Some(store::last_good_path(config)),
     };
     store::start(store.clone(), setup).await
+}
+
+/// The list of plugins that a cluster shares is for nodes without an Admin API. One that has it loads what its own configuration
+/// lists, which it shares: another node that starts with a shorter list must not switch plugins off here. What comes as one
+/// document brings its list along.
+fn follows_plugin_list(config: &Config, store: &dyn Store) -> bool {
+    config.admin.is_none() || matches!(store.name(), "file" | "standalone")
 }
 
 /// Reloads of plugins that may wait for the one that is done.

@@ -368,6 +368,19 @@ struct Loaded {
     vm: Rc<Vm>,
     plugins: Rc<Plugins>,
     failed: Rc<Failed>,
+    /// The list that they were loaded by, and whether it is one that other nodes share.
+    listed: Rc<Vec<Box<str>>>,
+    follows: bool,
+}
+
+impl Loaded {
+    /// Plugins that ran by the list before this one and are off now.
+    fn switched_off<'a>(&self, before: &'a Loaded) -> Vec<&'a str> {
+        let ran = before.listed.iter().filter(|name| before.plugins.contains_key(*name));
+        let mut off: Vec<&str> = ran.filter(|name| !self.plugins.contains_key(*name)).map(|name| &**name).collect();
+        off.retain(|name| self.failed.broken.iter().all(|(broken, _)| broken != name));
+        off
+    }
 }
 
 impl Checker {
@@ -381,7 +394,12 @@ impl Checker {
         let setup = self.setup.borrow().clone();
         let vm = vm(setup.vm_config(Purpose::Check, 0, snapshot))?;
         let (plugins, failed) = load_each(&vm, &setup.names(snapshot));
-        let now = Loaded { vm, plugins: Rc::new(plugins), failed: Rc::new(failed) };
+        let listed = Rc::new(setup.listed(snapshot));
+        let follows = snapshot.plugin_names.is_some();
+        let now = Loaded { vm, plugins: Rc::new(plugins), failed: Rc::new(failed), listed, follows };
+        if let Some(before) = self.loaded().filter(|before| before.follows || now.follows) {
+            tell_switched_off(&now.switched_off(&before));
+        }
         *self.state.borrow_mut() = Some(now);
         self.generation.set(self.generation.get() + 1);
         Ok(())
@@ -519,6 +537,16 @@ impl Checker {
         let text = vm.lua.create_string(text).ok()?;
         let (_, why): (mlua::Value, Option<String>) = call(&vm, "cjson.safe", "decode", text).ok()?;
         why
+    }
+}
+
+/// A shared list may have come from anybody who writes to the store, and a route whose authentication is off serves everyone.
+fn tell_switched_off(names: &[&str]) {
+    if !names.is_empty() {
+        tracing::warn!(
+            "the list of plugins that the nodes share has switched off what ran here before: {}",
+            names.join(", ")
+        );
     }
 }
 
