@@ -242,6 +242,8 @@ pub struct ClientHello {
 #[derive(Debug, Default)]
 pub struct Request {
     pub method: Vec<u8>,
+    /// The client has asked with HEAD: the response has no body, whatever becomes of the method.
+    pub is_head: bool,
     pub version: Version,
     /// The request-target without scheme and authority: `$request_uri`.
     pub target: Vec<u8>,
@@ -668,6 +670,16 @@ impl UpstreamState {
 }
 
 impl Exchange {
+    /// Who made the response, in APISIX's terms.
+    pub fn source_name(&self) -> &'static str {
+        match self.response.source {
+            Source::Upstream => "upstream",
+            // A try that failed was answered by the proxy itself.
+            Source::Gateway if !self.upstream.tries.is_empty() => "nginx",
+            Source::Gateway => "apisix",
+        }
+    }
+
     /// An empty exchange; `begin` makes it a request's.
     pub fn new(conn: Rc<Connection>, snapshot: Arc<Snapshot>) -> Self {
         Exchange {
