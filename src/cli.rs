@@ -24,7 +24,10 @@ use crate::{
     conf::{self, Config, Warning, admin_key},
     error::{Error, Kind, Result},
     lua, migrate,
-    observe::log::{self, Level},
+    observe::{
+        append,
+        log::{self, Level},
+    },
 };
 
 /// Relative to the prefix.
@@ -234,6 +237,7 @@ fn foreground(options: &Options, run: Run) -> Result<()> {
     let level = Level::from_name(&config.error_log_level).unwrap_or(Level::Warn);
     log::init(&config.error_log, level)
         .map_err(|e| Error::config(Kind::Io).cause(e).context(config.error_log.display().to_string()))?;
+    append::look_below(config.prefix.clone());
     raise_file_limit();
     for Warning(text) in &warnings {
         log::line(Level::Warn, text.as_bytes(), None);
@@ -269,6 +273,8 @@ fn start(options: &Options) -> Result<()> {
     fs::create_dir_all(options.prefix.join("logs"))?;
     let out = File::create(&output)?;
     let mut command = Command::new(env::current_exe()?);
+    // Whoever calls may leave the directory; names of files in plugins are those of the prefix then.
+    command.current_dir(&options.prefix);
     command.arg("-p").arg(&options.prefix).stdin(Stdio::null()).stdout(out.try_clone()?).stderr(out);
     if let Some(config) = &options.config {
         command.arg("-c").arg(std::path::absolute(config)?);

@@ -163,7 +163,7 @@ mod limits {
         let spin = "return function() while true do end end";
         let gw = with(json!({"source": spin, "limits": {"cpu_ms": 50}}));
         assert_eq!(gw.get("/hello").status, 500);
-        expect_line(&gw, "limits.cpu_ms");
+        expect_line(&gw, "the script ran longer than limits.cpu_ms of function hello allows without waiting");
         // Where its time is over first, that is what it ends by.
         gw.put("/functions/hello", json!({"source": spin, "limits": {"cpu_ms": 500, "timeout_ms": 100}}));
         assert_eq!(gw.get("/hello").status, 504);
@@ -201,8 +201,16 @@ mod limits {
         for _ in 0..2 {
             assert_eq!(gw.get("/hello?mb=20").status, 500);
         }
-        expect_line(&gw, "memory than");
+        expect_line(&gw, "function hello took more memory than limits.memory_mb (8) allows");
         assert_eq!([gw.get("/hello?mb=1").text(), gw.get("/hello?mb=1").text()], ["1", "1"], "both are new");
+    }
+
+    #[test]
+    fn a_call_that_takes_ever_more_memory_is_cut_off() {
+        let grow = "return function() local t = {} while true do t[#t + 1] = {#t} end end";
+        let gw = with(json!({"limits": {"memory_mb": 8}, "source": grow}));
+        assert_eq!(gw.get("/hello").status, 500);
+        expect_line(&gw, "the VM holds more memory than limits.memory_mb of function hello allows");
     }
 
     #[test]

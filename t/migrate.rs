@@ -335,6 +335,40 @@ return _M
 }
 
 #[test]
+fn files_that_a_list_leaves_out_are_told() {
+    let dir = Dir::new();
+    fs::create_dir_all(dir.join("example/apisix/plugins")).unwrap();
+    for name in ["listed", "left-out"] {
+        let source = format!(
+            "local _M = {{ version = 0.1, priority = 1, name = '{name}', schema = {{ type = 'object' }} }}\nreturn _M\n"
+        );
+        dir.write(&format!("example/apisix/plugins/{name}.lua"), source);
+    }
+    let config = |list: &str| {
+        format!(
+            "apisix:\n  extra_lua_path: '$prefix/example/?.lua'\n{list}deployment:\n  role: traditional\n  \
+             role_traditional: {{config_provider: yaml}}\n"
+        )
+    };
+    dir.write("conf/config.yaml", config("plugins: [key-auth, file-logger, listed]\n"));
+    dir.write(
+        "conf/apisix.yaml",
+        "routes:\n  - {id: 1, uri: /a, plugins: {listed: {}, file-logger: {path: a, log_format: {b: $resp_body}}}, \
+         upstream: {nodes: {\"a:1\": 1}}}\n  - {id: 2, uri: /b, plugins: {left-out: {}}, \
+         upstream: {nodes: {\"a:1\": 1}}}\n#END\n",
+    );
+    let (_, found) = report(&dir, &["--conf", "conf/config.yaml"]);
+    told(&found, "note", "example/apisix/plugins/left-out.lua", "not on the list of plugins");
+    told(&found, "note", "left-out", "used by 1 object: /routes/2");
+    assert!(!found.to_string().contains("resp_body is no variable"), "{found:#}");
+    let (_, text) = check(&dir, &["--conf", "conf/config.yaml"]);
+    assert!(text.contains("listed (1, your own)"), "{text}");
+    dir.write("conf/config.yaml", config(""));
+    let (_, text) = check(&dir, &["--conf", "conf/config.yaml"]);
+    assert!(text.contains("left-out (1, your own), listed (1, your own)"), "{text}");
+}
+
+#[test]
 fn what_points_nowhere_is_told_and_does_not_run() {
     let dir = Dir::new();
     dir.write(

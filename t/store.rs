@@ -51,6 +51,7 @@ async fn gateway(store: Arc<dyn Store>, dir: &Path) -> Started {
         checker: None,
         router: RouterKind::default(),
         shown_prefix: "/apisix".to_owned(),
+        follows_plugin_list: true,
         last_good: Some(dir.join("last_good.redb")),
     };
     timeout(DEADLINE, start(store, setup)).await.expect("starts").unwrap()

@@ -191,7 +191,7 @@ table.insert(package.loaders, 6, packed_searcher)
 
 if native.packed("moongate.ngx") then
     -- Before any library keeps what it replaces.
-    if native.purpose == "functions" then require("moongate.bounds").install() end
+    if native.purpose == "functions" then require("moongate.bounds").install() else require("moongate.files") end
     require("moongate.ngx")
     if native.purpose == "plugins" then require("moongate.blocking") end
 end

@@ -26,6 +26,14 @@ local pool, pooled = {}, 0
 
 local getters, uncached = {}, {}
 
+-- The response's body as loggers have gathered it, once they have.
+function getters.resp_body(ctx)
+    local gathered = ctx and ctx.resp_body
+    if gathered ~= nil then return gathered end
+    return ngx.var.resp_body
+end
+uncached.resp_body = true
+
 -- `post_arg_x`, `post_arg.x` and `graphql_x` are in the body, which the first who asks for one of them waits for.
 local function is_of_body(name)
     local first = byte(name, 1)

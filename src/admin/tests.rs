@@ -58,8 +58,14 @@ async fn start_on(between: impl FnOnce(Arc<dyn Store>) -> Arc<dyn Store>) -> Api
     let store: Arc<dyn Store> = Embedded::open(&dir.path().join("moongate.redb")).expect("a store");
     let keyring = Keyring::new(["edd1c9f0985e76a2"], true).expect("a key");
     let parser = store::parser(Arc::new(keyring.clone()), None);
-    let setup =
-        Setup { parser, checker: None, router: RouterKind::default(), shown_prefix: String::new(), last_good: None };
+    let setup = Setup {
+        parser,
+        checker: None,
+        router: RouterKind::default(),
+        shown_prefix: String::new(),
+        follows_plugin_list: true,
+        last_good: None,
+    };
     let started = store::start(store.clone(), setup).await.expect("a pipeline");
     let config = json!({"deployment": {"admin": {
         "admin_key": [{"key": KEY, "role": "admin"}, {"key": VIEWER, "role": "viewer"}, {"key": ""}],

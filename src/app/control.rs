@@ -65,8 +65,7 @@ pub async fn run(mut config: Config) -> Result<()> {
     let debug = DebugFile::new(&config.prefix, watching.clone());
     let debug_changes = debug.changes();
     spawn_local(debug.follow());
-    let setup = Setup::new(config.prefix.clone(), config.json.clone(), config.locations.clone());
-    let setup = setup.watched(watching.clone());
+    let setup = Setup::of(&config).watched(watching.clone());
     let plugins = Plugins::new(setup.clone(), config.file.clone())?;
     let mistakes = plugins.checker().registry_mistakes()?;
     if !mistakes.is_empty() {
@@ -78,6 +77,7 @@ pub async fn run(mut config: Config) -> Result<()> {
         // Nothing is served yet that could be drained.
         _ = signals.end() => return Ok(()),
     };
+    plugins.tell_missing();
     let standalone = store.clone().standalone();
     let received = Box::new(move || standalone.as_ref().is_none_or(|store| store.is_loaded()));
     status.configured(started.published.clone(), started.source.clone(), received);
@@ -147,9 +147,17 @@ async fn open(config: &Config, plugins: &Plugins, store: &Arc<dyn Store>) -> Res
         checker: Some(Box::new(plugins.clone())),
         router: settings::router(config),
         shown_prefix: store::shown_prefix(&config.json),
+        follows_plugin_list: follows_plugin_list(config, &**store),
         last_good: Some(store::last_good_path(config)),
     };
     store::start(store.clone(), setup).await
+}
+
+/// The list of plugins that a cluster shares is for nodes without an Admin API. One that has it loads what its own configuration
+/// lists, which it shares: another node that starts with a shorter list must not switch plugins off here. What comes as one
+/// document brings its list along.
+fn follows_plugin_list(config: &Config, store: &dyn Store) -> bool {
+    config.admin.is_none() || matches!(store.name(), "file" | "standalone")
 }
 
 /// Reloads of plugins that may wait for the one that is done.

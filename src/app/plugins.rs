@@ -1,6 +1,7 @@
 //! The control thread's plugin VM, as the store and the Admin API want to see it.
 
 use std::{
+    cell::RefCell,
     collections::HashMap,
     path::PathBuf,
     rc::Rc,
@@ -15,6 +16,7 @@ use crate::{
     error::Result,
     model::{Id, Object, PluginSource, SchemaKind, crypt::EncryptFields, next_uid},
     plugin::{Checker, PluginTrial, Setup, Trial, Tried},
+    schema,
     store::{PluginChecker, PluginSchema, Refusal, Snapshot},
 };
 
@@ -26,6 +28,8 @@ pub struct Plugins {
     file: Option<PathBuf>,
     /// Whether a reload reads that file again.
     rereads: bool,
+    /// The plugins without a module that were told last.
+    told: Rc<RefCell<Vec<Box<str>>>>,
     pub fields: Arc<Fields>,
 }
 
@@ -33,7 +37,7 @@ impl Plugins {
     /// Loads the plugins of the binary and the disk; those of the store come with `reload`.
     pub fn new(setup: Setup, file: Option<PathBuf>) -> Result<Plugins> {
         let checker = Rc::new(Checker::new(setup, &Snapshot::default())?);
-        let plugins = Plugins { checker, file, rereads: true, fields: Arc::default() };
+        let plugins = Plugins { checker, file, rereads: true, told: Rc::default(), fields: Arc::default() };
         plugins.note_fields();
         Ok(plugins)
     }
@@ -52,13 +56,34 @@ impl Plugins {
     fn reread(&self) {
         let setup = self.checker.setup();
         match conf::load(&setup.prefix, self.file.as_deref()) {
-            Ok((config, _)) => setup.reread(&config.json),
+            Ok((config, _)) => setup.reread(&config),
             Err(mistakes) => {
                 for mistake in &mistakes.0 {
                     tracing::error!("plugins are loaded anew by the configuration before: {mistake}");
                 }
             }
         }
+    }
+
+    /// Logs which plugins somebody has listed that have no module: those that nobody knows as errors, and APISIX's that are not
+    /// there yet, of the configuration's own list, in one line. As long as they are the same, once.
+    pub fn tell_missing(&self) {
+        let missing = self.checker.missing();
+        if *self.told.borrow() == missing {
+            return;
+        }
+        let known = |name: &str| schema::plugin_names().any(|known| known == name);
+        let (theirs, nobodys): (Vec<_>, Vec<_>) = missing.iter().map(|name| &**name).partition(|name| known(name));
+        for name in nobodys {
+            tracing::error!(target: "lua", "failed to load plugin [{name}] err: module 'apisix.plugins.{name}' not found");
+        }
+        if !theirs.is_empty() && self.checker.setup().lists_plugins() {
+            tracing::warn!(
+                "plugins: this build does not have {}: objects that use them run without",
+                theirs.join(", ")
+            );
+        }
+        *self.told.borrow_mut() = missing;
     }
 
     /// How plugins are loaded from the next reload on.
@@ -87,6 +112,7 @@ impl PluginChecker for Plugins {
             self.reread();
         }
         PluginChecker::reload(&*self.checker, snapshot);
+        self.tell_missing();
         self.note_fields();
     }
 }
@@ -139,9 +165,14 @@ impl PluginHost for Plugins {
     fn listed(&self) -> Option<Listed> {
         let (config, _) = conf::load(&self.checker.setup().prefix, self.file.as_deref()).ok()?;
         let names = |key: &str| config.json.get(key).and_then(Value::as_array).cloned().unwrap_or_default();
-        let http = names("plugins").into_iter().map(|name| json!({ "name": name }));
+        let http: Vec<Value> = names("plugins").into_iter().map(|name| json!({ "name": name })).collect();
         let stream = names("stream_plugins").into_iter().map(|name| json!({ "name": name, "stream": true }));
-        Some(Listed { names: http.chain(stream).collect(), is_default: config.plugins_are_default })
+        let is_default = config.plugins_are_default;
+        // Without a list the user's own files run here: so they do where this one is followed.
+        let own = if is_default { self.checker.setup().files_of_lua_path() } else { Vec::new() };
+        let own = own.into_iter().map(|name| json!({ "name": &*name })).filter(|own| !http.contains(own));
+        let own: Vec<Value> = own.collect();
+        Some(Listed { names: http.into_iter().chain(own).chain(stream).collect(), is_default })
     }
 
     fn list(&self) -> Vec<PluginInfo> {

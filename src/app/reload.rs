@@ -111,8 +111,7 @@ impl Reload {
         for (name, size) in &next.shared_dicts {
             shdict::store().declare(name, *size);
         }
-        let setup = Setup::new(next.prefix.clone(), next.json.clone(), next.locations.clone());
-        let setup = setup.watched(self.watching.clone());
+        let setup = Setup::of(&next).watched(self.watching.clone());
         let changed = differences_of(&self.last, &next.json);
         // Also where nothing changes for plugins now: what a reload of plugins reads is for the workers, too.
         self.plugins.set_up(setup.clone());

@@ -85,6 +85,7 @@ thread_local! {
     /// For the signal handler: no lazy initialization, no destructor.
     static BEAT: Cell<*const Beat> = const { Cell::new(ptr::null()) };
     static OWNER: Registration = Registration::new();
+    static CALLED: Cell<Option<Called>> = const { Cell::new(None) };
 }
 
 /// Keeps this thread's beat in `WATCHED` as long as the thread lives.
@@ -176,11 +177,64 @@ pub fn memory_kb(vm: &super::Vm) -> usize {
     unsafe { ffi::lua_gc(vm.main(), ffi::LUA_GCCOUNT, 0) as usize }
 }
 
-/// The bounds of a run of a function's call in a VM that holds `held_kb` now: its own, and never more than the VM's.
-pub fn of_call(vm: &super::Vm, call: &FunctionCall, held_kb: usize) -> Limits {
+/// Has `run` go by the bounds of a function's call in a VM that holds `held_kb` now: its own, and never more memory than the VM's.
+/// An error at one that is the function's own names the function.
+pub fn within_call<R>(vm: &super::Vm, call: &FunctionCall, held_kb: usize, run: impl FnOnce(Limits) -> R) -> R {
     let limits = vm.limits();
     let memory_mb = (held_kb + call.left_kb.get()).div_ceil(1024).min(limits.memory_mb);
-    Limits { cpu_ms: call.cpu_ms.unwrap_or(limits.cpu_ms), memory_mb }
+    let called = Called { id: call.record.id(), cpu: call.cpu_ms.is_some(), memory: memory_mb < limits.memory_mb };
+    let _called = Within(CALLED.replace(Some(called)));
+    run(Limits { cpu_ms: call.cpu_ms.unwrap_or(limits.cpu_ms), memory_mb })
+}
+
+/// The function whose call runs, and which bounds are its own.
+#[derive(Clone, Copy)]
+struct Called {
+    /// Alive as long as the call: `within_call` takes the value away before it returns.
+    id: *const str,
+    cpu: bool,
+    memory: bool,
+}
+
+/// Puts back what was there before.
+struct Within(Option<Called>);
+
+impl Drop for Within {
+    fn drop(&mut self) {
+        CALLED.set(self.0);
+    }
+}
+
+/// A bound that a script has gone beyond.
+#[derive(Clone, Copy)]
+enum Bound {
+    Cpu,
+    Memory,
+}
+
+impl Bound {
+    /// What to say of it, in pieces: without one of them being made, as a hook raises past destructors.
+    fn told(self) -> [&'static str; 4] {
+        let own = CALLED.get().filter(|called| match self {
+            Bound::Cpu => called.cpu,
+            Bound::Memory => called.memory,
+        });
+        // SAFETY: the call is under way, and its record with it.
+        let of = own.map(|called| unsafe { &*called.id });
+        let setting = match (self, of) {
+            (Bound::Cpu, None) => "lua.limits.cpu_ms",
+            (Bound::Cpu, Some("")) => "limits.cpu_ms of the function",
+            (Bound::Cpu, Some(_)) => "limits.cpu_ms of function ",
+            (Bound::Memory, None) => "lua.limits.memory_mb",
+            (Bound::Memory, Some("")) => "limits.memory_mb of the function",
+            (Bound::Memory, Some(_)) => "limits.memory_mb of function ",
+        };
+        let (start, end) = match self {
+            Bound::Cpu => ("the script ran longer than ", " allows without waiting"),
+            Bound::Memory => ("the VM holds more memory than ", " allows"),
+        };
+        [start, setting, of.unwrap_or_default(), end]
+    }
 }
 
 /// Charges the call with what the VM has grown by in a run of it. Garbage counts until the call has used up what it may: then
@@ -230,22 +284,24 @@ unsafe extern "C-unwind" fn on_hook(l: *mut ffi::lua_State, _: *mut ffi::lua_Deb
         let kb = ffi::lua_gc(l, ffi::LUA_GCCOUNT, 0) as usize;
         if kb > beat.memory_kb.load(Ordering::Relaxed) {
             beat.condemned.store(beat.serial.load(Ordering::Relaxed), Ordering::Relaxed);
-            raise(l, c"the VM holds more memory than lua.limits.memory_mb allows");
+            raise(l, Bound::Memory.told());
         }
         if beat.condemned.load(Ordering::Relaxed) == beat.serial.load(Ordering::Relaxed) {
-            raise(l, c"the script ran longer than lua.limits.cpu_ms allows without waiting");
+            raise(l, Bound::Cpu.told());
         }
         ffi::lua_sethook(l, None, 0, 0);
     }
 }
 
 /// Raises with the position of the function that runs.
-unsafe fn raise(l: *mut ffi::lua_State, text: &std::ffi::CStr) -> ! {
-    // SAFETY: the caller is a hook on a live state with room for two strings.
+unsafe fn raise(l: *mut ffi::lua_State, text: [&str; 4]) -> ! {
+    // SAFETY: the caller is a hook on a live state, which has room for LUA_MINSTACK values.
     unsafe {
         ffi::luaL_where(l, 0);
-        ffi::lua_pushstring_(l, text.as_ptr());
-        ffi::lua_concat(l, 2);
+        for piece in text {
+            ffi::lua_pushlstring_(l, piece.as_ptr().cast(), piece.len());
+        }
+        ffi::lua_concat(l, 1 + text.len() as c_int);
         ffi::lua_error(l)
     }
 }
@@ -263,7 +319,7 @@ pub fn is_condemned() -> bool {
 /// than anyone lives to see, however deep they are allowed to nest.
 pub fn check() -> Result<(), Raise> {
     match is_condemned() {
-        true => Err("the script ran longer than lua.limits.cpu_ms allows without waiting".into()),
+        true => Err(Bound::Cpu.told().concat().into()),
         false => Ok(()),
     }
 }

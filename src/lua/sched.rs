@@ -365,7 +365,7 @@ fn step(vm: &Rc<Vm>, l: *mut ffi::lua_State, x: &mut Exchange, args: c_int) -> S
         None => resume(vm, l, x, args, vm.limits()),
         Some(call) => {
             let held = limits::memory_kb(vm);
-            let rc = resume(vm, l, x, args, limits::of_call(vm, &call, held));
+            let rc = limits::within_call(vm, &call, held, |own| resume(vm, l, x, args, own));
             limits::charge(vm, &call, held);
             rc
         }

@@ -21,7 +21,7 @@ use crate::{
     admin,
     conf::{self, Config, Survey, Warning},
     error::{Error, Kind, Result},
-    plugin::Checker,
+    plugin::{Checker, below_prefix},
 };
 
 /// A config.yaml is some kilobytes; one with large snippets some more.
@@ -173,7 +173,7 @@ pub(super) fn tell_plugins(ground: &Ground, known: &Plugins<'_>, report: &mut Re
             Origin::Packed => runs[0] += 1,
             Origin::Own => runs[1] += 1,
             // Its file is told.
-            Origin::Broken => {}
+            Origin::Broken | Origin::Unlisted => {}
             Origin::Apisix => {
                 let what = format!("{name} is listed and not there yet");
                 report.add(Note, "config", "plugins", what, "objects that use it are told on their own");
@@ -188,9 +188,17 @@ pub(super) fn tell_plugins(ground: &Ground, known: &Plugins<'_>, report: &mut Re
     report.runs.push(("config", format!("plugins: {} of the gateway's, {} of your own", runs[0], runs[1])));
 }
 
+/// The `files` that a list of the configuration's leaves out.
+pub(super) fn unlisted<'f>(ground: &Ground, files: &'f BTreeSet<String>) -> BTreeSet<&'f str> {
+    let Some(listed) = ground.written.get("plugins").and_then(Value::as_array) else { return BTreeSet::new() };
+    let listed: BTreeSet<&str> = listed.iter().filter_map(Value::as_str).collect();
+    files.iter().map(String::as_str).filter(|name| !listed.contains(name)).collect()
+}
+
 /// The directories of `apisix.extra_lua_path`.
 pub(super) fn lua_dirs(ground: &Ground) -> Vec<PathBuf> {
     let path = at(&ground.config.json, "apisix.extra_lua_path").and_then(Value::as_str).unwrap_or_default();
+    let path = below_prefix(path, &ground.prefix);
     path.split(';').filter_map(|pattern| pattern.strip_suffix("/?.lua")).map(PathBuf::from).collect()
 }
 

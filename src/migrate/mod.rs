@@ -23,15 +23,14 @@ use std::{
 use serde_json::{Value, json};
 
 pub use report::Report;
-use report::Verdict::{Cannot, Change};
+use report::Verdict::{Cannot, Change, Note};
 
 use crate::{
     admin,
     app::plugins::Plugins,
-    conf::Config,
     error::{Error, Kind, Result},
     model::PluginSource,
-    plugin::Setup,
+    plugin::{Setup, below_prefix},
     shdict,
     store::{
         Entry, Store,
@@ -147,14 +146,14 @@ pub fn check(options: &Options) -> Result<Report> {
     let roots = roots(options, &ground);
     let sources = Sources::find(&roots, &mut report);
     report.read.extend(roots.iter().map(|root| format!("Lua under {}", root.display())));
-    set_lua_path(&mut ground.config, &roots);
+    set_lua_path(&mut ground, &roots);
     for (name, size) in &ground.config.shared_dicts {
         shdict::store().declare(name, *size);
     }
-    let (json, locations) = (ground.config.json.clone(), ground.config.locations.clone());
-    let plugins = Plugins::fixed(Setup::new(options.prefix.clone(), json, locations))?;
-    let broken = tell_broken_plugins(&plugins, &sources, &roots, &mut report);
-    let known = objects::Plugins { checker: plugins.checker(), files: &sources.plugins };
+    let plugins = Plugins::fixed(Setup::of(&ground.config).under(options.prefix.clone()))?;
+    let unlisted = config::unlisted(&ground, &sources.plugins);
+    let broken = tell_idle_plugins((&plugins, &unlisted), &sources, &roots, &mut report);
+    let known = objects::Plugins { checker: plugins.checker(), files: &sources.plugins, unlisted: &unlisted };
     config::tell_plugins(&ground, &known, &mut report);
     config::tell_registries(plugins.checker(), &mut report)?;
     let dicts = ground.config.shared_dicts.iter().map(|(name, _)| name.clone()).collect();
@@ -162,7 +161,7 @@ pub fn check(options: &Options) -> Result<Report> {
     defined.extend(sources.files.iter().flat_map(|(file, _)| lua::defined_in(file)));
     let mut scripts = lua::Scripts::new(plugins.checker(), &sources, (dicts, defined.clone()), broken);
     scripts.files(&mut report);
-    check_store(options, &ground, &plugins, &sources.plugins, &defined, &mut scripts, &mut report)?;
+    check_store(options, &ground, (&plugins, &known), &defined, &mut scripts, &mut report)?;
     scripts.tell(&mut report);
     Ok(report)
 }
@@ -179,21 +178,22 @@ fn roots(options: &Options, ground: &Ground) -> Vec<PathBuf> {
     roots
 }
 
-fn set_lua_path(config: &mut Config, roots: &[PathBuf]) {
-    let json = Arc::make_mut(&mut config.json);
+fn set_lua_path(ground: &mut Ground, roots: &[PathBuf]) {
+    let json = Arc::make_mut(&mut ground.config.json);
     let mut put = |key: &str, patterns: &[&str]| {
         let named = roots.iter().flat_map(|root| patterns.iter().map(|p| format!("{}/{p}", root.display())));
         let mut all: Vec<String> = named.collect();
-        all.extend(json["apisix"][key].as_str().filter(|text| !text.is_empty()).map(str::to_owned));
+        let written = json["apisix"][key].as_str().filter(|text| !text.is_empty());
+        all.extend(written.map(|path| below_prefix(path, &ground.prefix)));
         json["apisix"][key] = all.join(";").into();
     };
     put("extra_lua_path", &["?.lua", "?/init.lua"]);
     put("extra_lua_cpath", &["?.so"]);
 }
 
-/// Plugins of the user's that do not load, with the reason. Gives their files.
-fn tell_broken_plugins(
-    plugins: &Plugins,
+/// Plugins of the user's that do not run, with the reason: those that do not load, and the `unlisted`. Gives their files.
+fn tell_idle_plugins(
+    (plugins, unlisted): (&Plugins, &BTreeSet<&str>),
     sources: &Sources,
     roots: &[PathBuf],
     report: &mut Report,
@@ -203,10 +203,15 @@ fn tell_broken_plugins(
         let files = roots.iter().map(|root| root.join(format!("apisix/plugins/{name}.lua")));
         for file in files.filter(|file| file.exists()).take(1) {
             let shown = file.display().to_string();
+            if unlisted.contains(&**name) {
+                let what = format!("{name} is not on the list of plugins: it does not run, on APISIX neither");
+                report.add(Note, "plugin", &*shown, what, "put it on the list if it should");
+                continue;
+            }
             let why = read_text(&file, sources::MAX_LUA)
                 .map(|text| PluginSource { source: text.into(), modules: Vec::new() })
                 .and_then(|source| plugins.checker().inspect_plugin(name, &source))
-                .map_or_else(|why| why, |_| "is not loaded: its name is on no list".to_owned());
+                .map_or_else(|why| why, |_| "another file of its name is in its place".to_owned());
             let first = why.lines().next().unwrap_or_default();
             let advice = "repair it: requests pass without a plugin that does not load";
             report.add(Change, "plugin", &*shown, format!("does not load: {first}"), advice);
@@ -219,8 +224,7 @@ fn tell_broken_plugins(
 fn check_store(
     options: &Options,
     ground: &Ground,
-    plugins: &Plugins,
-    files: &BTreeSet<String>,
+    (plugins, known): (&Plugins, &objects::Plugins<'_>),
     defined: &BTreeSet<String>,
     scripts: &mut lua::Scripts<'_>,
     report: &mut Report,
@@ -251,7 +255,7 @@ fn check_store(
             Default::default()
         }
     };
-    let by = objects::Checked { plugins, files, keyring: Arc::new(keyring), is_file, defined };
+    let by = objects::Checked { plugins, known, keyring: Arc::new(keyring), is_file, defined };
     objects::check(&entries, &by, scripts, report);
     Ok(())
 }

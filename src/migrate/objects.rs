@@ -40,6 +40,8 @@ pub(super) struct Plugins<'a> {
     pub checker: &'a Checker,
     /// Names of the files below the user's directories.
     pub files: &'a BTreeSet<String>,
+    /// Those of them that the configuration's list leaves out.
+    pub unlisted: &'a BTreeSet<&'a str>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,6 +51,8 @@ pub(super) enum Origin {
     Own,
     /// A file of the user's that does not load.
     Broken,
+    /// One that the configuration's list leaves out.
+    Unlisted,
     /// APISIX has it, this gateway does not.
     Apisix,
     Nowhere,
@@ -59,6 +63,7 @@ impl Plugins<'_> {
         match self.checker.get(name) {
             Some(_) if self.files.contains(name) || !is_packed(name) => Origin::Own,
             Some(_) => Origin::Packed,
+            None if self.unlisted.contains(name) => Origin::Unlisted,
             None if self.files.contains(name) => Origin::Broken,
             None if schema::plugin_names().any(|known| known == name) => Origin::Apisix,
             None => Origin::Nowhere,
@@ -119,7 +124,7 @@ struct Seen {
 /// What a check of objects goes by.
 pub(super) struct Checked<'a> {
     pub plugins: &'a Loaded,
-    pub files: &'a BTreeSet<String>,
+    pub known: &'a Plugins<'a>,
     pub keyring: Arc<Keyring>,
     /// `file` refuses objects with unknown plugins, other stores serve them without.
     pub is_file: bool,
@@ -361,12 +366,11 @@ fn tell(seen: &Seen, known: &Known<'_>, by: &Checked<'_>, report: &mut Report) {
 }
 
 fn tell_plugins(seen: &Seen, by: &Checked<'_>, report: &mut Report) {
-    let plugins = Plugins { checker: by.plugins.checker(), files: by.files };
     let mut runs = Vec::new();
     for (name, places) in &seen.plugins {
         let plural = if places.count == 1 { "" } else { "s" };
         let used = format!("used by {} object{plural}: {places}", places.count);
-        match plugins.origin(name) {
+        match by.known.origin(name) {
             Origin::Packed => runs.push(format!("{name} ({})", places.count)),
             Origin::Own => runs.push(format!("{name} ({}, your own)", places.count)),
             Origin::Broken => {
@@ -374,7 +378,7 @@ fn tell_plugins(seen: &Seen, by: &Checked<'_>, report: &mut Report) {
                 report.add(Change, "plugin", name, format!("does not load; {used}"), advice);
             }
             // APISIX does the same.
-            Origin::Apisix if is_packed(name) => {
+            origin if origin == Origin::Unlisted || origin == Origin::Apisix && is_packed(name) => {
                 let advice = "it does not run, on APISIX neither: put it on the list if it should";
                 report.add(Note, "plugin", name, format!("is not on the list of plugins; {used}"), advice);
             }
@@ -385,7 +389,7 @@ fn tell_plugins(seen: &Seen, by: &Checked<'_>, report: &mut Report) {
                 };
                 report.add(Cannot, "plugin", name, format!("is APISIX's and not there yet; {used}"), advice);
             }
-            Origin::Nowhere => {
+            Origin::Unlisted | Origin::Nowhere => {
                 let advice =
                     "give the directory that holds apisix/plugins/ with --lua-path, or upload the plugin's text";
                 report.add(Change, "plugin", name, format!("is found nowhere; {used}"), advice);

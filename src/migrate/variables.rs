@@ -5,9 +5,15 @@ use crate::exchange::{Known, Var, vars};
 /// What to do about a name that nothing knows.
 pub(super) const ADVICE: &str = "it is absent until something sets it: a function can, by ngx.var.x = …";
 
+/// What is no variable of a request, and one of `ctx.var` and of the log formats of plugins.
+const OF_PLUGINS: &str = "resp_body";
+
 /// Whether the gateway, a family (`arg_x`) or APISIX's nginx.conf gives the variable a meaning.
 pub(super) fn is_known(name: &str) -> bool {
-    Known::number(name).is_some() || vars::is_preset(name) || !matches!(Var::parse(name), Var::Custom(_))
+    name == OF_PLUGINS
+        || Known::number(name).is_some()
+        || vars::is_preset(name)
+        || !matches!(Var::parse(name), Var::Custom(_))
 }
 
 /// Names in a text of `$name` and `${name}` that nothing knows. `$1` and `$env://` are no variables.
@@ -32,8 +38,8 @@ mod tests {
 
     #[test]
     fn names_of_the_gateway_and_of_families_are_known() {
-        for name in ["uri", "arg_x", "http_user_agent", "cookie_a", "upstream_cache_key", "route_id", "upstream_http_x"]
-        {
+        let of_families = ["arg_x", "cookie_a", "http_user_agent", "upstream_http_x"];
+        for name in of_families.into_iter().chain(["uri", "upstream_cache_key", "route_id", "resp_body"]) {
             assert!(is_known(name), "{name}");
         }
         for name in ["geoip_country", "modern_browser", "request_uri2"] {

@@ -5,9 +5,10 @@
 use std::{
     collections::HashMap,
     fs::{File, OpenOptions},
-    io::Write,
+    io::{ErrorKind, Write},
+    path::{Path, PathBuf},
     sync::{
-        Arc, LazyLock,
+        Arc, LazyLock, OnceLock,
         atomic::{AtomicUsize, Ordering},
         mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
     },
@@ -74,6 +75,14 @@ static WRITER: LazyLock<Option<Queue>> = LazyLock::new(|| {
     thread::Builder::new().name("append".into()).spawn(move || write_all(&waiting)).ok().map(|_| queue)
 });
 
+/// Where relative paths lead that lead nowhere in the working directory.
+static PREFIX: OnceLock<PathBuf> = OnceLock::new();
+
+/// Has paths whose directory is not below the working directory lead below `prefix`. The first call counts.
+pub fn look_below(prefix: PathBuf) {
+    let _ = PREFIX.set(prefix);
+}
+
 /// Queues `text` (with its newline) for the file at `path`. An error says why it was not taken.
 pub fn line(path: &str, text: &[u8]) -> Result<(), &'static str> {
     WRITER.as_ref().ok_or("the writer has ended")?.line(path, text)
@@ -109,15 +118,37 @@ fn append(open: &mut HashMap<Box<str>, File>, path: &str, text: &[u8]) -> std::i
     if open.len() >= MAX_OPEN {
         open.clear();
     }
-    let mut file = OpenOptions::new().create(true).append(true).open(path)?;
+    let mut file = open_file(path, PREFIX.get().map(PathBuf::as_path))?;
     file.write_all(text)?;
     open.insert(path.into(), file);
     Ok(())
 }
 
+fn open_file(path: &str, prefix: Option<&Path>) -> std::io::Result<File> {
+    let open = |path: &Path| OpenOptions::new().create(true).append(true).open(path);
+    let opened = open(Path::new(path));
+    match (&opened, prefix) {
+        (Err(e), Some(prefix)) if e.kind() == ErrorKind::NotFound => open(&prefix.join(path)).or(opened),
+        _ => opened,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_the_working_directory_does_not_have_is_below_the_prefix() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(dir.path().join("no-such-logs")).unwrap();
+        open_file("no-such-logs/a", Some(dir.path())).unwrap();
+        assert!(dir.path().join("no-such-logs/a").exists());
+        for (path, prefix) in
+            [("no-such-logs/a", None), ("no-such/a", Some(dir.path())), ("/no-such/a", Some(dir.path()))]
+        {
+            assert_eq!(open_file(path, prefix).unwrap_err().kind(), ErrorKind::NotFound, "{path}");
+        }
+    }
 
     #[test]
     fn lines_that_wait_are_bounded_in_number_and_bytes() {

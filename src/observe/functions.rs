@@ -173,6 +173,11 @@ pub fn write(page: &mut Page) {
 }
 
 impl Record {
+    /// Of the function; empty where the record is not one function's.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
     /// Counts a call that has ended.
     pub fn ended(&self, trigger: Trigger, failed: bool, took: Duration) {
         let ms = took.as_secs_f64() * 1e3;

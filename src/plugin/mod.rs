@@ -10,7 +10,7 @@ pub mod run;
 mod upstream;
 pub mod watch;
 
-pub use registry::{Checker, PluginInfo, Setup};
+pub use registry::{Checker, PluginInfo, Setup, below_prefix};
 pub use run::{
     Errand, Flow, MockRequest, Runner, VmState,
     function_trial::{Trial, Tried},

@@ -2,7 +2,7 @@
 
 use std::{
     cell::{Cell, RefCell},
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     path::{Path, PathBuf},
     rc::Rc,
     sync::Arc,
@@ -19,7 +19,7 @@ use super::{
     },
 };
 use crate::{
-    conf::{locations::Locations, outgoing::Charset},
+    conf::{Config, locations::Locations, outgoing::Charset},
     error::{Error, Result},
     exchange::Phase,
     lua::{
@@ -92,9 +92,18 @@ pub type Plugins = HashMap<Box<str>, Arc<PluginInfo>>;
 pub struct Setup {
     pub prefix: PathBuf,
     /// Shared: what `reread` takes over, all clones see.
-    config: Arc<ArcSwap<Value>>,
+    config: Arc<ArcSwap<Configured>>,
     pub locations: Arc<Locations>,
     pub watching: Arc<Watching>,
+}
+
+/// What the configuration says.
+#[derive(Clone, Debug, Default)]
+struct Configured {
+    /// config.yaml with its defaults.
+    json: Arc<Value>,
+    /// Somebody has written `plugins`: it is not the default one.
+    lists_plugins: bool,
 }
 
 /// Why a function without a sandbox does not run.
@@ -110,9 +119,22 @@ pub fn trusts_functions(config: &Value) -> bool {
 const REREAD: [&str; 3] = ["plugins", "stream_plugins", "plugin_attr"];
 
 impl Setup {
-    /// `config`: config.yaml with its defaults.
-    pub fn new(prefix: PathBuf, config: Arc<Value>, locations: Arc<Locations>) -> Setup {
-        Setup { prefix, config: Arc::new(ArcSwap::new(config)), locations, watching: Arc::default() }
+    /// `json`: config.yaml with its defaults, of which `plugins` is one.
+    pub fn new(prefix: PathBuf, json: Arc<Value>, locations: Arc<Locations>) -> Setup {
+        let config = Configured { json, lists_plugins: false };
+        Setup { prefix, config: Arc::new(ArcSwap::from_pointee(config)), locations, watching: Arc::default() }
+    }
+
+    /// As the configuration says.
+    pub fn of(config: &Config) -> Setup {
+        let setup = Setup::new(config.prefix.clone(), config.json.clone(), config.locations.clone());
+        setup.reread(config);
+        setup
+    }
+
+    /// The same, with another prefix.
+    pub fn under(self, prefix: PathBuf) -> Setup {
+        Setup { prefix, ..self }
     }
 
     /// The same, with who is watched.
@@ -121,26 +143,34 @@ impl Setup {
     }
 
     /// Takes over which plugins there are and what they are told (`plugins`, `plugin_attr`) from a newer configuration.
-    pub fn reread(&self, config: &Value) {
-        let mut next = Value::clone(&self.config.load());
+    pub fn reread(&self, config: &Config) {
+        let mut json = Value::clone(&self.config.load().json);
         for key in REREAD {
-            next[key] = config.get(key).cloned().unwrap_or_default();
+            json[key] = config.json.get(key).cloned().unwrap_or_default();
         }
-        self.config.store(Arc::new(next));
+        let lists_plugins = !config.plugins_are_default;
+        self.config.store(Arc::new(Configured { json: json.into(), lists_plugins }));
     }
 
     /// `nginx_config.http.charset`
     pub fn charset(&self) -> Option<Charset> {
-        Charset::of_routes(&self.config.load())
+        Charset::of_routes(&self.config.load().json)
     }
 
     pub fn trusts_functions(&self) -> bool {
-        trusts_functions(&self.config.load())
+        trusts_functions(&self.config.load().json)
     }
 
-    fn text(&self, key: &str) -> String {
+    /// Whether somebody has written `plugins` into the configuration.
+    pub fn lists_plugins(&self) -> bool {
+        self.config.load().lists_plugins
+    }
+
+    /// `apisix.extra_lua_path`, `extra_lua_cpath`.
+    fn lua_path(&self, key: &str) -> String {
         let config = self.config.load();
-        config.pointer("/apisix").and_then(|a| a.get(key)).and_then(Value::as_str).unwrap_or_default().to_owned()
+        let path = config.json.pointer("/apisix").and_then(|a| a.get(key)).and_then(Value::as_str).unwrap_or_default();
+        below_prefix(path, &self.prefix)
     }
 
     /// How a VM for `purpose` is made under this configuration.
@@ -149,9 +179,9 @@ impl Setup {
         VmConfig {
             purpose,
             prefix: self.prefix.clone(),
-            lua_path: self.text("extra_lua_path"),
-            lua_cpath: self.text("extra_lua_cpath"),
-            config: self.config.load_full(),
+            lua_path: self.lua_path("extra_lua_path"),
+            lua_cpath: self.lua_path("extra_lua_cpath"),
+            config: self.config.load().json.clone(),
             worker,
             plugin_sources: sources.collect(),
             package_path: self.locations.package_path.clone(),
@@ -160,26 +190,47 @@ impl Setup {
         }
     }
 
-    /// The names to load: the store's list or config.yaml's, uploaded sources, and files in the user's directories.
+    /// The names to load: those that are listed, uploaded sources, and files in `<prefix>/plugins`.
     pub fn names(&self, snapshot: &Snapshot) -> Vec<Box<str>> {
-        let mut names: Vec<Box<str>> = match &snapshot.plugin_names {
-            Some(listed) => listed.to_vec(),
-            None => match self.config.load().get("plugins").and_then(Value::as_array) {
-                Some(listed) => listed.iter().filter_map(Value::as_str).map(Box::from).collect(),
-                None => packed_plugins().map(Box::from).collect(),
-            },
-        };
+        let mut names = self.listed(snapshot);
         names.extend(snapshot.plugin_sources.keys().map(|id| Box::from(&**id)));
         plugin_files(&self.prefix.join("plugins"), &mut names);
-        for pattern in self.text("extra_lua_path").split(';') {
-            if let Some(dir) = pattern.strip_suffix("/?.lua") {
-                plugin_files(&Path::new(dir).join("apisix/plugins"), &mut names);
-            }
-        }
-        let mut seen = std::collections::HashSet::new();
+        let mut seen = HashSet::new();
         names.retain(|n| seen.insert(n.clone()));
         names
     }
+
+    /// The store's list where it is followed, or else config.yaml's. Where nobody has written one the user's files are on it, too: one
+    /// that a list leaves out is switched off, as under APISIX.
+    fn listed(&self, snapshot: &Snapshot) -> Vec<Box<str>> {
+        if let Some(listed) = &snapshot.plugin_names {
+            return listed.to_vec();
+        }
+        let config = self.config.load();
+        let mut names: Vec<Box<str>> = match config.json.get("plugins").and_then(Value::as_array) {
+            Some(listed) => listed.iter().filter_map(Value::as_str).map(Box::from).collect(),
+            None => packed_plugins().map(Box::from).collect(),
+        };
+        if !config.lists_plugins {
+            names.append(&mut self.files_of_lua_path());
+        }
+        names
+    }
+
+    /// Names of the plugin files in the directories of `apisix.extra_lua_path`.
+    pub fn files_of_lua_path(&self) -> Vec<Box<str>> {
+        let mut names = Vec::new();
+        for dir in self.lua_path("extra_lua_path").split(';').filter_map(|pattern| pattern.strip_suffix("/?.lua")) {
+            plugin_files(&Path::new(dir).join("apisix/plugins"), &mut names);
+        }
+        names
+    }
+}
+
+/// A Lua path with `$prefix` and `${prefix}` replaced, as in nginx's `lua_package_path`.
+pub fn below_prefix(path: &str, prefix: &Path) -> String {
+    let prefix = prefix.to_string_lossy();
+    path.replace("${prefix}", &prefix).replace("$prefix", &prefix)
 }
 
 /// Names of the plugins that are part of the binary.
@@ -206,27 +257,36 @@ pub fn vm(config: VmConfig) -> Result<Rc<Vm>> {
 
 /// Loads the plugins of `names`. What does not load is logged and left out.
 pub fn load(vm: &Rc<Vm>, names: &[Box<str>]) -> Plugins {
-    load_each(vm, names, &mut |_, _| ())
+    load_each(vm, names).0
 }
 
-/// The same; `broken` is told what does not load, and why.
-fn load_each(vm: &Rc<Vm>, names: &[Box<str>], broken: &mut dyn FnMut(&str, &str)) -> Plugins {
+/// What does not load.
+#[derive(Debug, Default)]
+struct Failed {
+    /// Those whose file is there, and why they do not load.
+    broken: Vec<(String, String)>,
+    /// Those without a module.
+    missing: Vec<Box<str>>,
+}
+
+/// The same, and what does not load.
+fn load_each(vm: &Rc<Vm>, names: &[Box<str>]) -> (Plugins, Failed) {
     run_user_hook(vm);
-    let mut plugins = Plugins::new();
+    let (mut plugins, mut failed) = (Plugins::new(), Failed::default());
     for name in names {
         match load_one(vm, name) {
             Ok(info) => {
                 plugins.insert(name.clone(), Arc::new(info));
             }
-            // config.yaml's default list names plugins of APISIX that this build does not have.
-            Err(Refused::Missing) => tracing::debug!(target: "lua", "plugin [{name}] not found"),
+            // The default list names plugins of APISIX that this build does not have: who cares asks for them.
+            Err(Refused::Missing) => failed.missing.push(name.clone()),
             Err(Refused::Broken(text)) => {
                 tracing::error!(target: "lua", "failed to load plugin [{name}] err: {text}");
-                broken(name, &text);
+                failed.broken.push((name.to_string(), text));
             }
         }
     }
-    plugins
+    (plugins, failed)
 }
 
 /// Lists them in error.log, as APISIX does in its debug mode.
@@ -312,8 +372,20 @@ pub struct Checker {
 struct Loaded {
     vm: Rc<Vm>,
     plugins: Rc<Plugins>,
-    /// Those that do not load, and why.
-    broken: Rc<Vec<(String, String)>>,
+    failed: Rc<Failed>,
+    /// The list that they were loaded by, and whether it is one that other nodes share.
+    listed: Rc<Vec<Box<str>>>,
+    follows: bool,
+}
+
+impl Loaded {
+    /// Plugins that ran by the list before this one and are off now.
+    fn switched_off<'a>(&self, before: &'a Loaded) -> Vec<&'a str> {
+        let ran = before.listed.iter().filter(|name| before.plugins.contains_key(*name));
+        let mut off: Vec<&str> = ran.filter(|name| !self.plugins.contains_key(*name)).map(|name| &**name).collect();
+        off.retain(|name| self.failed.broken.iter().all(|(broken, _)| broken != name));
+        off
+    }
 }
 
 impl Checker {
@@ -326,10 +398,14 @@ impl Checker {
     fn load(&self, snapshot: &Snapshot) -> Result<()> {
         let setup = self.setup.borrow().clone();
         let vm = vm(setup.vm_config(Purpose::Check, 0, snapshot))?;
-        let mut broken = Vec::new();
-        let plugins =
-            load_each(&vm, &setup.names(snapshot), &mut |name, text| broken.push((name.to_owned(), text.to_owned())));
-        *self.state.borrow_mut() = Some(Loaded { vm, plugins: Rc::new(plugins), broken: Rc::new(broken) });
+        let (plugins, failed) = load_each(&vm, &setup.names(snapshot));
+        let listed = Rc::new(setup.listed(snapshot));
+        let follows = snapshot.plugin_names.is_some();
+        let now = Loaded { vm, plugins: Rc::new(plugins), failed: Rc::new(failed), listed, follows };
+        if let Some(before) = self.loaded().filter(|before| before.follows || now.follows) {
+            tell_switched_off(&now.switched_off(&before));
+        }
+        *self.state.borrow_mut() = Some(now);
         self.generation.set(self.generation.get() + 1);
         Ok(())
     }
@@ -357,7 +433,12 @@ impl Checker {
 
     /// The plugins that do not load, and why.
     pub fn broken(&self) -> Vec<(String, String)> {
-        self.loaded().map(|l| l.broken.to_vec()).unwrap_or_default()
+        self.loaded().map(|l| l.failed.broken.clone()).unwrap_or_default()
+    }
+
+    /// The plugins that are listed and have no module.
+    pub fn missing(&self) -> Vec<Box<str>> {
+        self.loaded().map(|l| l.failed.missing.clone()).unwrap_or_default()
     }
 
     pub fn get(&self, name: &str) -> Option<Arc<PluginInfo>> {
@@ -461,6 +542,16 @@ impl Checker {
         let text = vm.lua.create_string(text).ok()?;
         let (_, why): (mlua::Value, Option<String>) = call(&vm, "cjson.safe", "decode", text).ok()?;
         why
+    }
+}
+
+/// A shared list may have come from anybody who writes to the store, and a route whose authentication is off serves everyone.
+fn tell_switched_off(names: &[&str]) {
+    if !names.is_empty() {
+        tracing::warn!(
+            "the list of plugins that the nodes share has switched off what ran here before: {}",
+            names.join(", ")
+        );
     }
 }
 

@@ -169,6 +169,8 @@ pub struct Builder {
     reload_seen: Option<i64>,
     /// Stands before keys in the log: `/apisix`.
     pub shown_prefix: String,
+    /// The store's list of plugins says which ones are loaded; else it is one for scripts to read, and for other nodes.
+    pub follows_plugin_list: bool,
     /// Of the values in `next.extra`.
     extra_bytes: usize,
     /// It has been logged that not all fits.
@@ -209,6 +211,7 @@ impl Builder {
             plugin_list: None,
             reload_seen: None,
             shown_prefix: String::new(),
+            follows_plugin_list: true,
             extra_bytes: 0,
             extra_told: false,
             touched: Vec::new(),
@@ -436,9 +439,11 @@ impl Builder {
             let valid = match item {
                 Parsed::Item(item) => self.check_plugins(&item).map(|()| self.place(item)),
                 Parsed::PluginList(names) => {
-                    self.next.plugin_names = Some(names);
+                    if self.follows_plugin_list {
+                        self.next.plugin_names = Some(names);
+                        self.plugins_changed = true;
+                    }
                     self.plugin_list = Some(entry.clone());
-                    self.plugins_changed = true;
                     self.keep_extra(&entry);
                     Ok(())
                 }
@@ -713,7 +718,7 @@ impl Builder {
             self.next.errors.remove(key);
         }
         if key == PLUGINS {
-            self.plugins_changed |= self.plugin_list.take().is_some();
+            self.plugins_changed |= self.plugin_list.take().is_some() && self.follows_plugin_list;
             self.next.plugin_names = None;
             return;
         }

@@ -45,6 +45,8 @@ pub struct Setup {
     pub router: RouterKind,
     /// `deployment.etcd.prefix`: stands before keys in the log.
     pub shown_prefix: String,
+    /// Whether the store's list of plugins (`/plugins`) says which ones are loaded.
+    pub follows_plugin_list: bool,
     /// Where the last good state is kept; `None`, or a store that is its own: nowhere.
     pub last_good: Option<PathBuf>,
 }
@@ -120,6 +122,7 @@ pub async fn start(store: Arc<dyn Store>, setup: Setup) -> Result<Started> {
     let strict_plugins = matches!(store.name(), "file" | "standalone");
     let mut builder = Builder::new(setup.parser, setup.checker, setup.router, strict_plugins);
     builder.shown_prefix = setup.shown_prefix;
+    builder.follows_plugin_list = setup.follows_plugin_list;
     let pipeline = Pipeline {
         last_good: open_last_good(&*store, setup.last_good),
         builder,

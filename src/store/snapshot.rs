@@ -52,7 +52,7 @@ pub struct Snapshot {
     pub stream_router: Arc<StreamRouter>,
     /// Grows when plugins must be loaded anew: an upload, `plugins/reload`, the list of plugins.
     pub plugins_generation: u64,
-    /// The names to load, when the store holds a list (`/plugins`); else config.yaml's.
+    /// The names to load, when the store holds a list (`/plugins`) and this node follows it; else config.yaml's.
     pub plugin_names: Option<Arc<[Box<str>]>>,
     /// Objects that were refused, by key: `GET /v1/config/errors`.
     pub errors: HashMap<Arc<str>, Arc<ConfigError>>,

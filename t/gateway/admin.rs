@@ -512,6 +512,45 @@ fn the_list_of_plugins_is_shared_through_etcd() {
     assert_eq!(gw.admin("PUT", "/routes/2", route("key-auth")).status, 201);
 }
 
+#[test]
+fn a_list_that_others_share_switches_off_plugins_of_nodes_without_an_admin_api_only() {
+    let etcd = Etcd::start();
+    let up = Upstream::echo();
+    let settings = |with_admin: bool, plugins: Option<Value>| {
+        let mut settings = json!({"apisix": {"enable_admin": with_admin},
+            "deployment": {"role": "traditional", "role_traditional": {"config_provider": "etcd"},
+                "etcd": {"host": [etcd.url()], "prefix": "/apisix", "timeout": 5}}});
+        if let Some(plugins) = plugins {
+            settings["plugins"] = plugins;
+        }
+        settings
+    };
+    let first = Gateway::with(settings(true, None));
+    let follower = Gateway::with(settings(false, None));
+    first.route("1", "/closed", &up, json!({"basic-auth": {}}));
+    assert_eq!(first.get("/closed").status, 401);
+    eventually("the follower has the route", || (follower.get("/closed").status == 401).then_some(()));
+
+    let second = Gateway::with(settings(true, Some(json!(["key-auth"]))));
+    eventually("the second node's list is shared", || etcd.get("/apisix/plugins").contains("key-auth").then_some(()));
+    eventually("the follower goes by it", || (follower.get("/closed").status == 200).then_some(()));
+    follower.expect_log("the list of plugins that the nodes share has switched off what ran here before: ");
+    let told = follower.log().lines().find(|line| line.contains("has switched off")).unwrap_or_default().to_owned();
+    assert!(told.contains("[warn]") && told.contains("basic-auth") && !told.contains("key-auth"), "{told}");
+    assert_eq!(second.get("/closed").status, 200, "it lists no basic-auth itself");
+    // What the store says after the list is served: so the list was read, too.
+    first.route("2", "/next", &up, json!({"cors": {}}));
+    assert_eq!((first.get("/next").status, first.get("/closed").status), (200, 401), "{}", first.log());
+
+    etcd.put("/apisix/plugins", r#"[{"name":"cors"}]"#);
+    first.route("3", "/last", &up, json!({"basic-auth": {}}));
+    assert_eq!((first.get("/last").status, first.get("/closed").status), (401, 401), "whoever writes it");
+    assert!(!first.log().contains("switched off"), "{}", first.log());
+    etcd.put("/apisix/plugins", r#"[{"name":"basic-auth"},{"name":"nobodys"}]"#);
+    eventually("it is on again", || (follower.get("/closed").status == 401).then_some(()));
+    follower.expect_log("failed to load plugin [nobodys] err: ");
+}
+
 /// `/configs` with a wait.
 fn waiting(gw: &Gateway, method: &str, query: &str, headers: &[(&str, &str)], body: &Value) -> Reply {
     let key = gw.key();

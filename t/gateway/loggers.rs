@@ -145,6 +145,73 @@ fn log_format_replaces_the_entry_and_log_format_extra_adds_to_it() {
 }
 
 #[test]
+fn a_format_may_name_the_response_body() {
+    let up = Upstream::answering(|_| "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello");
+    let gw = Gateway::start();
+    let with = |include: bool| json!({"include_resp_body": include, "max_resp_body_bytes": 4, "log_format": {"b": "$resp_body", "in": "<$resp_body>"}});
+    let entry = entry_with(&gw, &up, "a.log", with(true));
+    assert_eq!(entry, json!({"b": "hell", "in": "<hell>", "route_id": "1"}));
+    assert_eq!(entry_with(&gw, &up, "b.log", with(false)), json!({"in": "<>", "route_id": "1"}), "nobody gathers it");
+    gw.put("/plugin_metadata/file-logger", json!({"log_format": {"b": "$resp_body"}}));
+    let entry = entry_with(&gw, &up, "c.log", json!({"include_resp_body": true}));
+    assert_eq!(entry, json!({"b": "hello", "route_id": "1"}));
+    let source = "return function(conf, ctx) ngx.log(ngx.WARN, 'of var: ', ctx.var.resp_body) end";
+    let plugins = json!({"serverless-post-function": {"phase": "log", "functions": [source]},
+        "file-logger": {"path": "logs/d.log", "include_resp_body": true}});
+    gw.route("1", "/*", &up, plugins);
+    assert_eq!(gw.get("/x").status, 200);
+    gw.expect_log("of var: hello");
+    assert_eq!(entries(&gw, "logs/d.log", 1)[0]["b"], "hello");
+}
+
+#[test]
+fn variables_of_apisix_are_there_for_formats() {
+    let up = Upstream::echo();
+    let gw = Gateway::start();
+    gw.put("/consumer_groups/g1", json!({"plugins": {}}));
+    gw.put("/consumers", json!({"username": "jack", "group_id": "g1", "plugins": {"key-auth": {"key": "k"}}}));
+    let node = up.addr().replace("127.0.0.1", "localhost");
+    gw.put("/services/s1", json!({"name": "of all", "upstream": {"nodes": {node: 1}}}));
+    let names = [
+        "balancer_ip",
+        "balancer_port",
+        "consumer_name",
+        "consumer_group_id",
+        "graphql_name",
+        "graphql_operation",
+        "graphql_root_fields",
+        "route_id",
+        "route_name",
+        "service_id",
+        "service_name",
+        "upstream_unresolved_host",
+        "mqtt_client_id",
+        "redis_cmd_line",
+        "rpc_time",
+    ];
+    let format: serde_json::Map<String, Value> =
+        names.iter().map(|name| (format!("v_{name}"), json!(format!("${name}")))).collect();
+    let plugins = json!({"key-auth": {}, "file-logger": {"path": "logs/e.log", "log_format": format}});
+    gw.put(
+        "/routes/r1",
+        json!({"uri": "/graphql", "name": "one", "service_id": "s1", "plugins": plugins,
+        "vars": [["graphql_operation", "==", "query"]]}),
+    );
+    let body = br#"{"query": "query Heroes { hero { name } }"}"#;
+    let headers = [("apikey", "k"), ("Content-Type", "application/json")];
+    assert_eq!(gw.send("POST", "/graphql", &headers, body).status, 200);
+    let entry = &entries(&gw, "logs/e.log", 1)[0];
+    let port = up.addr().rsplit(':').next().expect("a port").to_owned();
+    let expected = json!({
+        "v_balancer_ip": "127.0.0.1", "v_balancer_port": entry["v_balancer_port"], "v_consumer_name": "jack", "v_consumer_group_id": "g1",
+        "v_graphql_name": "Heroes", "v_graphql_operation": "query", "v_graphql_root_fields": ["hero"],
+        "v_route_id": "r1", "v_route_name": "one", "v_service_id": "s1", "v_service_name": "of all",
+        "v_upstream_unresolved_host": "localhost", "route_id": "r1", "service_id": "s1",
+    });
+    assert_eq!((entry, entry["v_balancer_port"].to_string().trim_matches('"')), (&expected, &*port));
+}
+
+#[test]
 fn metadata_formats_entries_where_the_conf_does_not() {
     let up = Upstream::echo();
     let gw = Gateway::start();

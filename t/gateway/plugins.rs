@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::support::{Client, Gateway, Upstream, eventually, get, http::raw, http2};
+use crate::support::{Client, Dir, Gateway, Upstream, eventually, get, http::raw, http2};
 
 #[test]
 fn key_auth_and_limit_count_answer_401_then_200_then_503() {
@@ -813,6 +813,75 @@ function response.set_header(...) set_header("X-Hooked", "yes") return set_heade
     gw.route("1", "/x", &up, json!({"response-rewrite": {"headers": {"set": {"X-Set": "1"}}}}));
     let reply = gw.get("/x");
     assert_eq!((reply.status, reply.header("x-hooked")), (200, Some("yes")));
+}
+
+/// A plugin that answers with its own name.
+fn answering(name: &str) -> String {
+    format!(
+        "local _M = {{version = 0.1, priority = 1, name = '{name}', schema = {{type = 'object'}}}}
+         function _M.access() return 200, '{name}' end
+         return _M"
+    )
+}
+
+fn with_own_files(settings: Value) -> Gateway {
+    let dir = Dir::new();
+    std::fs::create_dir_all(dir.join("own/apisix/plugins")).expect("directories");
+    for name in ["listed", "left-out"] {
+        dir.write(&format!("own/apisix/plugins/{name}.lua"), answering(name));
+    }
+    dir.write("plugins/beside.lua", answering("beside"));
+    dir.configure(settings);
+    Gateway::in_dir(dir)
+}
+
+#[test]
+fn a_list_of_plugins_switches_off_files_of_the_lua_path_that_it_leaves_out() {
+    let list = json!(["key-auth", "listed", "my-typo", "csrf", "uploaded"]);
+    let gw = with_own_files(json!({"apisix": {"extra_lua_path": "$prefix/own/?.lua"}, "plugins": list}));
+    let write = |name: &str| {
+        gw.admin(
+            "PUT",
+            &format!("/routes/{name}"),
+            json!({"uri": format!("/{name}"), "plugins": {name: {}}, "upstream": {"nodes": {"127.0.0.1:1": 1}}}),
+        )
+    };
+    for name in ["listed", "beside"] {
+        assert_eq!((write(name).status, gw.get(&format!("/{name}")).text()), (201, name.to_owned()));
+    }
+    let refused = write("left-out");
+    assert!(refused.status == 400 && refused.text().contains("unknown plugin [left-out]"), "{}", refused.text());
+    gw.expect_log("failed to load plugin [my-typo] err: ");
+    let log = gw.log();
+    let told = |text: &str| log.lines().filter(|line| line.contains(text)).collect::<Vec<_>>();
+    let typo = told("my-typo");
+    assert!(typo.len() == 1 && typo[0].contains("[error]"), "{typo:?}");
+    let theirs = told("this build does not have csrf");
+    assert!(theirs.len() == 1 && theirs[0].contains("[warn]"), "{log}");
+    // One that is uploaded later is missing until then.
+    assert_eq!(told("[uploaded] err").len(), 1);
+    gw.admin_text("PUT", "/plugin_sources/uploaded", &answering("uploaded"), "text/x-lua");
+    assert_eq!((write("uploaded").status, gw.get("/uploaded").text()), (201, "uploaded".to_owned()));
+}
+
+#[test]
+fn without_a_list_files_of_the_lua_path_run_and_nothing_is_said_of_what_is_missing() {
+    let gw = with_own_files(json!({"apisix": {"extra_lua_path": "${prefix}/own/?.lua;$prefix/none/?.lua"}}));
+    for name in ["listed", "left-out", "beside"] {
+        gw.put("/routes/1", json!({"uri": "/x", "plugins": {name: {}}, "upstream": {"nodes": {"127.0.0.1:1": 1}}}));
+        assert_eq!(gw.get("/x").text(), name);
+    }
+    let log = gw.log();
+    assert!(!log.contains("failed to load plugin") && !log.contains("this build does not have"), "{log}");
+}
+
+#[test]
+fn extra_lua_cpath_is_below_the_prefix() {
+    let gw = with_own_files(json!({"apisix": {"extra_lua_cpath": "$prefix/own/?.so"}}));
+    let source = "return function() ngx.say(package.cpath) ngx.exit(200) end";
+    gw.put("/routes/1", json!({"uri": "/x", "plugins": {"serverless-pre-function": {"phase": "access", "functions": [source]}}, "upstream": {"nodes": {"127.0.0.1:1": 1}}}));
+    let path = gw.get("/x").text();
+    assert!(path.starts_with(&format!("{}/own/?.so;", gw.dir.path().display())), "{path}");
 }
 
 #[test]

@@ -535,3 +535,54 @@ fn a_profile_without_its_files_does_not_start_with_others() {
     assert!(done, "{said}");
     assert!(verb(&dir, "", &["test"]).0, "an empty profile is none");
 }
+
+#[test]
+fn names_of_files_are_below_the_prefix_wherever_it_was_started() {
+    let dir = Dir::new();
+    dir.configure(json!({"deployment": {"role": "data_plane", "role_data_plane": {"config_provider": "yaml"}}}));
+    dir.write("conf/word.txt", "found");
+    dir.write(
+        "conf/apisix.yaml",
+        "routes:\n  - id: 1\n    uri: /*\n    plugins:\n      file-logger: {path: logs/file.log}\n      \
+         serverless-pre-function:\n        functions: [\"return function() ngx.say((assert(io.open('conf/word.txt')):read('*a'))) \
+         ngx.exit(200) end\"]\n    upstream: {nodes: {\"127.0.0.1:1\": 1}}\n#END\n",
+    );
+    // The configuration is named relative to where each command is called.
+    let verb = |word: &str, at: &str, file: &str| {
+        let mut command = dir.command();
+        command.current_dir(dir.join(at)).args(["-c", file, word]);
+        run(command)
+    };
+    let asked = || {
+        let listen: serde_json::Value = serde_json::from_str(&dir.read("logs/listen.json")).expect("JSON");
+        get(listen["proxy"][0].as_str().expect("an address"), "/x").text()
+    };
+    let (done, said) = verb("start", "data", "../conf/config.yaml");
+    assert!(done.success(), "{said}");
+    let stopped = Stopped(&dir);
+    assert_eq!(asked(), "found\n", "{}", dir.read("logs/error.log"));
+    eventually("the entry is written", || dir.read("logs/file.log").contains("\"/x\"").then_some(()));
+    let (done, said) = verb("reload", "conf", "config.yaml");
+    assert!(done.success(), "{said}");
+    eventually("it is reloaded", || {
+        dir.read("logs/error.log").contains("the configuration was reloaded").then_some(())
+    });
+    let (done, said) = verb("restart", "conf", "config.yaml");
+    assert!(done.success(), "{said}");
+    assert_eq!(asked(), "found\n");
+    drop(stopped);
+
+    // In the foreground the working directory is the caller's, and the prefix has what that has not.
+    std::fs::create_dir_all(dir.join("data/conf")).expect("a directory");
+    std::fs::remove_file(dir.join("logs/file.log")).expect("a removed file");
+    let mut child =
+        dir.command().current_dir(dir.join("data")).stdout(std::process::Stdio::null()).spawn().expect("it starts");
+    let _stopped = Stopped(&dir);
+    eventually("it listens", || dir.read("logs/listen.json").contains(&format!(":{}", child.id())).then_some(()));
+    assert_eq!(asked(), "found\n", "{}", dir.read("logs/error.log"));
+    eventually("the entry is written", || dir.read("logs/file.log").contains("\"/x\"").then_some(()));
+    dir.write("data/conf/word.txt", "of the caller's");
+    assert_eq!(asked(), "of the caller's\n");
+    let (done, said) = verb("stop", "data", "../conf/config.yaml");
+    assert!(done.success() && child.wait().is_ok(), "{said}");
+}

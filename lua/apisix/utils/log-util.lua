@@ -108,7 +108,7 @@ local function full_entry(conf, ctx)
             status = ngx.status,
             headers = ngx.resp.get_headers(0),
             size = tonumber(var.bytes_sent),
-            body = ctx._logged_response_body,
+            body = ctx.resp_body,
         },
         server = { hostname = core.utils.gethostname(), version = core.version.VERSION },
         upstream = var.upstream_addr,
@@ -190,6 +190,7 @@ local function decoded(body)
 end
 
 --- body_filter phase: gathers the response's body, up to the conf's bound, when it is to be logged; gzip and deflate are undone.
+-- It is `ctx.resp_body` then, and the variable `resp_body`.
 function _M.collect_body(conf, ctx)
     if not conf.include_resp_body then
         return
@@ -200,7 +201,7 @@ function _M.collect_body(conf, ctx)
     local limit = conf.max_resp_body_bytes or DEFAULT_MAX_BODY_BYTES
     local body = core.response.hold_body_chunk(ctx, true, limit, conf)
     if body then
-        ctx._logged_response_body = sub(decoded(body), 1, limit)
+        ctx.resp_body = sub(decoded(body), 1, limit)
     end
 end
 
@@ -248,7 +249,8 @@ local function formatted(format, ctx)
 end
 
 --- The entry for this request. After `log_format` when the conf or the plugin's metadata has one: then it has the format's fields,
--- `route_id` and `service_id`, and no bodies. Else everything, and over it what `log_format_extra` has.
+-- `route_id` and `service_id`, and the response's body only where it names it (`$resp_body`). Else everything, and over it what
+-- `log_format_extra` has.
 function _M.get_log_entry(name, conf, ctx)
     local format = format_of(name, conf, "log_format")
     if format then

@@ -1,6 +1,6 @@
 //! `apisix.proxy_protocol`: ports whose connections begin with a PROXY protocol header. What it says of streams is read with these.
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::Reader;
 use crate::conf::{Listen, Warning};
@@ -8,7 +8,6 @@ use crate::conf::{Listen, Warning};
 const PATH: &str = "apisix.proxy_protocol";
 const HTTP: &str = "listen_http_port";
 const HTTPS: &str = "listen_https_port";
-const KEYS: [&str; 4] = [HTTP, HTTPS, "enable_tcp_pp", "enable_tcp_pp_to_upstream"];
 
 impl Reader<'_> {
     /// Adds the two ports to the listeners there are, on every address, as ports of `node_listen` and `ssl.listen` are.
@@ -18,10 +17,6 @@ impl Reader<'_> {
         tls: &mut Vec<Listen>,
         warnings: &mut Vec<Warning>,
     ) {
-        let written = self.get(PATH).and_then(Value::as_object);
-        for key in written.into_iter().flat_map(|map| map.keys()).filter(|key| !KEYS.contains(&key.as_str())) {
-            warnings.push(Warning(format!("{PATH}.{key}: is not a known key; there are {}", KEYS.join(", "))));
-        }
         let (http, mut https) = (self.port_with_header(HTTP), self.port_with_header(HTTPS));
         if !https.is_empty() && !self.flag("apisix.ssl.enable") {
             warnings.push(Warning(format!("{PATH}.{HTTPS}: has no effect: apisix.ssl.enable is false")));
@@ -91,7 +86,7 @@ mod tests {
         let warnings: Vec<_> = warnings.into_iter().map(|warning| warning.0).collect();
         assert_eq!(warnings.len(), 2, "{warnings:?}");
         assert!(
-            warnings[0].starts_with("apisix.proxy_protocol.listen_htp_port: is not a known key; there are listen_")
+            warnings[0].starts_with("apisix.proxy_protocol.listen_htp_port: is not a known key; did you mean apisix.proxy_protocol.listen_http_port?")
         );
         assert_eq!(warnings[1], "apisix.proxy_protocol.listen_https_port: has no effect: apisix.ssl.enable is false");
         for (text, mistake) in [
