@@ -22,6 +22,8 @@ mod gcp;
 mod limits_redis;
 #[path = "gateway/loggers.rs"]
 mod loggers;
+#[path = "gateway/memory.rs"]
+mod memory;
 #[path = "gateway/plugins.rs"]
 mod plugins;
 #[path = "gateway/pubsub.rs"]

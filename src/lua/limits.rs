@@ -4,7 +4,10 @@
 //! a signal to its own thread sets a hook (`lua_sethook` may be called from a signal handler), and the hook raises an
 //! error at every instruction until the call has ended, so that no `pcall` can swallow it. The hook works in compiled
 //! code because LuaJIT is built with LUAJIT_ENABLE_CHECKHOOK. Nothing is set while scripts behave: entering and
-//! leaving a VM costs two stores.
+//! leaving a VM costs two stores and a look at the size of its heap.
+//!
+//! A VM is judged by what is live in it: its garbage is collected first. So that this is seldom needed, the collector begins its
+//! cycles earlier in a VM that is more than half full (`Pace`).
 
 use std::{
     cell::Cell,
@@ -49,6 +52,10 @@ impl Default for Limits {
 }
 
 impl Limits {
+    fn memory_kb(&self) -> usize {
+        self.memory_mb.saturating_mul(1024)
+    }
+
     /// `lua.limits` of the configuration; 0 is no limit.
     pub fn from_config(config: &serde_json::Value) -> Limits {
         let read = |key: &str, default: u64| {
@@ -77,6 +84,43 @@ struct Beat {
     depth: AtomicI32,
     cpu_ms: AtomicU64,
     memory_kb: AtomicUsize,
+    /// The VM that was collected last because it was too large, and the kilobytes that were live in it.
+    collected: AtomicPtr<ffi::lua_State>,
+    live_kb: AtomicUsize,
+    /// The run that was ended last for what its VM held: 0 for none.
+    too_large: AtomicU64,
+    /// The VM of a run that ended so, until somebody has collected what it left.
+    spilled: AtomicPtr<ffi::lua_State>,
+}
+
+impl Beat {
+    /// Whether more than `limit_kb` is live in the VM of `main`. Garbage is collected first. That takes as long as there is much: what was
+    /// found live before may grow by a quarter until it is done again, and so much may a VM hold beyond its limit.
+    ///
+    /// # Safety
+    /// `l` is the coroutine of that VM that runs, or `main` itself where none does.
+    unsafe fn holds_too_much(&self, main: *mut ffi::lua_State, l: *mut ffi::lua_State, limit_kb: usize) -> bool {
+        let known = self.collected.load(Ordering::Relaxed) == main;
+        let live = if known { self.live_kb.load(Ordering::Relaxed) } else { 0 };
+        // SAFETY: counting and collecting are allowed wherever Lua code could run; LuaJIT lets no finalizer raise.
+        unsafe {
+            if count_kb(l) <= limit_kb.max(live + live / 4) {
+                return false;
+            }
+            ffi::lua_gc(l, ffi::LUA_GCCOLLECT, 0);
+            let live = count_kb(l);
+            self.collected.store(main, Ordering::Relaxed);
+            // One that is too large is never taken for granted.
+            self.live_kb.store(if live > limit_kb { 0 } else { live }, Ordering::Relaxed);
+            live > limit_kb
+        }
+    }
+}
+
+/// Kilobytes that a VM holds, garbage included.
+unsafe fn count_kb(l: *mut ffi::lua_State) -> usize {
+    // SAFETY: the caller has a live state, and counting is allowed at any time.
+    unsafe { ffi::lua_gc(l, ffi::LUA_GCCOUNT, 0) as usize }
 }
 
 static WATCHED: Mutex<Vec<Arc<Beat>>> = Mutex::new(Vec::new());
@@ -140,7 +184,7 @@ impl Run {
         if depth == 0 {
             beat.state.store(main, Ordering::Relaxed);
             beat.cpu_ms.store(limits.cpu_ms, Ordering::Relaxed);
-            beat.memory_kb.store(limits.memory_mb.saturating_mul(1024), Ordering::Relaxed);
+            beat.memory_kb.store(limits.memory_kb(), Ordering::Relaxed);
             beat.serial.store(beat.serial.load(Ordering::Relaxed) + 1, Ordering::Release);
         }
         Run(beat)
@@ -165,15 +209,88 @@ impl Drop for Run {
     }
 }
 
-/// Megabytes that the VM holds.
-pub fn memory_mb(vm: &super::Vm) -> usize {
-    memory_kb(vm) / 1024
+/// Kilobytes that the VM holds, garbage included.
+#[inline]
+pub fn memory_kb(vm: &super::Vm) -> usize {
+    // SAFETY: the state is live as long as the VM.
+    unsafe { count_kb(vm.main()) }
 }
 
-/// The same in kilobytes.
-pub fn memory_kb(vm: &super::Vm) -> usize {
-    // SAFETY: the state is live as long as the VM, and counting is allowed at any time.
-    unsafe { ffi::lua_gc(vm.main(), ffi::LUA_GCCOUNT, 0) as usize }
+/// Whether more is live in the VM than it may hold. Nothing of it runs now.
+pub fn is_too_large(vm: &super::Vm) -> bool {
+    let main = vm.main();
+    // SAFETY: the state is live as long as the VM, and idle.
+    beat().is_some_and(|b| unsafe { b.holds_too_much(main, main, vm.limits().memory_kb()) })
+}
+
+/// Collects what a run has left that was ended because its VM held too much: true for the first who asks.
+pub fn collect_spilled(vm: &super::Vm) -> bool {
+    let Some(beat) = beat().filter(|b| b.spilled.load(Ordering::Relaxed) == vm.main()) else { return false };
+    beat.spilled.store(ptr::null_mut(), Ordering::Relaxed);
+    // SAFETY: as in `is_too_large`.
+    unsafe { ffi::lua_gc(vm.main(), ffi::LUA_GCCOLLECT, 0) };
+    true
+}
+
+/// How early the collector begins a cycle in one VM. By itself it waits until the heap is twice as large as what was live, which in a
+/// VM that is more than half full is beyond its limit.
+pub(super) struct Pace {
+    limit_kb: usize,
+    /// The heap has to be looked at from this size on.
+    from_kb: Cell<usize>,
+    /// Pause and step multiplier as they were, while they are others.
+    own: Cell<Option<(c_int, c_int)>>,
+    /// A cycle was begun because of the heap's size; it has not become smaller since.
+    begun: Cell<bool>,
+}
+
+/// In percent. A cycle that ends begins anew when the heap has grown by this much at least: one that is nearly full would collect
+/// without end.
+const SHORTEST_PAUSE: usize = 110;
+/// LuaJIT's own.
+const LONGEST_PAUSE: usize = 200;
+/// In percent of what is allocated meanwhile: a cycle that begins at three quarters of the limit ends below it.
+const FAST_STEPS: c_int = 800;
+
+impl Pace {
+    pub fn new(limits: Limits) -> Pace {
+        let limit_kb = limits.memory_kb();
+        Pace { limit_kb, from_kb: Cell::new(limit_kb / 2), own: Cell::default(), begun: Cell::default() }
+    }
+
+    /// Looks at the heap after a run.
+    #[inline]
+    pub fn keep(&self, vm: &super::Vm) {
+        let kb = memory_kb(vm);
+        if kb > self.from_kb.get() {
+            self.set(vm.main(), kb);
+        }
+    }
+
+    #[cold]
+    fn set(&self, main: *mut ffi::lua_State, kb: usize) {
+        // SAFETY: the VM is live; these calls set numbers of its collector and run nothing.
+        let gc = |what, data| unsafe { ffi::lua_gc(main, what, data) };
+        if kb <= self.limit_kb / 2 {
+            if let Some((pause, steps)) = self.own.take() {
+                gc(ffi::LUA_GCSETPAUSE, pause);
+                gc(ffi::LUA_GCSETSTEPMUL, steps);
+            }
+            self.begun.set(false);
+            return self.from_kb.set(self.limit_kb / 2);
+        }
+        // Also the end of it is to be seen.
+        self.from_kb.set(0);
+        // What is live is no more than this.
+        let pause = (self.limit_kb / 8 * 7 * 100 / kb).clamp(SHORTEST_PAUSE, LONGEST_PAUSE);
+        let own = (gc(ffi::LUA_GCSETPAUSE, pause as c_int), gc(ffi::LUA_GCSETSTEPMUL, FAST_STEPS));
+        self.own.set(self.own.get().or(Some(own)));
+        let is_large = kb > self.limit_kb / 4 * 3;
+        if is_large && !self.begun.get() {
+            gc(ffi::LUA_GCRESTART, 0);
+        }
+        self.begun.set(is_large);
+    }
 }
 
 /// The bounds of a run of a function's call in a VM that holds `held_kb` now: its own, and never more than the VM's.
@@ -227,15 +344,21 @@ unsafe extern "C-unwind" fn on_hook(l: *mut ffi::lua_State, _: *mut ffi::lua_Deb
     // SAFETY: as in `on_signal`; no Rust value with a destructor lives when the error is raised.
     unsafe {
         let Some(beat) = BEAT.get().as_ref() else { return };
-        let kb = ffi::lua_gc(l, ffi::LUA_GCCOUNT, 0) as usize;
-        if kb > beat.memory_kb.load(Ordering::Relaxed) {
-            beat.condemned.store(beat.serial.load(Ordering::Relaxed), Ordering::Relaxed);
-            raise(l, c"the VM holds more memory than lua.limits.memory_mb allows");
+        let serial = beat.serial.load(Ordering::Relaxed);
+        if beat.condemned.load(Ordering::Relaxed) != serial {
+            let main = beat.state.load(Ordering::Relaxed);
+            if !beat.holds_too_much(main, l, beat.memory_kb.load(Ordering::Relaxed)) {
+                ffi::lua_sethook(l, None, 0, 0);
+                return;
+            }
+            beat.too_large.store(serial, Ordering::Relaxed);
+            beat.spilled.store(main, Ordering::Relaxed);
+            beat.condemned.store(serial, Ordering::Relaxed);
         }
-        if beat.condemned.load(Ordering::Relaxed) == beat.serial.load(Ordering::Relaxed) {
-            raise(l, c"the script ran longer than lua.limits.cpu_ms allows without waiting");
+        match beat.too_large.load(Ordering::Relaxed) == serial {
+            true => raise(l, c"the VM holds more memory than lua.limits.memory_mb allows"),
+            false => raise(l, c"the script ran longer than lua.limits.cpu_ms allows without waiting"),
         }
-        ffi::lua_sethook(l, None, 0, 0);
     }
 }
 

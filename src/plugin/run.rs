@@ -716,15 +716,16 @@ impl Runner {
     }
 
     fn check_memory(&self) {
+        let spilled = limits::collect_spilled(&self.generation.borrow().vm);
         let left = self.until_memory_check.get() - 1;
-        if left > 0 {
+        if left > 0 && !spilled {
             return self.until_memory_check.set(left);
         }
         self.until_memory_check.set(MEMORY_CHECK_EVERY);
         self.generation.borrow().let_go();
         let vm = self.generation.borrow().vm.clone();
-        let limit = vm.limits().memory_mb;
-        if limits::memory_mb(&vm) > limit {
+        if limits::is_too_large(&vm) {
+            let limit = vm.limits().memory_mb;
             tracing::error!(target: "lua", "the plugin VM holds more than lua.limits.memory_mb ({limit}): it is replaced");
             self.renew(&vm.snapshot());
         }
