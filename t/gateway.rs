@@ -4,6 +4,8 @@ mod support;
 
 #[path = "gateway/admin.rs"]
 mod admin;
+#[path = "gateway/broken.rs"]
+mod broken;
 #[path = "gateway/context.rs"]
 mod context;
 #[path = "gateway/contract.rs"]

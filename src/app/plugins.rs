@@ -48,15 +48,16 @@ impl Plugins {
     }
 
     /// Which plugins there are, and what they are told, may have changed in the configuration file. One with mistakes changes
-    /// nothing.
-    fn reread(&self) {
+    /// nothing. Gives the configuration of before, where it changed.
+    fn reread(&self) -> Option<Arc<Value>> {
         let setup = self.checker.setup();
         match conf::load(&setup.prefix, self.file.as_deref()) {
-            Ok((config, _)) => setup.reread(&config.json),
+            Ok((config, _)) => Some(setup.reread(&config.json)),
             Err(mistakes) => {
                 for mistake in &mistakes.0 {
                     tracing::error!("plugins are loaded anew by the configuration before: {mistake}");
                 }
+                None
             }
         }
     }
@@ -82,12 +83,15 @@ impl PluginChecker for Plugins {
         PluginChecker::inspect(&*self.checker, name, source)
     }
 
-    fn reload(&self, snapshot: &Snapshot) {
-        if self.rereads {
-            self.reread();
+    fn reload(&self, snapshot: &Snapshot) -> Result<()> {
+        let before = if self.rereads { self.reread() } else { None };
+        let reloaded = PluginChecker::reload(&*self.checker, snapshot);
+        match (&reloaded, before) {
+            (Ok(()), _) => self.note_fields(),
+            (Err(_), Some(before)) => self.checker.setup().put_back(before),
+            (Err(_), None) => {}
         }
-        PluginChecker::reload(&*self.checker, snapshot);
-        self.note_fields();
+        reloaded
     }
 }
 

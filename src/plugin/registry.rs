@@ -87,6 +87,40 @@ impl PluginInfo {
 /// The loaded plugins by name.
 pub type Plugins = HashMap<Box<str>, Arc<PluginInfo>>;
 
+/// Plugins that are there and do not load, and why. Few, and most often none.
+#[derive(Clone, Debug, Default)]
+pub struct Broken(Vec<(Box<str>, String)>);
+
+impl Broken {
+    /// Why the plugin of that name does not load.
+    pub fn why(&self, name: &str) -> Option<&str> {
+        self.0.iter().find(|(own, _)| **own == *name).map(|(_, why)| why.as_str())
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// An error where one of them was loaded `before`: what it did for its routes, nothing would do any more.
+    pub fn refuse_loss(&self, before: &Plugins) -> Result<()> {
+        let lost = self.0.iter().filter(|(name, _)| before.contains_key(name));
+        let lost: Vec<String> =
+            lost.map(|(name, why)| format!("plugin [{name}]: {}", without_traceback(why))).collect();
+        match lost.is_empty() {
+            true => Ok(()),
+            false => {
+                Err(Error::script(lost.join("; ")).context("the plugins were not loaded anew, those of before go on"))
+            }
+        }
+    }
+}
+
+/// The message of a Lua error alone, in one line.
+fn without_traceback(text: &str) -> String {
+    let message = text.split("\nstack traceback:").next().unwrap_or(text);
+    message.lines().map(str::trim).collect::<Vec<_>>().join(" ")
+}
+
 /// What is the same for every VM of the process.
 #[derive(Clone, Debug, Default)]
 pub struct Setup {
@@ -120,13 +154,18 @@ impl Setup {
         Setup { watching, ..self }
     }
 
-    /// Takes over which plugins there are and what they are told (`plugins`, `plugin_attr`) from a newer configuration.
-    pub fn reread(&self, config: &Value) {
+    /// Takes over which plugins there are and what they are told (`plugins`, `plugin_attr`) from a newer configuration. Gives
+    /// the one before, for `put_back`.
+    pub fn reread(&self, config: &Value) -> Arc<Value> {
         let mut next = Value::clone(&self.config.load());
         for key in REREAD {
             next[key] = config.get(key).cloned().unwrap_or_default();
         }
-        self.config.store(Arc::new(next));
+        self.config.swap(Arc::new(next))
+    }
+
+    pub fn put_back(&self, config: Arc<Value>) {
+        self.config.store(config);
     }
 
     pub fn trusts_functions(&self) -> bool {
@@ -199,16 +238,12 @@ pub fn vm(config: VmConfig) -> Result<Rc<Vm>> {
     Vm::with(config, &[natives::register])
 }
 
-/// Loads the plugins of `names`. What does not load is logged and left out.
-pub fn load(vm: &Rc<Vm>, names: &[Box<str>]) -> Plugins {
-    load_each(vm, names, &mut |_, _| ())
-}
-
-/// The same; `broken` is told what does not load, and why.
-fn load_each(vm: &Rc<Vm>, names: &[Box<str>], broken: &mut dyn FnMut(&str, &str)) -> Plugins {
+/// Loads the plugins. What does not load is logged and left out; the second result says what of it is there, an uploaded source
+/// that was refused included.
+pub fn load(vm: &Rc<Vm>, setup: &Setup, snapshot: &Snapshot) -> (Plugins, Broken) {
     run_user_hook(vm);
-    let mut plugins = Plugins::new();
-    for name in names {
+    let (mut plugins, mut broken) = (Plugins::new(), Vec::new());
+    for name in &setup.names(snapshot) {
         match load_one(vm, name) {
             Ok(info) => {
                 plugins.insert(name.clone(), Arc::new(info));
@@ -217,11 +252,19 @@ fn load_each(vm: &Rc<Vm>, names: &[Box<str>], broken: &mut dyn FnMut(&str, &str)
             Err(Refused::Missing) => tracing::debug!(target: "lua", "plugin [{name}] not found"),
             Err(Refused::Broken(text)) => {
                 tracing::error!(target: "lua", "failed to load plugin [{name}] err: {text}");
-                broken(name, &text);
+                broken.push((name.clone(), text));
             }
         }
     }
-    plugins
+    for error in snapshot.errors.values() {
+        if let Some(name) = error.key.strip_prefix("/plugin_sources/")
+            && !plugins.contains_key(name)
+            && broken.iter().all(|(own, _)| **own != *name)
+        {
+            broken.push((name.into(), error.message.clone()));
+        }
+    }
+    (plugins, Broken(broken))
 }
 
 /// Lists them in error.log, as APISIX does in its debug mode.
@@ -307,8 +350,7 @@ pub struct Checker {
 struct Loaded {
     vm: Rc<Vm>,
     plugins: Rc<Plugins>,
-    /// Those that do not load, and why.
-    broken: Rc<Vec<(String, String)>>,
+    broken: Rc<Broken>,
 }
 
 impl Checker {
@@ -319,14 +361,26 @@ impl Checker {
     }
 
     fn load(&self, snapshot: &Snapshot) -> Result<()> {
-        let setup = self.setup.borrow().clone();
-        let vm = vm(setup.vm_config(Purpose::Check, 0, snapshot))?;
-        let mut broken = Vec::new();
-        let plugins =
-            load_each(&vm, &setup.names(snapshot), &mut |name, text| broken.push((name.to_owned(), text.to_owned())));
-        *self.state.borrow_mut() = Some(Loaded { vm, plugins: Rc::new(plugins), broken: Rc::new(broken) });
+        let loaded = self.attempt(snapshot)?;
+        *self.state.borrow_mut() = Some(loaded);
         self.generation.set(self.generation.get() + 1);
         Ok(())
+    }
+
+    /// What the plugins of now come to. An error, too, where one that is loaded does not load any more.
+    fn attempt(&self, snapshot: &Snapshot) -> Result<Loaded> {
+        let setup = self.setup.borrow().clone();
+        let vm = vm(setup.vm_config(Purpose::Check, 0, snapshot))?;
+        let (plugins, broken) = load(&vm, &setup, snapshot);
+        if let Some(before) = self.loaded() {
+            broken.refuse_loss(&before.plugins)?;
+        }
+        Ok(Loaded { vm, plugins: Rc::new(plugins), broken: Rc::new(broken) })
+    }
+
+    /// Whether the plugins would load: nothing changes by it.
+    pub fn would_load(&self, snapshot: &Snapshot) -> Result<()> {
+        self.attempt(snapshot).map(drop)
     }
 
     /// How plugins are loaded from the next time on.
@@ -350,9 +404,10 @@ impl Checker {
         all
     }
 
-    /// The plugins that do not load, and why.
+    /// The plugins that are there and do not load, and why.
     pub fn broken(&self) -> Vec<(String, String)> {
-        self.loaded().map(|l| l.broken.to_vec()).unwrap_or_default()
+        let shown = |(name, why): &(Box<str>, String)| (name.to_string(), without_traceback(why));
+        self.loaded().map(|l| l.broken.0.iter().map(shown).collect()).unwrap_or_default()
     }
 
     pub fn get(&self, name: &str) -> Option<Arc<PluginInfo>> {
@@ -469,6 +524,10 @@ fn plain(e: mlua::Error) -> String {
 
 impl PluginChecker for Checker {
     fn check(&self, plugin: &str, conf: &str, schema: PluginSchema) -> Result<(), Refusal> {
+        // An object without it would be open. As it stands it is served, and answers that it cannot be.
+        if self.loaded().is_some_and(|l| l.broken.why(plugin).is_some()) {
+            return Ok(());
+        }
         let conf = serde_json::from_str(conf).map_err(|e| Refusal::Invalid(e.to_string()))?;
         self.run_check(plugin, &conf, schema, true)
     }
@@ -477,11 +536,8 @@ impl PluginChecker for Checker {
         self.inspect_plugin(name, source).map(drop)
     }
 
-    fn reload(&self, snapshot: &Snapshot) {
-        if let Err(e) = self.load(snapshot) {
-            // The plugins that were loaded go on answering.
-            tracing::error!(target: "lua", "failed to reload the plugins: {e}");
-        }
+    fn reload(&self, snapshot: &Snapshot) -> Result<()> {
+        self.load(snapshot)
     }
 }
 
@@ -494,7 +550,7 @@ impl PluginChecker for Rc<Checker> {
         PluginChecker::inspect(&**self, name, source)
     }
 
-    fn reload(&self, snapshot: &Snapshot) {
-        PluginChecker::reload(&**self, snapshot);
+    fn reload(&self, snapshot: &Snapshot) -> Result<()> {
+        PluginChecker::reload(&**self, snapshot)
     }
 }

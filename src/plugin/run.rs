@@ -9,7 +9,7 @@
 use std::{
     borrow::Cow,
     cell::{Cell, RefCell},
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     ffi::c_int,
     ops::RangeInclusive,
     rc::Rc,
@@ -46,7 +46,7 @@ use super::{
     PhaseMask, Watching, output,
     plan::{self, Key, Owner, Sources, Watched},
     registered,
-    registry::{self, Plugins, Setup},
+    registry::{self, Broken, Plugins, Setup},
 };
 use crate::{
     balancer::group::Groups,
@@ -121,6 +121,9 @@ struct Generation {
     /// `Snapshot::plugins_generation` that it was loaded for.
     number: u64,
     plugins: Plugins,
+    broken: Broken,
+    /// Whose requests cannot be served because of those, up to `MAX_PLANS`: each is told of once.
+    refused: RefCell<HashSet<Key>>,
     entry: Entry,
     scripts: script::Compiled,
     /// Registry reference of `moongate.discovery`'s function, once a registry was asked.
@@ -418,7 +421,7 @@ impl Runner {
         }
         x.phase = Phase::Access;
         let sources = Sources::of(x);
-        let joined = sources.consumer_joins(&plan.generation.plugins);
+        let joined = sources.consumer_joins(&plan.generation.plugins, &plan.generation.broken);
         if joined {
             let Some(next) = self.plan_in(&plan.generation, &sources) else { return failed(x) };
             plan = next;
@@ -685,6 +688,9 @@ impl Runner {
             plan.used.set(true);
             return Some(plan.clone());
         }
+        if !generation.broken.is_empty() && generation.refuses(&key, sources) {
+            return None;
+        }
         let owners = sources.owners(&generation.plugins);
         let plan = match generation.build(&owners, key.watched) {
             Ok(plan) => Rc::new(plan),
@@ -798,7 +804,10 @@ impl Generation {
         if let Some(script) = &init.init {
             start::script(vm, script, Phase::InitByLua).await.map_err(|e| e.context("init_by_lua error"))?;
         }
-        let plugins = registry::load(vm, &setup.names(snapshot));
+        let (plugins, broken) = registry::load(vm, setup, snapshot);
+        if let Some(before) = before {
+            broken.refuse_loss(&before.plugins)?;
+        }
         if setup.watching.debug().basic {
             registry::tell(&plugins);
         }
@@ -824,6 +833,8 @@ impl Generation {
             vm,
             number,
             plugins,
+            broken,
+            refused: RefCell::default(),
             entry,
             scripts,
             discover: Cell::default(),
@@ -858,6 +869,8 @@ impl Generation {
             vm,
             number,
             plugins,
+            broken: Broken::default(),
+            refused: RefCell::default(),
             entry,
             scripts,
             discover: Cell::default(),
@@ -868,6 +881,20 @@ impl Generation {
             runs: Cell::new(0),
             plans,
         }))
+    }
+
+    /// Whether a plugin of these is there and does not load. It may be what keeps strangers out.
+    fn refuses(&self, key: &Key, sources: &Sources<'_>) -> bool {
+        if self.refused.borrow().contains(key) {
+            return true;
+        }
+        let Some((name, owner)) = sources.first_broken(&self.plugins, &self.broken) else { return false };
+        tracing::error!(target: "lua", "plugin [{name}] of {owner} does not load: requests for it are answered with 500");
+        let mut refused = self.refused.borrow_mut();
+        if refused.len() >= MAX_PLANS {
+            refused.clear();
+        }
+        refused.insert(*key)
     }
 
     /// Makes the Lua lists of `owners`.

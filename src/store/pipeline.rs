@@ -65,16 +65,16 @@ pub struct Handle {
 }
 
 enum Command {
-    ReloadPlugins(oneshot::Sender<u64>),
+    ReloadPlugins(oneshot::Sender<()>),
 }
 
 impl Handle {
     /// Loads the plugins anew, on every node of a cluster; returns when every request that starts here runs by them,
-    /// with their generation.
+    /// with their generation. An error names the plugin that does not load any more: then nothing has changed.
     pub async fn reload_plugins(&self) -> Result<u64> {
         if self.store.name() == "etcd" {
             match timeout(CLUSTER_PATIENCE, self.tell_cluster()).await {
-                Ok(Ok(())) => return Ok(self.published.load().plugins_generation),
+                Ok(Ok(())) => return self.reloaded(),
                 Ok(Err(e)) => tracing::warn!("plugins are loaded anew on this node only: {e}"),
                 Err(_) => tracing::warn!("plugins are loaded anew on this node only: etcd does not answer"),
             }
@@ -84,10 +84,20 @@ impl Handle {
 
     /// The same on this node alone.
     pub async fn reload_plugins_here(&self) -> Result<u64> {
-        let (done, generation) = oneshot::channel();
+        let (done, published) = oneshot::channel();
         let gone = || Error::internal(Kind::Unavailable).context("the configuration pipeline has stopped");
         self.commands.send(Command::ReloadPlugins(done)).await.map_err(|_| gone())?;
-        generation.await.map_err(|_| gone())
+        published.await.map_err(|_| gone())?;
+        self.reloaded()
+    }
+
+    /// How the last reload went on this node.
+    fn reloaded(&self) -> Result<u64> {
+        let snapshot = self.published.load();
+        match snapshot.errors.get(RELOAD) {
+            Some(error) => Err(Error::script(error.message.clone())),
+            None => Ok(snapshot.plugins_generation),
+        }
     }
 
     async fn tell_cluster(&self) -> Result<()> {
@@ -160,7 +170,7 @@ impl Pipeline {
                         let journal = self.builder.reload_plugins();
                         self.save(journal);
                         self.publish();
-                        let _ = done.send(self.builder.plugins_generation());
+                        let _ = done.send(());
                     }
                     None => commands_open = false,
                 },
