@@ -15,14 +15,14 @@ use std::{
     ptr,
     sync::{
         Arc, Mutex, Once,
-        atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU8, AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
 
 use mlua::ffi;
 
-use super::api::Raise;
+use super::{api::Raise, fast};
 use crate::exchange::FunctionCall;
 
 /// How often the watchdog looks. A script may overrun its budget by this much.
@@ -91,6 +91,41 @@ struct Beat {
     too_large: AtomicU64,
     /// The VM of a run that ended so, until somebody has collected what it left.
     spilled: AtomicPtr<ffi::lua_State>,
+    /// The watchdog wants to know for whom a run computes: the handler is to write it here.
+    asked: AtomicBool,
+    route: RouteId,
+}
+
+/// A route's id, written by a signal handler and read by the watchdog: no lock, no allocation.
+struct RouteId {
+    /// 0: none is known.
+    len: AtomicUsize,
+    bytes: [AtomicU8; MAX_ROUTE_ID],
+}
+
+/// As long as an id may be.
+const MAX_ROUTE_ID: usize = 64;
+
+impl Default for RouteId {
+    fn default() -> Self {
+        RouteId { len: AtomicUsize::new(0), bytes: [const { AtomicU8::new(0) }; MAX_ROUTE_ID] }
+    }
+}
+
+impl RouteId {
+    fn set(&self, id: &str) {
+        let len = id.len().min(MAX_ROUTE_ID);
+        for (to, byte) in self.bytes.iter().zip(id.bytes()) {
+            to.store(byte, Ordering::Relaxed);
+        }
+        self.len.store(len, Ordering::Release);
+    }
+
+    fn get(&self) -> Option<String> {
+        let len = self.len.load(Ordering::Acquire);
+        let bytes: Vec<u8> = self.bytes[..len].iter().map(|byte| byte.load(Ordering::Relaxed)).collect();
+        (len > 0).then(|| String::from_utf8_lossy(&bytes).into_owned())
+    }
 }
 
 impl Beat {
@@ -333,6 +368,12 @@ extern "C" fn on_signal(_: c_int) {
     // SAFETY: as in `beat`; the handler runs on the thread that owns the cell.
     let Some(beat) = (unsafe { BEAT.get().as_ref() }) else { return };
     if beat.serial.load(Ordering::Acquire) % 2 == 1 {
+        if beat.asked.swap(false, Ordering::Relaxed) {
+            // SAFETY: `place` is null or a request that lives as long as the run, which this thread is inside. Whatever the signal has
+            // interrupted changes other fields of it: what a request has matched is settled before its scripts run.
+            let matched = unsafe { fast::place().as_ref() }.and_then(|x| x.matched.as_ref());
+            beat.route.set(matched.map_or("", |m| &m.route().id));
+        }
         beat.hooked.store(true, Ordering::Relaxed);
         // SAFETY: LuaJIT allows lua_sethook from a signal handler; the state is being run by this very thread.
         unsafe { ffi::lua_sethook(beat.state.load(Ordering::Relaxed), Some(on_hook), ffi::LUA_MASKCOUNT, 1) };
@@ -401,7 +442,20 @@ struct Seen {
     thread: u64,
     serial: u64,
     cpu: Duration,
+    told: Told,
 }
+
+/// How far the watchdog is with telling that a condemned run does not end.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Told {
+    Nothing,
+    Asked,
+    All,
+}
+
+/// What a run may use beyond its CPU time until it is told of: Lua code ends at its next instruction, a call of a C function may just
+/// take long.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 fn watch() {
     let mut seen: Vec<Seen> = Vec::new();
@@ -424,17 +478,53 @@ fn look(beat: &Beat, seen: &mut Vec<Seen>) {
     }
     let Some(cpu) = cpu_time(thread) else { return };
     let Some(s) = seen.iter_mut().find(|s| s.thread == thread) else {
-        return seen.push(Seen { thread, serial, cpu });
+        return seen.push(Seen { thread, serial, cpu, told: Told::Nothing });
     };
     if s.serial != serial {
-        *s = Seen { thread, serial, cpu };
+        *s = Seen { thread, serial, cpu, told: Told::Nothing };
         return;
     }
-    if cpu.saturating_sub(s.cpu) >= Duration::from_millis(beat.cpu_ms.load(Ordering::Relaxed)) {
+    let (used, allowed) = (cpu.saturating_sub(s.cpu), Duration::from_millis(beat.cpu_ms.load(Ordering::Relaxed)));
+    if used >= allowed {
         beat.condemned.store(serial, Ordering::Relaxed);
+    }
+    if used >= allowed.saturating_add(PATIENCE) {
+        s.told = tell(beat, s.told, used);
     }
     // SAFETY: the thread is in WATCHED, whose lock the caller holds: it has not ended.
     unsafe { libc::pthread_kill(thread as libc::pthread_t, SIGNAL) };
+}
+
+/// Says, once, that a run is inside a C function that nothing can cut off. For whom it runs its own thread has to say.
+fn tell(beat: &Beat, told: Told, used: Duration) -> Told {
+    match told {
+        Told::Nothing => {
+            beat.route.set("");
+            beat.asked.store(true, Ordering::Relaxed);
+            Told::Asked
+        }
+        Told::Asked => {
+            let route = beat.route.get().map_or_else(|| "no route is known".into(), |id| format!("route {id}"));
+            tracing::error!(
+                target: "lua",
+                "{} has not come back from a script for {} ms of CPU time ({route}): it is inside a C function, such as a Lua pattern \
+                 that has to try very many ways, which lua.limits.cpu_ms cannot end; its other requests wait",
+                thread_name(beat.thread.load(Ordering::Relaxed)),
+                used.as_millis(),
+            );
+            Told::All
+        }
+        Told::All => Told::All,
+    }
+}
+
+fn thread_name(thread: u64) -> String {
+    // The kernel's names are no longer.
+    let mut name = [0u8; 16];
+    // SAFETY: as in `look`; the call writes no more than the buffer has.
+    let rc = unsafe { libc::pthread_getname_np(thread as libc::pthread_t, name.as_mut_ptr().cast(), name.len()) };
+    let end = name.iter().position(|byte| *byte == 0).unwrap_or(name.len());
+    if rc == 0 { String::from_utf8_lossy(&name[..end]).into_owned() } else { "a thread".into() }
 }
 
 /// CPU time that the thread has used: waiting for a busy machine is not the script's fault.
