@@ -1,7 +1,7 @@
 //! The control thread's plugin VM, as the store and the Admin API want to see it.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     path::PathBuf,
     rc::Rc,
     sync::{Arc, PoisonError, RwLock},
@@ -138,6 +138,10 @@ impl PluginHost for Plugins {
 
     fn broken(&self) -> Vec<(String, String)> {
         self.checker.broken()
+    }
+
+    fn failed_inits(&self) -> BTreeMap<String, String> {
+        self.checker.failed_inits()
     }
 
     fn listed(&self) -> Option<Listed> {

@@ -201,7 +201,8 @@ fn errors(state: &State, snapshot: &Snapshot) -> Answer {
         .collect();
     let broken = state.plugins.broken().into_iter();
     let broken = broken.filter(|(name, _)| !snapshot.errors.contains_key(format!("/plugin_sources/{name}").as_str()));
-    list.extend(broken.map(|(name, why)| json!({ "key": format!("/plugins/{name}"), "error": why })));
+    let failed = state.plugins.failed_inits().into_iter().map(|(name, why)| (name, format!("init: {why}")));
+    list.extend(broken.chain(failed).map(|(name, why)| json!({ "key": format!("/plugins/{name}"), "error": why })));
     let source = state.source.load();
     let seconds = |t: std::time::SystemTime| t.duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs());
     Answer::json(

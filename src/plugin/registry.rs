@@ -2,10 +2,10 @@
 
 use std::{
     cell::{Cell, RefCell},
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     path::{Path, PathBuf},
     rc::Rc,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use arc_swap::ArcSwap;
@@ -129,6 +129,28 @@ pub struct Setup {
     config: Arc<ArcSwap<Value>>,
     pub locations: Arc<Locations>,
     pub watching: Arc<Watching>,
+    /// Shared as well: workers note it, the APIs tell.
+    pub inits: Arc<Inits>,
+}
+
+/// The plugins of each worker's last load whose `init` has failed, and why.
+#[derive(Debug, Default)]
+pub struct Inits(Mutex<BTreeMap<usize, Vec<(String, String)>>>);
+
+impl Inits {
+    pub fn note(&self, worker: usize, failed: Vec<(String, String)>) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(worker, failed);
+    }
+
+    /// Each plugin once, with what it has told the first worker that it failed in.
+    fn failed(&self) -> BTreeMap<String, String> {
+        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut failed = BTreeMap::new();
+        for (name, why) in all.values().flatten() {
+            failed.entry(name.clone()).or_insert_with(|| without_traceback(why));
+        }
+        failed
+    }
 }
 
 /// Why a function without a sandbox does not run.
@@ -146,7 +168,8 @@ const REREAD: [&str; 3] = ["plugins", "stream_plugins", "plugin_attr"];
 impl Setup {
     /// `config`: config.yaml with its defaults.
     pub fn new(prefix: PathBuf, config: Arc<Value>, locations: Arc<Locations>) -> Setup {
-        Setup { prefix, config: Arc::new(ArcSwap::new(config)), locations, watching: Arc::default() }
+        let config = Arc::new(ArcSwap::new(config));
+        Setup { prefix, config, locations, watching: Arc::default(), inits: Arc::default() }
     }
 
     /// The same, with who is watched.
@@ -408,6 +431,11 @@ impl Checker {
     pub fn broken(&self) -> Vec<(String, String)> {
         let shown = |(name, why): &(Box<str>, String)| (name.to_string(), without_traceback(why));
         self.loaded().map(|l| l.broken.0.iter().map(shown).collect()).unwrap_or_default()
+    }
+
+    /// The plugins whose `init` has failed in a worker, and why, by name.
+    pub fn failed_inits(&self) -> BTreeMap<String, String> {
+        self.setup.borrow().inits.failed()
     }
 
     pub fn get(&self, name: &str) -> Option<Arc<PluginInfo>> {

@@ -814,9 +814,11 @@ impl Generation {
         if let Some(before) = before {
             before.step_down().await;
         }
-        for (name, text) in start::init_plugins(vm).await? {
+        let failed = start::init_plugins(vm).await?;
+        for (name, text) in &failed {
             tracing::error!(target: "lua", "failed to init plugin [{name}]: {text}");
         }
+        setup.inits.note(worker, failed);
         if let Some(script) = &init.init_worker
             && let Err(e) = start::script(vm, script, Phase::Init).await
         {
