@@ -3,6 +3,7 @@
 pub mod admin;
 pub mod app;
 pub mod balancer;
+pub mod cert;
 pub mod cli;
 pub mod conf;
 pub mod control;

@@ -2,6 +2,8 @@
 
 #[path = "proxy/bodies.rs"]
 mod bodies;
+#[path = "proxy/certificates.rs"]
+mod certificates;
 #[path = "proxy/choice.rs"]
 mod choice;
 #[path = "proxy/grpc.rs"]
@@ -396,7 +398,7 @@ fn an_answer_that_comes_before_the_body_was_sent_counts() {
 
 #[test]
 fn a_client_that_leaves_is_logged_as_499_and_its_node_let_go() {
-    let gw = gateway("$uri $status");
+    let gw = gateway("$uri $status $upstream_status");
     let (gone, node_saw) = mpsc::channel();
     let (came, waits) = mpsc::channel();
     let up = Upstream::serving(move |_, stream| {
@@ -406,13 +408,21 @@ fn a_client_that_leaves_is_logged_as_499_and_its_node_let_go() {
         let ended = matches!(stream.read(&mut [0]), Ok(0) | Err(_));
         let _ = gone.send(ended);
     });
-    route(&gw, &[up.addr()], json!({}));
+    let tell = "return function(_, ctx)
+        local core = require('apisix.core')
+        ngx.log(ngx.WARN, 'told: ', core.response.get_upstream_status(ctx), ' ', core.response.get_response_source(ctx))
+    end";
+    let plugins = json!({"serverless-pre-function": {"phase": "log", "functions": [tell]}, "prometheus": {}});
+    gw.put("/routes/1", json!({"uri": "/*", "upstream": {"nodes": {up.addr(): 1}}, "plugins": plugins}));
     let mut client = Client::connect(&gw.proxy());
     client.send("GET", "/left", &[], b"");
     waits.recv().expect("the node got it");
     drop(client);
     assert!(node_saw.recv().expect("the node saw the end"));
-    access_log(&gw, "/left 499");
+    access_log(&gw, "/left 499 -");
+    gw.expect_log("told: nil nginx");
+    let page = get(&gw.prometheus(), "/apisix/prometheus/metrics").text();
+    assert!(page.lines().any(|l| l.contains("code=\"499\"") && l.contains("response_source=\"nginx\"")), "{page}");
 }
 
 #[test]

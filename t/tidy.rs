@@ -11,7 +11,7 @@ use std::{
 /// From the bottom up. A module imports from the lines above its own, never from its own line or below.
 const LAYERS: &[&[&str]] = &[
     &["error"],
-    &["observe", "expr", "schema", "conf", "shdict", "tcp"],
+    &["observe", "expr", "schema", "conf", "shdict", "tcp", "cert"],
     &["model", "dns"],
     &["router", "balancer", "location"],
     &["store"],

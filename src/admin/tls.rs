@@ -7,6 +7,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
 use crate::{
+    cert::{self, Lenient},
     conf::AdminTls,
     error::{Error, Kind, Result},
     tls::{certificates, private_key},
@@ -55,19 +56,21 @@ impl Tls {
             None => builder.with_no_client_auth(),
             Some(ca) => {
                 let wrong = |e: Error| e.context(at("admin_ssl_ca_cert", ca));
-                let mut roots = RootCertStore::empty();
+                let (mut roots, mut trusted) = (RootCertStore::empty(), Vec::new());
                 for certificate in certificates(&text("admin_ssl_ca_cert", ca)?).map_err(wrong)? {
-                    roots.add(certificate).map_err(|e| wrong(Error::config(Kind::Tls).cause(e)))?;
+                    roots.add(certificate.clone()).map_err(|e| wrong(Error::config(Kind::Tls).cause(e)))?;
+                    trusted.push(certificate);
                 }
                 // One without a certificate is told so over HTTP, as nginx does.
-                let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider)
+                let algorithms = provider.signature_verification_algorithms;
+                let inner = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone())
                     .allow_unauthenticated()
                     .build()
                     .map_err(|e| wrong(Error::config(Kind::Tls).cause(e)))?;
-                builder.with_client_cert_verifier(verifier)
+                builder.with_client_cert_verifier(Arc::new(Lenient { inner, trusted, algorithms }))
             }
         };
-        let config = builder.with_single_cert(chain, key).map_err(broken)?;
+        let config = builder.with_cert_resolver(cert::pair(chain, key, &provider).map_err(broken)?);
         Ok(Tls { acceptor: TlsAcceptor::from(Arc::new(config)), mutual: files.client_ca.is_some() })
     }
 

@@ -7,7 +7,7 @@ use smallvec::SmallVec;
 use crate::{
     conf::Config,
     error::{Error, Kind, Result},
-    exchange::{Exchange, Source, Var},
+    exchange::{Exchange, Var},
     observe::{
         log::LogFile,
         metrics::{Metrics, Node, Recorder, RequestSample},
@@ -107,7 +107,7 @@ impl Ending {
             request_type: "traditional_http",
             request_llm_model: "",
             llm_model: "",
-            response_source: if x.response.source == Source::Upstream { "upstream" } else { "apisix" },
+            response_source: x.source_name(),
             extra: &extra,
             request_time: now.duration_since(x.started),
             upstream_time: match tries.is_empty() {

@@ -668,6 +668,16 @@ impl UpstreamState {
 }
 
 impl Exchange {
+    /// Who made the response, in APISIX's terms.
+    pub fn source_name(&self) -> &'static str {
+        match self.response.source {
+            Source::Upstream => "upstream",
+            // A try that failed was answered by the proxy itself.
+            Source::Gateway if !self.upstream.tries.is_empty() => "nginx",
+            Source::Gateway => "apisix",
+        }
+    }
+
     /// An empty exchange; `begin` makes it a request's.
     pub fn new(conn: Rc<Connection>, snapshot: Arc<Snapshot>) -> Self {
         Exchange {

@@ -8,7 +8,7 @@ use super::{
     crypt,
     parse::{ParseContext, boxed, decrypt_key, enabled, invalid, number, strings, text},
 };
-use crate::error::Result;
+use crate::{cert::keys_match, error::Result};
 
 #[derive(Debug)]
 pub struct Ssl {
@@ -94,12 +94,10 @@ pub(super) fn check_pair(cert: &str, key: &str) -> Result<(), String> {
     let key = PrivateKeyDer::from_pem_slice(key.as_bytes())
         .map_err(|_| "failed to parse key: PEM_read_bio_PrivateKey() failed".to_owned())?;
     let key = ring::sign::any_supported_type(&key).map_err(|_| unusable(&key))?;
-    match CertifiedKey::new(chain, key).keys_match() {
-        Err(rustls::Error::InconsistentKeys(rustls::InconsistentKeys::KeyMismatch)) => {
-            Err("failed to parse key: key and certificate do not match".into())
-        }
-        Err(rustls::Error::InvalidCertificate(_)) => Err("failed to parse cert: PEM_read_bio_X509_AUX() failed".into()),
-        _ => Ok(()),
+    match keys_match(&CertifiedKey::new(chain, key)) {
+        Err(rustls::Error::InconsistentKeys(_)) => Err("failed to parse key: key and certificate do not match".into()),
+        Err(_) => Err("failed to parse cert: PEM_read_bio_X509_AUX() failed".into()),
+        Ok(()) => Ok(()),
     }
 }
 

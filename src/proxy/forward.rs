@@ -664,7 +664,14 @@ fn succeed(x: &mut Exchange, begun: Instant, head: Head) -> Head {
 fn fail(x: &mut Exchange, begun: Instant, e: Error) -> Error {
     let late = matches!(e.kind(), Kind::ConnectTimeout | Kind::Busy | Kind::ReadTimeout | Kind::WriteTimeout);
     if let Some(last) = x.upstream.tries.last_mut() {
-        last.status = if late { 504 } else { 502 };
+        // A client that did not wait says nothing of the node.
+        last.status = if e.origin() == Origin::Client {
+            0
+        } else if late {
+            504
+        } else {
+            502
+        };
         last.response_time = Some(begun.elapsed());
     }
     e

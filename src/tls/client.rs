@@ -13,12 +13,13 @@ use rustls::{
         WebPkiServerVerifier,
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
     },
-    crypto::{CryptoProvider, WebPkiSupportedAlgorithms, ring, verify_tls12_signature, verify_tls13_signature},
+    crypto::{CryptoProvider, WebPkiSupportedAlgorithms, ring},
 };
 use rustls_pki_types::{CertificateDer, CertificateRevocationListDer, ServerName, UnixTime, pem::PemObject};
 
 use super::{certificates, private_key, versions};
 use crate::{
+    cert::{self, verify_tls12_signature, verify_tls13_signature},
     conf::locations::SocketTls,
     error::{Error, Kind, Result},
 };
@@ -175,7 +176,10 @@ fn build(
         None => builder.dangerous().with_custom_certificate_verifier(Arc::new(Anyone(provider))),
     };
     let mut config = match pair {
-        Some((cert, key)) => builder.with_client_auth_cert(certificates(cert)?, private_key(key)?).map_err(failed)?,
+        Some((cert, key)) => {
+            let own = cert::pair(certificates(cert)?, private_key(key)?, builder.crypto_provider()).map_err(failed)?;
+            builder.with_client_cert_resolver(own)
+        }
         None => builder.with_no_client_auth(),
     };
     config.alpn_protocols = alpn.iter().map(|p| p.to_vec()).collect();

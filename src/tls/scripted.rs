@@ -17,7 +17,7 @@ use rustls::{
     CertificateError, DigitallySignedStruct, DistinguishedName, HandshakeKind, ProtocolVersion, RootCertStore,
     ServerConfig, ServerConnection, SignatureAlgorithm, SignatureScheme, SupportedProtocolVersion,
     client::danger::HandshakeSignatureValid,
-    crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature},
+    crypto::CryptoProvider,
     server::{
         Acceptor, NoServerSessionStorage, ResolvesServerCert, StoresServerSessions, WebPkiClientVerifier,
         danger::{ClientCertVerified, ClientCertVerifier},
@@ -35,6 +35,7 @@ use super::{
     versions,
 };
 use crate::{
+    cert::{Lenient, verify_tls12_signature, verify_tls13_signature},
     error::{Error, Kind, Result},
     exchange::{
         Exchange, Phase, TlsInfo,
@@ -475,8 +476,8 @@ fn verifier_of(provider: &Arc<CryptoProvider>, asked: VerifyClient) -> Result<Ar
         roots.add(cert.clone()).map_err(bad)?;
     }
     let named = roots.subjects();
-    for cert in asked.trusted {
-        roots.add(cert).map_err(bad)?;
+    for cert in &asked.trusted {
+        roots.add(cert.clone()).map_err(bad)?;
     }
     if roots.is_empty() {
         return Ok(Arc::new(Nobody(provider.clone())));
@@ -484,7 +485,9 @@ fn verifier_of(provider: &Arc<CryptoProvider>, asked: VerifyClient) -> Result<Ar
     let builder = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone());
     let builder = builder.allow_unauthenticated().clear_root_hint_subjects().add_root_hint_subjects(named);
     let inner = builder.build().map_err(|e| bad(rustls::Error::General(e.to_string())))?;
-    Ok(Arc::new(Bounded { inner, depth: asked.depth }))
+    let trusted = asked.authorities.into_iter().chain(asked.trusted).collect();
+    let algorithms = provider.signature_verification_algorithms;
+    Ok(Arc::new(Bounded { inner: Arc::new(Lenient { inner, trusted, algorithms }), depth: asked.depth }))
 }
 
 /// Trusts nobody: what a script asks for that names no authority.

@@ -34,6 +34,7 @@ use super::{
     versions,
 };
 use crate::{
+    cert::{Lenient, keys_match},
     error::{Error, Kind, Result},
     exchange::{TlsInfo, openssl},
     model::{Id, Object, Ssl},
@@ -300,7 +301,7 @@ impl Server {
         let key = self.provider.key_provider.load_private_key(private_key(key)?);
         let key = key.map_err(|e| Error::config(Kind::Tls).cause(e).context("load a private key"))?;
         let pair = CertifiedKey::new(certificates(cert)?, key);
-        match pair.keys_match() {
+        match keys_match(&pair) {
             // Those of an object belong together when it is stored; what references stand for is seen here first.
             Err(rustls::Error::InconsistentKeys(rustls::InconsistentKeys::KeyMismatch)) => {
                 Err(Error::config(Kind::Tls).context("key and certificate do not match"))
@@ -310,14 +311,15 @@ impl Server {
     }
 
     fn verifier(&self, ca: &str, depth: u8, ssl: &Ssl) -> Result<Arc<dyn ClientCertVerifier>> {
-        let mut roots = RootCertStore::empty();
-        for cert in certificates(ca)? {
-            roots.add(cert).map_err(|e| Error::config(Kind::Tls).cause(e).context("client.ca"))?;
+        let (mut roots, trusted) = (RootCertStore::empty(), certificates(ca)?);
+        for cert in &trusted {
+            roots.add(cert.clone()).map_err(|e| Error::config(Kind::Tls).cause(e).context("client.ca"))?;
         }
         let builder = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), self.provider.clone());
         let builder = if ssl.skip_mtls_uri_regex.is_empty() { builder } else { builder.allow_unauthenticated() };
         let inner = builder.build().map_err(|e| Error::config(Kind::Tls).cause(e).context("client.ca"))?;
-        Ok(Arc::new(Bounded { inner, depth }))
+        let algorithms = self.provider.signature_verification_algorithms;
+        Ok(Arc::new(Bounded { inner: Arc::new(Lenient { inner, trusted, algorithms }), depth }))
     }
 }
 

@@ -45,11 +45,22 @@ local function new_batch()
     return { entries = {}, sizes = {}, retries = 0 }
 end
 
+-- Processors without a route or an address are counted nowhere, as in APISIX.
+local function slot_of(config)
+    if config.name and config.route_id and config.server_addr then
+        return native.waiting_slot(config.name, tostring(config.route_id), config.server_addr)
+    end
+end
+
 -- So many more entries wait, or fewer: `batch_process_entries` of the metrics.
 local function waits(self, count)
     self.pending = self.pending + count
-    if self.slot then
-        native.add_waiting(self.slot, count)
+    if self.slot and not native.add_waiting(self.slot, count) then
+        -- Nothing waited here for so long that somebody else got the place.
+        self.slot = slot_of(self)
+        if self.slot then
+            native.add_waiting(self.slot, self.pending)
+        end
     end
 end
 
@@ -182,13 +193,6 @@ function arm_flush(self)
         return
     end
     self.armed = true
-end
-
--- Processors without a route or an address are counted nowhere, as in APISIX.
-local function slot_of(config)
-    if config.name and config.route_id and config.server_addr then
-        return native.waiting_slot(config.name, tostring(config.route_id), config.server_addr)
-    end
 end
 
 --- A processor that calls `func(entries, batch_max_size)`: true, or false, the reason, and the first entry that failed.

@@ -17,7 +17,7 @@ use smallvec::smallvec;
 use super::Answer;
 use crate::{
     error::{Error, Kind, Result},
-    exchange::{Exchange, Source},
+    exchange::Exchange,
     lua::{
         api::{Api, Phases, Raise, Stack, Wait, request, script},
         convert::push_json,
@@ -65,7 +65,7 @@ fn node(api: &mut Api) -> Result<()> {
     api.func(
         "native.apisix.add_waiting",
         Phases::ANY,
-        "add_waiting(slot, n): so many more entries wait there, or, below 0, fewer.",
+        "add_waiting(slot, n) -> boolean: so many more entries wait there, or, below 0, fewer; false: another is to be asked for.",
         add_waiting,
     )?;
     api.func(
@@ -126,9 +126,9 @@ fn waiting_slot(s: &Stack) -> Answer {
 fn add_waiting(s: &Stack) -> Answer {
     let (slot, n) = (s.arg_int(1)?, s.arg_int(2)?);
     if let (Some(metrics), Ok(slot)) = (metrics::process(), usize::try_from(slot)) {
-        metrics.add_waiting(slot, n);
+        return Ok(s.push_bool(metrics.add_waiting(slot, n)));
     }
-    Ok(0)
+    Ok(s.push_bool(true))
 }
 
 fn hostname(s: &Stack) -> Answer {
@@ -599,17 +599,8 @@ fn heads(api: &mut Api) -> Result<()> {
         "native.apisix.response_source",
         Phases::REQUEST,
         "response_source() -> \"upstream\" | \"apisix\" | \"nginx\": who made the response.",
-        |s| Ok(s.push_bytes(source_name(request()?))),
+        |s| Ok(s.push_bytes(request()?.source_name())),
     )
-}
-
-fn source_name(x: &Exchange) -> &'static str {
-    match x.response.source {
-        Source::Upstream => "upstream",
-        // A try that failed was answered by the proxy itself, which is nginx in APISIX's terms.
-        Source::Gateway if !x.upstream.tries.is_empty() => "nginx",
-        Source::Gateway => "apisix",
-    }
 }
 
 /// An upstream that a plugin described, parsed once.

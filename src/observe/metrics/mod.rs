@@ -107,7 +107,7 @@ pub struct RequestSample<'a> {
     pub request_type: &'a str,
     pub request_llm_model: &'a str,
     pub llm_model: &'a str,
-    /// `apisix` or `upstream`.
+    /// `apisix`, `nginx` or `upstream`.
     pub response_source: &'a str,
     /// The values of `Settings::extra`, in its order.
     pub extra: &'a [&'a [u8]],
@@ -271,9 +271,9 @@ impl Metrics {
         self.waiting.slot([name, route_id, server_addr])
     }
 
-    /// So many more entries wait there, or, below 0, fewer.
-    pub fn add_waiting(&self, slot: usize, entries: i64) {
-        self.waiting.add(slot, entries);
+    /// So many more entries wait there, or, below 0, fewer. False: the slot went to another meanwhile, as nothing had waited in it.
+    pub fn add_waiting(&self, slot: usize, entries: i64) -> bool {
+        self.waiting.add(slot, entries)
     }
 
     /// `disabled_labels` of the plugin's metadata; `None` when it has none.

@@ -398,18 +398,33 @@ async fn scrapers_that_are_too_slow_or_stay_too_long_are_let_go() {
 }
 
 #[test]
-fn processors_past_the_bound_are_an_error_and_no_series() {
+fn processors_past_the_bound_take_the_place_of_those_in_which_nothing_waits() {
     let metrics = Metrics::new(Settings::default());
     let slot = |route: usize| metrics.waiting_slot("logger", &route.to_string(), "::1");
-    (0..waiting::MAX_SLOTS).for_each(|route| assert_eq!(slot(route), Some(route)));
+    let line = |route: usize, n: u64| {
+        format!("apisix_batch_process_entries{{name=\"logger\",route_id=\"{route}\",server_addr=\"::1\"}} {n}")
+    };
+    for route in 0..waiting::MAX_SLOTS {
+        assert_eq!(slot(route), Some(route));
+        assert!(metrics.add_waiting(route, 5));
+    }
+    // Something waits in all.
     assert_eq!((slot(waiting::MAX_SLOTS), slot(3)), (None, Some(3)));
-    metrics.add_waiting(3, 5);
-    metrics.add_waiting(3, -3);
-    metrics.add_waiting(4, -1);
-    metrics.add_waiting(waiting::MAX_SLOTS, 1);
+    assert!(metrics.add_waiting(3, -3) && metrics.add_waiting(4, -5) && metrics.add_waiting(5, -6));
     let page = scrape(&metrics);
-    assert_line(&page, "apisix_batch_process_entries{name=\"logger\",route_id=\"3\",server_addr=\"::1\"} 2");
-    assert_line(&page, "apisix_batch_process_entries{name=\"logger\",route_id=\"4\",server_addr=\"::1\"} 0");
+    assert_line(&page, &line(3, 2));
+    assert_line(&page, &line(4, 0));
+    assert_line(&page, "apisix_nginx_metric_errors_total 1");
+    // Two are empty: they go, and the next one has a place.
+    let late = slot(waiting::MAX_SLOTS).expect("a place");
+    assert!(metrics.add_waiting(late, 7));
+    assert!(!metrics.add_waiting(4, 1) && !metrics.add_waiting(5, 1), "they are others' now, or nobody's");
+    let again = slot(4).expect("a place");
+    assert!(again != 4 && metrics.add_waiting(again, 1));
+    let page = scrape(&metrics);
+    assert_line(&page, &line(waiting::MAX_SLOTS, 7));
+    assert_line(&page, &line(4, 1));
+    assert!(!page.contains("route_id=\"5\""));
     assert_line(&page, "apisix_nginx_metric_errors_total 1");
 }
 

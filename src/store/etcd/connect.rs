@@ -29,7 +29,10 @@ use tokio_rustls::TlsConnector;
 use tonic::transport::Endpoint;
 use tower_service::Service;
 
-use crate::error::{Error, Kind, Result};
+use crate::{
+    cert,
+    error::{Error, Kind, Result},
+};
 
 /// Of TCP and TLS.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
@@ -90,14 +93,14 @@ impl Tls {
         let builder = if self.verify {
             builder.with_root_certificates(self.root_store()?)
         } else {
-            builder.dangerous().with_custom_certificate_verifier(Arc::new(Unverified(provider)))
+            builder.dangerous().with_custom_certificate_verifier(Arc::new(Unverified(provider.clone())))
         };
         let mut config = match &self.pair {
             None => builder.with_no_client_auth(),
             Some((cert, key)) => {
                 let chain = read_certificates(cert)?;
                 let key = PrivateKeyDer::from_pem_file(key).map_err(|e| unreadable(key, e))?;
-                builder.with_client_auth_cert(chain, key).map_err(|e| unreadable(cert, e))?
+                builder.with_client_cert_resolver(cert::pair(chain, key, &provider).map_err(|e| unreadable(cert, e))?)
             }
         };
         config.alpn_protocols = vec![b"h2".to_vec()];
@@ -226,7 +229,7 @@ impl ServerCertVerifier for Unverified {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        rustls::crypto::verify_tls12_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+        cert::verify_tls12_signature(message, cert, dss, &self.0.signature_verification_algorithms)
     }
 
     fn verify_tls13_signature(
@@ -235,7 +238,7 @@ impl ServerCertVerifier for Unverified {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        rustls::crypto::verify_tls13_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+        cert::verify_tls13_signature(message, cert, dss, &self.0.signature_verification_algorithms)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
