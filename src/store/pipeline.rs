@@ -65,7 +65,7 @@ pub struct Handle {
 }
 
 enum Command {
-    ReloadPlugins(oneshot::Sender<()>),
+    ReloadPlugins(oneshot::Sender<Result<u64>>),
 }
 
 impl Handle {
@@ -74,7 +74,7 @@ impl Handle {
     pub async fn reload_plugins(&self) -> Result<u64> {
         if self.store.name() == "etcd" {
             match timeout(CLUSTER_PATIENCE, self.tell_cluster()).await {
-                Ok(Ok(())) => return self.reloaded(),
+                Ok(Ok(())) => return reloaded(&self.published.load()),
                 Ok(Err(e)) => tracing::warn!("plugins are loaded anew on this node only: {e}"),
                 Err(_) => tracing::warn!("plugins are loaded anew on this node only: etcd does not answer"),
             }
@@ -84,20 +84,10 @@ impl Handle {
 
     /// The same on this node alone.
     pub async fn reload_plugins_here(&self) -> Result<u64> {
-        let (done, published) = oneshot::channel();
+        let (done, reloaded) = oneshot::channel();
         let gone = || Error::internal(Kind::Unavailable).context("the configuration pipeline has stopped");
         self.commands.send(Command::ReloadPlugins(done)).await.map_err(|_| gone())?;
-        published.await.map_err(|_| gone())?;
-        self.reloaded()
-    }
-
-    /// How the last reload went on this node.
-    fn reloaded(&self) -> Result<u64> {
-        let snapshot = self.published.load();
-        match snapshot.errors.get(RELOAD) {
-            Some(error) => Err(Error::script(error.message.clone())),
-            None => Ok(snapshot.plugins_generation),
-        }
+        reloaded.await.map_err(|_| gone())?
     }
 
     async fn tell_cluster(&self) -> Result<()> {
@@ -147,6 +137,14 @@ pub async fn start(store: Arc<dyn Store>, setup: Setup) -> Result<Started> {
     Ok(Started { published, source, handle })
 }
 
+/// How the last reload went on this node.
+fn reloaded(snapshot: &Snapshot) -> Result<u64> {
+    match snapshot.errors.get(RELOAD) {
+        Some(error) => Err(Error::script(error.message.clone())),
+        None => Ok(snapshot.plugins_generation),
+    }
+}
+
 fn open_last_good(store: &dyn Store, path: Option<PathBuf>) -> Option<LastGood> {
     let (path, identity) = (path?, store.identity()?);
     LastGood::open(&path, identity)
@@ -170,7 +168,7 @@ impl Pipeline {
                         let journal = self.builder.reload_plugins();
                         self.save(journal);
                         self.publish();
-                        let _ = done.send(());
+                        let _ = done.send(reloaded(&self.published.load()));
                     }
                     None => commands_open = false,
                 },
