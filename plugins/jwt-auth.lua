@@ -67,14 +67,16 @@ end
 local function from_query(conf, ctx)
     local args = core.request.get_uri_args(ctx)
     local value = args[conf.query]
-    if not value then
+    value = type(value) == "table" and value[1] or value
+    -- `?jwt` without a value is true.
+    if type(value) ~= "string" then
         return nil
     end
     if conf.hide_credentials then
         args[conf.query] = nil
         core.request.set_uri_args(ctx, args)
     end
-    return type(value) == "table" and value[1] or value
+    return value
 end
 
 local function hide_cookie(conf, ctx)

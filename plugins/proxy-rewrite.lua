@@ -1,12 +1,14 @@
 --- Rewrites what goes upstream: URI, host, method, headers.
 local core = require("apisix.core")
 local ngx = ngx
-local re_match, re_sub = ngx.re.match, ngx.re.sub
+local re_find, re_match, re_sub = ngx.re.find, ngx.re.match, ngx.re.sub
 local escape_uri = ngx.escape_uri
 local set_method, set_uri = ngx.req.set_method, ngx.req.set_uri
 local resolve_var = core.utils.resolve_var
 local with_captures = core.utils.resolve_var_with_captures
-local char, find, sub, gsub = string.char, string.find, string.sub, string.gsub
+local byte, char, find, match, sub, gsub = string.byte, string.char, string.find, string.match, string.sub, string.gsub
+local QUESTION = byte("?")
+local concat = table.concat
 local ipairs, pairs, pcall, setmetatable, tonumber, tostring, type =
     ipairs, pairs, pcall, setmetatable, tonumber, tostring, type
 
@@ -181,7 +183,53 @@ local function decode_path(path)
     return (gsub(path, "%%(%x%x)", byte_of))
 end
 
-local function from_regexes(patterns, uri, ctx)
+-- A template's piece with what it names of the captures (`$1`, `${1}`; `$$` is a dollar), which a client has put there: encoded, so that
+-- none of it is a separator. `literal` encodes what the template says itself.
+local function fill(piece, captures, literal)
+    local out, from = {}, 1
+    while true do
+        local first, last = find(piece, "%$[%d{$]%d*}?", from)
+        if not first then
+            out[#out + 1] = literal(sub(piece, from))
+            return concat(out)
+        end
+        out[#out + 1] = literal(sub(piece, from, first - 1))
+        local number = match(sub(piece, first, last), "^%$(%d+)$") or match(sub(piece, first, last), "^%${(%d+)}$")
+        if number then
+            out[#out + 1] = escape_path(captures[tonumber(number)] or "")
+        elseif sub(piece, first, first + 1) == "$$" then
+            out[#out + 1], last = literal("$"), first + 1
+        else
+            -- `$1}`: the brace is the template's.
+            number = match(sub(piece, first, last), "^%$(%d+)")
+            last = first + #(number or "")
+            out[#out + 1] = number and escape_path(captures[tonumber(number)] or "") or literal("$")
+        end
+        from = last + 1
+    end
+end
+
+local function as_it_is(text)
+    return text
+end
+
+-- The path in which what matched became the template: encoded, and behind the template's own `?` a query.
+local function substituted(uri, pattern, template, captures)
+    local first, last, err = re_find(uri, pattern, "jo")
+    if not first then
+        return nil, err
+    end
+    local question = find(template, "?", 1, true)
+    local path, query = template, ""
+    if question then
+        path, query = sub(template, 1, question - 1), sub(template, question)
+    end
+    return escape_path(sub(uri, 1, first - 1)) .. fill(path, captures, escape_path) .. fill(query, captures, as_it_is)
+        .. escape_path(sub(uri, last + 1))
+end
+
+-- `unsafe`: the URI is the client's own, whose bytes stay as they are.
+local function from_regexes(patterns, uri, ctx, unsafe)
     for i = 1, #patterns, 2 do
         local captures, err = re_match(uri, patterns[i], "jo")
         if err then
@@ -189,13 +237,15 @@ local function from_regexes(patterns, uri, ctx)
         end
         if captures then
             ctx.proxy_rewrite_regex_uri_captures = captures
-            local rewritten
-            local count
+            if not unsafe then
+                return substituted(uri, patterns[i], patterns[i + 1], captures)
+            end
+            local rewritten, count
             rewritten, count, err = re_sub(uri, patterns[i], patterns[i + 1], "jo")
             return count and rewritten, err
         end
     end
-    return uri
+    return unsafe and uri or escape_path(uri)
 end
 
 local function append_args(uri, args)
@@ -205,47 +255,53 @@ local function append_args(uri, args)
     return uri .. (find(uri, "?", 1, true) and "&" or "?") .. args
 end
 
+-- What goes upstream; nil and why not; true when it has the arguments, too.
 local function rewritten_uri(conf, ctx)
+    local unsafe = conf.use_real_request_uri_unsafe
     if conf.uri then
-        return (resolve_var(conf.uri, ctx.var, function(value)
-            return escape_path(value)
-        end))
+        return (resolve_var(conf.uri, ctx.var, escape_path))
     end
-    if conf.use_real_request_uri_unsafe then
-        return ctx.var.real_request_uri or ctx.var.request_uri, nil, true
-    end
+    local uri = unsafe and (ctx.var.real_request_uri or ctx.var.request_uri) or ctx.var.uri
     if conf.regex_uri and #conf.regex_uri > 0 then
-        local uri, err = from_regexes(conf.regex_uri, ctx.var.uri, ctx)
-        if not uri then
-            return nil, err
-        end
-        local question = find(uri, "?", 1, true)
-        if question then
-            return escape_path(sub(uri, 1, question - 1)) .. sub(uri, question)
-        end
-        return escape_path(uri)
+        local rewritten, err = from_regexes(conf.regex_uri, uri, ctx, unsafe)
+        return rewritten, err, unsafe
     end
-    return nil
+    return unsafe and uri or escape_path(uri), nil, unsafe
+end
+
+-- Whether the client's URI is what it would be written as anyway.
+local function is_normal(ctx)
+    local uri, written = ctx.var.uri, ctx.var.request_uri
+    local n = #uri
+    return sub(written, 1, n) == uri and (#written == n or byte(written, n + 1) == QUESTION)
+end
+
+-- The body of the answer when it cannot be.
+local function rewrite_uri(conf, ctx)
+    local uri, err, is_whole = rewritten_uri(conf, ctx)
+    if err then
+        core.log.error("failed to substitute the uri ", ctx.var.uri, " (", conf.regex_uri[1], ") with ", conf.regex_uri[2], " : ", err)
+        return { error_msg = "failed to substitute the uri" }
+    end
+    ctx.var.upstream_uri = is_whole and uri or append_args(uri, ctx.var.args)
+    if is_whole or not (conf.uri or conf.regex_uri) then
+        return nil
+    end
+    -- What runs after this, and the log, see the new path, whatever bytes a client has put into it.
+    local path = decode_path((gsub(uri, "%?.*", "")))
+    if path ~= "" then
+        set_uri(path, false, true)
+    end
 end
 
 function _M.rewrite(conf, ctx)
     if conf.host then
         ctx.var.upstream_host = conf.host
     end
-    if conf.uri or conf.regex_uri or conf.use_real_request_uri_unsafe then
-        local uri, err, is_whole = rewritten_uri(conf, ctx)
-        if err then
-            core.log.error("failed to substitute the uri ", ctx.var.uri, " (", conf.regex_uri[1], ") with ",
-                conf.regex_uri[2], " : ", err)
-            return 500, { error_msg = "failed to substitute the uri" }
-        end
-        ctx.var.upstream_uri = is_whole and uri or append_args(uri, ctx.var.args)
-        if not is_whole then
-            -- What runs after this, and the log, see the new path, whatever bytes a client has put into it.
-            local path = decode_path((gsub(uri, "%?.*", "")))
-            if path ~= "" then
-                set_uri(path, false, true)
-            end
+    if conf.uri or conf.regex_uri or conf.use_real_request_uri_unsafe or not is_normal(ctx) then
+        local failed = rewrite_uri(conf, ctx)
+        if failed then
+            return 500, failed
         end
     end
     if conf.headers then

@@ -70,6 +70,10 @@ local function target_of(conf, ctx)
     if conf.uri then
         return resolve_var(conf.uri, ctx.var), conf.ret_code
     end
+    -- `http_to_https: false` alone redirects nobody.
+    if not conf.regex_uri then
+        return nil
+    end
     local uri = ctx.var.uri
     if not re_match(uri, conf.regex_uri[1], "jo") then
         return nil

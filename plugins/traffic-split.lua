@@ -119,7 +119,8 @@ function _M.access(conf, ctx)
     for _, rule in ipairs(conf.rules or {}) do
         if matches(rule.match, ctx) then
             local index = picker_of(rule.weighted_upstreams):find()
-            return use(rule.weighted_upstreams[index], ctx)
+            -- Where all weigh nothing the route's own is left.
+            return index and use(rule.weighted_upstreams[index], ctx)
         end
     end
 end

@@ -179,7 +179,11 @@ impl Level {
             Balance::LeastConn => Policy::LeastConn(LeastConn),
             Balance::Ewma => Policy::Ewma(Ewma::new()),
             // A balancer of the user's own picks in Lua; this serves when it does not.
-            Balance::RoundRobin | Balance::Other(_) => Policy::RoundRobin(RoundRobin::new(&members)),
+            Balance::RoundRobin => Policy::RoundRobin(RoundRobin::new(&members)),
+            Balance::Other(name) => {
+                tracing::warn!("invalid balancer type: {name}: the nodes of the upstream take turns");
+                Policy::RoundRobin(RoundRobin::new(&members))
+            }
         };
         Level { members, policy }
     }

@@ -242,6 +242,8 @@ pub struct ClientHello {
 #[derive(Debug, Default)]
 pub struct Request {
     pub method: Vec<u8>,
+    /// The client has asked with HEAD: the response has no body, whatever becomes of the method.
+    pub is_head: bool,
     pub version: Version,
     /// The request-target without scheme and authority: `$request_uri`.
     pub target: Vec<u8>,

@@ -712,10 +712,12 @@ impl Client for H1 {
         if self.body_out != BodyOut::NotStarted {
             return Err(Error::internal(Kind::Other).context("the response's head was sent before"));
         }
-        let bodiless = request.method == b"HEAD" || matches!(response.status, 100..=199 | 204 | 304);
+        let bodiless = request.is_head || matches!(response.status, 100..=199 | 204 | 304);
         let (length, body_out) = match length {
             BodyLength::Known(n) if bodiless => (Length::Claimed(n), BodyOut::None),
-            BodyLength::None => (Length::AsStands, BodyOut::None),
+            BodyLength::None if bodiless => (Length::AsStands, BodyOut::None),
+            // Nothing comes of a node that was asked with another method than the client's.
+            BodyLength::None => (Length::Claimed(0), BodyOut::Known(0)),
             BodyLength::Unknown if bodiless => (Length::AsStands, BodyOut::None),
             BodyLength::Known(n) => (Length::Claimed(n), BodyOut::Known(n)),
             BodyLength::Unknown if self.version == Version::Http10 => (Length::Absent, BodyOut::UntilClose),

@@ -240,6 +240,7 @@ fn read_head(parts: &Parts, last: &LastHost, request: &mut Request) -> Result<Op
     request.version = Version::Http2;
     request.keep_alive = true;
     request.method.extend_from_slice(parts.method.as_str().as_bytes());
+    request.is_head = parts.method == http::Method::HEAD;
     let target = parts.uri.path_and_query().map_or("", |p| p.as_str());
     request.target.extend_from_slice(target.as_bytes());
     let authority = parts.uri.authority().map(|a| a.as_str().as_bytes());
@@ -543,8 +544,10 @@ impl Client for H2 {
             return Err(Error::internal(Kind::Other).context("the response's head was sent before"));
         }
         self.started = true;
-        self.bodiless =
-            length == BodyLength::None || request.method == b"HEAD" || matches!(response.status, 100..=199 | 204 | 304);
+        let has_none = request.is_head || matches!(response.status, 100..=199 | 204 | 304);
+        // Nothing comes of a node that was asked with another method than the client's.
+        let length = if length == BodyLength::None && !has_none { BodyLength::Known(0) } else { length };
+        self.bodiless = length == BodyLength::None || has_none;
         if let (false, BodyLength::Known(n)) = (self.bodiless, length) {
             self.left = Some(n);
         }

@@ -32,6 +32,7 @@ pub fn parse(block: &[u8], last: &LastHost, request: &mut Request) -> Result<Fra
         return Err(Refusal::bad("incomplete head"));
     };
     request.method.extend_from_slice(method.as_bytes());
+    request.is_head = method == "HEAD";
     request.target.extend_from_slice(target.as_bytes());
     request.version = if minor == 0 { Version::Http10 } else { Version::Http11 };
     let fields = &*head.headers;
@@ -71,6 +72,7 @@ pub fn salvage(block: &[u8], request: &mut Request) {
         (Some(method), Some(target), Some(version), None) if version.starts_with(b"HTTP/1.") => {
             request.version = if version == b"HTTP/1.0" { Version::Http10 } else { Version::Http11 };
             request.method.extend_from_slice(method);
+            request.is_head = method == b"HEAD";
             request.target.extend_from_slice(target);
         }
         _ => request.target.extend_from_slice(line),

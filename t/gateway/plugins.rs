@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::support::{Client, Dir, Gateway, Upstream, eventually, get, http::raw};
+use crate::support::{Client, Dir, Gateway, Upstream, eventually, get, http::raw, http2};
 
 #[test]
 fn key_auth_and_limit_count_answer_401_then_200_then_503() {
@@ -833,4 +833,136 @@ fn a_pattern_that_no_limit_ends_is_told_of_with_its_route() {
     let lines: Vec<&str> = log.lines().filter(|line| line.contains("has not come back")).collect();
     assert_eq!(lines.len(), 1, "{lines:?}");
     assert!(lines[0].contains("[error]") && lines[0].contains("(route stuck)"), "{}", lines[0]);
+}
+
+#[test]
+fn what_a_client_writes_into_a_path_is_no_separator_behind_a_rewrite() {
+    let up = Upstream::echo();
+    let gw = Gateway::start();
+    let rewrite = |conf: Value| json!({"proxy-rewrite": conf});
+    let files = json!({"regex_uri": ["^/files/(.*)", "/store/$1"]});
+    let query = json!({"regex_uri": ["^/q/(.*)", "/search?q=$1&${1}$$"]});
+    let unsafe_query = json!({"regex_uri": ["/hello/(.+)", "/hello?unsafe=$1"], "use_real_request_uri_unsafe": true});
+    for (id, uri, conf) in [
+        ("files", "/files/*", files),
+        ("q", "/q/*", query),
+        ("unsafe", "/hello/*", unsafe_query),
+        ("safe", "/safe*", json!({"use_real_request_uri_unsafe": false})),
+        ("host", "/host*", json!({"host": "test.com"})),
+        ("part", "/part*", json!({"regex_uri": ["x(.)", "$1 y"]})),
+    ] {
+        gw.route(id, uri, &up, rewrite(conf));
+    }
+    for (asked, sent) in [
+        ("/files/x%3Fadmin=true?user=1", "/store/x%3Fadmin=true?user=1"),
+        ("/files/report%3Fv2%23a%25.pdf", "/store/report%3Fv2%23a%25.pdf"),
+        ("/files/a/b%20c", "/store/a/b%20c"),
+        ("/q/caf%C3%A9", "/search?q=caf%C3%A9&caf%C3%A9$"),
+        ("/q/a%3Fb%23?c=d", "/search?q=a%3Fb%23&a%3Fb%23$&c=d"),
+        ("/hello/%ED%85%8C%3F?a=b", "/hello?unsafe=%ED%85%8C%3F?a=b"),
+        ("/safe%5Fand/..%2fsafe", "/safe"),
+        ("/safe?plain=%5F", "/safe?plain=%5F"),
+        ("/host%3f0z=700%26a=c%20x%0d%0a", "/host%3F0z=700&a=c%20x%0D%0A"),
+        ("/host?a=b", "/host?a=b"),
+        ("/part%3Fxz%3F", "/part%3Fz%20y%3F"),
+        ("/part%20none", "/part%20none"),
+    ] {
+        assert_eq!(gw.get(asked).status, 200, "{asked}");
+        assert_eq!(up.last().target, sent, "{asked}");
+    }
+}
+
+#[test]
+fn an_answer_has_the_form_that_the_clients_own_method_asks_for() {
+    let up = Upstream::answering(|seen| {
+        let body = if seen.method == "HEAD" { "" } else { "hello" };
+        format!("HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n{body}")
+    });
+    let gw = Gateway::start();
+    let to = |method: &str| json!({"proxy-rewrite": {"method": method}});
+    gw.route("1", "/get", &up, to("GET"));
+    gw.route("2", "/head", &up, to("HEAD"));
+    let limit = json!({"count": 1, "time_window": 600, "rejected_code": 429});
+    let mut refusing = to("GET");
+    refusing["limit-count"] = limit;
+    gw.route("3", "/refused", &up, refusing);
+    // On one connection: what stands behind an answer is the next one.
+    let mut client = Client::connect(&gw.proxy());
+    let mut ask = |method: &str, path: &str| {
+        client.send(method, path, &[], b"");
+        client.reply(method)
+    };
+    assert_eq!(ask("GET", "/refused").status, 200);
+    for _ in 0..2 {
+        for (method, path, status, length, body) in [
+            ("HEAD", "/get", 200, "5", ""),
+            ("GET", "/get", 200, "5", "hello"),
+            ("GET", "/head", 200, "0", ""),
+            ("HEAD", "/head", 200, "5", ""),
+            ("HEAD", "/refused", 429, "", ""),
+        ] {
+            let reply = ask(method, path);
+            assert_eq!((reply.status, &*reply.text()), (status, body), "{method} {path}");
+            if !length.is_empty() {
+                assert_eq!(reply.header("content-length"), Some(length), "{method} {path}");
+            }
+        }
+    }
+    let reply = http2::get(&gw.proxy(), "/head");
+    assert_eq!((reply.status, &*reply.text(), reply.header("content-length")), (200, "", Some("0")));
+}
+
+#[test]
+fn an_argument_without_a_value_is_no_token() {
+    let up = Upstream::echo();
+    let gw = Gateway::start();
+    gw.route("1", "/x", &up, json!({"jwt-auth": {}}));
+    for query in ["?jwt", "?jwt&jwt=a.b.c", "?jwt=", ""] {
+        assert_eq!(gw.get(&format!("/x{query}")).status, 401, "{query}");
+    }
+    gw.put("/consumers", json!({"username": "nobody"}));
+    gw.route("2", "/open", &up, json!({"jwt-auth": {"anonymous_consumer": "nobody"}}));
+    assert_eq!(gw.get("/open?jwt").status, 200);
+}
+
+#[test]
+fn confs_that_ask_for_nothing_do_nothing() {
+    let up = Upstream::echo();
+    let gw = Gateway::start();
+    gw.route("1", "/redirect", &up, json!({"redirect": {"http_to_https": false}}));
+    let nothing = json!({"upstream": {"nodes": {up.addr(): 1}}, "weight": 0});
+    gw.route(
+        "2",
+        "/split",
+        &up,
+        json!({"traffic-split": {"rules": [{"weighted_upstreams": [nothing, {"weight": 0}]}]}}),
+    );
+    for path in ["/redirect", "/split"] {
+        assert_eq!(gw.get(path).status, 200, "{path}");
+    }
+    let filters = json!([{"regex": "h", "replace": "X", "options": "h"}]);
+    let refused =
+        gw.admin("PUT", "/routes/3", json!({"uri": "/x", "plugins": {"response-rewrite": {"filters": filters}}}));
+    assert_eq!(refused.status, 400);
+    let text = refused.json()["error_msg"].as_str().expect("a text").to_owned();
+    assert!(text.ends_with("regex \"h\" validation failed: unknown flag \"h\" (flags \"h\")"), "{text}");
+    gw.put(
+        "/routes/4",
+        json!({"uri": "/typo", "upstream": {"type": "leastconn", "nodes": {up.addr(): 1, Upstream::echo().addr(): 1}}}),
+    );
+    assert_eq!(gw.get("/typo").status, 200);
+    gw.expect_log("invalid balancer type: leastconn: the nodes of the upstream take turns");
+}
+
+#[test]
+fn a_field_that_there_is_once_is_not_added_twice() {
+    let up = Upstream::echo();
+    let gw = Gateway::start();
+    let add = json!(["Content-Type: text/x", "Server: me", "X-Two: 1", "X-Two: 2"]);
+    gw.route("1", "/x", &up, json!({"response-rewrite": {"headers": {"add": add}}}));
+    let reply = gw.get("/x");
+    let all = |name: &str| {
+        reply.headers.iter().filter(|(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, v)| &**v).collect::<Vec<_>>()
+    };
+    assert_eq!((all("content-type"), all("server"), all("x-two")), (vec!["text/x"], vec!["me"], vec!["1", "2"]));
 }

@@ -14,7 +14,7 @@ local ngx_print = ngx.print
 local ngx_exit = ngx.exit
 local ngx_header = ngx.header
 local native = require("moongate.native").apisix
-local add_one = require("moongate.native").resp.add_header
+local add_one = require("ngx.resp").add_header
 
 -- What one response may hold back for a filter that needs the whole body: over it the rest is dropped, as the caller said.
 local DEFAULT_MAX_HELD_BYTES = 64 * 1024 * 1024
