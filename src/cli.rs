@@ -28,6 +28,8 @@ use crate::{
         append,
         log::{self, Level},
     },
+    plugin::{Checker, Setup},
+    store::Snapshot,
 };
 
 /// Relative to the prefix.
@@ -345,7 +347,19 @@ fn test(options: &Options) -> Result<()> {
     for Warning(text) in warnings {
         writeln!(io::stderr(), "warning: {text}")?;
     }
+    test_plugins(&config).map_err(failed)?;
     say("configuration test is successful")
+}
+
+/// Loads the plugins that the configuration and the user's directories name, as the gateway would, and lets go of them.
+fn test_plugins(config: &Config) -> Result<()> {
+    let setup = Setup::new(config.prefix.clone(), config.json.clone(), config.locations.clone());
+    let broken = Checker::new(setup, &Snapshot::default())?.broken();
+    let lines: Vec<String> = broken.iter().map(|(name, why)| format!("plugin [{name}] does not load: {why}")).collect();
+    match lines.is_empty() {
+        true => Ok(()),
+        false => Err(Error::config(Kind::Invalid).context(lines.join("\n"))),
+    }
 }
 
 fn init(options: &Options) -> Result<()> {

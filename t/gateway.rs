@@ -4,6 +4,8 @@ mod support;
 
 #[path = "gateway/admin.rs"]
 mod admin;
+#[path = "gateway/broken.rs"]
+mod broken;
 #[path = "gateway/context.rs"]
 mod context;
 #[path = "gateway/contract.rs"]
@@ -22,6 +24,8 @@ mod gcp;
 mod limits_redis;
 #[path = "gateway/loggers.rs"]
 mod loggers;
+#[path = "gateway/memory.rs"]
+mod memory;
 #[path = "gateway/plugins.rs"]
 mod plugins;
 #[path = "gateway/pubsub.rs"]

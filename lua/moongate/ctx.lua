@@ -7,8 +7,8 @@ local request = require("moongate.request")
 local new_tab, clear_tab = require("table.new"), require("table.clear")
 local ngx = ngx
 local byte, find = string.byte, string.find
-local error, pairs, pcall, rawget, rawset, require, setmetatable, tostring, type =
-    error, pairs, pcall, rawget, rawset, require, setmetatable, tostring, type
+local error, ipairs, pairs, pcall, rawget, rawset, require, setmetatable, tostring, type =
+    error, ipairs, pairs, pcall, rawget, rawset, require, setmetatable, tostring, type
 
 local _M = {}
 
@@ -133,7 +133,7 @@ local RECENT = 256
 local recent, newest = {}, 0
 local resources = setmetatable({}, { __mode = "v", recent = recent })
 
---- The matched `route` or `service` as `{ key, value, modifiedIndex, createdIndex }`, or nil. The value is as it is in force: with
+-- The matched `route` or `service` as `{ key, value, modifiedIndex, createdIndex }`, or nil. The value is as it is in force: with
 -- the defaults of its schema, and nodes as an array of `{ host, port, weight, priority }`.
 local function resource(kind)
     local uid = native.matched_uid(kind)
@@ -154,9 +154,74 @@ local function resource(kind)
     return known
 end
 
+-- Whose plugins run, by slot. Not in the context itself, which would log them all with it.
+local scopes = {}
+
+-- Items that stand for several objects: item -> { the items of those, … }.
+local parts_of = setmetatable({}, { __mode = "k" })
+
+local function lay(over, on)
+    for name, field in pairs(over) do
+        if name ~= "plugins" then on[name] = field end
+    end
+end
+
+-- Puts the confs that the plugins of `running` get in place of what is stored.
+local function as_they_run(plugins, running)
+    for i = 1, #running, 2 do plugins[running[i].name] = running[i + 1] end
+    return plugins
+end
+
+-- The route laid over its service; plugins one by one: the service's, plugin_config's, the route's, and as they run for the request
+-- those of the plan, a consumer's among them.
+local function merged_value(route, service, config, running)
+    local value, plugins = {}, {}
+    if service then
+        lay(service.value, value)
+        if route.value.upstream or route.value.upstream_id then value.upstream, value.upstream_id = nil, nil end
+    end
+    lay(route.value, value)
+    for _, item in ipairs({ service or route, config or route, route }) do
+        for name, conf in pairs(item.value.plugins or {}) do plugins[name] = conf end
+    end
+    value.plugins = as_they_run(plugins, running)
+    return value
+end
+
+local function merged(route, scope)
+    local service, config_id = resource("service"), route.value.plugin_config_id
+    local config = config_id and require("apisix.http.items")("plugin_configs", config_id)
+    local running = scope.plugins or {}
+    if not service and not config and not find(scope.conf_type, "&consumer", 1, true) then
+        if route.value.plugins then as_they_run(route.value.plugins, running) end
+        return route
+    end
+    local version, parts = route.modifiedIndex, { route }
+    if config then version, parts[2] = version .. "#" .. config.modifiedIndex, config end
+    if service then version, parts[#parts + 1] = version .. "&" .. service.modifiedIndex, service end
+    local own = not service or route.value.upstream or route.value.upstream_id
+    local item = {
+        key = route.key, value = merged_value(route, service, config, running), modifiedIndex = version,
+        createdIndex = route.createdIndex, orig_modifiedIndex = route.modifiedIndex,
+        has_domain = (own and route or service).has_domain, update_count = 0, clean_handlers = {},
+    }
+    parts_of[item] = parts
+    return item
+end
+
+--- The items that stand for one object each of which `item` is made; nil where it is of one.
+function _M.parts(item) return parts_of[item] end
+
 local lazy = {}
 
-function lazy.matched_route() return resource("route") end
+-- Made once for a plan, which is for one version of each of them: requests share it.
+function lazy.matched_route()
+    local route, scope = resource("route"), scopes[slot()]
+    if not route or not scope then return route end
+    if not scope.route then scope.route = merged(route, scope) end
+    return scope.route
+end
+
 function lazy.service() return resource("service") end
 
 -- The item of `/upstreams/{id}`, the same that `apisix.upstream.get_by_id` gives.
@@ -291,9 +356,6 @@ function lazy.curr_req_matched()
     return native.captures()
 end
 
--- Whose plugins run, by slot. Not in the context itself, which would log them all with it.
-local scopes = {}
-
 local ctx_mt = {}
 
 function ctx_mt.__index(ctx, name)
@@ -313,6 +375,7 @@ end
 --- The request of slot `at` runs the plugins of another plan from here on.
 function _M.rescope(at, scope)
     scopes[at] = scope
+    if ctxs[at] then rawset(ctxs[at], "matched_route", nil) end
 end
 
 --- The context of slot `at`, made ready for a plan's owner.

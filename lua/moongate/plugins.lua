@@ -216,6 +216,18 @@ function _M.check(name, conf, kind, stored)
     return require("apisix.plugin").check_meta(name, conf)
 end
 
+-- What an upload must not have wrong. A file of the user's own is loaded all the same, as by APISIX, and refuses every conf.
+local function check_schemas(plugin)
+    for _, field in ipairs({ "schema", "consumer_schema", "metadata_schema", "attr_schema" }) do
+        if plugin[field] ~= nil then
+            local ok, err = type(plugin[field]) == "table", "it is no table"
+            if ok then ok, err = require("apisix.core.schema").valid(plugin[field]) end
+            if not ok then return nil, "invalid plugin [" .. plugin.name .. "]: " .. field .. " is no JSON Schema: " .. tostring(err) end
+        end
+    end
+    return true
+end
+
 --- A plugin's text under a name: what it says of itself, or nil and why it cannot be one.
 function _M.inspect(chunk, name)
     local ok, plugin = xpcall(chunk, debug_traceback, "apisix.plugins." .. name)
@@ -226,6 +238,8 @@ function _M.inspect(chunk, name)
     end
     plugin, err = complete(name, plugin)
     if not plugin then return nil, err end
+    ok, err = check_schemas(plugin)
+    if not ok then return nil, err end
     return describe(plugin)
 end
 

@@ -1,6 +1,6 @@
 //! What the Admin API asks of plugins and uploaded Lua, and the answers under `/plugins` and `/schema`.
 
-use std::{future::Future, pin::Pin, rc::Rc, sync::Arc};
+use std::{collections::BTreeMap, future::Future, pin::Pin, rc::Rc, sync::Arc};
 
 use serde_json::{Map, Value};
 
@@ -43,6 +43,9 @@ pub trait PluginHost {
 
     /// The plugins that do not load here, and why.
     fn broken(&self) -> Vec<(String, String)>;
+
+    /// The plugins that are loaded and whose `init` has failed in a worker, and why.
+    fn failed_inits(&self) -> BTreeMap<String, String>;
 
     /// The plugins that the configuration file lists now.
     fn listed(&self) -> Option<Listed>;
@@ -112,6 +115,10 @@ impl PluginHost for PackedPlugins {
 
     fn broken(&self) -> Vec<(String, String)> {
         Vec::new()
+    }
+
+    fn failed_inits(&self) -> BTreeMap<String, String> {
+        BTreeMap::new()
     }
 
     fn explain_json(&self, _: &[u8]) -> Option<String> {

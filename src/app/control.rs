@@ -284,11 +284,13 @@ impl Workers {
     }
 
     /// Tells who asked for a reload that every worker has taken it over.
-    fn tell_when_taken(&self, number: Option<u64>, who: Asked) {
-        let Some(number) = number else {
-            let _ = who
-                .send(Err("the configuration file has mistakes, which error.log names: nothing was reloaded".into()));
-            return;
+    fn tell_when_taken(&self, number: Result<u64, String>, who: Asked) {
+        let number = match number {
+            Ok(number) => number,
+            Err(why) => {
+                let _ = who.send(Err(why));
+                return;
+            }
         };
         let mut taken = self.taken.clone();
         spawn_local(async move {

@@ -2,7 +2,7 @@
 
 use std::{
     cell::RefCell,
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     path::PathBuf,
     rc::Rc,
     sync::{Arc, PoisonError, RwLock},
@@ -15,7 +15,7 @@ use crate::{
     conf,
     error::Result,
     model::{Id, Object, PluginSource, SchemaKind, crypt::EncryptFields, next_uid},
-    plugin::{Checker, PluginTrial, Setup, Trial, Tried},
+    plugin::{Checker, PluginTrial, Setup, Trial, Tried, registry},
     schema,
     store::{PluginChecker, PluginSchema, Refusal, Snapshot},
 };
@@ -52,15 +52,16 @@ impl Plugins {
     }
 
     /// Which plugins there are, and what they are told, may have changed in the configuration file. One with mistakes changes
-    /// nothing.
-    fn reread(&self) {
+    /// nothing. Gives the configuration of before, where it changed.
+    fn reread(&self) -> Option<Arc<registry::Configured>> {
         let setup = self.checker.setup();
         match conf::load(&setup.prefix, self.file.as_deref()) {
-            Ok((config, _)) => setup.reread(&config),
+            Ok((config, _)) => Some(setup.reread(&config)),
             Err(mistakes) => {
                 for mistake in &mistakes.0 {
                     tracing::error!("plugins are loaded anew by the configuration before: {mistake}");
                 }
+                None
             }
         }
     }
@@ -107,13 +108,16 @@ impl PluginChecker for Plugins {
         PluginChecker::inspect(&*self.checker, name, source)
     }
 
-    fn reload(&self, snapshot: &Snapshot) {
-        if self.rereads {
-            self.reread();
+    fn reload(&self, snapshot: &Snapshot) -> Result<()> {
+        let before = if self.rereads { self.reread() } else { None };
+        let reloaded = PluginChecker::reload(&*self.checker, snapshot);
+        match (&reloaded, before) {
+            (Ok(()), _) => self.note_fields(),
+            (Err(_), Some(before)) => self.checker.setup().put_back(before),
+            (Err(_), None) => {}
         }
-        PluginChecker::reload(&*self.checker, snapshot);
         self.tell_missing();
-        self.note_fields();
+        reloaded
     }
 }
 
@@ -160,6 +164,10 @@ impl PluginHost for Plugins {
 
     fn broken(&self) -> Vec<(String, String)> {
         self.checker.broken()
+    }
+
+    fn failed_inits(&self) -> BTreeMap<String, String> {
+        self.checker.failed_inits()
     }
 
     fn listed(&self) -> Option<Listed> {

@@ -99,28 +99,38 @@ impl Reload {
     }
 
     /// Takes over what can change. A file with mistakes changes nothing: each of them is logged. `plugins`: those are loaded anew for
-    /// the control thread even if nothing says that they have changed. The number of the new blueprint; `None`: there is none.
-    pub async fn reload(&mut self, blueprints: &watch::Sender<Blueprint>, plugins: bool) -> Option<u64> {
+    /// the control thread even if nothing says that they have changed; where one that is loaded does not load any more, nothing
+    /// changes either. The number of the new blueprint, or why there is none.
+    pub async fn reload(&mut self, blueprints: &watch::Sender<Blueprint>, plugins: bool) -> Result<u64, String> {
         let Some(next) = self.read() else {
             tracing::error!("the configuration was not reloaded, the old one goes on");
-            return None;
+            return Err("the configuration file has mistakes, which error.log names: nothing was reloaded".into());
         };
-        if let Some(level) = Level::from_name(&next.error_log_level) {
-            log::set_level(level);
-        }
         for (name, size) in &next.shared_dicts {
             shdict::store().declare(name, *size);
         }
         let setup = Setup::of(&next).watched(self.watching.clone());
         let changed = differences_of(&self.last, &next.json);
-        // Also where nothing changes for plugins now: what a reload of plugins reads is for the workers, too.
-        self.plugins.set_up(setup.clone());
-        let reloading = blueprints.borrow().reloading.clone();
+        let (reloading, snapshot) = {
+            let blueprint = blueprints.borrow();
+            (blueprint.reloading.clone(), blueprint.published.load())
+        };
         reloading.store(true, Ordering::Release);
-        if (plugins || changed.iter().any(|path| is_under(path, OF_PLUGINS)))
-            && let Err(e) = self.pipeline.reload_plugins_here().await
-        {
-            tracing::error!("the plugins that check what is stored are the old ones: {e}");
+        // Also where nothing changes for plugins now: what a reload of plugins reads is for the workers, too.
+        let before = self.plugins.checker().setup();
+        self.plugins.set_up(setup.clone());
+        let loaded = match plugins || changed.iter().any(|path| is_under(path, OF_PLUGINS)) {
+            true => self.pipeline.reload_plugins_here().await.map(drop),
+            false => self.plugins.checker().would_load(&snapshot),
+        };
+        if let Err(e) = loaded {
+            self.plugins.set_up(before);
+            reloading.store(false, Ordering::Release);
+            tracing::error!("the configuration was not reloaded, the old one goes on: {e}");
+            return Err(e.to_string());
+        }
+        if let Some(level) = Level::from_name(&next.error_log_level) {
+            log::set_level(level);
         }
         self.last = next.json.clone();
         tell(&differences_of(&self.first.json, &next.json));
@@ -130,7 +140,7 @@ impl Reload {
             blueprint.number += 1;
         });
         reloading.store(false, Ordering::Release);
-        Some(blueprints.borrow().number)
+        Ok(blueprints.borrow().number)
     }
 
     fn read(&self) -> Option<Config> {

@@ -191,14 +191,18 @@ fn schemas(state: &State) -> Answer {
     Answer::json(200, &all)
 }
 
-/// Objects that are refused and so not served in their newest version, and how the source does.
+/// Objects that are refused and so not served in their newest version, plugins that do not load, and how the source does.
 fn errors(state: &State, snapshot: &Snapshot) -> Answer {
     let mut errors: Vec<_> = snapshot.errors.values().collect();
     errors.sort_by(|a, b| a.key.cmp(&b.key));
-    let list: Vec<Value> = errors
+    let mut list: Vec<Value> = errors
         .iter()
         .map(|e| json!({ "key": e.key.as_ref(), "modifiedIndex": e.revision, "error": e.message }))
         .collect();
+    let broken = state.plugins.broken().into_iter();
+    let broken = broken.filter(|(name, _)| !snapshot.errors.contains_key(format!("/plugin_sources/{name}").as_str()));
+    let failed = state.plugins.failed_inits().into_iter().map(|(name, why)| (name, format!("init: {why}")));
+    list.extend(broken.chain(failed).map(|(name, why)| json!({ "key": format!("/plugins/{name}"), "error": why })));
     let source = state.source.load();
     let seconds = |t: std::time::SystemTime| t.duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs());
     Answer::json(

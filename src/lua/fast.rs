@@ -28,6 +28,11 @@ pub fn exchange<'a>() -> Option<&'a mut Exchange> {
     unsafe { CURRENT.get().as_mut() }
 }
 
+/// Where that request is, for what may not borrow it.
+pub(super) fn place() -> *const Exchange {
+    CURRENT.get()
+}
+
 /// The same without what is no request: a timer's run, a handshake, the start of a VM.
 #[inline]
 pub fn request<'a>() -> Option<&'a mut Exchange> {

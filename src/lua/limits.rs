@@ -4,7 +4,10 @@
 //! a signal to its own thread sets a hook (`lua_sethook` may be called from a signal handler), and the hook raises an
 //! error at every instruction until the call has ended, so that no `pcall` can swallow it. The hook works in compiled
 //! code because LuaJIT is built with LUAJIT_ENABLE_CHECKHOOK. Nothing is set while scripts behave: entering and
-//! leaving a VM costs two stores.
+//! leaving a VM costs two stores and a look at the size of its heap.
+//!
+//! A VM is judged by what is live in it: its garbage is collected first. So that this is seldom needed, the collector begins its
+//! cycles earlier in a VM that is more than half full (`Pace`).
 
 use std::{
     cell::Cell,
@@ -12,14 +15,14 @@ use std::{
     ptr,
     sync::{
         Arc, Mutex, Once,
-        atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU8, AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
 
 use mlua::ffi;
 
-use super::api::Raise;
+use super::{api::Raise, fast};
 use crate::exchange::FunctionCall;
 
 /// How often the watchdog looks. A script may overrun its budget by this much.
@@ -49,6 +52,10 @@ impl Default for Limits {
 }
 
 impl Limits {
+    fn memory_kb(&self) -> usize {
+        self.memory_mb.saturating_mul(1024)
+    }
+
     /// `lua.limits` of the configuration; 0 is no limit.
     pub fn from_config(config: &serde_json::Value) -> Limits {
         let read = |key: &str, default: u64| {
@@ -77,6 +84,78 @@ struct Beat {
     depth: AtomicI32,
     cpu_ms: AtomicU64,
     memory_kb: AtomicUsize,
+    /// The VM that was collected last because it was too large, and the kilobytes that were live in it.
+    collected: AtomicPtr<ffi::lua_State>,
+    live_kb: AtomicUsize,
+    /// The run that was ended last for what its VM held: 0 for none.
+    too_large: AtomicU64,
+    /// The VM of a run that ended so, until somebody has collected what it left.
+    spilled: AtomicPtr<ffi::lua_State>,
+    /// The watchdog wants to know for whom a run computes: the handler is to write it here.
+    asked: AtomicBool,
+    route: RouteId,
+}
+
+/// A route's id, written by a signal handler and read by the watchdog: no lock, no allocation.
+struct RouteId {
+    /// 0: none is known.
+    len: AtomicUsize,
+    bytes: [AtomicU8; MAX_ROUTE_ID],
+}
+
+/// As long as an id may be.
+const MAX_ROUTE_ID: usize = 64;
+
+impl Default for RouteId {
+    fn default() -> Self {
+        RouteId { len: AtomicUsize::new(0), bytes: [const { AtomicU8::new(0) }; MAX_ROUTE_ID] }
+    }
+}
+
+impl RouteId {
+    fn set(&self, id: &str) {
+        let len = id.len().min(MAX_ROUTE_ID);
+        for (to, byte) in self.bytes.iter().zip(id.bytes()) {
+            to.store(byte, Ordering::Relaxed);
+        }
+        self.len.store(len, Ordering::Release);
+    }
+
+    fn get(&self) -> Option<String> {
+        let len = self.len.load(Ordering::Acquire);
+        let bytes: Vec<u8> = self.bytes[..len].iter().map(|byte| byte.load(Ordering::Relaxed)).collect();
+        (len > 0).then(|| String::from_utf8_lossy(&bytes).into_owned())
+    }
+}
+
+impl Beat {
+    /// Whether more than `limit_kb` is live in the VM of `main`. Garbage is collected first. That takes as long as there is much: what was
+    /// found live before may grow by a quarter until it is done again, and so much may a VM hold beyond its limit.
+    ///
+    /// # Safety
+    /// `l` is the coroutine of that VM that runs, or `main` itself where none does.
+    unsafe fn holds_too_much(&self, main: *mut ffi::lua_State, l: *mut ffi::lua_State, limit_kb: usize) -> bool {
+        let known = self.collected.load(Ordering::Relaxed) == main;
+        let live = if known { self.live_kb.load(Ordering::Relaxed) } else { 0 };
+        // SAFETY: counting and collecting are allowed wherever Lua code could run; LuaJIT lets no finalizer raise.
+        unsafe {
+            if count_kb(l) <= limit_kb.max(live + live / 4) {
+                return false;
+            }
+            ffi::lua_gc(l, ffi::LUA_GCCOLLECT, 0);
+            let live = count_kb(l);
+            self.collected.store(main, Ordering::Relaxed);
+            // One that is too large is never taken for granted.
+            self.live_kb.store(if live > limit_kb { 0 } else { live }, Ordering::Relaxed);
+            live > limit_kb
+        }
+    }
+}
+
+/// Kilobytes that a VM holds, garbage included.
+unsafe fn count_kb(l: *mut ffi::lua_State) -> usize {
+    // SAFETY: the caller has a live state, and counting is allowed at any time.
+    unsafe { ffi::lua_gc(l, ffi::LUA_GCCOUNT, 0) as usize }
 }
 
 static WATCHED: Mutex<Vec<Arc<Beat>>> = Mutex::new(Vec::new());
@@ -141,7 +220,7 @@ impl Run {
         if depth == 0 {
             beat.state.store(main, Ordering::Relaxed);
             beat.cpu_ms.store(limits.cpu_ms, Ordering::Relaxed);
-            beat.memory_kb.store(limits.memory_mb.saturating_mul(1024), Ordering::Relaxed);
+            beat.memory_kb.store(limits.memory_kb(), Ordering::Relaxed);
             beat.serial.store(beat.serial.load(Ordering::Relaxed) + 1, Ordering::Release);
         }
         Run(beat)
@@ -166,15 +245,88 @@ impl Drop for Run {
     }
 }
 
-/// Megabytes that the VM holds.
-pub fn memory_mb(vm: &super::Vm) -> usize {
-    memory_kb(vm) / 1024
+/// Kilobytes that the VM holds, garbage included.
+#[inline]
+pub fn memory_kb(vm: &super::Vm) -> usize {
+    // SAFETY: the state is live as long as the VM.
+    unsafe { count_kb(vm.main()) }
 }
 
-/// The same in kilobytes.
-pub fn memory_kb(vm: &super::Vm) -> usize {
-    // SAFETY: the state is live as long as the VM, and counting is allowed at any time.
-    unsafe { ffi::lua_gc(vm.main(), ffi::LUA_GCCOUNT, 0) as usize }
+/// Whether more is live in the VM than it may hold. Nothing of it runs now.
+pub fn is_too_large(vm: &super::Vm) -> bool {
+    let main = vm.main();
+    // SAFETY: the state is live as long as the VM, and idle.
+    beat().is_some_and(|b| unsafe { b.holds_too_much(main, main, vm.limits().memory_kb()) })
+}
+
+/// Collects what a run has left that was ended because its VM held too much: true for the first who asks.
+pub fn collect_spilled(vm: &super::Vm) -> bool {
+    let Some(beat) = beat().filter(|b| b.spilled.load(Ordering::Relaxed) == vm.main()) else { return false };
+    beat.spilled.store(ptr::null_mut(), Ordering::Relaxed);
+    // SAFETY: as in `is_too_large`.
+    unsafe { ffi::lua_gc(vm.main(), ffi::LUA_GCCOLLECT, 0) };
+    true
+}
+
+/// How early the collector begins a cycle in one VM. By itself it waits until the heap is twice as large as what was live, which in a
+/// VM that is more than half full is beyond its limit.
+pub(super) struct Pace {
+    limit_kb: usize,
+    /// The heap has to be looked at from this size on.
+    from_kb: Cell<usize>,
+    /// Pause and step multiplier as they were, while they are others.
+    own: Cell<Option<(c_int, c_int)>>,
+    /// A cycle was begun because of the heap's size; it has not become smaller since.
+    begun: Cell<bool>,
+}
+
+/// In percent. A cycle that ends begins anew when the heap has grown by this much at least: one that is nearly full would collect
+/// without end.
+const SHORTEST_PAUSE: usize = 110;
+/// LuaJIT's own.
+const LONGEST_PAUSE: usize = 200;
+/// In percent of what is allocated meanwhile: a cycle that begins at three quarters of the limit ends below it.
+const FAST_STEPS: c_int = 800;
+
+impl Pace {
+    pub fn new(limits: Limits) -> Pace {
+        let limit_kb = limits.memory_kb();
+        Pace { limit_kb, from_kb: Cell::new(limit_kb / 2), own: Cell::default(), begun: Cell::default() }
+    }
+
+    /// Looks at the heap after a run.
+    #[inline]
+    pub fn keep(&self, vm: &super::Vm) {
+        let kb = memory_kb(vm);
+        if kb > self.from_kb.get() {
+            self.set(vm.main(), kb);
+        }
+    }
+
+    #[cold]
+    fn set(&self, main: *mut ffi::lua_State, kb: usize) {
+        // SAFETY: the VM is live; these calls set numbers of its collector and run nothing.
+        let gc = |what, data| unsafe { ffi::lua_gc(main, what, data) };
+        if kb <= self.limit_kb / 2 {
+            if let Some((pause, steps)) = self.own.take() {
+                gc(ffi::LUA_GCSETPAUSE, pause);
+                gc(ffi::LUA_GCSETSTEPMUL, steps);
+            }
+            self.begun.set(false);
+            return self.from_kb.set(self.limit_kb / 2);
+        }
+        // Also the end of it is to be seen.
+        self.from_kb.set(0);
+        // What is live is no more than this.
+        let pause = (self.limit_kb / 8 * 7 * 100 / kb).clamp(SHORTEST_PAUSE, LONGEST_PAUSE);
+        let own = (gc(ffi::LUA_GCSETPAUSE, pause as c_int), gc(ffi::LUA_GCSETSTEPMUL, FAST_STEPS));
+        self.own.set(self.own.get().or(Some(own)));
+        let is_large = kb > self.limit_kb / 4 * 3;
+        if is_large && !self.begun.get() {
+            gc(ffi::LUA_GCRESTART, 0);
+        }
+        self.begun.set(is_large);
+    }
 }
 
 /// Has `run` go by the bounds of a function's call in a VM that holds `held_kb` now: its own, and never more memory than the VM's.
@@ -270,6 +422,12 @@ extern "C" fn on_signal(_: c_int) {
     // SAFETY: as in `beat`; the handler runs on the thread that owns the cell.
     let Some(beat) = (unsafe { BEAT.get().as_ref() }) else { return };
     if beat.serial.load(Ordering::Acquire) % 2 == 1 {
+        if beat.asked.swap(false, Ordering::Relaxed) {
+            // SAFETY: `place` is null or a request that lives as long as the run, which this thread is inside. Whatever the signal has
+            // interrupted changes other fields of it: what a request has matched is settled before its scripts run.
+            let matched = unsafe { fast::place().as_ref() }.and_then(|x| x.matched.as_ref());
+            beat.route.set(matched.map_or("", |m| &m.route().id));
+        }
         beat.hooked.store(true, Ordering::Relaxed);
         // SAFETY: LuaJIT allows lua_sethook from a signal handler; the state is being run by this very thread.
         unsafe { ffi::lua_sethook(beat.state.load(Ordering::Relaxed), Some(on_hook), ffi::LUA_MASKCOUNT, 1) };
@@ -281,15 +439,21 @@ unsafe extern "C-unwind" fn on_hook(l: *mut ffi::lua_State, _: *mut ffi::lua_Deb
     // SAFETY: as in `on_signal`; no Rust value with a destructor lives when the error is raised.
     unsafe {
         let Some(beat) = BEAT.get().as_ref() else { return };
-        let kb = ffi::lua_gc(l, ffi::LUA_GCCOUNT, 0) as usize;
-        if kb > beat.memory_kb.load(Ordering::Relaxed) {
-            beat.condemned.store(beat.serial.load(Ordering::Relaxed), Ordering::Relaxed);
-            raise(l, Bound::Memory.told());
+        let serial = beat.serial.load(Ordering::Relaxed);
+        if beat.condemned.load(Ordering::Relaxed) != serial {
+            let main = beat.state.load(Ordering::Relaxed);
+            if !beat.holds_too_much(main, l, beat.memory_kb.load(Ordering::Relaxed)) {
+                ffi::lua_sethook(l, None, 0, 0);
+                return;
+            }
+            beat.too_large.store(serial, Ordering::Relaxed);
+            beat.spilled.store(main, Ordering::Relaxed);
+            beat.condemned.store(serial, Ordering::Relaxed);
         }
-        if beat.condemned.load(Ordering::Relaxed) == beat.serial.load(Ordering::Relaxed) {
-            raise(l, Bound::Cpu.told());
+        match beat.too_large.load(Ordering::Relaxed) == serial {
+            true => raise(l, Bound::Memory.told()),
+            false => raise(l, Bound::Cpu.told()),
         }
-        ffi::lua_sethook(l, None, 0, 0);
     }
 }
 
@@ -334,7 +498,20 @@ struct Seen {
     thread: u64,
     serial: u64,
     cpu: Duration,
+    told: Told,
 }
+
+/// How far the watchdog is with telling that a condemned run does not end.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Told {
+    Nothing,
+    Asked,
+    All,
+}
+
+/// What a run may use beyond its CPU time until it is told of: Lua code ends at its next instruction, a call of a C function may just
+/// take long.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 fn watch() {
     let mut seen: Vec<Seen> = Vec::new();
@@ -357,17 +534,53 @@ fn look(beat: &Beat, seen: &mut Vec<Seen>) {
     }
     let Some(cpu) = cpu_time(thread) else { return };
     let Some(s) = seen.iter_mut().find(|s| s.thread == thread) else {
-        return seen.push(Seen { thread, serial, cpu });
+        return seen.push(Seen { thread, serial, cpu, told: Told::Nothing });
     };
     if s.serial != serial {
-        *s = Seen { thread, serial, cpu };
+        *s = Seen { thread, serial, cpu, told: Told::Nothing };
         return;
     }
-    if cpu.saturating_sub(s.cpu) >= Duration::from_millis(beat.cpu_ms.load(Ordering::Relaxed)) {
+    let (used, allowed) = (cpu.saturating_sub(s.cpu), Duration::from_millis(beat.cpu_ms.load(Ordering::Relaxed)));
+    if used >= allowed {
         beat.condemned.store(serial, Ordering::Relaxed);
+    }
+    if used >= allowed.saturating_add(PATIENCE) {
+        s.told = tell(beat, s.told, used);
     }
     // SAFETY: the thread is in WATCHED, whose lock the caller holds: it has not ended.
     unsafe { libc::pthread_kill(thread as libc::pthread_t, SIGNAL) };
+}
+
+/// Says, once, that a run is inside a C function that nothing can cut off. For whom it runs its own thread has to say.
+fn tell(beat: &Beat, told: Told, used: Duration) -> Told {
+    match told {
+        Told::Nothing => {
+            beat.route.set("");
+            beat.asked.store(true, Ordering::Relaxed);
+            Told::Asked
+        }
+        Told::Asked => {
+            let route = beat.route.get().map_or_else(|| "no route is known".into(), |id| format!("route {id}"));
+            tracing::error!(
+                target: "lua",
+                "{} has not come back from a script for {} ms of CPU time ({route}): it is inside a C function, such as a Lua pattern \
+                 that has to try very many ways, which lua.limits.cpu_ms cannot end; its other requests wait",
+                thread_name(beat.thread.load(Ordering::Relaxed)),
+                used.as_millis(),
+            );
+            Told::All
+        }
+        Told::All => Told::All,
+    }
+}
+
+fn thread_name(thread: u64) -> String {
+    // The kernel's names are no longer.
+    let mut name = [0u8; 16];
+    // SAFETY: as in `look`; the call writes no more than the buffer has.
+    let rc = unsafe { libc::pthread_getname_np(thread as libc::pthread_t, name.as_mut_ptr().cast(), name.len()) };
+    let end = name.iter().position(|byte| *byte == 0).unwrap_or(name.len());
+    if rc == 0 { String::from_utf8_lossy(&name[..end]).into_owned() } else { "a thread".into() }
 }
 
 /// CPU time that the thread has used: waiting for a busy machine is not the script's fault.

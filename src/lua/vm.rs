@@ -86,6 +86,7 @@ pub struct Vm {
     native: mlua::Table,
     entries: Vec<Entry>,
     limits: Limits,
+    pace: limits::Pace,
     /// Registry reference of `moongate.ctx`'s `clear`.
     clear: Cell<i32>,
     /// Of `moongate.request`'s `adopt`.
@@ -194,6 +195,7 @@ impl Vm {
             native: native.clone(),
             entries,
             limits,
+            pace: limits::Pace::new(limits),
             clear: Cell::new(ffi::LUA_NOREF),
             adopt: Cell::new(ffi::LUA_NOREF),
             inherit: Cell::new(ffi::LUA_NOREF),
@@ -243,7 +245,9 @@ impl Vm {
         }
         tcp::flush();
         let _restore = Restore(CURRENT.replace(self));
-        run()
+        let result = run();
+        self.pace.keep(self);
+        result
     }
 
     /// A registry reference of a module's function: for calls by `sched::call`.

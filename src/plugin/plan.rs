@@ -45,6 +45,7 @@ impl Watched {
 }
 
 /// What the plugins come from, found once per request.
+#[derive(Clone, Copy)]
 pub struct Sources<'a> {
     route: Option<&'a Arc<Object<model::Route>>>,
     service: Option<&'a Arc<Object<model::Service>>>,
@@ -87,8 +88,11 @@ impl<'a> Sources<'a> {
     }
 
     /// Whether the consumer, its credential or its group bring plugins that run: what they authenticate with does not.
-    pub fn consumer_joins(&self, plugins: &registry::Plugins) -> bool {
-        let runs = |conf: &Arc<PluginConf>| plugins.get(&*conf.name).is_some_and(|p| !p.auth);
+    pub fn consumer_joins(&self, plugins: &registry::Plugins, broken: &registry::Broken) -> bool {
+        let runs = |conf: &Arc<PluginConf>| match plugins.get(&*conf.name) {
+            Some(plugin) => !plugin.auth,
+            None => broken.why(&conf.name).is_some(),
+        };
         let any = |of: Option<&Plugins>| of.is_some_and(|of| of.0.iter().any(runs));
         any(self.consumer.map(|o| &o.value.plugins))
             || any(self.credential.map(|o| &o.value.plugins))
@@ -103,6 +107,19 @@ impl<'a> Sources<'a> {
             && self.service.is_none_or(|o| o.value.plugins.is_empty())
             && self.plugin_config.is_none()
             && self.consumer.is_none()
+    }
+
+    /// A plugin of these that would run, and does not load: its name, and where it stands (`/routes/1`). What a credential has are
+    /// plugins to authenticate with, which do not run for it.
+    pub fn first_broken(&self, plugins: &registry::Plugins, broken: &registry::Broken) -> Option<(Arc<str>, String)> {
+        let mut items = Sources { credential: None, ..*self }.merged(plugins).items;
+        for rule in self.x.snapshot.global_rules.iter() {
+            let mut of_rule = Vec::new();
+            overlay(&mut of_rule, &rule.value.plugins, || owner_of("global_rules", rule), Layer::Route);
+            items.append(&mut of_rule);
+        }
+        let found = items.into_iter().find(|i| !i.conf.meta.disable && broken.why(&i.conf.name).is_some())?;
+        Some((found.conf.name.clone(), found.key))
     }
 
     /// The owners of plugins in the order in which they run: each global rule, then the route with all that is merged

@@ -2,10 +2,10 @@
 
 use std::{
     cell::{Cell, RefCell},
-    collections::{HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     path::{Path, PathBuf},
     rc::Rc,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use arc_swap::ArcSwap;
@@ -87,6 +87,46 @@ impl PluginInfo {
 /// The loaded plugins by name.
 pub type Plugins = HashMap<Box<str>, Arc<PluginInfo>>;
 
+/// Plugins that do not load. Few, and most often none.
+#[derive(Clone, Debug, Default)]
+pub struct Broken {
+    /// Those that are there, and why they do not.
+    there: Vec<(Box<str>, String)>,
+    /// Those that are listed and have no module.
+    missing: Vec<Box<str>>,
+}
+
+impl Broken {
+    /// Why the plugin of that name does not load.
+    pub fn why(&self, name: &str) -> Option<&str> {
+        self.there.iter().find(|(own, _)| **own == *name).map(|(_, why)| why.as_str())
+    }
+
+    /// Whether all that are there load.
+    pub fn is_empty(&self) -> bool {
+        self.there.is_empty()
+    }
+
+    /// An error where one of them was loaded `before`: what it did for its routes, nothing would do any more.
+    pub fn refuse_loss(&self, before: &Plugins) -> Result<()> {
+        let lost = self.there.iter().filter(|(name, _)| before.contains_key(name));
+        let lost: Vec<String> =
+            lost.map(|(name, why)| format!("plugin [{name}]: {}", without_traceback(why))).collect();
+        match lost.is_empty() {
+            true => Ok(()),
+            false => {
+                Err(Error::script(lost.join("; ")).context("the plugins were not loaded anew, those of before go on"))
+            }
+        }
+    }
+}
+
+/// The message of a Lua error alone, in one line.
+fn without_traceback(text: &str) -> String {
+    let message = text.split("\nstack traceback:").next().unwrap_or(text);
+    message.lines().map(str::trim).collect::<Vec<_>>().join(" ")
+}
+
 /// What is the same for every VM of the process.
 #[derive(Clone, Debug, Default)]
 pub struct Setup {
@@ -95,11 +135,33 @@ pub struct Setup {
     config: Arc<ArcSwap<Configured>>,
     pub locations: Arc<Locations>,
     pub watching: Arc<Watching>,
+    /// Shared as well: workers note it, the APIs tell.
+    pub inits: Arc<Inits>,
+}
+
+/// The plugins of each worker's last load whose `init` has failed, and why.
+#[derive(Debug, Default)]
+pub struct Inits(Mutex<BTreeMap<usize, Vec<(String, String)>>>);
+
+impl Inits {
+    pub fn note(&self, worker: usize, failed: Vec<(String, String)>) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(worker, failed);
+    }
+
+    /// Each plugin once, with what it has told the first worker that it failed in.
+    fn failed(&self) -> BTreeMap<String, String> {
+        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut failed = BTreeMap::new();
+        for (name, why) in all.values().flatten() {
+            failed.entry(name.clone()).or_insert_with(|| without_traceback(why));
+        }
+        failed
+    }
 }
 
 /// What the configuration says.
 #[derive(Clone, Debug, Default)]
-struct Configured {
+pub struct Configured {
     /// config.yaml with its defaults.
     json: Arc<Value>,
     /// Somebody has written `plugins`: it is not the default one.
@@ -121,8 +183,8 @@ const REREAD: [&str; 3] = ["plugins", "stream_plugins", "plugin_attr"];
 impl Setup {
     /// `json`: config.yaml with its defaults, of which `plugins` is one.
     pub fn new(prefix: PathBuf, json: Arc<Value>, locations: Arc<Locations>) -> Setup {
-        let config = Configured { json, lists_plugins: false };
-        Setup { prefix, config: Arc::new(ArcSwap::from_pointee(config)), locations, watching: Arc::default() }
+        let config = Arc::new(ArcSwap::from_pointee(Configured { json, lists_plugins: false }));
+        Setup { prefix, config, locations, watching: Arc::default(), inits: Arc::default() }
     }
 
     /// As the configuration says.
@@ -142,14 +204,19 @@ impl Setup {
         Setup { watching, ..self }
     }
 
-    /// Takes over which plugins there are and what they are told (`plugins`, `plugin_attr`) from a newer configuration.
-    pub fn reread(&self, config: &Config) {
+    /// Takes over which plugins there are and what they are told (`plugins`, `plugin_attr`) from a newer configuration. Gives
+    /// what it was before, for `put_back`.
+    pub fn reread(&self, config: &Config) -> Arc<Configured> {
         let mut json = Value::clone(&self.config.load().json);
         for key in REREAD {
             json[key] = config.json.get(key).cloned().unwrap_or_default();
         }
         let lists_plugins = !config.plugins_are_default;
-        self.config.store(Arc::new(Configured { json: json.into(), lists_plugins }));
+        self.config.swap(Arc::new(Configured { json: json.into(), lists_plugins }))
+    }
+
+    pub fn put_back(&self, before: Arc<Configured>) {
+        self.config.store(before);
     }
 
     /// `nginx_config.http.charset`
@@ -255,25 +322,12 @@ pub fn vm(config: VmConfig) -> Result<Rc<Vm>> {
     Vm::with(config, &[natives::register])
 }
 
-/// Loads the plugins of `names`. What does not load is logged and left out.
-pub fn load(vm: &Rc<Vm>, names: &[Box<str>]) -> Plugins {
-    load_each(vm, names).0
-}
-
-/// What does not load.
-#[derive(Debug, Default)]
-struct Failed {
-    /// Those whose file is there, and why they do not load.
-    broken: Vec<(String, String)>,
-    /// Those without a module.
-    missing: Vec<Box<str>>,
-}
-
-/// The same, and what does not load.
-fn load_each(vm: &Rc<Vm>, names: &[Box<str>]) -> (Plugins, Failed) {
+/// Loads the plugins. What does not load is logged and left out; the second result says what that is, an uploaded source that was
+/// refused included.
+pub fn load(vm: &Rc<Vm>, setup: &Setup, snapshot: &Snapshot) -> (Plugins, Broken) {
     run_user_hook(vm);
-    let (mut plugins, mut failed) = (Plugins::new(), Failed::default());
-    for name in names {
+    let (mut plugins, mut failed) = (Plugins::new(), Broken::default());
+    for name in &setup.names(snapshot) {
         match load_one(vm, name) {
             Ok(info) => {
                 plugins.insert(name.clone(), Arc::new(info));
@@ -282,8 +336,16 @@ fn load_each(vm: &Rc<Vm>, names: &[Box<str>]) -> (Plugins, Failed) {
             Err(Refused::Missing) => failed.missing.push(name.clone()),
             Err(Refused::Broken(text)) => {
                 tracing::error!(target: "lua", "failed to load plugin [{name}] err: {text}");
-                failed.broken.push((name.to_string(), text));
+                failed.there.push((name.clone(), text));
             }
+        }
+    }
+    for error in snapshot.errors.values() {
+        if let Some(name) = error.key.strip_prefix("/plugin_sources/")
+            && !plugins.contains_key(name)
+            && failed.why(name).is_none()
+        {
+            failed.there.push((name.into(), error.message.clone()));
         }
     }
     (plugins, failed)
@@ -372,7 +434,7 @@ pub struct Checker {
 struct Loaded {
     vm: Rc<Vm>,
     plugins: Rc<Plugins>,
-    failed: Rc<Failed>,
+    broken: Rc<Broken>,
     /// The list that they were loaded by, and whether it is one that other nodes share.
     listed: Rc<Vec<Box<str>>>,
     follows: bool,
@@ -383,7 +445,7 @@ impl Loaded {
     fn switched_off<'a>(&self, before: &'a Loaded) -> Vec<&'a str> {
         let ran = before.listed.iter().filter(|name| before.plugins.contains_key(*name));
         let mut off: Vec<&str> = ran.filter(|name| !self.plugins.contains_key(*name)).map(|name| &**name).collect();
-        off.retain(|name| self.failed.broken.iter().all(|(broken, _)| broken != name));
+        off.retain(|name| self.broken.why(name).is_none());
         off
     }
 }
@@ -396,18 +458,30 @@ impl Checker {
     }
 
     fn load(&self, snapshot: &Snapshot) -> Result<()> {
-        let setup = self.setup.borrow().clone();
-        let vm = vm(setup.vm_config(Purpose::Check, 0, snapshot))?;
-        let (plugins, failed) = load_each(&vm, &setup.names(snapshot));
-        let listed = Rc::new(setup.listed(snapshot));
-        let follows = snapshot.plugin_names.is_some();
-        let now = Loaded { vm, plugins: Rc::new(plugins), failed: Rc::new(failed), listed, follows };
+        let now = self.attempt(snapshot)?;
         if let Some(before) = self.loaded().filter(|before| before.follows || now.follows) {
             tell_switched_off(&now.switched_off(&before));
         }
         *self.state.borrow_mut() = Some(now);
         self.generation.set(self.generation.get() + 1);
         Ok(())
+    }
+
+    /// What the plugins of now come to. An error, too, where one that is loaded does not load any more.
+    fn attempt(&self, snapshot: &Snapshot) -> Result<Loaded> {
+        let setup = self.setup.borrow().clone();
+        let vm = vm(setup.vm_config(Purpose::Check, 0, snapshot))?;
+        let (plugins, broken) = load(&vm, &setup, snapshot);
+        if let Some(before) = self.loaded() {
+            broken.refuse_loss(&before.plugins)?;
+        }
+        let (listed, follows) = (Rc::new(setup.listed(snapshot)), snapshot.plugin_names.is_some());
+        Ok(Loaded { vm, plugins: Rc::new(plugins), broken: Rc::new(broken), listed, follows })
+    }
+
+    /// Whether the plugins would load: nothing changes by it.
+    pub fn would_load(&self, snapshot: &Snapshot) -> Result<()> {
+        self.attempt(snapshot).map(drop)
     }
 
     /// How plugins are loaded from the next time on.
@@ -431,14 +505,20 @@ impl Checker {
         all
     }
 
-    /// The plugins that do not load, and why.
+    /// The plugins that are there and do not load, and why.
     pub fn broken(&self) -> Vec<(String, String)> {
-        self.loaded().map(|l| l.failed.broken.clone()).unwrap_or_default()
+        let shown = |(name, why): &(Box<str>, String)| (name.to_string(), without_traceback(why));
+        self.loaded().map(|l| l.broken.there.iter().map(shown).collect()).unwrap_or_default()
     }
 
     /// The plugins that are listed and have no module.
     pub fn missing(&self) -> Vec<Box<str>> {
-        self.loaded().map(|l| l.failed.missing.clone()).unwrap_or_default()
+        self.loaded().map(|l| l.broken.missing.clone()).unwrap_or_default()
+    }
+
+    /// The plugins whose `init` has failed in a worker, and why, by name.
+    pub fn failed_inits(&self) -> BTreeMap<String, String> {
+        self.setup.borrow().inits.failed()
     }
 
     pub fn get(&self, name: &str) -> Option<Arc<PluginInfo>> {
@@ -565,6 +645,10 @@ fn plain(e: mlua::Error) -> String {
 
 impl PluginChecker for Checker {
     fn check(&self, plugin: &str, conf: &str, schema: PluginSchema) -> Result<(), Refusal> {
+        // An object without it would be open. As it stands it is served, and answers that it cannot be.
+        if self.loaded().is_some_and(|l| l.broken.why(plugin).is_some()) {
+            return Ok(());
+        }
         let conf = serde_json::from_str(conf).map_err(|e| Refusal::Invalid(e.to_string()))?;
         self.run_check(plugin, &conf, schema, true)
     }
@@ -573,11 +657,8 @@ impl PluginChecker for Checker {
         self.inspect_plugin(name, source).map(drop)
     }
 
-    fn reload(&self, snapshot: &Snapshot) {
-        if let Err(e) = self.load(snapshot) {
-            // The plugins that were loaded go on answering.
-            tracing::error!(target: "lua", "failed to reload the plugins: {e}");
-        }
+    fn reload(&self, snapshot: &Snapshot) -> Result<()> {
+        self.load(snapshot)
     }
 }
 
@@ -590,7 +671,7 @@ impl PluginChecker for Rc<Checker> {
         PluginChecker::inspect(&**self, name, source)
     }
 
-    fn reload(&self, snapshot: &Snapshot) {
-        PluginChecker::reload(&**self, snapshot);
+    fn reload(&self, snapshot: &Snapshot) -> Result<()> {
+        PluginChecker::reload(&**self, snapshot)
     }
 }

@@ -9,7 +9,7 @@
 use std::{
     borrow::Cow,
     cell::{Cell, RefCell},
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     ffi::c_int,
     ops::RangeInclusive,
     rc::Rc,
@@ -46,7 +46,7 @@ use super::{
     PhaseMask, Watching, output,
     plan::{self, Key, Owner, Sources, Watched},
     registered,
-    registry::{self, Plugins, Setup},
+    registry::{self, Broken, Plugins, Setup},
 };
 use crate::{
     balancer::group::Groups,
@@ -123,6 +123,9 @@ struct Generation {
     /// `Snapshot::plugins_generation` that it was loaded for.
     number: u64,
     plugins: Plugins,
+    broken: Broken,
+    /// Whose requests cannot be served because of those, up to `MAX_PLANS`: each is told of once.
+    refused: RefCell<HashSet<Key>>,
     entry: Entry,
     scripts: script::Compiled,
     /// Registry reference of `moongate.discovery`'s function, once a registry was asked.
@@ -426,7 +429,7 @@ impl Runner {
         }
         x.phase = Phase::Access;
         let sources = Sources::of(x);
-        let joined = sources.consumer_joins(&plan.generation.plugins);
+        let joined = sources.consumer_joins(&plan.generation.plugins, &plan.generation.broken);
         if joined {
             let Some(next) = self.plan_in(&plan.generation, &sources) else { return failed(x) };
             plan = next;
@@ -693,6 +696,9 @@ impl Runner {
             plan.used.set(true);
             return Some(plan.clone());
         }
+        if !generation.broken.is_empty() && generation.refuses(&key, sources) {
+            return None;
+        }
         let owners = sources.owners(&generation.plugins);
         let plan = match generation.build(&owners, key.watched) {
             Ok(plan) => Rc::new(plan),
@@ -724,15 +730,16 @@ impl Runner {
     }
 
     fn check_memory(&self) {
+        let spilled = limits::collect_spilled(&self.generation.borrow().vm);
         let left = self.until_memory_check.get() - 1;
-        if left > 0 {
+        if left > 0 && !spilled {
             return self.until_memory_check.set(left);
         }
         self.until_memory_check.set(MEMORY_CHECK_EVERY);
         self.generation.borrow().let_go();
         let vm = self.generation.borrow().vm.clone();
-        let limit = vm.limits().memory_mb;
-        if limits::memory_mb(&vm) > limit {
+        if limits::is_too_large(&vm) {
+            let limit = vm.limits().memory_mb;
             tracing::error!(target: "lua", "the plugin VM holds more than lua.limits.memory_mb ({limit}): it is replaced");
             self.renew(&vm.snapshot());
         }
@@ -805,16 +812,21 @@ impl Generation {
         if let Some(script) = &init.init {
             start::script(vm, script, Phase::InitByLua).await.map_err(|e| e.context("init_by_lua error"))?;
         }
-        let plugins = registry::load(vm, &setup.names(snapshot));
+        let (plugins, broken) = registry::load(vm, setup, snapshot);
+        if let Some(before) = before {
+            broken.refuse_loss(&before.plugins)?;
+        }
         if setup.watching.debug().basic {
             registry::tell(&plugins);
         }
         if let Some(before) = before {
             before.step_down().await;
         }
-        for (name, text) in start::init_plugins(vm).await? {
+        let failed = start::init_plugins(vm).await?;
+        for (name, text) in &failed {
             tracing::error!(target: "lua", "failed to init plugin [{name}]: {text}");
         }
+        setup.inits.note(worker, failed);
         if let Some(script) = &init.init_worker
             && let Err(e) = start::script(vm, script, Phase::Init).await
         {
@@ -831,6 +843,8 @@ impl Generation {
             vm,
             number,
             plugins,
+            broken,
+            refused: RefCell::default(),
             entry,
             scripts,
             discover: Cell::default(),
@@ -865,6 +879,8 @@ impl Generation {
             vm,
             number,
             plugins,
+            broken: Broken::default(),
+            refused: RefCell::default(),
             entry,
             scripts,
             discover: Cell::default(),
@@ -875,6 +891,20 @@ impl Generation {
             runs: Cell::new(0),
             plans,
         }))
+    }
+
+    /// Whether a plugin of these is there and does not load. It may be what keeps strangers out.
+    fn refuses(&self, key: &Key, sources: &Sources<'_>) -> bool {
+        if self.refused.borrow().contains(key) {
+            return true;
+        }
+        let Some((name, owner)) = sources.first_broken(&self.plugins, &self.broken) else { return false };
+        tracing::error!(target: "lua", "plugin [{name}] of {owner} does not load: requests for it are answered with 500");
+        let mut refused = self.refused.borrow_mut();
+        if refused.len() >= MAX_PLANS {
+            refused.clear();
+        }
+        refused.insert(*key)
     }
 
     /// Makes the Lua lists of `owners`.

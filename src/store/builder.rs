@@ -127,8 +127,9 @@ pub trait PluginChecker {
     /// Whether an uploaded plugin can be one: it compiles, loads and says what a plugin must; why not, else.
     fn inspect(&self, name: &str, source: &PluginSource) -> std::result::Result<(), String>;
 
-    /// Loads the plugins anew: `snapshot.plugin_sources`, `snapshot.plugin_names` and the files may have changed.
-    fn reload(&self, snapshot: &Snapshot);
+    /// Loads the plugins anew: `snapshot.plugin_sources`, `snapshot.plugin_names` and the files may have changed. After an error
+    /// those of before go on.
+    fn reload(&self, snapshot: &Snapshot) -> Result<()>;
 }
 
 /// What a batch changed, for the last good state.
@@ -365,14 +366,8 @@ impl Builder {
         }
         let mut accepted = self.apply_parsed(plugins, &mut logged);
         let mut stale = None;
-        if std::mem::take(&mut self.plugins_changed) {
+        if std::mem::take(&mut self.plugins_changed) && self.take_plugins_over() {
             stale = self.changed_plugins(reloaded, &accepted);
-            self.next.plugins_generation += 1;
-            self.dirty = true;
-            self.checked.clear();
-            if let Some(checker) = &self.checker {
-                checker.reload(&self.next);
-            }
             let fresh: HashSet<&str> = rest.iter().map(|e| &*e.key).collect();
             let again: Vec<Entry> = self
                 .rejected
@@ -391,6 +386,23 @@ impl Builder {
             tracing::error!("{} more objects were refused: see /v1/config/errors", logged - MAX_LOGGED);
         }
         accepted
+    }
+
+    /// Loads the plugins anew for whoever checks confs. False: they do not load, and nobody gets other ones.
+    fn take_plugins_over(&mut self) -> bool {
+        let reloaded = self.checker.as_ref().map_or(Ok(()), |checker| checker.reload(&self.next));
+        let failure = reloaded.err().map(|e| e.to_string());
+        if let Some(text) = &failure {
+            tracing::error!(target: "lua", "{text}");
+        }
+        let loaded = failure.is_none();
+        self.note(&RELOAD.into(), failure);
+        if loaded {
+            self.next.plugins_generation += 1;
+            self.dirty = true;
+            self.checked.clear();
+        }
+        loaded
     }
 
     /// Whose confs are to be checked again; nothing where there are none yet.

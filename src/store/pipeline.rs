@@ -67,16 +67,16 @@ pub struct Handle {
 }
 
 enum Command {
-    ReloadPlugins(oneshot::Sender<u64>),
+    ReloadPlugins(oneshot::Sender<Result<u64>>),
 }
 
 impl Handle {
     /// Loads the plugins anew, on every node of a cluster; returns when every request that starts here runs by them,
-    /// with their generation.
+    /// with their generation. An error names the plugin that does not load any more: then nothing has changed.
     pub async fn reload_plugins(&self) -> Result<u64> {
         if self.store.name() == "etcd" {
             match timeout(CLUSTER_PATIENCE, self.tell_cluster()).await {
-                Ok(Ok(())) => return Ok(self.published.load().plugins_generation),
+                Ok(Ok(())) => return reloaded(&self.published.load()),
                 Ok(Err(e)) => tracing::warn!("plugins are loaded anew on this node only: {e}"),
                 Err(_) => tracing::warn!("plugins are loaded anew on this node only: etcd does not answer"),
             }
@@ -86,10 +86,10 @@ impl Handle {
 
     /// The same on this node alone.
     pub async fn reload_plugins_here(&self) -> Result<u64> {
-        let (done, generation) = oneshot::channel();
+        let (done, reloaded) = oneshot::channel();
         let gone = || Error::internal(Kind::Unavailable).context("the configuration pipeline has stopped");
         self.commands.send(Command::ReloadPlugins(done)).await.map_err(|_| gone())?;
-        generation.await.map_err(|_| gone())
+        reloaded.await.map_err(|_| gone())?
     }
 
     async fn tell_cluster(&self) -> Result<()> {
@@ -140,6 +140,14 @@ pub async fn start(store: Arc<dyn Store>, setup: Setup) -> Result<Started> {
     Ok(Started { published, source, handle })
 }
 
+/// How the last reload went on this node.
+fn reloaded(snapshot: &Snapshot) -> Result<u64> {
+    match snapshot.errors.get(RELOAD) {
+        Some(error) => Err(Error::script(error.message.clone())),
+        None => Ok(snapshot.plugins_generation),
+    }
+}
+
 fn open_last_good(store: &dyn Store, path: Option<PathBuf>) -> Option<LastGood> {
     let (path, identity) = (path?, store.identity()?);
     LastGood::open(&path, identity)
@@ -163,7 +171,7 @@ impl Pipeline {
                         let journal = self.builder.reload_plugins();
                         self.save(journal);
                         self.publish();
-                        let _ = done.send(self.builder.plugins_generation());
+                        let _ = done.send(reloaded(&self.published.load()));
                     }
                     None => commands_open = false,
                 },

@@ -282,3 +282,90 @@ fn timers_read_metadata_and_objects_too() {
         eventually("what the timer saw", || (gw.get("/x").text() == expected).then_some(()));
     }
 }
+
+#[test]
+fn the_matched_route_is_merged_with_all_that_its_request_goes_by() {
+    let source = plugin(
+        "acme-mut",
+        5,
+        "local seen = {}
+         function _M.access(conf, ctx)
+             local route = ctx.matched_route
+             local names = {}
+             for name, own in pairs(route.value.plugins) do
+                 local same = name ~= 'acme-mut' or own == conf
+                 names[#names + 1] = same and name or name .. ' of another'
+             end
+             table.sort(names)
+             local upstream = route.value.upstream
+             local again = seen[tostring(route)]
+             seen[tostring(route)] = route
+             return 200, { plugins = table.concat(names, ' '), labels = route.value.labels, id = route.value.id, key = route.key,
+                 node = upstream and upstream.nodes[1].port, again = again ~= nil, text = conf.text, name = route.value.name,
+                 version = route.modifiedIndex == ctx.conf_version }
+         end",
+    );
+    let gw = with_plugins(&[("acme-mut", &source)]);
+    let up = Upstream::echo();
+    let port: u16 = up.addr().rsplit(':').next().and_then(|p| p.parse().ok()).expect("a port");
+    let upstream = json!({"type": "roundrobin", "nodes": {up.addr(): 1}});
+    let of = |path: &str| gw.get(path).json();
+    gw.put("/services/sm", json!({"plugins": {"acme-mut": {"text": "service"}}, "upstream": upstream, "name": "s"}));
+    gw.put("/routes/2", json!({"uri": "/mut2", "service_id": "sm", "labels": {"version": "v2"}}));
+    let seen = of("/mut2");
+    assert_eq!(seen["plugins"], "acme-mut", "{seen}");
+    assert_eq!((&seen["node"], &seen["labels"]["version"]), (&json!(port), &json!("v2")));
+    assert_eq!((&seen["id"], &seen["key"], &seen["name"]), (&json!("2"), &json!("/apisix/routes/2"), &json!("s")));
+    assert_eq!((&seen["version"], &seen["again"]), (&json!(true), &json!(false)));
+    // A request of the same versions has the same table.
+    gw.get("/mut2");
+    let seen: Vec<_> = (0..8).map(|_| of("/mut2")["again"] == true).collect();
+    assert!(seen.contains(&true), "{seen:?}");
+    // The plugin config stands between the service and the route.
+    gw.put(
+        "/plugin_configs/c",
+        json!({"plugins": {"acme-mut": {"text": "config"}, "ip-restriction": {"blacklist": ["1.1.1.1"]}}}),
+    );
+    gw.put(
+        "/routes/2",
+        json!({"uri": "/mut2", "service_id": "sm", "plugin_config_id": "c", "plugins": {"key-auth": {}}}),
+    );
+    gw.put("/consumers", json!({"username": "jack", "plugins": {"key-auth": {"key": "k"}, "cors": {}}}));
+    let seen = gw.send("GET", "/mut2", &[("apikey", "k")], b"").json();
+    assert_eq!(seen["plugins"], "acme-mut cors ip-restriction key-auth", "{seen}");
+    assert_eq!((&seen["text"], &seen["node"]), (&json!("config"), &json!(port)));
+    // The service changes: so does what is made of it.
+    gw.put("/services/sm", json!({"plugins": {"acme-mut": {}}, "upstream": upstream, "name": "t"}));
+    let seen = gw.send("GET", "/mut2", &[("apikey", "k")], b"").json();
+    assert_eq!((&seen["name"], &seen["text"]), (&json!("t"), &json!("config")));
+    // An upstream of the route's own is in place of the service's; without any of them the route is as it is.
+    let other = json!({"type": "roundrobin", "nodes": {"127.0.0.1:1": 1}});
+    gw.put("/routes/2", json!({"uri": "/mut2", "service_id": "sm", "upstream": other}));
+    assert_eq!(of("/mut2")["node"], 1);
+    gw.put("/routes/2", json!({"uri": "/mut2", "plugins": {"acme-mut": {}}, "upstream": other}));
+    let seen = of("/mut2");
+    assert_eq!((&seen["plugins"], &seen["name"]), (&json!("acme-mut"), &json!(null)));
+}
+
+#[test]
+fn a_clean_handler_runs_when_the_service_of_a_route_changes() {
+    let source = plugin(
+        "keeper",
+        5,
+        "local added
+         function _M.access(conf, ctx)
+             if added then return end
+             added = true
+             core.config_util.add_clean_handler(ctx.matched_route, function(item) core.log.warn('cleaned ', item.value.name) end)
+         end",
+    );
+    let gw = with_plugins(&[("keeper", &source)]);
+    let up = Upstream::echo();
+    let service = |name: &str| json!({"name": name, "upstream": {"type": "roundrobin", "nodes": {up.addr(): 1}}});
+    gw.put("/services/s", service("first"));
+    gw.put("/routes/1", json!({"uri": "/get", "service_id": "s", "plugins": {"keeper": {}}}));
+    assert_eq!(gw.get("/get").status, 200);
+    gw.put("/services/s", service("second"));
+    gw.get("/get");
+    gw.expect_log("cleaned first");
+}

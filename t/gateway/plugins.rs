@@ -885,6 +885,26 @@ fn extra_lua_cpath_is_below_the_prefix() {
 }
 
 #[test]
+fn a_pattern_that_no_limit_ends_is_told_of_with_its_route() {
+    let dir = Dir::new();
+    dir.configure(json!({"lua": {"limits": {"cpu_ms": 100}}, "nginx_config": {"worker_processes": 1}}));
+    let gw = Gateway::in_dir(dir);
+    let up = Upstream::echo();
+    let spin = "return function() return string.find(('a'):rep(40), ('a?'):rep(40) .. ('a'):rep(40) .. 'b') end";
+    gw.route("stuck", "/stuck", &up, json!({"serverless-pre-function": {"functions": [spin]}}));
+    let endless = "return function() while true do end end";
+    gw.route("lua", "/lua", &up, json!({"serverless-pre-function": {"functions": [endless]}}));
+    // Lua code is ended, and nothing more is to be said.
+    assert_eq!(gw.get("/lua").status, 500);
+    Client::connect(&gw.proxy()).send("GET", "/stuck", &[], b"");
+    gw.expect_log("worker-0 has not come back from a script for ");
+    let log = gw.log();
+    let lines: Vec<&str> = log.lines().filter(|line| line.contains("has not come back")).collect();
+    assert_eq!(lines.len(), 1, "{lines:?}");
+    assert!(lines[0].contains("[error]") && lines[0].contains("(route stuck)"), "{}", lines[0]);
+}
+
+#[test]
 fn what_a_client_writes_into_a_path_is_no_separator_behind_a_rewrite() {
     let up = Upstream::echo();
     let gw = Gateway::start();

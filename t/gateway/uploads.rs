@@ -255,3 +255,47 @@ fn no_request_meets_plugins_that_have_ended() {
     });
     assert_eq!(gw.get("/h").text(), "2");
 }
+
+#[test]
+fn an_init_that_fails_is_told_of_until_one_succeeds() {
+    let gw = Gateway::start();
+    let source = |init: &str| {
+        format!(
+            "local _M = {{ version = 0.1, priority = 1, name = 'mine', schema = {{ type = 'object' }} }}
+             function _M.init() {init} end
+             return _M"
+        )
+    };
+    let put =
+        |init: &str| assert!(gw.admin_text("PUT", "/plugin_sources/mine", &source(init), "text/plain").status < 300);
+    let status = || get(&gw.control(), "/v1/plugin_sources").json()[0].clone();
+    let listed = || get(&gw.control(), "/v1/config/errors").json()["errors"].clone();
+    put("error('no backend')");
+    let told = eventually("it is told", || status()["error"].as_str().map(str::to_owned));
+    assert!(told.starts_with("init: plugins/mine.lua:2: no backend") && !told.contains("traceback"), "{told}");
+    assert_eq!(status()["loaded"], true);
+    assert_eq!((&listed()[0]["key"], &listed()[0]["error"]), (&json!("/plugins/mine"), &json!(told)));
+    put("");
+    eventually("it is not told any more", || status()["error"].is_null().then_some(()));
+    assert_eq!(listed(), json!([]));
+}
+
+#[test]
+fn what_is_no_json_schema_is_refused() {
+    let gw = Gateway::start();
+    for field in ["schema", "consumer_schema", "metadata_schema", "attr_schema"] {
+        for (schema, why) in [("{ type = 'bogus' }", "invalid JSON type: bogus"), ("5", "")] {
+            let source = format!(
+                "local _M = {{ version = 0.1, priority = 1, name = 'mine', schema = {{ type = 'object' }} }}
+                 _M.{field} = {schema}
+                 return _M"
+            );
+            let reply = gw.admin_text("PUT", "/plugin_sources/mine", &source, "text/plain");
+            assert_eq!(reply.status, 400, "{field}: {}", reply.text());
+            assert!(reply.text().contains(field) && reply.text().contains(why), "{}", reply.text());
+        }
+    }
+    let source =
+        "return { version = 0.1, priority = 1, name = 'mine', schema = {}, metadata_schema = { type = 'object' } }";
+    assert_eq!(gw.admin_text("PUT", "/plugin_sources/mine", source, "text/plain").status, 201);
+}

@@ -31,12 +31,22 @@ local function revision_of(item)
     return known and revision or nil
 end
 
+-- What is merged of several objects is another one with each of them.
+local function has_changed(item)
+    for _, part in ipairs(require("moongate.ctx").parts(item) or { item }) do
+        if revision_of(part) ~= part.modifiedIndex then
+            return true
+        end
+    end
+    return false
+end
+
 local function look(premature)
     if premature then
         return
     end
     for item in pairs(watched) do
-        if revision_of(item) ~= item.modifiedIndex then
+        if has_changed(item) then
             _M.fire_all_clean_handlers(item)
         end
     end

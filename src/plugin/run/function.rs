@@ -284,7 +284,7 @@ impl FunctionVm {
             // Late, and so met above.
             Err(_) => failed(x),
         };
-        (flow, condemned || greedy || limits::memory_mb(&self.vm) > self.vm.limits().memory_mb)
+        (flow, condemned || greedy || limits::is_too_large(&self.vm))
     }
 
     async fn call(&self, x: &mut Exchange, callable: c_int, call: &Call<'_>) -> Flow {

@@ -3,7 +3,7 @@ use std::{cell::Cell, net::IpAddr, rc::Rc, time::Instant};
 use serde_json::json;
 
 use super::*;
-use crate::{model::Keyring, router::Facts, store::parser};
+use crate::{error::Error, model::Keyring, router::Facts, store::parser};
 
 /// Knows the plugins `key-auth` and, once loaded, what stands in plugin_sources; refuses confs with `bad`, and all of a plugin whose
 /// source is `strict`.
@@ -12,6 +12,8 @@ struct Checker {
     checks: Rc<Cell<usize>>,
     uploaded: std::cell::RefCell<HashSet<String>>,
     strict: std::cell::RefCell<HashSet<String>>,
+    /// No plugin loads.
+    fails: Rc<Cell<bool>>,
 }
 
 impl PluginChecker for Checker {
@@ -30,10 +32,14 @@ impl PluginChecker for Checker {
         if source.source.contains("broken") { Err("broken is no plugin".to_owned()) } else { Ok(()) }
     }
 
-    fn reload(&self, snapshot: &Snapshot) {
+    fn reload(&self, snapshot: &Snapshot) -> Result<()> {
+        if self.fails.get() {
+            return Err(Error::script("plugin [mine]: mine.lua:1: why"));
+        }
         *self.uploaded.borrow_mut() = snapshot.plugin_sources.keys().map(|id| id.to_string()).collect();
         let strict = snapshot.plugin_sources.values().filter(|o| o.value.source.contains("strict"));
         *self.strict.borrow_mut() = strict.map(|o| o.id.to_string()).collect();
+        Ok(())
     }
 }
 
@@ -457,4 +463,21 @@ fn refusals_are_logged_up_to_a_number_and_all_are_shown() {
         assert_eq!((rest, lines.len()), (more / 2, MAX_LOGGED + more / 2), "{lines:?}");
         assert_eq!(b.take().unwrap().errors.len(), MAX_LOGGED + more);
     }
+}
+
+#[test]
+fn plugins_that_do_not_load_any_more_are_nobodys_new_plugins() {
+    let (checker, parser) = (Checker::default(), parser(Arc::new(Keyring::default()), None));
+    let fails = checker.fails.clone();
+    let mut b = Builder::new(parser, Some(Box::new(checker)), RouterKind::default(), true);
+    put(&mut b, "/plugin_sources/mine", 1, json!({"source": "good"}));
+    let loaded = b.plugins_generation();
+    fails.set(true);
+    b.reload_plugins();
+    assert_eq!(b.plugins_generation(), loaded);
+    let error = b.next.errors.get(RELOAD).map(|e| e.message.clone());
+    assert!(error.as_ref().is_some_and(|e| e.contains("plugin [mine]: mine.lua:1: why")), "{error:?}");
+    fails.set(false);
+    b.reload_plugins();
+    assert_eq!((b.plugins_generation(), b.next.errors.len()), (loaded + 1, 0));
 }
