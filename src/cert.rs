@@ -15,7 +15,10 @@ use rustls::{
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, SignatureVerificationAlgorithm, UnixTime};
 use x509_parser::{
     certificate::X509Certificate,
-    oid_registry::{OID_PKCS1_MD5WITHRSAENC, OID_PKCS1_SHA1WITHRSA},
+    oid_registry::{
+        OID_PKCS1_RSASSAPSS, OID_PKCS1_SHA256WITHRSA, OID_PKCS1_SHA384WITHRSA, OID_PKCS1_SHA512WITHRSA,
+        OID_SIG_ECDSA_WITH_SHA256, OID_SIG_ECDSA_WITH_SHA384, OID_SIG_ED25519, Oid,
+    },
     prelude::FromDer,
     time::ASN1Time,
     x509::X509Version,
@@ -47,6 +50,17 @@ pub fn pair(
     keys_match(&pair)?;
     Ok(Arc::new(SingleCertAndKey::from(pair)))
 }
+
+/// Signatures that count.
+const STRONG: [Oid<'static>; 7] = [
+    OID_PKCS1_SHA256WITHRSA,
+    OID_PKCS1_SHA384WITHRSA,
+    OID_PKCS1_SHA512WITHRSA,
+    OID_PKCS1_RSASSAPSS,
+    OID_SIG_ECDSA_WITH_SHA256,
+    OID_SIG_ECDSA_WITH_SHA384,
+    OID_SIG_ED25519,
+];
 
 type Valid = Result<HandshakeSignatureValid, rustls::Error>;
 
@@ -127,12 +141,15 @@ impl Lenient {
     }
 
     fn has_signed(&self, cert: &X509Certificate<'_>) -> bool {
-        let weak = [OID_PKCS1_MD5WITHRSAENC, OID_PKCS1_SHA1WITHRSA];
-        if weak.contains(&cert.signature_algorithm.algorithm) {
+        // What is signed names the algorithm, too: nobody has put another one behind it.
+        let (said, signed) = (&cert.signature_algorithm.algorithm, &cert.tbs_certificate.signature.algorithm);
+        if said != signed || !STRONG.contains(said) {
             return false;
         }
         self.trusted.iter().filter_map(|ca| X509Certificate::from_der(ca).ok()).any(|(_, ca)| {
-            ca.subject().as_raw() == cert.issuer().as_raw() && cert.verify_signature(Some(ca.public_key())).is_ok()
+            ca.subject().as_raw() == cert.issuer().as_raw()
+                && (ca.version() == X509Version::V1 || ca.is_ca())
+                && cert.verify_signature(Some(ca.public_key())).is_ok()
         })
     }
 }

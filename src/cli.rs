@@ -353,8 +353,7 @@ fn test(options: &Options) -> Result<()> {
 
 /// Loads the plugins that the configuration and the user's directories name, as the gateway would, and lets go of them.
 fn test_plugins(config: &Config) -> Result<()> {
-    let setup = Setup::new(config.prefix.clone(), config.json.clone(), config.locations.clone());
-    let broken = Checker::new(setup, &Snapshot::default())?.broken();
+    let broken = Checker::new(Setup::of(config), &Snapshot::default())?.broken();
     let lines: Vec<String> = broken.iter().map(|(name, why)| format!("plugin [{name}] does not load: {why}")).collect();
     match lines.is_empty() {
         true => Ok(()),

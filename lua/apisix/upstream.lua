@@ -49,7 +49,7 @@ local function take(ctx, handle, matched, conf, key, version)
     ctx.matched_upstream = matched
     ctx.upstream_conf, ctx.upstream_key, ctx.upstream_version, ctx.upstream_scheme = conf, key, version, nil
     -- What plugins write in its place is another.
-    ctx._upstream_conf = conf
+    ctx._upstream_conf, ctx._upstream_key, ctx._upstream_version = conf, key, version
     return true
 end
 

@@ -217,7 +217,8 @@ local lazy = {}
 -- Made once for a plan, which is for one version of each of them: requests share it.
 function lazy.matched_route()
     local route, scope = resource("route"), scopes[slot()]
-    if not route or not scope then return route end
+    -- Functions have one scope for all routes, and nothing that is merged.
+    if not route or not scope or not scope.plugins then return route end
     if not scope.route then scope.route = merged(route, scope) end
     return scope.route
 end
@@ -283,11 +284,14 @@ end
 
 function lazy.upstream_key(ctx)
     local conf, name = settled(ctx)
-    return conf and (conf.type or "roundrobin") .. "#" .. name
+    local key = conf and (conf.type or "roundrobin") .. "#" .. name
+    rawset(ctx, "_upstream_key", key)
+    return key
 end
 
 function lazy.upstream_version(ctx)
     local _, _, version = settled(ctx)
+    rawset(ctx, "_upstream_version", version)
     return version
 end
 

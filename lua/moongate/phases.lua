@@ -62,14 +62,15 @@ local function detour(name, phase, run)
         if not ctxs[at] then begin(at, plan.scope) end
         local reached, code, body, is_json = false, nil, nil, nil
         local function original()
-            reached = true
             if phase == "rewrite" or plan[phase] then code, body, is_json = run(plan, at, pause) end
+            -- Not where it has raised, whoever catches that, and not before it has come back.
+            reached = true
         end
         waiting[at] = original
         apisix[name]()
         waiting[at] = nil
         -- One of the plugins that have not run may be what keeps strangers out.
-        if not reached and phase == "rewrite" then error(name .. " was replaced by a function that has not called the original", 0) end
+        if not reached and phase == "rewrite" then error(name .. " was replaced by a function that has not called the original, or not to its end", 0) end
         return code, body, is_json
     end
 end

@@ -155,13 +155,15 @@ end
 -- `run` by way of what stands for a function of `apisix` now; without it where that fails, or does not call the original.
 local function by_way_of(name, run)
     if not detours.is_replaced(name) then return run() end
-    local reached = false
+    local reached, ran, own_err = false, nil, nil
     local ok, err = xpcall(detours.go_through, debug_traceback, name, function()
         reached = true
-        run()
+        ran, own_err = xpcall(run, debug_traceback)
     end)
     if not ok then ngx.log(ngx.ERR, "apisix.", name, ": ", tostring(err)) end
-    if not reached then run() end
+    if not reached then return run() end
+    -- As without the replacement.
+    if not ran then error(own_err, 0) end
 end
 
 --- Registries' `init_worker`, then every plugin's `workflow_handler` and `init`, when their VM starts to serve; what failed of

@@ -366,8 +366,11 @@ end
 local function written(ctx)
     local conf = rawget(ctx, "upstream_conf")
     if not conf or conf == rawget(ctx, "_upstream_conf") then return end
-    local version = rawget(ctx, "upstream_version")
-    local key = version ~= nil and rawget(ctx, "upstream_key") or nil
+    -- Only what was written beside it names it: what was read is another upstream's.
+    local key, version = rawget(ctx, "upstream_key"), rawget(ctx, "upstream_version")
+    if key == rawget(ctx, "_upstream_key") or version == rawget(ctx, "_upstream_version") or version == nil then
+        key, version = nil, nil
+    end
     local ok, err = require("apisix.upstream").set(ctx, key, version, conf)
     if ok then return end
     native.log_error("failed to use ctx.upstream_conf: " .. tostring(err))

@@ -18,7 +18,9 @@ mod round_robin;
 
 use std::{
     cell::Cell,
+    collections::BTreeSet,
     rc::Rc,
+    sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -168,6 +170,15 @@ impl Picker {
     }
 }
 
+/// Says once of each name (of the first 64) that nobody balances so.
+fn tell_unknown(name: &str) {
+    static TOLD: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    let mut told = TOLD.lock().unwrap_or_else(PoisonError::into_inner);
+    if told.len() < 64 && told.insert(name.to_owned()) {
+        tracing::warn!("invalid balancer type: {name}: the nodes of its upstreams take turns");
+    }
+}
+
 impl Level {
     fn new(upstream: &Upstream, priority: i64) -> Self {
         let is_member = |node: &Node| node.weight > 0 && node.priority == priority;
@@ -181,7 +192,7 @@ impl Level {
             // A balancer of the user's own picks in Lua; this serves when it does not.
             Balance::RoundRobin => Policy::RoundRobin(RoundRobin::new(&members)),
             Balance::Other(name) => {
-                tracing::warn!("invalid balancer type: {name}: the nodes of the upstream take turns");
+                tell_unknown(name);
                 Policy::RoundRobin(RoundRobin::new(&members))
             }
         };

@@ -60,7 +60,10 @@ pub(super) fn has(path: &str) -> bool {
 pub(super) fn of(value: &Value) -> Result<String, String> {
     match value {
         Value::Number(n) if n.is_u64() || n.is_i64() => Ok(n.to_string()),
-        other => Err(format!("{other} is not a text; put it in quotes")),
+        // Not what it is: it may be a secret.
+        Value::Number(_) => Err("a number with a fraction is not a text; put it in quotes".to_owned()),
+        Value::Bool(_) => Err("true or false is not a text; put it in quotes".to_owned()),
+        _ => Err("what stands here is not a text".to_owned()),
     }
 }
 

@@ -581,8 +581,9 @@ impl<'a> Reader<'a> {
         let items = match self.get(path) {
             None => return Vec::new(),
             Some(Value::Array(items)) => items,
-            Some(other) => {
-                self.wrong(path, format!("{other} is not a list of name, key and role"));
+            // Not what it is: it may be the key.
+            Some(_) => {
+                self.wrong(path, "what stands here is not a list of name, key and role".to_owned());
                 return Vec::new();
             }
         };

@@ -623,6 +623,7 @@ impl Request {
             reuse(buffer);
         }
         self.args_set = false;
+        self.is_head = false;
         self.main = None;
         self.version = Version::default();
         self.headers.clear();

@@ -136,7 +136,8 @@ impl Beat {
     /// `l` is the coroutine of that VM that runs, or `main` itself where none does.
     unsafe fn holds_too_much(&self, main: *mut ffi::lua_State, l: *mut ffi::lua_State, limit_kb: usize) -> bool {
         let known = self.collected.load(Ordering::Relaxed) == main;
-        let live = if known { self.live_kb.load(Ordering::Relaxed) } else { 0 };
+        // Measured under another bound, perhaps, than this run's.
+        let live = if known { self.live_kb.load(Ordering::Relaxed).min(limit_kb) } else { 0 };
         // SAFETY: counting and collecting are allowed wherever Lua code could run; LuaJIT lets no finalizer raise.
         unsafe {
             if count_kb(l) <= limit_kb.max(live + live / 4) {
@@ -482,10 +483,12 @@ pub fn is_condemned() -> bool {
 /// Fails once that is so. Whoever follows a script's tables asks at each: a few of them can lead to each other in more ways
 /// than anyone lives to see, however deep they are allowed to nest.
 pub fn check() -> Result<(), Raise> {
-    match is_condemned() {
-        true => Err(Bound::Cpu.told().concat().into()),
-        false => Ok(()),
+    if !is_condemned() {
+        return Ok(());
     }
+    let is_large = beat().is_some_and(|b| b.too_large.load(Ordering::Relaxed) == b.serial.load(Ordering::Relaxed));
+    let bound = if is_large { Bound::Memory } else { Bound::Cpu };
+    Err(bound.told().concat().into())
 }
 
 /// Whether the run that ended last on this thread was cut off.

@@ -213,7 +213,7 @@ fn tell_idle_plugins(
                 .and_then(|source| plugins.checker().inspect_plugin(name, &source))
                 .map_or_else(|why| why, |_| "another file of its name is in its place".to_owned());
             let first = why.lines().next().unwrap_or_default();
-            let advice = "repair it: requests pass without a plugin that does not load";
+            let advice = "repair it: requests that would run it are answered with 500";
             report.add(Change, "plugin", &*shown, format!("does not load: {first}"), advice);
             told.insert(shown);
         }

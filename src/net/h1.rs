@@ -719,12 +719,13 @@ impl Client for H1 {
         let (length, body_out) = match length {
             BodyLength::Known(n) if bodiless => (Length::Claimed(n), BodyOut::None),
             BodyLength::None if bodiless => (Length::AsStands, BodyOut::None),
-            // Nothing comes of a node that was asked with another method than the client's.
-            BodyLength::None => (Length::Claimed(0), BodyOut::Known(0)),
             BodyLength::Unknown if bodiless => (Length::AsStands, BodyOut::None),
             BodyLength::Known(n) => (Length::Claimed(n), BodyOut::Known(n)),
-            BodyLength::Unknown if self.version == Version::Http10 => (Length::Absent, BodyOut::UntilClose),
-            BodyLength::Unknown => (Length::Chunked, BodyOut::Chunked(0)),
+            // `None`: of a node that was asked with another method than the client's nothing comes, but plugins may add to it.
+            BodyLength::Unknown | BodyLength::None if self.version == Version::Http10 => {
+                (Length::Absent, BodyOut::UntilClose)
+            }
+            BodyLength::Unknown | BodyLength::None => (Length::Chunked, BodyOut::Chunked(0)),
         };
         self.keep = self.stays() && body_out != BodyOut::UntilClose && response.status != 101;
         if self.out.capacity() == 0 {

@@ -548,9 +548,9 @@ impl Client for H2 {
         }
         self.started = true;
         let has_none = request.is_head || matches!(response.status, 100..=199 | 204 | 304);
-        // Nothing comes of a node that was asked with another method than the client's.
-        let length = if length == BodyLength::None && !has_none { BodyLength::Known(0) } else { length };
-        self.bodiless = length == BodyLength::None || has_none;
+        // Of a node that was asked with another method than the client's nothing comes, but plugins may add to it.
+        let length = if length == BodyLength::None && !has_none { BodyLength::Unknown } else { length };
+        self.bodiless = has_none;
         if let (false, BodyLength::Known(n)) = (self.bodiless, length) {
             self.left = Some(n);
         }

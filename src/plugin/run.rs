@@ -708,11 +708,10 @@ impl Runner {
             }
         };
         if let Some(owner) = owners.last().filter(|owner| !owner.items.is_empty()) {
-            let (kinds, ids, names) = (&owner.conf_type, &owner.conf_id, plan::names(&owners));
+            let (kinds, ids, version) = (&owner.conf_type, &owner.conf_id, &owner.conf_version);
             tracing::info!(
-                "plugins of {kinds} {ids}, conf_version: {}, by priority: {}",
-                owner.conf_version,
-                names.join(" ")
+                "plugins of {kinds} {ids}, conf_version: {version}, by priority: {}",
+                plan::names(&owners).join(" ")
             );
         }
         // A request of an old generation must not put its plan before the new one's.

@@ -221,6 +221,18 @@ fn an_upstream_that_a_plugin_writes_to_the_context_is_where_the_request_goes() {
     );
     gw.route("5", "/change", &own, functions(("before_proxy", &change), ("header_filter", TELL)));
     assert_eq!(told(&gw, "/change", "balancer_port"), port(&third));
+    // A key and a version that were only read are another upstream's.
+    let tenant = format!(
+        "local _ = tostring(ctx.upstream_key) .. tostring(ctx.upstream_version)
+         local to = ngx.var.arg_to == 'other' and {} or {}
+         ctx.upstream_conf = {{ nodes = {{ {{ host = '127.0.0.1', port = to, weight = 1 }}, {{ host = '127.0.0.1', port = to, weight = 2 }} }} }}",
+        port(&other),
+        port(&third)
+    );
+    gw.route("7", "/tenant", &own, functions(("before_proxy", &tenant), ("header_filter", TELL)));
+    for (to, node) in [("other", &other), ("third", &third), ("other", &other)] {
+        assert_eq!(told(&gw, &format!("/tenant?to={to}"), "balancer_port"), port(node), "{to}");
+    }
     for phase in ["rewrite", "before_proxy"] {
         gw.route("6", "/wrong", &own, functions((phase, "ctx.upstream_conf = { nodes = 1 }"), ("log", "")));
         assert_eq!(gw.get("/wrong").status, 500, "{phase}");

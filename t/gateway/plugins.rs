@@ -708,6 +708,7 @@ apisix.http_access_phase = function(...)
     if ngx.var.arg_do == "skip" then return end
     if ngx.var.arg_do == "raise" then error("of the hook") end
     if ngx.var.arg_do == "exit" then ngx.exit(418) end
+    if ngx.var.arg_do == "catch" then pcall(old) return end
     if ngx.var.arg_do == "wait" then ngx.sleep(0.001) end
     old(...)
     if ngx.var.arg_do == "twice" then old(...) end
@@ -723,6 +724,9 @@ end
     );
     let consumer = json!({"username": "jack", "plugins": {"key-auth": {"key": "k"}}});
     assert_eq!(gw.admin("PUT", "/consumers", consumer).status, 201);
+    let raising = json!({"serverless-pre-function": {"functions": ["return function() error('of a plugin') end"]}});
+    gw.route("2", "/raising", &up, raising);
+    assert_eq!((gw.get("/raising").status, gw.get("/raising?do=catch").status), (500, 500));
     for (what, status) in [("", 401), ("skip", 500), ("raise", 500), ("exit", 418), ("wait", 401), ("twice", 401)] {
         assert_eq!(gw.get(&format!("/x?do={what}")).status, status, "{what}");
     }
@@ -955,6 +959,12 @@ fn an_answer_has_the_form_that_the_clients_own_method_asks_for() {
     let mut refusing = to("GET");
     refusing["limit-count"] = limit;
     gw.route("3", "/refused", &up, refusing);
+    let mut adding = to("HEAD");
+    adding["response-rewrite"] = json!({"body": "added"});
+    gw.route("4", "/added", &up, adding);
+    // What a request that was HEAD leaves is not the next one's.
+    let junk = raw(&gw.proxy(), b"HEAD /head HTTP/1.1\r\nHost: a\r\n\r\nGET /a b HTTP/1.1\r\n\r\n");
+    assert!(junk.contains("400 Bad Request") && junk.trim_end().ends_with("</html>"), "{junk}");
     // On one connection: what stands behind an answer is the next one.
     let mut client = Client::connect(&gw.proxy());
     let mut ask = |method: &str, path: &str| {
@@ -966,7 +976,9 @@ fn an_answer_has_the_form_that_the_clients_own_method_asks_for() {
         for (method, path, status, length, body) in [
             ("HEAD", "/get", 200, "5", ""),
             ("GET", "/get", 200, "5", "hello"),
-            ("GET", "/head", 200, "0", ""),
+            ("GET", "/head", 200, "", ""),
+            ("GET", "/added", 200, "", "added"),
+            ("HEAD", "/added", 200, "", ""),
             ("HEAD", "/head", 200, "5", ""),
             ("HEAD", "/refused", 429, "", ""),
         ] {
@@ -978,7 +990,8 @@ fn an_answer_has_the_form_that_the_clients_own_method_asks_for() {
         }
     }
     let reply = http2::get(&gw.proxy(), "/head");
-    assert_eq!((reply.status, &*reply.text(), reply.header("content-length")), (200, "", Some("0")));
+    assert_eq!((reply.status, &*reply.text(), reply.header("content-length")), (200, "", None));
+    assert_eq!(http2::get(&gw.proxy(), "/added").text(), "added");
 }
 
 #[test]
@@ -1020,7 +1033,7 @@ fn confs_that_ask_for_nothing_do_nothing() {
         json!({"uri": "/typo", "upstream": {"type": "leastconn", "nodes": {up.addr(): 1, Upstream::echo().addr(): 1}}}),
     );
     assert_eq!(gw.get("/typo").status, 200);
-    gw.expect_log("invalid balancer type: leastconn: the nodes of the upstream take turns");
+    gw.expect_log("invalid balancer type: leastconn: the nodes of its upstreams take turns");
 }
 
 #[test]

@@ -259,6 +259,18 @@ fn nil_is_named_by_schemas_and_an_unknown_port_is_nil() {
 }
 
 #[test]
+fn a_function_sees_the_route_of_its_own_request() {
+    let gw = Gateway::with(json!({"nginx_config": {"worker_processes": 1}}));
+    gw.put("/functions/f", json!({"source": "return function(ctx) return 200, ctx.matched_route.value.id end"}));
+    for id in ["a", "b"] {
+        gw.put(&format!("/routes/{id}"), json!({"uri": format!("/{id}"), "function_id": "f"}));
+    }
+    for id in ["a", "b", "a", "a", "b"] {
+        assert_eq!(gw.get(&format!("/{id}")).text(), id);
+    }
+}
+
+#[test]
 fn a_function_knows_who_was_let_in_but_not_by_which_key() {
     let gw = Gateway::start();
     let source = "return function(ctx)

@@ -36,15 +36,17 @@ fn fields_with_an_underscore_go_on_unless_they_are_off() {
         assert_eq!(over_http2(&gw, "POST", &fields, "body").status, 200);
         assert_eq!((seen(), up.last().body), (passed, b"body".to_vec()));
         let told = |field: &str| {
-            let line =
-                format!("client sent invalid header line: \"{field}\" while reading client request headers, client: ");
+            let line = format!(
+                "client sent invalid header line: \"{field}: ...\" while reading client request headers, client: "
+            );
             gw.log().lines().filter(|l| l.contains("[info]") && l.contains(&line)).count()
         };
         let twice = if off { 2 } else { 0 };
         eventually("a line for each that was dropped", || {
-            (["x_y: 1", "content_length: 9", "_: 3"].map(told) == [twice; 3]).then_some(())
+            (["x_y", "content_length", "_"].map(told) == [twice; 3]).then_some(())
         });
-        assert_eq!(told("x-z: 2"), 0);
+        assert_eq!(told("x-z"), 0);
+        assert!(!gw.log().contains("x_y: 1"), "its value is nobody's business");
     }
 }
 

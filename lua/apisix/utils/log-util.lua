@@ -108,7 +108,7 @@ local function full_entry(conf, ctx)
             status = ngx.status,
             headers = ngx.resp.get_headers(0),
             size = tonumber(var.bytes_sent),
-            body = ctx.resp_body,
+            body = conf.include_resp_body and ctx.resp_body or nil,
         },
         server = { hostname = core.utils.gethostname(), version = core.version.VERSION },
         upstream = var.upstream_addr,

@@ -1,9 +1,13 @@
 //! `apisix.stream_proxy`: where TCP connections and UDP datagrams are taken, and how.
 
 use std::{
+    io,
     net::{IpAddr, SocketAddr, ToSocketAddrs, UdpSocket},
     ops::RangeInclusive,
     path::Path,
+    sync::mpsc,
+    thread,
+    time::Duration,
 };
 
 use serde_json::{Map, Value};
@@ -145,13 +149,25 @@ fn range(text: &str) -> Option<(&str, RangeInclusive<u16>)> {
     (first <= last && !host.is_empty()).then_some((host, first..=last))
 }
 
+/// How long a name may take: a reload reads the configuration where everything else waits.
+const LOOKUP_PATIENCE: Duration = Duration::from_secs(3);
+
+fn looked_up(host: &str) -> Result<Vec<IpAddr>, String> {
+    let (found, wanted) = mpsc::channel();
+    let name = host.to_owned();
+    // Left to itself when it takes too long: the system's resolver has a bound of its own.
+    thread::spawn(move || found.send((&*name, 0).to_socket_addrs().map(|all| all.map(|addr| addr.ip()).collect())));
+    let answer: io::Result<Vec<IpAddr>> =
+        wanted.recv_timeout(LOOKUP_PATIENCE).map_err(|_| format!("no answer within {LOOKUP_PATIENCE:?}"))?;
+    answer.map_err(|e| e.to_string())
+}
+
 /// Those of a name that this machine has: `localhost` may stand for one of IPv6 where there is no IPv6.
 fn addresses_of(host: &str) -> Result<Vec<IpAddr>, String> {
     if let Ok(ip) = host.parse() {
         return Ok(vec![ip]);
     }
-    let found = (host, 0).to_socket_addrs().map_err(|e| e.to_string())?;
-    let mut ips: Vec<IpAddr> = found.map(|addr| addr.ip()).collect();
+    let mut ips = looked_up(host)?;
     ips.sort_unstable();
     ips.dedup();
     ips.retain(|ip| ip.is_ipv4() || UdpSocket::bind((*ip, 0)).is_ok());
