@@ -183,8 +183,9 @@ local function decode_path(path)
     return (gsub(path, "%%(%x%x)", byte_of))
 end
 
--- A template's piece with what it names of the captures (`$1`, `${1}`; `$$` is a dollar), which a client has put there: encoded, so that
--- none of it ends the path or the query. `&` and `=` stay, as in APISIX: a capture may be several arguments. `literal` encodes what the template says itself.
+-- A template's piece with what it names of the captures (`$1`, `${1}`; `$$` is a dollar), which a client has put there: encoded, so
+-- that none of it ends the path or the query. `&` and `=` stay, as in APISIX: a capture may be several arguments. `literal` encodes what
+-- the template says itself.
 local function fill(piece, captures, literal)
     local out, from = {}, 1
     while true do

@@ -70,7 +70,9 @@ local function detour(name, phase, run)
         apisix[name]()
         waiting[at] = nil
         -- One of the plugins that have not run may be what keeps strangers out.
-        if not reached and phase == "rewrite" then error(name .. " was replaced by a function that has not called the original, or not to its end", 0) end
+        if not reached and phase == "rewrite" then
+            error(name .. " was replaced by a function that has not called the original, or not to its end", 0)
+        end
         return code, body, is_json
     end
 end
