@@ -36,7 +36,7 @@ pub struct Document {
 
 /// Reads YAML; `lookup`: with references in it. The error says where it ends to be YAML.
 pub fn yaml(text: &str, lookup: Option<Lookup<'_>>) -> Result<Document, String> {
-    let (text, marks) = marked(text, lookup.is_some(), Format::Yaml)?;
+    let (text, marks) = marked(without_mark(text), lookup.is_some(), Format::Yaml)?;
     yaml::bound_aliases(&text)?;
     let reader = Reader { text: &text, format: Format::Yaml, filler: marks.zip(lookup), told: RefCell::default() };
     let value = reader.root().deserialize(serde_norway::Deserializer::from_str(&text)).map_err(|e| e.to_string())?;
@@ -45,12 +45,17 @@ pub fn yaml(text: &str, lookup: Option<Lookup<'_>>) -> Result<Document, String> 
 
 /// Reads JSON with references in it; one outside of strings is a value, too: `{"weight": ${{WEIGHT}}}`.
 pub fn json(text: &str, lookup: Lookup<'_>) -> Result<Document, String> {
-    let (text, marks) = marked(text, true, Format::Json)?;
+    let (text, marks) = marked(without_mark(text), true, Format::Json)?;
     let filler = marks.map(|marks| (marks, lookup));
     let reader = Reader { text: &text, format: Format::Json, filler, told: RefCell::default() };
     let mut json = serde_json::Deserializer::from_str(&text);
     let value = reader.root().deserialize(&mut json).and_then(|value| json.end().map(|()| value));
     Ok(reader.document(value.map_err(|e| e.to_string())?))
+}
+
+/// Without the byte order mark that some editors put first.
+fn without_mark(text: &str) -> &str {
+    text.strip_prefix('\u{feff}').unwrap_or(text)
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -471,6 +476,13 @@ mod tests {
 
     fn read(text: &str) -> Result<Value, String> {
         yaml(text, Some(&lookup)).map(|document| document.value)
+    }
+
+    #[test]
+    fn a_mark_of_byte_order_is_no_part_of_the_document() {
+        assert_eq!(read("\u{feff}a: ${{N}}\nb: \"${{N}}\"\n"), Ok(value!({"a": 12345, "b": "12345"})));
+        let json = json("\u{feff}{\"a\": ${{N}}}", &lookup).map(|document| document.value);
+        assert_eq!(json, Ok(value!({"a": 12345})));
     }
 
     #[test]
