@@ -16,7 +16,7 @@ use crate::{
     observe::log::{self, Level},
     plugin::{Setup, Watching},
     shdict,
-    store::Handle,
+    store::{Handle, RELOAD},
 };
 
 /// What is read once, when the gateway starts: these keys and what is below them.
@@ -119,7 +119,9 @@ impl Reload {
         // Also where nothing changes for plugins now: what a reload of plugins reads is for the workers, too.
         let before = self.plugins.checker().setup();
         self.plugins.set_up(setup.clone());
-        let loaded = match plugins || changed.iter().any(|path| is_under(path, OF_PLUGINS)) {
+        // Nor has what was new for them been taken over where the last reload has failed.
+        let is_due = plugins || snapshot.errors.contains_key(RELOAD);
+        let loaded = match is_due || changed.iter().any(|path| is_under(path, OF_PLUGINS)) {
             true => self.pipeline.reload_plugins_here().await.map(drop),
             false => self.plugins.checker().would_load(&snapshot),
         };

@@ -41,7 +41,7 @@ const PLUGINS: &str = "/plugins";
 const OWN: &str = "/moongate/";
 /// Written by a node whose plugins are to be loaded anew, so that the others load theirs too. Not a resource: APISIX
 /// passes it over.
-pub(super) const RELOAD: &str = "/moongate/plugins_reload";
+pub const RELOAD: &str = "/moongate/plugins_reload";
 
 /// A valid object, ready to be served.
 #[derive(Clone, Debug)]

@@ -22,7 +22,7 @@ pub mod standalone;
 
 use std::{future::Future, pin::Pin, sync::Arc};
 
-pub use builder::{Item, Parser, PluginChecker, PluginSchema, Refusal};
+pub use builder::{Item, Parser, PluginChecker, PluginSchema, RELOAD, Refusal};
 pub use parser::parser;
 pub use pipeline::{Handle, Pipeline, Setup, Started, start};
 pub use published::Published;

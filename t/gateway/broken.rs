@@ -89,7 +89,13 @@ fn a_reload_in_which_a_plugin_breaks_changes_nothing_and_says_why() {
         assert!(put.status < 300, "{}", put.text());
         refused_with(&gw, "first");
         gw.dir.write(file, before);
-        assert_eq!(gw.admin("PUT", "/plugins/reload", ()).text(), "done");
+        // Any reload mends it, one of the configuration with nothing new in it as well.
+        if file.ends_with("lib.lua") {
+            gw.signal(libc::SIGHUP);
+            eventually("the error is gone", || errors(&gw).is_empty().then_some(()));
+        } else {
+            assert_eq!(gw.admin("PUT", "/plugins/reload", ()).text(), "done");
+        }
         refused_with(&gw, "first");
         assert_eq!(errors(&gw), []);
     }
