@@ -120,8 +120,13 @@ impl Gateway {
         Self::in_dir(dir)
     }
 
-    /// In a directory that is set up already.
+    /// In a directory that is set up already; without a configuration with default settings, but never on the default ports, which are
+    /// somebody's.
     pub fn in_dir(dir: Dir) -> Self {
+        let conf = fs::read_dir(dir.join("conf")).expect("a directory");
+        if !conf.flatten().any(|file| file.file_name().to_string_lossy().starts_with("config")) {
+            dir.configure(json!({}));
+        }
         let mut gateway = Gateway { dir, child: None, listen: Value::Null };
         gateway.launch();
         gateway
